@@ -1,0 +1,119 @@
+"""The Celery tasks: a few lines each over the functions that do the work."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NoReturn
+
+from celery import Celery, Task, states
+from celery.exceptions import Ignore, TaskRevokedError
+from celery.worker.request import Request
+
+from tasks.chunk import run_chunk
+from tasks.context import AGAIN_SECONDS, CHUNK_TASK, FINISH_TASK, Again, Context
+from tasks.contract import ForkFailed
+from tasks.copier.errors import describe
+from tasks.copier.options import Limits
+from tasks.copier.roots import Roots
+from tasks.copier.spec import ForkResult
+from tasks.finish import run_finish
+from tasks.fork import run_fork
+from tasks.results import Results
+
+FORK_TASK = "forkvm.fork"
+#: Queues beside the one that clients use: a finish must not wait behind chunks, nor a new fork behind either.
+_INNER_QUEUES = {CHUNK_TASK: "#chunk", FINISH_TASK: "#finish"}
+
+AnyTask = Task[Any, Any]
+
+
+class TimedRequest(Request):
+    """A request that knows when the worker took it from the queue, which Redis messages do not tell."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.request_dict["received_at"] = time.time()
+
+
+def inner_queues(queue: str) -> list[str]:
+    """The queues that a worker of the domain queue `queue` consumes beside it."""
+    return [queue + suffix for suffix in _INNER_QUEUES.values()]
+
+
+def results_of(app: Celery, expires: int) -> Results:
+    """The results in the app's result backend."""
+    backend = app.backend
+    return Results(backend.client, expires, lambda fork_id: backend.get_key_for_task(fork_id).decode())
+
+
+def register(app: Celery, roots: Roots, limits: Limits, expires: int) -> None:
+    """Give `app` the tasks. `expires` is the TTL of results in seconds."""
+
+    def context(task: AnyTask) -> Context:
+        queue = _queue(task)
+
+        def send(name: str, kwargs: dict[str, Any], task_id: str) -> None:
+            app.send_task(name, kwargs=kwargs, task_id=task_id, queue=queue + _INNER_QUEUES[name])
+
+        return Context(roots, limits, results_of(app, expires), send, queue)
+
+    common: dict[str, Any] = {"bind": True, "Request": TimedRequest, "throws": (ForkFailed,)}
+
+    @app.task(name=FORK_TASK, track_started=True, **common)
+    def fork(self: AnyTask, request: Any = None, *extra: Any, **unknown: Any) -> ForkResult:
+        """One fork; the contract's entry."""
+        if extra or unknown:
+            request = None
+        try:
+            return _answer(self, run_fork(context(self), self.request.id, request, _queued(self)))
+        except Again:
+            _send_again(self, {"request": request}, _queue(self))
+
+    @app.task(name=CHUNK_TASK, ignore_result=True, **common)
+    def chunk(self: AnyTask, fork_id: str, destination: str, number: int) -> None:
+        """One chunk of a fork."""
+        try:
+            run_chunk(context(self), fork_id, destination, number)
+        except Again:
+            kwargs = {"fork_id": fork_id, "destination": destination, "number": number}
+            _send_again(self, kwargs, _queue(self) + _INNER_QUEUES[CHUNK_TASK])
+
+    @app.task(name=FINISH_TASK, **common)
+    def finish(self: AnyTask, destination: str) -> ForkResult:
+        """The end of a fork; runs under the fork's own id, so that its outcome is the fork's."""
+        try:
+            return _answer(self, run_finish(context(self), self.request.id, destination))
+        except Again:
+            _send_again(self, {"destination": destination}, _queue(self) + _INNER_QUEUES[FINISH_TASK])
+
+
+def _answer(task: AnyTask, result: ForkResult | None) -> ForkResult:
+    """End the task as its fork ended; without a result, as if it had not run."""
+    if result is None:
+        raise Ignore
+    error = result["error"]
+    if error is None:
+        return result
+    if result["status"] == "cancelled":
+        task.backend.store_result(task.request.id, TaskRevokedError(describe(error)), states.REVOKED)
+        raise Ignore
+    raise ForkFailed(describe(error))
+
+
+def _send_again(task: AnyTask, kwargs: dict[str, Any], queue: str) -> NoReturn:
+    """Put the task back into its queue under its id, and end this run of it without a trace."""
+    task.app.send_task(task.name, kwargs=kwargs, task_id=task.request.id, queue=queue, countdown=AGAIN_SECONDS)
+    raise Ignore
+
+
+def _queue(task: AnyTask) -> str:
+    """The domain's queue, out of the one that the message came from."""
+    return str(task.request.delivery_info["routing_key"]).partition("#")[0]
+
+
+def _queued(task: AnyTask) -> float:
+    """Seconds that the message waited: since its header `sent_at`, or else since the worker took it."""
+    began = getattr(task.request, "sent_at", None)
+    if not isinstance(began, int | float):
+        began = task.request.received_at
+    return max(0.0, time.time() - began)

@@ -1,0 +1,75 @@
+"""`forkvm.chunk`: one part of a fork that was too much for one task."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tasks.context import FINISH_TASK, LOCK_WAIT, Again, Context
+from tasks.copier.chunk import fail_chunk, run_held_chunk
+from tasks.copier.ends import reopen_ends
+from tasks.copier.errors import Code, ForkError
+from tasks.copier.plan import Plan
+from tasks.copier.progress import Ticker
+from tasks.copier.report import Report
+from tasks.copier.spec import ForkSpec
+from tasks.copier.staging import Journal, Phase, Staging
+from tasks.copier.work import open_work
+
+
+def run_chunk(context: Context, fork_id: str, destination: str, number: int) -> None:
+    """Do one chunk unless it is done or the fork is over; the one that ends the last chunk sends the finish.
+
+    Raises Again while another process works on this very chunk, or plans or finishes the fork.
+    """
+    try:
+        with _staging(context, fork_id, destination) as staging:
+            journal = staging.journal() if staging is not None else None
+            if staging is None or journal is None or journal.phase is not Phase.CLONING or journal.plan is None:
+                return
+            plan = Plan.from_data(journal.plan)
+            report = _do(context, staging, journal, plan, number)
+            if report is None:
+                raise Again
+            context.results.keep_pages(fork_id, str(number), report.close())
+            over = staging.is_stopped() or all(staging.has_report(str(n)) for n in range(len(plan.chunks)))
+    except TimeoutError:
+        raise Again from None
+    if over:
+        context.send(FINISH_TASK, {"destination": destination}, fork_id)
+
+
+@contextmanager
+def _staging(context: Context, fork_id: str, destination: str) -> Iterator[Staging | None]:
+    try:
+        parent_fd, _ = context.roots.open_parent(destination)
+    except ForkError:  # the fork's finish will tell; there is nothing to write to
+        yield None
+        return
+    try:
+        with Staging.attach(parent_fd, fork_id, LOCK_WAIT) as staging:
+            yield staging
+    finally:
+        os.close(parent_fd)
+
+
+def _do(context: Context, staging: Staging, journal: Journal, plan: Plan, number: int) -> Report | None:
+    spec = ForkSpec.from_data(journal.spec)
+
+    def beat_and_look(progress: Progress) -> None:
+        beat(progress)
+        if staging.is_stopped():
+            raise ForkError(Code.CANCELLED, "another chunk of the fork failed", "")
+
+    beat = context.beat(spec.fork_id, str(number))
+    ticker = Ticker(beat_and_look)
+    ticker.enter("copy", plan.entries, plan.bytes)
+    try:
+        with (
+            reopen_ends(context.roots, spec.source, spec.destination, plan.top.ino) as ends,
+            open_work(ends, staging, journal, spec.options, staging.open_tree(journal)) as work,
+        ):
+            return run_held_chunk(work, plan, number, ticker)
+    except ForkError as error:
+        return fail_chunk(staging, number, error)

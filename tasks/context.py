@@ -1,0 +1,88 @@
+"""What every task is given: the worker's bounds, the results, and a way to send further tasks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from redis.exceptions import RedisError
+
+from tasks.copier.errors import Code, ForkError
+from tasks.copier.options import Limits
+from tasks.copier.progress import BEAT_SECONDS, Beat, Progress
+from tasks.copier.roots import Roots
+from tasks.copier.spec import ForkResult
+from tasks.results import Results
+
+#: How long a task waits for the staging that another one holds, before it goes back to the queue, in seconds.
+LOCK_WAIT = 1.0
+#: How long a task that had to go back stays away, in seconds.
+AGAIN_SECONDS = 1.0
+
+
+class Again(Exception):
+    """Another process holds what this task needs: send it again in `AGAIN_SECONDS`."""
+
+
+class Send(Protocol):
+    """Sends a task by name into the domain that the running one came from."""
+
+    def __call__(self, task: str, kwargs: dict[str, Any], task_id: str) -> None:
+        """`task` is one of the names below."""
+
+
+CHUNK_TASK = "forkvm.chunk"
+FINISH_TASK = "forkvm.finish"
+
+
+@dataclass(frozen=True)
+class Context:
+    """The surroundings of one running task."""
+
+    roots: Roots
+    limits: Limits
+    results: Results
+    send: Send
+    #: The queue of the domain, as clients name it.
+    queue: str
+
+    def beat(self, fork_id: str, part: str) -> Beat:
+        """Tells the progress of one part of a fork, and raises ForkError cancelled when someone asked for an end.
+
+        Redis being away stops no fork: neither is worth it.
+        """
+        tell_from = time.monotonic() + BEAT_SECONDS  # what is done before that needs no telling
+
+        def beat(progress: Progress) -> None:
+            try:
+                if time.monotonic() >= tell_from:
+                    self.results.tell(fork_id, part, progress)
+                is_cancelled = self.results.is_cancelled(fork_id)
+            except RedisError:
+                return
+            if is_cancelled:
+                raise cancelled()
+
+        return beat
+
+
+@dataclass(frozen=True)
+class ForkLedger:
+    """The engine's ledger over Redis, for one fork."""
+
+    results: Results
+    fork_id: str
+
+    def keep_pages(self, part: str, pages: list[bytes]) -> None:
+        """Keep FileResults; see `Results.keep_pages`."""
+        self.results.keep_pages(self.fork_id, part, pages)
+
+    def settle(self, result: ForkResult) -> None:
+        """Keep the final result; see `Results.settle`."""
+        self.results.settle(result)
+
+
+def cancelled() -> ForkError:
+    """The error of a fork that someone ended."""
+    return ForkError(Code.CANCELLED, "someone asked for an end", "")

@@ -1,0 +1,115 @@
+"""The contract with schedulers: what a request may say. Results are in `tasks.copier.spec` and `report`."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, ValidationError
+
+from tasks.copier.errors import Code, ForkError
+from tasks.copier.options import DEFAULT_EXCLUDE, PRESERVE_ALL, Durability, Options, Preserve, Reflink, Verify
+from tasks.copier.roots import normal_path
+from tasks.copier.selection import Selection
+from tasks.copier.spec import ForkSpec
+
+#: Most entries of a list or mapping in a request, and characters of one pattern or label.
+_MOST = 10_000
+_LONGEST = 4096
+
+
+def _short(text: str) -> str:
+    if len(text) > _LONGEST:
+        raise ValueError(f"longer than {_LONGEST} characters")
+    return text
+
+
+def _relative(path: str) -> str:
+    parts = path.split("/")
+    if path.startswith("/") or ".." in parts or "\0" in path:
+        raise ValueError("a path relative to the source, without '..', is wanted")
+    return "/".join(part for part in parts if part not in ("", "."))
+
+
+#: A Python string as it is. pydantic's own `str` refuses the lone surrogates that stand for bytes that are not UTF-8.
+Text = Annotated[InstanceOf[str], AfterValidator(_short)]
+RelativePath = Annotated[InstanceOf[str], AfterValidator(_short), AfterValidator(_relative)]
+
+
+class ForkRequest(BaseModel):
+    """A request for one fork, as JSON carries it. An unknown field is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    #: Absolute paths. Bytes that are not UTF-8 are written as Python's surrogateescape does (`\udcff` for 0xff).
+    source: Annotated[InstanceOf[str], AfterValidator(lambda path: normal_path(path, "source"))]
+    destination: Annotated[InstanceOf[str], AfterValidator(lambda path: normal_path(path, "destination"))]
+    reflink: Reflink = "auto"
+    skip: Annotated[list[RelativePath], Field(max_length=_MOST)] = []
+    exclude: Annotated[list[Text], Field(max_length=_MOST)] = list(DEFAULT_EXCLUDE)
+    preserve: Annotated[list[Preserve], Field(max_length=_MOST)] = sorted(PRESERVE_ALL)
+    durability: Durability = "none"
+    verify: Verify = "none"
+    #: Echoed back in the result as they came.
+    labels: Annotated[dict[Text, Text] | list[Text], Field(max_length=_MOST)] = {}
+
+    def options(self) -> Options:
+        """What the engine is told."""
+        return Options(
+            reflink=self.reflink,
+            skip=tuple(self.skip),
+            exclude=tuple(self.exclude),
+            preserve=frozenset(self.preserve),
+            durability=self.durability,
+            verify=self.verify,
+        )
+
+
+def parse(request: object) -> ForkRequest:
+    """The request that plain data from a client stands for. Raises ForkError invalid_request, which names the field."""
+    if not isinstance(request, dict):
+        raise ForkError(Code.INVALID_REQUEST, "the message carries no request: one argument, `request`, an object", "")
+    try:
+        parsed = ForkRequest.model_validate(request)
+    except ValidationError as error:
+        raise ForkError(Code.INVALID_REQUEST, _explain(error), text_of(request, "source")) from None
+    try:
+        Selection(parsed.skip, parsed.exclude)
+    except re.error as error:
+        message = f"exclude: {error.pattern!r} is no pattern: {error.msg}"
+        raise ForkError(Code.INVALID_REQUEST, message, parsed.source) from None
+    return parsed
+
+
+def spec_of(request: ForkRequest, fork_id: str, *, queued: float, started: float) -> ForkSpec:
+    """The fork that a queue's request asks for; `queued` and `started` are seconds (waiting, and since the epoch)."""
+    return ForkSpec(
+        fork_id=fork_id,
+        source=request.source,
+        destination=request.destination,
+        options=request.options(),
+        labels=request.labels,
+        owner="queue",
+        queued=queued,
+        started=started,
+    )
+
+
+def text_of(request: object, field: str) -> str:
+    """The text in a field of what may be no request at all, for messages and failed results."""
+    value: Any = request.get(field) if isinstance(request, dict) else None
+    return value if isinstance(value, str) else ""
+
+
+def _explain(error: ValidationError) -> str:
+    """All that is wrong, one clause a field: `reflink: Input should be 'auto', 'always' or 'never'`."""
+    clauses = []
+    for detail in error.errors(include_url=False, include_context=False, include_input=False):
+        where = ".".join(str(part) for part in detail["loc"]) or "request"
+        clauses.append(f"{where}: {detail['msg']}")
+    return "; ".join(clauses)
+
+
+class ForkFailed(Exception):
+    """A fork that failed, as the client's `AsyncResult.get()` raises it: `code: path: what happened`."""
+

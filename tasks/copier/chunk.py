@@ -1,0 +1,124 @@
+"""One chunk: the files of a span of the manifest, or one byte range of a large file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from tasks.copier import manifest
+from tasks.copier.clone import Cloner
+from tasks.copier.errors import Code, ForkError
+from tasks.copier.plan import Chunk, Plan
+from tasks.copier.progress import Ticker
+from tasks.copier.report import RangeDone, Report, failed
+from tasks.copier.staging import Staging
+from tasks.copier.walk import Block, join
+from tasks.copier.work import Work, on_this_host
+
+#: How often a chunk is begun before its fork is given up as worker_lost: whatever is in it kills its worker.
+MAX_TRIES = 4
+
+
+def run_chunk(work: Work, plan: Plan, chunk: Chunk, cloner: Cloner, ticker: Ticker) -> Report:
+    """Do one chunk. A failure is told in the report (`totals.error`), not raised; the work stops at the first."""
+    report = Report()
+    try:
+        if chunk.kind == "range":
+            _copy_range(work, plan, chunk, cloner, ticker, report)
+        else:
+            _clone_files(work, plan, chunk, cloner, ticker, report)
+    except ForkError as error:
+        report.totals.error = report.totals.error or error.record()
+    report.totals.fallback = cloner.fallback
+    return report
+
+
+def run_held_chunk(work: Work, plan: Plan, number: int, ticker: Ticker) -> Report | None:
+    """Do chunk `number` unless it is done, and leave its report in the staging; None while another process does it.
+
+    The fork is told to stop when the chunk fails. Raises OSError when the staging cannot be written.
+    """
+    staging = work.staging
+    with staging.hold_chunk(number) as begun:
+        if begun is None:
+            return None
+        if staging.has_report(str(number)):
+            return staging.report(str(number))
+        if staging.is_stopped():
+            return Report()
+        if begun > MAX_TRIES:
+            return fail_chunk(staging, number, worker_lost(work.ends.source))
+        cloner = Cloner(work.options, {(src, dst): refusal for src, dst, refusal in plan.refused}, ticker.step)
+        report = run_chunk(work, plan, plan.chunks[number], cloner, ticker)
+        error = report.totals.error
+        if error is not None:
+            staging.stop()
+        if error is None or error["code"] != Code.CANCELLED:  # who was told to stop is not the cause
+            staging.write_report(str(number), report)
+        return report
+
+
+def fail_chunk(staging: Staging, number: int, error: ForkError) -> Report:
+    """Record that chunk `number` cannot be done, and stop the others."""
+    report = Report()
+    report.totals.error = error.record()
+    staging.stop()
+    staging.write_report(str(number), report)
+    return report
+
+
+def worker_lost(path: str) -> ForkError:
+    """The error for work that was begun too often without an end."""
+    message = f"the processes that worked on it died {MAX_TRIES} times; see the worker's log for why"
+    return ForkError(Code.WORKER_LOST, message, path)
+
+
+def _clone_files(work: Work, plan: Plan, chunk: Chunk, cloner: Cloner, ticker: Ticker, report: Report) -> None:
+    for block in _blocks(work, plan, chunk):
+        with work.place(block.path) as place:
+            for entry in block.entries:
+                path = join(block.path, entry.name)
+                if path == plan.cloned:
+                    continue
+                try:
+                    result = cloner.entry(place, entry)
+                    report.add(result)
+                    ticker(1, result["bytes"] - result["copied_bytes"])
+                except ForkError as error:
+                    if error.code is not Code.CANCELLED:
+                        report.add(failed(path, entry, error))
+                    raise
+
+
+def _copy_range(work: Work, plan: Plan, chunk: Chunk, cloner: Cloner, ticker: Ticker, report: Report) -> None:
+    began = time.perf_counter()
+    block = next(_blocks(work, plan, chunk))
+    entry = block.entries[0]
+    done: RangeDone = {
+        "path": join(block.path, entry.name),
+        "size": entry.size,
+        "copied_bytes": 0,
+        "seconds": 0.0,
+        "error": None,
+    }
+    report.ranges.append(done)
+    try:
+        with work.place(block.path) as place:
+            done["copied_bytes"] = cloner.copy_range(place, entry, chunk.start, chunk.end)
+    except ForkError as error:
+        if error.code is not Code.CANCELLED:
+            done["error"] = error.record()
+        raise
+    finally:
+        done["seconds"] = time.perf_counter() - began
+    ticker(0, chunk.end - chunk.start - done["copied_bytes"])
+
+
+def _blocks(work: Work, plan: Plan, chunk: Chunk) -> Iterator[Block]:
+    fd = work.staging.manifest()
+    with open(fd, "rb"):
+        for block in manifest.read(fd, chunk.span):
+            if plan.top.dev != work.source_dev:
+                yield Block(block.path, [on_this_host(entry, plan.top.dev, work.source_dev) for entry in block.entries])
+            else:
+                yield block

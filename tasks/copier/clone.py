@@ -1,0 +1,275 @@
+"""Cloning the entries of one directory: each file by the ladder FICLONE, copy_file_range, pread/pwrite."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from tasks.copier.compare import first_difference
+from tasks.copier.errors import Code, ForkError, from_oserror, from_source
+from tasks.copier.metadata import Metadata
+from tasks.copier.options import Options
+from tasks.copier.reflink import NOT_ASKED_FOR, Refusal, Reflinker
+from tasks.copier.report import Fallback, FileResult
+from tasks.copier.sparse import SparseCopier, Step
+from tasks.copier.walk import Entry, Kind, join
+
+#: O_NONBLOCK: a file swapped for a FIFO must not hang us.
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_OPEN = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One directory of the source and its counterpart in the tree, both open."""
+
+    src_fd: int
+    dst_fd: int
+    #: st_dev of the destination's filesystem.
+    dst_dev: int
+    #: Relative to the source.
+    path: str
+    #: The absolute paths of source and destination, for messages.
+    source: str
+    destination: str
+
+    def source_of(self, name: str) -> str:
+        """The absolute source path of the entry `name`."""
+        return join(self.source, join(self.path, name))
+
+    def destination_of(self, name: str) -> str:
+        """The absolute path that the entry `name` is to have."""
+        return join(self.destination, join(self.path, name))
+
+
+class ReflinkRefused(Exception):
+    """A file was to be reflinked or left: it was refused, and nothing of it is left. `refusal` says why."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal)
+        self.refusal = refusal
+
+
+class Cloner:
+    """Clones entries of one fork; keeps what is learnt on the way: refused pairs, the first fallback, one buffer."""
+
+    def __init__(self, options: Options, refused: dict[tuple[int, int], int], step: Step) -> None:
+        """`step` is called with the bytes of each piece copied, and raises to stop."""
+        self.reflinker = Reflinker(refused)
+        self.metadata = Metadata(options.preserve)
+        self.fallback: Fallback | None = None
+        self._options = options
+        self._sparse = SparseCopier(step, offload=options.reflink != "never")
+        self._user, self._group = os.geteuid(), os.getegid()
+        self._no_atime = os.O_NOATIME
+
+    # -- whole entries
+
+    def entry(self, place: Place, entry: Entry) -> FileResult:
+        """Clone one file or symlink. Raises ForkError; then nothing of the entry is left."""
+        if entry.kind == Kind.SYMLINK:
+            return self._symlink(place, entry)
+        return self.file(place, entry)
+
+    def file(self, place: Place, entry: Entry, *, may_copy: bool = True) -> FileResult:
+        """Clone one regular file. Raises ForkError, and ReflinkRefused where it may not be copied instead."""
+        began = time.perf_counter()
+        copied, refusal = 0, None
+        src_fd = self._open_source(place, entry)
+        try:
+            dst_fd = self._create(place, entry)
+            try:
+                refusal = self._reflink(place, entry, src_fd, dst_fd)
+                if refusal is not None:
+                    if not may_copy:
+                        raise ReflinkRefused(refusal)
+                    copied = self._copy(place, entry, src_fd, dst_fd)
+                self._complete(place, entry, src_fd, dst_fd)
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(entry.name, dir_fd=place.dst_fd)
+                raise
+            finally:
+                os.close(dst_fd)
+        finally:
+            os.close(src_fd)
+        return {
+            "path": join(place.path, entry.name),
+            "type": "file",
+            "method": "reflink" if refusal is None else "copy",
+            "bytes": entry.size,
+            "copied_bytes": copied,
+            "seconds": round(time.perf_counter() - began, 6),
+            "reason": None if refusal is None else refusal.reason,
+            "error": None,
+        }
+
+    def _symlink(self, place: Place, entry: Entry) -> FileResult:
+        began = time.perf_counter()
+        source = place.source_of(entry.name)
+        try:
+            now = os.stat(entry.name, dir_fd=place.src_fd, follow_symlinks=False)
+            if not entry.is_still(now):
+                raise ForkError(Code.SOURCE_CHANGED, "it changed while it was cloned", source)
+            target = os.readlink(entry.name, dir_fd=place.src_fd)
+        except OSError as error:
+            raise from_source(error, "reading a symlink", source) from None
+        try:
+            _make_symlink(target, entry.name, place.dst_fd)
+            self.metadata.apply_to_symlink(place.dst_fd, entry, place.src_fd)
+        except OSError as error:
+            raise from_oserror(error, "making a symlink", place.destination_of(entry.name)) from None
+        return {
+            "path": join(place.path, entry.name),
+            "type": "symlink",
+            "method": "symlink",
+            "bytes": 0,
+            "copied_bytes": 0,
+            "seconds": round(time.perf_counter() - began, 6),
+            "reason": None,
+            "error": None,
+        }
+
+    # -- a large file, in ranges that several processes share
+
+    def create_for_ranges(self, place: Place, entry: Entry) -> None:
+        """Make the file that ranges will fill: one hole of the final size. Raises ForkError."""
+        dst_fd = self._create(place, entry)
+        try:
+            self._set_size(place, entry, dst_fd)
+        finally:
+            os.close(dst_fd)
+
+    def copy_range(self, place: Place, entry: Entry, start: int, end: int) -> int:
+        """Copy the data of [start, end) of a file that `create_for_ranges` made; returns the bytes copied."""
+        with self._both(place, entry) as (src_fd, dst_fd):
+            paths = place.source_of(entry.name), place.destination_of(entry.name)
+            copied = self._sparse.copy(src_fd, dst_fd, start, end, paths)
+            self._check_source(place, entry, src_fd)
+            if self._options.verify == "content":
+                _verify(place, entry, src_fd, dst_fd, start, end)
+            return copied
+
+    def complete_ranges(self, place: Place, entry: Entry) -> None:
+        """Check the file whose ranges are all copied, and give it its metadata. Raises ForkError."""
+        with self._both(place, entry) as (src_fd, dst_fd):
+            self._complete(place, entry, src_fd, dst_fd, verified=True)
+
+    # -- the steps
+
+    @contextmanager
+    def _both(self, place: Place, entry: Entry) -> Iterator[tuple[int, int]]:
+        src_fd = self._open_source(place, entry)
+        try:
+            try:
+                dst_fd = os.open(entry.name, _OPEN, dir_fd=place.dst_fd)
+            except OSError as error:
+                raise from_oserror(error, "opening the clone", place.destination_of(entry.name)) from None
+            try:
+                yield src_fd, dst_fd
+            finally:
+                os.close(dst_fd)
+        finally:
+            os.close(src_fd)
+
+    def _open_source(self, place: Place, entry: Entry) -> int:
+        try:
+            try:
+                return os.open(entry.name, _READ | self._no_atime, dir_fd=place.src_fd)
+            except PermissionError:
+                # open(2): O_NOATIME is for the owner and the privileged.
+                self._no_atime = 0
+                return os.open(entry.name, _READ, dir_fd=place.src_fd)
+        except OSError as error:
+            raise from_source(error, "opening it", place.source_of(entry.name)) from None
+
+    def _create(self, place: Place, entry: Entry) -> int:
+        # Until the owner is right, nobody but us gets in; and never more than the source's bits.
+        ours = entry.uid == self._user and entry.gid == self._group
+        mode = entry.mode & (0o777 if ours else 0o700)
+        try:
+            try:
+                return os.open(entry.name, _CREATE, mode, dir_fd=place.dst_fd)
+            except FileExistsError:
+                # Left by a process that died in this chunk. A fresh inode, so that no old descriptor reaches it.
+                os.unlink(entry.name, dir_fd=place.dst_fd)
+                return os.open(entry.name, _CREATE, mode, dir_fd=place.dst_fd)
+        except OSError as error:
+            raise from_oserror(error, "creating it", place.destination_of(entry.name)) from None
+
+    def _reflink(self, place: Place, entry: Entry, src_fd: int, dst_fd: int) -> Refusal | None:
+        if self._options.reflink == "never":
+            return NOT_ASKED_FOR
+        try:
+            refusal = self.reflinker.clone(dst_fd, src_fd, entry.dev, place.dst_dev)
+        except OSError as error:
+            doing = f"reflinking {place.source_of(entry.name)}"
+            raise from_oserror(error, doing, place.destination_of(entry.name)) from None
+        if refusal is not None:
+            path = place.source_of(entry.name)
+            if self._options.reflink == "always":
+                raise ForkError(Code.REFLINK_UNSUPPORTED, refusal.reason, path, refusal.errno)
+            if self.fallback is None and refusal.asked:
+                name = join(place.path, entry.name)
+                self.fallback = {"reason": refusal.reason, "errno": refusal.errno, "path": name}
+        return refusal
+
+    def _copy(self, place: Place, entry: Entry, src_fd: int, dst_fd: int) -> int:
+        self._check_source(place, entry, src_fd)  # before bytes are read from what may be something else by now
+        self._set_size(place, entry, dst_fd)
+        paths = place.source_of(entry.name), place.destination_of(entry.name)
+        return self._sparse.copy(src_fd, dst_fd, 0, entry.size, paths)
+
+    def _set_size(self, place: Place, entry: Entry, dst_fd: int) -> None:
+        """Make the empty or half-made file one hole of the final size.
+
+        Empty first: a failed clone may have left something; but not without need, since ext4 writes a file out on
+        close that was cut to nothing (auto_da_alloc, ext4(5)). The size before the data: XFS preallocates behind
+        the end of a file that grows, and keeps it.
+        """
+        try:
+            if os.fstat(dst_fd).st_size:
+                os.ftruncate(dst_fd, 0)
+            os.ftruncate(dst_fd, entry.size)
+        except OSError as error:
+            raise from_oserror(error, "setting its size", place.destination_of(entry.name)) from None
+
+    def _complete(self, place: Place, entry: Entry, src_fd: int, dst_fd: int, *, verified: bool = False) -> None:
+        """Check the clone against the source as it is now, and give it its metadata."""
+        self._check_source(place, entry, src_fd)
+        fresh = os.fstat(dst_fd)
+        if fresh.st_size != entry.size:  # OpenZFS once truncated the clone and reported success (issue 15728)
+            message = f"the clone has {fresh.st_size} bytes where the source has {entry.size}"
+            raise ForkError(Code.IO_ERROR, message, place.destination_of(entry.name))
+        if self._options.verify == "content" and not verified:
+            _verify(place, entry, src_fd, dst_fd, 0, entry.size)
+        try:
+            self.metadata.apply(dst_fd, fresh, entry, src_fd)
+        except OSError as error:
+            raise from_oserror(error, "setting its metadata", place.destination_of(entry.name)) from None
+
+    def _check_source(self, place: Place, entry: Entry, src_fd: int) -> None:
+        if not entry.is_still(os.fstat(src_fd)):
+            raise ForkError(Code.SOURCE_CHANGED, "it changed while it was cloned", place.source_of(entry.name))
+
+
+def _verify(place: Place, entry: Entry, src_fd: int, dst_fd: int, start: int, end: int) -> None:
+    try:
+        at = first_difference(src_fd, dst_fd, start, end)
+    except OSError as error:
+        raise from_oserror(error, "reading it back", place.destination_of(entry.name)) from None
+    if at is not None:
+        message = f"it differs from the source at byte {at}"
+        raise ForkError(Code.VERIFY_FAILED, message, place.destination_of(entry.name))
+
+
+def _make_symlink(target: str, name: str, dir_fd: int) -> None:
+    try:
+        os.symlink(target, name, dir_fd=dir_fd)
+    except FileExistsError:  # left by a process that died in this chunk
+        os.unlink(name, dir_fd=dir_fd)
+        os.symlink(target, name, dir_fd=dir_fd)

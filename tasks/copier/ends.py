@@ -1,0 +1,77 @@
+"""The two ends of a fork: the source directory and the place of its destination, both opened once."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tasks.copier.errors import Code, ForkError
+from tasks.copier.roots import Roots, is_inside
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """Descriptors of the source and of the destination's parent; the paths are for messages and records only."""
+
+    source: str
+    destination: str
+    source_fd: int
+    parent_fd: int
+    #: The destination's name in its parent.
+    name: str
+
+    def refuse_existing(self) -> None:
+        """Raise ForkError destination_exists when anything stands at the destination, be it a dangling symlink."""
+        try:
+            os.stat(self.name, dir_fd=self.parent_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        raise destination_exists(self.destination)
+
+
+def destination_exists(path: str) -> ForkError:
+    """The error for a destination that is taken."""
+    message = "the destination exists; it is never replaced or merged into"
+    return ForkError(Code.DESTINATION_EXISTS, message, path, errno.EEXIST)
+
+
+@contextmanager
+def open_ends(roots: Roots, source: str, destination: str) -> Iterator[Ends]:
+    """Open both ends within the roots.
+
+    Raises ForkError: invalid_request, outside_roots, source_not_found, source_not_directory,
+    destination_inside_source, permission_denied.
+    """
+    source_fd = roots.open_source(source)
+    try:
+        parent_fd, name = roots.open_parent(destination)
+        try:
+            if is_inside(parent_fd, os.fstat(source_fd)):
+                message = "the destination lies inside the source"
+                raise ForkError(Code.DESTINATION_INSIDE_SOURCE, message, destination)
+            yield Ends(source, destination, source_fd, parent_fd, name)
+        finally:
+            os.close(parent_fd)
+    finally:
+        os.close(source_fd)
+
+
+@contextmanager
+def reopen_ends(roots: Roots, source: str, destination: str, inode: int) -> Iterator[Ends]:
+    """Open both ends of a fork that was planned before, whose source directory had the given inode.
+
+    Raises ForkError: as `open_ends`, but source_changed for a source that is gone or replaced.
+    """
+    try:
+        with open_ends(roots, source, destination) as ends:
+            if os.fstat(ends.source_fd).st_ino != inode:
+                raise ForkError(Code.SOURCE_CHANGED, "it was replaced while it was cloned", source)
+            yield ends
+    except ForkError as error:
+        if error.code in (Code.SOURCE_NOT_FOUND, Code.SOURCE_NOT_DIRECTORY):
+            message = "it was removed or replaced while it was cloned"
+            raise ForkError(Code.SOURCE_CHANGED, message, source, error.errno) from None
+        raise

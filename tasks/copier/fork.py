@@ -1,0 +1,213 @@
+"""A fork from its start to its end, in steps that any process may take up where another one died.
+
+`start` plans, and does all of a small fork; `finish` closes and publishes one whose chunks are done. Both are called
+with the staging held exclusively, and may be called again for the same fork at any moment: they look at the journal
+first. Where the fork ends, its result is settled in the ledger before the staging goes, so that a second delivery of
+the request finds either the one or the other.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, cast
+
+from tasks.copier import syscalls
+from tasks.copier.chunk import MAX_TRIES, run_chunk, worker_lost
+from tasks.copier.clone import Cloner
+from tasks.copier.close import close_tree
+from tasks.copier.ends import Ends, destination_exists
+from tasks.copier.errors import Code, ForkError, from_oserror, from_record
+from tasks.copier.options import Limits
+from tasks.copier.plan import Plan, make_plan
+from tasks.copier.progress import Ticker
+from tasks.copier.report import Report, Totals
+from tasks.copier.spec import Clock, ForkResult, ForkSpec, failed, succeeded
+from tasks.copier.staging import Journal, Phase, Staging
+from tasks.copier.work import Work, open_work
+
+
+class Ledger(Protocol):
+    """Where a fork's results are kept for those who asked for it."""
+
+    def keep_pages(self, part: str, pages: list[bytes]) -> None:
+        """Keep the FileResults of one part of the fork (a chunk's number, `plan` or `close`)."""
+
+    def settle(self, result: ForkResult) -> None:
+        """Keep the final result. When this returns, a second delivery of the request will find it."""
+
+
+@dataclass
+class _Account:
+    """What is known of a fork while it is made, for its result, whichever that will be."""
+
+    spec: ForkSpec
+    clock: Clock
+    journal: Journal | None = None
+    chunks: int = 0
+    reports: dict[str, Report] = field(default_factory=dict)
+
+    def totals(self) -> Totals:
+        totals = Totals()
+        for report in self.reports.values():
+            totals.add(report.totals)
+        return totals
+
+
+def start(
+    ends: Ends, staging: Staging, spec: ForkSpec, limits: Limits, ticker: Ticker, ledger: Ledger
+) -> ForkResult | Plan:
+    """Begin or resume a fork: its result where all is done, else the plan whose chunks are to be run.
+
+    Never raises ForkError: a failure is a result.
+    """
+    account = _Account(spec, Clock(spec.started), staging.journal())
+    try:
+        journal = account.journal
+        if journal is not None and journal.plan is not None:
+            if journal.phase is Phase.PUBLISHING:
+                return _conclude(ends, staging, journal, ledger)
+            return Plan.from_data(journal.plan)
+        return _start_anew(ends, staging, account, limits, ticker, ledger)
+    except (ForkError, OSError) as error:
+        return _give_up(ends, staging, account, error, ledger)
+
+
+def finish(
+    ends: Ends, staging: Staging, ticker: Ticker, ledger: Ledger, abort: ForkError | None = None
+) -> ForkResult | None:
+    """Close and publish a fork whose chunks are done, or give it up: its result, or None while chunks are missing.
+
+    `abort` gives it up in any case, unless it is published. Never raises ForkError: a failure is a result.
+    """
+    journal = staging.journal()
+    if journal is None:
+        staging.remove()  # its planner died before it wrote anything
+        return None
+    spec = ForkSpec.from_data(journal.spec)
+    account = _Account(spec, Clock(spec.started, planned=journal.planned_at), journal)
+    try:
+        if journal.phase is Phase.PUBLISHING:
+            return _conclude(ends, staging, journal, ledger)
+        plan = Plan.from_data(journal.plan) if journal.plan is not None else None
+        if plan is not None:
+            account.chunks = len(plan.chunks)
+            account.reports = _reports(staging, plan)
+            account.clock.cloned = time.time()
+        _raise_failure(account.reports)
+        if abort is not None:
+            raise abort
+        if plan is None or len(account.reports) < len(plan.chunks) + 1:
+            return None
+        with open_work(ends, staging, journal, spec.options, staging.open_tree(journal)) as work:
+            return _close_and_publish(work, plan, account, ticker, ledger)
+    except (ForkError, OSError) as error:
+        return _give_up(ends, staging, account, error, ledger)
+
+
+def _start_anew(
+    ends: Ends, staging: Staging, account: _Account, limits: Limits, ticker: Ticker, ledger: Ledger
+) -> ForkResult | Plan:
+    spec = account.spec
+    if account.journal is not None and account.journal.tries >= MAX_TRIES:
+        raise worker_lost(spec.source)
+    ends.refuse_existing()
+    journal = account.journal = staging.begin(spec.to_data(), account.journal)
+    with open_work(ends, staging, journal, spec.options, staging.make_tree(journal)) as work:
+        cloner = Cloner(spec.options, {}, ticker.step)
+        planned = account.reports["plan"] = Report()
+        plan = make_plan(work, limits, cloner, ticker, planned)
+        planned.totals.fallback = cloner.fallback
+        account.chunks = len(plan.chunks)
+        account.clock.planned = time.time()
+        if not plan.inline:
+            ledger.keep_pages("plan", planned.close())
+            staging.write_report("plan", planned)
+            staging.write_journal(
+                replace(journal, phase=Phase.CLONING, plan=plan.to_data(), planned_at=account.clock.planned)
+            )
+            return plan
+        for number, chunk in enumerate(plan.chunks):
+            account.reports[str(number)] = run_chunk(work, plan, chunk, cloner, ticker)
+        _raise_failure(account.reports)
+        account.clock.cloned = time.time()
+        account.journal = replace(journal, plan=plan.to_data())
+        return _close_and_publish(work, plan, account, ticker, ledger)
+
+
+def _close_and_publish(work: Work, plan: Plan, account: _Account, ticker: Ticker, ledger: Ledger) -> ForkResult:
+    spec, journal, staging = account.spec, cast(Journal, account.journal), work.staging
+    refused = {(src, dst): number for src, dst, number in plan.refused}
+    cloner = Cloner(spec.options, refused, ticker.step)
+    ticker.enter("publish", plan.entries, plan.bytes)
+    account.reports["close"] = close_tree(work, plan, account.reports.values(), cloner, ticker)
+    for part, report in account.reports.items():
+        if report.has_pages():
+            ledger.keep_pages(part, report.close())
+    sync = spec.options.durability == "sync"
+    if sync:
+        syscalls.syncfs(work.tree_fd)
+    result = succeeded(spec, account.totals(), account.chunks, account.clock)
+    journal = replace(
+        journal,
+        phase=Phase.PUBLISHING,
+        tree=os.fstat(work.tree_fd).st_ino,
+        result=cast(dict[str, Any], result),
+    )
+    ticker.look_now()
+    staging.write_journal(journal, sync=sync)
+    account.journal = journal
+    return _conclude(work.ends, staging, journal, ledger)
+
+
+def _conclude(ends: Ends, staging: Staging, journal: Journal, ledger: Ledger) -> ForkResult:
+    """Publish the complete tree unless that is done, settle the result, and remove the staging."""
+    if not staging.is_published(journal, ends.name):
+        try:
+            staging.publish(journal, ends.name, sync=journal.spec["options"]["durability"] == "sync")
+        except FileExistsError:
+            raise destination_exists(ends.destination) from None
+        except FileNotFoundError as error:
+            message = "the finished fork is gone: it was moved or removed by someone else"
+            raise ForkError(Code.IO_ERROR, message, ends.destination, error.errno) from None
+    result = cast(ForkResult, journal.result)
+    ledger.settle(result)
+    _remove(staging)
+    return result
+
+
+def _give_up(
+    ends: Ends, staging: Staging, account: _Account, error: ForkError | OSError, ledger: Ledger
+) -> ForkResult:
+    """Remove all that was made, and settle the failure."""
+    if isinstance(error, OSError):
+        error = from_oserror(error, "working in the staging directory", ends.destination)
+    if account.journal is not None:
+        with suppress(OSError):  # what cannot be removed now, gc removes later; the cause is what must be told
+            staging.discard_tree(account.journal)
+    for part, report in account.reports.items():
+        if report.has_pages():
+            ledger.keep_pages(part, report.close())
+    result = failed(account.spec, error, account.totals(), account.chunks, account.clock)
+    ledger.settle(result)
+    _remove(staging)
+    return result
+
+
+def _remove(staging: Staging) -> None:
+    with suppress(OSError):
+        staging.remove()
+
+
+def _reports(staging: Staging, plan: Plan) -> dict[str, Report]:
+    """The reports that are there, without their pages: those are in the ledger already."""
+    parts = ["plan", *map(str, range(len(plan.chunks)))]
+    return {part: staging.report(part).without_pages() for part in parts if staging.has_report(part)}
+
+
+def _raise_failure(reports: dict[str, Report]) -> None:
+    for report in reports.values():
+        if report.totals.error is not None:
+            raise from_record(report.totals.error)

@@ -1,0 +1,211 @@
+"""What was done: one FileResult an entry, in pages, and the totals that are their sums."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypedDict
+
+from tasks.copier.errors import ErrorRecord, ForkError
+from tasks.copier.walk import Entry, file_type
+
+Method = Literal["reflink", "copy", "hardlink", "symlink", "mkdir", "skip"]
+
+#: FileResults a page; with paths of 4 KiB each a page stays far below 1 MiB once compressed.
+PAGE_RESULTS = 1_000
+_FASTEST = 1
+
+
+class FileResult(TypedDict):
+    """What became of one entry of the source; the contract's FileResult."""
+
+    path: str  # relative to the source
+    type: str
+    method: Method
+    bytes: int  # logical size; 0 for what is no file of its own
+    copied_bytes: int
+    seconds: float
+    reason: str | None  # why skipped, or why not reflinked
+    error: ErrorRecord | None
+
+
+class Fallback(TypedDict):
+    """The first reflink that was refused."""
+
+    reason: str
+    errno: int
+    path: str
+
+
+_COUNTER = {
+    "reflink": "reflinked",
+    "copy": "copied",
+    "hardlink": "hardlinked",
+    "symlink": "symlinked",
+    "mkdir": "directories",
+    "skip": "skipped",
+}
+
+
+@dataclass
+class Totals:
+    """Sums over FileResults. A failed entry counts as failed only; `total` is the number of FileResults."""
+
+    total: int = 0
+    reflinked: int = 0
+    copied: int = 0
+    hardlinked: int = 0
+    symlinked: int = 0
+    directories: int = 0
+    skipped: int = 0
+    failed: int = 0
+    bytes_logical: int = 0
+    bytes_reflinked: int = 0
+    bytes_copied: int = 0
+    fallback: Fallback | None = None
+    error: ErrorRecord | None = None
+
+    def count(self, result: FileResult) -> None:
+        """Add one FileResult."""
+        self.total += 1
+        if result["error"] is not None:
+            self.failed += 1
+            self.error = self.error or result["error"]
+            return
+        method = result["method"]
+        counter = _COUNTER[method]
+        setattr(self, counter, getattr(self, counter) + 1)
+        self.bytes_logical += result["bytes"]
+        self.bytes_copied += result["copied_bytes"]
+        if method == "reflink":
+            self.bytes_reflinked += result["bytes"]
+
+    def add(self, other: Totals) -> None:
+        """Add the sums of another part of the fork; of fallbacks and errors, this one's come first."""
+        for name, value in asdict(other).items():
+            if isinstance(value, int):
+                setattr(self, name, getattr(self, name) + value)
+        self.fallback = self.fallback or other.fallback
+        self.error = self.error or other.error
+
+    def files(self) -> dict[str, int]:
+        """The contract's `files`."""
+        names = ("total", *_COUNTER.values(), "failed")
+        return {name: getattr(self, name) for name in names}
+
+    def bytes(self) -> dict[str, int]:
+        """The contract's `bytes`."""
+        return {"logical": self.bytes_logical, "reflinked": self.bytes_reflinked, "copied": self.bytes_copied}
+
+
+class RangeDone(TypedDict):
+    """One byte range of a large file; at the end they are put together into the file's one FileResult."""
+
+    path: str
+    size: int  # bytes, of the whole file
+    copied_bytes: int
+    seconds: float
+    error: ErrorRecord | None
+
+
+@dataclass
+class Report:
+    """What one part of a fork did: its totals, and its FileResults in compressed pages."""
+
+    totals: Totals = field(default_factory=Totals)
+    pages: list[bytes] = field(default_factory=list)
+    ranges: list[RangeDone] = field(default_factory=list)
+    _open_page: list[FileResult] = field(default_factory=list)
+
+    def add(self, result: FileResult) -> None:
+        """Take in one FileResult."""
+        self.totals.count(result)
+        self._open_page.append(result)
+        if len(self._open_page) == PAGE_RESULTS:
+            self.close()
+
+    def close(self) -> list[bytes]:
+        """Make a page of what has come in since the last one; returns all pages."""
+        if self._open_page:
+            self.pages.append(pack_page(self._open_page))
+            self._open_page = []
+        return self.pages
+
+    def has_pages(self) -> bool:
+        """Whether there are FileResults in it."""
+        return bool(self.pages or self._open_page)
+
+    def without_pages(self) -> Report:
+        """The sums alone."""
+        return Report(self.totals, [], self.ranges)
+
+    def to_bytes(self) -> bytes:
+        """The report as one file: a line of JSON, then the pages."""
+        self.close()
+        head: dict[str, Any] = {
+            "totals": asdict(self.totals),
+            "ranges": self.ranges,
+            "pages": [len(page) for page in self.pages],
+        }
+        return b"".join((json.dumps(head).encode("ascii"), b"\n", *self.pages))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Report:
+        """The report that `to_bytes` wrote."""
+        line, _, rest = data.partition(b"\n")
+        head = json.loads(line)
+        pages, at = [], 0
+        for length in head["pages"]:
+            pages.append(rest[at : at + length])
+            at += length
+        return cls(Totals(**head["totals"]), pages, head["ranges"])
+
+
+def failed(path: str, entry: Entry, error: ForkError) -> FileResult:
+    """The FileResult of an entry that could not be done: nothing of it is left."""
+    return {
+        "path": path,
+        "type": file_type(entry.mode),
+        "method": "copy",
+        "bytes": entry.size,
+        "copied_bytes": 0,
+        "seconds": 0.0,
+        "reason": None,
+        "error": error.record(),
+    }
+
+
+def join_ranges(ranges: Iterable[RangeDone], reason: str | None) -> Iterator[FileResult]:
+    """One FileResult for each file that was copied in ranges; `reason` is why it was not reflinked."""
+    files: dict[str, FileResult] = {}
+    for part in ranges:
+        result = files.setdefault(
+            part["path"],
+            {
+                "path": part["path"],
+                "type": "file",
+                "method": "copy",
+                "bytes": part["size"],
+                "copied_bytes": 0,
+                "seconds": 0.0,
+                "reason": reason,
+                "error": None,
+            },
+        )
+        result["copied_bytes"] += part["copied_bytes"]
+        result["seconds"] = round(result["seconds"] + part["seconds"], 6)
+        result["error"] = result["error"] or part["error"]
+    yield from files.values()
+
+
+def pack_page(results: list[FileResult]) -> bytes:
+    """FileResults as zlib-compressed JSON: ASCII, with names that are not UTF-8 as surrogate escapes."""
+    return zlib.compress(json.dumps(results, separators=(",", ":")).encode("ascii"), _FASTEST)
+
+
+def unpack_pages(pages: Iterable[bytes]) -> Iterator[FileResult]:
+    """The FileResults of some pages, in order."""
+    for page in pages:
+        yield from json.loads(zlib.decompress(page))

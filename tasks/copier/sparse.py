@@ -1,0 +1,118 @@
+"""The sparse copy: the data extents of a file, and its holes kept.
+
+copy_file_range per data extent, and pread/pwrite from where it refuses. Sources: copy_file_range(2), lseek(2),
+openzfs issues 15526 and 15728 (holes reported over dirty data).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+
+from tasks.copier import syscalls
+from tasks.copier.errors import Code, ForkError, from_oserror
+
+#: One call copies at most so many bytes. The kernel's own cap is 2 GiB, past which corruption was seen
+#: (glibc 2.41); less lets a cancellation through within a fraction of a second.
+_CALL_BYTES = 256 << 20
+#: Bytes of the one buffer that pread and pwrite share: larger ones are slower, a fresh one an extent far slower.
+_BUFFER_BYTES = 256 << 10
+
+#: Refusals of copy_file_range that pread/pwrite can follow; ENOENT is CIFS.
+_REFUSED = frozenset(
+    {
+        errno.ENOSYS,
+        errno.EXDEV,
+        errno.EINVAL,
+        errno.EOPNOTSUPP,
+        errno.ETXTBSY,
+        errno.EPERM,
+        errno.EBADF,
+        errno.ENOENT,
+    }
+)
+
+#: Called with the number of bytes just copied; raises to stop.
+Step = Callable[[int], None]
+
+
+def data_extents(fd: int, start: int, end: int, path: str) -> Iterator[tuple[int, int]]:
+    """Yield the (start, end) of each data extent of `fd` within [start, end), in bytes. `path` serves messages.
+
+    Raises ForkError sparse_unsupported where the filesystem cannot tell, and OSError.
+    """
+    at = start
+    while at < end:
+        try:
+            data = os.lseek(fd, at, os.SEEK_DATA)
+            if data >= end:
+                return
+            at = min(os.lseek(fd, data, os.SEEK_HOLE), end)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole up to the end
+                return
+            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+                message = "its filesystem cannot tell data from holes, and a dense copy is never made"
+                raise ForkError(Code.SPARSE_UNSUPPORTED, message, path, error.errno) from None
+            raise
+        yield data, at
+
+
+class SparseCopier:
+    """Copies byte ranges between files, with one buffer for as long as it lives."""
+
+    def __init__(self, step: Step, *, offload: bool) -> None:
+        """`offload`: let copy_file_range do it, which shares extents where it can; else real bytes are written."""
+        self._step = step
+        self._offload = offload
+        self._buffer: memoryview | None = None
+
+    def copy(self, src_fd: int, dst_fd: int, start: int, end: int, paths: tuple[str, str]) -> int:
+        """Copy the data of [start, end) and leave its holes; the destination must be a hole there. Returns bytes.
+
+        `paths` (source, destination) serve messages. Raises ForkError: sparse_unsupported, source_changed for a
+        source that ends early, no_space, io_error.
+        """
+        source, destination = paths
+        copied = 0
+        try:
+            if syscalls.filesystem_type(src_fd) == syscalls.ZFS:
+                os.fsync(src_fd)
+            for data, hole in data_extents(src_fd, start, end, source):
+                self._copy_extent(src_fd, dst_fd, data, hole, source)
+                copied += hole - data
+        except OSError as error:
+            raise from_oserror(error, f"copying {source}", destination) from None
+        return copied
+
+    def _copy_extent(self, src_fd: int, dst_fd: int, at: int, end: int, source: str) -> None:
+        while self._offload and at < end:
+            try:
+                done = os.copy_file_range(src_fd, dst_fd, min(end - at, _CALL_BYTES), at, at)
+            except OSError as error:
+                if error.errno not in _REFUSED:
+                    raise
+                break
+            if done == 0:  # the end of the file, or a filesystem that only says so
+                break
+            at += done
+            self._step(done)
+        while at < end:
+            done = self._copy_piece(src_fd, dst_fd, at, end)
+            if done == 0:
+                raise ForkError(Code.SOURCE_CHANGED, "it became shorter while it was copied", source)
+            at += done
+            self._step(done)
+
+    def _copy_piece(self, src_fd: int, dst_fd: int, at: int, end: int) -> int:
+        if self._buffer is None:
+            self._buffer = memoryview(bytearray(_BUFFER_BYTES))
+        got = os.preadv(src_fd, [self._buffer[: min(end - at, _BUFFER_BYTES)]], at)
+        written = 0
+        while written < got:
+            done = os.pwritev(dst_fd, [self._buffer[written:got]], at + written)
+            if done == 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            written += done
+        return got

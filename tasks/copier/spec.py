@@ -1,0 +1,133 @@
+"""A fork as the engine is asked for it, and as it answers."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal, TypedDict
+
+from tasks.copier.errors import Code, ErrorRecord, ForkError
+from tasks.copier.options import Options
+from tasks.copier.report import Fallback, Totals
+
+Labels = dict[str, str] | list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForkSpec:
+    """One fork to be made. Paths are absolute; times are seconds."""
+
+    fork_id: str
+    source: str
+    destination: str
+    options: Options = field(default_factory=Options)
+    labels: Labels = field(default_factory=dict)
+    #: Whether a queue will deliver the fork again after a crash; a local one dies with its process.
+    owner: Literal["queue", "local"] = "local"
+    #: How long the request waited, and when (since the epoch) work on it began.
+    queued: float = 0.0
+    started: float = field(default_factory=time.time)
+
+    def to_data(self) -> dict[str, Any]:
+        """As plain data for the journal."""
+        return {**asdict(self), "options": {**asdict(self.options), "preserve": sorted(self.options.preserve)}}
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> ForkSpec:
+        """From what `to_data` gave."""
+        options = data["options"]
+        return cls(
+            **{
+                **data,
+                "options": Options(
+                    **{
+                        **options,
+                        "skip": tuple(options["skip"]),
+                        "exclude": tuple(options["exclude"]),
+                        "preserve": frozenset(options["preserve"]),
+                    }
+                ),
+            }
+        )
+
+
+class ForkResult(TypedDict):
+    """What became of a fork; the contract's ForkResult."""
+
+    fork_id: str
+    status: Literal["succeeded", "failed", "cancelled"]
+    source: str
+    destination: str
+    error: ErrorRecord | None
+    files: dict[str, int]
+    bytes: dict[str, int]
+    fallback: Fallback | None
+    chunks: int
+    seconds: dict[str, float]
+    started_at: str
+    finished_at: str
+    labels: Labels
+
+
+@dataclass
+class Clock:
+    """When the steps of one fork began, in seconds since the epoch: they may run in several processes."""
+
+    started: float
+    planned: float = 0.0
+    cloned: float = 0.0
+
+    def seconds(self, queued: float, now: float) -> dict[str, float]:
+        """The contract's `seconds`; a step that was not reached took none."""
+        planned = self.planned or now
+        cloned = max(self.cloned or now, planned)
+        steps = {
+            "queued": queued,
+            "plan": planned - self.started,
+            "copy": cloned - planned,
+            "publish": now - cloned,
+            "total": now - self.started,
+        }
+        return {name: round(max(0.0, value), 6) for name, value in steps.items()}
+
+
+def succeeded(spec: ForkSpec, totals: Totals, chunks: int, clock: Clock) -> ForkResult:
+    """The result of a fork that is complete; true once it is published."""
+    return _result(spec, "succeeded", None, totals, chunks, clock)
+
+
+def failed(spec: ForkSpec, error: ForkError, totals: Totals, chunks: int, clock: Clock) -> ForkResult:
+    """The result of a fork that was given up; `cancelled` is a status of its own."""
+    status: Literal["cancelled", "failed"] = "cancelled" if error.code is Code.CANCELLED else "failed"
+    return _result(spec, status, error.record(), totals, chunks, clock)
+
+
+def _result(
+    spec: ForkSpec,
+    status: Literal["succeeded", "failed", "cancelled"],
+    error: ErrorRecord | None,
+    totals: Totals,
+    chunks: int,
+    clock: Clock,
+) -> ForkResult:
+    now = time.time()
+    return {
+        "fork_id": spec.fork_id,
+        "status": status,
+        "source": spec.source,
+        "destination": spec.destination,
+        "error": error,
+        "files": totals.files(),
+        "bytes": totals.bytes(),
+        "fallback": totals.fallback,
+        "chunks": chunks,
+        "seconds": clock.seconds(spec.queued, now),
+        "started_at": _timestamp(spec.started),
+        "finished_at": _timestamp(now),
+        "labels": spec.labels,
+    }
+
+
+def _timestamp(epoch: float) -> str:
+    return datetime.fromtimestamp(epoch, UTC).isoformat(timespec="microseconds")

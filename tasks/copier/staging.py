@@ -1,0 +1,324 @@
+"""Staging: where a fork is built, beside its destination, until one rename publishes it.
+
+Two directories stand in the destination's parent while a fork is made, so that they are on its filesystem, its
+subvolume and its quota, and need no right that the destination itself does not need:
+
+    .forkvm-<key>             the control directory: lock, journal, manifest, reports; mode 0700
+    .forkvm-<key>.<attempt>   the tree that becomes the destination; mode 0700 until it is published
+
+`key` is made from the fork's id, so every delivery of the same request meets the same control directory.
+
+**The fence.** Whoever writes into the tree holds the lock file: shared for a chunk, exclusive for the planner and for
+the one who publishes or gives up. The journal's phase is read and changed under it. So nobody writes into a tree that
+was published: to publish is to hold the lock alone, and a late chunk finds the control directory gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from tasks.copier import syscalls, trees
+from tasks.copier.metadata import drop_inherited_acls
+from tasks.copier.report import Report
+
+_LOCK = "lock"
+_JOURNAL = "journal"
+_MANIFEST = "manifest"
+_CLOSING = "closing"
+_STOP = "stop"
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+#: Pause between two tries of a lock, in seconds.
+_LOCK_PAUSE = 0.01
+
+
+class Phase(StrEnum):
+    """How far a fork is. Each change is one atomic write of the journal, under the exclusive lock."""
+
+    #: The source is walked; an inline fork is cloned in this phase too.
+    PLANNING = "planning"
+    #: The plan stands; chunks may work.
+    CLONING = "cloning"
+    #: The tree is complete and its inode written down: from here on the rename may have happened.
+    PUBLISHING = "publishing"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Journal:
+    """What any process needs to go on with a fork, or to end it."""
+
+    #: The fork that was asked for, as `ForkSpec.to_data` gives it.
+    spec: dict[str, Any]
+    #: Inode of the control directory: a copy of it that others made is not ours to touch.
+    control: int
+    #: Names the tree; new with each attempt, so that nothing of an earlier one can be taken for it.
+    attempt: str
+    phase: Phase = Phase.PLANNING
+    #: How often the fork was begun. Bounded, so that a fork which kills its worker ends as worker_lost.
+    tries: int = 0
+    #: Inode of the finished tree. Inodes alone, here and above: device numbers change with a reboot or a host.
+    tree: int | None = None
+    #: What `plan` made, as plain data, and when (seconds since the epoch).
+    plan: dict[str, Any] | None = None
+    planned_at: float = 0.0
+    #: The ForkResult that the rename makes true.
+    result: dict[str, Any] | None = None
+
+
+class Staging:
+    """The staging of one fork, open. `claim` makes or finds it, `attach` only finds it."""
+
+    def __init__(self, parent_fd: int, name: str, fd: int, lock_fd: int) -> None:
+        self.parent_fd = parent_fd
+        self.name = name
+        self.fd = fd
+        self._lock_fd = lock_fd
+
+    # -- coming and going
+
+    @classmethod
+    @contextmanager
+    def claim(cls, parent_fd: int, fork_id: str, wait: float) -> Iterator[Staging]:
+        """Make the fork's staging, or open what stands, and hold it exclusively.
+
+        Raises TimeoutError when others hold it for `wait` seconds, and OSError.
+        """
+        deadline = time.monotonic() + wait
+        name = control_name(fork_id)
+        while True:
+            with suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=parent_fd)
+            staging = cls._open(parent_fd, name)
+            if staging is None:
+                continue
+            try:
+                staging._lock(fcntl.LOCK_EX, deadline)
+                if staging._is_current():
+                    yield staging
+                    return
+            finally:
+                staging._close()
+
+    @classmethod
+    @contextmanager
+    def attach(cls, parent_fd: int, fork_id: str, wait: float, *, alone: bool = False) -> Iterator[Staging | None]:
+        """Hold the fork's staging, shared or `alone`; None where there is none (any more).
+
+        Raises TimeoutError when others hold it for `wait` seconds, and OSError.
+        """
+        staging = cls._open(parent_fd, control_name(fork_id))
+        if staging is None:
+            yield None
+            return
+        try:
+            staging._lock(fcntl.LOCK_EX if alone else fcntl.LOCK_SH, time.monotonic() + wait)
+            yield staging if staging._is_current() else None
+        finally:
+            staging._close()
+
+    @classmethod
+    def _open(cls, parent_fd: int, name: str) -> Staging | None:
+        try:
+            fd = os.open(name, _DIRECTORY, dir_fd=parent_fd)
+        except FileNotFoundError:
+            return None
+        try:
+            lock_fd = os.open(_LOCK, _FILE, 0o600, dir_fd=fd)
+        except FileNotFoundError:  # removed between the two calls
+            os.close(fd)
+            return None
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(parent_fd, name, fd, lock_fd)
+
+    def _close(self) -> None:
+        os.close(self._lock_fd)
+        os.close(self.fd)
+
+    def _lock(self, kind: int, deadline: float) -> None:
+        while True:
+            try:
+                fcntl.flock(self._lock_fd, kind | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise TimeoutError(errno.ETIMEDOUT, "others hold the fork's staging") from None
+            time.sleep(_LOCK_PAUSE)
+
+    def _is_current(self) -> bool:
+        """Whether the control directory still stands under its name; the lock of a removed one guards nothing."""
+        try:
+            status = os.stat(self.name, dir_fd=self.parent_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(status, os.fstat(self.fd))
+
+    # -- the journal
+
+    def journal(self) -> Journal | None:
+        """The journal, or None when whoever made the staging died before writing one."""
+        try:
+            data = self._read(_JOURNAL)
+        except FileNotFoundError:
+            return None
+        try:
+            fields = json.loads(data)
+            return Journal(**{**fields, "phase": Phase(fields["phase"])})
+        except (ValueError, TypeError, KeyError):  # half written when a machine lost power
+            return None
+
+    def write_journal(self, journal: Journal, *, sync: bool = False) -> None:
+        """Replace the journal, in one step; `sync`: and have it on the disk."""
+        self._write(_JOURNAL, json.dumps(asdict(journal)).encode("ascii"), sync=sync)
+
+    def begin(self, spec: dict[str, Any], earlier: Journal | None) -> Journal:
+        """Write the journal of a new attempt; what an earlier one left in the staging goes."""
+        if earlier is not None:
+            self.discard_tree(earlier)
+        for name in os.listdir(self.fd):
+            if name not in (_LOCK, _JOURNAL):
+                os.unlink(name, dir_fd=self.fd)
+        journal = Journal(
+            spec=spec,
+            control=os.fstat(self.fd).st_ino,
+            attempt=secrets.token_hex(4),
+            tries=earlier.tries + 1 if earlier else 1,
+        )
+        self.write_journal(journal)
+        return journal
+
+    # -- the tree
+
+    def tree_name(self, journal: Journal) -> str:
+        """The name of the attempt's tree in the destination's parent."""
+        return f"{self.name}.{journal.attempt}"
+
+    def make_tree(self, journal: Journal) -> int:
+        """Make the tree's top directory, open to nobody else; the caller closes the descriptor."""
+        name = self.tree_name(journal)
+        os.mkdir(name, 0o700, dir_fd=self.parent_fd)
+        fd = os.open(name, _DIRECTORY, dir_fd=self.parent_fd)
+        drop_inherited_acls(fd)
+        os.fchmod(fd, 0o700)  # a set-gid parent hands its bit down
+        return fd
+
+    def open_tree(self, journal: Journal) -> int:
+        """Open the tree; the caller closes the descriptor. Raises FileNotFoundError."""
+        return os.open(self.tree_name(journal), _DIRECTORY, dir_fd=self.parent_fd)
+
+    def publish(self, journal: Journal, destination: str, *, sync: bool) -> None:
+        """Rename the tree to `destination` (a name in the same parent); `sync`: and have that on the disk.
+
+        Raises FileExistsError, FileNotFoundError, OSError; then nothing of ours stands at `destination`.
+        """
+        tree = self.tree_name(journal)
+        syscalls.rename_noreplace(self.parent_fd, tree, self.parent_fd, destination)
+        if sync:
+            try:
+                os.fsync(self.parent_fd)
+            except OSError:
+                syscalls.rename_noreplace(self.parent_fd, destination, self.parent_fd, tree)
+                raise
+
+    def is_published(self, journal: Journal, destination: str) -> bool:
+        """Whether what stands at `destination` is the tree whose inode the journal recorded."""
+        try:
+            status = os.stat(destination, dir_fd=self.parent_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return journal.tree == status.st_ino
+
+    def discard_tree(self, journal: Journal) -> None:
+        """Remove the attempt's tree, if it stands."""
+        trees.remove(self.parent_fd, self.tree_name(journal))
+
+    def remove(self) -> None:
+        """Remove the control directory, the last step of every fork. The tree must be gone or published."""
+        trees.remove(self.parent_fd, self.name)
+
+    # -- the manifest
+
+    def manifest(self, *, closing: bool = False) -> int:
+        """Open the manifest of what chunks clone, or of what closes the fork; the caller closes the descriptor."""
+        return os.open(_CLOSING if closing else _MANIFEST, _FILE, 0o600, dir_fd=self.fd)
+
+    # -- chunks
+
+    @contextmanager
+    def hold_chunk(self, number: int) -> Iterator[int | None]:
+        """Hold chunk `number` alone: yields how often it was begun, this time included, or None if another has it.
+
+        Two who worked on one chunk at once would replace each other's files, and one of them could die half-way
+        through a file that the other had already reported as done.
+        """
+        fd = os.open(f"chunk-{number}", _FILE, 0o600, dir_fd=self.fd)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield None
+                return
+            begun = int(os.pread(fd, 16, 0) or b"0") + 1
+            os.pwrite(fd, b"%d" % begun, 0)
+            yield begun
+        finally:
+            os.close(fd)
+
+    def write_report(self, part: str, report: Report) -> None:
+        """Record that a part (a chunk's number, or `plan`) is done, and what it did."""
+        self._write(f"report-{part}", report.to_bytes())
+
+    def has_report(self, part: str) -> bool:
+        """Whether a part is done."""
+        return self._exists(f"report-{part}")
+
+    def report(self, part: str) -> Report:
+        """What a part did. Raises FileNotFoundError when it is not done."""
+        return Report.from_bytes(self._read(f"report-{part}"))
+
+    # -- stopping early
+
+    def stop(self) -> None:
+        """Tell the chunks of this fork that their work is no longer wanted."""
+        os.close(os.open(_STOP, _FILE, 0o600, dir_fd=self.fd))
+
+    def is_stopped(self) -> bool:
+        """Whether someone called `stop`."""
+        return self._exists(_STOP)
+
+    # -- files
+
+    def _exists(self, name: str) -> bool:
+        return os.access(name, os.F_OK, dir_fd=self.fd, follow_symlinks=False)
+
+    def _read(self, name: str) -> bytes:
+        with open(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd), "rb") as file:
+            return file.read()
+
+    def _write(self, name: str, data: bytes, *, sync: bool = False) -> None:
+        new = f"{name}.new"
+        with open(os.open(new, _FILE | os.O_TRUNC, 0o600, dir_fd=self.fd), "wb") as file:
+            file.write(data)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.rename(new, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        if sync:
+            os.fsync(self.fd)
+
+
+def control_name(fork_id: str) -> str:
+    """The name of the control directory of the fork `fork_id`."""
+    return f".forkvm-{hashlib.sha256(fork_id.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"

@@ -1,0 +1,82 @@
+"""A fork in the making, as every part of the work sees it: open ends, an open tree, and the caller's options."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tasks.copier import trees
+from tasks.copier.clone import Place
+from tasks.copier.ends import Ends
+from tasks.copier.errors import Code, ForkError, from_oserror, from_source
+from tasks.copier.options import Options
+from tasks.copier.staging import Journal, Staging
+from tasks.copier.walk import Entry, join
+
+
+@dataclass(frozen=True)
+class Work:
+    """One attempt at one fork, open in this process. Whoever has it holds the staging's lock."""
+
+    ends: Ends
+    staging: Staging
+    journal: Journal
+    options: Options
+    tree_fd: int
+    #: st_dev of the source directory and of the tree, as this host numbers them.
+    source_dev: int
+    tree_dev: int
+
+    @contextmanager
+    def place(self, path: str) -> Iterator[Place]:
+        """Open the directory `path` (relative) of the source and of the tree.
+
+        Raises ForkError: source_changed, permission_denied, io_error.
+        """
+        src_fd = self.open_source(path)
+        try:
+            dst_fd = self.open_tree(path)
+            try:
+                yield Place(src_fd, dst_fd, self.tree_dev, path, self.ends.source, self.ends.destination)
+            finally:
+                os.close(dst_fd)
+        finally:
+            os.close(src_fd)
+
+    def open_source(self, path: str) -> int:
+        """Open one directory of the source; the caller closes it."""
+        try:
+            return trees.open_below(self.ends.source_fd, path)
+        except OSError as error:
+            name = join(self.ends.source, path)
+            raise from_source(error, "opening a directory of the source", name) from None
+
+    def open_tree(self, path: str) -> int:
+        """Open one directory of the tree; the caller closes it."""
+        try:
+            return trees.open_below(self.tree_fd, path)
+        except OSError as error:
+            name = join(self.ends.destination, path)
+            raise from_oserror(error, "opening a directory of the fork", name) from None
+
+
+@contextmanager
+def open_work(ends: Ends, staging: Staging, journal: Journal, options: Options, tree_fd: int) -> Iterator[Work]:
+    """The Work over an open tree, whose descriptor it takes over and closes."""
+    try:
+        source_dev, tree_dev = os.fstat(ends.source_fd).st_dev, os.fstat(tree_fd).st_dev
+        yield Work(ends, staging, journal, options, tree_fd, source_dev, tree_dev)
+    finally:
+        os.close(tree_fd)
+
+
+def changed(path: str) -> ForkError:
+    """The error for an entry of the source that is not what the walk saw."""
+    return ForkError(Code.SOURCE_CHANGED, "it changed while the source was cloned", path)
+
+
+def on_this_host(entry: Entry, planned_dev: int, dev: int) -> Entry:
+    """`entry` as this host numbers the source's device; hosts of one domain may number one filesystem differently."""
+    return entry._replace(dev=dev) if entry.dev == planned_dev != dev else entry

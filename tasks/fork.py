@@ -1,0 +1,81 @@
+"""`forkvm.fork`: from a request to a result, or to the chunks that will make one."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from tasks import contract
+from tasks.context import CHUNK_TASK, LOCK_WAIT, Again, Context, ForkLedger, cancelled
+from tasks.copier.ends import open_ends
+from tasks.copier.errors import ForkError, from_oserror
+from tasks.copier.fork import start
+from tasks.copier.plan import Plan
+from tasks.copier.progress import Ticker
+from tasks.copier.report import Totals
+from tasks.copier.spec import Clock, ForkResult, ForkSpec, failed
+from tasks.copier.staging import Staging
+
+log = logging.getLogger(__name__)
+
+
+def run_fork(context: Context, fork_id: str, request: object, queued: float) -> ForkResult | None:
+    """Begin a fork, or go on with one that was delivered before: its result, or None where other tasks will give it.
+
+    `queued` is how long the request waited, in seconds. Raises Again while another process holds the fork.
+    """
+    known = context.results.result(fork_id)
+    if known is not None:
+        return known
+    started = time.time()
+    try:
+        spec = contract.spec_of(contract.parse(request), fork_id, queued=queued, started=started)
+    except ForkError as error:
+        spec = ForkSpec(
+            fork_id=fork_id,
+            source=contract.text_of(request, "source"),
+            destination=contract.text_of(request, "destination"),
+            started=started,
+        )
+        return _refuse(context, spec, error)
+    claim = context.results.claim(fork_id, {"destination": spec.destination, "queue": context.queue})
+    if claim["destination"] != spec.destination:
+        log.warning("fork %s is already being made at another destination; this request for it is dropped", fork_id)
+        return None
+    try:
+        return _start(context, spec)
+    except ForkError as error:
+        return _refuse(context, spec, error)
+    except TimeoutError:
+        raise Again from None
+    except OSError as error:
+        return _refuse(context, spec, from_oserror(error, "making the staging directory", spec.destination))
+
+
+def _start(context: Context, spec: ForkSpec) -> ForkResult | None:
+    ticker = Ticker(context.beat(spec.fork_id, "plan"))
+    with (
+        open_ends(context.roots, spec.source, spec.destination) as ends,
+        Staging.claim(ends.parent_fd, spec.fork_id, LOCK_WAIT) as staging,
+    ):
+        fresh = staging.journal() is None
+        known = context.results.result(spec.fork_id)  # settled by another delivery while this one waited
+        if known is not None or (fresh and context.results.is_cancelled(spec.fork_id)):
+            if fresh:
+                staging.remove()
+            return known or _refuse(context, spec, cancelled())
+        outcome = start(ends, staging, spec, context.limits, ticker, ForkLedger(context.results, spec.fork_id))
+        if not isinstance(outcome, Plan):
+            return outcome
+        missing = [n for n in range(len(outcome.chunks)) if not staging.has_report(str(n))]
+    for number in missing or [0]:  # none missing: chunk 0, delivered again, sends the fork to its finish
+        kwargs = {"fork_id": spec.fork_id, "destination": spec.destination, "number": number}
+        context.send(CHUNK_TASK, kwargs, f"{spec.fork_id}.chunk.{number}")
+    return None
+
+
+def _refuse(context: Context, spec: ForkSpec, error: ForkError) -> ForkResult:
+    """Settle a fork that was not begun."""
+    result = failed(spec, error, Totals(), 0, Clock(spec.started))
+    context.results.settle(result)
+    return result

@@ -1,0 +1,168 @@
+"""Everything of a fork that lies in Redis, each key with a TTL.
+
+    forkvm:{id}:claim      the request that holds this id: destination, queue
+    forkvm:{id}:result     the final ForkResult, also of a failed fork
+    forkvm:{id}:pages      a sorted set of the page keys, in the order of the fork's parts
+    forkvm:{id}:page:…     FileResults: zlib-compressed JSON, at most `report.PAGE_RESULTS` a page
+    forkvm:{id}:progress   a hash: what each part has done so far
+    forkvm:{id}:cancel     someone asked for an end
+
+and Celery's own `celery-task-meta-{id}`, which says STARTED, PROGRESS, and in the end SUCCESS, FAILURE or REVOKED.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypedDict, TypeVar, cast
+
+from celery import states
+from redis import Redis
+from redis.client import Pipeline
+from redis.exceptions import ConnectionError, TimeoutError
+
+from tasks.copier.progress import Progress
+from tasks.copier.report import FileResult, unpack_pages
+from tasks.copier.spec import ForkResult
+
+T = TypeVar("T")
+
+#: Pause between two tries while Redis is away, in seconds.
+_PAUSE_SECONDS = 0.5
+#: Scores in the sorted set of pages: a part's rank times this, plus the page's number within it.
+_PAGES_A_PART = 1_000_000
+_RANKS = {"plan": 0, "close": 1_000_000}
+
+
+class Claim(TypedDict):
+    """Which request holds an id."""
+
+    destination: str
+    queue: str
+
+
+@dataclass(frozen=True)
+class Results:
+    """The results of forks in one Redis. `expires` is the TTL of each key in seconds, from its last change."""
+
+    redis: Redis
+    expires: int
+    #: Celery's key for the state of a task.
+    state_key: Callable[[str], str]
+
+    # -- the id
+
+    def claim(self, fork_id: str, claim: Claim) -> Claim:
+        """Take the id for a request, or learn which request has it."""
+        key = _key(fork_id, "claim")
+        if self.redis.set(key, json.dumps(claim), nx=True, ex=self.expires):
+            return claim
+        return self.claim_of(fork_id) or claim
+
+    def claim_of(self, fork_id: str) -> Claim | None:
+        """The claim on an id; None before a worker has begun with it."""
+        return cast("Claim | None", _decoded(self.redis.get(_key(fork_id, "claim"))))
+
+    # -- the final result
+
+    def result(self, fork_id: str) -> ForkResult | None:
+        """The final ForkResult, or None while there is none."""
+        return cast("ForkResult | None", _decoded(self.redis.get(_key(fork_id, "result"))))
+
+    def settle(self, result: ForkResult) -> None:
+        """Keep the final result. Waits while Redis is away: the fork is done, and must not be lost."""
+        key = _key(result["fork_id"], "result")
+        _persist(lambda: self.redis.set(key, json.dumps(result), ex=self.expires))
+
+    # -- FileResults
+
+    def keep_pages(self, fork_id: str, part: str, pages: list[bytes]) -> None:
+        """Keep the FileResults of one part (`plan`, a chunk's number, `close`), in place of earlier ones."""
+        rank = _RANKS.get(part) if part in _RANKS else int(part) + 1
+        index = _key(fork_id, "pages")
+
+        def write() -> None:
+            with self.redis.pipeline(transaction=True) as pipe:
+                for number, page in enumerate(pages):
+                    key = _key(fork_id, f"page:{part}:{number}")
+                    pipe.set(key, page, ex=self.expires)
+                    pipe.zadd(index, {key: cast(int, rank) * _PAGES_A_PART + number})
+                pipe.expire(index, self.expires)
+                pipe.execute()
+
+        if pages:
+            _persist(write)
+
+    def files(self, fork_id: str) -> Iterator[FileResult]:
+        """Yield the FileResults that are there by now, a page at a time, in the order of the manifest's parts."""
+        for key in cast("list[bytes]", self.redis.zrange(_key(fork_id, "pages"), 0, -1)):
+            page = cast("bytes | None", self.redis.get(key))
+            if page is not None:
+                yield from unpack_pages([page])
+
+    # -- progress
+
+    def state(self, fork_id: str) -> dict[str, Any]:
+        """Celery's record of the fork: `status`, `result` …; PENDING where there is none."""
+        record = _decoded(self.redis.get(self.state_key(fork_id)))
+        return record or {"status": states.PENDING, "result": None}
+
+    def tell(self, fork_id: str, part: str, progress: Progress) -> None:
+        """Publish the state PROGRESS: the sums over all parts. A final state is never overwritten."""
+        key, parts = self.state_key(fork_id), _key(fork_id, "progress")
+        with self.redis.pipeline(transaction=True) as pipe:
+            pipe.hset(parts, part, json.dumps([progress["files_done"], progress["bytes_done"]]))
+            pipe.expire(parts, self.expires)
+            pipe.hvals(parts)
+            counts = [json.loads(value) for value in pipe.execute()[-1]]
+        summed = {
+            **progress,
+            "files_done": sum(files for files, _ in counts),
+            "bytes_done": sum(count for _, count in counts),
+        }
+        record = {
+            "status": "PROGRESS",
+            "result": summed,
+            "traceback": None,
+            "children": [],
+            "date_done": None,
+            "task_id": fork_id,
+        }
+
+        def update(pipe: Pipeline) -> None:
+            current = _decoded(pipe.get(key))
+            pipe.multi()
+            if current is None or current.get("status") not in states.READY_STATES:
+                pipe.set(key, json.dumps(record), ex=self.expires)
+                pipe.publish(key, json.dumps(record))
+
+        self.redis.transaction(update, key)
+
+    # -- cancellation
+
+    def cancel(self, fork_id: str) -> None:
+        """Ask for an end of the fork, also of one that no worker has begun yet."""
+        self.redis.set(_key(fork_id, "cancel"), b"1", ex=self.expires)
+
+    def is_cancelled(self, fork_id: str) -> bool:
+        """Whether an end was asked for."""
+        return bool(self.redis.exists(_key(fork_id, "cancel")))
+
+
+def _key(fork_id: str, what: str) -> str:
+    return f"forkvm:{fork_id}:{what}"
+
+
+def _decoded(value: Any) -> Any:
+    return None if value is None else json.loads(value)
+
+
+def _persist(write: Callable[[], T]) -> T:
+    """Do a write that must not be lost, again and again while Redis is away."""
+    while True:
+        try:
+            return write()
+        except (ConnectionError, TimeoutError):
+            time.sleep(_PAUSE_SECONDS)

@@ -1,0 +1,91 @@
+"""The settings, from the environment: one `FORKVM_*` variable each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from tasks.copier.options import Limits
+from tasks.copier.roots import Roots
+
+_PREFIX = "FORKVM_"
+
+
+class BadSettings(Exception):
+    """The environment holds settings that cannot be meant; the message names each."""
+
+
+def _paths(value: object) -> object:
+    return tuple(os.path.normpath(path) for path in value.split(":") if path) if isinstance(value, str) else value
+
+
+class Settings(BaseModel):
+    """Every setting, with its default. Sizes are bytes, times are seconds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    broker_url: str = "redis://localhost:6379/0"
+    #: Where results are kept; the broker's Redis unless it is set.
+    result_backend: str = ""
+    #: Directories that a worker serves requests within, separated by colons.
+    roots: Annotated[tuple[str, ...], BeforeValidator(_paths)] = ()
+    #: The hosts that see one filesystem; names the queue.
+    domain: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*$")] = ""
+    #: TTL of everything that is kept of a fork.
+    result_expires: Annotated[int, Field(ge=60)] = 86_400
+    #: After so long an unacknowledged message is delivered again; longer than the longest task.
+    visibility_timeout: Annotated[int, Field(ge=1)] = 3_600
+    #: See `tasks.copier.options.Limits`.
+    inline_files: Annotated[int, Field(ge=0)] = Limits.inline_files
+    inline_bytes: Annotated[int, Field(ge=0)] = Limits.inline_bytes
+    chunk_files: Annotated[int, Field(ge=1)] = Limits.chunk_files
+    chunk_bytes: Annotated[int, Field(ge=1 << 20)] = Limits.chunk_bytes
+    max_chunks: Annotated[int, Field(ge=1, le=10_000)] = Limits.max_chunks
+    #: A file that a worker touches while it consumes, for a health check.
+    heartbeat_file: str = ""
+
+    @property
+    def queue(self) -> str:
+        """The queue of the domain."""
+        return f"forkvm.{self.domain}" if self.domain else "forkvm"
+
+    @property
+    def limits(self) -> Limits:
+        """The sizes of the work."""
+        return Limits(
+            inline_files=self.inline_files,
+            inline_bytes=self.inline_bytes,
+            chunk_files=self.chunk_files,
+            chunk_bytes=self.chunk_bytes,
+            max_chunks=self.max_chunks,
+        )
+
+
+def read_settings(environment: Mapping[str, str] | None = None) -> Settings:
+    """The settings in the environment; an empty variable counts as unset. Raises BadSettings."""
+    variables = os.environ if environment is None else environment
+    given = {
+        name.removeprefix(_PREFIX).lower(): value
+        for name, value in variables.items()
+        if name.startswith(_PREFIX) and value
+    }
+    try:
+        settings = Settings.model_validate(given)
+    except ValidationError as error:
+        clauses = [
+            f"{_PREFIX}{'.'.join(map(str, detail['loc'])).upper()}: {detail['msg']}"
+            for detail in error.errors(include_url=False, include_context=False, include_input=False)
+        ]
+        raise BadSettings("; ".join(clauses)) from None
+    for root in settings.roots:
+        if not root.startswith("/"):
+            raise BadSettings(f"{_PREFIX}ROOTS: {root} is not an absolute path")
+    return settings
+
+
+def roots_of(settings: Settings) -> Roots:
+    """The roots as the engine takes them."""
+    return Roots(settings.roots)
