@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from typing import Any, NoReturn, cast
 
 from celery import Celery, Task, states
+from celery.backends.redis import RedisBackend
 from celery.exceptions import Ignore, TaskRevokedError
 from celery.worker.request import Request
+from kombu.utils.encoding import bytes_to_str
 
 from tasks.chunk import run_chunk
 from tasks.context import AGAIN_SECONDS, CHUNK_TASK, FINISH_TASK, Again, Context
@@ -35,15 +38,20 @@ class TimedRequest(Request):
         self.request_dict["received_at"] = time.time()
 
 
+def inner_queue(queue: str, task: str) -> str:
+    """The queue of chunks or finishes in the domain whose own queue is `queue`."""
+    return queue + _INNER_QUEUES[task]
+
+
 def inner_queues(queue: str) -> list[str]:
     """The queues that a worker of the domain queue `queue` consumes beside it."""
-    return [queue + suffix for suffix in _INNER_QUEUES.values()]
+    return [inner_queue(queue, task) for task in _INNER_QUEUES]
 
 
 def results_of(app: Celery, expires: int) -> Results:
     """The results in the app's result backend."""
-    backend = app.backend
-    return Results(backend.client, expires, lambda fork_id: backend.get_key_for_task(fork_id).decode())
+    backend = cast(RedisBackend, app.backend)
+    return Results(backend.client, expires, lambda fork_id: bytes_to_str(backend.get_key_for_task(fork_id)))
 
 
 def register(app: Celery, roots: Roots, limits: Limits, expires: int) -> None:
@@ -52,8 +60,8 @@ def register(app: Celery, roots: Roots, limits: Limits, expires: int) -> None:
     def context(task: AnyTask) -> Context:
         queue = _queue(task)
 
-        def send(name: str, kwargs: dict[str, Any], task_id: str) -> None:
-            app.send_task(name, kwargs=kwargs, task_id=task_id, queue=queue + _INNER_QUEUES[name])
+        def send(task: str, kwargs: dict[str, Any], task_id: str) -> None:
+            app.send_task(task, kwargs=kwargs, task_id=task_id, queue=inner_queue(queue, task))
 
         return Context(roots, limits, results_of(app, expires), send, queue)
 
@@ -65,7 +73,7 @@ def register(app: Celery, roots: Roots, limits: Limits, expires: int) -> None:
         if extra or unknown:
             request = None
         try:
-            return _answer(self, run_fork(context(self), self.request.id, request, _queued(self)))
+            return _answer(self, run_fork(context(self), _id(self), request, _queued(self)))
         except Again:
             _send_again(self, {"request": request}, _queue(self))
 
@@ -76,15 +84,15 @@ def register(app: Celery, roots: Roots, limits: Limits, expires: int) -> None:
             run_chunk(context(self), fork_id, destination, number)
         except Again:
             kwargs = {"fork_id": fork_id, "destination": destination, "number": number}
-            _send_again(self, kwargs, _queue(self) + _INNER_QUEUES[CHUNK_TASK])
+            _send_again(self, kwargs, inner_queue(_queue(self), CHUNK_TASK))
 
     @app.task(name=FINISH_TASK, **common)
     def finish(self: AnyTask, destination: str) -> ForkResult:
         """The end of a fork; runs under the fork's own id, so that its outcome is the fork's."""
         try:
-            return _answer(self, run_finish(context(self), self.request.id, destination))
+            return _answer(self, run_finish(context(self), _id(self), destination))
         except Again:
-            _send_again(self, {"destination": destination}, _queue(self) + _INNER_QUEUES[FINISH_TASK])
+            _send_again(self, {"destination": destination}, inner_queue(_queue(self), FINISH_TASK))
 
 
 def _answer(task: AnyTask, result: ForkResult | None) -> ForkResult:
@@ -95,7 +103,7 @@ def _answer(task: AnyTask, result: ForkResult | None) -> ForkResult:
     if error is None:
         return result
     if result["status"] == "cancelled":
-        task.backend.store_result(task.request.id, TaskRevokedError(describe(error)), states.REVOKED)
+        task.backend.store_result(_id(task), TaskRevokedError(describe(error)), states.REVOKED)
         raise Ignore
     raise ForkFailed(describe(error))
 
@@ -106,14 +114,18 @@ def _send_again(task: AnyTask, kwargs: dict[str, Any], queue: str) -> NoReturn:
     raise Ignore
 
 
+def _id(task: AnyTask) -> str:
+    return str(task.request.id)
+
+
 def _queue(task: AnyTask) -> str:
     """The domain's queue, out of the one that the message came from."""
-    return str(task.request.delivery_info["routing_key"]).partition("#")[0]
+    delivery: Mapping[str, Any] = task.request.delivery_info or {}
+    return str(delivery["routing_key"]).partition("#")[0]
 
 
 def _queued(task: AnyTask) -> float:
     """Seconds that the message waited: since its header `sent_at`, or else since the worker took it."""
-    began = getattr(task.request, "sent_at", None)
-    if not isinstance(began, int | float):
-        began = task.request.received_at
-    return max(0.0, time.time() - began)
+    sent, received = getattr(task.request, "sent_at", None), getattr(task.request, "received_at", None)
+    began = sent if isinstance(sent, int | float) else received
+    return max(0.0, time.time() - began) if began is not None else 0.0

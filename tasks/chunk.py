@@ -11,7 +11,7 @@ from tasks.copier.chunk import fail_chunk, run_held_chunk
 from tasks.copier.ends import reopen_ends
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.plan import Plan
-from tasks.copier.progress import Ticker
+from tasks.copier.progress import Progress, Ticker
 from tasks.copier.report import Report
 from tasks.copier.spec import ForkSpec
 from tasks.copier.staging import Journal, Phase, Staging

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+import time
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, ValidationError
 
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.options import DEFAULT_EXCLUDE, PRESERVE_ALL, Durability, Options, Preserve, Reflink, Verify
+from tasks.copier.report import Totals
 from tasks.copier.roots import normal_path
 from tasks.copier.selection import Selection
-from tasks.copier.spec import ForkSpec
+from tasks.copier.spec import Clock, ForkResult, ForkSpec, failed
 
 #: Most entries of a list or mapping in a request, and characters of one pattern or label.
 _MOST = 10_000
@@ -72,7 +74,7 @@ def parse(request: object) -> ForkRequest:
     try:
         parsed = ForkRequest.model_validate(request)
     except ValidationError as error:
-        raise ForkError(Code.INVALID_REQUEST, _explain(error), text_of(request, "source")) from None
+        raise ForkError(Code.INVALID_REQUEST, _explain(error), _text_of(request, "source")) from None
     try:
         Selection(parsed.skip, parsed.exclude)
     except re.error as error:
@@ -81,21 +83,29 @@ def parse(request: object) -> ForkRequest:
     return parsed
 
 
-def spec_of(request: ForkRequest, fork_id: str, *, queued: float, started: float) -> ForkSpec:
-    """The fork that a queue's request asks for; `queued` and `started` are seconds (waiting, and since the epoch)."""
+def spec_of(request: object, fork_id: str, *, owner: Literal["queue", "local"], queued: float = 0.0) -> ForkSpec:
+    """The fork that plain data asks for; `queued` is how long it waited, in seconds. Raises ForkError."""
+    started = time.time()
+    parsed = parse(request)
     return ForkSpec(
         fork_id=fork_id,
-        source=request.source,
-        destination=request.destination,
-        options=request.options(),
-        labels=request.labels,
-        owner="queue",
+        source=parsed.source,
+        destination=parsed.destination,
+        options=parsed.options(),
+        labels=parsed.labels,
+        owner=owner,
         queued=queued,
         started=started,
     )
 
 
-def text_of(request: object, field: str) -> str:
+def refused(request: object, fork_id: str, error: ForkError) -> ForkResult:
+    """The result of what could not be made a fork of."""
+    spec = ForkSpec(fork_id=fork_id, source=_text_of(request, "source"), destination=_text_of(request, "destination"))
+    return failed(spec, error, Totals(), 0, Clock(spec.started))
+
+
+def _text_of(request: object, field: str) -> str:
     """The text in a field of what may be no request at all, for messages and failed results."""
     value: Any = request.get(field) if isinstance(request, dict) else None
     return value if isinstance(value, str) else ""
@@ -112,4 +122,3 @@ def _explain(error: ValidationError) -> str:
 
 class ForkFailed(Exception):
     """A fork that failed, as the client's `AsyncResult.get()` raises it: `code: path: what happened`."""
-

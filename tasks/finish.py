@@ -37,8 +37,8 @@ def run_finish(context: Context, fork_id: str, destination: str) -> ForkResult |
         raise Again from None
     finally:
         os.close(parent_fd)
-    error = ForkError(Code.IO_ERROR, "its staging directory is gone", destination, errno.ENOENT)
-    return context.results.result(fork_id) or _lost(context, fork_id, destination, error)
+    gone = ForkError(Code.IO_ERROR, "its staging directory is gone", destination, errno.ENOENT)
+    return context.results.result(fork_id) or _lost(context, fork_id, destination, gone)
 
 
 def _finish(context: Context, fork_id: str, staging: Staging, ends: Ends) -> ForkResult | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 
 from tasks import contract
 from tasks.context import CHUNK_TASK, LOCK_WAIT, Again, Context, ForkLedger, cancelled
@@ -27,17 +26,12 @@ def run_fork(context: Context, fork_id: str, request: object, queued: float) -> 
     known = context.results.result(fork_id)
     if known is not None:
         return known
-    started = time.time()
     try:
-        spec = contract.spec_of(contract.parse(request), fork_id, queued=queued, started=started)
+        spec = contract.spec_of(request, fork_id, owner="queue", queued=queued)
     except ForkError as error:
-        spec = ForkSpec(
-            fork_id=fork_id,
-            source=contract.text_of(request, "source"),
-            destination=contract.text_of(request, "destination"),
-            started=started,
-        )
-        return _refuse(context, spec, error)
+        result = contract.refused(request, fork_id, error)
+        context.results.settle(result)
+        return result
     claim = context.results.claim(fork_id, {"destination": spec.destination, "queue": context.queue})
     if claim["destination"] != spec.destination:
         log.warning("fork %s is already being made at another destination; this request for it is dropped", fork_id)

@@ -122,7 +122,7 @@ class Results:
             "files_done": sum(files for files, _ in counts),
             "bytes_done": sum(count for _, count in counts),
         }
-        record = {
+        record: dict[str, Any] = {
             "status": "PROGRESS",
             "result": summed,
             "traceback": None,

@@ -18,6 +18,10 @@ class BadSettings(Exception):
     """The environment holds settings that cannot be meant; the message names each."""
 
 
+class NoBroker(Exception):
+    """Redis cannot be reached; the message says which and why."""
+
+
 def _paths(value: object) -> object:
     return tuple(os.path.normpath(path) for path in value.split(":") if path) if isinstance(value, str) else value
 

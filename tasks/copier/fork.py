@@ -178,9 +178,7 @@ def _conclude(ends: Ends, staging: Staging, journal: Journal, ledger: Ledger) ->
     return result
 
 
-def _give_up(
-    ends: Ends, staging: Staging, account: _Account, error: ForkError | OSError, ledger: Ledger
-) -> ForkResult:
+def _give_up(ends: Ends, staging: Staging, account: _Account, error: ForkError | OSError, ledger: Ledger) -> ForkResult:
     """Remove all that was made, and settle the failure."""
     if isinstance(error, OSError):
         error = from_oserror(error, "working in the staging directory", ends.destination)

@@ -141,7 +141,7 @@ class _Children:
         for n in range(len(self._pids)):
             child_files, child_count = _COUNTERS.unpack_from(self._counters, n * _COUNTERS.size)
             files, count = files + child_files, count + child_count
-        ticker.progress.update(files_done=files, bytes_done=count)
+        ticker.progress["files_done"], ticker.progress["bytes_done"] = files, count
         ticker.look()
 
     def _spawn(self, index: int) -> int:

@@ -87,7 +87,7 @@ class Metadata:
                 value = os.getxattr(source, name, follow_symlinks=follow)
                 os.setxattr(target, name, value, follow_symlinks=follow)
             except OSError as error:
-                if not (error.errno in _NOT_KNOWN_HERE or _is_privileged(name) and error.errno in _MAY_BE_REFUSED):
+                if not (error.errno in _NOT_KNOWN_HERE or (_is_privileged(name) and error.errno in _MAY_BE_REFUSED)):
                     raise
         return bool(names)
 

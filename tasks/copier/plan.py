@@ -1,4 +1,4 @@
-"""Planning a fork: walk the source, make the directories, learn whether it can be reflinked, cut the rest into chunks."""
+"""Planning a fork: walk the source, make its directories, learn whether it can be reflinked, and cut it into chunks."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Ticker:
 
     def enter(self, phase: str, files_total: int, bytes_total: int) -> None:
         """Begin a phase (`plan`, `copy`, `publish`), of which so much is to be done."""
-        self.progress.update(phase=phase, files_total=files_total, bytes_total=bytes_total)
+        self.progress = {**self.progress, "phase": phase, "files_total": files_total, "bytes_total": bytes_total}
 
     def __call__(self, files: int, count: int) -> None:
         """Count `files` done entries and `count` done bytes."""

@@ -117,7 +117,14 @@ class Staging:
 
         Raises TimeoutError when others hold it for `wait` seconds, and OSError.
         """
-        staging = cls._open(parent_fd, control_name(fork_id))
+        with cls.hold(parent_fd, control_name(fork_id), wait, alone=alone) as staging:
+            yield staging
+
+    @classmethod
+    @contextmanager
+    def hold(cls, parent_fd: int, name: str, wait: float, *, alone: bool) -> Iterator[Staging | None]:
+        """As `attach`, by the name of the control directory."""
+        staging = cls._open(parent_fd, name)
         if staging is None:
             yield None
             return

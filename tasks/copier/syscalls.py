@@ -34,6 +34,7 @@ PR_SET_PDEATHSIG = 1
 #: f_type of statfs(2), from include/uapi/linux/magic.h and OpenZFS.
 OVERLAYFS = 0x794C7630
 ZFS = 0x2FC12FC1
+BTRFS = 0x9123683E
 
 #: The same number on every architecture (unlike renameat2, for which glibc has a function).
 _SYS_OPENAT2 = 437

