@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any, NoReturn, cast
@@ -22,6 +23,8 @@ from tasks.copier.spec import ForkResult
 from tasks.finish import run_finish
 from tasks.fork import run_fork
 from tasks.results import Results
+
+log = logging.getLogger(__name__)
 
 FORK_TASK = "forkvm.fork"
 #: Queues beside the one that clients use: a finish must not wait behind chunks, nor a new fork behind either.
@@ -65,7 +68,13 @@ def register(app: Celery, roots: Roots, limits: Limits, expires: int) -> None:
 
         return Context(roots, limits, results_of(app, expires), send, queue)
 
-    common: dict[str, Any] = {"bind": True, "Request": TimedRequest, "throws": (ForkFailed,)}
+    # resultrepr_maxsize: Celery's log line for a success would repeat the whole result.
+    common: dict[str, Any] = {
+        "bind": True,
+        "Request": TimedRequest,
+        "throws": (ForkFailed,),
+        "resultrepr_maxsize": 1,
+    }
 
     @app.task(name=FORK_TASK, track_started=True, **common)
     def fork(self: AnyTask, request: Any = None, *extra: Any, **unknown: Any) -> ForkResult:
@@ -101,7 +110,16 @@ def _answer(task: AnyTask, result: ForkResult | None) -> ForkResult:
         raise Ignore
     error = result["error"]
     if error is None:
+        log.info(
+            "fork %s succeeded: %r -> %r, %d entries in %.3f s",
+            result["fork_id"],
+            result["source"],
+            result["destination"],
+            result["files"]["total"],
+            result["seconds"]["total"],
+        )
         return result
+    log.warning("fork %s %s: %r", result["fork_id"], result["status"], describe(error))
     if result["status"] == "cancelled":
         task.backend.store_result(_id(task), TaskRevokedError(describe(error)), states.REVOKED)
         raise Ignore

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.options import Limits
@@ -75,8 +75,12 @@ class ForkLedger:
     fork_id: str
 
     def keep_pages(self, part: str, pages: list[bytes]) -> None:
-        """Keep FileResults; see `Results.keep_pages`."""
-        self.results.keep_pages(self.fork_id, part, pages)
+        """Keep FileResults; see `Results.keep_pages`. Raises ForkError no_space when Redis takes no more."""
+        try:
+            self.results.keep_pages(self.fork_id, part, pages)
+        except ResponseError as error:
+            message = f"Redis does not take the results of the files: {error}"
+            raise ForkError(Code.NO_SPACE, message, "") from None
 
     def settle(self, result: ForkResult) -> None:
         """Keep the final result; see `Results.settle`."""

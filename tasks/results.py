@@ -13,6 +13,7 @@ and Celery's own `celery-task-meta-{id}`, which says STARTED, PROGRESS, and in t
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,13 +22,15 @@ from typing import Any, TypedDict, TypeVar, cast
 from celery import states
 from redis import Redis
 from redis.client import Pipeline
-from redis.exceptions import ConnectionError, TimeoutError
+from redis.exceptions import ConnectionError, OutOfMemoryError, RedisError, TimeoutError
 
 from tasks.copier.progress import Progress
 from tasks.copier.report import FileResult, unpack_pages
 from tasks.copier.spec import ForkResult
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 #: Pause between two tries while Redis is away, in seconds.
 _PAUSE_SECONDS = 0.5
@@ -72,9 +75,9 @@ class Results:
         return cast("ForkResult | None", _decoded(self.redis.get(_key(fork_id, "result"))))
 
     def settle(self, result: ForkResult) -> None:
-        """Keep the final result. Waits while Redis is away: the fork is done, and must not be lost."""
+        """Keep the final result. Waits while Redis is away or full: the fork is over, and that must not be lost."""
         key = _key(result["fork_id"], "result")
-        _persist(lambda: self.redis.set(key, json.dumps(result), ex=self.expires))
+        _persist(lambda: self.redis.set(key, json.dumps(result), ex=self.expires), OutOfMemoryError)
 
     # -- FileResults
 
@@ -159,10 +162,12 @@ def _decoded(value: Any) -> Any:
     return None if value is None else json.loads(value)
 
 
-def _persist(write: Callable[[], T]) -> T:
-    """Do a write that must not be lost, again and again while Redis is away."""
+def _persist(write: Callable[[], T], *also: type[RedisError]) -> T:
+    """Do a write that must not be lost, again and again while Redis is away or answers with one of `also`."""
+    passing: tuple[type[RedisError], ...] = (ConnectionError, TimeoutError, *also)
     while True:
         try:
             return write()
-        except (ConnectionError, TimeoutError):
+        except passing as error:
+            log.warning("Redis does not take a result; trying again: %s", error)
             time.sleep(_PAUSE_SECONDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -43,6 +44,7 @@ def main() -> Never:
     # Names that are not UTF-8 go out as they came in, and nothing that is printed can raise.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    logging.getLogger("tasks").addHandler(logging.NullHandler())  # a worker's log has what goes unsaid here
     try:
         # Without its standalone mode, click returns the code of an Exit instead of ending the process.
         sys.exit(cli(standalone_mode=False) or DONE)

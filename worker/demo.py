@@ -95,9 +95,7 @@ def _guests(private: Path, directory: str | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="forkvm-demo-", dir=directory) as path:
             yield Path(path)
     elif os.geteuid() != 0 or shutil.which("mkfs.xfs") is None:
-        say(
-            "no XFS can be made here, which needs root and mkfs.xfs: if /tmp cannot reflink, the fork is a sparse copy"
-        )
+        say("no XFS can be made here, which needs root and mkfs.xfs: if /tmp cannot reflink, the fork is a sparse copy")
         (private / "guests").mkdir()
         yield private / "guests"
     else:

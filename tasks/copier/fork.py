@@ -8,6 +8,7 @@ the request finds either the one or the other.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from contextlib import suppress
@@ -28,12 +29,14 @@ from tasks.copier.spec import Clock, ForkResult, ForkSpec, failed, succeeded
 from tasks.copier.staging import Journal, Phase, Staging
 from tasks.copier.work import Work, open_work
 
+log = logging.getLogger(__name__)
+
 
 class Ledger(Protocol):
     """Where a fork's results are kept for those who asked for it."""
 
     def keep_pages(self, part: str, pages: list[bytes]) -> None:
-        """Keep the FileResults of one part of the fork (a chunk's number, `plan` or `close`)."""
+        """Keep the FileResults of one part of the fork (a chunk's number, `plan` or `close`). Raises ForkError."""
 
     def settle(self, result: ForkResult) -> None:
         """Keep the final result. When this returns, a second delivery of the request will find it."""
@@ -71,7 +74,7 @@ def start(
                 return _conclude(ends, staging, journal, ledger)
             return Plan.from_data(journal.plan)
         return _start_anew(ends, staging, account, limits, ticker, ledger)
-    except (ForkError, OSError) as error:
+    except Exception as error:
         return _give_up(ends, staging, account, error, ledger)
 
 
@@ -103,7 +106,7 @@ def finish(
             return None
         with open_work(ends, staging, journal, spec.options, staging.open_tree(journal)) as work:
             return _close_and_publish(work, plan, account, ticker, ledger)
-    except (ForkError, OSError) as error:
+    except Exception as error:
         return _give_up(ends, staging, account, error, ledger)
 
 
@@ -178,20 +181,30 @@ def _conclude(ends: Ends, staging: Staging, journal: Journal, ledger: Ledger) ->
     return result
 
 
-def _give_up(ends: Ends, staging: Staging, account: _Account, error: ForkError | OSError, ledger: Ledger) -> ForkResult:
+def _give_up(ends: Ends, staging: Staging, account: _Account, cause: Exception, ledger: Ledger) -> ForkResult:
     """Remove all that was made, and settle the failure."""
-    if isinstance(error, OSError):
-        error = from_oserror(error, "working in the staging directory", ends.destination)
+    error = _as_fork_error(cause, ends)
     if account.journal is not None:
         with suppress(OSError):  # what cannot be removed now, gc removes later; the cause is what must be told
             staging.discard_tree(account.journal)
     for part, report in account.reports.items():
         if report.has_pages():
-            ledger.keep_pages(part, report.close())
+            with suppress(ForkError):
+                ledger.keep_pages(part, report.close())
     result = failed(account.spec, error, account.totals(), account.chunks, account.clock)
     ledger.settle(result)
     _remove(staging)
     return result
+
+
+def _as_fork_error(cause: Exception, ends: Ends) -> ForkError:
+    if isinstance(cause, ForkError):
+        return cause
+    if isinstance(cause, OSError):
+        return from_oserror(cause, "working in the staging directory", ends.destination)
+    # An error in this program is a failed fork too: it must leave nothing, and nobody waiting.
+    log.error("unexpected error while making %r", ends.destination, exc_info=cause)
+    return ForkError(Code.IO_ERROR, f"unexpected {type(cause).__name__}: {cause}", ends.destination)
 
 
 def _remove(staging: Staging) -> None:
