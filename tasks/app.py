@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping
 from typing import Any, NoReturn, cast
@@ -23,8 +22,6 @@ from tasks.copier.spec import ForkResult
 from tasks.finish import run_finish
 from tasks.fork import run_fork
 from tasks.results import Results
-
-log = logging.getLogger(__name__)
 
 FORK_TASK = "forkvm.fork"
 #: Queues beside the one that clients use: a finish must not wait behind chunks, nor a new fork behind either.
@@ -51,10 +48,10 @@ def inner_queues(queue: str) -> list[str]:
     return [inner_queue(queue, task) for task in _INNER_QUEUES]
 
 
-def results_of(app: Celery, expires: int) -> Results:
+def results_of(app: Celery, expires: int, *, patient: bool) -> Results:
     """The results in the app's result backend."""
     backend = cast(RedisBackend, app.backend)
-    return Results(backend.client, expires, lambda fork_id: bytes_to_str(backend.get_key_for_task(fork_id)))
+    return Results(backend.client, expires, lambda fork_id: bytes_to_str(backend.get_key_for_task(fork_id)), patient)
 
 
 def register(app: Celery, roots: Roots, limits: Limits, expires: int) -> None:
@@ -66,7 +63,7 @@ def register(app: Celery, roots: Roots, limits: Limits, expires: int) -> None:
         def send(task: str, kwargs: dict[str, Any], task_id: str) -> None:
             app.send_task(task, kwargs=kwargs, task_id=task_id, queue=inner_queue(queue, task))
 
-        return Context(roots, limits, results_of(app, expires), send, queue)
+        return Context(roots, limits, results_of(app, expires, patient=True), send, queue)
 
     # resultrepr_maxsize: Celery's log line for a success would repeat the whole result.
     common: dict[str, Any] = {
@@ -110,16 +107,7 @@ def _answer(task: AnyTask, result: ForkResult | None) -> ForkResult:
         raise Ignore
     error = result["error"]
     if error is None:
-        log.info(
-            "fork %s succeeded: %r -> %r, %d entries in %.3f s",
-            result["fork_id"],
-            result["source"],
-            result["destination"],
-            result["files"]["total"],
-            result["seconds"]["total"],
-        )
         return result
-    log.warning("fork %s %s: %r", result["fork_id"], result["status"], describe(error))
     if result["status"] == "cancelled":
         task.backend.store_result(_id(task), TaskRevokedError(describe(error)), states.REVOKED)
         raise Ignore

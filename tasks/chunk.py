@@ -62,14 +62,18 @@ def _do(context: Context, staging: Staging, journal: Journal, plan: Plan, number
         if staging.is_stopped():
             raise ForkError(Code.CANCELLED, "another chunk of the fork failed", "")
 
-    beat = context.beat(spec.fork_id, str(number))
+    beat = context.beat(spec.fork_id, str(number), spec.destination)
     ticker = Ticker(beat_and_look)
     ticker.enter("copy", plan.entries, plan.bytes)
     try:
+        ticker.look_now()
         with (
             reopen_ends(context.roots, spec.source, spec.destination, plan.top.ino) as ends,
             open_work(ends, staging, journal, spec.options, staging.open_tree(journal)) as work,
         ):
             return run_held_chunk(work, plan, number, ticker)
     except ForkError as error:
+        if error.code is Code.CANCELLED:
+            staging.stop()
+            return Report()
         return fail_chunk(staging, number, error)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from redis.exceptions import RedisError, ResponseError
 
-from tasks.copier.errors import Code, ForkError
+from tasks.copier.errors import Code, ForkError, describe
 from tasks.copier.options import Limits
 from tasks.copier.progress import BEAT_SECONDS, Beat, Progress
 from tasks.copier.roots import Roots
 from tasks.copier.spec import ForkResult
 from tasks.results import Results
+
+log = logging.getLogger(__name__)
 
 #: How long a task waits for the staging that another one holds, before it goes back to the queue, in seconds.
 LOCK_WAIT = 1.0
@@ -47,22 +50,23 @@ class Context:
     #: The queue of the domain, as clients name it.
     queue: str
 
-    def beat(self, fork_id: str, part: str) -> Beat:
+    def beat(self, fork_id: str, part: str, destination: str) -> Beat:
         """Tells the progress of one part of a fork, and raises ForkError cancelled when someone asked for an end.
 
         Redis being away stops no fork: neither is worth it.
         """
         tell_from = time.monotonic() + BEAT_SECONDS  # what is done before that needs no telling
+        results = replace(self.results, patient=False)
 
         def beat(progress: Progress) -> None:
             try:
                 if time.monotonic() >= tell_from:
-                    self.results.tell(fork_id, part, progress)
-                is_cancelled = self.results.is_cancelled(fork_id)
+                    results.tell(fork_id, part, progress)
+                is_cancelled = results.is_cancelled(fork_id)
             except RedisError:
                 return
             if is_cancelled:
-                raise cancelled()
+                raise cancelled(destination)
 
         return beat
 
@@ -83,10 +87,17 @@ class ForkLedger:
             raise ForkError(Code.NO_SPACE, message, "") from None
 
     def settle(self, result: ForkResult) -> None:
-        """Keep the final result; see `Results.settle`."""
+        """Keep the final result, and put a line into the worker's log."""
         self.results.settle(result)
+        ends = f"{result['source']!r} -> {result['destination']!r}"  # escaped: names come from guests
+        error = result["error"]
+        if error is None:
+            entries, seconds = result["files"]["total"], result["seconds"]["total"]
+            log.info("fork %s succeeded: %s, %d entries in %.3f s", self.fork_id, ends, entries, seconds)
+        else:
+            log.warning("fork %s %s: %s: %r", self.fork_id, result["status"], ends, describe(error))
 
 
-def cancelled() -> ForkError:
+def cancelled(destination: str) -> ForkError:
     """The error of a fork that someone ended."""
-    return ForkError(Code.CANCELLED, "someone asked for an end", "")
+    return ForkError(Code.CANCELLED, "someone asked for an end", destination)

@@ -30,6 +30,8 @@ def run_finish(context: Context, fork_id: str, destination: str) -> ForkResult |
     except ForkError as error:
         return _lost(context, fork_id, destination, error)
     try:
+        if context.results.is_cancelled(fork_id):
+            Staging.stop_from_outside(parent_fd, fork_id)
         with Staging.attach(parent_fd, fork_id, LOCK_WAIT, alone=True) as staging:
             if staging is not None:
                 return _finish(context, fork_id, staging, Ends("", destination, -1, parent_fd, name))
@@ -44,9 +46,8 @@ def run_finish(context: Context, fork_id: str, destination: str) -> ForkResult |
 def _finish(context: Context, fork_id: str, staging: Staging, ends: Ends) -> ForkResult | None:
     """`ends` has no source yet: the journal tells which it is."""
     ledger = ForkLedger(context.results, fork_id)
-    ticker = Ticker(context.beat(fork_id, "close"))
-    is_ended = staging.is_stopped() or context.results.is_cancelled(fork_id)
-    abort = cancelled() if is_ended else None
+    ticker = Ticker(context.beat(fork_id, "close", ends.destination))
+    abort = cancelled(ends.destination) if staging.is_stopped() else None
     journal = staging.journal()
     if abort is None and journal is not None and journal.plan is not None:
         spec, plan = ForkSpec.from_data(journal.spec), Plan.from_data(journal.plan)
@@ -62,5 +63,5 @@ def _lost(context: Context, fork_id: str, destination: str, error: ForkError) ->
     """Settle a fork of which nothing can be found any more."""
     spec = ForkSpec(fork_id=fork_id, source="", destination=destination, started=time.time())
     result = failed(spec, error, Totals(), 0, Clock(spec.started))
-    context.results.settle(result)
+    ForkLedger(context.results, fork_id).settle(result)
     return result

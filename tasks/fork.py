@@ -30,7 +30,7 @@ def run_fork(context: Context, fork_id: str, request: object, queued: float) -> 
         spec = contract.spec_of(request, fork_id, owner="queue", queued=queued)
     except ForkError as error:
         result = contract.refused(request, fork_id, error)
-        context.results.settle(result)
+        ForkLedger(context.results, fork_id).settle(result)
         return result
     claim = context.results.claim(fork_id, {"destination": spec.destination, "queue": context.queue})
     if claim["destination"] != spec.destination:
@@ -47,7 +47,7 @@ def run_fork(context: Context, fork_id: str, request: object, queued: float) -> 
 
 
 def _start(context: Context, spec: ForkSpec) -> ForkResult | None:
-    ticker = Ticker(context.beat(spec.fork_id, "plan"))
+    ticker = Ticker(context.beat(spec.fork_id, "plan", spec.destination))
     with (
         open_ends(context.roots, spec.source, spec.destination) as ends,
         Staging.claim(ends.parent_fd, spec.fork_id, LOCK_WAIT) as staging,
@@ -57,7 +57,7 @@ def _start(context: Context, spec: ForkSpec) -> ForkResult | None:
         if known is not None or (fresh and context.results.is_cancelled(spec.fork_id)):
             if fresh:
                 staging.remove()
-            return known or _refuse(context, spec, cancelled())
+            return known or _refuse(context, spec, cancelled(spec.destination))
         outcome = start(ends, staging, spec, context.limits, ticker, ForkLedger(context.results, spec.fork_id))
         if not isinstance(outcome, Plan):
             return outcome
@@ -71,5 +71,5 @@ def _start(context: Context, spec: ForkSpec) -> ForkResult | None:
 def _refuse(context: Context, spec: ForkSpec, error: ForkError) -> ForkResult:
     """Settle a fork that was not begun."""
     result = failed(spec, error, Totals(), 0, Clock(spec.started))
-    context.results.settle(result)
+    ForkLedger(context.results, spec.fork_id).settle(result)
     return result

@@ -54,30 +54,32 @@ class Results:
     expires: int
     #: Celery's key for the state of a task.
     state_key: Callable[[str], str]
+    #: Whether to wait while Redis is away, as a worker does: its forks must not be lost for that.
+    patient: bool = False
 
     # -- the id
 
     def claim(self, fork_id: str, claim: Claim) -> Claim:
         """Take the id for a request, or learn which request has it."""
         key = _key(fork_id, "claim")
-        if self.redis.set(key, json.dumps(claim), nx=True, ex=self.expires):
+        if self._do(lambda: self.redis.set(key, json.dumps(claim), nx=True, ex=self.expires)):
             return claim
         return self.claim_of(fork_id) or claim
 
     def claim_of(self, fork_id: str) -> Claim | None:
         """The claim on an id; None before a worker has begun with it."""
-        return cast("Claim | None", _decoded(self.redis.get(_key(fork_id, "claim"))))
+        return cast("Claim | None", _decoded(self._do(lambda: self.redis.get(_key(fork_id, "claim")))))
 
     # -- the final result
 
     def result(self, fork_id: str) -> ForkResult | None:
         """The final ForkResult, or None while there is none."""
-        return cast("ForkResult | None", _decoded(self.redis.get(_key(fork_id, "result"))))
+        return cast("ForkResult | None", _decoded(self._do(lambda: self.redis.get(_key(fork_id, "result")))))
 
     def settle(self, result: ForkResult) -> None:
-        """Keep the final result. Waits while Redis is away or full: the fork is over, and that must not be lost."""
+        """Keep the final result; waits also while Redis is full: the fork is over, and that must not be lost."""
         key = _key(result["fork_id"], "result")
-        _persist(lambda: self.redis.set(key, json.dumps(result), ex=self.expires), OutOfMemoryError)
+        self._do(lambda: self.redis.set(key, json.dumps(result), ex=self.expires), OutOfMemoryError)
 
     # -- FileResults
 
@@ -96,7 +98,7 @@ class Results:
                 pipe.execute()
 
         if pages:
-            _persist(write)
+            self._do(write)
 
     def files(self, fork_id: str) -> Iterator[FileResult]:
         """Yield the FileResults that are there by now, a page at a time, in the order of the manifest's parts."""
@@ -151,7 +153,17 @@ class Results:
 
     def is_cancelled(self, fork_id: str) -> bool:
         """Whether an end was asked for."""
-        return bool(self.redis.exists(_key(fork_id, "cancel")))
+        return bool(self._do(lambda: self.redis.exists(_key(fork_id, "cancel"))))
+
+    def _do(self, call: Callable[[], T], *also: type[RedisError]) -> T:
+        """Ask Redis; the patient ask again while it is away, or answers with one of `also`."""
+        passing: tuple[type[RedisError], ...] = (ConnectionError, TimeoutError, *also) if self.patient else ()
+        while True:
+            try:
+                return call()
+            except passing as error:
+                log.warning("Redis does not answer; trying again: %s", error)
+                time.sleep(_PAUSE_SECONDS)
 
 
 def _key(fork_id: str, what: str) -> str:
@@ -160,14 +172,3 @@ def _key(fork_id: str, what: str) -> str:
 
 def _decoded(value: Any) -> Any:
     return None if value is None else json.loads(value)
-
-
-def _persist(write: Callable[[], T], *also: type[RedisError]) -> T:
-    """Do a write that must not be lost, again and again while Redis is away or answers with one of `also`."""
-    passing: tuple[type[RedisError], ...] = (ConnectionError, TimeoutError, *also)
-    while True:
-        try:
-            return write()
-        except passing as error:
-            log.warning("Redis does not take a result; trying again: %s", error)
-            time.sleep(_PAUSE_SECONDS)

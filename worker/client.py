@@ -38,7 +38,7 @@ class Client:
     def __init__(self, settings: Settings) -> None:
         self._app: Celery = make_app(settings)
         self._queue = settings.queue
-        self.results: Results = results_of(self._app, settings.result_expires)
+        self.results: Results = results_of(self._app, settings.result_expires, patient=False)
         try:
             # One try each: a person waits at the terminal.
             with self._app.connection_for_write() as connection:

@@ -32,6 +32,7 @@ def make_app(settings: Settings) -> Celery:
         task_reject_on_worker_lost=True,
         # Redis away for a while is no reason to lose what is done, to end, or to revoke what runs.
         result_backend_always_retry=True,
+        task_publish_retry_policy={"max_retries": None, "interval_start": 0, "interval_step": 0.2, "interval_max": 1},
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         worker_cancel_long_running_tasks_on_connection_loss=False,

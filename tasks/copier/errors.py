@@ -93,7 +93,7 @@ def describe(record: ErrorRecord) -> str:
     """One line for a person: code, path, what happened, errno."""
     number = record["errno"]
     name = "" if number is None else f" ({errno_name(number)})"
-    return f"{record['code']}: {record['path']}: {record['message']}{name}"
+    return ": ".join(part for part in (record["code"], record["path"], record["message"]) if part) + name
 
 
 def from_errno(number: int, doing: str, path: str) -> ForkError:

@@ -297,6 +297,17 @@ class Staging:
 
     # -- stopping early
 
+    @classmethod
+    def stop_from_outside(cls, parent_fd: int, fork_id: str) -> None:
+        """As `stop`, by someone who does not hold the staging: who wants to hold it alone must first have it idle."""
+        staging = cls._open(parent_fd, control_name(fork_id))
+        if staging is not None:
+            try:
+                with suppress(FileNotFoundError):  # removed meanwhile
+                    staging.stop()
+            finally:
+                staging._close()
+
     def stop(self) -> None:
         """Tell the chunks of this fork that their work is no longer wanted."""
         os.close(os.open(_STOP, _FILE, 0o600, dir_fd=self.fd))
