@@ -1,0 +1,61 @@
+"""What every test shares: the fixtures' modules, hypothesis' profile, logs of failed tests, a clean end on SIGTERM."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Generator
+from types import FrameType
+from typing import NoReturn
+
+import hypothesis
+import pytest
+
+from tests.support.outcome import CALL, LOGS
+from tests.support.requirements import in_ci
+
+pytest_plugins = (
+    "tests.fixtures.filesystems",
+    "tests.fixtures.redis_server",
+    "tests.fixtures.processes",
+)
+
+#: What is shown of each log of a failed test.
+_LOG_TAIL_BYTES = 20_000
+
+# Real filesystems take as long as they take. In CI the examples are always the same: a red run is
+# the change's doing, not the dice's.
+hypothesis.settings.register_profile("forkvm", deadline=None, print_blob=True, derandomize=in_ci())
+hypothesis.settings.load_profile("forkvm")
+
+
+def pytest_configure() -> None:
+    # pytest winds up its fixtures after a KeyboardInterrupt; SIGTERM would end it on the spot.
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.stash[LOGS] = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "call":
+        item.stash[CALL] = report
+    if report.failed:
+        for log in item.stash.get(LOGS, []):
+            if log.exists():
+                report.sections.append((f"{log.name}, its end", _tail(log)))
+    return report
+
+
+def _tail(log: os.PathLike[str]) -> str:
+    with open(log, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _LOG_TAIL_BYTES))
+        return file.read().decode(errors="replace")

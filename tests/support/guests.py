@@ -1,0 +1,98 @@
+"""Guest directories as a scheduler keeps them, in any size."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+#: What a fork with default options leaves out of a guest directory of `make_guest`.
+SKIPPED_BY_DEFAULT = frozenset(
+    {b"logs", b"logs/console.log", b"vsock.sock", b"firecracker.socket", b"snapshots/snapshot-latest/memory.lz4.tmp"}
+)
+
+#: Data comes in runs of 64 KiB to 1 MiB with holes between, as a disk image's does.
+_SMALLEST_RUN = 64 * 1024
+_LARGEST_RUN = MIB
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuestSizes:
+    """The sizes of a guest directory's large files: their length, and how much of it is data, in bytes."""
+
+    overlay: int = 64 * MIB
+    overlay_data: int = 4 * MIB
+    memory: int = 32 * MIB
+    memory_data: int = 8 * MIB
+    config: int = MIB
+
+
+def make_guest(path: Path, sizes: GuestSizes | None = None, *, seed: int = 0) -> Path:
+    """Makes the directory `path` into a guest directory and returns it. One seed gives one content."""
+    sizes = sizes or GuestSizes()
+    path.mkdir(parents=True)
+    path.chmod(0o750)
+    latest = path / "snapshots" / "snapshot-latest"
+    latest.mkdir(parents=True)
+    make_sparse_file(path / "overlay.raw", sizes.overlay, sizes.overlay_data, seed=seed)
+    make_sparse_file(latest / "memory", sizes.memory, sizes.memory_data, seed=seed + 1)
+    make_sparse_file(path / "config.ext4", sizes.config, sizes.config, seed=seed + 2)
+    (path / "metadata.json").write_text(json.dumps({"instance": f"vm-{seed}", "vcpus": 2}))
+    (path / "config.json").write_text(json.dumps({"memory_mib": sizes.memory // MIB}))
+    (path / "state").write_text("paused\n")
+    (path / "state").chmod(0o640)
+    (path / "logs").mkdir()
+    (path / "logs" / "console.log").write_text("booted\n")
+    (latest / "memory.lz4.tmp").write_bytes(b"half a compressed file")
+    make_socket(path / "vsock.sock")
+    make_socket(path / "firecracker.socket")
+    return path
+
+
+def make_sparse_file(path: Path, size: int, data: int, *, seed: int = 0) -> None:
+    """Writes a file of `size` bytes, of which about `data` (never more) are random data in scattered runs.
+
+    Every run differs from every other, so that data in the wrong place shows.
+    """
+    randomness = random.Random(seed)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        os.ftruncate(fd, size)
+        if data >= size:
+            for position in range(0, size, _LARGEST_RUN):
+                os.pwrite(fd, randomness.randbytes(min(_LARGEST_RUN, size - position)), position)
+            return
+        # Each run's stride is its share of the rest of the file, or a bit less: the runs spread over all of it.
+        position, left = 0, data
+        while left > 0 and position < size:
+            run = min(randomness.randrange(_SMALLEST_RUN, _LARGEST_RUN + 1, 4096), left, size - position)
+            os.pwrite(fd, randomness.randbytes(run), position)
+            stride = (size - position) * run // left
+            left -= run
+            position += max(run + _SMALLEST_RUN, randomness.randrange(stride // 2, stride + 1) // 4096 * 4096)
+    finally:
+        os.close(fd)
+
+
+def make_socket(path: Path) -> None:
+    """Leaves a socket at `path`, as a machine that runs does. The path may be longer than sun_path's 107 bytes."""
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"/proc/self/fd/{directory}/{path.name}")
+    finally:
+        os.close(directory)
+
+
+def make_slow_file(path: Path, extents: int = 60_000) -> None:
+    """A file that takes long to copy for its size: pieces of one block, a hole behind each."""
+    with path.open("wb") as file:
+        for n in range(extents):
+            os.pwrite(file.fileno(), b"%08d" % n * 512, n * 8192)
+        file.truncate(extents * 8192)

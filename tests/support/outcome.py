@@ -1,0 +1,17 @@
+"""What pytest knows of a test after its body ran, for the fixtures that come after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+#: The log files of the processes that a test started; shown when it fails.
+LOGS = pytest.StashKey[list[Path]]()
+#: How the body of the test ended; absent when it did not run.
+CALL = pytest.StashKey[pytest.TestReport]()
+
+
+def body_passed(item: pytest.Item) -> bool:
+    report = item.stash.get(CALL, None)
+    return report is not None and report.passed
