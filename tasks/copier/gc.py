@@ -88,6 +88,8 @@ def _visit_tree(parent_fd: int, name: str, path: str, attempt: str, staging: Sta
     journal = staging.journal() if staging is not None else None
     if staging is not None and (journal is None or journal.attempt == attempt):
         return None
+    if not os.access(name, os.F_OK, dir_fd=parent_fd, follow_symlinks=False):
+        return None  # it went with its control directory
     trees.remove(parent_fd, name)
     return Finding(path, journal.spec["fork_id"] if journal else "", "removed", "left by an earlier attempt")
 

@@ -18,7 +18,7 @@ from tasks.copier.errors import Code, ForkError, from_errno, from_oserror
 from tasks.copier.fork import finish, start
 from tasks.copier.options import Limits
 from tasks.copier.plan import Plan
-from tasks.copier.progress import BEAT_SECONDS, Beat, Progress, Ticker
+from tasks.copier.progress import Beat, Progress, Ticker
 from tasks.copier.report import Totals
 from tasks.copier.roots import Roots
 from tasks.copier.spec import Clock, ForkResult, ForkSpec, failed
@@ -29,6 +29,8 @@ from tasks.copier.work import Work, open_work
 _TOKEN = struct.Struct("=I")
 #: Entries and bytes done, of one child, in memory that the parent reads.
 _COUNTERS = struct.Struct("=qq")
+#: How often the parent looks at its children's counters.
+_LOOK_MILLISECONDS = 100
 #: Exit code of a child that met an error in this program; errnos are smaller.
 _BUG = 255
 
@@ -114,7 +116,7 @@ class _Children:
                 poll.register(fd, select.POLLIN)
             running = len(pidfds)
             while running:
-                for fd, _ in poll.poll(BEAT_SECONDS * 1000):
+                for fd, _ in poll.poll(_LOOK_MILLISECONDS):
                     poll.unregister(fd)
                     running -= 1
                 try:

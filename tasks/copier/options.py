@@ -40,8 +40,8 @@ class Limits:
     inline_files: int = 2_000
     #: At most so many bytes are copied in the task that planned the fork: about 50 ms of copying.
     inline_bytes: int = 64 << 20
-    #: Files a chunk, about 150 ms of reflinks.
-    chunk_files: int = 4_000
+    #: Files a chunk, about 100 ms of reflinks.
+    chunk_files: int = 2_500
     #: Bytes a chunk where bytes are copied, about 200 ms; a larger file is cut into ranges.
     chunk_bytes: int = 256 << 20
     #: At most so many chunks; past that, chunks grow.

@@ -276,8 +276,8 @@ def _cut(units: list[_Unit], limits: Limits, reflinks: bool, refused: frozenset[
             continue
         if run is not None and (
             run.offset + run.length != unit.offset
-            or run.files + unit.files > files_each
-            or (not reflinks and run.data + unit.data > data_each)
+            or run.files + unit.files // 2 > files_each
+            or (not reflinks and run.data + unit.data // 2 > data_each)
         ):
             yield Chunk("files", run.offset, run.length)
             run = None
@@ -291,9 +291,12 @@ def _cut(units: list[_Unit], limits: Limits, reflinks: bool, refused: frozenset[
 
 
 def _share(amount: int, wanted: int, most: int) -> int:
-    """The size of one chunk of `amount`: `wanted`, less where that would leave one process idle, more where it would
-    make more than `most` chunks."""
-    return max(1, min(wanted, -(-amount // 2)), -(-amount // most))
+    """The size of one chunk of `amount`: about `wanted`, more where that would make more than `most` chunks.
+
+    An even number of chunks, since the last of an odd number leaves every other process of two or four idle.
+    """
+    count = -(-amount // (2 * wanted)) * 2
+    return max(1, -(-amount // max(1, min(count, most))))
 
 
 def _is_copied(large: tuple[str, Entry], reflinks: bool, refused: frozenset[str]) -> bool:
@@ -303,7 +306,7 @@ def _is_copied(large: tuple[str, Entry], reflinks: bool, refused: frozenset[str]
 
 def _ranges(unit: _Unit, entry: Entry, data_each: int) -> Iterator[Chunk]:
     """Ranges of one large file, each with about `data_each` bytes of data if that is spread evenly."""
-    count = max(1, -(-unit.data // data_each))
+    count = max(1, round(unit.data / data_each))
     length = -(-entry.size // count)
     length = -(-length // _RANGE_ALIGNMENT) * _RANGE_ALIGNMENT
     for start in range(0, entry.size, length):

