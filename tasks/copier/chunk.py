@@ -33,10 +33,11 @@ def run_chunk(work: Work, plan: Plan, chunk: Chunk, cloner: Cloner, ticker: Tick
     return report
 
 
-def run_held_chunk(work: Work, plan: Plan, number: int, ticker: Ticker) -> Report | None:
-    """Do chunk `number` unless it is done, and leave its report in the staging; None while another process does it.
+def run_held_chunk(work: Work, plan: Plan, chunk: Chunk, number: int, ticker: Ticker) -> Report | None:
+    """Do `chunk`, which is chunk `number`, unless it is done, and leave its report in the staging.
 
-    The fork is told to stop when the chunk fails. Raises OSError when the staging cannot be written.
+    Returns None while another process does it. The fork is told to stop when the chunk fails. Raises OSError when
+    the staging cannot be written.
     """
     staging = work.staging
     with staging.hold_chunk(number) as begun:
@@ -49,7 +50,7 @@ def run_held_chunk(work: Work, plan: Plan, number: int, ticker: Ticker) -> Repor
         if begun > MAX_TRIES:
             return fail_chunk(staging, number, worker_lost(work.ends.source))
         cloner = Cloner(work.options, {(src, dst): refusal for src, dst, refusal in plan.refused}, ticker.step)
-        report = run_chunk(work, plan, plan.chunks[number], cloner, ticker)
+        report = run_chunk(work, plan, chunk, cloner, ticker)
         error = report.totals.error
         if error is not None:
             staging.stop()

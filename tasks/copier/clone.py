@@ -190,7 +190,8 @@ class Cloner:
     def _create(self, place: Place, entry: Entry) -> int:
         # Until the owner is right, nobody but us gets in; and never more than the source's bits.
         ours = entry.uid == self._user and entry.gid == self._group
-        mode = entry.mode & (0o777 if ours else 0o700)
+        # We get in: a read-only file takes no user.* attributes, and no second process to copy a range of it.
+        mode = entry.mode & (0o777 if ours else 0o700) | 0o600
         try:
             try:
                 return os.open(entry.name, _CREATE, mode, dir_fd=place.dst_fd)
@@ -207,6 +208,7 @@ class Cloner:
         try:
             refusal = self.reflinker.clone(dst_fd, src_fd, entry.dev, place.dst_dev)
         except OSError as error:
+            self._check_source(place, entry, src_fd)  # a directory by now, say: EISDIR
             doing = f"reflinking {place.source_of(entry.name)}"
             raise from_oserror(error, doing, place.destination_of(entry.name)) from None
         if refusal is not None:

@@ -29,7 +29,7 @@ def close_tree(work: Work, plan: Plan, reports: Iterable[Report], cloner: Cloner
         totals.add(part.totals)
         ranges += part.ranges
     report = Report()
-    _complete_ranged_files(work, plan, ranges, cloner, report, totals)
+    _complete_ranged_files(work, plan, ranges, cloner, report, totals, ticker)
     closing_fd = work.staging.manifest(closing=True)
     with open(closing_fd, "rb"):
         spans = list(manifest.spans(closing_fd))
@@ -51,7 +51,7 @@ def close_tree(work: Work, plan: Plan, reports: Iterable[Report], cloner: Cloner
 
 
 def _complete_ranged_files(
-    work: Work, plan: Plan, ranges: list[RangeDone], cloner: Cloner, report: Report, totals: Totals
+    work: Work, plan: Plan, ranges: list[RangeDone], cloner: Cloner, report: Report, totals: Totals, ticker: Ticker
 ) -> None:
     if not ranges:
         return
@@ -66,6 +66,7 @@ def _complete_ranged_files(
                 with work.place(block.path) as place:
                     cloner.complete_ranges(place, entry)
                 report.add(results[join(block.path, entry.name)])
+                ticker(1, 0)
 
 
 def _link_and_skip(work: Work, block: Block, report: Report, ticker: Ticker) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
@@ -22,7 +23,7 @@ from tasks.copier.close import close_tree
 from tasks.copier.ends import Ends, destination_exists
 from tasks.copier.errors import Code, ForkError, from_oserror, from_record
 from tasks.copier.options import Limits
-from tasks.copier.plan import Plan, make_plan
+from tasks.copier.plan import Crew, Plan, make_plan
 from tasks.copier.progress import Ticker
 from tasks.copier.report import Report, Totals
 from tasks.copier.spec import Clock, ForkResult, ForkSpec, failed, succeeded
@@ -40,6 +41,10 @@ class Ledger(Protocol):
 
     def settle(self, result: ForkResult) -> None:
         """Keep the final result. When this returns, a second delivery of the request will find it."""
+
+
+#: Makes the crew for one attempt at a fork.
+Gather = Callable[[Work], Crew]
 
 
 @dataclass
@@ -60,11 +65,18 @@ class _Account:
 
 
 def start(
-    ends: Ends, staging: Staging, spec: ForkSpec, limits: Limits, ticker: Ticker, ledger: Ledger
+    ends: Ends,
+    staging: Staging,
+    spec: ForkSpec,
+    limits: Limits,
+    ticker: Ticker,
+    ledger: Ledger,
+    gather: Gather | None = None,
 ) -> ForkResult | Plan:
     """Begin or resume a fork: its result where all is done, else the plan whose chunks are to be run.
 
-    Never raises ForkError: a failure is a result.
+    `gather` makes a crew that begins with chunks while the source is still being walked. Never raises ForkError: a
+    failure is a result.
     """
     account = _Account(spec, Clock(spec.started), staging.journal())
     try:
@@ -73,7 +85,7 @@ def start(
             if journal.phase is Phase.PUBLISHING:
                 return _conclude(ends, staging, journal, ledger)
             return Plan.from_data(journal.plan)
-        return _start_anew(ends, staging, account, limits, ticker, ledger)
+        return _start_anew(ends, staging, account, limits, ticker, ledger, gather)
     except Exception as error:
         return _give_up(ends, staging, account, error, ledger)
 
@@ -111,7 +123,13 @@ def finish(
 
 
 def _start_anew(
-    ends: Ends, staging: Staging, account: _Account, limits: Limits, ticker: Ticker, ledger: Ledger
+    ends: Ends,
+    staging: Staging,
+    account: _Account,
+    limits: Limits,
+    ticker: Ticker,
+    ledger: Ledger,
+    gather: Gather | None,
 ) -> ForkResult | Plan:
     spec = account.spec
     if account.journal is not None and account.journal.tries >= MAX_TRIES:
@@ -121,7 +139,13 @@ def _start_anew(
     with open_work(ends, staging, journal, spec.options, staging.make_tree(journal)) as work:
         cloner = Cloner(spec.options, {}, ticker.step)
         planned = account.reports["plan"] = Report()
-        plan = make_plan(work, limits, cloner, ticker, planned)
+        crew = gather(work) if gather is not None else None
+        try:
+            plan = make_plan(work, limits, cloner, ticker, planned, crew)
+        except BaseException:
+            if crew is not None:
+                crew.dismiss()  # before the tree is removed
+            raise
         planned.totals.fallback = cloner.fallback
         account.chunks = len(plan.chunks)
         account.clock.planned = time.time()

@@ -1,7 +1,7 @@
 """The manifest on disk: the entries of the source, in blocks that any process can read from any offset.
 
 A block is a small header, the directory's path, the entries' names and notes (each closed by a NUL, which no path
-holds), and eleven 64-bit numbers an entry. Text and numbers are written by whole arrays: a manifest of a million
+holds), and twelve 64-bit numbers an entry. Text and numbers are written by whole arrays: a manifest of a million
 entries is written and read in about a second, and no block is larger than `walk.BLOCK_ENTRIES` entries.
 """
 
@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 from tasks.copier.walk import Block, Entry
 
-#: Lengths in bytes of path, names, notes; count of entries.
-_HEADER = struct.Struct("=IIII")
+#: Lengths in bytes of path, names, notes, numbers; count of entries.
+_HEADER = struct.Struct("=IIIII")
 #: kind and all after it.
 _NUMBERS = len(Entry._fields) - 2
 
@@ -40,8 +40,8 @@ class Writer:
         path = os.fsencode(block.path)
         names = os.fsencode("".join([entry.name + "\0" for entry in block.entries]))
         notes = os.fsencode("".join([entry.note + "\0" for entry in block.entries]))
-        numbers = array("q", [number for entry in block.entries for number in entry[2:]]).tobytes()
-        header = _HEADER.pack(len(path), len(names), len(notes), len(block.entries))
+        numbers = _pack([number for entry in block.entries for number in entry[2:]])
+        header = _HEADER.pack(len(path), len(names), len(notes), len(numbers), len(block.entries))
         self._file.write(b"".join((header, path, names, notes, numbers)))
         span = Span(self._offset, len(header) + len(path) + len(names) + len(notes) + len(numbers))
         self._offset += span.length
@@ -69,26 +69,45 @@ def spans(fd: int) -> Iterator[Span]:
     """Where each block of the manifest file `fd` lies, in order."""
     offset, end = whole(fd)
     while offset < end:
-        length = _HEADER.size + _body_length(*_HEADER.unpack(os.pread(fd, _HEADER.size, offset)))
+        *lengths, _ = _HEADER.unpack(os.pread(fd, _HEADER.size, offset))
+        length = _HEADER.size + sum(lengths)
         yield Span(offset, length)
         offset += length
 
 
-def _body_length(path: int, names: int, notes: int, count: int) -> int:
-    return path + names + notes + count * _NUMBERS * 8
-
-
 def _read_block(fd: int, offset: int) -> tuple[Block, int]:
-    path_length, names_length, notes_length, count = _HEADER.unpack(os.pread(fd, _HEADER.size, offset))
+    *lengths, count = _HEADER.unpack(os.pread(fd, _HEADER.size, offset))
     offset += _HEADER.size
-    length = _body_length(path_length, names_length, notes_length, count)
-    body = os.pread(fd, length, offset)
-    names_at = path_length
-    notes_at = names_at + names_length
-    numbers_at = notes_at + notes_length
-    names = os.fsdecode(body[names_at:notes_at]).split("\0")
-    notes = os.fsdecode(body[notes_at:numbers_at]).split("\0")
+    body = os.pread(fd, sum(lengths), offset)
+    path, names, notes, packed = _split(body, lengths)
+    names_of, notes_of = os.fsdecode(names).split("\0"), os.fsdecode(notes).split("\0")
+    numbers = _unpack(packed)
+    entries = [Entry(names_of[n], notes_of[n], *numbers[n * _NUMBERS : (n + 1) * _NUMBERS]) for n in range(count)]
+    return Block(os.fsdecode(path), entries), offset + len(body)
+
+
+def _split(body: bytes, lengths: list[int]) -> list[bytes]:
+    parts, at = [], 0
+    for length in lengths:
+        parts.append(body[at : at + length])
+        at += length
+    return parts
+
+
+def _pack(numbers: list[int]) -> bytes:
+    """Numbers as an array of 64 bits each, or as text when one does not fit; the first byte tells which.
+
+    Inodes of tmpfs and overlayfs use all 64 bits unsigned, and times are signed and may lie after the year 2262.
+    """
+    try:
+        return b"q" + array("q", numbers).tobytes()
+    except OverflowError:
+        return b"t" + " ".join(map(str, numbers)).encode("ascii")
+
+
+def _unpack(packed: bytes) -> Sequence[int]:
+    if packed[:1] == b"t":
+        return [int(number) for number in packed[1:].split()]
     numbers = array("q")
-    numbers.frombytes(body[numbers_at:])
-    entries = [Entry(names[n], notes[n], *numbers[n * _NUMBERS : (n + 1) * _NUMBERS]) for n in range(count)]
-    return Block(os.fsdecode(body[:path_length]), entries), offset + length
+    numbers.frombytes(packed[1:])
+    return numbers

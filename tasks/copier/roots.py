@@ -46,8 +46,8 @@ class Roots:
         """
         path = normal_path(path, "destination")
         parent, name = os.path.split(path)
+        self._root_of(path)
         if not name or path in self.paths:
-            self._root_of(path)
             raise ForkError(Code.DESTINATION_EXISTS, "the destination exists", path, errno.EEXIST)
         if len(os.fsencode(name)) > _NAME_MAX:
             message = f"the destination's name is longer than {_NAME_MAX} bytes"

@@ -99,7 +99,12 @@ class Staging:
         while True:
             with suppress(FileExistsError):
                 os.mkdir(name, 0o700, dir_fd=parent_fd)
-            staging = cls._open(parent_fd, name)
+            try:
+                staging = cls._open(parent_fd, name)
+            except OSError:  # full: what we made is still empty, and nobody would look for it
+                with suppress(OSError):
+                    os.rmdir(name, dir_fd=parent_fd)
+                raise
             if staging is None:
                 continue
             try:

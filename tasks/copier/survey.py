@@ -1,0 +1,140 @@
+"""Walking the source into the manifest, making its directories in the tree on the way."""
+
+from __future__ import annotations
+
+import heapq
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tasks.copier import manifest
+from tasks.copier.errors import from_oserror
+from tasks.copier.manifest import Span
+from tasks.copier.options import Limits
+from tasks.copier.progress import Ticker
+from tasks.copier.selection import Selection
+from tasks.copier.walk import Block, Entry, Kind, Walk, join
+from tasks.copier.work import Work
+
+#: How many of the largest files are remembered.
+LARGEST = 8
+
+
+@dataclass
+class Unit:
+    """A run of blocks in the manifest that stays together."""
+
+    offset: int
+    length: int = 0  # bytes
+    files: int = 0
+    data: int = 0  # bytes
+    #: The one large file, if the unit is one: its directory and entry.
+    large: tuple[str, Entry] | None = None
+
+    @property
+    def span(self) -> Span:
+        """Where the unit lies in the manifest."""
+        return Span(self.offset, self.length)
+
+
+class Survey:
+    """What the walk has found so far. `units` are those that no chunk has taken yet; who takes them removes them."""
+
+    def __init__(self, work: Work, limits: Limits, files: manifest.Writer, closing: manifest.Writer) -> None:
+        self._work, self._limits = work, limits
+        self._files, self._closing = files, closing
+        self.units: list[Unit] = []
+        self.entries = 0
+        #: Files and symlinks; logical bytes; bytes of data.
+        self.files = 0
+        self.bytes = 0
+        self.data = 0
+        self._heap: list[tuple[int, str, Entry]] = []
+
+    def largest(self) -> list[tuple[str, Entry]]:
+        """Paths and entries of the largest files, the largest first."""
+        return [(path, entry) for _, path, entry in sorted(self._heap, reverse=True)]
+
+    def flush(self) -> None:
+        """Make what was found readable for others."""
+        self._files.flush()
+        self._closing.flush()
+
+    def walk(self, ticker: Ticker) -> Iterator[None]:
+        """Walk the source, and yield after each block of it. Raises ForkError as `Walk.blocks` does, and OSError."""
+        options, ends = self._work.options, self._work.ends
+        selection = Selection(options.skip, options.exclude)
+        walk = Walk(ends.source_fd, ends.source, selection, "hardlinks" in options.preserve, ticker.look)
+        for block in walk.blocks():
+            self._take_in(block)
+            yield
+
+    def _take_in(self, block: Block) -> None:
+        """Write one block to the manifests, make its directories, and count."""
+        small: list[Entry] = []
+        others: list[Entry] = []
+        self.entries += len(block.entries)
+        for entry in block.entries:
+            if entry.kind > Kind.SYMLINK:
+                others.append(entry)
+                continue
+            self.files += 1
+            if entry.kind == Kind.FILE:
+                self.bytes += entry.size
+                self.data += entry.data
+                self._keep_if_large(block.path, entry)
+                if entry.data > self._limits.chunk_bytes:
+                    span = self._files.append(Block(block.path, [entry]))
+                    self.units.append(Unit(*span, 1, entry.data, (block.path, entry)))
+                    continue
+            small.append(entry)
+        if small:
+            self._add_to_last(self._files.append(Block(block.path, small)), small)
+        if others:
+            self._closing.append(Block(block.path, others))
+            self._make_directories(block.path, [entry.name for entry in others if entry.kind == Kind.DIRECTORY])
+
+    def _add_to_last(self, span: Span, entries: list[Entry]) -> None:
+        """Join a block to the unit before it while that is small: there may be a hundred thousand small directories."""
+        files, data = len(entries), sum(entry.data for entry in entries if entry.kind == Kind.FILE)
+        last = self.units[-1] if self.units else None
+        if (
+            last is None
+            or last.large is not None
+            or last.offset + last.length != span.offset
+            or last.files + files > self._limits.chunk_files // 8
+            or last.data + data > self._limits.chunk_bytes // 8
+        ):
+            last = Unit(span.offset)
+            self.units.append(last)
+        last.length += span.length
+        last.files += files
+        last.data += data
+
+    def _keep_if_large(self, directory: str, entry: Entry) -> None:
+        if len(self._heap) < LARGEST:
+            heapq.heappush(self._heap, (entry.size, join(directory, entry.name), entry))
+        elif entry.size > self._heap[0][0]:
+            heapq.heapreplace(self._heap, (entry.size, join(directory, entry.name), entry))
+
+    def _make_directories(self, path: str, names: list[str]) -> None:
+        """Make directories in the tree, for us alone until the fork is closed."""
+        if not names:
+            return
+        fd = self._work.open_tree(path)
+        try:
+            for name in names:
+                os.mkdir(name, 0o700, dir_fd=fd)
+        except OSError as error:
+            raise from_oserror(error, "making a directory", join(self._work.ends.destination, path)) from None
+        finally:
+            os.close(fd)
+
+
+@contextmanager
+def open_survey(work: Work, limits: Limits) -> Iterator[Survey]:
+    """A survey that writes the manifests of `work`; they are whole when the context ends."""
+    files_fd, closing_fd = work.staging.manifest(), work.staging.manifest(closing=True)
+    with open(files_fd, "wb") as files, open(closing_fd, "wb") as closing:
+        yield Survey(work, limits, manifest.Writer(files), manifest.Writer(closing))
