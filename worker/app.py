@@ -11,7 +11,7 @@ from celery import signals
 
 from tasks.app import inner_queues
 from worker.configuration import make_app
-from worker.settings import BadSettings, Settings, read_settings
+from worker.settings import NO_ROOTS, BadSettings, Settings, read_settings
 
 
 def _settings() -> Settings:
@@ -31,7 +31,7 @@ def _name_the_node(instance: Any = None, **_: Any) -> None:
 @signals.celeryd_init.connect
 def _require_roots(conf: Any = None, **_: Any) -> None:
     if not _settings().roots:
-        sys.exit("forkvm: no roots: set FORKVM_ROOTS to the directories that may be served, separated by colons")
+        sys.exit(f"forkvm: {NO_ROOTS}")
 
 
 @signals.celeryd_after_setup.connect

@@ -23,7 +23,7 @@ from tasks.copier.progress import Beat, Progress
 from tasks.copier.roots import normal_path
 from tasks.copier.selection import Selection
 from tasks.copier.spec import ForkResult
-from worker.settings import BadSettings, NoBroker, Settings, read_settings, roots_of
+from worker.settings import NO_ROOTS, BadSettings, NoBroker, Settings, read_settings, roots_of
 from worker.show import ShowProgress, answer, answer_json, file_line, progress_bar, result_lines, say, size
 
 if TYPE_CHECKING:
@@ -258,6 +258,8 @@ def gc(directories: tuple[str, ...], as_json: bool) -> None:
 def worker(domain: str | None, concurrency: int | None, loglevel: str) -> None:
     """Serve a domain's queue until TERM, which lets running work end first."""
     settings = _with_domain(read_settings(), domain)
+    if not settings.roots:
+        raise click.UsageError(NO_ROOTS)
     if domain is not None:
         os.environ["FORKVM_DOMAIN"] = domain
     from worker.app import app  # the settings above are its own

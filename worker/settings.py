@@ -12,6 +12,8 @@ from tasks.copier.options import Limits
 from tasks.copier.roots import Roots
 
 _PREFIX = "FORKVM_"
+#: Why a worker does not start.
+NO_ROOTS = "no roots: set FORKVM_ROOTS to the directories that may be served, separated by colons"
 
 
 class BadSettings(Exception):
