@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from celery import Celery, Task, states
 from celery.backends.redis import RedisBackend
@@ -13,7 +13,7 @@ from celery.worker.request import Request
 from kombu.utils.encoding import bytes_to_str
 
 from tasks.chunk import run_chunk
-from tasks.context import AGAIN_SECONDS, CHUNK_TASK, FINISH_TASK, Again, Context
+from tasks.context import AGAIN_SECONDS, CHUNK_TASK, FINISH_TASK, GONE, Again, Context
 from tasks.contract import ForkFailed
 from tasks.copier.errors import describe
 from tasks.copier.options import Limits
@@ -22,6 +22,7 @@ from tasks.copier.spec import ForkResult
 from tasks.finish import run_finish
 from tasks.fork import run_fork
 from tasks.results import Results
+from tasks.takeover import STALE_SECONDS, settle_lost, take_over
 
 FORK_TASK = "forkvm.fork"
 #: Queues beside the one that clients use: a finish must not wait behind chunks, nor a new fork behind either.
@@ -80,25 +81,47 @@ def register(app: Celery, roots: Roots, limits: Limits, expires: int) -> None:
             request = None
         try:
             return _answer(self, run_fork(context(self), _id(self), request, _queued(self)))
-        except Again:
-            _send_again(self, {"request": request}, _queue(self))
+        except Again as again:
+            return _wait(self, context(self), _id(self), request["destination"], again, {"request": request})
 
     @app.task(name=CHUNK_TASK, ignore_result=True, **common)
     def chunk(self: AnyTask, fork_id: str, destination: str, number: int) -> None:
         """One chunk of a fork."""
         try:
             run_chunk(context(self), fork_id, destination, number)
-        except Again:
+        except Again as again:
             kwargs = {"fork_id": fork_id, "destination": destination, "number": number}
-            _send_again(self, kwargs, inner_queue(_queue(self), CHUNK_TASK))
+            _wait(self, context(self), fork_id, destination, again, kwargs)
 
     @app.task(name=FINISH_TASK, **common)
     def finish(self: AnyTask, destination: str) -> ForkResult:
         """The end of a fork; runs under the fork's own id, so that its outcome is the fork's."""
         try:
             return _answer(self, run_finish(context(self), _id(self), destination))
-        except Again:
-            _send_again(self, {"destination": destination}, inner_queue(_queue(self), FINISH_TASK))
+        except Again as again:
+            return _wait(self, context(self), _id(self), destination, again, {"destination": destination})
+
+
+def _wait(
+    task: AnyTask, context: Context, fork_id: str, destination: str, again: Again, kwargs: dict[str, Any]
+) -> ForkResult:
+    """Go back to the queue, under the same id and without a trace; or, when the holder seems paused, take the fork."""
+    pulse, since = getattr(task.request, "seen", None) or (again.pulse, time.time())
+    if pulse != again.pulse:
+        since = time.time()
+    if time.time() - since > STALE_SECONDS:
+        request = take_over(context, fork_id, destination, again.pulse)
+        if request is not None:
+            task.app.send_task(FORK_TASK, kwargs={"request": request}, task_id=fork_id, queue=context.queue)
+            raise Ignore
+        if again.pulse == GONE:
+            return _answer(task, settle_lost(context, fork_id, destination))
+    queue = inner_queue(context.queue, task.name) if task.name in _INNER_QUEUES else context.queue
+    headers = {"seen": [again.pulse, since]}
+    task.app.send_task(
+        task.name, kwargs=kwargs, task_id=_id(task), queue=queue, headers=headers, countdown=AGAIN_SECONDS
+    )
+    raise Ignore
 
 
 def _answer(task: AnyTask, result: ForkResult | None) -> ForkResult:
@@ -112,12 +135,6 @@ def _answer(task: AnyTask, result: ForkResult | None) -> ForkResult:
         task.backend.store_result(_id(task), TaskRevokedError(describe(error)), states.REVOKED)
         raise Ignore
     raise ForkFailed(describe(error))
-
-
-def _send_again(task: AnyTask, kwargs: dict[str, Any], queue: str) -> NoReturn:
-    """Put the task back into its queue under its id, and end this run of it without a trace."""
-    task.app.send_task(task.name, kwargs=kwargs, task_id=task.request.id, queue=queue, countdown=AGAIN_SECONDS)
-    raise Ignore
 
 
 def _id(task: AnyTask) -> str:

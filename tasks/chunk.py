@@ -14,7 +14,7 @@ from tasks.copier.plan import Plan
 from tasks.copier.progress import Progress, Ticker
 from tasks.copier.report import Report
 from tasks.copier.spec import ForkSpec
-from tasks.copier.staging import Journal, Phase, Staging
+from tasks.copier.staging import Held, Journal, Phase, Staging
 from tasks.copier.work import open_work
 
 
@@ -26,17 +26,30 @@ def run_chunk(context: Context, fork_id: str, destination: str, number: int) -> 
     try:
         with _staging(context, fork_id, destination) as staging:
             journal = staging.journal() if staging is not None else None
-            if staging is None or journal is None or journal.phase is not Phase.CLONING or journal.plan is None:
+            if staging is None:
+                _look_after(context, fork_id, destination)
+                return
+            if journal is None or journal.phase is not Phase.CLONING or journal.plan is None:
                 return
             plan = Plan.from_data(journal.plan)
-            report = _do(context, staging, journal, plan, number)
-            if report is None:
-                raise Again
-            context.results.keep_pages(fork_id, str(number), report.close())
-            over = staging.is_stopped() or all(staging.has_report(str(n)) for n in range(len(plan.chunks)))
-    except TimeoutError:
-        raise Again from None
+            with staging.beating():
+                report = _do(context, staging, journal, plan, number)
+                if report is None:
+                    raise Again(staging.pulse())
+                context.results.keep_pages(fork_id, str(number), report.close())
+                over = staging.is_stopped() or all(staging.has_report(str(n)) for n in range(len(plan.chunks)))
+    except Held as held:
+        raise Again(held.pulse) from None
+    except FileNotFoundError:  # taken from this process while it was paused, or removed by someone
+        _look_after(context, fork_id, destination)
+        return
     if over:
+        context.send(FINISH_TASK, {"destination": destination}, fork_id)
+
+
+def _look_after(context: Context, fork_id: str, destination: str) -> None:
+    """See to it that a fork without staging has an end."""
+    if context.results.result(fork_id) is None:
         context.send(FINISH_TASK, {"destination": destination}, fork_id)
 
 

@@ -21,12 +21,18 @@ log = logging.getLogger(__name__)
 
 #: How long a task waits for the staging that another one holds, before it goes back to the queue, in seconds.
 LOCK_WAIT = 1.0
+#: Stands for the pulse of a staging that is not there.
+GONE = 0
 #: How long a task that had to go back stays away, in seconds.
 AGAIN_SECONDS = 1.0
 
 
 class Again(Exception):
-    """Another process holds what this task needs: send it again in `AGAIN_SECONDS`."""
+    """Another process holds what this task needs: send it again in `AGAIN_SECONDS`. `pulse`: see `Staging.pulse`."""
+
+    def __init__(self, pulse: int) -> None:
+        super().__init__(pulse)
+        self.pulse = pulse
 
 
 class Send(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from typing import Annotated, Any, Literal
@@ -26,16 +27,28 @@ def _short(text: str) -> str:
     return text
 
 
+def _name(text: str) -> str:
+    """What is matched against file names: no NUL, and no surrogate that stands for no byte."""
+    try:
+        encoded = os.fsencode(text)
+    except UnicodeEncodeError:
+        raise ValueError("a surrogate in it stands for no byte") from None
+    if b"\0" in encoded:
+        raise ValueError("a file name cannot hold a NUL character")
+    return text
+
+
 def _relative(path: str) -> str:
     parts = path.split("/")
-    if path.startswith("/") or ".." in parts or "\0" in path:
+    if path.startswith("/") or ".." in parts:
         raise ValueError("a path relative to the source, without '..', is wanted")
     return "/".join(part for part in parts if part not in ("", "."))
 
 
 #: A Python string as it is. pydantic's own `str` refuses the lone surrogates that stand for bytes that are not UTF-8.
 Text = Annotated[InstanceOf[str], AfterValidator(_short)]
-RelativePath = Annotated[InstanceOf[str], AfterValidator(_short), AfterValidator(_relative)]
+Pattern = Annotated[Text, AfterValidator(_name)]
+RelativePath = Annotated[Pattern, AfterValidator(_relative)]
 
 
 class ForkRequest(BaseModel):
@@ -48,7 +61,7 @@ class ForkRequest(BaseModel):
     destination: Annotated[InstanceOf[str], AfterValidator(lambda path: normal_path(path, "destination"))]
     reflink: Reflink = "auto"
     skip: Annotated[list[RelativePath], Field(max_length=_MOST)] = []
-    exclude: Annotated[list[Text], Field(max_length=_MOST)] = list(DEFAULT_EXCLUDE)
+    exclude: Annotated[list[Pattern], Field(max_length=_MOST)] = list(DEFAULT_EXCLUDE)
     preserve: Annotated[list[Preserve], Field(max_length=_MOST)] = sorted(PRESERVE_ALL)
     durability: Durability = "none"
     verify: Verify = "none"

@@ -8,12 +8,12 @@ from tasks import contract
 from tasks.context import CHUNK_TASK, LOCK_WAIT, Again, Context, ForkLedger, cancelled
 from tasks.copier.ends import open_ends
 from tasks.copier.errors import ForkError, from_oserror
-from tasks.copier.fork import start
+from tasks.copier.fork import Superseded, start
 from tasks.copier.plan import Plan
 from tasks.copier.progress import Ticker
 from tasks.copier.report import Totals
 from tasks.copier.spec import Clock, ForkResult, ForkSpec, failed
-from tasks.copier.staging import Staging
+from tasks.copier.staging import Held, Staging
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,10 @@ def run_fork(context: Context, fork_id: str, request: object, queued: float) -> 
         return _start(context, spec)
     except ForkError as error:
         return _refuse(context, spec, error)
-    except TimeoutError:
-        raise Again from None
+    except Held as held:
+        raise Again(held.pulse) from None
+    except Superseded:
+        return None
     except OSError as error:
         return _refuse(context, spec, from_oserror(error, "making the staging directory", spec.destination))
 
@@ -58,7 +60,8 @@ def _start(context: Context, spec: ForkSpec) -> ForkResult | None:
             if fresh:
                 staging.remove()
             return known or _refuse(context, spec, cancelled(spec.destination))
-        outcome = start(ends, staging, spec, context.limits, ticker, ForkLedger(context.results, spec.fork_id))
+        with staging.beating():
+            outcome = start(ends, staging, spec, context.limits, ticker, ForkLedger(context.results, spec.fork_id))
         if not isinstance(outcome, Plan):
             return outcome
         context.tell(spec.fork_id, "plan", ticker.progress)

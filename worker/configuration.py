@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
-from celery import Celery, bootsteps
+from celery import Celery
 
 from tasks.app import register
 from worker.settings import Settings, roots_of
-
-#: How often the heartbeat file is touched, in seconds.
-_HEARTBEAT_SECONDS = 2.0
+from worker.steps import Heartbeat, Lease
 
 
 def make_app(settings: Settings) -> Celery:
@@ -37,7 +32,9 @@ def make_app(settings: Settings) -> Celery:
         broker_connection_max_retries=None,
         worker_cancel_long_running_tasks_on_connection_loss=False,
         broker_transport_options={
-            "visibility_timeout": settings.visibility_timeout,
+            "visibility_timeout": settings.visibility_timeout,  # renewed by steps.Lease
+            "unacked_restore_interval": 2,
+            "unacked_restore_throttle": 1,
             "queue_order_strategy": "round_robin",
         },
         result_expires=settings.result_expires,
@@ -48,26 +45,5 @@ def make_app(settings: Settings) -> Celery:
         timezone="UTC",
     )
     register(app, roots_of(settings), settings.limits, settings.result_expires)
-    app.steps["consumer"].add(_heartbeat_step(settings.heartbeat_file))
+    app.steps["consumer"] |= {Lease, type("Heartbeat", (Heartbeat,), {"path": settings.heartbeat_file})}
     return app
-
-
-def _heartbeat_step(path: str) -> type[bootsteps.StartStopStep]:
-    """A step that touches a file for as long as the consumer's loop turns.
-
-    `inspect ping` would be answered by a worker that no longer consumes, and costs half a second of CPU.
-    """
-
-    class Heartbeat(bootsteps.StartStopStep):
-        requires = ("celery.worker.consumer.tasks:Tasks",)
-
-        def start(self, parent: Any) -> None:
-            if path:
-                Path(path).touch()
-                self.timer = parent.timer.call_repeatedly(_HEARTBEAT_SECONDS, Path(path).touch)
-
-        def stop(self, parent: Any) -> None:
-            if path:
-                self.timer.cancel()
-
-    return Heartbeat

@@ -42,8 +42,8 @@ class Settings(BaseModel):
     domain: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*$")] = ""
     #: TTL of everything that is kept of a fork.
     result_expires: Annotated[int, Field(ge=60)] = 86_400
-    #: After so long an unacknowledged message is delivered again; longer than the longest task.
-    visibility_timeout: Annotated[int, Field(ge=1)] = 3_600
+    #: After so long the messages of a dead worker are delivered again; a live one renews this every 2 s.
+    visibility_timeout: Annotated[int, Field(ge=5)] = 10
     #: See `tasks.copier.options.Limits`.
     inline_files: Annotated[int, Field(ge=0)] = Limits.inline_files
     inline_bytes: Annotated[int, Field(ge=0)] = Limits.inline_bytes

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 
 from tasks.copier import manifest
-from tasks.copier.changes import refuse_changed_directories
+from tasks.copier.changes import refuse_changes
 from tasks.copier.clone import Cloner
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.manifest import Span
@@ -42,7 +42,7 @@ def close_tree(work: Work, plan: Plan, reports: Iterable[Report], cloner: Cloner
                 _complete_directories(work, block, cloner, report, touched, ticker)
         top = on_this_host(plan.top, plan.top.dev, work.source_dev)
         _complete_directory(work, "", top, cloner, touched)
-        refuse_changed_directories(work, plan, touched)
+        refuse_changes(work, plan, touched)
     counted = totals.total + report.totals.total
     if counted != plan.entries:
         message = f"the books do not balance: {plan.entries} entries, {counted} results"

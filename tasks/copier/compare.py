@@ -12,6 +12,7 @@ from typing import NamedTuple
 from tasks.copier import sharing, trees
 from tasks.copier.contents import first_difference
 from tasks.copier.errors import from_oserror
+from tasks.copier.metadata import XFS_ACLS
 from tasks.copier.selection import Selection
 from tasks.copier.walk import Entry, Kind, Walk, file_type, join
 
@@ -183,7 +184,7 @@ def _xattrs(left_fd: int, right_fd: int) -> list[str]:
 
 def _attributes(fd: int) -> dict[str, bytes]:
     try:
-        return {name: os.getxattr(fd, name) for name in os.listxattr(fd)}
+        return {name: os.getxattr(fd, name) for name in os.listxattr(fd) if name not in XFS_ACLS}
     except OSError:
         return {}  # a filesystem without any
 

@@ -33,6 +33,13 @@ from tasks.copier.work import Work, open_work
 log = logging.getLogger(__name__)
 
 
+class Superseded(Exception):
+    """The fork was taken from this process while it was paused, or its staging was removed: the end is not its to tell.
+
+    See `Staging.take_over`.
+    """
+
+
 class Ledger(Protocol):
     """Where a fork's results are kept for those who asked for it."""
 
@@ -206,7 +213,9 @@ def _conclude(ends: Ends, staging: Staging, journal: Journal, ledger: Ledger) ->
 
 
 def _give_up(ends: Ends, staging: Staging, account: _Account, cause: Exception, ledger: Ledger) -> ForkResult:
-    """Remove all that was made, and settle the failure."""
+    """Remove all that was made, and settle the failure. Raises Superseded."""
+    if not staging.is_current():
+        raise Superseded from cause
     error = _as_fork_error(cause, ends)
     if account.journal is not None:
         with suppress(OSError):  # what cannot be removed now, gc removes later; the cause is what must be told

@@ -11,7 +11,7 @@ from typing import Literal
 from tasks.copier import trees
 from tasks.copier.errors import from_oserror
 from tasks.copier.selection import STAGING_NAME
-from tasks.copier.staging import Journal, Staging
+from tasks.copier.staging import Held, Journal, Staging
 
 #: A control directory without a journal is left alone for so long, in seconds: its planner may be about to write one.
 _FRESH_SECONDS = 60.0
@@ -79,7 +79,7 @@ def _visit(parent_fd: int, name: str, path: str, is_live: IsLive) -> Finding | N
             if attempt:
                 return _visit_tree(parent_fd, name, path, attempt, staging)
             return None if staging is None else _visit_control(staging, path, is_live)
-    except TimeoutError:
+    except Held:
         return None if attempt else Finding(path, "", "kept", "a process is working on it")
 
 

@@ -12,7 +12,7 @@ from tasks.copier.progress import Beat, Ticker
 from tasks.copier.report import Totals
 from tasks.copier.roots import Roots
 from tasks.copier.spec import Clock, ForkResult, ForkSpec, failed
-from tasks.copier.staging import Staging
+from tasks.copier.staging import Held, Staging
 from tasks.copier.work import Work, open_work
 
 
@@ -56,6 +56,8 @@ def _fork(ends: Ends, spec: ForkSpec, limits: Limits, processes: int, beat: Beat
             if result is None:
                 raise ForkError(Code.IO_ERROR, "chunks were left undone", spec.source)
             return result
+    except Held:
+        raise ForkError(Code.IO_ERROR, "another process makes a fork under this id", spec.destination) from None
     except OSError as error:
         raise from_oserror(error, "making the staging directory", spec.destination) from None
 

@@ -18,7 +18,7 @@ _PERMISSIONS = 0o7777
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 _ACLS = ("system.posix_acl_access", "system.posix_acl_default")
 #: XFS shows root the same ACLs a second time, under the names it stores them by (attr's /etc/xattr.conf skips them).
-_ACLS_AGAIN = ("trusted.SGI_ACL_FILE", "trusted.SGI_ACL_DEFAULT")
+XFS_ACLS = ("trusted.SGI_ACL_FILE", "trusted.SGI_ACL_DEFAULT")
 #: Attributes that only a privileged caller may set, or that only some filesystems know: left out where refused.
 _MAY_BE_REFUSED = frozenset({errno.EPERM, errno.EACCES})
 _NOT_KNOWN_HERE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS})
@@ -83,7 +83,7 @@ class Metadata:
                 return False
             raise
         for name in names:
-            if name in _ACLS_AGAIN or (name in _ACLS and not self.mode):
+            if name in XFS_ACLS or (name in _ACLS and not self.mode):
                 continue
             try:
                 value = os.getxattr(source, name, follow_symlinks=follow)

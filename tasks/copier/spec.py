@@ -33,6 +33,11 @@ class ForkSpec:
         """As plain data for the journal."""
         return {**asdict(self), "options": {**asdict(self.options), "preserve": sorted(self.options.preserve)}}
 
+    def request(self) -> dict[str, Any]:
+        """The ForkRequest that asks for this fork."""
+        options = self.to_data()["options"]
+        return {"source": self.source, "destination": self.destination, "labels": self.labels, **options}
+
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> ForkSpec:
         """From what `to_data` gave."""

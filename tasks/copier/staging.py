@@ -15,12 +15,12 @@ was published: to publish is to hold the lock alone, and a late chunk finds the 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
 import os
 import secrets
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -39,6 +39,8 @@ _CLOSING = "closing"
 _STOP = "stop"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+#: How often a holder gives a sign of life, in seconds.
+PULSE_SECONDS = 2.0
 #: Pause between two tries of a lock, in seconds.
 _LOCK_PAUSE = 0.01
 
@@ -76,6 +78,14 @@ class Journal:
     result: dict[str, Any] | None = None
 
 
+class Held(Exception):
+    """Others hold the staging; `pulse` is when one of them last gave a sign of life."""
+
+    def __init__(self, pulse: int) -> None:
+        super().__init__(pulse)
+        self.pulse = pulse
+
+
 class Staging:
     """The staging of one fork, open. `claim` makes or finds it, `attach` only finds it."""
 
@@ -92,7 +102,7 @@ class Staging:
     def claim(cls, parent_fd: int, fork_id: str, wait: float) -> Iterator[Staging]:
         """Make the fork's staging, or open what stands, and hold it exclusively.
 
-        Raises TimeoutError when others hold it for `wait` seconds, and OSError.
+        Raises Held when others hold it for `wait` seconds, and OSError.
         """
         deadline = time.monotonic() + wait
         name = control_name(fork_id)
@@ -109,7 +119,7 @@ class Staging:
                 continue
             try:
                 staging._lock(fcntl.LOCK_EX, deadline)
-                if staging._is_current():
+                if staging.is_current():
                     yield staging
                     return
             finally:
@@ -120,7 +130,7 @@ class Staging:
     def attach(cls, parent_fd: int, fork_id: str, wait: float, *, alone: bool = False) -> Iterator[Staging | None]:
         """Hold the fork's staging, shared or `alone`; None where there is none (any more).
 
-        Raises TimeoutError when others hold it for `wait` seconds, and OSError.
+        Raises Held when others hold it for `wait` seconds, and OSError.
         """
         with cls.hold(parent_fd, control_name(fork_id), wait, alone=alone) as staging:
             yield staging
@@ -135,7 +145,7 @@ class Staging:
             return
         try:
             staging._lock(fcntl.LOCK_EX if alone else fcntl.LOCK_SH, time.monotonic() + wait)
-            yield staging if staging._is_current() else None
+            yield staging if staging.is_current() else None
         finally:
             staging._close()
 
@@ -166,10 +176,65 @@ class Staging:
                 return
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    raise TimeoutError(errno.ETIMEDOUT, "others hold the fork's staging") from None
+                    raise Held(self.pulse()) from None
             time.sleep(_LOCK_PAUSE)
 
-    def _is_current(self) -> bool:
+    # -- life signs
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Give a sign of life every `PULSE_SECONDS`, also within a system call that takes long.
+
+        A thread does it: a process that is stopped stops its threads, and one that dies lets go of the lock.
+        """
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(PULSE_SECONDS):
+                os.utime(self._lock_fd)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def pulse(self) -> int:
+        """When whoever holds the staging last gave a sign of life; to be compared with an earlier one only."""
+        return os.fstat(self._lock_fd).st_mtime_ns
+
+    @classmethod
+    def take_over(cls, parent_fd: int, fork_id: str, pulse: int) -> Journal | None:
+        """Take a fork from holders that give no sign of life: its journal, or None where that cannot be done.
+
+        `pulse` is the last sign of life that was seen; who gave another one since, keeps the fork.
+
+        The rename of the tree decides: when it is done, no paused holder can publish the tree any more, and what one
+        writes goes into files that are nobody's. A tree that was published, or is not made yet, is not taken.
+        """
+        staging = cls._open(parent_fd, control_name(fork_id))
+        if staging is None:
+            return None
+        try:
+            journal = staging.journal()
+            if journal is None or staging.pulse() != pulse or not staging.is_current():
+                return None
+            tree, control = (f"{staging.name}.{secrets.token_hex(4)}" for _ in range(2))
+            try:
+                os.rename(staging.tree_name(journal), tree, src_dir_fd=parent_fd, dst_dir_fd=parent_fd)
+                os.rename(staging.name, control, src_dir_fd=parent_fd, dst_dir_fd=parent_fd)
+            except FileNotFoundError:
+                return None
+        finally:
+            staging._close()
+        for name in (tree, control):
+            with suppress(OSError):  # a tree of no attempt: gc removes what is left of it
+                trees.remove(parent_fd, name)
+        return journal
+
+    def is_current(self) -> bool:
         """Whether the control directory still stands under its name; the lock of a removed one guards nothing."""
         try:
             status = os.stat(self.name, dir_fd=self.parent_fd, follow_symlinks=False)

@@ -135,6 +135,5 @@ class Survey:
 @contextmanager
 def open_survey(work: Work, limits: Limits) -> Iterator[Survey]:
     """A survey that writes the manifests of `work`; they are whole when the context ends."""
-    files_fd, closing_fd = work.staging.manifest(), work.staging.manifest(closing=True)
-    with open(files_fd, "wb") as files, open(closing_fd, "wb") as closing:
+    with open(work.staging.manifest(), "wb") as files, open(work.staging.manifest(closing=True), "wb") as closing:
         yield Survey(work, limits, manifest.Writer(files), manifest.Writer(closing))

@@ -20,7 +20,7 @@ from tests.support.guests import make_slow_file
 @pytest.fixture
 def place(fresh: Fresh) -> Path:
     """A directory with a guest that takes a second or more to copy."""
-    place = fresh("ext4")
+    place = fresh("tmpfs")
     (place / "vm-1").mkdir()
     for n in range(4):
         make_slow_file(place / "vm-1" / f"disk-{n}")

@@ -92,7 +92,7 @@ def test_names_that_no_terminal_should_see_are_escaped(run_forkvm: RunForkvm, fr
 
 
 def test_an_interrupted_fork_leaves_nothing_and_says_so(fresh: Fresh) -> None:
-    place = fresh("ext4")
+    place = fresh("tmpfs")
     (place / "vm-1").mkdir()
     for n in range(4):
         make_slow_file(place / "vm-1" / f"disk-{n}")
@@ -109,7 +109,7 @@ def test_an_interrupted_fork_leaves_nothing_and_says_so(fresh: Fresh) -> None:
 
 
 def test_a_terminal_gets_a_progress_bar(fresh: Fresh) -> None:
-    place = fresh("ext4")
+    place = fresh("tmpfs")
     (place / "vm-1").mkdir()
     for n in range(4):
         make_slow_file(place / "vm-1" / f"disk-{n}")

@@ -95,7 +95,7 @@ def test_a_fork_of_which_nothing_is_known_is_pending(run_forkvm: RunForkvm, redi
 def test_cancel_ends_a_running_fork_within_two_seconds_and_leaves_nothing(
     run_forkvm: RunForkvm, fresh: Fresh, start_worker: StartWorker, redis_server: RedisServer
 ) -> None:
-    place = fresh("ext4")
+    place = fresh("tmpfs")
     (place / "vm-1").mkdir()
     for n in range(4):
         make_slow_file(place / "vm-1" / f"disk-{n}")
