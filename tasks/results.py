@@ -90,10 +90,12 @@ class Results:
 
         def write() -> None:
             with self.redis.pipeline(transaction=True) as pipe:
+                first = cast(int, rank) * _PAGES_A_PART
+                pipe.zremrangebyscore(index, first, first + _PAGES_A_PART - 1)  # there may have been more of them
                 for number, page in enumerate(pages):
                     key = _key(fork_id, f"page:{part}:{number}")
                     pipe.set(key, page, ex=self.expires)
-                    pipe.zadd(index, {key: cast(int, rank) * _PAGES_A_PART + number})
+                    pipe.zadd(index, {key: first + number})
                 pipe.expire(index, self.expires)
                 pipe.execute()
 

@@ -145,4 +145,4 @@ def test_a_domain_has_a_queue_of_its_own_that_only_its_worker_serves(
     )
 
     assert done.returncode == 0
-    assert "f1" not in default.output()
+    assert "[f1]" not in default.output()

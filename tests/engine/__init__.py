@@ -1,0 +1,1 @@
+"""The engine on real filesystems: no Celery, no Redis."""

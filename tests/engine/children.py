@@ -1,0 +1,88 @@
+"""Child processes of a test: another user, another umask, a sudden death."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import select
+import signal
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+#: An ordinary user, whom every system calls nobody.
+NOBODY = 65534
+_PR_SET_DUMPABLE = 4
+
+
+class Child(Generic[T]):
+    """A child process that does `work` and hands back what that returned."""
+
+    def __init__(
+        self,
+        work: Callable[[], T],
+        *,
+        user: int | None = None,
+        groups: Iterable[int] = (),
+        umask: int | None = None,
+    ) -> None:
+        self._reader, writer = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _run(work, writer, user, groups, umask)
+        os.close(writer)
+
+    def kill(self) -> None:
+        """SIGKILL; returns when the child is gone."""
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        os.close(self._reader)
+
+    def is_done(self, within: float) -> bool:
+        """Whether the child has its result or ended within so many seconds."""
+        return bool(select.select([self._reader], [], [], within)[0])
+
+    def result(self) -> T:
+        """Waits for the end. AssertionError with the child's traceback if it raised or died."""
+        with open(self._reader, "rb") as reader:
+            data = reader.read()
+        _, status = os.waitpid(self.pid, 0)
+        assert data, f"the child ended with {os.waitstatus_to_exitcode(status)}"
+        answer: tuple[T, str | None] = pickle.loads(data)
+        assert answer[1] is None, answer[1]
+        return answer[0]
+
+
+def in_child(
+    work: Callable[[], T], *, user: int | None = None, groups: Iterable[int] = (), umask: int | None = None
+) -> T:
+    """What `work` returns in a child process; see `Child`."""
+    return Child(work, user=user, groups=groups, umask=umask).result()
+
+
+def _run(work: Callable[[], Any], writer: int, user: int | None, groups: Iterable[int], umask: int | None) -> None:
+    answer: tuple[Any, str | None]
+    try:
+        if umask is not None:
+            os.umask(umask)
+        if user is not None:
+            _become(user, groups)
+        answer = work(), None
+    except BaseException:
+        answer = None, traceback.format_exc()
+    try:
+        with open(writer, "wb") as pipe:
+            pickle.dump(answer, pipe)
+    finally:
+        os._exit(0)
+
+
+def _become(user: int, groups: Iterable[int]) -> None:
+    os.setgroups(list(groups))
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+    # A process that gave up root without an exec owns nothing in its /proc; a worker that was started as the user does.
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)

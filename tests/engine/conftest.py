@@ -1,0 +1,29 @@
+"""Fixtures of the engine's tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tasks.copier import progress
+from tasks.copier.options import Limits
+from tests.engine.forking import WAYS
+
+
+@pytest.fixture(params=list(WAYS))
+def limits(request: pytest.FixtureRequest) -> Limits:
+    """A test that asks for it runs twice: with the fork in one piece, and in chunks done by two children."""
+    return WAYS[request.param]
+
+
+@pytest.fixture
+def every_beat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beats come after every entry and every piece of a file, not four times a second: a test can act at each."""
+    monkeypatch.setattr(progress, "BEAT_SECONDS", 0.0)
+
+
+@pytest.fixture(scope="module")
+def shared_tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One temporary directory for a whole module: for tests whose many examples share their fixtures."""
+    return tmp_path_factory.mktemp("examples")

@@ -1,0 +1,275 @@
+"""All or nothing: a fork that is killed, raced or cancelled leaves a whole fork or none, and never two."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tasks.copier.errors import Code, ForkError
+from tasks.copier.options import Limits
+from tasks.copier.progress import Progress
+from tasks.copier.spec import ForkResult
+from tests.engine.children import Child
+from tests.engine.forking import CHUNKED, INLINE, MIB, assert_alike, fork, forked, leftovers
+from tests.fixtures.filesystems import Fresh
+from tests.fixtures.processes import wait_until
+from tests.support.guests import SKIPPED_BY_DEFAULT, GuestSizes, make_guest, make_sparse_file
+from tests.support.tree import snapshot
+
+SIZES = GuestSizes(overlay=32 * MIB, overlay_data=6 * MIB, memory=16 * MIB, memory_data=6 * MIB)
+
+
+@pytest.fixture
+def directory(fresh: Fresh) -> Path:
+    return fresh("ext4")
+
+
+@pytest.fixture
+def source(directory: Path) -> Path:
+    source = make_guest(directory / "source", SIZES)
+    os.link(source / "state", source / "state.linked")
+    (source / "link").symlink_to("state")
+    return source
+
+
+def settled(source: Path, destination: Path, **wishes: object) -> ForkResult:
+    """The fork, as soon as the children of one that was killed are gone and let go of its lock."""
+    deadline = time.monotonic() + 10
+    while True:
+        result = fork(source, destination, **wishes)  # type: ignore[arg-type]
+        held = result["error"] is not None and "another process" in result["error"]["message"]
+        if not held or time.monotonic() > deadline:
+            return result
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("phase", ["plan", "copy", "publish"])
+def test_a_fork_that_is_killed_leaves_nothing_at_its_destination_and_its_id_works_again(
+    directory: Path, source: Path, phase: str, limits: Limits, every_beat: None
+) -> None:
+    def die(progress: Progress) -> None:
+        if progress["phase"] == phase and (phase != "copy" or progress["bytes_done"] > MIB):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = Child(lambda: fork(source, directory / "fork", beat=die, limits=limits, reflink="never"))
+    with pytest.raises(AssertionError, match="the child ended with -9"):
+        child.result()
+    assert not (directory / "fork").exists()
+    assert leftovers(directory) != []
+
+    result = settled(source, directory / "fork", limits=limits, reflink="never")
+
+    assert result["status"] == "succeeded"
+    assert_alike(source, directory / "fork", SKIPPED_BY_DEFAULT)
+    assert leftovers(directory) == []
+
+
+def test_a_fork_that_is_killed_at_any_moment_is_whole_or_not_there(directory: Path, source: Path) -> None:
+    dice, outcomes = random.Random(7), set()
+    for number in range(40):
+        destination, limits = directory / f"fork-{number}", (INLINE, CHUNKED)[number % 2]
+        child = Child(lambda: fork(source, destination, limits=limits))  # noqa: B023 - forked here and now
+        time.sleep(dice.uniform(0, 0.06))
+        child.kill()
+
+        published = destination.exists()
+        if published:
+            assert_alike(source, destination, SKIPPED_BY_DEFAULT)
+        result = settled(source, destination, limits=limits)
+        if result["error"] is not None:
+            assert (published, result["error"]["code"]) == (True, "destination_exists")
+        assert_alike(source, destination, SKIPPED_BY_DEFAULT)
+        assert leftovers(directory) == []
+        outcomes.add(published)
+
+    assert False in outcomes
+
+
+def test_a_fork_that_kills_its_process_each_time_is_given_up_as_worker_lost(
+    directory: Path, source: Path, every_beat: None
+) -> None:
+    def die(progress: Progress) -> None:
+        if progress["phase"] == "copy":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for _ in range(4):
+        child = Child(lambda: fork(source, directory / "fork", beat=die))
+        with pytest.raises(AssertionError, match="the child ended with -9"):
+            child.result()
+
+    result = fork(source, directory / "fork")
+
+    assert result["error"] is not None
+    assert (result["error"]["code"], result["error"]["path"]) == ("worker_lost", str(source))
+    assert leftovers(directory) == []
+    forked(source, directory / "fork")
+
+
+def test_a_child_that_dies_has_its_chunk_done_by_another(directory: Path, every_beat: None) -> None:
+    source = directory / "source"
+    source.mkdir()
+    make_sparse_file(source / "disk.raw", 256 * MIB, 160 * MIB)
+    killed: list[int] = []
+
+    def kill_one(progress: Progress) -> None:
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        if progress["phase"] == "copy" and children and not killed:
+            killed.append(int(children[0]))
+            os.kill(killed[0], signal.SIGKILL)
+
+    result = forked(source, directory / "fork", beat=kill_one, limits=CHUNKED, reflink="never")
+
+    assert killed
+    assert_alike(source, directory / "fork")
+    assert result["files"]["copied"] == 1
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_of_forks_to_one_destination_exactly_one_wins(
+    directory: Path, source: Path, count: int, limits: Limits
+) -> None:
+    def compete(number: int) -> ForkResult:
+        wait_until((directory / "go").exists, "the start")
+        return fork(source, directory / "fork", fork_id=f"fork-{number}", limits=limits)
+
+    for _ in range(5):
+        children = [Child(lambda number=number: compete(number)) for number in range(count)]  # type: ignore[misc]
+        (directory / "go").touch()
+        results = [child.result() for child in children]
+
+        assert sorted(result["status"] for result in results) == ["failed"] * (count - 1) + ["succeeded"]
+        assert {result["error"]["code"] for result in results if result["error"]} == {"destination_exists"}
+        assert_alike(source, directory / "fork", SKIPPED_BY_DEFAULT)
+        assert leftovers(directory) == []
+        (directory / "go").unlink()
+        (directory / "fork").rename(directory / f"done-{time.monotonic_ns()}")
+
+
+def test_of_two_processes_with_one_id_one_makes_the_fork_and_neither_tears_it(
+    directory: Path, source: Path, limits: Limits
+) -> None:
+    def deliver() -> ForkResult:
+        wait_until((directory / "go").exists, "the start")
+        return fork(source, directory / "fork", limits=limits)
+
+    for _ in range(8):
+        children = [Child(deliver) for _ in range(2)]
+        (directory / "go").touch()
+        results = [child.result() for child in children]
+
+        assert "succeeded" in [result["status"] for result in results]
+        assert_alike(source, directory / "fork", SKIPPED_BY_DEFAULT)
+        assert leftovers(directory) == []
+        (directory / "go").unlink()
+        (directory / "fork").rename(directory / f"done-{time.monotonic_ns()}")
+
+
+def test_what_takes_the_destination_while_the_fork_is_made_stays(
+    directory: Path, source: Path, limits: Limits, every_beat: None
+) -> None:
+    destination = directory / "fork"
+
+    def take(progress: Progress) -> None:
+        if progress["phase"] == "publish" and not destination.is_symlink():
+            destination.symlink_to("nowhere")
+
+    result = fork(source, destination, beat=take, limits=limits)
+
+    assert result["error"] is not None
+    assert result["error"]["code"] == "destination_exists"
+    assert os.readlink(destination) == "nowhere"
+    assert leftovers(directory) == []
+
+
+@pytest.mark.parametrize("phase", ["plan", "copy", "publish"])
+def test_a_cancelled_fork_leaves_nothing(
+    directory: Path, source: Path, phase: str, limits: Limits, every_beat: None
+) -> None:
+    before = snapshot(source)
+
+    def cancel(progress: Progress) -> None:
+        if progress["phase"] == phase:
+            raise ForkError(Code.CANCELLED, "someone asked for an end")
+
+    result = fork(source, directory / "fork", beat=cancel, limits=limits, reflink="never")
+
+    assert result["status"] == "cancelled"
+    assert result["error"] is not None
+    assert result["error"]["code"] == "cancelled"
+    assert [path.name for path in directory.iterdir()] == ["source"]
+    assert snapshot(source) == before
+    forked(source, directory / "fork", limits=limits)
+
+
+def test_a_fork_is_never_seen_in_part(directory: Path, source: Path, limits: Limits) -> None:
+    """Somebody who lists the destination again and again sees nothing, or all of it with its final modes."""
+    wanted = {str(path.relative_to(source)) for path in source.rglob("*")}
+    wanted = {path for path in wanted if os.fsencode(path) not in SKIPPED_BY_DEFAULT}
+
+    def watch() -> set[str] | None:
+        wait_until((directory / "fork").exists, "the fork")
+        return {str(path.relative_to(directory / "fork")) for path in (directory / "fork").rglob("*")}
+
+    watcher = Child(watch)
+    forked(source, directory / "fork", limits=limits)
+
+    assert watcher.result() == wanted
+
+
+def test_forks_of_one_source_at_once_do_not_meet(directory: Path, source: Path) -> None:
+    def deliver(number: int) -> ForkResult:
+        return fork(source, directory / f"fork-{number}", fork_id=f"fork-{number}", limits=CHUNKED)
+
+    results = [child.result() for child in [Child(lambda n=n: deliver(n)) for n in range(6)]]  # type: ignore[misc]
+
+    assert [result["status"] for result in results] == ["succeeded"] * 6
+    for number in range(6):
+        assert_alike(source, directory / f"fork-{number}", SKIPPED_BY_DEFAULT)
+    assert leftovers(directory) == []
+
+
+def test_a_corruption_on_the_way_is_found_by_verify_and_by_nothing_else(
+    directory: Path, source: Path, every_beat: None
+) -> None:
+    """`verify: content` reads every byte back. A flipped one in the tree stands for a disk that lies."""
+
+    def corrupt(progress: Progress) -> None:
+        for path in directory.glob(".forkvm-*.*/config.ext4"):
+            if path.stat().st_blocks:
+                with path.open("r+b") as file:
+                    file.write(b"a flipped bit")
+
+    result = fork(source, directory / "fork", beat=corrupt, reflink="never", verify="content")
+
+    assert result["error"] is not None
+    assert result["error"]["code"] == "verify_failed"
+    assert result["error"]["path"] == str(directory / "fork" / "config.ext4")
+    assert "byte 0" in result["error"]["message"]
+    assert [path.name for path in directory.iterdir()] == ["source"]
+    forked(source, directory / "fork", beat=corrupt, reflink="never")
+
+
+@pytest.mark.parametrize("reflink", ["auto", "never"])
+def test_verify_and_sync_change_nothing_about_a_good_fork(fs: Path, limits: Limits, reflink: str) -> None:
+    source = make_guest(fs / "source", SIZES)
+
+    forked(source, fs / "fork", limits=limits, reflink=reflink, verify="content", durability="sync")
+
+    assert_alike(source, fs / "fork", SKIPPED_BY_DEFAULT)
+
+
+def test_no_fork_leaves_a_descriptor_or_a_child_behind(directory: Path, source: Path, limits: Limits) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+
+    forked(source, directory / "fork", limits=limits)
+    fork(source, directory / "fork", limits=limits)
+    fork(source, directory / "fork-2", limits=limits, reflink="always")
+
+    assert set(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)

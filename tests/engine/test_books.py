@@ -1,0 +1,224 @@
+"""Every entry has exactly one FileResult, the totals are their sums, and the progress ends where all is done."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from tasks.copier.options import Limits
+from tasks.copier.progress import Progress
+from tests.engine.forking import MIB, Books, fork_with_books, forked, spec_of
+from tests.engine.sources import make_everything, make_images
+from tests.fixtures.filesystems import Fresh
+from tests.support.extents import data_extents
+from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
+from tests.support.tree import Entry, snapshot
+
+METHODS = {
+    "reflink": "reflinked",
+    "copy": "copied",
+    "hardlink": "hardlinked",
+    "symlink": "symlinked",
+    "mkdir": "directories",
+    "skip": "skipped",
+}
+
+
+def expected_paths(entries: dict[bytes, Entry]) -> set[str]:
+    """All entries but the top; of what is left out, only its own top."""
+    below = {b"logs/console.log"}
+    return {os.fsdecode(path) for path in entries if path != b"." and path not in below}
+
+
+def assert_balanced(books: Books, entries: dict[bytes, Entry]) -> None:
+    files, result = books.files, books.result
+    assert files.keys() == expected_paths(entries)
+    counts = dict.fromkeys(METHODS.values(), 0)
+    for one in files.values():
+        counts[METHODS[one["method"]]] += 1
+    assert result["files"] == {"total": len(files), "failed": 0, **counts}
+    assert result["bytes"] == {
+        "logical": sum(one["bytes"] for one in files.values() if one["method"] in ("reflink", "copy")),
+        "reflinked": sum(one["bytes"] for one in files.values() if one["method"] == "reflink"),
+        "copied": sum(one["copied_bytes"] for one in files.values()),
+    }
+    assert {one["error"] for one in files.values()} == {None}
+
+
+@pytest.mark.parametrize("reflink", ["auto", "never"])
+def test_every_entry_has_exactly_one_result_and_the_totals_are_their_sums(
+    fs: Path, limits: Limits, reflink: str
+) -> None:
+    source = make_everything(fs / "source")
+
+    books = fork_with_books(source, fs / "fork", limits=limits, reflink=reflink)
+
+    entries = snapshot(source)
+    assert_balanced(books, entries)
+    for path, one in books.files.items():
+        entry = entries[os.fsencode(path)]
+        assert one["type"] == entry.kind
+        assert one["seconds"] >= 0
+        if one["method"] in ("reflink", "copy"):
+            assert one["bytes"] == entry.size
+            assert (one["reason"] is None) is (one["method"] == "reflink")
+        else:
+            assert one["bytes"] == one["copied_bytes"] == 0
+        if one["method"] == "skip":
+            assert one["reason"] is not None
+    assert {os.fsencode(path) for path, one in books.files.items() if one["method"] == "skip"} == set(
+        SKIPPED_BY_DEFAULT - {b"logs/console.log"}
+    )
+
+
+def test_copied_bytes_are_those_of_the_data_extents(fs: Path, limits: Limits) -> None:
+    source = fs / "source"
+    source.mkdir()
+    make_images(source)
+
+    books = fork_with_books(source, fs / "fork", limits=limits, reflink="never")
+
+    for path, one in books.files.items():
+        assert one["copied_bytes"] == sum(
+            min(end, one["bytes"]) - start for start, end in data_extents(source / path)
+        ), path
+
+
+def test_results_of_a_fork_are_json_whatever_its_names(fresh: Fresh) -> None:
+    directory = fresh("xfs")
+    source = make_everything(directory / os.fsdecode(b"source-\xff"))
+
+    books = fork_with_books(source, directory / os.fsdecode(b"fork-\xfe"))
+
+    result = json.loads(json.dumps(books.result))
+    assert os.fsencode(result["source"]) == os.fsencode(source)
+    assert os.fsencode(result["destination"]) == os.fsencode(directory / os.fsdecode(b"fork-\xfe"))
+    assert os.fsdecode(b"names/not-utf8-\xff\xfe") in books.files
+
+
+def test_a_result_tells_when_and_how_long_and_echoes_its_labels(fresh: Fresh, limits: Limits) -> None:
+    directory = fresh("xfs")
+    source = make_guest(directory / "source")
+    before = datetime.now(UTC)
+
+    result = forked(source, directory / "fork", limits=limits, fork_id="fork-17")
+
+    started, finished = (datetime.fromisoformat(result[name]) for name in ("started_at", "finished_at"))
+    assert before <= started <= finished <= datetime.now(UTC)
+    assert result["fork_id"] == "fork-17"
+    assert (result["source"], result["destination"]) == (str(source), str(directory / "fork"))
+    seconds = result["seconds"]
+    assert set(seconds) == {"queued", "plan", "copy", "publish", "total"}
+    assert abs(seconds["total"] - seconds["plan"] - seconds["copy"] - seconds["publish"]) < 1e-4
+    assert result["labels"] == spec_of(source, source).labels == {}
+
+
+def test_progress_never_goes_back_and_ends_where_everything_is_done(fs: Path, limits: Limits, every_beat: None) -> None:
+    source = make_everything(fs / "source")
+    seen: list[Progress] = []
+
+    result = forked(
+        source, fs / "fork", limits=limits, reflink="never", beat=lambda progress: seen.append(progress.copy())
+    )
+
+    phases = [progress["phase"] for progress in seen]
+    assert list(dict.fromkeys(phases)) == ["plan", "copy", "publish"]
+    for name in ("files_done", "bytes_done"):
+        values = [progress[name] for progress in seen]
+        assert values == sorted(values)
+    last = seen[-1]
+    assert last["files_total"] == result["files"]["total"] == last["files_done"]
+    assert last["bytes_total"] == result["bytes"]["logical"] == last["bytes_done"]
+
+
+def test_a_skipped_directory_is_one_entry_and_what_is_below_it_none(fresh: Fresh, limits: Limits) -> None:
+    directory = fresh("xfs")
+    source = make_guest(directory / "source")
+
+    books = fork_with_books(source, directory / "fork", limits=limits, skip=("snapshots", "state", "not/there"))
+
+    files = books.files
+    assert {path: one["reason"] for path, one in files.items() if one["method"] == "skip"} == {
+        "logs": "excluded by /logs/",
+        "vsock.sock": "excluded by *.sock",
+        "firecracker.socket": "socket",
+        "snapshots": "skip",
+        "state": "skip",
+    }
+    assert not (directory / "fork" / "snapshots").exists()
+    assert not any(path.startswith("snapshots/") for path in files)
+    assert (directory / "fork" / "overlay.raw").exists()
+
+
+def test_a_custom_exclude_replaces_the_default(fresh: Fresh, limits: Limits) -> None:
+    directory = fresh("xfs")
+    source = make_guest(directory / "source")
+
+    forked(source, directory / "fork", limits=limits, exclude=("*.raw", "/snapshots/*/memory"))
+
+    assert set(snapshot(directory / "fork")) == {
+        b".",
+        b"config.ext4",
+        b"config.json",
+        b"metadata.json",
+        b"state",
+        b"logs",
+        b"logs/console.log",
+        b"snapshots",
+        b"snapshots/snapshot-latest",
+        b"snapshots/snapshot-latest/memory.lz4.tmp",
+    }
+
+
+def test_a_hard_link_whose_first_name_is_left_out_is_cloned_under_its_second(fresh: Fresh, limits: Limits) -> None:
+    directory = fresh("xfs")
+    source = directory / "source"
+    source.mkdir()
+    (source / "a").write_bytes(b"three names")
+    os.link(source / "a", source / "b")
+    os.link(source / "a", source / "c")
+
+    books = fork_with_books(source, directory / "fork", limits=limits, skip=("a",))
+
+    assert sorted(one["method"] for one in books.files.values()) == ["hardlink", "reflink", "skip"]
+    assert (directory / "fork" / "b").samefile(directory / "fork" / "c")
+    assert (directory / "fork" / "c").read_bytes() == b"three names"
+
+
+def test_a_failed_file_has_its_result_and_its_error_and_counts_as_failed(fresh: Fresh, limits: Limits) -> None:
+    directory = fresh("ext4")
+    source = make_guest(directory / "source")
+
+    books = fork_with_books(source, directory / "fork", limits=limits, reflink="always")
+
+    assert books.result["status"] == "failed"
+    assert books.result["files"]["failed"] == 1
+    (failed,) = [one for one in books.files.values() if one["error"] is not None]
+    assert failed["error"] == books.result["error"]
+    assert failed["path"] == "overlay.raw"
+    assert books.result["files"]["total"] == len(books.files)
+
+
+def test_limits_of_any_size_make_the_same_fork(fresh: Fresh) -> None:
+    directory = fresh("ext4")
+    source = make_everything(directory / "source")
+    totals = []
+
+    for number, limits in enumerate(
+        (
+            Limits(),
+            Limits(inline_files=0, chunk_files=1),
+            Limits(inline_bytes=0, chunk_bytes=1),
+            Limits(inline_bytes=0, chunk_bytes=MIB // 2, max_chunks=3),
+            Limits(inline_files=0, chunk_files=10**9, chunk_bytes=10**15),
+        )
+    ):
+        books = fork_with_books(source, directory / f"fork-{number}", fork_id=f"fork-{number}", limits=limits)
+        assert_balanced(books, snapshot(source))
+        totals.append((books.result["files"], books.result["bytes"]))
+
+    assert totals == [totals[0]] * len(totals)

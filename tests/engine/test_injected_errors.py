@@ -1,0 +1,388 @@
+"""Each errno that the kernel may answer, injected into the real calls, takes the way that the design gives it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from tasks.copier.reflink import Answer
+from tests.engine.forking import assert_alike, forked, leftovers
+from tests.engine.forking import fork as fork_again
+from tests.engine.test_reflink_answers import TABLE
+from tests.engine.traced import Traced, control, in_tree, trace_fork
+from tests.fixtures.filesystems import Fresh
+from tests.support.guests import MIB, make_sparse_file
+from tests.support.requirements import require_command
+
+FILES = ("a", "b", "c")
+FICLONE = "FICLONE"
+
+
+@pytest.fixture(scope="session")
+def strace() -> str:
+    return require_command("strace", "the injection of errors")
+
+
+@pytest.fixture
+def directory(fresh: Fresh) -> Path:
+    return fresh("xfs")
+
+
+@pytest.fixture
+def source(directory: Path) -> Path:
+    """Three files, `c` the largest and so the first that is asked for a reflink."""
+    source = directory / "source"
+    source.mkdir()
+    for number, name in enumerate(FILES):
+        make_sparse_file(source / name, (number + 1) * MIB + 5, MIB // 2, seed=number)
+    return source
+
+
+def assert_failed(traced: Traced, directory: Path, code: str, name: str) -> None:
+    assert traced.result is not None
+    error = traced.result["error"]
+    assert error is not None
+    assert error["code"] == code
+    assert error["errno"] == getattr(errno, name)
+    assert leftovers(directory) == []
+    assert sorted(path.name for path in directory.iterdir()) == ["source"]
+    forked(directory / "source", directory / "fork")
+    assert_alike(directory / "source", directory / "fork")
+
+
+def methods(traced: Traced) -> dict[str, str]:
+    return {path: one["method"] for path, one in traced.files.items()}
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("name", TABLE[Answer.PAIR_CANNOT])
+def test_a_refusal_of_the_pair_is_remembered_for_the_fork(
+    strace: str, directory: Path, source: Path, name: str, chunked: bool
+) -> None:
+    fork = directory / "fork"
+
+    traced = trace_fork(
+        strace,
+        source,
+        fork,
+        calls="ioctl",
+        inject=[f"ioctl:error={name}"],
+        paths=[in_tree(fork, file) for file in FILES],
+        chunked=chunked,
+    )
+
+    assert_alike(source, fork)
+    assert methods(traced) == dict.fromkeys(FILES, "copy")
+    assert traced.calls(FICLONE) == 1
+    assert traced.result is not None
+    assert traced.result["fallback"] is not None
+    assert traced.result["fallback"]["errno"] == getattr(errno, name)
+    assert traced.result["fallback"]["path"] == "c"
+
+
+@pytest.mark.parametrize("file", ["c", "a"])
+@pytest.mark.parametrize("name", TABLE[Answer.FILE_CANNOT])
+def test_a_refusal_of_one_file_holds_for_that_file_alone(
+    strace: str, directory: Path, source: Path, name: str, file: str
+) -> None:
+    fork = directory / "fork"
+
+    traced = trace_fork(
+        strace, source, fork, calls="ioctl", inject=[f"ioctl:error={name}"], paths=[in_tree(fork, file)]
+    )
+
+    assert_alike(source, fork)
+    assert methods(traced) == {**dict.fromkeys(FILES, "reflink"), file: "copy"}
+    assert traced.result is not None
+    assert traced.result["fallback"] is not None
+    assert traced.result["fallback"]["errno"] == getattr(errno, name)
+    assert traced.result["fallback"]["path"] == file
+
+
+@pytest.mark.parametrize("name", TABLE[Answer.NOT_YET])
+def test_a_file_that_cannot_be_reflinked_yet_is_asked_again(
+    strace: str, directory: Path, source: Path, name: str
+) -> None:
+    fork = directory / "fork"
+
+    traced = trace_fork(
+        strace, source, fork, calls="ioctl", inject=[f"ioctl:error={name}:when=1..3"], paths=[in_tree(fork, "c")]
+    )
+
+    assert_alike(source, fork)
+    assert methods(traced) == dict.fromkeys(FILES, "reflink")
+    assert traced.calls(FICLONE) >= 4
+    assert traced.result is not None
+    assert traced.result["fallback"] is None
+
+
+@pytest.mark.parametrize("name", TABLE[Answer.NOT_YET])
+def test_a_file_that_never_can_be_reflinked_is_copied_alone_after_a_while(
+    strace: str, directory: Path, source: Path, name: str
+) -> None:
+    fork = directory / "fork"
+
+    traced = trace_fork(strace, source, fork, calls="ioctl", inject=[f"ioctl:error={name}"], paths=[in_tree(fork, "b")])
+
+    assert_alike(source, fork)
+    assert methods(traced) == {"a": "reflink", "b": "copy", "c": "reflink"}
+    assert traced.calls(FICLONE) > 3
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("name", TABLE[Answer.ERROR])
+def test_an_error_fails_the_fork_and_is_never_followed_by_a_copy(
+    strace: str, directory: Path, source: Path, name: str, chunked: bool
+) -> None:
+    fork = directory / "fork"
+
+    traced = trace_fork(
+        strace,
+        source,
+        fork,
+        calls="ioctl",
+        inject=[f"ioctl:error={name}"],
+        paths=[in_tree(fork, "a")],
+        chunked=chunked,
+        here=chunked,
+    )
+
+    assert traced.calls(FICLONE) == 1
+    assert_failed(traced, directory, "no_space" if name in ("ENOSPC", "EDQUOT") else "io_error", name)
+    assert traced.result is not None
+    assert traced.result["error"] is not None
+    assert traced.result["error"]["path"] == str(fork / "a")
+
+
+def test_a_reflink_that_reports_success_and_did_nothing_is_found_out(
+    strace: str, directory: Path, source: Path
+) -> None:
+    """OpenZFS truncated clones and said they were done (issue 15728)."""
+    fork = directory / "fork"
+
+    traced = trace_fork(strace, source, fork, calls="ioctl", inject=["ioctl:retval=0"], paths=[in_tree(fork, "b")])
+
+    assert traced.result is not None
+    error = traced.result["error"]
+    assert error is not None
+    assert (error["code"], error["path"]) == ("io_error", str(fork / "b"))
+    assert "0 bytes" in error["message"]
+    assert [path.name for path in directory.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("name", ["ENOSYS", "EXDEV", "EINVAL", "EOPNOTSUPP", "ETXTBSY", "EPERM", "EBADF", "ENOENT"])
+@pytest.mark.parametrize("when", ["1+", "2+"])
+def test_a_refused_copy_file_range_is_followed_by_reads_and_writes_from_where_it_stands(
+    strace: str, fresh: Fresh, name: str, when: str
+) -> None:
+    directory = fresh("ext4")
+    source, fork = directory / "source", directory / "fork"
+    source.mkdir()
+    make_sparse_file(source / "a", 8 * MIB + 5, 2 * MIB)
+
+    traced = trace_fork(
+        strace,
+        source,
+        fork,
+        calls="copy_file_range,preadv,preadv2",
+        inject=[f"copy_file_range:error={name}:when={when}"],
+        paths=[source / "a"],
+    )
+
+    assert_alike(source, fork)
+    assert methods(traced) == {"a": "copy"}
+    assert traced.calls("preadv") > 0
+    assert traced.calls("INJECTED") > 0
+
+
+def test_a_copy_file_range_that_copies_nothing_is_followed_by_reads_and_writes(strace: str, fresh: Fresh) -> None:
+    directory = fresh("ext4")
+    source, fork = directory / "source", directory / "fork"
+    source.mkdir()
+    make_sparse_file(source / "a", 8 * MIB + 5, 2 * MIB)
+
+    traced = trace_fork(
+        strace,
+        source,
+        fork,
+        calls="copy_file_range,preadv,preadv2",
+        inject=["copy_file_range:retval=0"],
+        paths=[source / "a"],
+    )
+
+    assert_alike(source, fork)
+    assert traced.calls("preadv") > 0
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize(
+    ("call", "name", "code"),
+    [
+        ("copy_file_range", "EIO", "io_error"),
+        ("copy_file_range", "ENOSPC", "no_space"),
+        ("copy_file_range", "EDQUOT", "no_space"),
+        ("copy_file_range", "ENOMEM", "io_error"),
+        ("lseek", "EINVAL", "sparse_unsupported"),
+        ("lseek", "EOPNOTSUPP", "sparse_unsupported"),
+        ("lseek", "EIO", "io_error"),
+    ],
+)
+def test_an_error_of_the_sparse_copy_fails_the_fork(
+    strace: str, fresh: Fresh, call: str, name: str, code: str, chunked: bool
+) -> None:
+    directory = fresh("ext4")
+    source, fork = directory / "source", directory / "fork"
+    source.mkdir()
+    make_sparse_file(source / "a", 8 * MIB + 5, 2 * MIB)
+
+    traced = trace_fork(
+        strace,
+        source,
+        fork,
+        calls=call,
+        inject=[f"{call}:error={name}:when=2+"],
+        paths=[source / "a"],
+        chunked=chunked,
+        here=chunked,
+    )
+
+    assert_failed(traced, directory, code, name)
+
+
+@pytest.mark.parametrize("name", ["EIO", "ENOSPC"])
+def test_an_error_of_a_plain_write_fails_the_fork(strace: str, directory: Path, source: Path, name: str) -> None:
+    fork = directory / "fork"
+
+    traced = trace_fork(
+        strace,
+        source,
+        fork,
+        calls="pwritev,pwritev2",
+        inject=[f"pwritev,pwritev2:error={name}:when=2+"],
+        paths=[in_tree(fork, "b")],
+        reflink="never",
+    )
+
+    assert_failed(traced, directory, "no_space" if name == "ENOSPC" else "io_error", name)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        ("mkdirat", "ENOSPC"),
+        ("renameat2", "EINVAL"),  # NFS knows no RENAME_NOREPLACE
+        ("renameat2", "EIO"),
+        ("syncfs", "EIO"),
+        ("fchown", "EIO"),
+        ("utimensat", "EIO"),
+        ("getdents64", "EIO"),
+        ("openat2", "EMFILE"),
+    ],
+)
+def test_an_error_of_any_other_call_fails_the_fork_and_leaves_nothing(
+    strace: str, directory: Path, source: Path, call: str, name: str
+) -> None:
+    fork = directory / "fork"
+    (source / "below").mkdir()
+    paths = {"getdents64": [source], "openat2": [source], "mkdirat": [in_tree(fork)], "renameat2": [directory]}
+    for path in (source / "a", source):
+        os.chown(path, 1234, 5678)
+
+    traced = trace_fork(
+        strace,
+        source,
+        fork,
+        calls=call,
+        inject=[f"{call}:error={name}"],
+        paths=paths.get(call, [in_tree(fork), in_tree(fork, "a")]),
+        durability="sync",
+    )
+
+    assert traced.calls("INJECTED") > 0
+    assert_failed(traced, directory, "no_space" if name == "ENOSPC" else "io_error", name)
+
+
+def test_a_lookup_that_raced_with_a_rename_is_made_again(strace: str, directory: Path, source: Path) -> None:
+    """openat2 answers EAGAIN then (openat2(2))."""
+    fork = directory / "fork"
+
+    traced = trace_fork(strace, source, fork, calls="openat2", inject=["openat2:error=EAGAIN:when=1..3"])
+
+    assert traced.calls("INJECTED") == 3
+    assert_alike(source, fork)
+
+
+def test_a_durable_fork_is_on_its_disk_before_it_is_published_and_its_name_before_it_is_done(
+    strace: str, directory: Path, source: Path
+) -> None:
+    traced = trace_fork(strace, source, directory / "fork", calls="syncfs,fsync,renameat,renameat2", durability="sync")
+
+    steps = []
+    for line in traced.trace:
+        if "syncfs(" in line:
+            steps.append("tree")
+        elif "renameat2(" in line:
+            steps.append("publish")
+        elif "fsync(" in line:
+            steps.append("parent" if f"<{directory}>" in line else "journal")
+    assert steps == ["tree", "journal", "journal", "publish", "parent"]
+    assert_alike(source, directory / "fork")
+
+
+def test_a_fork_without_that_wish_waits_for_no_disk(strace: str, directory: Path, source: Path) -> None:
+    traced = trace_fork(strace, source, directory / "fork", calls="syncfs,fsync,fdatasync,sync")
+
+    assert traced.calls("sync") == 0
+
+
+def test_a_durable_fork_whose_name_does_not_reach_the_disk_is_taken_back(
+    strace: str, directory: Path, source: Path
+) -> None:
+    traced = trace_fork(
+        strace,
+        source,
+        directory / "fork",
+        calls="fsync",
+        inject=["fsync:error=EIO"],
+        paths=[directory],
+        durability="sync",
+    )
+
+    assert_failed(traced, directory, "io_error", "EIO")
+
+
+@pytest.mark.parametrize(
+    ("call", "when"),
+    [
+        *[("mkdirat", n) for n in (1, 2, 3)],
+        *[("renameat", n) for n in (1, 2)],
+        ("renameat2", 1),
+        *[("ioctl", n) for n in (1, 3)],
+        ("utimensat", 2),
+        *[("unlinkat", n) for n in (1, 2, 3, 4, 5)],
+        ("flock", 1),
+    ],
+)
+def test_a_fork_that_dies_at_any_call_is_whole_or_not_there_and_its_next_delivery_ends_it(
+    strace: str, directory: Path, source: Path, call: str, when: int
+) -> None:
+    fork = directory / "fork"
+    (source / "below").mkdir()
+    paths = [directory, control(fork), in_tree(fork), *(in_tree(fork, file) for file in (*FILES, "below"))]
+    paths += [control(fork, name) for name in ("lock", "journal", "journal.new", "manifest", "closing")]
+
+    traced = trace_fork(strace, source, fork, calls=call, inject=[f"{call}:signal=SIGKILL:when={when}"], paths=paths)
+
+    assert traced.result is None, "it was not killed"
+    published = fork.exists()
+    if published:
+        assert_alike(source, fork)
+    if leftovers(directory) or not published:
+        error = fork_again(source, fork)["error"]
+        # The result of a published fork is gone with its journal; the queue's ledger has it by then.
+        assert error is None or (published and error["code"] == "destination_exists")
+    assert_alike(source, fork)
+    assert leftovers(directory) == []

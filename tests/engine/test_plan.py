@@ -1,0 +1,215 @@
+"""How a fork is cut into chunks: nothing twice, nothing left out, and never more messages than allowed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tasks.copier import manifest
+from tasks.copier.clone import Cloner
+from tasks.copier.ends import open_ends
+from tasks.copier.options import Limits
+from tasks.copier.plan import Chunk, Plan, make_plan
+from tasks.copier.progress import Ticker
+from tasks.copier.report import Report
+from tasks.copier.roots import Roots
+from tasks.copier.staging import Staging
+from tasks.copier.work import open_work
+from tests.engine.forking import INLINE, MIB, assert_alike, fork_with_books, go_on, spec_of
+from tests.fixtures.filesystems import Fresh
+from tests.support.guests import make_sparse_file
+from tests.support.requirements import require_command
+
+
+class Planned:
+    """A plan, and the paths of the files in each of its chunks."""
+
+    def __init__(self, plan: Plan, files: list[list[str]], made: dict[str, int]) -> None:
+        self.plan = plan
+        self.files = files
+        #: Size of each file that the planner made.
+        self.made = made
+
+    def ranges(self, path: str) -> list[tuple[int, int]]:
+        return [
+            (chunk.start, chunk.end)
+            for chunk, files in zip(self.plan.chunks, self.files, strict=True)
+            if chunk.kind == "range" and files == [path]
+        ]
+
+    def whole(self) -> list[str]:
+        """The files that are cloned as wholes by chunks."""
+        pairs = zip(self.plan.chunks, self.files, strict=True)
+        return sorted(path for chunk, files in pairs if chunk.kind == "files" for path in files)
+
+
+def planned(source: Path, limits: Limits, **options: str) -> Planned:
+    spec = spec_of(source, source.parent / "fork", **options)
+    with ExitStack() as stack:
+        ends = stack.enter_context(open_ends(Roots(), spec.source, spec.destination))
+        staging = stack.enter_context(Staging.claim(ends.parent_fd, spec.fork_id, wait=0))
+        journal = staging.begin(spec.to_data(), None)
+        work = stack.enter_context(open_work(ends, staging, journal, spec.options, staging.make_tree(journal)))
+        cloner = Cloner(spec.options, {}, lambda count: None)
+        plan = make_plan(work, limits, cloner, Ticker(go_on), Report())
+        with open(staging.manifest(), "rb") as file:
+            files = [
+                [
+                    f"{block.path}/{entry.name}" if block.path else entry.name
+                    for block in manifest.read(file.fileno(), chunk.span)
+                    for entry in block.entries
+                ]
+                for chunk in plan.chunks
+            ]
+        tree = source.parent / staging.tree_name(journal)
+        made = {str(path.relative_to(tree)): path.stat().st_size for path in tree.rglob("*") if path.is_file()}
+        staging.discard_tree(journal)
+        staging.remove()
+    return Planned(plan, files, made)
+
+
+def make_files(source: Path, directories: int, files: int) -> list[str]:
+    paths = []
+    for directory in range(directories):
+        (source / f"d{directory}").mkdir(parents=True)
+        for number in range(files):
+            path = f"d{directory}/f{number}"
+            (source / path).write_bytes(b"x" * 5000)
+            paths.append(path)
+    return sorted(paths)
+
+
+def test_a_small_fork_is_one_inline_chunk(fresh: Fresh) -> None:
+    source = fresh("ext4") / "source"
+    paths = make_files(source, 3, 4)
+
+    planned_ = planned(source, INLINE)
+
+    assert planned_.plan.inline
+    assert len(planned_.plan.chunks) == 1
+    assert planned_.whole() == paths
+    assert planned_.plan.entries == 15
+    assert planned_.plan.bytes == 12 * 5000
+
+
+@pytest.mark.parametrize("chunk_files", [1, 3, 7, 16, 40])
+def test_chunks_hold_every_file_exactly_once(fresh: Fresh, chunk_files: int) -> None:
+    source = fresh("ext4") / "source"
+    paths = make_files(source, 7, 5)
+
+    planned_ = planned(source, Limits(inline_files=0, chunk_files=chunk_files))
+
+    assert not planned_.plan.inline
+    assert planned_.whole() == paths
+    assert len(planned_.plan.chunks) >= 2  # there are two children to keep busy
+
+
+@pytest.mark.parametrize("chunk_bytes", [MIB, 3 * MIB, 5 * MIB])
+def test_ranges_cover_a_large_file_exactly_and_start_at_whole_mebibytes(fresh: Fresh, chunk_bytes: int) -> None:
+    source = fresh("ext4") / "source"
+    source.mkdir()
+    size = 20 * MIB + 4097
+    make_sparse_file(source / "large", size, 12 * MIB)
+    make_sparse_file(source / "full", 6 * MIB - 1, 6 * MIB)
+    make_sparse_file(source / "small", 4096, 4096)
+
+    planned_ = planned(source, Limits(inline_bytes=0, chunk_bytes=chunk_bytes))
+
+    for name, length in (("large", size), ("full", 6 * MIB - 1)):
+        ranges = planned_.ranges(name)
+        assert len(ranges) > 1
+        assert ranges[0][0] == 0
+        assert ranges[-1][1] == length
+        assert [end for _, end in ranges[:-1]] == [start for start, _ in ranges[1:]]
+        assert all(start % MIB == 0 and start < end for start, end in ranges)
+    assert planned_.whole() == ["small"]
+    assert planned_.made == {"large": size, "full": 6 * MIB - 1}
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 50])
+def test_a_fork_of_many_files_stays_within_its_number_of_chunks(fresh: Fresh, most: int) -> None:
+    source = fresh("tmpfs") / "source"
+    paths = make_files(source, 12, 30)
+
+    planned_ = planned(source, Limits(inline_files=0, chunk_files=1, max_chunks=most))
+
+    assert planned_.whole() == paths
+    assert len(planned_.plan.chunks) <= most
+
+
+def test_a_fork_of_many_large_files_stays_within_its_number_of_chunks(fresh: Fresh) -> None:
+    source = fresh("tmpfs") / "source"
+    source.mkdir()
+    for number in range(6):
+        make_sparse_file(source / f"large-{number}", 12 * MIB, 8 * MIB, seed=number)
+
+    planned_ = planned(source, Limits(inline_bytes=0, chunk_bytes=MIB, max_chunks=10))
+
+    assert len(planned_.plan.chunks) <= 10
+    for number in range(6):
+        name = f"large-{number}"
+        ranges = planned_.ranges(name)
+        assert sum(end - start for start, end in ranges) == (12 * MIB if ranges else 0)
+        assert planned_.whole().count(name) == (0 if ranges else 1)
+
+
+def test_large_files_are_not_cut_where_they_can_be_reflinked(fresh: Fresh) -> None:
+    source = fresh("xfs") / "source"
+    source.mkdir()
+    make_sparse_file(source / "large", 8 * MIB, 8 * MIB)
+    make_sparse_file(source / "other", 4 * MIB, 4 * MIB)
+
+    planned_ = planned(source, Limits(inline_files=0, chunk_bytes=MIB))
+
+    assert {chunk.kind for chunk in planned_.plan.chunks} == {"files"}
+    assert planned_.plan.cloned == "large"
+    assert planned_.whole() == ["large", "other"]
+
+
+def test_a_source_that_can_be_reflinked_is_inline_whatever_its_bytes(fresh: Fresh) -> None:
+    source = fresh("xfs") / "source"
+    source.mkdir()
+    make_sparse_file(source / "large", 8 * MIB, 8 * MIB)
+
+    assert planned(source, Limits(inline_bytes=0)).plan.inline
+    assert not planned(source, Limits(inline_bytes=0), reflink="never").plan.inline
+
+
+def test_an_empty_file_with_blocks_behind_its_end_is_forked_as_an_empty_file(fresh: Fresh) -> None:
+    fallocate = require_command("fallocate", "preallocated files")
+    directory = fresh("ext4")
+    source = directory / "source"
+    source.mkdir()
+    (source / "reserved").touch()
+    subprocess.run([fallocate, "--keep-size", "--length", "4MiB", source / "reserved"], check=True)
+
+    fork_with_books(source, directory / "fork", limits=Limits(inline_bytes=0, chunk_bytes=MIB))
+
+    assert_alike(source, directory / "fork")
+
+
+def test_a_plan_comes_back_from_the_journal(fresh: Fresh) -> None:
+    source = fresh("ext4") / "source"
+    make_files(source, 3, 4)
+    make_sparse_file(source / "large", 8 * MIB, 4 * MIB)
+    plan = planned(source, Limits(inline_files=0, chunk_files=2, chunk_bytes=MIB)).plan
+
+    again = Plan.from_data(json.loads(json.dumps(plan.to_data())))
+
+    assert again == plan
+    assert all(isinstance(chunk, Chunk) for chunk in again.chunks)
+    assert again.refused != []
+
+
+def test_a_message_for_a_plan_does_not_grow_with_the_source(fresh: Fresh) -> None:
+    source = fresh("tmpfs") / "source"
+    make_files(source, 20, 100)
+
+    plan = planned(source, Limits(inline_files=0, chunk_files=1000)).plan
+
+    assert len(json.dumps(plan.to_data())) < 4096
+    assert plan.entries == 2020

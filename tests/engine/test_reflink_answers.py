@@ -1,0 +1,41 @@
+"""The table of FICLONE's errnos (design, section 4), and the number of the call itself."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from tasks.copier import syscalls
+from tasks.copier.reflink import NOT_ASKED_FOR, Answer, Refusal, meaning
+
+TABLE = {
+    Answer.PAIR_CANNOT: ("EOPNOTSUPP", "ENOTTY", "ENOSYS", "EXDEV"),
+    Answer.FILE_CANNOT: ("EINVAL", "ETXTBSY", "EPERM", "EACCES"),
+    Answer.NOT_YET: ("EAGAIN", "EINTR"),
+    Answer.ERROR: ("EIO", "ENOMEM", "ENOSPC", "EDQUOT", "EROFS", "EFBIG", "ESTALE", "EISDIR", "EBADF"),
+}
+
+
+@pytest.mark.parametrize(("name", "answer"), [(name, answer) for answer, names in TABLE.items() for name in names])
+def test_each_errno_means_what_the_table_says(name: str, answer: Answer) -> None:
+    assert meaning(getattr(errno, name)) is answer
+
+
+def test_an_errno_that_the_table_does_not_know_is_an_error() -> None:
+    known = {getattr(errno, name) for names in TABLE.values() for name in names}
+
+    assert {meaning(number) for number in errno.errorcode if number not in known} == {Answer.ERROR}
+    assert meaning(0) is Answer.ERROR
+
+
+def test_the_number_of_ficlone_is_the_kernels() -> None:
+    """A wrong one answers ENOTTY and would mean a silent full copy for ever."""
+    assert syscalls.FICLONE == 0x40049409
+
+
+def test_reasons_tell_the_errno_and_whom_it_holds_for() -> None:
+    assert Refusal(errno.EOPNOTSUPP).reason == "EOPNOTSUPP: this pair of filesystems cannot reflink"
+    assert Refusal(errno.EXDEV, asked=False).reason == "EXDEV: this pair of filesystems refused a reflink before"
+    assert Refusal(errno.EINVAL).reason == "EINVAL: this file cannot be reflinked"
+    assert NOT_ASKED_FOR.reason == "reflink=never"

@@ -1,0 +1,159 @@
+"""Paths as requests give them, and the bounds within which they are opened."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tasks.copier.errors import Code, ForkError
+from tasks.copier.roots import Roots, is_inside, normal_path
+
+
+@pytest.mark.parametrize(
+    ("path", "normal"),
+    [
+        ("/a/b", "/a/b"),
+        ("//a///b/", "/a/b"),
+        ("/./a/./b/.", "/a/b"),
+        ("/", "/"),
+        ("/a..b/..c", "/a..b/..c"),
+        ("/name-\udcff", "/name-\udcff"),
+        ("/" + "a" * 4094, "/" + "a" * 4094),
+    ],
+)
+def test_normal_path_says_the_same_in_fewest_words(path: str, normal: str) -> None:
+    assert normal_path(path, "source") == normal
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", "a/b", "./a", "~/a", "/a/../b", "/..", "/a/..", "/a\0b", "/\ud800", "/" + "a" * 4095, "/" + "é" * 2048],
+)
+def test_paths_that_name_nothing_for_sure_are_refused(path: str) -> None:
+    with pytest.raises(ForkError) as refusal:
+        normal_path(path, "source")
+
+    assert refusal.value.code is Code.INVALID_REQUEST
+    assert refusal.value.path == path
+    assert refusal.value.message.startswith("source: ")
+
+
+@pytest.fixture
+def yard(tmp_path: Path) -> Path:
+    """Two roots, `a` and `b`, and `outside`; links out of `a` and within it."""
+    for name in ("a/guest/sub", "b/guest", "outside/guest", "ab/guest"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "a/file").touch()
+    (tmp_path / "a/within").symlink_to("guest")
+    (tmp_path / "a/absolute").symlink_to(tmp_path / "a/guest")
+    (tmp_path / "a/out").symlink_to("../outside")
+    (tmp_path / "a/to-b").symlink_to(tmp_path / "b")
+    (tmp_path / "a/loop").symlink_to("loop")
+    (tmp_path / "a/guest/magic").symlink_to("/proc/self/cwd")
+    return tmp_path
+
+
+def opened(open_it: Callable[[], int]) -> Path:
+    """The path of the descriptor that `open_it` returns."""
+    fd = open_it()
+    try:
+        return Path(os.readlink(f"/proc/self/fd/{fd}"))
+    finally:
+        os.close(fd)
+
+
+def code_of(open_it: Callable[[], object]) -> Code:
+    with pytest.raises(ForkError) as refusal:
+        open_it()
+    return refusal.value.code
+
+
+def roots_of(yard: Path) -> Roots:
+    return Roots((str(yard / "a"), str(yard / "b")))
+
+
+def test_what_lies_within_a_root_is_opened(yard: Path) -> None:
+    roots = roots_of(yard)
+
+    assert opened(lambda: roots.open_source(str(yard / "a/guest"))) == yard / "a/guest"
+    assert opened(lambda: roots.open_source(str(yard / "b/guest/"))) == yard / "b/guest"
+    assert opened(lambda: roots.open_source(str(yard / "a"))) == yard / "a"
+
+
+def test_a_symlink_that_stays_within_its_root_is_followed(yard: Path) -> None:
+    assert opened(lambda: roots_of(yard).open_source(str(yard / "a/within/sub"))) == yard / "a/guest/sub"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "outside/guest",
+        "ab/guest",  # begins like a root's name
+        "",
+        "a/out/guest",
+        "a/absolute",
+        "a/to-b/guest",  # into the other root: each root is a world of its own
+        "a/guest/magic",
+        "a/loop",
+    ],
+)
+def test_no_path_and_no_symlink_leads_out_of_a_root(yard: Path, path: str) -> None:
+    roots, place = roots_of(yard), str(yard / path)
+
+    assert code_of(lambda: roots.open_source(place)) is Code.OUTSIDE_ROOTS
+    assert code_of(lambda: roots.open_parent(f"{place}/fork")) is Code.OUTSIDE_ROOTS
+
+
+def test_without_roots_the_callers_own_rights_are_the_only_bound(yard: Path) -> None:
+    assert opened(lambda: Roots().open_source(str(yard / "a/out/guest"))) == yard / "outside/guest"
+
+
+def test_a_source_that_is_not_there_or_no_directory_is_told_apart(yard: Path) -> None:
+    for roots in (Roots(), roots_of(yard)):
+        assert code_of(lambda r=roots: r.open_source(str(yard / "a/none"))) is Code.SOURCE_NOT_FOUND  # type: ignore[misc]
+        assert code_of(lambda r=roots: r.open_source(str(yard / "a/file"))) is Code.SOURCE_NOT_DIRECTORY  # type: ignore[misc]
+        assert code_of(lambda r=roots: r.open_source(str(yard / "a/file/x"))) is Code.SOURCE_NOT_DIRECTORY  # type: ignore[misc]
+
+
+def test_a_destination_is_its_parent_and_a_name(yard: Path) -> None:
+    fd, name = roots_of(yard).open_parent(str(yard / "a/within/fork/"))
+
+    assert (opened(lambda: fd), name) == (yard / "a/guest", "fork")
+
+
+def test_a_destination_whose_parent_cannot_hold_it_is_an_invalid_request(yard: Path) -> None:
+    roots = roots_of(yard)
+
+    assert code_of(lambda: roots.open_parent(str(yard / "a/none/fork"))) is Code.INVALID_REQUEST
+    assert code_of(lambda: roots.open_parent(str(yard / "a/file/fork"))) is Code.INVALID_REQUEST
+    assert code_of(lambda: roots.open_parent(str(yard / "a" / ("n" * 256)))) is Code.INVALID_REQUEST
+    assert code_of(lambda: roots.open_parent(str(yard / "a" / ("n" * 256) / "fork"))) is Code.INVALID_REQUEST
+
+
+def test_a_root_itself_is_a_destination_that_exists(yard: Path) -> None:
+    assert code_of(lambda: roots_of(yard).open_parent(str(yard / "a"))) is Code.DESTINATION_EXISTS
+    assert code_of(lambda: Roots().open_parent("/")) is Code.DESTINATION_EXISTS
+
+
+def test_no_refusal_leaves_a_descriptor_open(yard: Path) -> None:
+    roots, before = roots_of(yard), len(os.listdir("/proc/self/fd"))
+
+    for path in ("a/out/guest", "a/none", "a/file"):
+        code_of(lambda p=path: roots.open_source(str(yard / p)))  # type: ignore[misc]
+        code_of(lambda p=path: roots.open_parent(str(yard / p / "fork")))  # type: ignore[misc]
+
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_directory_is_inside_itself_and_its_ancestors_whatever_path_led_there(yard: Path) -> None:
+    fd = os.open(yard / "a/within/sub", os.O_RDONLY)
+    try:
+        assert is_inside(fd, os.stat(yard / "a/guest/sub"))
+        assert is_inside(fd, os.stat(yard / "a"))
+        assert is_inside(fd, os.stat("/"))
+        assert not is_inside(fd, os.stat(yard / "b"))
+    finally:
+        os.close(fd)

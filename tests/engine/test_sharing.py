@@ -1,0 +1,267 @@
+"""What a fork shares with its source on disk, and what it never shares."""
+
+from __future__ import annotations
+
+import stat
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tasks.copier.options import Limits
+from tests.engine.forking import CHUNKED, INLINE, MIB, assert_alike, fork, fork_with_books, forked
+from tests.engine.sources import make_everything
+from tests.fixtures.filesystems import Fresh, OverlayOver
+from tests.support.extents import allocated_bytes_of_tree, set_nocow, sharing
+from tests.support.guests import GIB, SKIPPED_BY_DEFAULT, GuestSizes, make_guest, make_sparse_file
+from tests.support.tree import content_sha256, snapshot
+
+#: The original's manual test: an instance of 4 GiB, most of it holes.
+INSTANCE = GuestSizes(overlay=2 * GIB, overlay_data=96 * MIB, memory=2 * GIB, memory_data=128 * MIB, config=MIB)
+INSTANCE_DATA = 225 * MIB
+
+
+def files_of(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if stat.S_ISREG(path.lstat().st_mode))
+
+
+def assert_all_shared(directory: Path) -> None:
+    for path in files_of(directory):
+        found = sharing(path)
+        # A tiny file of btrfs lies within its metadata and has nothing to share.
+        assert found.whole or path.stat().st_size <= 2048 or found.mapped == 0, path
+
+
+def assert_none_shared(directory: Path) -> None:
+    assert [path for path in files_of(directory) if sharing(path).shared] == []
+
+
+def test_every_extent_of_a_fork_is_its_sources(reflink_fs: Path, limits: Limits) -> None:
+    source = make_everything(reflink_fs / "source")
+
+    result = forked(source, reflink_fs / "fork", limits=limits)
+
+    assert_all_shared(reflink_fs / "fork")
+    assert result["files"]["copied"] == 0
+    assert result["files"]["reflinked"] > 40
+    assert result["bytes"]["copied"] == 0
+    assert result["bytes"]["reflinked"] == result["bytes"]["logical"] > 0
+    assert result["fallback"] is None
+
+
+def test_writing_to_a_fork_leaves_its_source_as_it_was(reflink_fs: Path, limits: Limits) -> None:
+    source = make_guest(reflink_fs / "source")
+    before = snapshot(source)
+    forked(source, reflink_fs / "fork", limits=limits)
+    clone = snapshot(reflink_fs / "fork")
+
+    for path in files_of(reflink_fs / "fork"):
+        with path.open("r+b") as file:
+            for at in range(0, path.stat().st_size, MIB):
+                os.pwrite(file.fileno(), b"the machine writes", at)
+    os.sync()
+
+    assert snapshot(source) == before
+    written = snapshot(reflink_fs / "fork")
+    assert all(written[path].sha256 != clone[path].sha256 for path in written if written[path].kind == "file")
+
+
+def test_writing_to_a_source_leaves_its_fork_as_it_was(reflink_fs: Path) -> None:
+    source = make_guest(reflink_fs / "source")
+    forked(source, reflink_fs / "fork")
+    before = snapshot(reflink_fs / "fork")
+
+    for path in files_of(source):
+        path.write_bytes(b"another life")
+
+    assert snapshot(reflink_fs / "fork") == before
+
+
+def test_a_fork_that_was_told_never_to_reflink_shares_no_extent(reflink_fs: Path, limits: Limits) -> None:
+    source = make_everything(reflink_fs / "source")
+
+    result = forked(source, reflink_fs / "fork", limits=limits, reflink="never")
+
+    assert_alike(source, reflink_fs / "fork", SKIPPED_BY_DEFAULT)
+    assert_none_shared(reflink_fs / "fork")
+    assert_none_shared(source)
+    assert result["files"]["reflinked"] == result["bytes"]["reflinked"] == 0
+    assert 0 < result["bytes"]["copied"] < result["bytes"]["logical"]
+    assert result["fallback"] is None  # nothing was refused
+
+
+def test_one_nocow_file_is_copied_and_all_others_are_reflinked(fresh: Fresh, limits: Limits) -> None:
+    """The original took the first refusal for the whole fork's, and copied all bytes of all later files."""
+    directory = fresh("btrfs")
+    source = make_guest(directory / "source")
+    nocow = source / "swap.raw"  # the largest, so it is asked first; and neither first nor last by name
+    nocow.touch()
+    set_nocow(nocow)
+    with nocow.open("r+b") as file:
+        os.pwrite(file.fileno(), os.urandom(3 * MIB), 0)
+        os.truncate(file.fileno(), 100 * MIB)
+
+    books = fork_with_books(source, directory / "fork", limits=limits)
+
+    assert_alike(source, directory / "fork", SKIPPED_BY_DEFAULT)
+    methods = {path: one["method"] for path, one in books.files.items() if one["type"] == "file"}
+    assert [path for path, method in methods.items() if method == "copy"] == ["swap.raw"]
+    assert books.result["files"]["copied"] == 1
+    assert books.result["files"]["reflinked"] == 6
+    assert books.result["fallback"] == {
+        "reason": "EINVAL: this file cannot be reflinked",
+        "errno": errno.EINVAL,
+        "path": "swap.raw",
+    }
+    assert sharing(directory / "fork" / "swap.raw").shared == 0
+    nocow.unlink()
+    (directory / "fork" / "swap.raw").unlink()
+    assert_all_shared(directory / "fork")
+
+
+def test_more_nocow_files_than_are_asked_first_keep_no_other_file_from_its_reflink(
+    fresh: Fresh, limits: Limits
+) -> None:
+    directory = fresh("btrfs")
+    source = make_guest(directory / "source")
+    for number in range(12):
+        nocow = source / f"nocow-{number}.raw"
+        nocow.touch()
+        set_nocow(nocow)
+        with nocow.open("r+b") as file:
+            os.pwrite(file.fileno(), os.urandom(MIB), 0)
+            os.truncate(file.fileno(), 100 * MIB)
+
+    result = forked(source, directory / "fork", limits=limits)
+
+    assert_alike(source, directory / "fork", SKIPPED_BY_DEFAULT)
+    for path in (directory / "fork").glob("nocow*"):
+        assert sharing(path).shared == 0
+        path.unlink()
+    assert_all_shared(directory / "fork")
+    if limits is INLINE:
+        assert (result["files"]["copied"], result["files"]["reflinked"]) == (12, 6)
+
+
+def test_on_overlayfs_each_file_is_asked_for_itself(overlay_over: OverlayOver, fresh: Fresh, limits: Limits) -> None:
+    """One st_dev, two filesystems below: a refusal speaks for no pair."""
+    lower = fresh("ext4")
+    make_guest(lower / "source")
+    overlay = overlay_over(lower)
+    source = overlay / "source"
+    copied_up = source / "snapshots" / "snapshot-latest" / "memory"
+    with copied_up.open("r+b") as file:
+        file.write(b"copied up")
+    os.sync()
+
+    books = fork_with_books(source, overlay / "fork", limits=limits)
+
+    assert_alike(source, overlay / "fork", SKIPPED_BY_DEFAULT)
+    methods = {path: one["method"] for path, one in books.files.items() if one["type"] == "file"}
+    assert [path for path, method in methods.items() if method == "reflink"] == ["snapshots/snapshot-latest/memory"]
+    assert books.result["fallback"] is not None
+    assert books.result["fallback"]["errno"] == errno.EXDEV
+
+
+def test_a_pair_that_refused_is_not_asked_again(fresh: Fresh, limits: Limits) -> None:
+    source, destination = make_guest(fresh("xfs") / "source"), fresh("btrfs") / "fork"
+
+    books = fork_with_books(source, destination, limits=limits)
+
+    reasons = {one["reason"] for one in books.files.values() if one["method"] == "copy"}
+    assert "EXDEV: this pair of filesystems refused a reflink before" in reasons
+    assert books.result["fallback"] == {
+        "reason": "EXDEV: this pair of filesystems cannot reflink",
+        "errno": errno.EXDEV,
+        "path": "overlay.raw",
+    }
+
+
+@pytest.mark.parametrize("kind", ["xfs_noreflink", "ext4", "tmpfs"])
+def test_always_is_refused_where_the_filesystem_cannot(kind: str, fresh: Fresh, limits: Limits) -> None:
+    directory = fresh(kind)  # type: ignore[arg-type]
+    source = make_guest(directory / "source")
+
+    result = fork(source, directory / "fork", limits=limits, reflink="always")
+
+    assert result["error"] is not None
+    assert result["error"]["code"] == "reflink_unsupported"
+    assert result["error"]["path"] == str(source / "overlay.raw")
+    assert result["error"]["errno"] == errno.EOPNOTSUPP
+    assert [path.name for path in directory.iterdir()] == ["source"]
+
+
+def test_always_is_granted_where_every_file_can(reflink_fs: Path, limits: Limits) -> None:
+    source = make_guest(reflink_fs / "source")
+
+    forked(source, reflink_fs / "fork", limits=limits, reflink="always")
+
+    assert_all_shared(reflink_fs / "fork")
+
+
+def test_always_needs_no_reflink_for_what_is_no_file(fresh: Fresh, limits: Limits) -> None:
+    directory = fresh("ext4")
+    (directory / "source" / "below").mkdir(parents=True)
+    (directory / "source" / "link").symlink_to("below")
+
+    forked(directory / "source", directory / "fork", limits=limits, reflink="always")
+
+    assert_alike(directory / "source", directory / "fork")
+
+
+def test_one_nocow_file_fails_a_fork_that_must_always_reflink(fresh: Fresh, limits: Limits) -> None:
+    directory = fresh("btrfs")
+    source = make_guest(directory / "source")
+    (source / "nocow").touch()
+    set_nocow(source / "nocow")
+    (source / "nocow").write_bytes(b"x" * 5000)
+
+    result = fork(source, directory / "fork", limits=limits, reflink="always")
+
+    assert result["error"] is not None
+    assert (result["error"]["code"], result["error"]["path"]) == ("reflink_unsupported", str(source / "nocow"))
+    assert [path.name for path in directory.iterdir()] == ["source"]
+
+
+def test_an_instance_of_4_gib_is_forked_on_xfs_with_every_extent_shared(fresh: Fresh) -> None:
+    directory = fresh("xfs")
+    source = make_guest(directory / "source", INSTANCE)
+    os.sync()
+    free = shutil.disk_usage(directory).free
+
+    result = forked(source, directory / "fork")
+
+    assert_alike(source, directory / "fork", SKIPPED_BY_DEFAULT)
+    assert_all_shared(directory / "fork")
+    assert result["bytes"]["logical"] == result["bytes"]["reflinked"] > 4 * GIB
+    os.sync()
+    assert free - shutil.disk_usage(directory).free < 8 * MIB
+    assert result["seconds"]["total"] < 5  # an instance is forked in milliseconds; a machine under load is not timed
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
+def test_an_instance_of_4_gib_is_forked_by_the_sparse_copy(kind: str, fresh: Fresh) -> None:
+    directory = fresh(kind)  # type: ignore[arg-type]
+    source = make_guest(directory / "source", INSTANCE)
+
+    result = forked(source, directory / "fork")
+
+    assert_alike(source, directory / "fork", SKIPPED_BY_DEFAULT)
+    assert abs(allocated_bytes_of_tree(directory / "fork") - allocated_bytes_of_tree(source)) <= 8 * MIB
+    assert result["bytes"]["logical"] > 4 * GIB
+    assert 0.8 * INSTANCE_DATA < result["bytes"]["copied"] <= 1.1 * INSTANCE_DATA
+    assert result["chunks"] > 1
+    assert result["seconds"]["total"] < 30
+
+
+def test_ranges_of_one_file_that_two_processes_copy_make_it_whole(fs: Path) -> None:
+    (fs / "source").mkdir()
+    make_sparse_file(fs / "source" / "disk.raw", 64 * MIB + 12_345, 24 * MIB)
+
+    result = forked(fs / "source", fs / "fork", limits=CHUNKED, reflink="never")
+
+    assert result["chunks"] > 10
+    assert content_sha256(fs / "fork" / "disk.raw") == content_sha256(fs / "source" / "disk.raw")
+    assert_alike(fs / "source", fs / "fork")

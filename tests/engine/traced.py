@@ -1,0 +1,103 @@
+"""Forks in a process of their own under strace, which makes real system calls fail, or end the process."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks.copier import reflink
+from tasks.copier.report import FileResult
+from tasks.copier.spec import ForkResult
+from tasks.copier.staging import control_name
+from tests.engine.forking import CHUNKED, INLINE, fork, fork_with_books
+
+_ROOT = Path(__file__).resolve().parents[2]
+#: What the tree's name ends in, so that strace can be told its files before they exist.
+_ATTEMPT = "0" * 8
+#: Seconds for EAGAIN to go away; the real ones are too long to wait in a test.
+_RETRY_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """How a fork under strace ended: its result and FileResults, or None when it was killed; and the trace."""
+
+    result: ForkResult | None
+    files: dict[str, FileResult]
+    trace: list[str]
+
+    def calls(self, words: str) -> int:
+        """How many lines of the trace hold `words`."""
+        return sum(words in line for line in self.trace)
+
+
+def in_tree(destination: Path, name: str = "") -> Path:
+    """Where an entry of the fork stands while it is made."""
+    return destination.parent / f"{control_name('fork-1')}.{_ATTEMPT}" / name
+
+
+def control(destination: Path, name: str = "") -> Path:
+    """Where a file of the fork's control directory stands."""
+    return destination.parent / control_name("fork-1") / name
+
+
+def trace_fork(
+    strace: str,
+    source: Path,
+    destination: Path,
+    *,
+    calls: str,
+    inject: Iterable[str] = (),
+    paths: Iterable[Path] = (),
+    chunked: bool = False,
+    here: bool = False,
+    **options: Any,
+) -> Traced:
+    """Make one fork and record the system calls `calls`, those only that touch `paths` if any are given.
+
+    `inject` are strace's expressions, such as `ioctl:error=EIO`; they hold for recorded calls alone. `here`: by
+    `fork_here` with two children (then without FileResults), else as `fork_with_books` does it.
+    """
+    log = destination.parent / "trace"
+    command = [strace, "-f", "-y", "-o", os.fspath(log), "-e", f"trace={calls}"]
+    command += [part for expression in inject for part in ("-e", f"inject={expression}")]
+    command += [part for path in paths for part in ("-P", os.fspath(path))]
+    wishes = json.dumps({"chunked": chunked, "here": here, "options": options})
+    script = "from tests.engine.traced import main; main()"
+    done = subprocess.run(
+        [*command, sys.executable, "-c", script, source, destination, wishes],
+        cwd=_ROOT,
+        env={**os.environ, "PYTHONPATH": os.fspath(_ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    trace = log.read_text(errors="replace").splitlines()
+    log.unlink()
+    if done.returncode < 0:
+        return Traced(result=None, files={}, trace=trace)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    return Traced(result=answer["result"], files=answer["files"], trace=trace)
+
+
+def main(argv: Sequence[str] = sys.argv) -> None:
+    """The traced process."""
+    secrets.token_hex = lambda nbytes=None: _ATTEMPT
+    reflink.RETRY_SECONDS = _RETRY_SECONDS
+    source, destination, wishes = Path(argv[1]), Path(argv[2]), json.loads(argv[3])
+    limits = CHUNKED if wishes["chunked"] else INLINE
+    if wishes["here"]:
+        result, files = fork(source, destination, limits=limits, **wishes["options"]), {}
+    else:
+        books = fork_with_books(source, destination, limits=limits, **wishes["options"])
+        result, files = books.result, books.files
+    json.dump({"result": result, "files": files}, sys.stdout)
