@@ -205,7 +205,8 @@ def _cut(units: list[Unit], limits: Limits, answer: _Answer) -> list[Chunk]:
     while True:
         chunks = list(_cut_evenly(units, files_each, data_each, answer))
         if len(chunks) <= limits.max_chunks:
-            return chunks
+            # Side by side, ranges of different files: those of one file wait for each other's writes (inode lock).
+            return sorted(chunks, key=lambda chunk: (chunk.kind == "files", chunk.start))
         files_each, data_each = 2 * files_each, 2 * data_each
 
 
