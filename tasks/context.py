@@ -87,10 +87,10 @@ class ForkLedger:
     results: Results
     fork_id: str
 
-    def keep_pages(self, part: str, pages: list[bytes]) -> None:
+    def keep_pages(self, parts: dict[str, list[bytes]]) -> None:
         """Keep FileResults; see `Results.keep_pages`. Raises ForkError no_space when Redis takes no more."""
         try:
-            self.results.keep_pages(self.fork_id, part, pages)
+            self.results.keep_pages(self.fork_id, parts)
         except ResponseError as error:
             message = f"Redis does not take the results of the files: {error}"
             raise ForkError(Code.NO_SPACE, message, "") from None

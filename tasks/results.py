@@ -83,24 +83,23 @@ class Results:
 
     # -- FileResults
 
-    def keep_pages(self, fork_id: str, part: str, pages: list[bytes]) -> None:
-        """Keep the FileResults of one part (`plan`, a chunk's number, `close`), in place of earlier ones."""
-        rank = _RANKS.get(part) if part in _RANKS else int(part) + 1
+    def keep_pages(self, fork_id: str, parts: dict[str, list[bytes]]) -> None:
+        """Keep the FileResults of parts of a fork (`plan`, a chunk's number, `close`), in place of earlier ones."""
         index = _key(fork_id, "pages")
 
         def write() -> None:
             with self.redis.pipeline(transaction=True) as pipe:
-                first = cast(int, rank) * _PAGES_A_PART
-                pipe.zremrangebyscore(index, first, first + _PAGES_A_PART - 1)  # there may have been more of them
-                for number, page in enumerate(pages):
-                    key = _key(fork_id, f"page:{part}:{number}")
-                    pipe.set(key, page, ex=self.expires)
-                    pipe.zadd(index, {key: first + number})
+                for part, pages in parts.items():
+                    first = _rank(part) * _PAGES_A_PART
+                    pipe.zremrangebyscore(index, first, first + _PAGES_A_PART - 1)  # there may have been more of them
+                    for number, page in enumerate(pages):
+                        key = _key(fork_id, f"page:{part}:{number}")
+                        pipe.set(key, page, ex=self.expires)
+                        pipe.zadd(index, {key: first + number})
                 pipe.expire(index, self.expires)
                 pipe.execute()
 
-        if pages:
-            self._do(write)
+        self._do(write)
 
     def files(self, fork_id: str) -> Iterator[FileResult]:
         """Yield the FileResults that are there by now, a page at a time, in the order of the manifest's parts."""
@@ -166,6 +165,11 @@ class Results:
             except passing as error:
                 log.warning("Redis does not answer; trying again: %s", error)
                 time.sleep(_PAUSE_SECONDS)
+
+
+def _rank(part: str) -> int:
+    """Where a part stands among the parts of a fork."""
+    return _RANKS[part] if part in _RANKS else int(part) + 1
 
 
 def _key(fork_id: str, what: str) -> str:

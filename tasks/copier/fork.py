@@ -43,8 +43,8 @@ class Superseded(Exception):
 class Ledger(Protocol):
     """Where a fork's results are kept for those who asked for it."""
 
-    def keep_pages(self, part: str, pages: list[bytes]) -> None:
-        """Keep the FileResults of one part of the fork (a chunk's number, `plan` or `close`). Raises ForkError."""
+    def keep_pages(self, parts: dict[str, list[bytes]]) -> None:
+        """Keep the FileResults of parts of the fork (a chunk's number, `plan` or `close`). Raises ForkError."""
 
     def settle(self, result: ForkResult) -> None:
         """Keep the final result. When this returns, a second delivery of the request will find it."""
@@ -157,7 +157,7 @@ def _start_anew(
         account.chunks = len(plan.chunks)
         account.clock.planned = time.time()
         if not plan.inline:
-            ledger.keep_pages("plan", planned.close())
+            _keep_pages(account.reports, ledger)
             staging.write_report("plan", planned)
             staging.write_journal(
                 replace(journal, phase=Phase.CLONING, plan=plan.to_data(), planned_at=account.clock.planned)
@@ -177,9 +177,7 @@ def _close_and_publish(work: Work, plan: Plan, account: _Account, ticker: Ticker
     cloner = Cloner(spec.options, refused, ticker.step)
     ticker.enter("publish", plan.entries, plan.bytes)
     account.reports["close"] = close_tree(work, plan, account.reports.values(), cloner, ticker)
-    for part, report in account.reports.items():
-        if report.has_pages():
-            ledger.keep_pages(part, report.close())
+    _keep_pages(account.reports, ledger)
     sync = spec.options.durability == "sync"
     if sync:
         syscalls.syncfs(work.tree_fd)
@@ -220,10 +218,8 @@ def _give_up(ends: Ends, staging: Staging, account: _Account, cause: Exception, 
     if account.journal is not None:
         with suppress(OSError):  # what cannot be removed now, gc removes later; the cause is what must be told
             staging.discard_tree(account.journal)
-    for part, report in account.reports.items():
-        if report.has_pages():
-            with suppress(ForkError):
-                ledger.keep_pages(part, report.close())
+    with suppress(ForkError):
+        _keep_pages(account.reports, ledger)
     result = failed(account.spec, error, account.totals(), account.chunks, account.clock)
     ledger.settle(result)
     _remove(staging)
@@ -243,6 +239,13 @@ def _as_fork_error(cause: Exception, ends: Ends) -> ForkError:
 def _remove(staging: Staging) -> None:
     with suppress(OSError):
         staging.remove()
+
+
+def _keep_pages(reports: dict[str, Report], ledger: Ledger) -> None:
+    """Keep the FileResults of all parts that are not in the ledger yet."""
+    pages = {part: report.close() for part, report in reports.items() if report.has_pages()}
+    if pages:
+        ledger.keep_pages(pages)
 
 
 def _reports(staging: Staging, plan: Plan) -> dict[str, Report]:

@@ -19,7 +19,7 @@ from tasks.copier.work import Work, open_work
 class _NoLedger:
     """A local fork's results go to its caller alone."""
 
-    def keep_pages(self, part: str, pages: list[bytes]) -> None:
+    def keep_pages(self, parts: dict[str, list[bytes]]) -> None:
         """Nobody asks for them later."""
 
     def settle(self, result: ForkResult) -> None:

@@ -33,7 +33,7 @@ class Metadata:
         self.mode = "mode" in kept
         self.timestamps = "timestamps" in kept
         self.xattrs = "xattrs" in kept
-        self._umask = _current_umask()
+        self._umask = 0 if self.mode else _current_umask()
 
     def apply(self, fd: int, fresh: os.stat_result, entry: Entry, src_fd: int) -> None:
         """Give the file or directory `fd`, whose status is `fresh`, the metadata of `entry`, open as `src_fd`.

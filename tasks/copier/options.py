@@ -15,7 +15,7 @@ DEFAULT_EXCLUDE = ("/logs/", "*.lz4.tmp", "*.zst.tmp", "*.sock")
 PRESERVE_ALL: frozenset[Preserve] = frozenset({"mode", "ownership", "timestamps", "xattrs", "hardlinks"})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """What the caller wishes for one fork; the fields of the contract's ForkRequest."""
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
 
 from tasks.copier.clone import Cloner, ReflinkRefused
 from tasks.copier.errors import ForkError, from_oserror
@@ -25,8 +25,7 @@ _DOUBLINGS = 6
 _RANGE_ALIGNMENT = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """One task's part: the files in a span of the manifest, or the bytes [start, end) of the one file in it."""
 
     kind: Literal["files", "range"]
@@ -60,7 +59,7 @@ class Plan:
 
     def to_data(self) -> dict[str, Any]:
         """As plain data for the journal."""
-        return asdict(self)
+        return vars(self)
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Plan:
@@ -68,7 +67,7 @@ class Plan:
         return cls(
             **{
                 **data,
-                "chunks": [Chunk(**chunk) for chunk in data["chunks"]],
+                "chunks": [Chunk(*chunk) for chunk in data["chunks"]],
                 "top": Entry(*data["top"]),
                 "refused": [(src, dst, number) for src, dst, number in data["refused"]],
             }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
 from tasks.copier.errors import ErrorRecord, ForkError
@@ -84,7 +84,7 @@ class Totals:
 
     def add(self, other: Totals) -> None:
         """Add the sums of another part of the fork; of fallbacks and errors, this one's come first."""
-        for name, value in asdict(other).items():
+        for name, value in vars(other).items():
             if isinstance(value, int):
                 setattr(self, name, getattr(self, name) + value)
         self.fallback = self.fallback or other.fallback
@@ -145,7 +145,7 @@ class Report:
         """The report as one file: a line of JSON, then the pages."""
         self.close()
         head: dict[str, Any] = {
-            "totals": asdict(self.totals),
+            "totals": vars(self.totals),
             "ranges": self.ranges,
             "pages": [len(page) for page in self.pages],
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal, TypedDict
 
@@ -31,7 +31,7 @@ class ForkSpec:
 
     def to_data(self) -> dict[str, Any]:
         """As plain data for the journal."""
-        return {**asdict(self), "options": {**asdict(self.options), "preserve": sorted(self.options.preserve)}}
+        return {**vars(self), "options": {**vars(self.options), "preserve": sorted(self.options.preserve)}}
 
     def request(self) -> dict[str, Any]:
         """The ForkRequest that asks for this fork."""

@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -258,7 +258,7 @@ class Staging:
 
     def write_journal(self, journal: Journal, *, sync: bool = False) -> None:
         """Replace the journal, in one step; `sync`: and have it on the disk."""
-        self._write(_JOURNAL, json.dumps(asdict(journal)).encode("ascii"), sync=sync)
+        self._write(_JOURNAL, json.dumps(vars(journal)).encode("ascii"), sync=sync)
 
     def begin(self, spec: dict[str, Any], earlier: Journal | None) -> Journal:
         """Write the journal of a new attempt; what an earlier one left in the staging goes."""

@@ -103,8 +103,8 @@ class Books:
     pages: dict[str, list[bytes]] = field(default_factory=dict)
     settled: list[ForkResult] = field(default_factory=list)
 
-    def keep_pages(self, part: str, pages: list[bytes]) -> None:
-        self.pages[part] = pages  # a part may be kept again: what it did is told whole each time
+    def keep_pages(self, parts: dict[str, list[bytes]]) -> None:
+        self.pages |= parts  # a part may be kept again: what it did is told whole each time
 
     def settle(self, result: ForkResult) -> None:
         self.settled.append(result)
@@ -146,7 +146,7 @@ def fork_with_books(
                 for number in range(len(outcome.chunks)):
                     report = run_held_chunk(work, outcome, outcome.chunks[number], number, ticker)
                     assert report is not None
-                    books.keep_pages(str(number), report.close())
+                    books.keep_pages({str(number): report.close()})
             assert finish(ends, staging, ticker, books) is not None
     return books
 
