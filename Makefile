@@ -3,15 +3,15 @@
 
 SHELL := /bin/bash
 BIN := .venv/bin
-# Directories that hold Python; benchmarks is checked as soon as it is there.
-SOURCES := worker tasks tests $(wildcard benchmarks)
+# Directories that hold Python.
+SOURCES := worker tasks tests benchmarks
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint format venv constraints clean
+.PHONY: help demo test bench bench-quick lint format venv constraints clean
 
 help: ## these lines
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## the whole system on this machine: Redis, a worker, a guest directory, its fork
 	@scripts/setup.sh packages demo
@@ -22,6 +22,16 @@ test: ## ruff, mypy (strict) and every test
 	@scripts/setup.sh packages test
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+bench: ## forkvm beside its peers and the kernel's limit, as a table and as docs/benchmark.svg and .json
+	@scripts/setup.sh packages bench
+	@$(MAKE) --no-print-directory --silent venv
+	$(BIN)/python -m benchmarks --json docs/benchmark.json --svg docs/benchmark.svg $(BENCH_ARGS)
+
+bench-quick: ## a part of it in under two minutes; BENCH_ARGS='--dir DIR' measures in a directory, also without root
+	@scripts/setup.sh packages bench
+	@$(MAKE) --no-print-directory --silent venv
+	$(BIN)/python -m benchmarks --quick $(BENCH_ARGS)
 
 lint: venv ## ruff and mypy only
 	$(BIN)/ruff check

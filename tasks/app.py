@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from celery import Celery, Task, states
 from celery.backends.redis import RedisBackend
-from celery.exceptions import Ignore, TaskRevokedError
+from celery.exceptions import Ignore, InvalidTaskError, TaskRevokedError
 from celery.worker.request import Request
+from celery.worker.strategy import default
 from kombu.utils.encoding import bytes_to_str
 
 from tasks.chunk import run_chunk
 from tasks.context import AGAIN_SECONDS, CHUNK_TASK, FINISH_TASK, GONE, Again, Context
-from tasks.contract import ForkFailed
+from tasks.contract import ForkFailed, text_of
 from tasks.copier.errors import describe
 from tasks.copier.options import Limits
 from tasks.copier.roots import Roots
@@ -37,6 +38,23 @@ class TimedRequest(Request):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.request_dict["received_at"] = time.time()
+
+
+def careful_strategy(task: AnyTask, app: Celery, consumer: Any, **options: Any) -> Callable[..., Any]:
+    """Celery's way from a message to a task, but a message that makes no sense is refused, with a line in the log.
+
+    Celery 5.7 refuses what is no JSON, but a body that is JSON and no task's (`[1, 2]`) ends the worker, and the
+    next one that takes it.
+    """
+    handle = default(task, app, consumer, **options)
+
+    def handle_carefully(message: Any, body: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return handle(message, body, *args, **kwargs)
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise InvalidTaskError(f"no message of a task: {error}") from error
+
+    return handle_carefully
 
 
 def inner_queue(queue: str, task: str) -> str:
@@ -70,19 +88,21 @@ def register(app: Celery, roots: Roots, limits: Limits, expires: int) -> None:
     common: dict[str, Any] = {
         "bind": True,
         "Request": TimedRequest,
+        "Strategy": "tasks.app:careful_strategy",
         "throws": (ForkFailed,),
         "resultrepr_maxsize": 1,
     }
 
-    @app.task(name=FORK_TASK, track_started=True, **common)
-    def fork(self: AnyTask, request: Any = None, *extra: Any, **unknown: Any) -> ForkResult:
-        """One fork; the contract's entry."""
-        if extra or unknown:
-            request = None
+    @app.task(name=FORK_TASK, **common)
+    def fork(self: AnyTask, *args: Any, **kwargs: Any) -> ForkResult:
+        """One fork; the contract's entry. Its one argument is `request`; anything else is no request."""
+        given = [*args, *kwargs.values()]
+        request = given[0] if len(given) == 1 and set(kwargs) <= {"request"} else None
         try:
             return _answer(self, run_fork(context(self), _id(self), request, _queued(self)))
         except Again as again:
-            return _wait(self, context(self), _id(self), request["destination"], again, {"request": request})
+            destination = text_of(request, "destination")
+            return _wait(self, context(self), _id(self), destination, again, {"request": request})
 
     @app.task(name=CHUNK_TASK, ignore_result=True, **common)
     def chunk(self: AnyTask, fork_id: str, destination: str, number: int) -> None:

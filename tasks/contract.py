@@ -87,7 +87,7 @@ def parse(request: object) -> ForkRequest:
     try:
         parsed = ForkRequest.model_validate(request)
     except ValidationError as error:
-        raise ForkError(Code.INVALID_REQUEST, _explain(error), _text_of(request, "source")) from None
+        raise ForkError(Code.INVALID_REQUEST, _explain(error), text_of(request, "source")) from None
     try:
         Selection(parsed.skip, parsed.exclude)
     except re.error as error:
@@ -114,11 +114,11 @@ def spec_of(request: object, fork_id: str, *, owner: Literal["queue", "local"], 
 
 def refused(request: object, fork_id: str, error: ForkError) -> ForkResult:
     """The result of what could not be made a fork of."""
-    spec = ForkSpec(fork_id=fork_id, source=_text_of(request, "source"), destination=_text_of(request, "destination"))
+    spec = ForkSpec(fork_id=fork_id, source=text_of(request, "source"), destination=text_of(request, "destination"))
     return failed(spec, error, Totals(), 0, Clock(spec.started))
 
 
-def _text_of(request: object, field: str) -> str:
+def text_of(request: object, field: str) -> str:
     """The text in a field of what may be no request at all, for messages and failed results."""
     value: Any = request.get(field) if isinstance(request, dict) else None
     return value if isinstance(value, str) else ""

@@ -10,7 +10,8 @@ from tasks.copier.errors import ForkError
 from tasks.copier.fork import Superseded, finish
 from tasks.copier.plan import Plan
 from tasks.copier.progress import Ticker
-from tasks.copier.spec import ForkResult, ForkSpec
+from tasks.copier.report import Totals
+from tasks.copier.spec import Clock, ForkResult, ForkSpec, failed
 from tasks.copier.staging import Held, Staging
 
 
@@ -60,3 +61,32 @@ def _finish(context: Context, fork_id: str, staging: Staging, ends: Ends) -> For
         except ForkError as error:
             abort = error
     return finish(ends, staging, ticker, ledger, abort)
+
+
+def end_with(context: Context, spec: ForkSpec, error: ForkError) -> ForkResult:
+    """End a fork that cannot be gone on with: what an earlier delivery made of it is removed. Raises Again."""
+    try:
+        parent_fd, name = context.roots.open_parent(spec.destination)
+    except ForkError:
+        return refuse(context, spec, error)
+    try:
+        with Staging.attach(parent_fd, spec.fork_id, LOCK_WAIT, alone=True) as staging:
+            if staging is not None and staging.journal() is not None:
+                ends = Ends(spec.source, spec.destination, -1, parent_fd, name)
+                ticker = Ticker(context.beat(spec.fork_id, "close", spec.destination))
+                ended = finish(ends, staging, ticker, ForkLedger(context.results, spec.fork_id), error)
+                return ended or refuse(context, spec, error)
+    except Held as held:
+        raise Again(held.pulse) from None
+    except OSError:
+        return refuse(context, spec, error)  # the parent is not ours to look into
+    finally:
+        os.close(parent_fd)
+    return context.results.result(spec.fork_id) or refuse(context, spec, error)
+
+
+def refuse(context: Context, spec: ForkSpec, error: ForkError) -> ForkResult:
+    """Settle a fork that was not begun."""
+    result = failed(spec, error, Totals(), 0, Clock(spec.started))
+    ForkLedger(context.results, spec.fork_id).settle(result)
+    return result

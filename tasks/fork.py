@@ -11,9 +11,9 @@ from tasks.copier.errors import ForkError, from_oserror
 from tasks.copier.fork import Superseded, start
 from tasks.copier.plan import Plan
 from tasks.copier.progress import Ticker
-from tasks.copier.report import Totals
-from tasks.copier.spec import Clock, ForkResult, ForkSpec, failed
+from tasks.copier.spec import ForkResult, ForkSpec
 from tasks.copier.staging import Held, Staging
+from tasks.finish import end_with, refuse
 
 log = logging.getLogger(__name__)
 
@@ -26,26 +26,27 @@ def run_fork(context: Context, fork_id: str, request: object, queued: float) -> 
     known = context.results.result(fork_id)
     if known is not None:
         return known
+    destination = contract.text_of(request, "destination")
+    claim = context.results.claim(fork_id, {"request": request, "destination": destination, "queue": context.queue})
+    if claim["request"] != request:
+        log.warning("another request has the id %s already; this one is dropped", fork_id)
+        return None
     try:
         spec = contract.spec_of(request, fork_id, owner="queue", queued=queued)
     except ForkError as error:
         result = contract.refused(request, fork_id, error)
         ForkLedger(context.results, fork_id).settle(result)
         return result
-    claim = context.results.claim(fork_id, {"destination": spec.destination, "queue": context.queue})
-    if claim["destination"] != spec.destination:
-        log.warning("fork %s is already being made at another destination; this request for it is dropped", fork_id)
-        return None
     try:
         return _start(context, spec)
     except ForkError as error:
-        return _refuse(context, spec, error)
+        return end_with(context, spec, error)
     except Held as held:
         raise Again(held.pulse) from None
     except Superseded:
         return None
     except OSError as error:
-        return _refuse(context, spec, from_oserror(error, "making the staging directory", spec.destination))
+        return end_with(context, spec, from_oserror(error, "making the staging directory", spec.destination))
 
 
 def _start(context: Context, spec: ForkSpec) -> ForkResult | None:
@@ -59,7 +60,7 @@ def _start(context: Context, spec: ForkSpec) -> ForkResult | None:
         if known is not None or (fresh and context.results.is_cancelled(spec.fork_id)):
             if fresh:
                 staging.remove()
-            return known or _refuse(context, spec, cancelled(spec.destination))
+            return known or refuse(context, spec, cancelled(spec.destination))
         with staging.beating():
             outcome = start(ends, staging, spec, context.limits, ticker, ForkLedger(context.results, spec.fork_id))
         if not isinstance(outcome, Plan):
@@ -70,10 +71,3 @@ def _start(context: Context, spec: ForkSpec) -> ForkResult | None:
         kwargs = {"fork_id": spec.fork_id, "destination": spec.destination, "number": number}
         context.send(CHUNK_TASK, kwargs, f"{spec.fork_id}.chunk.{number}")
     return None
-
-
-def _refuse(context: Context, spec: ForkSpec, error: ForkError) -> ForkResult:
-    """Settle a fork that was not begun."""
-    result = failed(spec, error, Totals(), 0, Clock(spec.started))
-    ForkLedger(context.results, spec.fork_id).settle(result)
-    return result

@@ -1,6 +1,6 @@
 """Everything of a fork that lies in Redis, each key with a TTL.
 
-    forkvm:{id}:claim      the request that holds this id: destination, queue
+    forkvm:{id}:claim      the request that holds this id
     forkvm:{id}:result     the final ForkResult, also of a failed fork
     forkvm:{id}:pages      a sorted set of the page keys, in the order of the fork's parts
     forkvm:{id}:page:…     FileResults: zlib-compressed JSON, at most `report.PAGE_RESULTS` a page
@@ -40,8 +40,9 @@ _RANKS = {"plan": 0, "close": 1_000_000}
 
 
 class Claim(TypedDict):
-    """Which request holds an id."""
+    """Which request holds an id: the request as it came, its destination, and the queue of its domain."""
 
+    request: Any
     destination: str
     queue: str
 
@@ -60,11 +61,17 @@ class Results:
     # -- the id
 
     def claim(self, fork_id: str, claim: Claim) -> Claim:
-        """Take the id for a request, or learn which request has it."""
-        key = _key(fork_id, "claim")
-        if self._do(lambda: self.redis.set(key, json.dumps(claim), nx=True, ex=self.expires)):
-            return claim
-        return self.claim_of(fork_id) or claim
+        """Take the id for a request, whose state is STARTED from then on; or learn which request has it."""
+
+        def take() -> bool:
+            with self.redis.pipeline(transaction=True) as pipe:
+                pipe.set(_key(fork_id, "claim"), json.dumps(claim), nx=True, ex=self.expires)
+                started = json.dumps(_state_record(fork_id, states.STARTED, None))
+                pipe.set(self.state_key(fork_id), started, nx=True, ex=self.expires)
+                pipe.publish(self.state_key(fork_id), started)
+                return bool(pipe.execute()[0])
+
+        return claim if self._do(take) else self.claim_of(fork_id) or claim
 
     def claim_of(self, fork_id: str) -> Claim | None:
         """The claim on an id; None before a worker has begun with it."""
@@ -121,28 +128,18 @@ class Results:
         with self.redis.pipeline(transaction=True) as pipe:
             pipe.hset(parts, part, json.dumps([progress["files_done"], progress["bytes_done"]]))
             pipe.expire(parts, self.expires)
-            pipe.hvals(parts)
-            counts = [json.loads(value) for value in pipe.execute()[-1]]
-        summed = {
-            **progress,
-            "files_done": sum(files for files, _ in counts),
-            "bytes_done": sum(count for _, count in counts),
-        }
-        record: dict[str, Any] = {
-            "status": "PROGRESS",
-            "result": summed,
-            "traceback": None,
-            "children": [],
-            "date_done": None,
-            "task_id": fork_id,
-        }
+            pipe.execute()
 
         def update(pipe: Pipeline) -> None:
             current = _decoded(pipe.get(key))
+            # Read after the state was: who writes in between has us read again, so the sums never go back.
+            counts = [json.loads(value) for value in cast("list[bytes]", pipe.hvals(parts))]
             pipe.multi()
             if current is None or current.get("status") not in states.READY_STATES:
-                pipe.set(key, json.dumps(record), ex=self.expires)
-                pipe.publish(key, json.dumps(record))
+                done = {"files_done": sum(f for f, _ in counts), "bytes_done": sum(b for _, b in counts)}
+                record = json.dumps(_state_record(fork_id, "PROGRESS", {**progress, **done}))
+                pipe.set(key, record, ex=self.expires)
+                pipe.publish(key, record)
 
         self.redis.transaction(update, key)
 
@@ -165,6 +162,18 @@ class Results:
             except passing as error:
                 log.warning("Redis does not answer; trying again: %s", error)
                 time.sleep(_PAUSE_SECONDS)
+
+
+def _state_record(fork_id: str, status: str, result: Any) -> dict[str, Any]:
+    """A state as Celery's Redis backend writes it."""
+    return {
+        "status": status,
+        "result": result,
+        "traceback": None,
+        "children": [],
+        "date_done": None,
+        "task_id": fork_id,
+    }
 
 
 def _rank(part: str) -> int:

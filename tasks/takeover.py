@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import time
 from typing import Any
 
-from tasks.context import Context, ForkLedger
+from tasks.context import Context
 from tasks.copier.errors import Code, ForkError
-from tasks.copier.report import Totals
-from tasks.copier.spec import Clock, ForkResult, ForkSpec, failed
+from tasks.copier.spec import ForkResult, ForkSpec
 from tasks.copier.staging import Staging
+from tasks.finish import refuse
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +35,11 @@ def take_over(context: Context, fork_id: str, destination: str, pulse: int) -> d
     if journal is None:
         return None
     log.warning("fork %s was taken from a process that has been paused for %.0f s", fork_id, STALE_SECONDS)
-    return ForkSpec.from_data(journal.spec).request()
+    claim = context.results.claim_of(fork_id)
+    return claim["request"] if claim is not None else ForkSpec.from_data(journal.spec).request()
 
 
 def settle_lost(context: Context, fork_id: str, destination: str) -> ForkResult:
     """Settle a fork whose staging someone removed."""
     error = ForkError(Code.IO_ERROR, "its staging directory is gone", destination, errno.ENOENT)
-    spec = ForkSpec(fork_id=fork_id, source="", destination=destination, started=time.time())
-    result = failed(spec, error, Totals(), 0, Clock(spec.started))
-    ForkLedger(context.results, fork_id).settle(result)
-    return result
+    return refuse(context, ForkSpec(fork_id=fork_id, source="", destination=destination), error)

@@ -11,6 +11,7 @@ from celery import signals
 
 from tasks.app import inner_queues
 from worker.configuration import make_app
+from worker.mending import mend_closed_channels
 from worker.settings import NO_ROOTS, BadSettings, Settings, read_settings
 
 
@@ -32,6 +33,11 @@ def _name_the_node(instance: Any = None, **_: Any) -> None:
 def _require_roots(conf: Any = None, **_: Any) -> None:
     if not _settings().roots:
         sys.exit(f"forkvm: {NO_ROOTS}")
+
+
+@signals.celeryd_init.connect
+def _mend_kombu(**_: Any) -> None:
+    mend_closed_channels()
 
 
 @signals.celeryd_after_setup.connect

@@ -148,7 +148,12 @@ class Cloner:
         """Copy the data of [start, end) of a file that `create_for_ranges` made; returns the bytes copied."""
         with self._both(place, entry) as (src_fd, dst_fd):
             paths = place.source_of(entry.name), place.destination_of(entry.name)
-            copied = self._sparse.copy(src_fd, dst_fd, start, end, paths)
+            try:
+                copied = self._sparse.copy(src_fd, dst_fd, start, end, paths)
+            except ForkError:
+                with suppress(OSError):  # the fork has failed: room for the report that says so, on a full filesystem
+                    os.ftruncate(dst_fd, 0)
+                raise
             self._check_source(place, entry, src_fd)
             if self._options.verify == "content":
                 _verify(place, entry, src_fd, dst_fd, start, end)

@@ -123,6 +123,10 @@ def finish(
             raise abort
         if plan is None or len(account.reports) < len(plan.chunks) + 1:
             return None
+        if journal.closings >= MAX_TRIES:
+            raise worker_lost(spec.source)
+        journal = account.journal = replace(journal, closings=journal.closings + 1)
+        staging.write_journal(journal)
         with open_work(ends, staging, journal, spec.options, staging.open_tree(journal)) as work:
             return _close_and_publish(work, plan, account, ticker, ledger)
     except Exception as error:

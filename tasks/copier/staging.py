@@ -69,6 +69,8 @@ class Journal:
     phase: Phase = Phase.PLANNING
     #: How often the fork was begun. Bounded, so that a fork which kills its worker ends as worker_lost.
     tries: int = 0
+    #: How often closing it was begun; bounded too.
+    closings: int = 0
     #: Inode of the finished tree. Inodes alone, here and above: device numbers change with a reboot or a host.
     tree: int | None = None
     #: What `plan` made, as plain data, and when (seconds since the epoch).

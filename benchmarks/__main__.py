@@ -1,0 +1,266 @@
+"""`python -m benchmarks`: the table, or what else is asked for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from benchmarks import filesystems, first_file, growth, memory, messages, report, subjects
+from benchmarks.cases import CASES, Case
+from benchmarks.filesystems import KINDS, Filesystem, Unavailable
+from benchmarks.picture import draw
+from benchmarks.report import Finding
+from benchmarks.rounds import Row, run_in_turn
+from benchmarks.same import Differs
+from benchmarks.say import say
+from benchmarks.service import NoService, Service, running_service
+from benchmarks.subjects import PEERS, Subject, SubjectFailed
+
+_ROUNDS = 7
+#: What `--quick` leaves of it.
+_QUICK_ROUNDS = 3
+_QUICK_CASES = ("inst", "tree")
+#: Exit code after Ctrl-C or TERM.
+_INTERRUPTED = 130
+#: The filesystem of what is measured on request, but for the dense file's memory, which is copied on ext4.
+_EXTRA_KIND = "xfs"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What to measure."""
+
+    kinds: Sequence[str]
+    cases: Sequence[Case]
+    peers: Sequence[str]
+    rounds: int
+    #: A directory to measure in, in place of filesystems of our own.
+    directory: Path | None
+    #: Whose disk the filesystems take.
+    images: Path
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--quick", is_flag=True, help="inst and tree, 3 rounds, no peers but cp: under two minutes.")
+@click.option("--rounds", type=click.IntRange(1), help=f"How often each subject runs (default {_ROUNDS}).")
+@click.option("--case", "cases", multiple=True, type=click.Choice(list(CASES)), help="Only this; may be repeated.")
+@click.option("--filesystem", "kinds", multiple=True, type=click.Choice(KINDS), help="Only on this; may be repeated.")
+@click.option(
+    "--peer", "peers", multiple=True, type=click.Choice([*PEERS, "none"]), help="Beside cp, only this; may be repeated."
+)
+@click.option(
+    "--dir",
+    "directory",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Measure in this directory, as it is without root; else on filesystems made for it.",
+)
+@click.option(
+    "--work-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Where the images of filesystems lie (default $TMPDIR).",
+)
+@click.option("--json", "json_path", metavar="FILE", help="All figures, as JSON; - is stdout.")
+@click.option("--svg", "svg_path", metavar="FILE", help="The table, as a picture.")
+@click.option("--memory", "with_memory", is_flag=True, help="In place of the table: memory at a million files.")
+@click.option("--growth", "with_growth", is_flag=True, help="… time per file at a million files and at ten thousand.")
+@click.option("--messages", "with_messages", is_flag=True, help="… the largest message and the largest Redis value.")
+@click.option("--first-file", "with_first_file", is_flag=True, help="… the time until the first file is cloned.")
+@click.option("--table", "with_table", is_flag=True, help="The table too, where other things are asked for.")
+def main(
+    quick: bool,
+    rounds: int | None,
+    cases: tuple[str, ...],
+    kinds: tuple[str, ...],
+    peers: tuple[str, ...],
+    directory: Path | None,
+    work_dir: Path | None,
+    json_path: str | None,
+    svg_path: str | None,
+    with_memory: bool,
+    with_growth: bool,
+    with_messages: bool,
+    with_first_file: bool,
+    with_table: bool,
+) -> None:
+    """Measure forkvm beside its peers and the limit, on filesystems that are made for it and gone afterwards."""
+    extras = _extras(with_memory, with_growth, with_messages, with_first_file)
+    plan = _Plan(
+        kinds=("the directory",) if directory is not None else kinds or KINDS,
+        cases=[CASES[name] for name in cases or (_QUICK_CASES if quick else CASES)],
+        peers=[name for name in peers or (() if quick else PEERS) if name != "none"],
+        rounds=rounds or (_QUICK_ROUNDS if quick else _ROUNDS),
+        directory=directory,
+        images=directory or work_dir or Path(tempfile.gettempdir()),
+    )
+    # TERM ends it as Ctrl-C does: through every with block, and with a table of what was measured.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    began = time.monotonic()
+    rows: list[Row] = []
+    findings: list[Finding] = []
+    failed: list[str] = []
+    interrupted = False
+    try:
+        with ExitStack() as stack:
+            root = stack.enter_context(_root(directory))
+            service = _service(stack, root)
+            if with_table or not extras:
+                for row in _table(plan, root, service):
+                    rows.append(row)
+                    failed += row.failures.values()
+            for extra in extras:
+                try:
+                    findings += extra.measure(plan, root, service)
+                except (Unavailable, SubjectFailed, Differs) as error:
+                    say(f"{extra.name} FAILED: {error}")
+                    failed.append(str(error))
+    except KeyboardInterrupt:
+        interrupted = True
+    if rows:
+        report.print_table(rows, plan.rounds, plan.peers)
+    if findings:
+        report.print_findings(findings)
+    if interrupted:
+        say("interrupted: the rest was not measured, and no file is written")
+        sys.exit(_INTERRUPTED)
+    if json_path is not None:
+        report.write_json(json_path, report.as_data(rows, findings, plan.rounds))
+    if svg_path is not None:
+        Path(svg_path).write_text(draw(rows, plan.rounds, os.cpu_count() or 0), encoding="utf-8")
+    say(f"done in {time.monotonic() - began:.0f} s")
+    sys.exit(1 if failed else 0)
+
+
+@contextmanager
+def _root(directory: Path | None) -> Iterator[Path]:
+    """The directory that all filesystems are below, and that the worker serves."""
+    if directory is None:
+        if os.geteuid() != 0:
+            sys.exit("bench: not root, so no filesystems can be made: name a directory to measure in with --dir")
+        try:
+            filesystems.enter_mount_namespace()
+        except Unavailable as error:
+            sys.exit(f"bench: {error}: name a directory to measure in with --dir")
+    with tempfile.TemporaryDirectory(prefix="forkvm-bench-", dir=directory) as path:
+        yield Path(path).resolve()
+
+
+def _service(stack: ExitStack, root: Path) -> Service | None:
+    try:
+        return stack.enter_context(running_service(root))
+    except NoService as error:
+        say(f"{error}; the columns of forkvm through Redis stay empty")
+        return None
+
+
+def _table(plan: _Plan, root: Path, service: Service | None) -> Iterator[Row]:
+    between = service.forget_results if service is not None else lambda: None
+    for kind in plan.kinds:
+        try:
+            with _filesystem(plan, kind, plan.cases, root) as (filesystem, cases):
+                subjects_here = _subjects(plan, filesystem, service)
+                for case in cases:
+                    say(f"{case.name} on {filesystem.name}: {case.about}")
+                    yield run_in_turn(case, filesystem, subjects_here, plan.rounds, between)
+        except Unavailable as error:
+            say(f"{error}; nothing is measured on {kind}")
+
+
+def _subjects(plan: _Plan, filesystem: Filesystem, service: Service | None) -> list[Subject]:
+    found = [subjects.engine()]
+    if service is not None:
+        found.append(service.subject())
+    found += [subjects.cp(filesystem.reflink), subjects.limit(filesystem.reflink)]
+    for name in plan.peers:
+        peer = subjects.peer(name, filesystem.reflink)
+        if peer is None:
+            say(f"no {name} on this machine; its column stays empty")
+        else:
+            found.append(peer)
+    return found
+
+
+@contextmanager
+def _filesystem(
+    plan: _Plan, kind: str, cases: Sequence[Case], root: Path
+) -> Iterator[tuple[Filesystem, Sequence[Case]]]:
+    """A filesystem of this kind, or else the directory that was given, and the cases that it has room for.
+
+    Raises Unavailable.
+    """
+    room = filesystems.room_for(kind, plan.images)
+    fitting = [case for case in cases if case.room <= room]
+    for case in cases:
+        if case not in fitting:
+            say(f"{case.name} needs {case.room >> 30} GiB on {kind}, and there are {max(0, room) >> 30}; left out")
+    if not fitting:
+        raise Unavailable("no room")
+    if plan.directory is not None:
+        with filesystems.given(root) as filesystem:
+            yield filesystem, fitting
+    else:
+        with filesystems.made(kind, max(case.room for case in fitting), root, plan.images) as filesystem:
+            yield filesystem, fitting
+
+
+# -- what is measured on request
+
+
+@dataclass(frozen=True)
+class _Extra:
+    name: str
+    measure: Callable[[_Plan, Path, Service | None], list[Finding]]
+
+
+def _extras(with_memory: bool, with_growth: bool, with_messages: bool, with_first_file: bool) -> list[_Extra]:
+    wanted = {
+        _Extra("memory", _memory): with_memory,
+        _Extra("growth", _growth): with_growth,
+        _Extra("messages", _messages): with_messages,
+        _Extra("first file", _first_file): with_first_file,
+    }
+    return [extra for extra, is_wanted in wanted.items() if is_wanted]
+
+
+def _memory(plan: _Plan, root: Path, service: Service | None) -> list[Finding]:
+    found: list[Finding] = []
+    for kind, case in zip((_EXTRA_KIND, "ext4"), memory.CASES, strict=True):
+        with _filesystem(plan, kind, [case], root) as (filesystem, _):
+            found += memory.measure_memory(case, filesystem, service)
+    return found
+
+
+def _growth(plan: _Plan, root: Path, service: Service | None) -> list[Finding]:
+    return _on_one(plan, root, growth.CASES, lambda filesystem: growth.measure_growth(filesystem, service))
+
+
+def _messages(plan: _Plan, root: Path, service: Service | None) -> list[Finding]:
+    if service is None:
+        say("no messages without Redis")
+        return []
+    return _on_one(plan, root, messages.CASES, lambda filesystem: messages.measure_messages(filesystem, service))
+
+
+def _first_file(plan: _Plan, root: Path, service: Service | None) -> list[Finding]:
+    return _on_one(plan, root, first_file.CASES, lambda filesystem: first_file.measure_first_file(filesystem, service))
+
+
+def _on_one(
+    plan: _Plan, root: Path, cases: Sequence[Case], measure: Callable[[Filesystem], Iterator[Finding]]
+) -> list[Finding]:
+    with _filesystem(plan, _EXTRA_KIND, cases, root) as (filesystem, fitting):
+        if len(fitting) < len(cases):
+            raise Unavailable("no room")
+        return list(measure(filesystem))
+
+
+if __name__ == "__main__":
+    main()

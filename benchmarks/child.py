@@ -1,0 +1,81 @@
+"""One job in a fresh process that has everything imported, and times the function alone.
+
+    python -m benchmarks.child engine|copytree|clone-limit|copy-limit
+
+It says that it is ready, reads one line of JSON `{"source", "destination"}`, works, and answers with one line of JSON
+`{"began", "ended", "memory"}`: seconds of CLOCK_MONOTONIC, and the largest resident memory, in bytes, that it or a
+child of it had.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.limit import clone_tree, copy_tree
+from tasks.copier.local import fork_here
+from tasks.copier.options import Limits
+from tasks.copier.progress import Progress
+from tasks.copier.roots import Roots
+from tasks.copier.spec import ForkSpec
+
+#: As many as `forkvm fork` uses on two cores.
+_PROCESSES = 2
+
+#: The line that says that everything is imported.
+READY = "ready"
+
+
+def _no_beat(progress: Progress) -> None:
+    """Nobody looks."""
+
+
+def _engine(source: str, destination: str) -> None:
+    """The function of `forkvm fork`."""
+    spec = ForkSpec(fork_id=f"bench-{os.getpid()}", source=source, destination=destination)
+    result = fork_here(spec, Roots(), Limits(), _PROCESSES, _no_beat)
+    if result["status"] != "succeeded":
+        sys.exit(f"the fork failed: {result['error']}")
+
+
+def _copytree(source: str, destination: str) -> None:
+    shutil.copytree(source, destination, symlinks=True)
+
+
+JOBS: dict[str, Callable[[str, str], None]] = {
+    "engine": _engine,
+    "copytree": _copytree,
+    "clone-limit": clone_tree,
+    "copy-limit": copy_tree,
+}
+
+
+def _largest_memory() -> int:
+    """Bytes; of this process by VmHWM, since its ru_maxrss would be that of whoever started it."""
+    status = Path("/proc/self/status").read_text()
+    own = int(status.partition("VmHWM:")[2].split()[0])
+    return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) << 10
+
+
+def _main() -> None:
+    job = JOBS[sys.argv[1]]
+    print(READY, flush=True)
+    line = sys.stdin.readline()
+    if not line:
+        return
+    request = json.loads(line)
+    source, destination = request["source"], request["destination"]
+    began = time.perf_counter()
+    job(source, destination)
+    ended = time.perf_counter()
+    print(json.dumps({"began": began, "ended": ended, "memory": _largest_memory()}), flush=True)
+
+
+if __name__ == "__main__":
+    _main()

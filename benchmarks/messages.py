@@ -1,0 +1,93 @@
+"""The largest Celery message and the largest Redis value of one fork.
+
+Redis's append-only file tells: it holds each write with its arguments, also those of messages that a worker took at
+once. Beside it the keys that are left are asked for what they take, since a set or a hash grows by many small writes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from benchmarks.cases import WIDE
+from benchmarks.filesystems import Filesystem
+from benchmarks.report import Finding
+from benchmarks.rounds import built, run_once
+from benchmarks.say import say
+from benchmarks.service import Service
+
+CASES = (WIDE,)
+
+_MOST_MESSAGE_KIB = 4.0
+_MOST_VALUE_KIB = 1024.0
+_PUSHES = (b"LPUSH", b"RPUSH")
+
+
+def measure_messages(filesystem: Filesystem, service: Service) -> Iterator[Finding]:
+    """One fork of `wide` through Redis."""
+    with built(WIDE, filesystem) as source:
+        say(f"messages: {WIDE.name} on {filesystem.name}")
+        files = _append_only_files(service.redis_directory)
+        before = {path: path.stat().st_size for path in files}
+        run_once(service.subject(), filesystem, source, WIDE.files)
+        _write_out(service)
+        messages, argument = _written(before, service.redis_directory)
+    key, taken = _largest_key(service)
+    where = f"{WIDE.about}, {filesystem.name}"
+    yield Finding(f"{where}: Celery messages", len(messages), "messages")
+    yield Finding(f"{where}: largest Celery message", max(messages) / 1024, "KiB", _MOST_MESSAGE_KIB)
+    yield Finding(f"{where}: largest value written to Redis", argument / 1024, "KiB", _MOST_VALUE_KIB)
+    yield Finding(f"{where}: largest key at its end, {key}", taken / 1024, "KiB", _MOST_VALUE_KIB)
+
+
+def _write_out(service: Service) -> None:
+    """Have everything that Redis holds back of its append-only file written: before it answers a write, it must."""
+    service.redis.config_set("appendfsync", "always")
+    service.redis.set("forkvm:bench:end", b"", ex=60)
+    service.redis.config_set("appendfsync", "everysec")
+
+
+def _append_only_files(directory: Path) -> list[Path]:
+    """A directory of them since Redis 7, before that one file."""
+    return sorted([*directory.glob("appendonlydir/*.incr.aof"), *directory.glob("appendonly.aof")])
+
+
+def _written(before: dict[Path, int], directory: Path) -> tuple[list[int], int]:
+    """The lengths of all messages, and that of the longest argument of any other write, in bytes."""
+    messages: list[int] = []
+    longest = 0
+    for path in _append_only_files(directory):
+        with path.open("rb") as file:
+            file.seek(before.get(path, 0))
+            for command, *arguments in _commands(file):
+                if command.upper() in _PUSHES:
+                    messages += [len(message) for message in arguments[1:]]
+                else:
+                    longest = max([longest, *(len(argument) for argument in arguments)])
+    return messages, longest
+
+
+def _commands(file: BinaryIO) -> Iterator[list[bytes]]:
+    """Yield each command of an append-only file: arrays of bulk strings, as the Redis protocol has them."""
+    while line := file.readline():
+        if line.startswith(b"*"):
+            yield [_bulk_string(file) for _ in range(int(line[1:]))]
+
+
+def _bulk_string(file: BinaryIO) -> bytes:
+    length = int(file.readline()[1:])
+    value = file.read(length)
+    file.seek(2, io.SEEK_CUR)
+    return value
+
+
+def _largest_key(service: Service) -> tuple[str, int]:
+    largest = ("none", 0)
+    for key in service.redis.scan_iter(count=1000):
+        taken = service.redis.memory_usage(key, samples=0) or 0
+        if taken > largest[1]:
+            # A fork's id is in the key's middle, and is no news.
+            largest = ":".join(part for part in key.decode().split(":") if not part.startswith("bench-")), taken
+    return largest

@@ -1,0 +1,127 @@
+"""What is measured: forkvm, the programs that people copy trees with, and the limit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.child import READY
+
+ENGINE, QUEUE, LIMIT, CP = "engine", "queue", "limit", "cp"
+RSYNC, COPYTREE, XARGS = "rsync", "copytree", "xargs"
+#: The peers beside cp.
+PEERS = (RSYNC, COPYTREE, XARGS)
+
+_PROJECT = Path(__file__).resolve().parent.parent
+
+
+class SubjectFailed(Exception):
+    """A subject did not make its copy; the message says why."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One timed run: from when to when, in seconds of CLOCK_MONOTONIC, the same for all processes."""
+
+    began: float
+    ended: float
+    #: Largest resident memory of any of its processes, in bytes, where it tells.
+    memory: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.began
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something that copies a directory tree."""
+
+    name: str
+    #: Makes the destination, which does not exist, from the source; times itself. Raises SubjectFailed.
+    run: Callable[[Path, Path], Run]
+
+
+def engine() -> Subject:
+    """The engine alone: the function of `forkvm fork`, two processes."""
+    return Subject(ENGINE, lambda source, destination: in_child("engine", source, destination))
+
+
+def limit(reflink: bool) -> Subject:
+    """The bare loop."""
+    job = "clone-limit" if reflink else "copy-limit"
+    return Subject(LIMIT, lambda source, destination: in_child(job, source, destination))
+
+
+def cp(reflink: bool) -> Subject:
+    """The peer that targets are told against."""
+    return Subject(
+        CP, lambda source, destination: _command("cp", "-a", _cp_option(reflink), str(source), str(destination))
+    )
+
+
+def peer(name: str, reflink: bool) -> Subject | None:
+    """One of PEERS, or None where this machine lacks it."""
+    if name == COPYTREE:
+        return Subject(COPYTREE, lambda source, destination: in_child("copytree", source, destination))
+    if shutil.which(name) is None:
+        return None
+    if name == RSYNC:
+        return Subject(RSYNC, lambda source, destination: _command("rsync", "-aS", f"{source}/", f"{destination}/"))
+    return Subject(XARGS, lambda source, destination: _xargs_cp(source, destination, _cp_option(reflink)))
+
+
+def in_child(job: str, source: Path, destination: Path) -> Run:
+    """Do a job of `child.JOBS` in a fresh process; its start and its imports are not timed."""
+    command = [sys.executable, "-m", "benchmarks.child", job]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=_PROJECT) as child:
+        try:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            assert child.stderr is not None
+            if child.stdout.readline().strip() != READY:
+                raise SubjectFailed(f"{job} did not start: {child.stderr.read().strip()}")
+            child.stdin.write(json.dumps({"source": str(source), "destination": str(destination)}) + "\n")
+            child.stdin.flush()
+            answer = child.stdout.readline()
+            if not answer:
+                raise SubjectFailed(f"{job}: {child.stderr.read().strip()}")
+            return Run(**json.loads(answer))
+        except BaseException:
+            child.kill()
+            raise
+
+
+def _cp_option(reflink: bool) -> str:
+    return "--reflink=always" if reflink else "--sparse=auto"
+
+
+def _xargs_cp(source: Path, destination: Path, option: str) -> Run:
+    """One cp for each entry of the top, two at a time."""
+    began = time.perf_counter()
+    destination.mkdir()
+    names = b"".join(os.fsencode(name) + b"\0" for name in os.listdir(source))
+    command = ["xargs", "-0", "-P2", "-n1", "cp", "-a", option, "-t", str(destination), "--"]
+    done = subprocess.run(command, input=names, cwd=source, stderr=subprocess.PIPE, check=False)
+    ended = time.perf_counter()
+    return _checked(done, began, ended)
+
+
+def _command(*command: str) -> Run:
+    began = time.perf_counter()
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+    return _checked(done, began, time.perf_counter())
+
+
+def _checked(done: subprocess.CompletedProcess[bytes], began: float, ended: float) -> Run:
+    if done.returncode:
+        raise SubjectFailed(f"{done.args[0]}: {done.stderr.decode(errors='replace').strip()}")
+    return Run(began, ended)

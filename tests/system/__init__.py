@@ -1,0 +1,1 @@
+"""The whole system: a real Redis, a real worker with two children, and a client that has only Celery."""

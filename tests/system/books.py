@@ -1,0 +1,119 @@
+"""What the contract says of results, as checks: names, types, and that the books balance."""
+
+from __future__ import annotations
+
+import os
+import stat
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tasks.copier.report import FileResult
+from tasks.copier.spec import ForkResult
+
+FORK_FIELDS = {
+    "fork_id",
+    "status",
+    "source",
+    "destination",
+    "error",
+    "files",
+    "bytes",
+    "fallback",
+    "chunks",
+    "seconds",
+    "started_at",
+    "finished_at",
+    "labels",
+}
+FILES_FIELDS = {"total", "reflinked", "copied", "hardlinked", "symlinked", "directories", "skipped", "failed"}
+BYTES_FIELDS = {"logical", "reflinked", "copied"}
+SECONDS_FIELDS = {"queued", "plan", "copy", "publish", "total"}
+FILE_FIELDS = {"path", "type", "method", "bytes", "copied_bytes", "seconds", "reason", "error"}
+_COUNTER_OF_METHOD = {
+    "reflink": "reflinked",
+    "copy": "copied",
+    "hardlink": "hardlinked",
+    "symlink": "symlinked",
+    "mkdir": "directories",
+    "skip": "skipped",
+}
+
+
+def check_fork_result(result: ForkResult) -> None:
+    """Every field of the contract is there, no other, and each is of its type."""
+    assert set(result) == FORK_FIELDS
+    for name in ("fork_id", "source", "destination"):
+        assert isinstance(result[name], str)
+    assert result["status"] in ("succeeded", "failed", "cancelled")
+    assert (result["error"] is None) == (result["status"] == "succeeded")
+    error = result["error"]
+    if error is not None:
+        assert set(error) == {"code", "message", "path", "errno"}
+        assert error["errno"] is None or type(error["errno"]) is int
+    assert set(result["files"]) == FILES_FIELDS
+    assert set(result["bytes"]) == BYTES_FIELDS
+    assert all(isinstance(count, int) for count in (*result["files"].values(), *result["bytes"].values()))
+    assert result["fallback"] is None or set(result["fallback"]) == {"reason", "errno", "path"}
+    assert type(result["chunks"]) is int
+    assert set(result["seconds"]) == SECONDS_FIELDS
+    assert all(value >= 0 for value in result["seconds"].values())
+    started, finished = (datetime.fromisoformat(result[name]) for name in ("started_at", "finished_at"))
+    assert started.tzinfo is not None
+    assert started <= finished
+    assert abs((finished - started).total_seconds() - result["seconds"]["total"]) < 0.001
+
+
+def check_books(result: ForkResult, files: list[FileResult]) -> None:
+    """Each FileResult has its fields, no path has two, and the fork's totals are their sums."""
+    for file in files:
+        assert set(file) == FILE_FIELDS
+        assert isinstance(file["path"], str)
+        assert isinstance(file["type"], str)
+        assert file["method"] in _COUNTER_OF_METHOD
+        assert type(file["bytes"]) is int
+        assert type(file["copied_bytes"]) is int
+        assert isinstance(file["seconds"], int | float)
+        assert file["reason"] is None or isinstance(file["reason"], str)
+    paths = [file["path"] for file in files]
+    assert len(paths) == len(set(paths))
+    good = [file for file in files if file["error"] is None]
+    counted = dict.fromkeys(_COUNTER_OF_METHOD.values(), 0)
+    for file in good:
+        counted[_COUNTER_OF_METHOD[file["method"]]] += 1
+    assert result["files"] == {"total": len(files), "failed": len(files) - len(good), **counted}
+    assert result["bytes"] == {
+        "logical": sum(file["bytes"] for file in good),
+        "reflinked": sum(file["bytes"] for file in good if file["method"] == "reflink"),
+        "copied": sum(file["copied_bytes"] for file in good),
+    }
+
+
+def entries_of(source: Path) -> set[str]:
+    """Every relative path below a directory, with what is below a skipped `logs` left out: it is not walked."""
+    paths: set[str] = set()
+    for parent, directories, files in os.walk(source):
+        here = os.path.relpath(parent, source)
+        paths.update(os.path.normpath(os.path.join(here, name)) for name in (*directories, *files))
+        if here == ".":
+            directories[:] = [name for name in directories if name != "logs"]
+    return paths
+
+
+def identity(root: Path) -> dict[str, tuple[Any, ...]]:
+    """Of every entry: inode, size, mode, and both times to the nanosecond, so that any write at all shows."""
+    found = {}
+    for path in [root, *root.rglob("*")]:
+        status = path.lstat()
+        kind = stat.S_IFMT(status.st_mode)
+        found[str(path.relative_to(root))] = (
+            kind,
+            status.st_ino,
+            status.st_mode,
+            status.st_nlink,
+            status.st_size,
+            status.st_blocks,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+        )
+    return found

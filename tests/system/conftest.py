@@ -1,0 +1,134 @@
+"""One Redis and one worker for all tests of a module, and a look at what each test left."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from celery import Celery
+
+from tests.fixtures.filesystems import fresh_directory
+from tests.fixtures.processes import ROOT, StartWorker, Worker, program_environment, wait_until
+from tests.fixtures.redis_server import RedisServer, redis_executable
+from tests.support.guests import MIB, make_sparse_file
+from tests.support.outcome import LOGS, body_passed
+from tests.support.requirements import require
+from tests.system.running import SMALL_LIMITS, StartSystem, System
+from tests.system.scheduler import QUEUES, Scheduler
+
+
+@pytest.fixture(scope="module")
+def module_worker(
+    mounts: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[tuple[RedisServer, Worker]]:
+    """A Redis and a worker with two children; its one root is where all filesystems are mounted.
+
+    Its limits are SMALL_LIMITS, or what the module calls LIMITS.
+    """
+    executable = require(redis_executable(), "redis-server", "the tests that run on Redis")
+    with ExitStack() as stack:
+        directory = Path(tempfile.mkdtemp(prefix="forkvm-redis-"))
+        stack.callback(shutil.rmtree, directory)
+        server = RedisServer(executable, directory)
+        stack.callback(server.kill)
+        server.start()
+        log = tmp_path_factory.mktemp("worker") / "worker.log"
+        line = [sys.executable, "-m", "celery", "-A", "worker.app", "worker", "-Q", "forkvm"]
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [*line, "--loglevel", "INFO", "--concurrency", "2"],
+                cwd=ROOT,
+                env=program_environment(server, mounts) | getattr(request.module, "LIMITS", SMALL_LIMITS),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        worker = Worker(process, log)
+        stack.callback(worker.end)
+        worker.wait_until_ready()
+        yield server, worker
+
+
+@pytest.fixture
+def system(module_worker: tuple[RedisServer, Worker], request: pytest.FixtureRequest) -> Iterator[System]:
+    """The module's system; a test that passed but left a message or a key for ever fails after all."""
+    server, worker = module_worker
+    request.node.stash[LOGS].append(worker.log)
+    assert worker.running, "an earlier test ended the worker"
+    begin = len(worker.output())
+    app = Celery("scheduler", broker=server.broker_url, backend=server.backend_url, set_as_current=False)
+    scheduler = Scheduler(app, server)
+    try:
+        yield System(server, worker, scheduler)
+        if body_passed(request.node):
+            scheduler.wait_quiet()
+            leaked = server.leaked_keys()
+            assert not leaked, f"left in Redis without a TTL: {', '.join(leaked)}"
+            assert "Logging error" not in worker.output()[begin:]
+        else:  # what a failed test left must not fail the next one
+            scheduler.redis.delete(*QUEUES)
+    finally:
+        scheduler.close()
+        app.close()
+
+
+@pytest.fixture
+def scheduler(system: System) -> Scheduler:
+    return system.scheduler
+
+
+@pytest.fixture
+def own_scheduler(redis_server: RedisServer, foreign_client: Celery) -> Iterator[Scheduler]:
+    """A scheduler on a Redis of the test's own; workers come from `start_worker`."""
+    scheduler = Scheduler(foreign_client, redis_server)
+    yield scheduler
+    scheduler.close()
+
+
+@pytest.fixture
+def start_system(own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path) -> StartSystem:
+    """Starts a system of the test's own, for what would harm others; further workers come from `start_worker`."""
+
+    def start(env: Mapping[str, str] | None = None, *, concurrency: int = 2) -> System:
+        worker = start_worker(mounts, concurrency, env=SMALL_LIMITS | dict(env or {}))
+        return System(own_scheduler.server, worker, own_scheduler)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def large_source(xfs_noreflink: Path) -> Iterator[Path]:
+    """A directory whose fork, where nothing can be reflinked, takes some two hundred chunks and more than a second.
+
+    Many small files are much work and few bytes.
+    """
+    with fresh_directory(xfs_noreflink) as parent:
+        source = parent / "source"
+        source.mkdir()
+        make_sparse_file(source / "disk.raw", 128 * MIB, 64 * MIB, seed=7)
+        for directory in range(80):
+            layer = source / f"layer-{directory}"
+            layer.mkdir()
+            for n in range(100):
+                (layer / f"block-{n}").write_bytes(b"%d/%d" % (directory, n) * 500)
+        yield source
+
+
+@pytest.fixture
+def place(large_source: Path) -> Iterator[Path]:
+    """An empty directory on the filesystem of `large_source`; goes even while a worker still writes to it."""
+    directory = Path(tempfile.mkdtemp(dir=large_source.parent))
+    yield directory
+
+    def removed() -> bool:
+        shutil.rmtree(directory, ignore_errors=True)
+        return not directory.exists()
+
+    wait_until(removed, "the removal of the test's directory")

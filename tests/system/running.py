@@ -1,0 +1,90 @@
+"""A running system, and the moments at which a test may stop it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from tests.fixtures.processes import Worker
+from tests.fixtures.redis_server import RedisServer
+from tests.support.guests import MIB
+from tests.system.scheduler import Scheduler
+from tests.system.staging import StagingView, leftovers
+
+T = TypeVar("T")
+
+#: Limits under which a few MiB are a large fork: at most 50 files or 4 MiB inline, then chunks of 1 MiB or 100 files.
+SMALL_LIMITS = {
+    "FORKVM_INLINE_FILES": "50",
+    "FORKVM_INLINE_BYTES": str(4 * MIB),
+    "FORKVM_CHUNK_FILES": "100",
+    "FORKVM_CHUNK_BYTES": str(MIB),
+}
+
+
+@dataclass(frozen=True)
+class System:
+    """A running system: its Redis, its worker, its one client."""
+
+    server: RedisServer
+    worker: Worker
+    scheduler: Scheduler
+
+    def assert_left_nothing_in(self, *directories: Path) -> None:
+        """Waits until all messages are dealt with, and looks for staging."""
+        self.scheduler.wait_quiet()
+        for directory in directories:
+            assert leftovers(directory) == []
+
+
+class StartSystem(Protocol):
+    def __call__(self, env: Mapping[str, str] | None = None, *, concurrency: int = 2) -> System: ...
+
+
+def spin_until(find: Callable[[], T | None], what: str, timeout: float = 20.0) -> T:
+    """Polls fast, for moments of a few milliseconds; returns what was found as soon as that is true."""
+    deadline = time.monotonic() + timeout
+    while True:
+        found = find()
+        if found:
+            return found
+        assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
+        time.sleep(0.0005)
+
+
+@contextmanager
+def stopped_in_the_middle(
+    worker: Worker, staging: StagingView, also: Callable[[], bool] = lambda: True
+) -> Iterator[list[int]]:
+    """Stops the worker's children while a chunked fork is half done, and `also` holds; yields their pids.
+
+    Those that still live go on at the end.
+    """
+    children = worker.children
+
+    def stop() -> bool:
+        if not (staging.is_in_the_middle() and also()):
+            return False
+        send(children, signal.SIGSTOP)
+        if staging.is_in_the_middle():
+            return True
+        send(children, signal.SIGCONT)
+        return False
+
+    spin_until(stop, "a fork that is half done")
+    try:
+        yield children
+    finally:
+        send(children, signal.SIGCONT)
+
+
+def send(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)

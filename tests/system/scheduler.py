@@ -1,0 +1,118 @@
+"""A scheduler that knows the contract and nothing else of the program, and what it can see of a fork."""
+
+from __future__ import annotations
+
+import gc
+import json
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from celery import Celery
+from celery.result import AsyncResult
+
+from tasks.copier.report import FileResult
+from tasks.copier.spec import ForkResult
+from tasks.results import Results
+from tests.fixtures.processes import wait_until
+from tests.fixtures.redis_server import RedisServer
+
+QUEUE = "forkvm"
+#: All queues of the default domain, and kombu's books of what was delivered and not acknowledged.
+QUEUES = (QUEUE, f"{QUEUE}#chunk", f"{QUEUE}#finish")
+UNACKED = "unacked"
+#: Seconds for a fork of a test to end: far more than any takes.
+PATIENCE = 40.0
+#: How often in a row, 20 ms apart, nothing must be on its way.
+_QUIET_LOOKS = 5
+
+
+class Scheduler:
+    """Sends forks by name; looks at their results through Celery, and through `Results` where it tells more."""
+
+    def __init__(self, app: Celery, server: RedisServer) -> None:
+        self.app = app
+        self.server = server
+        self.redis: redis.Redis = server.client(decode_responses=False)
+        self.results = Results(self.redis, 3600, lambda fork_id: f"celery-task-meta-{fork_id}")
+
+    def close(self) -> None:
+        """To be called while the server still runs."""
+        gc.collect()
+        # A result that is freed unsubscribes from the server. One that a failed test's traceback holds would do so
+        # in the middle of a later test, and find no server.
+        setattr(self.app.backend, "remove_pending_result", lambda result: result)  # noqa: B010
+        self.redis.close()
+
+    def send(self, request: object, fork_id: str | None = None) -> AsyncResult[Any]:
+        return self.send_call(fork_id, kwargs={"request": request})
+
+    def send_call(
+        self, fork_id: str | None = None, *, args: list[Any] | None = None, kwargs: Mapping[str, Any] | None = None
+    ) -> AsyncResult[Any]:
+        """Sends `forkvm.fork` with any arguments, right or wrong."""
+        return self.app.send_task(
+            "forkvm.fork", args=args, kwargs=dict(kwargs or {}), task_id=fork_id or uuid.uuid4().hex, queue=QUEUE
+        )
+
+    def fork(self, source: Path, destination: Path, fork_id: str | None = None, **fields: Any) -> ForkResult:
+        """One fork from its request to its result; raises what Celery raises for a failed one."""
+        return self.wait(self.send({"source": str(source), "destination": str(destination), **fields}, fork_id))
+
+    def wait(self, sent: AsyncResult[Any], timeout: float = PATIENCE) -> ForkResult:
+        result: ForkResult = sent.get(timeout=timeout)
+        return result
+
+    def wait_failed(self, sent: AsyncResult[Any], timeout: float = PATIENCE) -> tuple[str, ForkResult]:
+        """Waits for a failure: the exception's message, and the whole ForkResult."""
+        with pytest.raises(Exception) as raised:  # noqa: PT011 - the type is made up by the client's Celery
+            sent.get(timeout=timeout)
+        assert sent.state in ("FAILURE", "REVOKED"), repr(raised.value)
+        result = self.results.result(str(sent.id))
+        assert result is not None, f"no ForkResult for {raised.value!r}"
+        return str(raised.value), result
+
+    def files(self, fork_id: str) -> list[FileResult]:
+        return list(self.results.files(fork_id))
+
+    def wait_quiet(self) -> None:
+        """Returns when no message is in a queue or unacknowledged: whatever was to happen has happened.
+
+        For a moment a message is in neither: kombu takes it from the list before it writes it down as unacknowledged.
+        """
+        looks = [0]
+
+        def quiet() -> bool:
+            looks[0] = 0 if any(self.messages().values()) else looks[0] + 1
+            return looks[0] >= _QUIET_LOOKS
+
+        wait_until(quiet, "the end of all messages")
+
+    def messages(self) -> dict[str, int]:
+        """How many messages each queue holds, and how many are not acknowledged."""
+        counts = {queue: int(self.redis.llen(queue)) for queue in QUEUES}
+        return counts | {UNACKED: int(self.redis.hlen(UNACKED))}
+
+    @contextmanager
+    def watching(self, fork_id: str) -> Iterator[list[dict[str, Any]]]:
+        """Collects every record that is published for a fork, in order, until it is left."""
+        records: list[dict[str, Any]] = []
+        with self.server.client() as client, client.pubsub(ignore_subscribe_messages=True) as channel:
+            channel.subscribe(**{f"celery-task-meta-{fork_id}": lambda m: records.append(json.loads(m["data"]))})
+            channel.get_message(timeout=5)  # the subscription stands
+            thread = channel.run_in_thread(sleep_time=0.05, daemon=True)
+            try:
+                yield records
+            finally:
+                thread.stop()
+                thread.join()
+
+
+def states(records: list[dict[str, Any]]) -> list[str]:
+    """The states in the order they were published, repetitions left out."""
+    seen = [str(record["status"]) for record in records]
+    return [state for n, state in enumerate(seen) if n == 0 or seen[n - 1] != state]

@@ -1,0 +1,173 @@
+"""Asking for an end: a fork that is not published yet ends as cancelled within moments, and leaves nothing."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.filesystems import Fresh
+from tests.support.guests import make_guest
+from tests.system.books import check_books, check_fork_result, identity
+from tests.system.messages import Recorder, deliver
+from tests.system.running import System, spin_until, stopped_in_the_middle
+from tests.system.scheduler import Scheduler, states
+from tests.system.staging import StagingView
+
+#: Within so many seconds after the request for it, a cancelled fork has ended.
+MOMENT = 2.0
+
+
+def _assert_cancelled(scheduler: Scheduler, fork_id: str, destination: Path) -> None:
+    message, result = scheduler.wait_failed(scheduler.app.AsyncResult(fork_id), timeout=10)
+    check_fork_result(result)
+    assert scheduler.results.state(fork_id)["status"] == "REVOKED"
+    assert message.startswith("cancelled: ")
+    assert (result["status"], result["destination"]) == ("cancelled", str(destination))
+    assert result["error"] is not None
+    assert result["error"]["code"] == "cancelled"
+    check_books(result, scheduler.files(fork_id))
+    assert not destination.exists()
+
+
+@pytest.mark.parametrize("moment", ["planning", "first chunk", "half done"])
+def test_flag_ends_a_large_fork_within_moments_and_nothing_is_left(
+    system: System, scheduler: Scheduler, large_source: Path, place: Path, moment: str
+) -> None:
+    # Given
+    fork_id = f"cancel-{moment}"
+    request = {"source": str(large_source), "destination": str(place / "b")}
+    staging = StagingView(place, fork_id)
+    with scheduler.watching(fork_id) as records:
+        sent = scheduler.send(request, fork_id)
+        reached = {
+            "planning": lambda: staging.phase == "planning",
+            "first chunk": lambda: bool(staging.begun()),
+            "half done": staging.is_in_the_middle,
+        }[moment]
+        spin_until(lambda: reached(), moment)
+
+        # When
+        scheduler.results.cancel(fork_id)
+        asked = time.monotonic()
+
+        # Then
+        _assert_cancelled(scheduler, fork_id, place / "b")
+        took = time.monotonic() - asked
+        system.assert_left_nothing_in(place)
+    assert str(sent.state) == "REVOKED"
+    assert states(records)[-1] == "REVOKED"
+    assert took < MOMENT
+    # most of the work was not done for nothing
+    result = scheduler.results.result(fork_id)
+    assert result is not None
+    assert result["bytes"]["copied"] < sum(path.stat().st_blocks * 512 for path in large_source.rglob("*"))
+
+
+def test_flag_ends_a_fork_of_short_chunks_without_waiting_for_all_of_them(
+    system: System, scheduler: Scheduler, large_source: Path, place: Path
+) -> None:
+    """Each chunk is shorter than the time between two beats: they must look also when they begin."""
+    sent = scheduler.send({"source": str(large_source), "destination": str(place / "b")}, "cancel-short")
+    staging = StagingView(place, "cancel-short")
+    with stopped_in_the_middle(system.worker, staging):
+        scheduler.results.cancel("cancel-short")
+        chunks, done = staging.chunks, len(staging.done())
+
+    _assert_cancelled(scheduler, str(sent.id), place / "b")
+
+    assert done < chunks // 2
+    system.assert_left_nothing_in(place)
+    done_in_all = system.worker.output().count("[cancel-short.chunk.")
+    result = scheduler.results.result("cancel-short")
+    assert done_in_all > 0
+    assert result is not None
+    assert result["files"]["total"] < 8000 // 2
+
+
+def test_flag_ends_a_fork_that_is_cloned_inline(system: System, scheduler: Scheduler, fresh: Fresh) -> None:
+    """One task plans and clones; it looks at its own beats."""
+    directory = fresh("xfs_noreflink")
+    source = directory / "a"
+    source.mkdir()
+    for n in range(60):
+        layer = source / f"layer-{n}"
+        layer.mkdir()
+        for m in range(100):
+            (layer / str(m)).symlink_to("nowhere")
+    sent = scheduler.send({"source": str(source), "destination": str(directory / "b")}, "cancel-inline")
+    spin_until(lambda: StagingView(directory, "cancel-inline").journal(), "the staging")
+
+    scheduler.results.cancel("cancel-inline")
+
+    _assert_cancelled(scheduler, str(sent.id), directory / "b")
+    system.assert_left_nothing_in(directory)
+
+
+def test_fork_cancelled_before_a_worker_takes_it_is_never_begun(
+    system: System, scheduler: Scheduler, fresh: Fresh
+) -> None:
+    directory = fresh("xfs")
+    make_guest(directory / "a")
+    before = identity(directory)
+    scheduler.results.cancel("cancel-early")
+
+    scheduler.send({"source": str(directory / "a"), "destination": str(directory / "b")}, "cancel-early")
+
+    _assert_cancelled(scheduler, "cancel-early", directory / "b")
+    system.assert_left_nothing_in(directory)
+    assert identity(directory).keys() == before.keys()
+
+
+def test_cancelling_after_success_changes_nothing(system: System, scheduler: Scheduler, fresh: Fresh) -> None:
+    directory = fresh("xfs")
+    make_guest(directory / "a")
+    with Recorder(system.server) as recorder:
+        result = scheduler.fork(directory / "a", directory / "b", "cancel-late")
+    published = identity(directory / "b")
+
+    scheduler.results.cancel("cancel-late")
+    deliver(system.server, *recorder.messages)
+    scheduler.wait_quiet()
+
+    assert scheduler.results.result("cancel-late") == result
+    assert scheduler.app.AsyncResult("cancel-late").get(timeout=5) == result
+    assert identity(directory / "b") == published
+    system.assert_left_nothing_in(directory)
+
+
+def test_cancelled_fork_stays_cancelled_when_its_messages_come_again(
+    system: System, scheduler: Scheduler, large_source: Path, place: Path
+) -> None:
+    with Recorder(system.server) as recorder:
+        sent = scheduler.send({"source": str(large_source), "destination": str(place / "b")}, "cancel-again")
+        spin_until(lambda: StagingView(place, "cancel-again").begun(), "the first chunk")
+        scheduler.results.cancel("cancel-again")
+        _assert_cancelled(scheduler, str(sent.id), place / "b")
+        scheduler.wait_quiet()
+    first = scheduler.results.result("cancel-again")
+
+    deliver(system.server, *recorder.messages)
+    scheduler.wait_quiet()
+
+    assert scheduler.results.result("cancel-again") == first
+    _assert_cancelled(scheduler, "cancel-again", place / "b")
+    system.assert_left_nothing_in(place)
+
+
+def test_other_forks_go_on_when_one_is_cancelled(
+    system: System, scheduler: Scheduler, large_source: Path, place: Path
+) -> None:
+    sent = {
+        name: scheduler.send({"source": str(large_source), "destination": str(place / name)}, name) for name in "xy"
+    }
+    spin_until(lambda: StagingView(place, "x").begun(), "the first chunk")
+
+    scheduler.results.cancel("x")
+
+    _assert_cancelled(scheduler, "x", place / "x")
+    result = scheduler.wait(sent["y"])
+    assert result["status"] == "succeeded"
+    check_books(result, scheduler.files("y"))
+    system.assert_left_nothing_in(place)

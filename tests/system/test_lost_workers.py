@@ -1,0 +1,107 @@
+"""Workers that die or are paused in the middle: another one takes their work over, and no fork is written to late."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from celery import Celery
+
+from tests.fixtures.filesystems import Fresh
+from tests.fixtures.processes import StartWorker, Worker, wait_until
+from tests.fixtures.redis_server import RedisServer
+from tests.support.guests import make_slow_file
+from tests.support.tree import snapshot
+
+#: Chunks of a fraction of a second each.
+SMALL_CHUNKS = {"FORKVM_INLINE_BYTES": "0", "FORKVM_CHUNK_BYTES": str(32 << 20)}
+
+
+@pytest.fixture
+def place(fresh: Fresh) -> Path:
+    place = fresh("tmpfs")
+    (place / "vm-1").mkdir()
+    for n in range(3):
+        make_slow_file(place / "vm-1" / f"disk-{n}")
+    return place
+
+
+def send(client: Celery, place: Path, fork_id: str) -> None:
+    request = {"source": str(place / "vm-1"), "destination": str(place / "vm-2")}
+    client.send_task("forkvm.fork", kwargs={"request": request}, task_id=fork_id, queue="forkvm")
+
+
+def is_chunk_begun(place: Path) -> bool:
+    return any(place.glob(".forkvm-*/chunk-*"))
+
+
+def group(worker: Worker, number: signal.Signals) -> None:
+    os.killpg(worker.pid, number)
+
+
+def test_a_killed_workers_fork_is_finished_by_another_within_seconds(
+    place: Path, start_worker: StartWorker, foreign_client: Celery, redis_server: RedisServer
+) -> None:
+    first = start_worker(place, env=SMALL_CHUNKS)
+    send(foreign_client, place, "f1")
+    wait_until(lambda: is_chunk_begun(place), "a chunk at work")
+
+    first.kill()
+    began = time.monotonic()
+    start_worker(place, env=SMALL_CHUNKS)
+    result = foreign_client.AsyncResult("f1").get(timeout=40)
+
+    assert result["status"] == "succeeded"
+    assert time.monotonic() - began < 25
+    assert sorted(path.name for path in place.iterdir()) == ["vm-1", "vm-2"]
+    assert {path: entry.sha256 for path, entry in snapshot(place / "vm-2").items()} == {
+        path: entry.sha256 for path, entry in snapshot(place / "vm-1").items()
+    }
+
+
+def test_a_long_task_is_delivered_once_while_its_worker_lives(
+    place: Path, start_worker: StartWorker, foreign_client: Celery, redis_server: RedisServer
+) -> None:
+    """Holds the lease against the installed kombu: without it the message would come again after 5 s."""
+    short = {"FORKVM_VISIBILITY_TIMEOUT": "5", "FORKVM_INLINE_BYTES": str(1 << 40)}
+    worker = start_worker(place, env=short)
+    other = start_worker(place, env=short)
+    send(foreign_client, place, "f1")
+    wait_until(lambda: any(place.glob(".forkvm-*.*")), "a fork at work")
+    busy = next(w for w in (worker, other) if "forkvm.fork[f1] received" in w.output())
+    for child in busy.children:
+        os.kill(child, signal.SIGSTOP)
+    time.sleep(12)
+    for child in busy.children:
+        os.kill(child, signal.SIGCONT)
+
+    assert foreign_client.AsyncResult("f1").get(timeout=40)["status"] == "succeeded"
+    assert (worker.output() + other.output()).count("forkvm.fork[f1] received") == 1
+
+
+def test_a_paused_worker_loses_its_fork_and_writes_nothing_into_the_published_one(
+    place: Path, start_worker: StartWorker, foreign_client: Celery, redis_server: RedisServer
+) -> None:
+    short = {**SMALL_CHUNKS, "FORKVM_VISIBILITY_TIMEOUT": "5"}
+    sleeper = start_worker(place, env=short)
+    send(foreign_client, place, "f1")
+    wait_until(lambda: is_chunk_begun(place), "a chunk at work")
+    group(sleeper, signal.SIGSTOP)
+    try:
+        start_worker(place, env=short)
+        result = foreign_client.AsyncResult("f1").get(timeout=90)
+        published = snapshot(place / "vm-2")
+        changes = {path: path.stat().st_ctime_ns for path in (place / "vm-2").rglob("*")}
+    finally:
+        group(sleeper, signal.SIGCONT)
+    wait_until(lambda: sleeper.output().count("\n") > 0, "the sleeper's log")
+    time.sleep(5)
+
+    assert result["status"] == "succeeded"
+    assert snapshot(place / "vm-2") == published
+    assert {path: path.stat().st_ctime_ns for path in (place / "vm-2").rglob("*")} == changes
+    assert sorted(path.name for path in place.iterdir()) == ["vm-1", "vm-2"]
+    assert foreign_client.AsyncResult("f1").get(timeout=5) == result

@@ -1,0 +1,138 @@
+"""Redis goes away and comes back: every fork ends with its true result, and the worker consumes again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.filesystems import Fresh, fresh_directory
+from tests.fixtures.processes import wait_until
+from tests.support.guests import MIB, make_guest, make_sparse_file
+from tests.support.tree import snapshot
+from tests.system.books import check_books, check_fork_result
+from tests.system.running import StartSystem, System, spin_until
+from tests.system.scheduler import UNACKED, Scheduler
+from tests.system.staging import StagingView, leftovers
+
+
+def _is_finishing(staging: StagingView) -> bool:
+    return staging.phase == "cloning" and len(staging.done()) == staging.chunks and staging.owner() is not None
+
+
+MOMENTS: dict[str, Callable[[StagingView], bool]] = {
+    "while it is planned": lambda staging: staging.phase == "planning",
+    "while it is finished": _is_finishing,
+}
+
+
+@pytest.fixture(scope="module")
+def source(xfs_noreflink: Path) -> Iterator[Path]:
+    """A source of which every step takes a while: the plan, the chunks, the finish."""
+    with fresh_directory(xfs_noreflink) as source:
+        make_sparse_file(source / "disk.raw", 128 * MIB, 64 * MIB)
+        for n in range(3000):
+            (source / "directories" / str(n)).mkdir(parents=True)
+            (source / "directories" / str(n) / "block").write_bytes(b"%d" % n)
+        yield source
+
+
+def _go_away(system: System, seconds: float, *, kill: bool = False) -> None:
+    if kill:
+        system.server.kill()
+    else:
+        system.server.stop()
+    time.sleep(seconds)
+    system.server.start()
+
+
+def _forget_unacknowledged(scheduler: Scheduler) -> None:
+    """What an outage leaves unacknowledged has a test of its own."""
+    scheduler.redis.delete(UNACKED, f"{UNACKED}_index", f"{UNACKED}_mutex")
+
+
+@pytest.mark.parametrize(
+    ("moment", "kill", "seconds"),
+    [
+        pytest.param("while it is planned", True, 1.0, id="while it is planned"),
+        pytest.param("while it is finished", False, 2.0, id="while it is finished"),
+    ],
+)
+def test_fork_whose_redis_goes_away_ends_with_its_true_result_and_the_next_one_is_served(
+    start_system: StartSystem, source: Path, place: Path, fresh: Fresh, moment: str, kill: bool, seconds: float
+) -> None:
+    # Given a large fork at a certain moment, and small ones in the queue behind it
+    system = start_system()
+    scheduler = system.scheduler
+    directory = fresh("xfs")
+    make_guest(directory / "a")
+    scheduler.send({"source": str(source), "destination": str(place / "b")}, "away")
+    for n in range(4):
+        scheduler.send({"source": str(directory / "a"), "destination": str(directory / f"b-{n}")}, f"small-{n}")
+    staging = StagingView(place, "away")
+    spin_until(lambda: MOMENTS[moment](staging), moment)
+
+    # When
+    _go_away(system, seconds, kill=kill)
+
+    # Then all of them succeed. The test asks Redis: Celery's own waiting does not outlive a server
+    for fork_id in ("away", "small-0", "small-1", "small-2", "small-3"):
+        _wait_for_success(scheduler, fork_id)
+    assert snapshot(place / "b") == snapshot(source)
+    guest = snapshot(directory / "a")
+    for n in range(4):
+        assert snapshot(directory / f"b-{n}")[b"overlay.raw"] == guest[b"overlay.raw"]
+    wait_until(lambda: not leftovers(place) and not leftovers(directory), "the end of all staging")
+
+    # and the worker consumes again
+    assert system.worker.running, "the worker ended"
+    scheduler.send({"source": str(directory / "a"), "destination": str(directory / "next")}, "next")
+    _wait_for_success(scheduler, "next")
+    _forget_unacknowledged(scheduler)
+
+
+def _wait_for_success(scheduler: Scheduler, fork_id: str) -> None:
+    wait_until(lambda: scheduler.results.result(fork_id) is not None, f"the result of {fork_id}")
+    result = scheduler.results.result(fork_id)
+    assert result is not None
+    check_fork_result(result)
+    assert (result["status"], result["error"]) == ("succeeded", None)
+    wait_until(lambda: scheduler.results.state(fork_id)["status"] == "SUCCESS", f"the state of {fork_id}")
+    assert scheduler.results.state(fork_id)["result"] == result
+    check_books(result, scheduler.files(fork_id))
+
+
+def test_no_fork_is_lost_and_nothing_stays_unacknowledged_over_several_outages(
+    start_system: StartSystem, source: Path, large_source: Path, place: Path
+) -> None:
+    """Each outage falls on another moment: a message may be on its way, or be taken and not yet written down."""
+    system = start_system()
+    scheduler = system.scheduler
+    for name, directory in (("x", source), ("y", large_source)):
+        scheduler.send({"source": str(directory), "destination": str(place / name)}, name)
+    spin_until(lambda: all(StagingView(place, name).journal() for name in ("x", "y")), "both at work")
+
+    for n in range(4):
+        _go_away(system, 0.3, kill=bool(n % 2))
+        time.sleep(0.5 + n * 0.3)
+
+    for name in ("x", "y"):
+        _wait_for_success(scheduler, name)
+    assert system.worker.running, "the worker ended"
+    wait_until(lambda: not any(scheduler.messages().values()), "the end of all messages")
+    assert leftovers(place) == []
+
+
+def test_idle_worker_whose_redis_goes_away_consumes_again(start_system: StartSystem, fresh: Fresh) -> None:
+    system = start_system()
+    directory = fresh("xfs")
+    make_guest(directory / "a")
+
+    _go_away(system, 1.0)
+
+    system.scheduler.send({"source": str(directory / "a"), "destination": str(directory / "b")}, "after")
+    _wait_for_success(system.scheduler, "after")
+    assert system.worker.running
+    system.assert_left_nothing_in(directory)

@@ -1,0 +1,311 @@
+"""The task id is the idempotency key: whatever is sent under it, and however often, is one fork with one result."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fixtures.filesystems import Fresh
+from tests.support.extents import fiemap
+from tests.support.guests import make_guest
+from tests.support.tree import snapshot
+from tests.system.books import check_books, identity
+from tests.system.messages import Message, Recorder, deliver
+from tests.system.running import System, stopped_in_the_middle
+from tests.system.scheduler import Scheduler, states
+from tests.system.staging import StagingView
+
+FINAL = {"SUCCESS", "FAILURE", "REVOKED"}
+
+
+def _results(records: list[dict[str, Any]], state: str) -> list[Any]:
+    """The different results that were published with a state."""
+    found: list[Any] = []
+    for record in records:
+        if record["status"] == state and record["result"] not in found:
+            found.append(record["result"])
+    return found
+
+
+def _assert_one_end(records: list[dict[str, Any]], state: str) -> None:
+    """Once a final state was told there is no other one, and no way back into an earlier."""
+    told = states(records)
+    final = next(n for n, seen in enumerate(told) if seen in FINAL)
+    assert told[final:] == [state]
+    assert len(_results(records, state)) == 1
+
+
+def test_the_same_small_fork_sent_twice_at_once_is_made_once(
+    system: System, scheduler: Scheduler, fresh: Fresh
+) -> None:
+    directory = fresh("xfs")
+    make_guest(directory / "a")
+    for turn in range(12):
+        destination = directory / f"b-{turn}"
+        request = {"source": str(directory / "a"), "destination": str(destination)}
+        with scheduler.watching(f"twice-{turn}") as records:
+            first, second = (scheduler.send(request, f"twice-{turn}") for _ in range(2))
+            result = scheduler.wait(first)
+            published = identity(destination)
+            scheduler.wait_quiet()
+
+        assert scheduler.wait(second) == result == scheduler.results.result(f"twice-{turn}")
+        assert identity(destination) == published
+        _assert_one_end(records, "SUCCESS")
+        check_books(result, scheduler.files(f"twice-{turn}"))
+    system.assert_left_nothing_in(directory)
+
+
+def test_the_same_large_fork_sent_three_times_at_once_is_made_once(
+    system: System, scheduler: Scheduler, large_source: Path, place: Path
+) -> None:
+    for turn in range(3):
+        destination = place / f"b-{turn}"
+        request = {"source": str(large_source), "destination": str(destination)}
+        with scheduler.watching(f"thrice-{turn}") as records:
+            sent = [scheduler.send(request, f"thrice-{turn}") for _ in range(3)]
+            result = scheduler.wait(sent[0])
+            published = identity(destination)
+            scheduler.wait_quiet()
+
+        assert all(scheduler.wait(other) == result for other in sent)
+        assert identity(destination) == published
+        _assert_one_end(records, "SUCCESS")
+        check_books(result, scheduler.files(f"thrice-{turn}"))
+    assert snapshot(place / "b-2") == snapshot(large_source)
+    system.assert_left_nothing_in(place)
+
+
+def test_the_same_id_sent_after_success_gives_the_first_result_whatever_it_asks_for(
+    system: System, scheduler: Scheduler, fresh: Fresh
+) -> None:
+    # Given
+    directory = fresh("xfs")
+    make_guest(directory / "a")
+    make_guest(directory / "c", seed=1)
+    request = {"source": str(directory / "a"), "destination": str(directory / "b")}
+    result = scheduler.wait(scheduler.send(request, "used"))
+    published = identity(directory / "b")
+    files = scheduler.files("used")
+
+    # When
+    others: list[object] = [
+        request,
+        request | {"destination": str(directory / "d")},
+        request | {"source": str(directory / "c")},
+        request | {"unknown": 1},
+        "no request",
+    ]
+    with scheduler.watching("used") as records:
+        for other in others:
+            scheduler.send(other, "used")
+            scheduler.wait_quiet()
+            assert scheduler.app.AsyncResult("used").get(timeout=5) == result
+
+    # Then
+    assert set(states(records)) <= {"SUCCESS"}  # Celery stores a success once
+    assert scheduler.results.result("used") == result
+    assert scheduler.files("used") == files
+    assert identity(directory / "b") == published
+    assert not (directory / "d").exists()
+    system.assert_left_nothing_in(directory)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({}, id="the same request"),
+        pytest.param({"destination": "{place}/other"}, id="another destination"),
+        pytest.param({"labels": ["other"]}, id="other labels"),
+        pytest.param({"source": "{place}/missing"}, id="a source that does not exist"),
+        pytest.param({"unknown": 1}, id="an unknown field"),
+        pytest.param({"destination": "relative"}, id="a relative destination"),
+        pytest.param({"destination": "{place}/missing/b"}, id="a destination without a parent"),
+    ],
+)
+def test_another_request_under_the_id_of_a_running_fork_changes_nothing(
+    system: System, scheduler: Scheduler, large_source: Path, place: Path, change: dict[str, Any]
+) -> None:
+    # Given a fork that is half done
+    fork_id = f"taken-{'-'.join(change)}-{'-'.join(map(str, change.values()))}"
+    request = {"source": str(large_source), "destination": str(place / "b"), "labels": ["first"]}
+    change = {k: v.format(place=place) if isinstance(v, str) else v for k, v in change.items()}
+    with scheduler.watching(fork_id) as records:
+        sent = scheduler.send(request, fork_id)
+
+        # When
+        with stopped_in_the_middle(system.worker, StagingView(place, fork_id)):
+            scheduler.send(request | change, fork_id)
+
+        # Then the first has its result, and nothing of the other is there
+        result = scheduler.wait(sent)
+        scheduler.wait_quiet()
+    assert (result["status"], result["labels"]) == ("succeeded", ["first"])
+    assert result["destination"] == str(place / "b")
+    assert scheduler.results.result(fork_id) == result
+    _assert_one_end(records, "SUCCESS")
+    assert [path.name for path in place.iterdir()] == ["b"]
+    assert snapshot(place / "b") == snapshot(large_source)
+    check_books(result, scheduler.files(fork_id))
+
+
+def test_first_message_delivered_again_after_success_gives_the_same_result(
+    system: System, scheduler: Scheduler, fresh: Fresh
+) -> None:
+    directory = fresh("xfs")
+    make_guest(directory / "a")
+    with Recorder(system.server) as recorder:
+        result = scheduler.fork(directory / "a", directory / "b", "redelivered")
+    published = identity(directory / "b")
+
+    with scheduler.watching("redelivered") as records:
+        deliver(system.server, *recorder.messages)
+        scheduler.wait_quiet()
+
+    assert [message.task for message in recorder.messages] == ["forkvm.fork"]
+    assert set(states(records)) <= {"SUCCESS"}  # Celery stores a success once
+    assert scheduler.app.AsyncResult("redelivered").get(timeout=5) == result
+    assert identity(directory / "b") == published
+    system.assert_left_nothing_in(directory)
+
+
+def test_first_message_delivered_again_after_success_is_the_same_success_when_the_source_is_gone(
+    system: System, scheduler: Scheduler, fresh: Fresh
+) -> None:
+    directory = fresh("xfs")
+    source = make_guest(directory / "a")
+    with Recorder(system.server) as recorder:
+        result = scheduler.fork(source, directory / "b", "redelivered-late")
+    source.rename(directory / "elsewhere")
+    (directory / "b").rename(directory / "c")
+
+    deliver(system.server, *recorder.messages)
+    scheduler.wait_quiet()
+
+    assert scheduler.results.result("redelivered-late") == result
+    assert scheduler.app.AsyncResult("redelivered-late").get(timeout=5) == result
+    assert not (directory / "b").exists()
+    system.assert_left_nothing_in(directory)
+
+
+def test_first_message_delivered_again_after_a_failure_is_the_same_failure_and_never_running_again(
+    system: System, scheduler: Scheduler, fresh: Fresh
+) -> None:
+    # Given a fork that failed since its destination exists, and a destination that is free by now
+    directory = fresh("xfs")
+    make_guest(directory / "a")
+    (directory / "b").mkdir()
+    request = {"source": str(directory / "a"), "destination": str(directory / "b")}
+    with Recorder(system.server) as recorder:
+        message, result = scheduler.wait_failed(scheduler.send(request, "failed-once"))
+        scheduler.wait_quiet()
+    (directory / "b").rmdir()
+
+    # When
+    with scheduler.watching("failed-once") as records:
+        deliver(system.server, *recorder.messages)
+        scheduler.wait_quiet()
+
+    # Then
+    assert scheduler.results.result("failed-once") == result
+    assert scheduler.wait_failed(scheduler.app.AsyncResult("failed-once")) == (message, result)
+    assert not (directory / "b").exists()
+    assert states(records) == ["FAILURE"]
+    system.assert_left_nothing_in(directory)
+
+
+def test_every_message_of_a_large_fork_delivered_twice_gives_one_fork_and_one_result(
+    system: System, scheduler: Scheduler, large_source: Path, place: Path
+) -> None:
+    request = {"source": str(large_source), "destination": str(place / "b")}
+    with (
+        scheduler.watching("doubled") as records,
+        Recorder(system.server, lambda message: deliver(system.server, message)) as recorder,
+    ):
+        result = scheduler.wait(scheduler.send(request, "doubled"))
+        published = identity(place / "b")
+        scheduler.wait_quiet()
+
+    assert len(recorder.of_task("forkvm.chunk")) >= result["chunks"]
+    assert recorder.of_task("forkvm.finish")
+    _assert_one_end(records, "SUCCESS")
+    assert identity(place / "b") == published
+    assert snapshot(place / "b") == snapshot(large_source)
+    check_books(result, scheduler.files("doubled"))
+    system.assert_left_nothing_in(place)
+
+
+def test_messages_of_a_half_done_fork_delivered_again_in_reverse_give_one_fork_and_one_result(
+    system: System, scheduler: Scheduler, large_source: Path, place: Path
+) -> None:
+    # Given a fork that stands still, half done
+    request = {"source": str(large_source), "destination": str(place / "b")}
+    with Recorder(system.server) as recorder, scheduler.watching("reversed") as records:
+        sent = scheduler.send(request, "reversed")
+        staging = StagingView(place, "reversed")
+        with stopped_in_the_middle(system.worker, staging, lambda: len(recorder.messages) > staging.chunks):
+            # When all its messages come again, the done ones, those in work and those to come
+            again = list(reversed(recorder.messages))
+            deliver(system.server, *again)
+
+        # Then
+        result = scheduler.wait(sent)
+        scheduler.wait_quiet()
+    assert len(again) == result["chunks"] + 1
+    _assert_one_end(records, "SUCCESS")
+    assert snapshot(place / "b") == snapshot(large_source)
+    check_books(result, scheduler.files("reversed"))
+    system.assert_left_nothing_in(place)
+
+
+def test_late_chunks_and_finishes_write_nothing_into_a_published_fork(
+    system: System, scheduler: Scheduler, large_source: Path, place: Path
+) -> None:
+    # Given a published fork, which is by now a running machine's disk
+    with Recorder(system.server) as recorder:
+        result = scheduler.fork(large_source, place / "b", "late")
+        scheduler.wait_quiet()
+    with (place / "b" / "disk.raw").open("r+b") as disk:
+        disk.write(b"the machine runs")
+    published, contents = identity(place / "b"), snapshot(place / "b")
+    files = scheduler.files("late")
+
+    # When every message of it comes again
+    messages: list[Message] = recorder.messages
+    assert {message.task for message in messages} == {"forkvm.fork", "forkvm.chunk", "forkvm.finish"}
+    for turn in itertools.repeat(messages, 2):
+        deliver(system.server, *turn)
+        scheduler.wait_quiet()
+
+    # Then no byte, no time and no result of it is another
+    assert identity(place / "b") == published
+    assert snapshot(place / "b") == contents
+    assert scheduler.results.result("late") == result
+    assert scheduler.app.AsyncResult("late").get(timeout=5) == result
+    assert scheduler.files("late") == files
+    system.assert_left_nothing_in(place)
+
+
+def test_late_chunks_of_a_reflinked_fork_leave_every_extent_where_it_is(
+    system: System, scheduler: Scheduler, fresh: Fresh
+) -> None:
+    directory = fresh("xfs")
+    source = make_guest(directory / "a")
+    for n in range(300):
+        (source / f"block-{n}").write_bytes(b"%d" % n * 4096)
+    with Recorder(system.server) as recorder:
+        scheduler.fork(source, directory / "b", "late-reflinks")
+        scheduler.wait_quiet()
+    published = identity(directory / "b")
+    extents = {path: fiemap(path) for path in (directory / "b").rglob("*") if path.is_file()}
+
+    deliver(system.server, *recorder.of_task("forkvm.chunk"))
+    scheduler.wait_quiet()
+
+    assert len(recorder.of_task("forkvm.chunk")) > 1
+    assert identity(directory / "b") == published
+    assert {path: fiemap(path) for path in extents} == extents
+    system.assert_left_nothing_in(directory)

@@ -1,0 +1,191 @@
+"""How a worker starts, what it refuses to start with, and what it refuses to read."""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+import re
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fixtures.filesystems import Fresh
+from tests.fixtures.processes import ROOT, StartWorker, program_environment, wait_until
+from tests.fixtures.redis_server import RedisServer
+from tests.support.guests import make_guest
+from tests.system.running import StartSystem, System
+from tests.system.scheduler import QUEUE, Scheduler
+
+COMMAND = [sys.executable, "-m", "celery", "-A", "worker.app", "worker", "-Q", "forkvm", "--concurrency", "1"]
+
+
+def _run_to_the_end(server: RedisServer, roots: Path | tuple[()], **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        COMMAND,
+        cwd=ROOT,
+        env=program_environment(server, roots) | env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+def test_two_workers_of_one_host_have_names_of_their_own_and_both_serve(
+    own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, fresh: Fresh
+) -> None:
+    directory = fresh("xfs")
+    make_guest(directory / "a")
+    # `-n celery@%h` is what Celery itself would name a worker that was given no name.
+    workers = [start_worker(mounts, 1, args=["-n", "celery@%h"], wait=False) for _ in range(2)]
+    for worker in workers:
+        worker.wait_until_ready()
+
+    scheduler = own_scheduler
+    answers = scheduler.app.control.ping(timeout=2)
+
+    names = [name for answer in (answers or []) for name in answer]
+    assert len(set(names)) == 2
+    assert all(any(name in worker.output() for name in names) for worker in workers)
+    sent = [
+        scheduler.send({"source": str(directory / "a"), "destination": str(directory / f"b-{n}")}) for n in range(20)
+    ]
+    assert all(scheduler.wait(one)["status"] == "succeeded" for one in sent)
+    assert all("Task forkvm.fork" in worker.output() for worker in workers)
+    scheduler.wait_quiet()
+
+
+def test_worker_without_roots_does_not_start_and_says_why_in_one_line(redis_server: RedisServer) -> None:
+    done = _run_to_the_end(redis_server, ())
+
+    assert done.returncode not in (0, None)
+    assert "FORKVM_ROOTS" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("forkvm: ")] == [done.stderr.splitlines()[-1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("FORKVM_CHUNK_BYTES", "much"),
+        ("FORKVM_CHUNK_BYTES", "0"),
+        ("FORKVM_RESULT_EXPIRES", "-1"),
+        ("FORKVM_DOMAIN", "a b"),
+        ("FORKVM_ROOTS", "guests"),
+        ("FORKVM_COLOUR", "blue"),
+    ],
+)
+def test_worker_with_a_setting_that_cannot_be_meant_does_not_start_and_names_it(
+    redis_server: RedisServer, mounts: Path, name: str, value: str
+) -> None:
+    done = _run_to_the_end(redis_server, mounts, **{name: value})
+
+    assert done.returncode not in (0, None)
+    assert name in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1].startswith("forkvm: ")
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+class _Exploit:
+    """Would make a file, were it ever unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path(self._path),)
+
+
+def _message(body: bytes, content_type: str) -> bytes:
+    fork_id = str(uuid.uuid4())
+    return json.dumps(
+        {
+            "body": base64.b64encode(body).decode(),
+            "content-encoding": "binary" if "json" not in content_type else "utf-8",
+            "content-type": content_type,
+            "headers": {"lang": "py", "task": "forkvm.fork", "id": fork_id, "root_id": fork_id, "parent_id": None},
+            "properties": {
+                "correlation_id": fork_id,
+                "delivery_mode": 2,
+                "delivery_info": {"exchange": "", "routing_key": QUEUE},
+                "priority": 0,
+                "body_encoding": "base64",
+                "delivery_tag": str(uuid.uuid4()),
+            },
+        }
+    ).encode()
+
+
+def test_message_that_is_no_json_of_a_task_is_refused_and_the_worker_serves_the_next_job(
+    start_system: StartSystem, fresh: Fresh
+) -> None:
+    # Given
+    system = start_system(concurrency=1)
+    directory = fresh("xfs")
+    make_guest(directory / "a")
+    trap = directory / "trap"
+    messages = {
+        "pickle": (pickle.dumps(([], {"request": _Exploit(trap)}, {})), "application/x-python-serialize"),
+        "yaml": (b"- !!python/object/apply:os.system [true]", "application/x-yaml"),
+        "another content type": (b"[[], {}, {}]", "text/plain"),
+        "half a document": (b"[[], {", "application/json"),
+        "a list of the wrong length": (b"[1, 2]", "application/json"),
+        "a text": (b'"no task"', "application/json"),
+        "raw bytes": (b"\xff\xfe", "application/data"),
+    }
+    for name, (body, content_type) in messages.items():
+        # When
+        begin = len(system.worker.output())
+        system.scheduler.redis.lpush(QUEUE, _message(body, content_type))
+
+        # Then
+        request = {"source": str(directory / "a"), "destination": str(directory / name)}
+        sent = system.scheduler.send(request)
+        wait_until(lambda sent=sent: sent.ready() or not system.worker.running, f"the fork after {name}")  # type: ignore[misc]
+        assert system.worker.running, f"{name} ended the worker:\n{system.worker.output()[-500:]}"
+        assert sent.state == "SUCCESS"
+        assert not trap.exists()
+        log = system.worker.output()[begin:]
+        assert re.search(r"ContentDisallowed|DecodeError|InvalidTask|[Uu]nknown message|invalid", log), name
+    system.assert_left_nothing_in(directory)
+
+
+def test_message_for_an_unknown_task_is_dropped_with_a_line_in_the_log(
+    system: System, scheduler: Scheduler, fresh: Fresh
+) -> None:
+    directory = fresh("xfs")
+    make_guest(directory / "a")
+
+    scheduler.app.send_task("forkvm.nothing", queue=QUEUE, task_id="nothing")
+
+    assert scheduler.fork(directory / "a", directory / "b")["status"] == "succeeded"
+    wait_until(lambda: "forkvm.nothing" in system.worker.output(), "a line in the log")
+    system.assert_left_nothing_in(directory)
+
+
+def test_worker_of_a_domain_serves_its_queue_alone(
+    own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, fresh: Fresh
+) -> None:
+    directory = fresh("xfs")
+    source = directory / "a"
+    source.mkdir()
+    for n in range(60):
+        (source / str(n)).mkdir()
+        (source / str(n) / "state").write_text("paused")
+    start_worker(mounts, queue="forkvm.rack-7", env={"FORKVM_INLINE_FILES": "10", "FORKVM_CHUNK_FILES": "10"})
+    scheduler = own_scheduler
+    request = {"source": str(source), "destination": str(directory / "b")}
+
+    other = scheduler.send(request | {"destination": str(directory / "c")}, "elsewhere")
+    sent = scheduler.app.send_task("forkvm.fork", kwargs={"request": request}, queue="forkvm.rack-7", task_id="here")
+
+    result = scheduler.wait(sent)
+    assert result["chunks"] > 1
+    assert not other.ready()
+    assert scheduler.messages()[QUEUE] == 1
+    scheduler.redis.delete(QUEUE)

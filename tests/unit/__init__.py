@@ -1,0 +1,1 @@
+"""Parts that need neither a worker nor a filesystem of their own."""

@@ -1,0 +1,137 @@
+"""What a request may say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tasks.contract import parse, spec_of
+from tasks.copier.errors import Code, ForkError
+from tasks.copier.options import DEFAULT_EXCLUDE, PRESERVE_ALL
+
+GOOD = {"source": "/guests/a", "destination": "/guests/b"}
+
+
+def _refusal(request: object) -> ForkError:
+    with pytest.raises(ForkError) as raised:
+        parse(request)
+    assert raised.value.code is Code.INVALID_REQUEST
+    return raised.value
+
+
+def test_two_paths_are_a_request_and_the_rest_has_defaults() -> None:
+    options = parse(GOOD).options()
+
+    assert (options.reflink, options.durability, options.verify) == ("auto", "none", "none")
+    assert options.skip == ()
+    assert options.exclude == DEFAULT_EXCLUDE
+    assert options.preserve == PRESERVE_ALL
+    assert parse(GOOD).labels == {}
+
+
+def test_default_exclude_is_the_contracts() -> None:
+    assert DEFAULT_EXCLUDE == ("/logs/", "*.lz4.tmp", "*.zst.tmp", "*.sock")
+    assert set(PRESERVE_ALL) == {"mode", "ownership", "timestamps", "xattrs", "hardlinks"}
+
+
+def test_every_field_is_taken() -> None:
+    spec = spec_of(
+        GOOD
+        | {
+            "reflink": "never",
+            "skip": ["a/b", "./c/"],
+            "exclude": [],
+            "preserve": ["mode"],
+            "durability": "sync",
+            "verify": "content",
+            "labels": ["x"],
+        },
+        "fork-1",
+        owner="queue",
+        queued=1.5,
+    )
+
+    assert (spec.fork_id, spec.source, spec.destination) == ("fork-1", "/guests/a", "/guests/b")
+    assert (spec.options.reflink, spec.options.durability, spec.options.verify) == ("never", "sync", "content")
+    assert spec.options.skip == ("a/b", "c")
+    assert spec.options.exclude == ()
+    assert spec.options.preserve == {"mode"}
+    assert (spec.labels, spec.owner, spec.queued) == (["x"], "queue", 1.5)
+
+
+@pytest.mark.parametrize(
+    ("path", "normal"),
+    [("/a//b", "/a/b"), ("/a/./b/", "/a/b"), ("//a", "/a"), ("/", "/"), ("/\udcff", "/\udcff"), ("/...", "/...")],
+)
+def test_paths_are_made_normal(path: str, normal: str) -> None:
+    assert parse(GOOD | {"destination": path}).destination == normal
+
+
+@pytest.mark.parametrize("field", ["source", "destination"])
+@pytest.mark.parametrize("path", ["", "a", "./a", "../a", "/a/../b", "/..", "/a\0b", "/\ud800", "/a" * 2048])
+def test_path_that_cannot_be_opened_safely_is_refused(field: str, path: str) -> None:
+    error = _refusal(GOOD | {field: path})
+
+    assert error.path == path
+    assert field in error.message
+
+
+def test_longest_path_is_taken_and_one_byte_more_is_not() -> None:
+    longest = "/" + "ä" * 2047  # 4095 bytes
+    assert parse(GOOD | {"source": longest}).source == longest
+    _refusal(GOOD | {"source": longest + "a"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"colour": "blue"}, "colour"),
+        ({"source": None}, "source"),
+        ({"source": 1}, "source"),
+        ({"source": ["/a"]}, "source"),
+        ({"source": b"/a"}, "source"),
+        ({"reflink": "yes"}, "reflink"),
+        ({"reflink": None}, "reflink"),
+        ({"durability": True}, "durability"),
+        ({"verify": 1}, "verify"),
+        ({"skip": "a"}, "skip"),
+        ({"skip": ["/a"]}, "skip"),
+        ({"skip": ["a/../b"]}, "skip"),
+        ({"skip": ["a\0b"]}, "skip"),
+        ({"skip": [1]}, "skip"),
+        ({"skip": {"a": 1}}, "skip"),
+        ({"skip": ["a"] * 10_001}, "skip"),
+        ({"exclude": ["*" * 5000]}, "exclude"),
+        ({"exclude": [None]}, "exclude"),
+        ({"preserve": ["all"]}, "preserve"),
+        ({"preserve": "mode"}, "preserve"),
+        ({"labels": "a"}, "labels"),
+        ({"labels": [1]}, "labels"),
+        ({"labels": {"a": 1}}, "labels"),
+    ],
+)
+def test_field_that_cannot_be_meant_is_refused_by_name(fields: dict[str, Any], named: str) -> None:
+    error = _refusal(GOOD | fields)
+
+    assert named in error.message
+    assert "\n" not in error.message
+
+
+@pytest.mark.parametrize("request_", [None, 1, "x", [], [GOOD], b"{}", {}, {"source": "/a"}, {"destination": "/b"}])
+def test_what_is_no_whole_request_is_refused(request_: object) -> None:
+    _refusal(request_)
+
+
+def test_all_that_is_wrong_is_told_at_once() -> None:
+    message = _refusal(GOOD | {"reflink": "x", "skip": [1], "colour": 1}).message
+
+    assert all(name in message for name in ("reflink", "skip.0", "colour"))
+
+
+@pytest.mark.parametrize("text", ["\udcff", "ключ", "", "a\nb"])
+def test_text_goes_through_as_it_is(text: str) -> None:
+    request = parse(GOOD | {"labels": {text: text}, "exclude": [text or "x"], "skip": [text or "x"]})
+
+    assert request.labels == {text: text}
+    assert request.options().exclude == (text or "x",)

@@ -1,0 +1,245 @@
+"""Results where they talk to Redis themselves; with fakeredis, since no message goes through it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import fakeredis
+import pytest
+
+from tasks.copier.errors import Code, ForkError
+from tasks.copier.progress import Progress
+from tasks.copier.report import FileResult, Totals, pack_page
+from tasks.copier.spec import Clock, ForkResult, ForkSpec, failed, succeeded
+from tasks.results import Claim, Results
+
+EXPIRES = 3600
+STATE = "celery-task-meta-fork-1"
+
+
+@pytest.fixture
+def server() -> fakeredis.FakeServer:
+    return fakeredis.FakeServer()
+
+
+@pytest.fixture
+def redis(server: fakeredis.FakeServer) -> Iterator[fakeredis.FakeRedis]:
+    with fakeredis.FakeRedis(server=server) as client:
+        yield client
+        for key in client.scan_iter():
+            assert 0 < client.ttl(key) <= EXPIRES, f"{key!r} stays for ever"
+
+
+@pytest.fixture
+def results(redis: fakeredis.FakeRedis) -> Results:
+    return Results(redis, EXPIRES, lambda fork_id: f"celery-task-meta-{fork_id}")
+
+
+def _result(fork_id: str = "fork-1", *, cause: ForkError | None = None) -> ForkResult:
+    spec = ForkSpec(fork_id=fork_id, source="/a", destination="/b-\udcff")
+    clock = Clock(spec.started)
+    return failed(spec, cause, Totals(), 0, clock) if cause else succeeded(spec, Totals(), 0, clock)
+
+
+def _file(path: str) -> FileResult:
+    return {
+        "path": path,
+        "type": "file",
+        "method": "copy",
+        "bytes": 1,
+        "copied_bytes": 1,
+        "seconds": 0.0,
+        "reason": None,
+        "error": None,
+    }
+
+
+def _progress(files: int, count: int, phase: str = "copy") -> Progress:
+    return {"files_done": files, "files_total": 10, "bytes_done": count, "bytes_total": 100, "phase": phase}
+
+
+def _store_state(redis: fakeredis.FakeRedis, status: str) -> None:
+    redis.set(STATE, json.dumps({"status": status, "result": None}), ex=EXPIRES)
+
+
+# -- the id
+
+
+def test_first_claim_holds_the_id(results: Results) -> None:
+    first: Claim = {"request": {"source": "/a"}, "destination": "/b", "queue": "forkvm"}
+    second: Claim = {"request": None, "destination": "/c", "queue": "forkvm.rack-7"}
+
+    assert results.claim_of("fork-1") is None
+    assert results.claim("fork-1", first) == first
+    assert results.claim("fork-1", second) == first
+    assert results.claim("fork-1", first) == first
+    assert results.claim_of("fork-1") == first
+    assert results.claim("fork-2", second) == second
+
+
+# -- the final result
+
+
+@pytest.mark.parametrize("cause", [None, ForkError(Code.NO_SPACE, "it is full", "/b-\udcff", 28)])
+def test_settled_result_is_read_back_as_it_was(results: Results, cause: ForkError | None) -> None:
+    assert results.result("fork-1") is None
+    result = _result(cause=cause)
+
+    results.settle(result)
+
+    assert results.result("fork-1") == result
+    assert results.result("fork-2") is None
+
+
+def test_what_is_stored_is_ascii_json_for_any_client(results: Results, redis: fakeredis.FakeRedis) -> None:
+    results.settle(_result())
+
+    stored = redis.get("forkvm:fork-1:result")
+    assert isinstance(stored, bytes)
+    assert json.loads(stored.decode("ascii"))["destination"] == "/b-\udcff"
+
+
+# -- pages
+
+
+def test_pages_come_in_the_order_plan_chunks_close_whatever_order_they_were_kept_in(results: Results) -> None:
+    for part in ("close", "10", "2", "0", "plan"):
+        results.keep_pages("fork-1", {part: [pack_page([_file(f"{part}-{n}")]) for n in range(2)]})
+
+    paths = [file["path"] for file in results.files("fork-1")]
+
+    assert paths == [f"{part}-{n}" for part in ("plan", "0", "2", "10", "close") for n in range(2)]
+
+
+def test_pages_kept_again_take_the_place_of_the_earlier_ones(results: Results) -> None:
+    results.keep_pages("fork-1", {"0": [pack_page([_file("a")]), pack_page([_file("b")])]})
+    results.keep_pages("fork-1", {"0": [pack_page([_file("c")]), pack_page([_file("d")])]})
+
+    assert [file["path"] for file in results.files("fork-1")] == ["c", "d"]
+
+
+def test_fewer_pages_kept_again_leave_none_of_the_earlier_ones(results: Results) -> None:
+    """A chunk that was killed and done again may have other pages than before."""
+    results.keep_pages("fork-1", {"0": [pack_page([_file("a")]), pack_page([_file("b")])]})
+    results.keep_pages("fork-1", {"0": [pack_page([_file("a"), _file("b")])]})
+
+    assert [file["path"] for file in results.files("fork-1")] == ["a", "b"]
+
+
+def test_files_that_are_there_by_now_are_read_and_expired_pages_passed_over(
+    results: Results, redis: fakeredis.FakeRedis
+) -> None:
+    assert list(results.files("fork-1")) == []
+    results.keep_pages("fork-1", {"plan": []})
+    results.keep_pages("fork-1", {"0": [pack_page([_file("a\udcff")])]})
+    results.keep_pages("fork-1", {"1": [pack_page([_file("b")])]})
+    redis.delete("forkvm:fork-1:page:1:0")
+
+    assert list(results.files("fork-1")) == [_file("a\udcff")]
+
+
+def test_pages_of_two_forks_are_two(results: Results) -> None:
+    results.keep_pages("fork-1", {"0": [pack_page([_file("a")])]})
+    results.keep_pages("fork-2", {"0": [pack_page([_file("b")])]})
+
+    assert [file["path"] for file in results.files("fork-1")] == ["a"]
+
+
+# -- progress
+
+
+def test_state_is_pending_before_anything_is_known(results: Results) -> None:
+    assert results.state("fork-1") == {"status": "PENDING", "result": None}
+
+
+def test_progress_is_the_sum_over_the_parts_in_celerys_form(results: Results) -> None:
+    results.tell("fork-1", "plan", _progress(1, 10))
+    results.tell("fork-1", "0", _progress(2, 20))
+    results.tell("fork-1", "1", _progress(3, 30))
+    results.tell("fork-1", "0", _progress(4, 40))
+
+    state = results.state("fork-1")
+    assert state["status"] == "PROGRESS"
+    assert state["task_id"] == "fork-1"
+    assert state["result"] == {
+        "files_done": 8,
+        "files_total": 10,
+        "bytes_done": 80,
+        "bytes_total": 100,
+        "phase": "copy",
+    }
+
+
+@pytest.mark.parametrize("status", ["STARTED", "PENDING", "RETRY", "PROGRESS"])
+def test_progress_follows_every_state_that_is_not_final(
+    results: Results, redis: fakeredis.FakeRedis, status: str
+) -> None:
+    _store_state(redis, status)
+
+    results.tell("fork-1", "0", _progress(1, 1))
+
+    assert results.state("fork-1")["status"] == "PROGRESS"
+
+
+@pytest.mark.parametrize("status", ["SUCCESS", "FAILURE", "REVOKED"])
+def test_progress_never_overwrites_a_final_state(results: Results, redis: fakeredis.FakeRedis, status: str) -> None:
+    _store_state(redis, status)
+
+    results.tell("fork-1", "0", _progress(1, 1))
+
+    assert results.state("fork-1")["status"] == status
+
+
+def test_progress_does_not_overwrite_a_final_state_that_comes_while_it_is_told(
+    results: Results,
+    redis: fakeredis.FakeRedis,
+    server: fakeredis.FakeServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The state is written only if nobody wrote it since it was read."""
+    other = fakeredis.FakeRedis(server=server)
+    reads: list[str] = []
+    loads = json.loads
+
+    def loads_and_finish(data: Any) -> Any:
+        decoded = loads(data)
+        if isinstance(decoded, dict) and decoded.get("status") == "STARTED" and not reads:
+            reads.append("STARTED")
+            _store_state(other, "SUCCESS")
+        return decoded
+
+    _store_state(redis, "STARTED")
+    monkeypatch.setattr("tasks.results.json.loads", loads_and_finish)
+
+    results.tell("fork-1", "0", _progress(1, 1))
+
+    assert reads
+    assert results.state("fork-1")["status"] == "SUCCESS"
+    other.close()
+
+
+def test_progress_is_published_for_whoever_waits(results: Results, redis: fakeredis.FakeRedis) -> None:
+    with redis.pubsub(ignore_subscribe_messages=True) as channel:  # type: ignore[no-untyped-call]
+        channel.subscribe(STATE)
+        channel.get_message(timeout=1)
+
+        results.tell("fork-1", "0", _progress(1, 1))
+
+        message = channel.get_message(timeout=1)
+    assert message is not None
+    assert json.loads(message["data"])["status"] == "PROGRESS"
+
+
+# -- cancellation
+
+
+def test_cancelling_is_for_one_fork_also_for_one_that_was_not_begun(results: Results) -> None:
+    assert not results.is_cancelled("fork-1")
+
+    results.cancel("fork-1")
+    results.cancel("fork-1")
+
+    assert results.is_cancelled("fork-1")
+    assert not results.is_cancelled("fork-2")
