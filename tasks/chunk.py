@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from tasks.context import FINISH_TASK, LOCK_WAIT, Again, Context
 from tasks.copier.chunk import fail_chunk, run_held_chunk
 from tasks.copier.ends import reopen_ends
-from tasks.copier.errors import Code, ForkError
+from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.plan import Plan
 from tasks.copier.progress import Progress, Ticker
 from tasks.copier.report import Report
 from tasks.copier.spec import ForkSpec
 from tasks.copier.staging import Held, Journal, Phase, Staging
 from tasks.copier.work import open_work
+from tasks.finish import end_with
 
 
 def run_chunk(context: Context, fork_id: str, destination: str, number: int) -> None:
@@ -43,6 +44,10 @@ def run_chunk(context: Context, fork_id: str, destination: str, number: int) -> 
     except FileNotFoundError:  # taken from this process while it was paused, or removed by someone
         _look_after(context, fork_id, destination)
         return
+    except OSError as error:  # the staging cannot be written, so the failure cannot be told there
+        failure = from_oserror(error, "working in the staging directory", destination)
+        end_with(context, ForkSpec(fork_id=fork_id, source="", destination=destination), failure)
+        over = True
     if over:
         context.send(FINISH_TASK, {"destination": destination}, fork_id)
 

@@ -6,7 +6,7 @@ import os
 
 from tasks.context import GONE, LOCK_WAIT, Again, Context, ForkLedger, cancelled
 from tasks.copier.ends import Ends, reopen_ends
-from tasks.copier.errors import ForkError
+from tasks.copier.errors import Code, ForkError
 from tasks.copier.fork import Superseded, finish
 from tasks.copier.plan import Plan
 from tasks.copier.progress import Ticker
@@ -51,7 +51,11 @@ def _finish(context: Context, fork_id: str, staging: Staging, ends: Ends) -> For
     """`ends` has no source yet: the journal tells which it is."""
     ledger = ForkLedger(context.results, fork_id)
     ticker = Ticker(context.beat(fork_id, "close", ends.destination))
-    abort = cancelled(ends.destination) if staging.is_stopped() else None
+    abort = None
+    if context.results.is_cancelled(fork_id):
+        abort = cancelled(ends.destination)
+    elif staging.is_stopped():  # a part that failed left its report, which goes first; this is for one that could not
+        abort = ForkError(Code.IO_ERROR, "a part of it failed and could not say why", ends.destination)
     journal = staging.journal()
     if abort is None and journal is not None and journal.plan is not None:
         spec, plan = ForkSpec.from_data(journal.spec), Plan.from_data(journal.plan)

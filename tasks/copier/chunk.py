@@ -52,10 +52,10 @@ def run_held_chunk(work: Work, plan: Plan, chunk: Chunk, number: int, ticker: Ti
         cloner = Cloner(work.options, {(src, dst): refusal for src, dst, refusal in plan.refused}, ticker.step)
         report = run_chunk(work, plan, chunk, cloner, ticker)
         error = report.totals.error
-        if error is not None:
-            staging.stop()
         if error is None or error["code"] != Code.CANCELLED:  # who was told to stop is not the cause
             staging.write_report(str(number), report)
+        if error is not None:
+            staging.stop()
         return report
 
 
@@ -63,8 +63,8 @@ def fail_chunk(staging: Staging, number: int, error: ForkError) -> Report:
     """Record that chunk `number` cannot be done, and stop the others."""
     report = Report()
     report.totals.error = error.record()
+    staging.write_report(str(number), report)  # before the others stop: who dies in between has told the cause
     staging.stop()
-    staging.write_report(str(number), report)
     return report
 
 

@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -265,6 +265,8 @@ class Staging:
     def begin(self, spec: dict[str, Any], earlier: Journal | None) -> Journal:
         """Write the journal of a new attempt; what an earlier one left in the staging goes."""
         if earlier is not None:
+            # Counted first: what kills its process here, too, must come to an end.
+            self.write_journal(replace(earlier, tries=earlier.tries + 1))
             self.discard_tree(earlier)
         for name in os.listdir(self.fd):
             if name not in (_LOCK, _JOURNAL):
