@@ -29,12 +29,14 @@ def run_finish(context: Context, fork_id: str, destination: str) -> ForkResult |
     except ForkError:
         raise Again(GONE) from None
     try:
-        if context.results.is_cancelled(fork_id):
+        is_cancelled = context.results.is_cancelled(fork_id)
+        if is_cancelled:
             Staging.stop_from_outside(parent_fd, fork_id)
         with Staging.attach(parent_fd, fork_id, LOCK_WAIT, alone=True) as staging:
             if staging is not None:
                 with staging.beating():
-                    return _finish(context, fork_id, staging, Ends("", destination, -1, parent_fd, name))
+                    ends = Ends("", destination, -1, parent_fd, name)
+                    return _finish(context, fork_id, staging, ends, is_cancelled=is_cancelled)
     except Held as held:
         raise Again(held.pulse) from None
     except Superseded:
@@ -47,12 +49,12 @@ def run_finish(context: Context, fork_id: str, destination: str) -> ForkResult |
     return known
 
 
-def _finish(context: Context, fork_id: str, staging: Staging, ends: Ends) -> ForkResult | None:
+def _finish(context: Context, fork_id: str, staging: Staging, ends: Ends, *, is_cancelled: bool) -> ForkResult | None:
     """`ends` has no source yet: the journal tells which it is."""
     ledger = ForkLedger(context.results, fork_id)
     ticker = Ticker(context.beat(fork_id, "close", ends.destination))
     abort = None
-    if context.results.is_cancelled(fork_id):
+    if is_cancelled:
         abort = cancelled(ends.destination)
     elif staging.is_stopped():  # a part that failed left its report, which goes first; this is for one that could not
         abort = ForkError(Code.IO_ERROR, "a part of it failed and could not say why", ends.destination)
@@ -67,8 +69,11 @@ def _finish(context: Context, fork_id: str, staging: Staging, ends: Ends) -> For
     return finish(ends, staging, ticker, ledger, abort)
 
 
-def end_with(context: Context, spec: ForkSpec, error: ForkError) -> ForkResult:
-    """End a fork that cannot be gone on with: what an earlier delivery made of it is removed. Raises Again."""
+def end_with(context: Context, spec: ForkSpec, error: ForkError) -> ForkResult | None:
+    """End a fork that cannot be gone on with: what an earlier delivery made of it is removed.
+
+    Its result, or None when it was taken from this process. Raises Again.
+    """
     try:
         parent_fd, name = context.roots.open_parent(spec.destination)
     except ForkError:
@@ -82,6 +87,8 @@ def end_with(context: Context, spec: ForkSpec, error: ForkError) -> ForkResult:
                 return ended or refuse(context, spec, error)
     except Held as held:
         raise Again(held.pulse) from None
+    except Superseded:
+        return None
     except OSError:
         return refuse(context, spec, error)  # the parent is not ours to look into
     finally:

@@ -88,13 +88,15 @@ def start(
     account = _Account(spec, Clock(spec.started), staging.journal())
     try:
         journal = account.journal
-        if journal is not None and journal.plan is not None:
-            if journal.phase is Phase.PUBLISHING:
-                return _conclude(ends, staging, journal, ledger)
-            return Plan.from_data(journal.plan)
-        return _start_anew(ends, staging, account, limits, ticker, ledger, gather)
+        if journal is None or journal.plan is None:
+            outcome = _start_anew(ends, staging, account, limits, ticker, ledger, gather)
+        elif journal.phase is Phase.PUBLISHING:
+            outcome = _publish(ends, staging, journal)
+        else:
+            outcome = Plan.from_data(journal.plan)
     except Exception as error:
         return _give_up(ends, staging, account, error, ledger)
+    return outcome if isinstance(outcome, Plan) else _settle(staging, outcome, ledger)
 
 
 def finish(
@@ -112,25 +114,27 @@ def finish(
     account = _Account(spec, Clock(spec.started, planned=journal.planned_at), journal)
     try:
         if journal.phase is Phase.PUBLISHING:
-            return _conclude(ends, staging, journal, ledger)
-        plan = Plan.from_data(journal.plan) if journal.plan is not None else None
-        if plan is not None:
-            account.chunks = len(plan.chunks)
-            account.reports = _reports(staging, plan)
-            account.clock.cloned = time.time()
-        _raise_failure(account.reports)
-        if abort is not None:
-            raise abort
-        if plan is None or len(account.reports) < len(plan.chunks) + 1:
-            return None
-        if journal.closings >= MAX_TRIES:
-            raise worker_lost(spec.source)
-        journal = account.journal = replace(journal, closings=journal.closings + 1)
-        staging.write_journal(journal)
-        with open_work(ends, staging, journal, spec.options, staging.open_tree(journal)) as work:
-            return _close_and_publish(work, plan, account, ticker, ledger)
+            result = _publish(ends, staging, journal)
+        else:
+            plan = Plan.from_data(journal.plan) if journal.plan is not None else None
+            if plan is not None:
+                account.chunks = len(plan.chunks)
+                account.reports = _reports(staging, plan)
+                account.clock.cloned = time.time()
+            _raise_failure(account.reports)
+            if abort is not None:
+                raise abort
+            if plan is None or len(account.reports) < len(plan.chunks) + 1:
+                return None
+            if journal.closings >= MAX_TRIES:
+                raise worker_lost(spec.source)
+            journal = account.journal = replace(journal, closings=journal.closings + 1)
+            staging.write_journal(journal)
+            with open_work(ends, staging, journal, spec.options, staging.open_tree(journal)) as work:
+                result = _close_and_publish(work, plan, account, ticker, ledger)
     except Exception as error:
         return _give_up(ends, staging, account, error, ledger)
+    return _settle(staging, result, ledger)
 
 
 def _start_anew(
@@ -195,11 +199,11 @@ def _close_and_publish(work: Work, plan: Plan, account: _Account, ticker: Ticker
     ticker.look_now()
     staging.write_journal(journal, sync=sync)
     account.journal = journal
-    return _conclude(work.ends, staging, journal, ledger)
+    return _publish(work.ends, staging, journal)
 
 
-def _conclude(ends: Ends, staging: Staging, journal: Journal, ledger: Ledger) -> ForkResult:
-    """Publish the complete tree unless that is done, settle the result, and remove the staging."""
+def _publish(ends: Ends, staging: Staging, journal: Journal) -> ForkResult:
+    """Publish the complete tree unless that is done: the result that is true from then on."""
     if not staging.is_published(journal, ends.name):
         try:
             staging.publish(journal, ends.name, sync=journal.spec["options"]["durability"] == "sync")
@@ -208,7 +212,14 @@ def _conclude(ends: Ends, staging: Staging, journal: Journal, ledger: Ledger) ->
         except FileNotFoundError as error:
             message = "the finished fork is gone: it was moved or removed by someone else"
             raise ForkError(Code.IO_ERROR, message, ends.destination, error.errno) from None
-    result = cast(ForkResult, journal.result)
+    return cast(ForkResult, journal.result)
+
+
+def _settle(staging: Staging, result: ForkResult, ledger: Ledger) -> ForkResult:
+    """Settle the result of a published fork, and remove the staging.
+
+    What fails here is raised: the fork stands, and must not be given up. A later delivery settles it.
+    """
     ledger.settle(result)
     _remove(staging)
     return result
