@@ -87,7 +87,7 @@ def _do(context: Context, staging: Staging, journal: Journal, plan: Plan, number
         ticker.look_now()
         with (
             reopen_ends(context.roots, spec.source, spec.destination, plan.top.ino) as ends,
-            open_work(ends, staging, journal, spec.options, staging.open_tree(journal)) as work,
+            open_work(ends, staging, spec.options, staging.open_tree(journal)) as work,
         ):
             report = run_held_chunk(work, plan, plan.chunks[number], number, ticker)
             if ticker.progress["bytes_done"] or ticker.progress["files_done"]:  # not one that was done before

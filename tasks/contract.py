@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, ValidationError
 
@@ -51,14 +51,17 @@ Pattern = Annotated[Text, AfterValidator(_name)]
 RelativePath = Annotated[Pattern, AfterValidator(_relative)]
 
 
-class ForkRequest(BaseModel):
-    """A request for one fork, as JSON carries it. An unknown field is an error."""
+#: Absolute paths. Bytes that are not UTF-8 are written as Python's surrogateescape does (`\udcff` for 0xff).
+SourcePath = Annotated[InstanceOf[str], AfterValidator(lambda path: normal_path(path, "source"))]
+DestinationPath = Annotated[InstanceOf[str], AfterValidator(lambda path: normal_path(path, "destination"))]
+
+
+class AnyRequest(BaseModel):
+    """What every request says: the source, and how it is to be cloned. An unknown field is an error."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    #: Absolute paths. Bytes that are not UTF-8 are written as Python's surrogateescape does (`\udcff` for 0xff).
-    source: Annotated[InstanceOf[str], AfterValidator(lambda path: normal_path(path, "source"))]
-    destination: Annotated[InstanceOf[str], AfterValidator(lambda path: normal_path(path, "destination"))]
+    source: SourcePath
     reflink: Reflink = "auto"
     skip: Annotated[list[RelativePath], Field(max_length=_MOST)] = []
     exclude: Annotated[list[Pattern], Field(max_length=_MOST)] = list(DEFAULT_EXCLUDE)
@@ -80,12 +83,29 @@ class ForkRequest(BaseModel):
         )
 
 
+class ForkRequest(AnyRequest):
+    """A request for one fork, as JSON carries it."""
+
+    destination: DestinationPath
+
+
+Request = TypeVar("Request", bound=AnyRequest)
+
+
 def parse(request: object) -> ForkRequest:
-    """The request that plain data from a client stands for. Raises ForkError invalid_request, which names the field."""
+    """The fork that plain data from a client asks for. Raises ForkError invalid_request, which names the field."""
+    return parse_as(ForkRequest, request)
+
+
+def parse_as(model: type[Request], request: object) -> Request:
+    """The request of the given kind that plain data from a client stands for.
+
+    Raises ForkError invalid_request, which names the field.
+    """
     if not isinstance(request, dict):
         raise ForkError(Code.INVALID_REQUEST, "the message carries no request: one argument, `request`, an object", "")
     try:
-        parsed = ForkRequest.model_validate(request)
+        parsed = model.model_validate(request)
     except ValidationError as error:
         raise ForkError(Code.INVALID_REQUEST, _explain(error), text_of(request, "source")) from None
     try:

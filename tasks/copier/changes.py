@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from tasks.copier import manifest
 from tasks.copier.errors import Code, ForkError, from_source
 from tasks.copier.plan import Plan
 from tasks.copier.selection import Selection
 from tasks.copier.walk import Block, Kind, Walk, join
-from tasks.copier.work import Work, changed, on_this_host
+from tasks.copier.work import Work, changed
 
 #: Forks of more files are not looked through once more at the end, which costs 2 us a file. Nothing torn can come of
 #: that: each file was compared with the walk when it was cloned, so the fork is the source as the walk saw it.
@@ -21,7 +20,7 @@ def refuse_changes(work: Work, plan: Plan, touched: Iterable[str]) -> None:
     """Raise ForkError source_changed when the source is not what the walk saw; `touched` are directories whose times
     have moved since."""
     if plan.entries <= MOST_FILES:
-        for block in _blocks(work, plan, closing=False):
+        for block in work.blocks(plan.top.dev):
             _refuse_changed_files(work, block)
     _refuse_changed_directories(work, plan, set(touched))
 
@@ -50,7 +49,7 @@ def _refuse_changed_directories(work: Work, plan: Plan, touched: set[str]) -> No
         return
     before: dict[str, set[tuple[str, int]]] = {path: set() for path in touched}
     for closing in (False, True):
-        for block in _blocks(work, plan, closing=closing):
+        for block in work.blocks(plan.top.dev, closing=closing):
             if block.path in touched:
                 before[block.path] |= {(e.name, e.ino) for e in block.entries if e.kind != Kind.SKIP}
     selection = Selection(work.options.skip, work.options.exclude)
@@ -64,12 +63,6 @@ def _refuse_changed_directories(work: Work, plan: Plan, touched: set[str]) -> No
             raise
         if now != before[path]:
             raise changed(join(work.ends.source, path))
-
-
-def _blocks(work: Work, plan: Plan, *, closing: bool) -> Iterable[Block]:
-    with open(work.staging.manifest(closing=closing), "rb") as file:
-        for block in manifest.read(file.fileno(), manifest.whole(file.fileno())):
-            yield Block(block.path, [on_this_host(entry, plan.top.dev, work.source_dev) for entry in block.entries])
 
 
 def _go_on() -> None:

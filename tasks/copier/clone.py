@@ -77,26 +77,30 @@ class Cloner:
 
     def file(self, place: Place, entry: Entry, *, may_copy: bool = True) -> FileResult:
         """Clone one regular file. Raises ForkError, and ReflinkRefused where it may not be copied instead."""
-        began = time.perf_counter()
-        copied, refusal = 0, None
-        src_fd = self._open_source(place, entry)
+        src_fd = self.open_source(place, entry)
         try:
-            dst_fd = self._create(place, entry)
-            try:
-                refusal = self._reflink(place, entry, src_fd, dst_fd)
-                if refusal is not None:
-                    if not may_copy:
-                        raise ReflinkRefused(refusal)
-                    copied = self._copy(place, entry, src_fd, dst_fd)
-                self._complete(place, entry, src_fd, dst_fd)
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(entry.name, dir_fd=place.dst_fd)
-                raise
-            finally:
-                os.close(dst_fd)
+            return self.file_from(src_fd, place, entry, may_copy=may_copy)
         finally:
             os.close(src_fd)
+
+    def file_from(self, src_fd: int, place: Place, entry: Entry, *, may_copy: bool = True) -> FileResult:
+        """As `file`, for a source that `open_source` opened, from which several clones are made."""
+        began = time.perf_counter()
+        copied, refusal = 0, None
+        dst_fd = self._create(place, entry)
+        try:
+            refusal = self._reflink(place, entry, src_fd, dst_fd)
+            if refusal is not None:
+                if not may_copy:
+                    raise ReflinkRefused(refusal)
+                copied = self._copy(place, entry, src_fd, dst_fd)
+            self._complete(place, entry, src_fd, dst_fd)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(entry.name, dir_fd=place.dst_fd)
+            raise
+        finally:
+            os.close(dst_fd)
         return {
             "path": join(place.path, entry.name),
             "type": "file",
@@ -168,7 +172,7 @@ class Cloner:
 
     @contextmanager
     def _both(self, place: Place, entry: Entry) -> Iterator[tuple[int, int]]:
-        src_fd = self._open_source(place, entry)
+        src_fd = self.open_source(place, entry)
         try:
             try:
                 dst_fd = os.open(entry.name, _OPEN, dir_fd=place.dst_fd)
@@ -181,7 +185,8 @@ class Cloner:
         finally:
             os.close(src_fd)
 
-    def _open_source(self, place: Place, entry: Entry) -> int:
+    def open_source(self, place: Place, entry: Entry) -> int:
+        """Open one file of the source for reading; the caller closes it. Raises ForkError."""
         try:
             try:
                 return os.open(entry.name, _READ | self._no_atime, dir_fd=place.src_fd)

@@ -30,24 +30,23 @@ def close_tree(work: Work, plan: Plan, reports: Iterable[Report], cloner: Cloner
         ranges += part.ranges
     report = Report()
     _complete_ranged_files(work, plan, ranges, cloner, report, totals, ticker)
-    closing_fd = work.staging.manifest(closing=True)
-    with open(closing_fd, "rb"):
-        spans = list(manifest.spans(closing_fd))
-        for span in spans:
-            for block in _read(closing_fd, span, work, plan):
-                _link_and_skip(work, block, report, ticker)
-        touched: list[str] = []
-        for span in reversed(spans):
-            for block in _read(closing_fd, span, work, plan):
-                _complete_directories(work, block, cloner, report, touched, ticker)
-        top = on_this_host(plan.top, plan.top.dev, work.source_dev)
-        _complete_directory(work, "", top, cloner, touched)
-        refuse_changes(work, plan, touched)
-    counted = totals.total + report.totals.total
-    if counted != plan.entries:
-        message = f"the books do not balance: {plan.entries} entries, {counted} results"
-        raise ForkError(Code.IO_ERROR, message, work.ends.source)
+    for block in work.blocks(plan.top.dev, closing=True):
+        link_and_skip(work, block, report, ticker)
+    touched: list[str] = []
+    for block in work.blocks(plan.top.dev, closing=True, backwards=True):
+        complete_directories(work, block, cloner, report, touched, ticker)
+    top = on_this_host(plan.top, plan.top.dev, work.source_dev)
+    complete_directory(work, "", top, cloner, touched)
+    refuse_changes(work, plan, touched)
+    refuse_unbalanced(work, plan, totals.total + report.totals.total)
     return report
+
+
+def refuse_unbalanced(work: Work, plan: Plan, results: int) -> None:
+    """Raise ForkError when there is not one FileResult for each entry of the manifest."""
+    if results != plan.entries:
+        message = f"the books do not balance: {plan.entries} entries, {results} results"
+        raise ForkError(Code.IO_ERROR, message, work.ends.source)
 
 
 def _complete_ranged_files(
@@ -69,7 +68,7 @@ def _complete_ranged_files(
                 ticker(1, 0)
 
 
-def _link_and_skip(work: Work, block: Block, report: Report, ticker: Ticker) -> None:
+def link_and_skip(work: Work, block: Block, report: Report, ticker: Ticker) -> None:
     """Make the further names of files that have several, and note what was left out."""
     for entry in block.entries:
         if entry.kind == Kind.HARDLINK:
@@ -100,19 +99,19 @@ def _link(work: Work, first: str, directory: str, name: str) -> None:
             raise from_oserror(error, "making a hard link", path) from None
 
 
-def _complete_directories(
+def complete_directories(
     work: Work, block: Block, cloner: Cloner, report: Report, touched: list[str], ticker: Ticker
 ) -> None:
     """Give the directories of one block their metadata, after all below them have theirs."""
     for entry in block.entries:
         if entry.kind == Kind.DIRECTORY:
             began = time.perf_counter()
-            _complete_directory(work, join(block.path, entry.name), entry, cloner, touched)
+            complete_directory(work, join(block.path, entry.name), entry, cloner, touched)
             report.add(_result(block.path, entry, "mkdir", time.perf_counter() - began))
             ticker(1, 0)
 
 
-def _complete_directory(work: Work, path: str, entry: Entry, cloner: Cloner, touched: list[str]) -> None:
+def complete_directory(work: Work, path: str, entry: Entry, cloner: Cloner, touched: list[str]) -> None:
     source = join(work.ends.source, path)
     try:
         with work.place(path) as place:

@@ -130,7 +130,7 @@ def finish(
                 raise worker_lost(spec.source)
             journal = account.journal = replace(journal, closings=journal.closings + 1)
             staging.write_journal(journal)
-            with open_work(ends, staging, journal, spec.options, staging.open_tree(journal)) as work:
+            with open_work(ends, staging, spec.options, staging.open_tree(journal)) as work:
                 result = _close_and_publish(work, plan, account, ticker, ledger)
     except Exception as error:
         return _give_up(ends, staging, account, error, ledger)
@@ -151,7 +151,7 @@ def _start_anew(
         raise worker_lost(spec.source)
     ends.refuse_existing()
     journal = account.journal = staging.begin(spec.to_data(), account.journal)
-    with open_work(ends, staging, journal, spec.options, staging.make_tree(journal)) as work:
+    with open_work(ends, staging, spec.options, staging.make_tree(journal)) as work:
         cloner = Cloner(spec.options, {}, ticker.step)
         planned = account.reports["plan"] = Report()
         crew = gather(work) if gather is not None else None

@@ -86,12 +86,12 @@ def _visit(parent_fd: int, name: str, path: str, is_live: IsLive) -> Finding | N
 def _visit_tree(parent_fd: int, name: str, path: str, attempt: str, staging: Staging | None) -> Finding | None:
     """A tree without its control directory, or of another attempt than the one its control directory names."""
     journal = staging.journal() if staging is not None else None
-    if staging is not None and (journal is None or journal.attempt == attempt):
-        return None
+    if staging is not None and (journal is None or journal.is_campaign or journal.attempt == attempt):
+        return None  # a campaign's goes with its control directory
     if not os.access(name, os.F_OK, dir_fd=parent_fd, follow_symlinks=False):
         return None  # it went with its control directory
     trees.remove(parent_fd, name)
-    return Finding(path, journal.spec["fork_id"] if journal else "", "removed", "left by an earlier attempt")
+    return Finding(path, journal.job_id if journal else "", "removed", "left by an earlier attempt")
 
 
 def _visit_control(staging: Staging, path: str, is_live: IsLive) -> Finding:
@@ -101,7 +101,7 @@ def _visit_control(staging: Staging, path: str, is_live: IsLive) -> Finding:
             return Finding(path, "", "kept", "it was made a moment ago")
         staging.remove()
         return Finding(path, "", "removed", "its process died before it wrote a journal")
-    fork_id = journal.spec["fork_id"]
+    fork_id = journal.job_id
     if journal.control != os.fstat(staging.fd).st_ino:
         return Finding(path, fork_id, "kept", "it is a copy that someone made of a staging directory")
     return _reap(staging, journal, path, fork_id, is_live)
@@ -114,6 +114,6 @@ def _reap(staging: Staging, journal: Journal, path: str, fork_id: str, is_live: 
             return Finding(path, fork_id, "kept", "the queue that owns it cannot be asked")
         if live:
             return Finding(path, fork_id, "kept", "the queue has still to deliver it")
-    staging.discard_tree(journal)
+    staging.discard_trees()
     staging.remove()
     return Finding(path, fork_id, "removed", "its process died")

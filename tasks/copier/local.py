@@ -69,7 +69,7 @@ def _complete(
     journal = staging.journal()
     if journal is None:
         return ForkError(Code.IO_ERROR, "the staging directory was removed", spec.destination)
-    with open_work(ends, staging, journal, spec.options, staging.open_tree(journal)) as work:
+    with open_work(ends, staging, spec.options, staging.open_tree(journal)) as work:
         try:
             if crew is not None and crew.is_at_work:
                 crew.complete(plan)

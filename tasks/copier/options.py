@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Reflink = Literal["auto", "always", "never"]
 Preserve = Literal["mode", "ownership", "timestamps", "xattrs", "hardlinks"]
@@ -30,6 +30,16 @@ class Options:
     durability: Durability = "none"
     #: content: every byte is read back and compared before the fork is published.
     verify: Verify = "none"
+
+    def to_data(self) -> dict[str, Any]:
+        """As plain data for a journal."""
+        return {**vars(self), "preserve": sorted(self.preserve)}
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> Options:
+        """From what `to_data` gave."""
+        lists = {"skip": tuple(data["skip"]), "exclude": tuple(data["exclude"])}
+        return cls(**{**data, **lists, "preserve": frozenset(data["preserve"])})
 
 
 @dataclass(frozen=True, kw_only=True)

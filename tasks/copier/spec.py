@@ -31,7 +31,7 @@ class ForkSpec:
 
     def to_data(self) -> dict[str, Any]:
         """As plain data for the journal."""
-        return {**vars(self), "options": {**vars(self.options), "preserve": sorted(self.options.preserve)}}
+        return {**vars(self), "options": self.options.to_data()}
 
     def request(self) -> dict[str, Any]:
         """The ForkRequest that asks for this fork."""
@@ -41,20 +41,7 @@ class ForkSpec:
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> ForkSpec:
         """From what `to_data` gave."""
-        options = data["options"]
-        return cls(
-            **{
-                **data,
-                "options": Options(
-                    **{
-                        **options,
-                        "skip": tuple(options["skip"]),
-                        "exclude": tuple(options["exclude"]),
-                        "preserve": frozenset(options["preserve"]),
-                    }
-                ),
-            }
-        )
+        return cls(**{**data, "options": Options.from_data(data["options"])})
 
 
 class ForkResult(TypedDict):

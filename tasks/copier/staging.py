@@ -31,6 +31,7 @@ from typing import Any
 from tasks.copier import syscalls, trees
 from tasks.copier.metadata import drop_inherited_acls
 from tasks.copier.report import Report
+from tasks.copier.selection import STAGING_NAME
 
 _LOCK = "lock"
 _JOURNAL = "journal"
@@ -78,6 +79,16 @@ class Journal:
     planned_at: float = 0.0
     #: The ForkResult that the rename makes true.
     result: dict[str, Any] | None = None
+
+    @property
+    def is_campaign(self) -> bool:
+        """Whether the control directory is a campaign's: it has many trees, which only go with it."""
+        return "campaign_id" in self.spec
+
+    @property
+    def job_id(self) -> str:
+        """The id of the fork or campaign."""
+        return str(self.spec["campaign_id"] if self.is_campaign else self.spec["fork_id"])
 
 
 class Held(Exception):
@@ -249,7 +260,7 @@ class Staging:
     def journal(self) -> Journal | None:
         """The journal, or None when whoever made the staging died before writing one."""
         try:
-            data = self._read(_JOURNAL)
+            data = self.read_file(_JOURNAL)
         except FileNotFoundError:
             return None
         try:
@@ -260,7 +271,7 @@ class Staging:
 
     def write_journal(self, journal: Journal, *, sync: bool = False) -> None:
         """Replace the journal, in one step; `sync`: and have it on the disk."""
-        self._write(_JOURNAL, json.dumps(vars(journal)).encode("ascii"), sync=sync)
+        self.write_file(_JOURNAL, json.dumps(vars(journal)).encode("ascii"), sync=sync)
 
     def begin(self, spec: dict[str, Any], earlier: Journal | None) -> Journal:
         """Write the journal of a new attempt; what an earlier one left in the staging goes."""
@@ -288,7 +299,14 @@ class Staging:
 
     def make_tree(self, journal: Journal) -> int:
         """Make the tree's top directory, open to nobody else; the caller closes the descriptor."""
-        name = self.tree_name(journal)
+        return self.make_named_tree(self.tree_name(journal))
+
+    def new_tree_name(self) -> str:
+        """A name for one of the trees of a campaign, which no other tree has."""
+        return f"{self.name}.{secrets.token_hex(4)}"
+
+    def make_named_tree(self, name: str) -> int:
+        """As `make_tree`, for a tree that `new_tree_name` named."""
         os.mkdir(name, 0o700, dir_fd=self.parent_fd)
         fd = os.open(name, _DIRECTORY, dir_fd=self.parent_fd)
         drop_inherited_acls(fd)
@@ -325,6 +343,12 @@ class Staging:
         """Remove the attempt's tree, if it stands."""
         trees.remove(self.parent_fd, self.tree_name(journal))
 
+    def discard_trees(self) -> None:
+        """Remove all trees that belong to this control directory; a campaign has many."""
+        for name in os.listdir(self.parent_fd):
+            if name.startswith(f"{self.name}.") and STAGING_NAME.fullmatch(name):
+                trees.remove(self.parent_fd, name)
+
     def remove(self) -> None:
         """Remove the control directory, the last step of every fork. The tree must be gone or published."""
         trees.remove(self.parent_fd, self.name)
@@ -357,17 +381,34 @@ class Staging:
         finally:
             os.close(fd)
 
+    def chunk_lock(self, number: int) -> int | None:
+        """Inode of the lock of chunk `number`: who finds another one than before has lost the chunk. None: gone."""
+        try:
+            return os.stat(f"chunk-{number}", dir_fd=self.fd, follow_symlinks=False).st_ino
+        except FileNotFoundError:
+            return None
+
+    def seize_chunk(self, number: int) -> None:
+        """Take the lock of chunk `number` from whoever holds it, by a new one in its place that has the same count."""
+        with suppress(FileNotFoundError):
+            self.write_file(f"chunk-{number}", self.read_file(f"chunk-{number}"))
+
+    def forget_chunk(self, number: int) -> None:
+        """Remove the lock of chunk `number`, which is done."""
+        with suppress(FileNotFoundError):
+            os.unlink(f"chunk-{number}", dir_fd=self.fd)
+
     def write_report(self, part: str, report: Report) -> None:
         """Record that a part (a chunk's number, or `plan`) is done, and what it did."""
-        self._write(f"report-{part}", report.to_bytes())
+        self.write_file(f"report-{part}", report.to_bytes())
 
     def has_report(self, part: str) -> bool:
         """Whether a part is done."""
-        return self._exists(f"report-{part}")
+        return self.has_file(f"report-{part}")
 
     def report(self, part: str) -> Report:
         """What a part did. Raises FileNotFoundError when it is not done."""
-        return Report.from_bytes(self._read(f"report-{part}"))
+        return Report.from_bytes(self.read_file(f"report-{part}"))
 
     # -- stopping early
 
@@ -388,18 +429,25 @@ class Staging:
 
     def is_stopped(self) -> bool:
         """Whether someone called `stop`."""
-        return self._exists(_STOP)
+        return self.has_file(_STOP)
 
     # -- files
 
-    def _exists(self, name: str) -> bool:
+    def has_file(self, name: str) -> bool:
+        """Whether the control directory has the file `name`."""
         return os.access(name, os.F_OK, dir_fd=self.fd, follow_symlinks=False)
 
-    def _read(self, name: str) -> bytes:
-        with open(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd), "rb") as file:
+    def open_file(self, name: str) -> int:
+        """Open the file `name` of the control directory for reading; the caller closes it. Raises FileNotFoundError."""
+        return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+
+    def read_file(self, name: str) -> bytes:
+        """The bytes of the file `name` of the control directory. Raises FileNotFoundError."""
+        with open(self.open_file(name), "rb") as file:
             return file.read()
 
-    def _write(self, name: str, data: bytes, *, sync: bool = False) -> None:
+    def write_file(self, name: str, data: bytes, *, sync: bool = False) -> None:
+        """Replace the file `name` of the control directory, in one step; `sync`: and have it on the disk."""
         new = f"{name}.new"
         with open(os.open(new, _FILE | os.O_TRUNC, 0o600, dir_fd=self.fd), "wb") as file:
             file.write(data)

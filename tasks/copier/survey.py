@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import heapq
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tasks.copier import manifest
-from tasks.copier.errors import from_oserror
 from tasks.copier.manifest import Span
 from tasks.copier.options import Limits
 from tasks.copier.progress import Ticker
@@ -93,7 +91,7 @@ class Survey:
             self._add_to_last(self._files.append(Block(block.path, small)), small)
         if others:
             self._closing.append(Block(block.path, others))
-            self._make_directories(block.path, [entry.name for entry in others if entry.kind == Kind.DIRECTORY])
+            self._work.make_directories(block.path, [entry.name for entry in others if entry.kind == Kind.DIRECTORY])
 
     def _add_to_last(self, span: Span, entries: list[Entry]) -> None:
         """Join a block to the unit before it while that is small: there may be a hundred thousand small directories."""
@@ -117,19 +115,6 @@ class Survey:
             heapq.heappush(self._heap, (entry.size, join(directory, entry.name), entry))
         elif entry.size > self._heap[0][0]:
             heapq.heapreplace(self._heap, (entry.size, join(directory, entry.name), entry))
-
-    def _make_directories(self, path: str, names: list[str]) -> None:
-        """Make directories in the tree, for us alone until the fork is closed."""
-        if not names:
-            return
-        fd = self._work.open_tree(path)
-        try:
-            for name in names:
-                os.mkdir(name, 0o700, dir_fd=fd)
-        except OSError as error:
-            raise from_oserror(error, "making a directory", join(self._work.ends.destination, path)) from None
-        finally:
-            os.close(fd)
 
 
 @contextmanager

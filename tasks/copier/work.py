@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tasks.copier import trees
+from tasks.copier import manifest, trees
 from tasks.copier.clone import Place
 from tasks.copier.ends import Ends
 from tasks.copier.errors import Code, ForkError, from_oserror, from_source
 from tasks.copier.options import Options
-from tasks.copier.staging import Journal, Staging
-from tasks.copier.walk import Entry, join
+from tasks.copier.staging import Staging
+from tasks.copier.walk import Block, Entry, join
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,6 @@ class Work:
 
     ends: Ends
     staging: Staging
-    journal: Journal
     options: Options
     tree_fd: int
     #: st_dev of the source directory and of the tree, as this host numbers them.
@@ -61,13 +60,38 @@ class Work:
             name = join(self.ends.destination, path)
             raise from_oserror(error, "opening a directory of the fork", name) from None
 
+    def make_directories(self, path: str, names: list[str]) -> None:
+        """Make directories in the directory `path` of the tree, for us alone until the fork is closed."""
+        if not names:
+            return
+        fd = self.open_tree(path)
+        try:
+            for name in names:
+                os.mkdir(name, 0o700, dir_fd=fd)
+        except OSError as error:
+            raise from_oserror(error, "making a directory", join(self.ends.destination, path)) from None
+        finally:
+            os.close(fd)
+
+    def blocks(self, planned_dev: int, *, closing: bool = False, backwards: bool = False) -> Iterator[Block]:
+        """The blocks of the manifest of what is cloned, or of what closes the fork, as this host numbers devices.
+
+        `planned_dev` is the source's st_dev as the walk saw it.
+        """
+        fd = self.staging.manifest(closing=closing)
+        with open(fd, "rb"):
+            spans = reversed(list(manifest.spans(fd))) if backwards else iter([manifest.whole(fd)])
+            for span in spans:
+                for block in manifest.read(fd, span):
+                    yield Block(block.path, [on_this_host(e, planned_dev, self.source_dev) for e in block.entries])
+
 
 @contextmanager
-def open_work(ends: Ends, staging: Staging, journal: Journal, options: Options, tree_fd: int) -> Iterator[Work]:
+def open_work(ends: Ends, staging: Staging, options: Options, tree_fd: int) -> Iterator[Work]:
     """The Work over an open tree, whose descriptor it takes over and closes."""
     try:
         source_dev, tree_dev = os.fstat(ends.source_fd).st_dev, os.fstat(tree_fd).st_dev
-        yield Work(ends, staging, journal, options, tree_fd, source_dev, tree_dev)
+        yield Work(ends, staging, options, tree_fd, source_dev, tree_dev)
     finally:
         os.close(tree_fd)
 

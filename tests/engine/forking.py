@@ -142,7 +142,7 @@ def fork_with_books(
         if isinstance(outcome, Plan):
             journal = staging.journal()
             assert journal is not None
-            with open_work(ends, staging, journal, spec.options, staging.open_tree(journal)) as work:
+            with open_work(ends, staging, spec.options, staging.open_tree(journal)) as work:
                 for number in range(len(outcome.chunks)):
                     report = run_held_chunk(work, outcome, outcome.chunks[number], number, ticker)
                     assert report is not None

@@ -53,7 +53,7 @@ def planned(source: Path, limits: Limits, **options: str) -> Planned:
         ends = stack.enter_context(open_ends(Roots(), spec.source, spec.destination))
         staging = stack.enter_context(Staging.claim(ends.parent_fd, spec.fork_id, wait=0))
         journal = staging.begin(spec.to_data(), None)
-        work = stack.enter_context(open_work(ends, staging, journal, spec.options, staging.make_tree(journal)))
+        work = stack.enter_context(open_work(ends, staging, spec.options, staging.make_tree(journal)))
         cloner = Cloner(spec.options, {}, lambda count: None)
         plan = make_plan(work, limits, cloner, Ticker(go_on), Report())
         with open(staging.manifest(), "rb") as file:

@@ -1,0 +1,68 @@
+"""The contract with schedulers for campaigns: what a CampaignRequest may say."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Literal
+
+from pydantic import Field, InstanceOf
+
+from tasks.contract import AnyRequest, parse_as
+from tasks.copier.campaign import Aims, CampaignResult, CampaignSpec, OnError, campaign_result
+from tasks.copier.errors import ForkError
+from tasks.destinations import MOST_FORKS, Template, normal_paths
+
+#: A list is counted from here, as a template is by default.
+_FIRST = 1
+#: Longest deadline, in seconds: ten years.
+_LONGEST = 315_360_000
+
+
+class CampaignRequest(AnyRequest):
+    """A request for many forks of one source, as JSON carries it."""
+
+    destinations: Annotated[list[InstanceOf[str]], Field(min_length=1, max_length=MOST_FORKS)] | Template
+    #: Forks in flight at most, so that a campaign leaves room for others; None: as many as the workers take.
+    max_parallel: Annotated[int, Field(ge=1)] | None = None
+    on_error: OnError = "continue"
+    #: Seconds from the campaign's start; what is not published by then is cancelled. None: there is none.
+    deadline: Annotated[float, Field(gt=0, le=_LONGEST)] | None = None
+
+
+def campaign_of(
+    request: object, campaign_id: str, *, owner: Literal["queue", "local"], queued: float = 0.0
+) -> tuple[CampaignSpec, list[str]]:
+    """The campaign that plain data asks for, and its forks' destinations, in order.
+
+    `queued` is how long the request waited, in seconds. Raises ForkError invalid_request, which names the field.
+    """
+    started = time.time()
+    parsed = parse_as(CampaignRequest, request)
+    given = parsed.destinations
+    paths = normal_paths(given.paths() if isinstance(given, Template) else given)
+    aims = Aims(
+        count=len(paths),
+        start=given.start if isinstance(given, Template) else _FIRST,
+        max_parallel=parsed.max_parallel,
+        on_error=parsed.on_error,
+        deadline=None if parsed.deadline is None else started + parsed.deadline,
+    )
+    spec = CampaignSpec(
+        campaign_id=campaign_id,
+        source=parsed.source,
+        options=parsed.options(),
+        labels=parsed.labels,
+        owner=owner,
+        queued=queued,
+        started=started,
+        aims=aims,
+    )
+    return spec, paths
+
+
+def refused_campaign(request: object, campaign_id: str, error: ForkError) -> CampaignResult:
+    """The result of what could not be made a campaign of."""
+    from tasks.contract import text_of
+
+    spec = CampaignSpec(campaign_id=campaign_id, source=text_of(request, "source"))
+    return campaign_result(spec, {}, [], error=error)

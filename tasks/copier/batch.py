@@ -1,0 +1,270 @@
+"""One batch of a campaign: some of its forks, made in one task, each published by a rename of its own.
+
+What a process that died left of a batch, the next one finds in the records (see `batch_record`) and finishes or
+removes.
+
+**The fence.** Who makes a batch holds the campaign's lock shared, as a chunk does its fork's, and the batch's own lock
+alone: nobody else ever writes into its trees, and when it lets go, all of them are published or removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Protocol
+
+from tasks.copier import batch_record, syscalls, trees
+from tasks.copier.batch_record import Outcome, Record
+from tasks.copier.batch_trees import Tree, Trees, build
+from tasks.copier.campaign_plan import Campaign
+from tasks.copier.chunk import MAX_TRIES, worker_lost
+from tasks.copier.clone import Cloner
+from tasks.copier.ends import Ends, destination_exists, reopen_ends
+from tasks.copier.errors import Code, ForkError, from_oserror
+from tasks.copier.fork import Superseded
+from tasks.copier.progress import Ticker
+from tasks.copier.report import Fallback, Report
+from tasks.copier.roots import Roots
+from tasks.copier.spec import Clock, ForkSpec, failed, succeeded
+from tasks.copier.staging import Held, Staging
+
+#: How long a batch waits for the control directory in a further parent, in seconds: who makes it holds it shortly.
+_LOCK_WAIT = 5.0
+
+
+class CampaignLedger(Protocol):
+    """Where the outcomes of a campaign's forks are kept. Forks are named by their index in the campaign."""
+
+    def is_settled(self, first: int) -> bool:
+        """Whether the outcomes of the run of forks that begins with `first` are kept."""
+
+    def settle(self, first: int, outcomes: list[Outcome]) -> None:
+        """Keep the outcomes of the run of forks that begins with `first`; once, however often it is called."""
+
+
+def make_batch(
+    campaign: Campaign,
+    roots: Roots,
+    first: int,
+    ticker: Ticker,
+    ledger: CampaignLedger,
+    abort: ForkError | None = None,
+) -> None:
+    """Make the forks of the batch that begins with the index `first`, but for those that are settled; settle them.
+
+    A fork that fails is an outcome. `abort` ends all that are not published; so does ForkError cancelled, which
+    `ticker` may raise. Raises Held while another process makes one of them, Superseded when the batch was taken from
+    this process, and OSError where the staging cannot be written.
+    """
+    at = first
+    for _, group in groupby(campaign.destinations(first, campaign.plan.batch), key=os.path.dirname):
+        run = list(group)
+        if not ledger.is_settled(at):
+            _make_run(campaign, roots, at, run, ticker, ledger, abort)
+        at += len(run)
+
+
+def seize_batch(staging: Staging, first: int) -> None:
+    """Take the run of forks that begins with `first` from a holder that gives no sign of life.
+
+    The rename of its trees decides: when it is done, the holder cannot publish them any more, and what it writes goes
+    into files that are nobody's. What it has published is found by the record.
+    """
+    for record in batch_record.read_all(staging, first):
+        for name in record.trees.values():
+            away = staging.new_tree_name()
+            try:
+                os.rename(name, away, src_dir_fd=staging.parent_fd, dst_dir_fd=staging.parent_fd)
+            except FileNotFoundError:
+                continue
+            trees.remove(staging.parent_fd, away)
+    staging.seize_chunk(first)
+
+
+def _make_run(
+    campaign: Campaign,
+    roots: Roots,
+    first: int,
+    destinations: list[str],
+    ticker: Ticker,
+    ledger: CampaignLedger,
+    abort: ForkError | None,
+) -> None:
+    """Make forks that have one parent."""
+    began = time.time()
+    forks = {first + n: campaign.spec.fork(first + n, path, began) for n, path in enumerate(destinations)}
+
+    def refuse(error: ForkError) -> None:
+        ledger.settle(first, [_failed(fork, abort or error) for fork in forks.values()])
+
+    try:
+        with (
+            reopen_ends(roots, campaign.spec.source, destinations[0], campaign.plan.fork.top.ino) as ends,
+            _control(campaign, ends.parent_fd) as staging,
+        ):
+            try:
+                with staging.hold_chunk(first) as begun:
+                    if begun is None:
+                        raise Held(campaign.staging.pulse())
+                    if not ledger.is_settled(first):  # it may have been, before the lock was ours
+                        run = _Run(campaign, staging, ends, first, begun, forks, ticker)
+                        ledger.settle(first, run.make(abort))
+                    batch_record.forget(staging, first)
+                    staging.forget_chunk(first)
+            except OSError as error:
+                if batch_record.has_any(staging, first):  # an earlier try may have published some: not to be refused
+                    raise Held(campaign.staging.pulse()) from None
+                refuse(from_oserror(error, "working in the staging directory", destinations[0]))
+    except ForkError as error:  # the ends cannot be opened
+        refuse(error)
+    except OSError as error:
+        refuse(from_oserror(error, "making the staging directory", destinations[0]))
+
+
+@contextmanager
+def _control(campaign: Campaign, parent_fd: int) -> Iterator[Staging]:
+    """The campaign's control directory in this parent, held shared; made where there is none yet."""
+    if os.path.samestat(os.fstat(campaign.staging.parent_fd), os.fstat(parent_fd)):
+        yield campaign.staging
+        return
+    while True:
+        with Staging.attach(parent_fd, campaign.spec.campaign_id, _LOCK_WAIT) as staging:
+            if staging is not None and staging.journal() is not None:
+                yield staging
+                return
+        with Staging.claim(parent_fd, campaign.spec.campaign_id, _LOCK_WAIT) as staging:
+            if staging.journal() is None:
+                staging.begin(campaign.spec.to_data(), None)
+
+
+@dataclass
+class _Run:
+    """Forks with one parent, which nobody else makes meanwhile."""
+
+    campaign: Campaign
+    staging: Staging
+    ends: Ends
+    first: int
+    #: Which try this is, counted from 1.
+    attempt: int
+    forks: dict[int, ForkSpec]
+    ticker: Ticker
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+
+    def make(self, abort: ForkError | None) -> list[Outcome]:
+        """What becomes of the forks, in order. Raises Superseded, and OSError."""
+        lock = self.staging.chunk_lock(self.first)
+        if abort is None and self.attempt > MAX_TRIES:
+            abort = worker_lost(self.campaign.spec.source)
+        try:
+            self._take_up()
+            if abort is None and len(self.outcomes) < len(self.forks):
+                self._make_rest()
+        except OSError as error:
+            abort = abort or from_oserror(error, "working in the staging directory", self.ends.destination)
+        if self.staging.chunk_lock(self.first) != lock:
+            raise Superseded
+        return [self.outcomes.get(index) or _failed(spec, abort or _gone(spec)) for index, spec in self.forks.items()]
+
+    def _take_up(self) -> None:
+        """Publish what earlier tries had completed, and remove what they had not."""
+        for record in batch_record.read_all(self.staging, self.first):
+            for index, name in record.trees.items():
+                if index not in record.inodes:
+                    trees.remove(self.ends.parent_fd, name)
+                elif self._is_published(index, record.inodes[index]):
+                    self.outcomes[index] = record.outcomes[index]
+                else:
+                    self._publish(index, name, record.outcomes[index])
+
+    def _is_published(self, index: int, inode: int) -> bool:
+        name = os.path.basename(self.forks[index].destination)
+        try:
+            return os.stat(name, dir_fd=self.ends.parent_fd, follow_symlinks=False).st_ino == inode
+        except FileNotFoundError:
+            return False
+
+    def _make_rest(self) -> None:
+        """Make the forks that have no outcome yet."""
+        names = {index: self.staging.new_tree_name() for index in self.forks if index not in self.outcomes}
+        record = Record(names)
+        batch_record.write(self.staging, self.first, self.attempt, record)
+        plan, options = self.campaign.plan.fork, self.campaign.spec.options
+        cloner = Cloner(options, {(src, dst): number for src, dst, number in plan.refused}, self.ticker.step)
+        with ExitStack() as opened:
+            made = Trees(self.campaign.staging, self.staging, self.ends, plan, cloner, self.ticker, opened)
+            try:
+                for index, name in names.items():
+                    made.make(index, self.forks[index], name)
+                build(made)
+                self._publish_all(made, record)
+            except ForkError as error:
+                made.fail_all(error)
+            except OSError as error:
+                made.fail_all(from_oserror(error, "working in the staging directory", self.ends.destination))
+        for index, failure in made.failures.items():
+            self.outcomes.setdefault(index, _failed(failure.spec, failure.error, failure.report))
+
+    def _publish_all(self, made: Trees, record: Record) -> None:
+        if not made.alive:
+            return
+        sync = self.campaign.spec.options.durability == "sync"
+        if sync:
+            syscalls.syncfs(made.alive[0].work.tree_fd)
+        for tree in made.alive:
+            record.outcomes[tree.index] = self._succeeded(tree, made.cloner.fallback)
+            record.inodes[tree.index] = os.fstat(tree.work.tree_fd).st_ino
+        self.ticker.look_now()
+        batch_record.write(self.staging, self.first, self.attempt, record, sync=sync)
+        for tree in made.alive:
+            self._publish(tree.index, tree.name, record.outcomes[tree.index])
+        if sync:
+            self._sync_parent(made)
+
+    def _publish(self, index: int, tree: str, outcome: Outcome) -> None:
+        """Rename a complete tree to its destination; the outcome is what the fork came to."""
+        spec, parent_fd = self.forks[index], self.ends.parent_fd
+        try:
+            syscalls.rename_noreplace(parent_fd, tree, parent_fd, os.path.basename(spec.destination))
+        except FileNotFoundError:
+            return  # somebody removed the tree, or took it from us while we were paused
+        except OSError as error:
+            exists = error.errno == errno.EEXIST
+            with suppress(OSError):
+                trees.remove(parent_fd, tree)
+            cause = from_oserror(error, "publishing it", spec.destination)
+            outcome = _failed(spec, destination_exists(spec.destination) if exists else cause)
+        self.outcomes[index] = outcome
+
+    def _sync_parent(self, made: Trees) -> None:
+        """Have the renames on the disk; where that fails, none of them was."""
+        parent_fd = self.ends.parent_fd
+        try:
+            os.fsync(parent_fd)
+        except OSError:
+            for tree in made.alive:
+                if self.outcomes.pop(tree.index).result["error"] is None:
+                    name = os.path.basename(tree.spec.destination)
+                    syscalls.rename_noreplace(parent_fd, name, parent_fd, tree.name)
+            raise
+
+    def _succeeded(self, tree: Tree, fallback: Fallback | None) -> Outcome:
+        totals = tree.report.totals
+        totals.fallback = (self.campaign.plan.fallback or fallback) if totals.copied else None
+        clock = Clock(tree.spec.started, planned=tree.spec.started, cloned=time.time())
+        return Outcome(succeeded(tree.spec, totals, 1, clock), tree.report.close())
+
+
+def _failed(spec: ForkSpec, error: ForkError, report: Report | None = None) -> Outcome:
+    report = report or Report()
+    return Outcome(failed(spec, error, report.totals, 1, Clock(spec.started)), report.close())
+
+
+def _gone(spec: ForkSpec) -> ForkError:
+    message = "the finished fork is gone: it was moved or removed by someone else"
+    return ForkError(Code.IO_ERROR, message, spec.destination, errno.ENOENT)

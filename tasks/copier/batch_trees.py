@@ -1,0 +1,208 @@
+"""The trees of one batch: clones of one source, built side by side.
+
+Each directory of the source is read once, and each of its files opened once, for all trees. A tree that fails is
+removed at once, and the others go on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from tasks.copier import trees
+from tasks.copier.changes import refuse_changes
+from tasks.copier.clone import Cloner, Place
+from tasks.copier.close import complete_directories, complete_directory, link_and_skip, refuse_unbalanced
+from tasks.copier.ends import Ends
+from tasks.copier.errors import Code, ForkError, from_oserror
+from tasks.copier.plan import Plan
+from tasks.copier.progress import Ticker
+from tasks.copier.report import Report, failed
+from tasks.copier.spec import ForkSpec
+from tasks.copier.staging import Staging
+from tasks.copier.walk import Block, Entry, Kind, join
+from tasks.copier.work import Work, on_this_host
+
+
+@dataclass(eq=False)
+class Tree:
+    """One fork in the making. `index` is its place in the campaign, `name` the tree's in the destination's parent."""
+
+    index: int
+    spec: ForkSpec
+    name: str
+    work: Work
+    report: Report = field(default_factory=Report)
+
+
+class Failure(NamedTuple):
+    """Why a fork was given up, and what had been done of it."""
+
+    spec: ForkSpec
+    error: ForkError
+    report: Report
+
+
+@dataclass
+class Trees:
+    """The trees of one batch. `opened` closes their descriptors."""
+
+    #: Where the manifests lie, and where the trees belong to.
+    source: Staging
+    staging: Staging
+    ends: Ends
+    plan: Plan
+    cloner: Cloner
+    ticker: Ticker
+    opened: ExitStack
+    alive: list[Tree] = field(default_factory=list)
+    failures: dict[int, Failure] = field(default_factory=dict)
+
+    def make(self, index: int, spec: ForkSpec, name: str) -> None:
+        """Make the top directory of one fork's tree, open to nobody else."""
+        source_fd, parent_fd = self.ends.source_fd, self.ends.parent_fd
+        ends = Ends(spec.source, spec.destination, source_fd, parent_fd, os.path.basename(spec.destination))
+        try:
+            ends.refuse_existing()
+            tree_fd = self.staging.make_named_tree(name)
+        except ForkError as error:
+            self.failures[index] = Failure(spec, error, Report())
+            return
+        except OSError as error:
+            cause = from_oserror(error, "making the staging directory", spec.destination)
+            self.failures[index] = Failure(spec, cause, Report())
+            return
+        self.opened.callback(os.close, tree_fd)
+        devices = os.fstat(source_fd).st_dev, os.fstat(tree_fd).st_dev
+        self.alive.append(Tree(index, spec, name, Work(ends, self.source, spec.options, tree_fd, *devices)))
+
+    def fail(self, tree: Tree, error: ForkError) -> None:
+        """Give one tree up, and remove it."""
+        self.alive.remove(tree)
+        self.failures[tree.index] = Failure(tree.spec, error, tree.report)
+        with suppress(OSError):  # what cannot be removed now goes with the campaign's staging
+            trees.remove(self.ends.parent_fd, tree.name)
+
+    def fail_all(self, error: ForkError) -> None:
+        """Give all trees up."""
+        for tree in list(self.alive):
+            self.fail(tree, error)
+
+    def each(self, step: Callable[[Tree], None]) -> None:
+        """Do one step of every tree. Raises ForkError cancelled; any other error is the one tree's own."""
+        for tree in list(self.alive):
+            try:
+                step(tree)
+            except ForkError as error:
+                if error.code is Code.CANCELLED:
+                    raise
+                self.fail(tree, error)
+
+
+def build(made: Trees) -> None:
+    """Fill all trees, up to what is to be published. A failure is the trees' own; raises ForkError cancelled."""
+    try:
+        _make_directories(made)
+        _clone_files(made)
+        _close(made)
+    except ForkError as error:  # of the source: no tree can be completed
+        if error.code is Code.CANCELLED:
+            raise
+        made.fail_all(error)
+
+
+def _blocks(made: Trees, *, closing: bool = False, backwards: bool = False) -> Iterable[Block]:
+    """The manifest's blocks, as long as there is a tree to take them."""
+    if made.alive:
+        yield from made.alive[0].work.blocks(made.plan.top.dev, closing=closing, backwards=backwards)
+
+
+def _make_directories(made: Trees) -> None:
+    for block in _blocks(made, closing=True):
+        names = [entry.name for entry in block.entries if entry.kind == Kind.DIRECTORY]
+        if names:
+            made.each(lambda tree, path=block.path, names=names: tree.work.make_directories(path, names))  # type: ignore[misc]
+
+
+def _clone_files(made: Trees) -> None:
+    for block in _blocks(made):
+        with ExitStack() as opened:
+            places = _open_places(made, block.path, opened)
+            for entry in block.entries:
+                _clone_entry(made, places, entry)
+
+
+def _open_places(made: Trees, path: str, opened: ExitStack) -> dict[Tree, Place]:
+    """One directory of the source, and its counterpart in each tree, all open."""
+    if not made.alive:
+        return {}
+    src_fd = made.alive[0].work.open_source(path)
+    opened.callback(os.close, src_fd)
+    places: dict[Tree, Place] = {}
+
+    def open_one(tree: Tree) -> None:
+        work = tree.work
+        dst_fd = work.open_tree(path)
+        opened.callback(os.close, dst_fd)
+        places[tree] = Place(src_fd, dst_fd, work.tree_dev, path, work.ends.source, work.ends.destination)
+
+    made.each(open_one)
+    return places
+
+
+def _clone_entry(made: Trees, places: dict[Tree, Place], entry: Entry) -> None:
+    """Clone one file or symlink into every tree."""
+    if not made.alive:
+        return
+    path = join(places[made.alive[0]].path, entry.name)
+    cloner, ticker = made.cloner, made.ticker
+
+    def add(tree: Tree, src_fd: int | None) -> None:
+        try:
+            place = places[tree]
+            result = cloner.entry(place, entry) if src_fd is None else cloner.file_from(src_fd, place, entry)
+        except ForkError as error:
+            if error.code is not Code.CANCELLED:
+                tree.report.add(failed(path, entry, error))
+            raise
+        tree.report.add(result)
+        ticker(1, result["bytes"] - result["copied_bytes"])
+
+    if entry.kind == Kind.SYMLINK:
+        made.each(lambda tree: add(tree, None))
+        return
+    try:
+        src_fd = cloner.open_source(places[made.alive[0]], entry)
+    except ForkError as error:
+        entry_failed = failed(path, entry, error)
+        made.each(lambda tree: tree.report.add(entry_failed))
+        raise
+    try:
+        made.each(lambda tree: add(tree, src_fd))
+    finally:
+        os.close(src_fd)
+
+
+def _close(made: Trees) -> None:
+    """Hard links, the directories' metadata, a last look at the source, the books: see `close`."""
+    plan, cloner, ticker = made.plan, made.cloner, made.ticker
+    touched: list[str] = []
+    for block in _blocks(made, closing=True):
+        made.each(lambda tree, block=block: link_and_skip(tree.work, block, tree.report, ticker))  # type: ignore[misc]
+    for block in _blocks(made, closing=True, backwards=True):
+        made.each(
+            lambda tree, block=block: complete_directories(  # type: ignore[misc]
+                tree.work, block, cloner, tree.report, touched, ticker
+            )
+        )
+    if not made.alive:
+        return
+    work = made.alive[0].work
+    top = on_this_host(plan.top, plan.top.dev, work.source_dev)
+    made.each(lambda tree: complete_directory(tree.work, "", top, cloner, touched))
+    made.each(lambda tree: refuse_unbalanced(tree.work, plan, tree.report.totals.total))
+    if made.alive:
+        refuse_changes(work, plan, touched)

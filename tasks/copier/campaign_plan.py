@@ -1,0 +1,193 @@
+"""Planning a campaign: its one walk of the source, what the filesystems can, and how many forks a task makes.
+
+The campaign's control directory stands beside its first destination, its *home*; there lie the manifests and the list
+of destinations. Further parents get a control directory of the same name, without these, so that every tree in the
+making has one beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from tasks.copier.campaign import CampaignSpec
+from tasks.copier.chunk import MAX_TRIES, worker_lost
+from tasks.copier.clone import Cloner
+from tasks.copier.ends import Ends
+from tasks.copier.errors import ForkError
+from tasks.copier.options import Limits
+from tasks.copier.plan import Plan, make_plan
+from tasks.copier.progress import Ticker
+from tasks.copier.report import Fallback, Report, unpack_pages
+from tasks.copier.roots import Roots
+from tasks.copier.staging import Phase, Staging
+from tasks.copier.work import open_work
+
+#: About how long one batch is to take, in seconds: short enough that a single fork does not wait for it.
+BATCH_SECONDS = 0.1
+#: Most forks a batch: each needs descriptors, of which a process has 1,024 by default.
+_MOST_IN_BATCH = 128
+#: A small campaign is cut into at least so many batches, so that all processes have a part of it.
+_LEAST_BATCHES = 8
+#: Most batches of one campaign that are in the queue at once: so many processes can work on it, and so little waits
+#: before the batches of others.
+_MOST_LANES = 16
+#: What is reckoned for each entry, in seconds, and for each byte that is copied.
+_ENTRY_SECONDS = 60e-6
+_BYTE_SECONDS = 1e-9
+#: The whole source at once: a campaign's forks are not cut into chunks.
+_WHOLE = Limits(inline_files=1 << 62, inline_bytes=1 << 62)
+
+_DESTINATIONS = "destinations"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CampaignPlan:
+    """How a campaign is made: small whatever its size."""
+
+    #: Of each of its forks.
+    fork: Plan
+    fallback: Fallback | None
+    #: Forks a batch, and batches in the queue at once.
+    batch: int
+    lanes: int
+
+    def to_data(self) -> dict[str, Any]:
+        """As plain data for the journal."""
+        return {**vars(self), "fork": self.fork.to_data()}
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> CampaignPlan:
+        """From what `to_data` gave."""
+        return cls(**{**data, "fork": Plan.from_data(data["fork"])})
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """A planned campaign, open in this process, whose control directory is held."""
+
+    staging: Staging
+    spec: CampaignSpec
+    plan: CampaignPlan
+    #: When it was planned, in seconds since the epoch.
+    planned_at: float
+
+    def destinations(self, first: int, count: int) -> list[str]:
+        """The destinations of `count` forks (fewer at the end) from the index `first` on."""
+        return _read_destinations(self.staging, self.spec.aims.count, first, count)
+
+
+def plan_campaign(ends: Ends, staging: Staging, spec: CampaignSpec, paths: Iterable[str], ticker: Ticker) -> None:
+    """Plan the campaign; `staging` is held alone, and `ends` leads to the source and to the campaign's home.
+
+    Raises ForkError (as `make_plan` does, and worker_lost), and OSError.
+    """
+    journal = staging.journal()
+    if journal is not None and journal.tries >= MAX_TRIES:
+        raise worker_lost(spec.source)
+    journal = staging.begin(spec.to_data(), journal)
+    try:
+        # The walk makes directories, and the largest file is cloned to learn whether the filesystems can reflink:
+        # in a tree that is thrown away.
+        with open_work(ends, staging, spec.options, staging.make_tree(journal)) as work:
+            cloner, report = Cloner(spec.options, {}, ticker.step), Report()
+            plan = make_plan(work, _WHOLE, cloner, ticker, report)
+    finally:
+        staging.discard_tree(journal)
+    _write_destinations(staging, paths)
+    seconds = _expected_seconds(plan, report)
+    batch = _batch_size(spec, seconds)
+    parallel = spec.aims.max_parallel
+    lanes = _MOST_LANES if parallel is None else min(_MOST_LANES, max(1, parallel // batch))
+    made = CampaignPlan(fork=plan, fallback=cloner.fallback, batch=batch, lanes=lanes)
+    staging.write_journal(replace(journal, phase=Phase.CLONING, plan=made.to_data(), planned_at=time.time()))
+
+
+@contextmanager
+def open_campaign(
+    roots: Roots, home: str, campaign_id: str, wait: float, *, alone: bool = False
+) -> Iterator[Campaign | None]:
+    """Hold a planned campaign, shared or `alone`; None where there is none (any more). `home`: its first destination.
+
+    Raises Held when others hold it for `wait` seconds, ForkError and OSError.
+    """
+    parent_fd, _ = roots.open_parent(home)
+    try:
+        with Staging.attach(parent_fd, campaign_id, wait, alone=alone) as staging:
+            yield None if staging is None else campaign_in(staging)
+    finally:
+        os.close(parent_fd)
+
+
+def campaign_in(staging: Staging) -> Campaign | None:
+    """The campaign whose control directory is held; None while it is not planned."""
+    journal = staging.journal()
+    if journal is None or not journal.is_campaign or journal.phase is not Phase.CLONING or journal.plan is None:
+        return None
+    spec, plan = CampaignSpec.from_data(journal.spec), CampaignPlan.from_data(journal.plan)
+    return Campaign(staging, spec, plan, journal.planned_at)
+
+
+def find_home(roots: Roots, paths: Iterable[str]) -> str:
+    """The first destination whose parent can be opened. Raises the ForkError of the first where there is none."""
+    first: ForkError | None = None
+    tried: set[str] = set()
+    for path in paths:
+        parent = os.path.dirname(path)
+        if parent in tried:
+            continue
+        tried.add(parent)
+        try:
+            parent_fd, _ = roots.open_parent(path)
+        except ForkError as error:
+            first = first or error
+            continue
+        os.close(parent_fd)
+        return path
+    raise first or AssertionError("a campaign has destinations")
+
+
+def _expected_seconds(plan: Plan, report: Report) -> float:
+    """About how long one fork takes, in seconds. Reflinks are reckoned by that of the largest file."""
+    seconds = plan.entries * _ENTRY_SECONDS
+    probe = next(unpack_pages(report.close()), None)
+    if probe is None:
+        return seconds + plan.bytes * _BYTE_SECONDS
+    return seconds + probe["seconds"] * plan.bytes / max(1, probe["bytes"])
+
+
+def _batch_size(spec: CampaignSpec, seconds: float) -> int:
+    most = min(_MOST_IN_BATCH, -(-spec.aims.count // _LEAST_BATCHES))
+    if spec.aims.max_parallel is not None:
+        most = min(most, spec.aims.max_parallel)
+    return max(1, min(most, int(BATCH_SECONDS / max(seconds, 1e-9))))
+
+
+# -- the list of destinations: the offset of each, and of the end; then all of them, one after the other
+
+
+def _write_destinations(staging: Staging, paths: Iterable[str]) -> None:
+    names = [os.fsencode(path) for path in paths]
+    offsets = array("Q", [0])
+    for name in names:
+        offsets.append(offsets[-1] + len(name))
+    staging.write_file(_DESTINATIONS, b"".join([offsets.tobytes(), *names]))
+
+
+def _read_destinations(staging: Staging, total: int, first: int, count: int) -> list[str]:
+    fd = staging.open_file(_DESTINATIONS)
+    try:
+        offsets = array("Q")
+        count = min(count, total - first)
+        offsets.frombytes(os.pread(fd, (count + 1) * 8, first * 8))
+        names = os.pread(fd, offsets[-1] - offsets[0], (total + 1) * 8 + offsets[0])
+    finally:
+        os.close(fd)
+    at = offsets[0]
+    return [os.fsdecode(names[start - at : end - at]) for start, end in pairwise(offsets)]
