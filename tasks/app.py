@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from celery import Celery, Task, states
 from celery.backends.redis import RedisBackend
@@ -14,7 +14,7 @@ from celery.worker.strategy import default
 from kombu.utils.encoding import bytes_to_str
 
 from tasks.chunk import run_chunk
-from tasks.context import AGAIN_SECONDS, CHUNK_TASK, FINISH_TASK, GONE, Again, Context
+from tasks.context import AGAIN_SECONDS, BATCH_TASK, CHUNK_TASK, CONCLUDE_TASK, FINISH_TASK, GONE, Again, Context
 from tasks.contract import ForkFailed, text_of
 from tasks.copier.errors import describe
 from tasks.copier.options import Limits
@@ -27,9 +27,11 @@ from tasks.takeover import STALE_SECONDS, settle_lost, take_over
 
 FORK_TASK = "forkvm.fork"
 #: Queues beside the one that clients use: a finish must not wait behind chunks, nor a new fork behind either.
-_INNER_QUEUES = {CHUNK_TASK: "#chunk", FINISH_TASK: "#finish"}
+_INNER_QUEUES = {CHUNK_TASK: "#chunk", FINISH_TASK: "#finish", BATCH_TASK: "#batch", CONCLUDE_TASK: "#finish"}
 
 AnyTask = Task[Any, Any]
+#: See `seen_of`.
+Seen = tuple[int, float]
 
 
 class TimedRequest(Request):
@@ -64,7 +66,7 @@ def inner_queue(queue: str, task: str) -> str:
 
 def inner_queues(queue: str) -> list[str]:
     """The queues that a worker of the domain queue `queue` consumes beside it."""
-    return [inner_queue(queue, task) for task in _INNER_QUEUES]
+    return [queue + inner for inner in dict.fromkeys(_INNER_QUEUES.values())]
 
 
 def results_of(app: Celery, expires: int, *, patient: bool) -> Results:
@@ -73,8 +75,18 @@ def results_of(app: Celery, expires: int, *, patient: bool) -> Results:
     return Results(backend.client, expires, lambda fork_id: bytes_to_str(backend.get_key_for_task(fork_id)), patient)
 
 
-def register(app: Celery, roots: Roots, limits: Limits, expires: int) -> None:
-    """Give `app` the tasks. `expires` is the TTL of results in seconds."""
+#: What all tasks have in common. resultrepr_maxsize: Celery's log line for a success would repeat the whole result.
+COMMON: dict[str, Any] = {
+    "bind": True,
+    "Request": TimedRequest,
+    "Strategy": "tasks.app:careful_strategy",
+    "throws": (ForkFailed,),
+    "resultrepr_maxsize": 1,
+}
+
+
+def surroundings(app: Celery, roots: Roots, limits: Limits, expires: int) -> Callable[[AnyTask], Context]:
+    """What gives each running task its context. `expires` is the TTL of results in seconds."""
 
     def context(task: AnyTask) -> Context:
         queue = _queue(task)
@@ -84,27 +96,23 @@ def register(app: Celery, roots: Roots, limits: Limits, expires: int) -> None:
 
         return Context(roots, limits, results_of(app, expires, patient=True), send, queue)
 
-    # resultrepr_maxsize: Celery's log line for a success would repeat the whole result.
-    common: dict[str, Any] = {
-        "bind": True,
-        "Request": TimedRequest,
-        "Strategy": "tasks.app:careful_strategy",
-        "throws": (ForkFailed,),
-        "resultrepr_maxsize": 1,
-    }
+    return context
 
-    @app.task(name=FORK_TASK, **common)
+
+def register(app: Celery, context: Callable[[AnyTask], Context]) -> None:
+    """Give `app` the tasks of forks; `context` is what `surroundings` gave."""
+
+    @app.task(name=FORK_TASK, **COMMON)
     def fork(self: AnyTask, *args: Any, **kwargs: Any) -> ForkResult:
         """One fork; the contract's entry. Its one argument is `request`; anything else is no request."""
-        given = [*args, *kwargs.values()]
-        request = given[0] if len(given) == 1 and set(kwargs) <= {"request"} else None
+        request = given_request(args, kwargs)
         try:
-            return _answer(self, run_fork(context(self), _id(self), request, _queued(self)))
+            return _answer(self, run_fork(context(self), job_id(self), request, queued(self)))
         except Again as again:
             destination = text_of(request, "destination")
-            return _wait(self, context(self), _id(self), destination, again, {"request": request})
+            return _wait(self, context(self), job_id(self), destination, again, {"request": request})
 
-    @app.task(name=CHUNK_TASK, ignore_result=True, **common)
+    @app.task(name=CHUNK_TASK, ignore_result=True, **COMMON)
     def chunk(self: AnyTask, fork_id: str, destination: str, number: int) -> None:
         """One chunk of a fork."""
         try:
@@ -113,35 +121,55 @@ def register(app: Celery, roots: Roots, limits: Limits, expires: int) -> None:
             kwargs = {"fork_id": fork_id, "destination": destination, "number": number}
             _wait(self, context(self), fork_id, destination, again, kwargs)
 
-    @app.task(name=FINISH_TASK, **common)
+    @app.task(name=FINISH_TASK, **COMMON)
     def finish(self: AnyTask, destination: str) -> ForkResult:
         """The end of a fork; runs under the fork's own id, so that its outcome is the fork's."""
         try:
-            return _answer(self, run_finish(context(self), _id(self), destination))
+            return _answer(self, run_finish(context(self), job_id(self), destination))
         except Again as again:
-            return _wait(self, context(self), _id(self), destination, again, {"destination": destination})
+            return _wait(self, context(self), job_id(self), destination, again, {"destination": destination})
 
 
 def _wait(
     task: AnyTask, context: Context, fork_id: str, destination: str, again: Again, kwargs: dict[str, Any]
 ) -> ForkResult:
     """Go back to the queue, under the same id and without a trace; or, when the holder seems paused, take the fork."""
-    pulse, since = getattr(task.request, "seen", None) or (again.pulse, time.time())
-    if pulse != again.pulse:
-        since = time.time()
-    if time.time() - since > STALE_SECONDS:
+    seen = seen_of(task, again)
+    if is_stale(seen):
         request = take_over(context, fork_id, destination, again.pulse)
         if request is not None:
             task.app.send_task(FORK_TASK, kwargs={"request": request}, task_id=fork_id, queue=context.queue)
             raise Ignore
         if again.pulse == GONE:
             return _answer(task, settle_lost(context, fork_id, destination))
+    go_back(task, context, seen, kwargs)
+
+
+def seen_of(task: AnyTask, again: Again) -> Seen:
+    """The holder's last sign of life, and since when it gave none but this (seconds since the epoch)."""
+    pulse, since = getattr(task.request, "seen", None) or (again.pulse, time.time())
+    return (pulse, since) if pulse == again.pulse else (again.pulse, time.time())
+
+
+def is_stale(seen: Seen) -> bool:
+    """Whether the holder is to be taken for paused."""
+    return time.time() - seen[1] > STALE_SECONDS
+
+
+def go_back(task: AnyTask, context: Context, seen: Seen, kwargs: dict[str, Any]) -> NoReturn:
+    """Send the task to its queue again, under the same id, and end this run of it without a trace."""
     queue = inner_queue(context.queue, task.name) if task.name in _INNER_QUEUES else context.queue
-    headers = {"seen": [again.pulse, since]}
+    headers = {"seen": list(seen)}
     task.app.send_task(
-        task.name, kwargs=kwargs, task_id=_id(task), queue=queue, headers=headers, countdown=AGAIN_SECONDS
+        task.name, kwargs=kwargs, task_id=job_id(task), queue=queue, headers=headers, countdown=AGAIN_SECONDS
     )
     raise Ignore
+
+
+def given_request(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The one argument of a task of the contract, `request`; anything else is no request: None."""
+    given = [*args, *kwargs.values()]
+    return given[0] if len(given) == 1 and set(kwargs) <= {"request"} else None
 
 
 def _answer(task: AnyTask, result: ForkResult | None) -> ForkResult:
@@ -152,12 +180,13 @@ def _answer(task: AnyTask, result: ForkResult | None) -> ForkResult:
     if error is None:
         return result
     if result["status"] == "cancelled":
-        task.backend.store_result(_id(task), TaskRevokedError(describe(error)), states.REVOKED)
+        task.backend.store_result(job_id(task), TaskRevokedError(describe(error)), states.REVOKED)
         raise Ignore
     raise ForkFailed(describe(error))
 
 
-def _id(task: AnyTask) -> str:
+def job_id(task: AnyTask) -> str:
+    """The task's id, which is the job's in the tasks that end one."""
     return str(task.request.id)
 
 
@@ -167,7 +196,7 @@ def _queue(task: AnyTask) -> str:
     return str(delivery["routing_key"]).partition("#")[0]
 
 
-def _queued(task: AnyTask) -> float:
+def queued(task: AnyTask) -> float:
     """Seconds that the message waited: since its header `sent_at`, or else since the worker took it."""
     sent, received = getattr(task.request, "sent_at", None), getattr(task.request, "received_at", None)
     began = sent if isinstance(sent, int | float) else received

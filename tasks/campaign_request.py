@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, InstanceOf
 
-from tasks.contract import AnyRequest, parse_as
+from tasks.contract import AnyRequest, parse_as, text_of
 from tasks.copier.campaign import Aims, CampaignResult, CampaignSpec, OnError, campaign_result
 from tasks.copier.errors import ForkError
 from tasks.destinations import MOST_FORKS, Template, normal_paths
@@ -60,9 +62,17 @@ def campaign_of(
     return spec, paths
 
 
+def summary_of(request: object, paths: list[str]) -> dict[str, Any]:
+    """What is kept of a request: all but its destinations, of which there may be many, and a digest of it all."""
+    text = json.dumps(request, sort_keys=True, default=str)
+    kept = (
+        {name: value for name, value in request.items() if name != "destinations"} if isinstance(request, dict) else {}
+    )
+    return {"kept": kept if paths else {}, "forks": len(paths), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
 def refused_campaign(request: object, campaign_id: str, error: ForkError) -> CampaignResult:
     """The result of what could not be made a campaign of."""
-    from tasks.contract import text_of
-
-    spec = CampaignSpec(campaign_id=campaign_id, source=text_of(request, "source"))
-    return campaign_result(spec, {}, [], error=error)
+    return campaign_result(
+        CampaignSpec(campaign_id=campaign_id, source=text_of(request, "source")), {}, [], error=error
+    )

@@ -44,6 +44,8 @@ class Send(Protocol):
 
 CHUNK_TASK = "forkvm.chunk"
 FINISH_TASK = "forkvm.finish"
+BATCH_TASK = "forkvm.batch"
+CONCLUDE_TASK = "forkvm.conclude"
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class ForkLedger:
 
     def settle(self, result: ForkResult) -> None:
         """Keep the final result, and put a line into the worker's log."""
-        self.results.settle(result)
+        self.results.settle(result["fork_id"], result)
         ends = f"{result['source']!r} -> {result['destination']!r}"  # escaped: names come from guests
         error = result["error"]
         if error is None:

@@ -15,9 +15,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypedDict, TypeVar, cast
+from typing import Any, NotRequired, TypedDict, TypeVar, cast
 
 from celery import states
 from redis import Redis
@@ -45,6 +45,8 @@ class Claim(TypedDict):
     request: Any
     destination: str
     queue: str
+    #: Whether it is a campaign; the destination is its home then.
+    campaign: NotRequired[bool]
 
 
 @dataclass(frozen=True)
@@ -65,55 +67,78 @@ class Results:
 
         def take() -> bool:
             with self.redis.pipeline(transaction=True) as pipe:
-                pipe.set(_key(fork_id, "claim"), json.dumps(claim), nx=True, ex=self.expires)
-                started = json.dumps(_state_record(fork_id, states.STARTED, None))
+                pipe.set(key_of(fork_id, "claim"), json.dumps(claim), nx=True, ex=self.expires)
+                started = json.dumps(state_record(fork_id, states.STARTED, None))
                 pipe.set(self.state_key(fork_id), started, nx=True, ex=self.expires)
                 pipe.publish(self.state_key(fork_id), started)
                 return bool(pipe.execute()[0])
 
-        return claim if self._do(take) else self.claim_of(fork_id) or claim
+        return claim if self.ask(take) else self.claim_of(fork_id) or claim
 
     def claim_of(self, fork_id: str) -> Claim | None:
         """The claim on an id; None before a worker has begun with it."""
-        return cast("Claim | None", _decoded(self._do(lambda: self.redis.get(_key(fork_id, "claim")))))
+        return cast("Claim | None", _decoded(self.ask(lambda: self.redis.get(key_of(fork_id, "claim")))))
 
     # -- the final result
 
     def result(self, fork_id: str) -> ForkResult | None:
         """The final ForkResult, or None while there is none."""
-        return cast("ForkResult | None", _decoded(self._do(lambda: self.redis.get(_key(fork_id, "result")))))
+        return cast("ForkResult | None", self.final(fork_id))
 
-    def settle(self, result: ForkResult) -> None:
-        """Keep the final result; waits also while Redis is full: the fork is over, and that must not be lost."""
-        key = _key(result["fork_id"], "result")
-        self._do(lambda: self.redis.set(key, json.dumps(result), ex=self.expires), OutOfMemoryError)
+    def final(self, job_id: str) -> dict[str, Any] | None:
+        """The final result of a fork or campaign, or None while there is none.
+
+        A campaign's fork that succeeded has it in Celery's record alone.
+        """
+        return self.finals([job_id])[0]
+
+    def finals(self, job_ids: list[str]) -> list[dict[str, Any] | None]:
+        """As `final`, of many jobs at once."""
+        keys = [key for job_id in job_ids for key in (key_of(job_id, "result"), self.state_key(job_id))]
+        found = iter([_decoded(value) for value in cast("list[Any]", self.ask(lambda: self.redis.mget(keys)))])
+        return [_final(kept, record) for kept, record in zip(found, found, strict=True)]
+
+    def settle(self, job_id: str, result: Mapping[str, Any]) -> None:
+        """Keep the final result; waits also while Redis is full: the job is over, and that must not be lost."""
+        value = json.dumps(result)
+        self.ask(lambda: self.redis.set(key_of(job_id, "result"), value, ex=self.expires), OutOfMemoryError)
 
     # -- FileResults
 
     def keep_pages(self, fork_id: str, parts: dict[str, list[bytes]]) -> None:
         """Keep the FileResults of parts of a fork (`plan`, a chunk's number, `close`), in place of earlier ones."""
-        index = _key(fork_id, "pages")
 
         def write() -> None:
             with self.redis.pipeline(transaction=True) as pipe:
-                for part, pages in parts.items():
-                    first = _rank(part) * _PAGES_A_PART
-                    pipe.zremrangebyscore(index, first, first + _PAGES_A_PART - 1)  # there may have been more of them
-                    for number, page in enumerate(pages):
-                        key = _key(fork_id, f"page:{part}:{number}")
-                        pipe.set(key, page, ex=self.expires)
-                        pipe.zadd(index, {key: first + number})
-                pipe.expire(index, self.expires)
+                self.add_pages(pipe, fork_id, parts)
                 pipe.execute()
 
-        self._do(write)
+        self.ask(write)
+
+    def add_pages(self, pipe: Pipeline, fork_id: str, parts: dict[str, list[bytes]]) -> None:
+        """As `keep_pages`, as a part of what `pipe` does."""
+        index = key_of(fork_id, "pages")
+        for part, pages in parts.items():
+            first = _rank(part) * _PAGES_A_PART
+            pipe.zremrangebyscore(index, first, first + _PAGES_A_PART - 1)  # there may have been more of them
+            for number, page in enumerate(pages):
+                key = key_of(fork_id, f"page:{part}:{number}")
+                pipe.set(key, page, ex=self.expires)
+                pipe.zadd(index, {key: first + number})
+        pipe.expire(index, self.expires)
 
     def files(self, fork_id: str) -> Iterator[FileResult]:
         """Yield the FileResults that are there by now, a page at a time, in the order of the manifest's parts."""
-        for key in cast("list[bytes]", self.redis.zrange(_key(fork_id, "pages"), 0, -1)):
+        keys = cast("list[bytes]", self.redis.zrange(key_of(fork_id, "pages"), 0, -1))
+        for key in keys or [self.only_page(fork_id).encode()]:
             page = cast("bytes | None", self.redis.get(key))
             if page is not None:
                 yield from unpack_pages([page])
+
+    @staticmethod
+    def only_page(fork_id: str) -> str:
+        """The key of the page of a fork that has one page and no index of pages: most forks of campaigns."""
+        return key_of(fork_id, "page")
 
     # -- progress
 
@@ -124,20 +149,30 @@ class Results:
 
     def tell(self, fork_id: str, part: str, progress: Progress) -> None:
         """Publish the state PROGRESS: the sums over all parts. A final state is never overwritten."""
-        key, parts = self.state_key(fork_id), _key(fork_id, "progress")
+        parts = key_of(fork_id, "progress")
         with self.redis.pipeline(transaction=True) as pipe:
             pipe.hset(parts, part, json.dumps([progress["files_done"], progress["bytes_done"]]))
             pipe.expire(parts, self.expires)
             pipe.execute()
 
+        def sums(pipe: Pipeline) -> Progress:
+            counts = [json.loads(value) for value in cast("list[bytes]", pipe.hvals(parts))]
+            files, count = sum(f for f, _ in counts), sum(b for _, b in counts)
+            return {**progress, "files_done": files, "bytes_done": count}
+
+        self.tell_state(fork_id, sums)
+
+    def tell_state(self, job_id: str, progress: Callable[[Pipeline], Mapping[str, Any]]) -> None:
+        """Publish the state PROGRESS with what `progress` reads. A final state is never overwritten."""
+        key = self.state_key(job_id)
+
         def update(pipe: Pipeline) -> None:
             current = _decoded(pipe.get(key))
             # Read after the state was: who writes in between has us read again, so the sums never go back.
-            counts = [json.loads(value) for value in cast("list[bytes]", pipe.hvals(parts))]
+            told = progress(pipe)
             pipe.multi()
             if current is None or current.get("status") not in states.READY_STATES:
-                done = {"files_done": sum(f for f, _ in counts), "bytes_done": sum(b for _, b in counts)}
-                record = json.dumps(_state_record(fork_id, "PROGRESS", {**progress, **done}))
+                record = json.dumps(state_record(job_id, "PROGRESS", told))
                 pipe.set(key, record, ex=self.expires)
                 pipe.publish(key, record)
 
@@ -147,13 +182,13 @@ class Results:
 
     def cancel(self, fork_id: str) -> None:
         """Ask for an end of the fork, also of one that no worker has begun yet."""
-        self.redis.set(_key(fork_id, "cancel"), b"1", ex=self.expires)
+        self.redis.set(key_of(fork_id, "cancel"), b"1", ex=self.expires)
 
     def is_cancelled(self, fork_id: str) -> bool:
         """Whether an end was asked for."""
-        return bool(self._do(lambda: self.redis.exists(_key(fork_id, "cancel"))))
+        return bool(self.ask(lambda: self.redis.exists(key_of(fork_id, "cancel"))))
 
-    def _do(self, call: Callable[[], T], *also: type[RedisError]) -> T:
+    def ask(self, call: Callable[[], T], *also: type[RedisError]) -> T:
         """Ask Redis; the patient ask again while it is away, or answers with one of `also`."""
         passing: tuple[type[RedisError], ...] = (ConnectionError, TimeoutError, *also) if self.patient else ()
         while True:
@@ -164,7 +199,7 @@ class Results:
                 time.sleep(_PAUSE_SECONDS)
 
 
-def _state_record(fork_id: str, status: str, result: Any) -> dict[str, Any]:
+def state_record(fork_id: str, status: str, result: Any) -> dict[str, Any]:
     """A state as Celery's Redis backend writes it."""
     return {
         "status": status,
@@ -181,8 +216,15 @@ def _rank(part: str) -> int:
     return _RANKS[part] if part in _RANKS else int(part) + 1
 
 
-def _key(fork_id: str, what: str) -> str:
+def key_of(fork_id: str, what: str) -> str:
+    """The key of one thing that is kept of a fork or campaign."""
     return f"forkvm:{fork_id}:{what}"
+
+
+def _final(kept: dict[str, Any] | None, record: dict[str, Any] | None) -> dict[str, Any] | None:
+    if kept is None and record is not None and record["status"] == states.SUCCESS:
+        return cast("dict[str, Any] | None", record["result"])
+    return kept
 
 
 def _decoded(value: Any) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from celery import Celery
 
-from tasks.app import register
+from tasks.app import register, surroundings
+from tasks.campaign_app import register_campaigns
 from worker.settings import Settings, roots_of
 from worker.steps import Heartbeat, Lease
 
@@ -44,6 +45,8 @@ def make_app(settings: Settings) -> Celery:
         worker_send_task_events=False,
         timezone="UTC",
     )
-    register(app, roots_of(settings), settings.limits, settings.result_expires)
+    context = surroundings(app, roots_of(settings), settings.limits, settings.result_expires)
+    register(app, context)
+    register_campaigns(app, context)
     app.steps["consumer"] |= {Lease, type("Heartbeat", (Heartbeat,), {"path": settings.heartbeat_file})}
     return app

@@ -61,20 +61,27 @@ def make_batch(
     `ticker` may raise. Raises Held while another process makes one of them, Superseded when the batch was taken from
     this process, and OSError where the staging cannot be written.
     """
-    at = first
-    for _, group in groupby(campaign.destinations(first, campaign.plan.batch), key=os.path.dirname):
-        run = list(group)
+    for at, destinations in _runs(campaign, first):
         if not ledger.is_settled(at):
-            _make_run(campaign, roots, at, run, ticker, ledger, abort)
-        at += len(run)
+            _make_run(campaign, roots, at, destinations, ticker, ledger, abort)
 
 
-def seize_batch(staging: Staging, first: int) -> None:
-    """Take the run of forks that begins with `first` from a holder that gives no sign of life.
+def seize_batch(campaign: Campaign, roots: Roots, first: int) -> None:
+    """Take the batch that begins with the index `first` from a holder that gives no sign of life.
 
     The rename of its trees decides: when it is done, the holder cannot publish them any more, and what it writes goes
-    into files that are nobody's. What it has published is found by the record.
+    into files that are nobody's. What it has published is found by its record. Raises ForkError, Held, OSError.
     """
+    for at, destinations in _runs(campaign, first):
+        parent_fd, _ = roots.open_parent(destinations[0])
+        try:
+            with _control(campaign, parent_fd) as staging:
+                _seize_run(staging, at)
+        finally:
+            os.close(parent_fd)
+
+
+def _seize_run(staging: Staging, first: int) -> None:
     for record in batch_record.read_all(staging, first):
         for name in record.trees.values():
             away = staging.new_tree_name()
@@ -84,6 +91,14 @@ def seize_batch(staging: Staging, first: int) -> None:
                 continue
             trees.remove(staging.parent_fd, away)
     staging.seize_chunk(first)
+
+
+def _runs(campaign: Campaign, first: int) -> Iterator[tuple[int, list[str]]]:
+    """The runs of forks with one parent in a batch: the index of the first, and the destinations."""
+    for _, group in groupby(campaign.destinations(first, campaign.plan.batch), key=os.path.dirname):
+        run = list(group)
+        yield first, run
+        first += len(run)
 
 
 def _make_run(

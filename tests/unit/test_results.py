@@ -87,14 +87,14 @@ def test_settled_result_is_read_back_as_it_was(results: Results, cause: ForkErro
     assert results.result("fork-1") is None
     result = _result(cause=cause)
 
-    results.settle(result)
+    results.settle("fork-1", result)
 
     assert results.result("fork-1") == result
     assert results.result("fork-2") is None
 
 
 def test_what_is_stored_is_ascii_json_for_any_client(results: Results, redis: fakeredis.FakeRedis) -> None:
-    results.settle(_result())
+    results.settle("fork-1", _result())
 
     stored = redis.get("forkvm:fork-1:result")
     assert isinstance(stored, bytes)

@@ -1,0 +1,155 @@
+"""`forkvm.campaign`: from a request to the batches that will make its forks."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+
+from redis.exceptions import RedisError
+
+from tasks.campaign_request import campaign_of, refused_campaign, summary_of
+from tasks.campaign_results import CampaignResults
+from tasks.context import BATCH_TASK, LOCK_WAIT, Again, Context
+from tasks.copier.batch_record import Outcome
+from tasks.copier.campaign import CampaignResult, CampaignSpec, campaign_result
+from tasks.copier.campaign_plan import Campaign, campaign_in, find_home, open_campaign, plan_campaign
+from tasks.copier.ends import open_ends
+from tasks.copier.errors import ForkError, from_oserror
+from tasks.copier.fork import Superseded
+from tasks.copier.progress import Beat, Progress, Ticker
+from tasks.copier.report import Totals
+from tasks.copier.spec import Clock, failed
+from tasks.copier.staging import Held, Staging
+
+log = logging.getLogger(__name__)
+
+#: Forks that are settled at a time where none of them is made.
+_SLICE = 500
+
+
+def run_campaign(context: Context, campaign_id: str, request: object, queued: float) -> CampaignResult | None:
+    """Begin a campaign, or go on with one that was delivered before: its result, or None where other tasks give it.
+
+    `queued` is how long the request waited, in seconds. Raises Again while another process plans it.
+    """
+    results = CampaignResults(context.results, campaign_id)
+    if (known := results.result()) is not None:
+        return known
+    refusal: ForkError | None = None
+    spec, paths, home = CampaignSpec(campaign_id=campaign_id, source=""), list[str](), ""
+    try:
+        spec, paths = campaign_of(request, campaign_id, owner="queue", queued=queued)
+        home = paths[0]
+        home = find_home(context.roots, paths)
+    except ForkError as error:
+        refusal = error
+    claim = context.results.claim(
+        campaign_id,
+        {"request": summary_of(request, paths), "destination": home, "queue": context.queue, "campaign": True},
+    )
+    if claim["request"] != summary_of(request, paths):
+        log.warning("another request has the id %s already; this one is dropped", campaign_id)
+        return None
+    if not paths and refusal is not None:
+        return settle(results, refused_campaign(request, campaign_id, refusal))
+    try:
+        if refusal is not None:
+            raise refusal
+        _plan(context, results, spec, paths, claim["destination"])
+        return None
+    except ForkError as error:
+        return _refuse(results, spec, paths, error)
+    except OSError as error:
+        return _refuse(results, spec, paths, from_oserror(error, "making the staging directory", home))
+    except Held as held:
+        raise Again(held.pulse) from None
+    except Superseded:
+        return None
+
+
+def take_over_campaign(context: Context, campaign_id: str, pulse: int) -> None:
+    """Take a campaign from a planner that gives no sign of life, so that it is planned anew.
+
+    `pulse`: see `Staging.take_over`.
+    """
+    claim = context.results.claim_of(campaign_id)
+    if claim is None:
+        return
+    with suppress(ForkError):
+        parent_fd, _ = context.roots.open_parent(claim["destination"])
+        try:
+            Staging.take_over(parent_fd, campaign_id, pulse)
+        finally:
+            os.close(parent_fd)
+
+
+def send_batches(context: Context, results: CampaignResults, campaign: Campaign, home: str) -> None:
+    """Send the first batch of each lane that is not done. The batches of a lane follow one upon the other."""
+    stride = campaign.plan.batch * campaign.plan.lanes
+    for lane in range(campaign.plan.lanes):
+        for first in range(lane * campaign.plan.batch, campaign.spec.aims.count, stride):
+            if not results.is_batch_done(first):
+                send_batch(context, campaign.spec.campaign_id, home, first)
+                break
+
+
+def send_batch(context: Context, campaign_id: str, home: str, first: int) -> None:
+    """Send the batch that begins with the index `first`."""
+    kwargs = {"campaign_id": campaign_id, "home": home, "first": first}
+    context.send(BATCH_TASK, kwargs, f"{campaign_id}.batch.{first}")
+
+
+def settle(results: CampaignResults, result: CampaignResult) -> CampaignResult:
+    """Keep the final result, and put a line into the worker's log."""
+    results.settle_campaign(result)
+    forks = ", ".join(f"{count} {name}" for name, count in result["forks"].items() if name != "total" and count)
+    line = "campaign %s %s: %r, %d forks: %s, in %.3f s"
+    values = (result["campaign_id"], result["status"], result["source"], result["forks"]["total"], forks or "none")
+    log.info(line, *values, result["seconds"]["total"])
+    return result
+
+
+def _plan(context: Context, results: CampaignResults, spec: CampaignSpec, paths: list[str], home: str) -> None:
+    with (
+        open_ends(context.roots, spec.source, home) as ends,
+        Staging.claim(ends.parent_fd, spec.campaign_id, LOCK_WAIT) as staging,
+    ):
+        if campaign_in(staging) is None:
+            try:
+                with staging.beating():
+                    plan_campaign(ends, staging, spec, paths, Ticker(_look(results, spec)))
+            except Exception as error:
+                if not staging.is_current():
+                    raise Superseded from error
+                with suppress(OSError):
+                    staging.remove()
+                raise
+    with open_campaign(context.roots, home, spec.campaign_id, LOCK_WAIT) as campaign:
+        if campaign is not None:
+            results.tell(campaign.spec, results.sums(), campaign.planned_at)
+            send_batches(context, results, campaign, home)
+
+
+def _look(results: CampaignResults, spec: CampaignSpec) -> Beat:
+    def look(progress: Progress) -> None:
+        with suppress(RedisError):
+            if error := results.ended(spec.source):
+                raise error
+
+    look({"files_done": 0, "files_total": 0, "bytes_done": 0, "bytes_total": 0, "phase": "plan"})
+    return look
+
+
+def _refuse(results: CampaignResults, spec: CampaignSpec, paths: list[str], error: ForkError) -> CampaignResult:
+    """Settle a campaign of which no fork was begun, and each of its forks."""
+    for first in range(0, len(paths), _SLICE):
+        results.settle(first, list(_refusals(spec, paths, first, error)))
+    return settle(results, campaign_result(spec, results.sums(), results.failures(), error=error))
+
+
+def _refusals(spec: CampaignSpec, paths: list[str], first: int, error: ForkError) -> Iterator[Outcome]:
+    for index in range(first, min(first + _SLICE, len(paths))):
+        fork = spec.fork(index, paths[index], spec.started)
+        yield Outcome(failed(fork, error, Totals(), 0, Clock(fork.started)), [])

@@ -1,0 +1,167 @@
+"""What Redis keeps of a campaign beside what `results` keeps of any job, each key with a TTL.
+
+    forkvm:{id}:sums       a hash: sums over the results of the forks that have ended
+    forkvm:{id}:settled    a bitmap by index: the first fork of each run of forks whose results are kept
+    forkvm:{id}:batches    a bitmap by index: the first fork of each batch that is done
+    forkvm:{id}:failures   a list: the first failures
+
+Of each fork there is Celery's own `celery-task-meta-{fork id}`, which holds the ForkResult of one that succeeded; one
+that did not has it where `results` keeps it. A fork's FileResults have no index where they are one page.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from celery import states
+from redis.client import Pipeline
+from redis.exceptions import OutOfMemoryError
+
+from tasks.context import cancelled
+from tasks.copier.batch_record import Outcome
+from tasks.copier.campaign import (
+    MOST_FAILURES,
+    CampaignResult,
+    CampaignSpec,
+    Failure,
+    failures_of,
+    progress_of,
+    sums_of,
+)
+from tasks.copier.errors import ErrorRecord, ForkError, describe, from_record
+from tasks.copier.spec import ForkResult
+from tasks.results import Results, key_of, state_record
+
+#: ForkResults that are asked for at a time.
+_PAGE = 500
+#: How Celery writes down what a task raised.
+_RAISED = {
+    "failed": {"exc_type": "ForkFailed", "exc_module": "tasks.contract"},
+    "cancelled": {"exc_type": "TaskRevokedError", "exc_module": "celery.exceptions"},
+}
+_STATES = {"failed": states.FAILURE, "cancelled": states.REVOKED}
+
+
+@dataclass(frozen=True)
+class CampaignResults:
+    """The results of one campaign; its ledger while it is made."""
+
+    results: Results
+    campaign_id: str
+
+    # -- the forks
+
+    def is_settled(self, first: int) -> bool:
+        """Whether the results of the run of forks that begins with the index `first` are kept."""
+        return bool(self._ask(lambda: self.results.redis.getbit(self._key("settled"), first)))
+
+    def settle(self, first: int, outcomes: list[Outcome]) -> None:
+        """Keep the results of a run of forks, once. Waits while Redis is away or full: they must not be lost."""
+        results = [outcome.result for outcome in outcomes]
+        sums, failures = sums_of(results), [json.dumps(failure) for failure in failures_of(results)]
+
+        def write() -> None:
+            if self.results.redis.getbit(self._key("settled"), first):
+                return
+            with self.results.redis.pipeline(transaction=True) as pipe:
+                for outcome in outcomes:
+                    self._keep(pipe, outcome)
+                for name, value in sums.items():
+                    pipe.hincrby(self._key("sums"), name, value)
+                pipe.setbit(self._key("settled"), first, 1)
+                if failures:
+                    pipe.rpush(self._key("failures"), *failures)
+                    pipe.ltrim(self._key("failures"), 0, MOST_FAILURES - 1)
+                    pipe.expire(self._key("failures"), self.results.expires)
+                for name in ("sums", "settled"):
+                    pipe.expire(self._key(name), self.results.expires)
+                pipe.execute()
+
+        self._ask(write, OutOfMemoryError)
+
+    def _keep(self, pipe: Pipeline, outcome: Outcome) -> None:
+        result, expires = outcome.result, self.results.expires
+        fork_id, error = result["fork_id"], result["error"]
+        if error is None:
+            record = state_record(fork_id, states.SUCCESS, result)
+        else:
+            raised = {**_RAISED[result["status"]], "exc_message": [describe(error)]}
+            record = state_record(fork_id, _STATES[result["status"]], raised)
+            pipe.set(key_of(fork_id, "result"), json.dumps(result), ex=expires)
+        state = json.dumps(record, separators=(",", ":"))
+        key = self.results.state_key(fork_id)
+        pipe.set(key, state, ex=expires)
+        pipe.publish(key, state)
+        if len(outcome.pages) == 1:
+            pipe.set(self.results.only_page(fork_id), outcome.pages[0], ex=expires)
+        elif outcome.pages:
+            self.results.add_pages(pipe, fork_id, {"0": outcome.pages})
+
+    def forks(self, start: int, count: int) -> Iterator[ForkResult]:
+        """Yield the results of the forks that have ended by now, in order; `count` forks from the `n` given."""
+        ids = (f"{self.campaign_id}.{n}" for n in range(start, start + count))
+        while page := [fork_id for fork_id, _ in zip(ids, range(_PAGE), strict=False)]:
+            for result in self.results.finals(page):
+                if result is not None:
+                    yield cast(ForkResult, result)
+
+    # -- the whole
+
+    def sums(self) -> dict[str, int]:
+        """The sums over the results of the forks that have ended."""
+        found = cast("dict[bytes, bytes]", self._ask(lambda: self.results.redis.hgetall(self._key("sums"))))
+        return {name.decode(): int(value) for name, value in found.items()}
+
+    def failures(self) -> list[Failure]:
+        """The first failures."""
+        found = cast("list[bytes]", self._ask(lambda: self.results.redis.lrange(self._key("failures"), 0, -1)))
+        return [json.loads(failure) for failure in found]
+
+    def result(self) -> CampaignResult | None:
+        """The final CampaignResult, or None while there is none."""
+        return cast("CampaignResult | None", self.results.final(self.campaign_id))
+
+    def settle_campaign(self, result: CampaignResult) -> None:
+        """Keep the final result."""
+        self.results.settle(self.campaign_id, result)
+
+    def tell(self, spec: CampaignSpec, sums: dict[str, int], planned_at: float) -> None:
+        """Publish how far the campaign is."""
+        self.results.tell_state(self.campaign_id, lambda pipe: progress_of(spec, sums, planned_at))
+
+    # -- batches
+
+    def end_batch(self, first: int) -> None:
+        """Note that the batch that begins with the index `first` is done, and that the next one was sent."""
+        with self.results.redis.pipeline(transaction=True) as pipe:
+            pipe.setbit(self._key("batches"), first, 1)
+            pipe.expire(self._key("batches"), self.results.expires)
+            self._ask(pipe.execute, OutOfMemoryError)
+
+    def is_batch_done(self, first: int) -> bool:
+        """Whether `end_batch` was called for it."""
+        return bool(self._ask(lambda: self.results.redis.getbit(self._key("batches"), first)))
+
+    # -- ending early
+
+    def end_early(self, error: ForkError) -> None:
+        """Have the campaign ended with `error`, unless that was asked for already."""
+        value = json.dumps(error.record())
+        self._ask(lambda: self.results.redis.set(self._key("cancel"), value, nx=True, ex=self.results.expires))
+
+    def ended(self, source: str) -> ForkError | None:
+        """Why the campaign, whose source is `source`, is to end early; None while nobody wants that."""
+        found = self._ask(lambda: self.results.redis.get(self._key("cancel")))
+        if found is None:
+            return None
+        given: Any = json.loads(found)
+        return from_record(cast(ErrorRecord, given)) if isinstance(given, dict) else cancelled(source)
+
+    def _key(self, what: str) -> str:
+        return key_of(self.campaign_id, what)
+
+    def _ask(self, call: Any, *also: Any) -> Any:
+        return self.results.ask(call, *also)

@@ -1,0 +1,117 @@
+"""`forkvm.conclude`: the end of a campaign, whether all of its forks have ended or not."""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import suppress
+from typing import Any
+
+from tasks.batch import is_over
+from tasks.campaign import send_batches, settle
+from tasks.campaign_results import CampaignResults
+from tasks.context import GONE, LOCK_WAIT, Again, Context
+from tasks.copier.batch import seize_batch
+from tasks.copier.campaign import Aims, CampaignResult, CampaignSpec, campaign_result, forks_done
+from tasks.copier.campaign_end import end_rest, remove_annexes
+from tasks.copier.campaign_plan import Campaign, campaign_in
+from tasks.copier.errors import Code, ForkError, from_record
+from tasks.copier.progress import Progress, Ticker
+from tasks.copier.staging import Held, Staging
+
+
+def run_conclude(context: Context, campaign_id: str, home: str, *, seized: bool = False) -> CampaignResult | None:
+    """End a campaign that is over, and leave nothing of it but its forks: its result.
+
+    None for one that is not over: what is to be done of it is sent again. Raises Again while batches are still made,
+    and when nothing is found of it. `seized`: all its holders were seen to be paused, so their batches are taken first.
+    """
+    results = CampaignResults(context.results, campaign_id)
+    if (known := results.result()) is not None:
+        return known
+    try:
+        parent_fd, _ = context.roots.open_parent(home)
+    except ForkError:
+        raise Again(GONE) from None
+    try:
+        with Staging.attach(parent_fd, campaign_id, LOCK_WAIT, alone=not seized) as staging:
+            if staging is not None:
+                with staging.beating():
+                    return _conclude(context, results, staging, home, seized=seized)
+    except Held as held:
+        raise Again(held.pulse) from None
+    finally:
+        os.close(parent_fd)
+    if (known := results.result()) is None:
+        raise Again(GONE)  # it may be about to be made anew
+    return known
+
+
+def settle_gone(context: Context, campaign_id: str) -> CampaignResult:
+    """Settle a campaign whose staging someone removed."""
+    error = ForkError(
+        Code.IO_ERROR, "its staging directory is gone", _spec_of(context, campaign_id).source, errno.ENOENT
+    )
+    return _settle_unplanned(context, CampaignResults(context.results, campaign_id), error)
+
+
+def _conclude(
+    context: Context, results: CampaignResults, staging: Staging, home: str, *, seized: bool
+) -> CampaignResult | None:
+    campaign = campaign_in(staging)
+    if campaign is None:
+        error = results.ended(home)
+        if error is None:
+            return None  # its own message will plan it
+        result = _settle_unplanned(context, results, error)
+    elif not is_over(results, campaign):
+        send_batches(context, results, campaign, home)
+        return None
+    else:
+        _end_rest(context, results, campaign, seized=seized)
+        result = settle(results, _result(results, campaign))
+        remove_annexes(campaign, context.roots)
+    with suppress(OSError):
+        staging.remove()
+    return result
+
+
+def _end_rest(context: Context, results: CampaignResults, campaign: Campaign, *, seized: bool) -> None:
+    count, batch = campaign.spec.aims.count, campaign.plan.batch
+    if forks_done(results.sums()) >= count:
+        return
+    if seized:
+        for first in range(0, count, batch):
+            if not results.is_batch_done(first):
+                seize_batch(campaign, context.roots, first)
+    error = results.ended(campaign.spec.source)
+    if error is not None:
+        end_rest(campaign, context.roots, Ticker(_go_on), results, error)
+
+
+def _result(results: CampaignResults, campaign: Campaign) -> CampaignResult:
+    sums, failures = results.sums(), results.failures()
+    error = None
+    if sums.get("forks.cancelled"):
+        error = results.ended(campaign.spec.source)
+        if campaign.spec.aims.on_error == "abort" and failures:
+            error = from_record(failures[0]["error"])
+    return campaign_result(campaign.spec, sums, failures, planned_at=campaign.planned_at, error=error)
+
+
+def _settle_unplanned(context: Context, results: CampaignResults, error: ForkError) -> CampaignResult:
+    spec = _spec_of(context, results.campaign_id)
+    sums = results.sums()
+    return settle(results, campaign_result(spec, sums, results.failures(), error=error))
+
+
+def _spec_of(context: Context, campaign_id: str) -> CampaignSpec:
+    """What the claim on the id tells of a campaign."""
+    claim = context.results.claim_of(campaign_id)
+    summary: dict[str, Any] = claim["request"] if claim is not None else {"kept": {}, "forks": 0}
+    source = summary["kept"].get("source", "")
+    return CampaignSpec(campaign_id=campaign_id, source=source, aims=Aims(count=summary["forks"]))
+
+
+def _go_on(progress: Progress) -> None:
+    """Nobody ends the end of a campaign."""
