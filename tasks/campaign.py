@@ -47,9 +47,9 @@ def run_campaign(context: Context, campaign_id: str, request: object, queued: fl
         refusal = error
     claim = context.results.claim(
         campaign_id,
-        {"request": summary_of(request, paths), "destination": home, "queue": context.queue, "campaign": True},
+        {"request": summary_of(request, spec), "destination": home, "queue": context.queue, "campaign": True},
     )
-    if claim["request"] != summary_of(request, paths):
+    if claim["request"] != summary_of(request, spec):
         log.warning("another request has the id %s already; this one is dropped", campaign_id)
         return None
     if not paths and refusal is not None:

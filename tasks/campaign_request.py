@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
-from pydantic import Field, InstanceOf
+from pydantic import Discriminator, Field, InstanceOf, Tag
 
 from tasks.contract import AnyRequest, parse_as, text_of
 from tasks.copier.campaign import Aims, CampaignResult, CampaignSpec, OnError, campaign_result
@@ -23,7 +23,11 @@ _LONGEST = 315_360_000
 class CampaignRequest(AnyRequest):
     """A request for many forks of one source, as JSON carries it."""
 
-    destinations: Annotated[list[InstanceOf[str]], Field(min_length=1, max_length=MOST_FORKS)] | Template
+    destinations: Annotated[
+        Annotated[list[InstanceOf[str]], Field(min_length=1, max_length=MOST_FORKS), Tag("list")]
+        | Annotated[Template, Tag("template")],
+        Discriminator(lambda value: "template" if isinstance(value, dict) else "list"),
+    ]
     #: Forks in flight at most, so that a campaign leaves room for others; None: as many as the workers take.
     max_parallel: Annotated[int, Field(ge=1)] | None = None
     on_error: OnError = "continue"
@@ -62,13 +66,25 @@ def campaign_of(
     return spec, paths
 
 
-def summary_of(request: object, paths: list[str]) -> dict[str, Any]:
+class Summary(TypedDict):
     """What is kept of a request: all but its destinations, of which there may be many, and a digest of it all."""
+
+    kept: dict[str, Any]
+    forks: int
+    start: int
+    sha256: str
+
+
+def summary_of(request: object, spec: CampaignSpec) -> Summary:
+    """The summary of a request; of one that asks for no campaign, `spec` has no forks."""
     text = json.dumps(request, sort_keys=True, default=str)
-    kept = (
-        {name: value for name, value in request.items() if name != "destinations"} if isinstance(request, dict) else {}
-    )
-    return {"kept": kept if paths else {}, "forks": len(paths), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    asked = request if isinstance(request, dict) and spec.aims.count else {}
+    return {
+        "kept": {name: value for name, value in asked.items() if name != "destinations"},
+        "forks": spec.aims.count,
+        "start": spec.aims.start,
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
 
 
 def refused_campaign(request: object, campaign_id: str, error: ForkError) -> CampaignResult:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from string import Formatter
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf
 
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.roots import normal_path
@@ -38,13 +38,6 @@ class Template(BaseModel):
     template: Annotated[InstanceOf[str], AfterValidator(_counted)]
     count: Annotated[int, Field(ge=1, le=MOST_FORKS)]
     start: Annotated[int, Field(ge=0, le=2**53)] = 1
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_object(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            raise ValueError("a list of paths is wanted, or an object {template, count, start}")
-        return value
 
     def paths(self) -> Iterator[str]:
         """The paths, in order."""

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Never
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Never, cast
 
 import click
 
@@ -19,24 +17,42 @@ from tasks.copier.errors import Code, ForkError, describe
 from tasks.copier.gc import collect
 from tasks.copier.local import fork_here
 from tasks.copier.options import DEFAULT_EXCLUDE
-from tasks.copier.progress import Beat, Progress
+from tasks.copier.progress import Beat
 from tasks.copier.roots import normal_path
 from tasks.copier.selection import Selection
 from tasks.copier.spec import ForkResult
+from worker.arguments import (
+    BAD_CALL,
+    DONE,
+    FAILED,
+    NO_BROKER,
+    as_json,
+    connect,
+    ended_by_signals,
+    fork_options,
+    local_processes,
+    request_of,
+    with_domain,
+)
+from worker.campaigns import campaign, forks
 from worker.settings import NO_ROOTS, BadSettings, NoBroker, Settings, read_settings, roots_of
-from worker.show import ShowProgress, answer, answer_json, file_line, progress_bar, result_lines, say, size
+from worker.show import (
+    answer,
+    answer_json,
+    any_result_lines,
+    file_line,
+    progress_bar,
+    progress_line,
+    result_lines,
+    say,
+    size,
+)
 
 if TYPE_CHECKING:
     from worker.client import Client, Status
 
-DONE, FAILED, BAD_CALL, NO_BROKER = 0, 1, 2, 3
-
-#: More processes than this gain nothing: the filesystem's own locks are the limit.
-_MOST_PROCESSES = 4
 #: How long `cancel` waits to see the end, in seconds.
 _CANCEL_SECONDS = 10.0
-
-_as_json = click.option("--json", "as_json", is_flag=True, help="Answer with one JSON document.")
 
 
 def main() -> Never:
@@ -70,41 +86,16 @@ def cli() -> None:
     """Clone the directories of virtual machines: by reflink where the filesystem can, sparsely where it cannot."""
 
 
-def _fork_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The fields of a ForkRequest as options."""
-    for option in reversed(
-        (
-            click.option("--reflink", help="auto (default), always or never."),
-            click.option("--skip", multiple=True, metavar="PATH", help="Relative path to leave out; may be repeated."),
-            click.option(
-                "--exclude",
-                multiple=True,
-                metavar="PATTERN",
-                help=f"Pattern to leave out, in place of {', '.join(DEFAULT_EXCLUDE)}; may be repeated.",
-            ),
-            click.option("--no-exclude", is_flag=True, help="Leave nothing out by pattern."),
-            click.option(
-                "--preserve", metavar="LIST", help="mode,ownership,timestamps,xattrs,hardlinks (default all)."
-            ),
-            click.option("--durability", help="none (default) or sync: on the disk before it is called done."),
-            click.option("--verify", help="none (default) or content: every byte is read back and compared."),
-            click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Echoed back in the result."),
-        )
-    ):
-        command = option(command)
-    return command
-
-
 @cli.command()
 @click.argument("source")
 @click.argument("destination")
-@_fork_options
-@_as_json
+@fork_options
+@as_json
 def fork(source: str, destination: str, as_json: bool, **fields: Any) -> None:
     """Make one fork here and now, without a broker."""
     settings = read_settings()
-    request = _request(source, destination, fields)
-    with progress_bar() as show, _ended_by_signals(show) as beat:
+    request = request_of({"source": source, "destination": destination}, fields)
+    with progress_bar() as show, ended_by_signals(show) as beat:
         result = _fork_here(settings, request, beat)
     _answer_result(result, as_json)
 
@@ -115,15 +106,15 @@ def fork(source: str, destination: str, as_json: bool, **fields: Any) -> None:
 @click.option("--id", "fork_id", help="The fork's id, and its idempotency key; made up by default.")
 @click.option("--domain", help="The domain that is to make it.")
 @click.option("--wait", is_flag=True, help="Wait for the result, and answer with it.")
-@_fork_options
-@_as_json
+@fork_options
+@as_json
 def submit(
     source: str, destination: str, fork_id: str | None, domain: str | None, wait: bool, as_json: bool, **fields: Any
 ) -> None:
     """Enqueue a fork for a worker."""
-    request = _request(source, destination, fields)
+    request = request_of({"source": source, "destination": destination}, fields)
     contract.parse(request)  # what is wrong with it, the caller learns here
-    client = _client(_with_domain(read_settings(), domain))
+    client = connect(with_domain(read_settings(), domain))
     fork_id = fork_id or uuid.uuid4().hex
     client.submit(request, fork_id)
     if not wait:
@@ -133,16 +124,16 @@ def submit(
         result = client.wait(fork_id, show).result
     if result is None:
         raise ForkError(Code.IO_ERROR, "the fork ended without a result; see the worker's log", source)
-    _answer_result(result, as_json)
+    _answer_result(cast(ForkResult, result), as_json)
 
 
 @cli.command()
 @click.argument("fork_id", metavar="ID")
 @click.option("--watch", is_flag=True, help="Show the progress until the fork has ended.")
-@_as_json
+@as_json
 def status(fork_id: str, watch: bool, as_json: bool) -> None:
-    """The result of a fork, or its progress."""
-    client = _client(read_settings())
+    """The result of a fork or campaign, or its progress."""
+    client = connect(read_settings())
     if watch:
         with progress_bar() as show:
             found = client.wait(fork_id, show)
@@ -152,7 +143,7 @@ def status(fork_id: str, watch: bool, as_json: bool) -> None:
         answer_json({"id": fork_id, "state": found.state, "progress": found.progress, "result": found.result})
     else:
         _answer_status(fork_id, found)
-    if found.result is not None and found.result["error"] is not None:
+    if found.result is not None and found.result["status"] != "succeeded":
         raise click.exceptions.Exit(FAILED)
 
 
@@ -162,7 +153,7 @@ def status(fork_id: str, watch: bool, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON document a line.")
 def files(fork_id: str, failed: bool, as_json: bool) -> None:
     """The results of a fork's entries, as many as there are by now."""
-    for result in _client(read_settings()).results.files(fork_id):
+    for result in connect(read_settings()).results.files(fork_id):
         if failed and result["error"] is None:
             continue
         answer_json(result) if as_json else answer(file_line(result))
@@ -170,10 +161,10 @@ def files(fork_id: str, failed: bool, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("fork_id", metavar="ID")
-@_as_json
+@as_json
 def cancel(fork_id: str, as_json: bool) -> None:
-    """End a fork that is not published yet, and leave nothing of it."""
-    client = _client(read_settings())
+    """End a fork or campaign, and leave nothing that is not published."""
+    client = connect(read_settings())
     found = client.status(fork_id)
     if found.result is None:
         client.cancel(fork_id)
@@ -194,7 +185,7 @@ def cancel(fork_id: str, as_json: bool) -> None:
 @click.option("--skip", multiple=True, metavar="PATH", help="What the clone was made without; as for fork.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="As for fork.")
 @click.option("--no-exclude", is_flag=True, help="The clone was made without leaving anything out by pattern.")
-@_as_json
+@as_json
 def verify(
     source: str, clone: str, skip: tuple[str, ...], exclude: tuple[str, ...], no_exclude: bool, as_json: bool
 ) -> None:
@@ -222,7 +213,7 @@ def verify(
 
 @cli.command()
 @click.argument("directories", nargs=-1)
-@_as_json
+@as_json
 def gc(directories: tuple[str, ...], as_json: bool) -> None:
     """Remove the staging that a dead machine left below DIRECTORIES (default: the roots), never a live fork's."""
     settings = read_settings()
@@ -234,7 +225,7 @@ def gc(directories: tuple[str, ...], as_json: bool) -> None:
     def is_live(fork_id: str) -> bool | None:
         if not client:  # asked only when there is something to ask about
             try:
-                client.append(_client(settings))
+                client.append(connect(settings))
             except NoBroker as error:
                 say(str(error))
                 client.append(None)
@@ -257,7 +248,7 @@ def gc(directories: tuple[str, ...], as_json: bool) -> None:
 @click.option("--loglevel", default="INFO", show_default=True)
 def worker(domain: str | None, concurrency: int | None, loglevel: str) -> None:
     """Serve a domain's queue until TERM, which lets running work end first."""
-    settings = _with_domain(read_settings(), domain)
+    settings = with_domain(read_settings(), domain)
     if not settings.roots:
         raise click.UsageError(NO_ROOTS)
     if domain is not None:
@@ -279,58 +270,13 @@ def demo(directory: str | None) -> None:
     run_demo(directory)
 
 
-def _client(settings: Settings) -> Client:
-    """A connection to the queue. Celery is imported for who needs it: it would cost a local fork 0.3 s."""
-    from worker.client import Client
-
-    return Client(settings)
-
-
-def _request(source: str, destination: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """The ForkRequest that the options stand for, with what was not given left out."""
-    request: dict[str, Any] = {"source": source, "destination": destination}
-    for name in ("reflink", "durability", "verify"):
-        if fields[name] is not None:
-            request[name] = fields[name]
-    if fields["skip"]:
-        request["skip"] = list(fields["skip"])
-    if fields["exclude"] or fields["no_exclude"]:
-        request["exclude"] = list(fields["exclude"])
-    if fields["preserve"] is not None:
-        request["preserve"] = [word for word in fields["preserve"].split(",") if word]
-    if fields["labels"]:
-        request["labels"] = dict(label.partition("=")[::2] for label in fields["labels"])
-    return request
-
-
 def _fork_here(settings: Settings, request: dict[str, Any], beat: Beat) -> ForkResult:
     fork_id = f"local-{uuid.uuid4().hex}"
     try:
         spec = contract.spec_of(request, fork_id, owner="local")
     except ForkError as error:
         return contract.refused(request, fork_id, error)
-    processes = min(_MOST_PROCESSES, len(os.sched_getaffinity(0)))
-    return fork_here(spec, roots_of(settings), settings.limits, processes, beat)
-
-
-@contextmanager
-def _ended_by_signals(show: ShowProgress) -> Iterator[Beat]:
-    """A beat that shows progress, and ends the fork when INT or TERM has come: cleanly, with nothing left."""
-    came: list[int] = []
-    handlers = {
-        number: signal.signal(number, lambda n, _: came.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-
-    def beat(progress: Progress) -> None:
-        show(progress)
-        if came:
-            raise ForkError(Code.CANCELLED, f"ended by {signal.Signals(came[0]).name}", "")
-
-    try:
-        yield beat
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    return fork_here(spec, roots_of(settings), settings.limits, local_processes(), beat)
 
 
 def _answer_result(result: ForkResult, as_json: bool) -> None:
@@ -345,18 +291,14 @@ def _answer_result(result: ForkResult, as_json: bool) -> None:
         raise click.exceptions.Exit(BAD_CALL if error["code"] == Code.INVALID_REQUEST else FAILED)
 
 
-def _answer_status(fork_id: str, found: Status) -> None:
+def _answer_status(job_id: str, found: Status) -> None:
     if found.result is not None:
-        for line in result_lines(found.result):
+        for line in any_result_lines(found.result):
             answer(line)
     elif found.progress is not None:
-        progress = found.progress
-        answer(
-            f"{fork_id}: {progress['phase']}, {progress['files_done']} of {progress['files_total']} entries, "
-            f"{size(progress['bytes_done'])} of {size(progress['bytes_total'])}"
-        )
+        answer(progress_line(job_id, found.progress))
     else:
-        answer(f"{fork_id}: {found.state} (waiting in the queue, or never sent)")
+        answer(f"{job_id}: {found.state} (waiting in the queue, or never sent)")
 
 
 def _comparison(source: str, clone: str, found: Comparison) -> dict[str, Any]:
@@ -371,11 +313,8 @@ def _comparison(source: str, clone: str, found: Comparison) -> dict[str, Any]:
     }
 
 
-def _with_domain(settings: Settings, domain: str | None) -> Settings:
-    if domain is None:
-        return settings
-    return read_settings({**os.environ, "FORKVM_DOMAIN": domain})
-
+cli.add_command(campaign)
+cli.add_command(forks)
 
 if __name__ == "__main__":
     main()

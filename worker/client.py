@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from celery import Celery, states
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
 from tasks.app import FORK_TASK, inner_queue, results_of
-from tasks.context import FINISH_TASK
+from tasks.campaign_app import CAMPAIGN_TASK
+from tasks.campaign_request import Summary
+from tasks.campaign_results import CampaignResults
+from tasks.context import CONCLUDE_TASK, FINISH_TASK
+from tasks.copier.campaign import CampaignProgress, CampaignResult
 from tasks.copier.progress import Progress
 from tasks.copier.spec import ForkResult
 from tasks.results import Results
@@ -25,11 +30,11 @@ _LOOK_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Status:
-    """What is known of a fork: Celery's state, the progress while it runs, the ForkResult at its end."""
+    """What is known of a fork or campaign: Celery's state, the progress while it runs, the result at its end."""
 
     state: str
-    progress: Progress | None
-    result: ForkResult | None
+    progress: Progress | CampaignProgress | None
+    result: ForkResult | CampaignResult | None
 
 
 class Client:
@@ -51,14 +56,22 @@ class Client:
         """Enqueue a fork."""
         self._send(FORK_TASK, {"request": request}, fork_id, self._queue, {"sent_at": time.time()})
 
-    def status(self, fork_id: str) -> Status:
-        """What is known of a fork."""
-        result = self.results.result(fork_id)
-        record = self.results.state(fork_id)
+    def submit_campaign(self, request: dict[str, Any], campaign_id: str) -> None:
+        """Enqueue a campaign."""
+        self._send(CAMPAIGN_TASK, {"request": request}, campaign_id, self._queue, {"sent_at": time.time()})
+
+    def status(self, job_id: str) -> Status:
+        """What is known of a fork or campaign."""
+        result = cast("ForkResult | CampaignResult | None", self.results.final(job_id))
+        record = self.results.state(job_id)
         if result is not None:
-            return Status(_STATES[result["status"]], None, result)
+            return Status(_state_of(result), None, result)
         progress = record["result"] if record["status"] == "PROGRESS" else None
         return Status(record["status"], progress, None)
+
+    def campaign_forks(self, campaign_id: str, summary: Summary) -> Iterator[ForkResult]:
+        """Yield the results of a campaign's forks that have ended by now, in order."""
+        return CampaignResults(self.results, campaign_id).forks(summary["start"], summary["forks"])
 
     def wait(self, fork_id: str, show: ShowProgress, timeout: float | None = None) -> Status:
         """Wait until the fork has ended, for at most `timeout` seconds; returns its last status."""
@@ -75,13 +88,16 @@ class Client:
         """Ask for an end of the fork, and see that someone looks after it."""
         self.results.cancel(fork_id)
         claim = self.results.claim_of(fork_id)
-        if claim is not None:
+        if claim is not None and claim.get("campaign"):
+            queue = inner_queue(claim["queue"], CONCLUDE_TASK)
+            self._send(CONCLUDE_TASK, {"home": claim["destination"]}, fork_id, queue, {})
+        elif claim is not None:
             queue = inner_queue(claim["queue"], FINISH_TASK)
             self._send(FINISH_TASK, {"destination": claim["destination"]}, fork_id, queue, {})
 
     def is_live(self, fork_id: str) -> bool:
         """Whether the queue has still to end a fork that a worker began."""
-        return self.results.claim_of(fork_id) is not None and self.results.result(fork_id) is None
+        return self.results.claim_of(fork_id) is not None and self.results.final(fork_id) is None
 
     def _send(self, task: str, kwargs: dict[str, Any], fork_id: str, queue: str, headers: dict[str, Any]) -> None:
         try:
@@ -91,6 +107,13 @@ class Client:
 
 
 _STATES = {"succeeded": states.SUCCESS, "failed": states.FAILURE, "cancelled": states.REVOKED}
+
+
+def _state_of(result: ForkResult | CampaignResult) -> str:
+    """Celery's state of a job that ended so. A campaign fails itself only where it could not be begun."""
+    if "campaign_id" in result and result["status"] in ("partial", "failed") and result["error"] is None:
+        return states.SUCCESS
+    return _STATES.get(result["status"], states.SUCCESS)
 
 
 def _without_password(url: str) -> str:

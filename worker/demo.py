@@ -19,7 +19,7 @@ from celery import Celery
 from tasks.app import FORK_TASK
 from worker.client import Client
 from worker.settings import read_settings
-from worker.show import answer, file_line, progress_bar, result_lines, say
+from worker.show import answer, any_result_lines, file_line, progress_bar, say
 
 _MIB = 1 << 20
 #: The guest: two images of 1 GiB, each with so many pieces of data of 1 MiB.
@@ -55,7 +55,7 @@ def run_demo(directory: str | None) -> None:
             sys.exit(f"forkvm: the fork did not end; the worker's log:\n{(private / 'worker.log').read_text()}")
         for result in client.results.files(fork_id):
             answer(f"  {file_line(result)}")
-        for line in result_lines(status.result):
+        for line in any_result_lines(status.result):
             answer(line)
         if status.result["error"] is not None:
             sys.exit(1)

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from tasks.copier.campaign import CampaignProgress, CampaignResult
 from tasks.copier.errors import describe
 from tasks.copier.progress import Progress
 from tasks.copier.report import FileResult
 from tasks.copier.spec import ForkResult
 
+#: Failures of a campaign that are shown to a person; all of them are in the JSON, or in `forkvm forks`.
+_SHOWN_FAILURES = 10
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 class ShowProgress(Protocol):
     """Takes the progress so far."""
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: Progress | CampaignProgress) -> None:
         """Show it, or not."""
 
 
@@ -63,8 +66,7 @@ def result_lines(result: ForkResult) -> Iterator[str]:
     yield f"  id        {result['fork_id']}"
     if result["error"] is not None:
         yield f"  error     {describe(result['error'])}"
-    done = ", ".join(f"{number} {name}" for name, number in files.items() if name != "total" and number)
-    yield f"  entries   {files['total']}" + (f": {done}" if done else "")
+    yield f"  entries   {files['total']}: {_counted(files)}"
     yield (
         f"  bytes     {size(count['logical'])} logical, {size(count['reflinked'])} reflinked, "
         f"{size(count['copied'])} copied"
@@ -84,6 +86,55 @@ def file_line(result: FileResult) -> str:
     return f"{what:<9} {size(result['bytes']):>11}{copied}  {result['path']}{reason}"
 
 
+def campaign_lines(result: CampaignResult) -> Iterator[str]:
+    """A CampaignResult for a person."""
+    forks, count, seconds = result["forks"], result["bytes"], result["seconds"]
+    yield f"{result['status']}: {result['source']} -> {forks['total']} forks in {seconds['total']:.3f} s"
+    yield f"  id        {result['campaign_id']}"
+    if result["error"] is not None:
+        yield f"  error     {describe(result['error'])}"
+    yield f"  forks     {_counted(forks)}; {result['forks_per_second']:.1f} a second"
+    yield f"  entries   {result['files']['total']}: {_counted(result['files'])}"
+    yield (
+        f"  bytes     {size(count['logical'])} logical, {size(count['reflinked'])} reflinked, "
+        f"{size(count['copied'])} copied"
+    )
+    for failure in result["failures"][:_SHOWN_FAILURES]:
+        yield f"  failed    {failure['fork_id']}: {describe(failure['error'])}"
+    unseen = forks["failed"] - _SHOWN_FAILURES
+    if unseen > 0:
+        yield f"  failed    and {unseen} more: forkvm forks {result['campaign_id']} --failed"
+
+
+def any_result_lines(result: ForkResult | CampaignResult) -> Iterator[str]:
+    """The result of a fork or campaign for a person."""
+    return campaign_lines(result) if "campaign_id" in result else result_lines(result)
+
+
+def fork_line(result: ForkResult) -> str:
+    """One fork of a campaign for a person."""
+    error = result["error"]
+    what = "" if error is None else f"  {describe(error)}"
+    return f"{result['status']:<9} {result['fork_id']}  {result['destination']}{what}"
+
+
+def progress_line(job_id: str, progress: Progress | CampaignProgress) -> str:
+    """How far a fork or campaign is, for a person."""
+    if "forks_total" in progress:
+        left = "" if progress["eta_seconds"] is None else f", {progress['eta_seconds']:.0f} s left"
+        failed = f", {progress['forks_failed']} failed" if progress["forks_failed"] else ""
+        return f"{job_id}: {progress['forks_done']} of {progress['forks_total']} forks{failed}{left}"
+    return (
+        f"{job_id}: {progress['phase']}, {progress['files_done']} of {progress['files_total']} entries, "
+        f"{size(progress['bytes_done'])} of {size(progress['bytes_total'])}"
+    )
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    """The counts that are not zero, but for the total: `3 reflinked, 1 skipped`."""
+    return ", ".join(f"{number} {name}" for name, number in counts.items() if name != "total" and number) or "none"
+
+
 @contextmanager
 def progress_bar() -> Iterator[ShowProgress]:
     """A bar on stderr where that is a terminal, and nothing elsewhere."""
@@ -92,23 +143,39 @@ def progress_bar() -> Iterator[ShowProgress]:
         return
     # Imported here: it costs a script, which sees no bar, 50 ms.
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[amount]}"),
+        TimeRemainingColumn(),
+    )
     # No thread of its own: a local fork makes child processes meanwhile.
-    with Bars(*columns, console=console, auto_refresh=False, transient=True) as bars:
-        task = bars.add_task("plan", total=None)
+    with Bars(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as bars:
+        task = bars.add_task("plan", total=None, amount="")
 
-        def show(progress: Progress) -> None:
-            entries = f" {progress['files_done']}/{progress['files_total']} entries" if progress["files_total"] else ""
-            bars.update(
-                task,
-                description=f"{progress['phase']}{entries}",
-                completed=progress["bytes_done"],
-                total=progress["bytes_total"] or None,
-                refresh=True,
-            )
+        def show(progress: Progress | CampaignProgress) -> None:
+            bars.update(task, refresh=True, **_bar_of(progress, bars.tasks[task].speed))
 
         yield show
+
+
+def _bar_of(progress: Progress | CampaignProgress, pace: float | None) -> dict[str, Any]:
+    """What the bar shows; `pace` is what it saw done a second, in bytes or forks."""
+    if "forks_total" in progress:
+        failed = f", {progress['forks_failed']} failed" if progress["forks_failed"] else ""
+        return {
+            "description": "forks",
+            "completed": progress["forks_done"],
+            "total": progress["forks_total"],
+            "amount": f"{progress['forks_done']}/{progress['forks_total']}{failed}, {pace or 0:.0f}/s",
+        }
+    entries = f" {progress['files_done']}/{progress['files_total']} entries" if progress["files_total"] else ""
+    return {
+        "description": f"{progress['phase']}{entries}",
+        "completed": progress["bytes_done"],
+        "total": progress["bytes_total"] or None,
+        "amount": f"{size(progress['bytes_done'])}/{size(progress['bytes_total'])}, {size(int(pace or 0))}/s",
+    }

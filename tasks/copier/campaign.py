@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, final
 
 from tasks.copier.errors import Code, ErrorRecord, ForkError
 from tasks.copier.options import Options
@@ -82,6 +82,7 @@ class CampaignSpec:
         return self.aims.deadline is not None and time.time() > self.aims.deadline
 
 
+@final
 class CampaignProgress(TypedDict):
     """How far a campaign is."""
 
@@ -100,6 +101,7 @@ class Failure(TypedDict):
     error: ErrorRecord
 
 
+@final
 class CampaignResult(TypedDict):
     """What became of a campaign; the contract's CampaignResult."""
 

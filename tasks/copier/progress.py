@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TypedDict
+from typing import TypedDict, final
 
 #: Seconds between two beats: how soon a cancellation is seen, and how often progress is told.
 BEAT_SECONDS = 0.25
 
 
+@final
 class Progress(TypedDict):
     """How far a fork is; the contract's PROGRESS. Files are entries of any type, bytes are logical."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, final
 
 from tasks.copier.errors import Code, ErrorRecord, ForkError
 from tasks.copier.options import Options
@@ -44,6 +44,7 @@ class ForkSpec:
         return cls(**{**data, "options": Options.from_data(data["options"])})
 
 
+@final
 class ForkResult(TypedDict):
     """What became of a fork; the contract's ForkResult."""
 

@@ -1,0 +1,107 @@
+"""What the commands take: options and the environment, made into requests, settings, connections and beats."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tasks.copier.errors import Code, ForkError
+from tasks.copier.options import DEFAULT_EXCLUDE
+from worker.settings import Settings, read_settings
+from worker.show import ShowProgress
+
+if TYPE_CHECKING:
+    from worker.client import Client
+
+#: Exit codes.
+DONE, FAILED, BAD_CALL, NO_BROKER = 0, 1, 2, 3
+#: More processes than this gain nothing: the filesystem's own locks are the limit.
+_MOST_PROCESSES = 4
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Answer with one JSON document.")
+
+
+def fork_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The fields of a ForkRequest as options."""
+    for option in reversed(
+        (
+            click.option("--reflink", help="auto (default), always or never."),
+            click.option("--skip", multiple=True, metavar="PATH", help="Relative path to leave out; may be repeated."),
+            click.option(
+                "--exclude",
+                multiple=True,
+                metavar="PATTERN",
+                help=f"Pattern to leave out, in place of {', '.join(DEFAULT_EXCLUDE)}; may be repeated.",
+            ),
+            click.option("--no-exclude", is_flag=True, help="Leave nothing out by pattern."),
+            click.option(
+                "--preserve", metavar="LIST", help="mode,ownership,timestamps,xattrs,hardlinks (default all)."
+            ),
+            click.option("--durability", help="none (default) or sync: on the disk before it is called done."),
+            click.option("--verify", help="none (default) or content: every byte is read back and compared."),
+            click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Echoed back in the result."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def request_of(ends: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """The request that `ends` (source and destinations) and the options stand for, without what was not given."""
+    request = dict(ends)
+    for name in ("reflink", "durability", "verify"):
+        if fields[name] is not None:
+            request[name] = fields[name]
+    if fields["skip"]:
+        request["skip"] = list(fields["skip"])
+    if fields["exclude"] or fields["no_exclude"]:
+        request["exclude"] = list(fields["exclude"])
+    if fields["preserve"] is not None:
+        request["preserve"] = [word for word in fields["preserve"].split(",") if word]
+    if fields["labels"]:
+        request["labels"] = dict(label.partition("=")[::2] for label in fields["labels"])
+    return request
+
+
+def with_domain(settings: Settings, domain: str | None) -> Settings:
+    """The settings, with the domain that an option named instead of the environment's. Raises BadSettings."""
+    if domain is None:
+        return settings
+    return read_settings({**os.environ, "FORKVM_DOMAIN": domain})
+
+
+def local_processes() -> int:
+    """How many processes work on what is done without a broker."""
+    return min(_MOST_PROCESSES, len(os.sched_getaffinity(0)))
+
+
+def connect(settings: Settings) -> Client:
+    """A connection to the queue. Celery is imported for who needs it: it would cost a local fork 0.3 s."""
+    from worker.client import Client
+
+    return Client(settings)
+
+
+@contextmanager
+def ended_by_signals(show: ShowProgress) -> Iterator[Callable[[Any], None]]:
+    """A beat that shows progress, and ends the work when INT or TERM has come: cleanly, with nothing left."""
+    came: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda n, _: came.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+
+    def beat(progress: Any) -> None:
+        show(progress)
+        if came:
+            raise ForkError(Code.CANCELLED, f"ended by {signal.Signals(came[0]).name}", "")
+
+    try:
+        yield beat
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
