@@ -33,7 +33,7 @@ from tasks.copier.campaign import (
 )
 from tasks.copier.errors import ErrorRecord, ForkError, describe, from_record
 from tasks.copier.spec import ForkResult
-from tasks.results import Results, key_of, state_record
+from tasks.results import Results, key_of, state_json
 
 #: ForkResults that are asked for at a time.
 _PAGE = 500
@@ -86,12 +86,11 @@ class CampaignResults:
         result, expires = outcome.result, self.results.expires
         fork_id, error = result["fork_id"], result["error"]
         if error is None:
-            record = state_record(fork_id, states.SUCCESS, result)
+            state = state_json(fork_id, states.SUCCESS, outcome.as_json)
         else:
             raised = {**_RAISED[result["status"]], "exc_message": [describe(error)]}
-            record = state_record(fork_id, _STATES[result["status"]], raised)
-            pipe.set(key_of(fork_id, "result"), json.dumps(result), ex=expires)
-        state = json.dumps(record, separators=(",", ":"))
+            state = state_json(fork_id, _STATES[result["status"]], json.dumps(raised))
+            pipe.set(key_of(fork_id, "result"), outcome.as_json, ex=expires)
         key = self.results.state_key(fork_id)
         pipe.set(key, state, ex=expires)
         pipe.publish(key, state)

@@ -68,7 +68,7 @@ class Results:
         def take() -> bool:
             with self.redis.pipeline(transaction=True) as pipe:
                 pipe.set(key_of(fork_id, "claim"), json.dumps(claim), nx=True, ex=self.expires)
-                started = json.dumps(state_record(fork_id, states.STARTED, None))
+                started = state_json(fork_id, states.STARTED, "null")
                 pipe.set(self.state_key(fork_id), started, nx=True, ex=self.expires)
                 pipe.publish(self.state_key(fork_id), started)
                 return bool(pipe.execute()[0])
@@ -172,7 +172,7 @@ class Results:
             told = progress(pipe)
             pipe.multi()
             if current is None or current.get("status") not in states.READY_STATES:
-                record = json.dumps(state_record(job_id, "PROGRESS", told))
+                record = state_json(job_id, "PROGRESS", json.dumps(told))
                 pipe.set(key, record, ex=self.expires)
                 pipe.publish(key, record)
 
@@ -199,16 +199,12 @@ class Results:
                 time.sleep(_PAUSE_SECONDS)
 
 
-def state_record(fork_id: str, status: str, result: Any) -> dict[str, Any]:
-    """A state as Celery's Redis backend writes it."""
-    return {
-        "status": status,
-        "result": result,
-        "traceback": None,
-        "children": [],
-        "date_done": None,
-        "task_id": fork_id,
-    }
+def state_json(job_id: str, status: str, result: str) -> str:
+    """A state as Celery's Redis backend writes it; `result` is JSON."""
+    return (
+        f'{{"status":"{status}","result":{result},"traceback":null,"children":[],"date_done":null,'
+        f'"task_id":{json.dumps(job_id)}}}'
+    )
 
 
 def _rank(part: str) -> int:

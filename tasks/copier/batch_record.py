@@ -11,12 +11,15 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeVar
 
 from tasks.copier.spec import ForkResult
 from tasks.copier.staging import Staging
 
 T = TypeVar("T")
+
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,11 @@ class Outcome:
 
     result: ForkResult
     pages: list[bytes]
+
+    @cached_property
+    def as_json(self) -> str:
+        """The result as JSON, which both the record and the ledger keep."""
+        return _encode(self.result)
 
 
 @dataclass
@@ -39,29 +47,30 @@ class Record:
     outcomes: dict[int, Outcome] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        """As one file: a line of JSON, then the pages."""
+        """As one file: lines of JSON, then the pages."""
         head = {
             "trees": self.trees,
             "inodes": self.inodes,
-            "results": {index: outcome.result for index, outcome in self.outcomes.items()},
             "pages": {index: [len(page) for page in outcome.pages] for index, outcome in self.outcomes.items()},
         }
+        results = [outcome.as_json for outcome in self.outcomes.values()]
         pages = [page for outcome in self.outcomes.values() for page in outcome.pages]
-        return b"".join((json.dumps(head).encode("ascii"), b"\n", *pages))
+        return b"".join((_encode(head).encode("ascii"), b"\n", "\n".join([*results, ""]).encode("ascii"), *pages))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Record:
         """The record that `to_bytes` wrote."""
         line, _, rest = data.partition(b"\n")
         head = json.loads(line)
+        *results, rest = rest.split(b"\n", len(head["pages"]))
         outcomes: dict[int, Outcome] = {}
         at = 0
-        for index, lengths in head["pages"].items():
+        for (index, lengths), result in zip(head["pages"].items(), results, strict=True):
             pages = []
             for length in lengths:
                 pages.append(rest[at : at + length])
                 at += length
-            outcomes[int(index)] = Outcome(head["results"][index], pages)
+            outcomes[int(index)] = Outcome(json.loads(result), pages)
         return cls(_by_index(head["trees"]), _by_index(head["inodes"]), outcomes)
 
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from tasks.copier import trees
@@ -20,7 +21,7 @@ from tasks.copier.ends import Ends
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.plan import Plan
 from tasks.copier.progress import Ticker
-from tasks.copier.report import Report, failed
+from tasks.copier.report import FileResult, Report, failed
 from tasks.copier.spec import ForkSpec
 from tasks.copier.staging import Staging
 from tasks.copier.walk import Block, Entry, Kind, join
@@ -154,36 +155,55 @@ def _open_places(made: Trees, path: str, opened: ExitStack) -> dict[Tree, Place]
 
 
 def _clone_entry(made: Trees, places: dict[Tree, Place], entry: Entry) -> None:
-    """Clone one file or symlink into every tree."""
+    """Clone one file or symlink into every tree, and add its results."""
     if not made.alive:
         return
-    path = join(places[made.alive[0]].path, entry.name)
-    cloner, ticker = made.cloner, made.ticker
-
-    def add(tree: Tree, src_fd: int | None) -> None:
-        try:
-            place = places[tree]
-            result = cloner.entry(place, entry) if src_fd is None else cloner.file_from(src_fd, place, entry)
-        except ForkError as error:
-            if error.code is not Code.CANCELLED:
-                tree.report.add(failed(path, entry, error))
-            raise
-        tree.report.add(result)
-        ticker(1, result["bytes"] - result["copied_bytes"])
-
-    if entry.kind == Kind.SYMLINK:
-        made.each(lambda tree: add(tree, None))
-        return
+    results: dict[Tree, FileResult] = {}
+    first = places[made.alive[0]]
     try:
-        src_fd = cloner.open_source(places[made.alive[0]], entry)
+        if entry.kind == Kind.SYMLINK:
+            _clone_into_each(made, places, entry, results, made.cloner.entry)
+        else:
+            _clone_file(made, places, entry, results)
     except ForkError as error:
-        entry_failed = failed(path, entry, error)
-        made.each(lambda tree: tree.report.add(entry_failed))
+        if error.code is not Code.CANCELLED:
+            for tree in made.alive:
+                tree.report.add(failed(join(first.path, entry.name), entry, error))
         raise
+    for tree in made.alive:
+        tree.report.add(results[tree])
+
+
+def _clone_file(made: Trees, places: dict[Tree, Place], entry: Entry, results: dict[Tree, FileResult]) -> None:
+    """Clone one file, which is opened once, and compared with the walk once all clones are made."""
+    cloner, first = made.cloner, places[made.alive[0]]
+    src_fd = cloner.open_source(first, entry)
     try:
-        made.each(lambda tree: add(tree, src_fd))
+        _clone_into_each(made, places, entry, results, partial(cloner.file_from, src_fd, check=False))
+        cloner.check_source(first, entry, src_fd)
     finally:
         os.close(src_fd)
+
+
+def _clone_into_each(
+    made: Trees,
+    places: dict[Tree, Place],
+    entry: Entry,
+    results: dict[Tree, FileResult],
+    clone: Callable[[Place, Entry], FileResult],
+) -> None:
+    ticker = made.ticker
+
+    def clone_into(tree: Tree) -> None:
+        try:
+            result = results[tree] = clone(places[tree], entry)
+        except ForkError as error:
+            if error.code is not Code.CANCELLED:
+                tree.report.add(failed(join(places[tree].path, entry.name), entry, error))
+            raise
+        ticker(1, result["bytes"] - result["copied_bytes"])
+
+    made.each(clone_into)
 
 
 def _close(made: Trees) -> None:

@@ -83,8 +83,14 @@ class Cloner:
         finally:
             os.close(src_fd)
 
-    def file_from(self, src_fd: int, place: Place, entry: Entry, *, may_copy: bool = True) -> FileResult:
-        """As `file`, for a source that `open_source` opened, from which several clones are made."""
+    def file_from(
+        self, src_fd: int, place: Place, entry: Entry, *, may_copy: bool = True, check: bool = True
+    ) -> FileResult:
+        """As `file`, for a source that `open_source` opened.
+
+        Who makes several clones of it may leave out the `check` that it is still what the walk saw, and calls
+        `check_source` after the last one.
+        """
         began = time.perf_counter()
         copied, refusal = 0, None
         dst_fd = self._create(place, entry)
@@ -94,6 +100,8 @@ class Cloner:
                 if not may_copy:
                     raise ReflinkRefused(refusal)
                 copied = self._copy(place, entry, src_fd, dst_fd)
+            if check:
+                self.check_source(place, entry, src_fd)
             self._complete(place, entry, src_fd, dst_fd)
         except BaseException:
             with suppress(OSError):
@@ -158,7 +166,7 @@ class Cloner:
                 with suppress(OSError):  # the fork has failed: room for the report that says so, on a full filesystem
                     os.ftruncate(dst_fd, 0)
                 raise
-            self._check_source(place, entry, src_fd)
+            self.check_source(place, entry, src_fd)
             if self._options.verify == "content":
                 _verify(place, entry, src_fd, dst_fd, start, end)
             return copied
@@ -166,6 +174,7 @@ class Cloner:
     def complete_ranges(self, place: Place, entry: Entry) -> None:
         """Check the file whose ranges are all copied, and give it its metadata. Raises ForkError."""
         with self._both(place, entry) as (src_fd, dst_fd):
+            self.check_source(place, entry, src_fd)
             self._complete(place, entry, src_fd, dst_fd, verified=True)
 
     # -- the steps
@@ -218,7 +227,7 @@ class Cloner:
         try:
             refusal = self.reflinker.clone(dst_fd, src_fd, entry.dev, place.dst_dev)
         except OSError as error:
-            self._check_source(place, entry, src_fd)  # a directory by now, say: EISDIR
+            self.check_source(place, entry, src_fd)  # a directory by now, say: EISDIR
             doing = f"reflinking {place.source_of(entry.name)}"
             raise from_oserror(error, doing, place.destination_of(entry.name)) from None
         if refusal is not None:
@@ -231,7 +240,7 @@ class Cloner:
         return refusal
 
     def _copy(self, place: Place, entry: Entry, src_fd: int, dst_fd: int) -> int:
-        self._check_source(place, entry, src_fd)  # before bytes are read from what may be something else by now
+        self.check_source(place, entry, src_fd)  # before bytes are read from what may be something else by now
         self._set_size(place, entry, dst_fd)
         paths = place.source_of(entry.name), place.destination_of(entry.name)
         return self._sparse.copy(src_fd, dst_fd, 0, entry.size, paths)
@@ -251,8 +260,7 @@ class Cloner:
             raise from_oserror(error, "setting its size", place.destination_of(entry.name)) from None
 
     def _complete(self, place: Place, entry: Entry, src_fd: int, dst_fd: int, *, verified: bool = False) -> None:
-        """Check the clone against the source as it is now, and give it its metadata."""
-        self._check_source(place, entry, src_fd)
+        """Check the clone, and give it its metadata."""
         fresh = os.fstat(dst_fd)
         if fresh.st_size != entry.size:  # OpenZFS once truncated the clone and reported success (issue 15728)
             message = f"the clone has {fresh.st_size} bytes where the source has {entry.size}"
@@ -264,7 +272,8 @@ class Cloner:
         except OSError as error:
             raise from_oserror(error, "setting its metadata", place.destination_of(entry.name)) from None
 
-    def _check_source(self, place: Place, entry: Entry, src_fd: int) -> None:
+    def check_source(self, place: Place, entry: Entry, src_fd: int) -> None:
+        """Raise ForkError source_changed when the open source file is not what the walk saw."""
         if not entry.is_still(os.fstat(src_fd)):
             raise ForkError(Code.SOURCE_CHANGED, "it changed while it was cloned", place.source_of(entry.name))
 

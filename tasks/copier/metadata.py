@@ -34,6 +34,8 @@ class Metadata:
         self.timestamps = "timestamps" in kept
         self.xattrs = "xattrs" in kept
         self._umask = 0 if self.mode else _current_umask()
+        self._named: Entry | None = None
+        self._names: list[str] = []
 
     def apply(self, fd: int, fresh: os.stat_result, entry: Entry, src_fd: int) -> None:
         """Give the file or directory `fd`, whose status is `fresh`, the metadata of `entry`, open as `src_fd`.
@@ -44,7 +46,7 @@ class Metadata:
         chowned = self.ownership and not owned
         if chowned:
             owned = _chown(fd, entry.uid, entry.gid)
-        changed = chowned | (self.xattrs and self._copy_xattrs(src_fd, fd, follow=True))
+        changed = chowned | (self.xattrs and self._copy_xattrs(src_fd, fd, self._names_of(entry, src_fd), follow=True))
         mode = self.final_mode(entry.mode, owned=owned)
         if changed or stat.S_IMODE(fresh.st_mode) != mode:
             os.fchmod(fd, mode)
@@ -61,7 +63,7 @@ class Metadata:
         if self.xattrs:
             # No *at call reaches a symlink's attributes; the magic link of the directory is race-free.
             source, target = f"/proc/self/fd/{src_dir_fd}/{name}", f"/proc/self/fd/{dir_fd}/{name}"
-            self._copy_xattrs(source, target, follow=False)
+            self._copy_xattrs(source, target, _xattr_names(source, follow=False), follow=False)
         if self.timestamps:
             os.utime(name, ns=(entry.atime, entry.mtime), dir_fd=dir_fd, follow_symlinks=False)
 
@@ -74,14 +76,17 @@ class Metadata:
             return mode & 0o777 & ~self._umask
         return mode & _PERMISSIONS & ~(0 if owned else _SET_ID)
 
-    def _copy_xattrs(self, source: int | str, target: int | str, *, follow: bool) -> bool:
-        """Copy all extended attributes; whether there were any."""
-        try:
-            names = os.listxattr(source, follow_symlinks=follow)
-        except OSError as error:
-            if error.errno in _NOT_KNOWN_HERE:
-                return False
-            raise
+    def _names_of(self, entry: Entry, src_fd: int) -> list[str]:
+        """The names of the extended attributes of `entry`, which several clones in a row may ask for.
+
+        Whoever changes them changes the entry's ctime, which is compared when the clones are made.
+        """
+        if entry is not self._named:
+            self._named, self._names = entry, _xattr_names(src_fd, follow=True)
+        return self._names
+
+    def _copy_xattrs(self, source: int | str, target: int | str, names: list[str], *, follow: bool) -> bool:
+        """Copy the extended attributes of these names; whether there were any."""
         for name in names:
             if name in XFS_ACLS or (name in _ACLS and not self.mode):
                 continue
@@ -94,18 +99,30 @@ class Metadata:
         return bool(names)
 
 
+def _xattr_names(source: int | str, *, follow: bool) -> list[str]:
+    try:
+        return os.listxattr(source, follow_symlinks=follow)
+    except OSError as error:
+        if error.errno in _NOT_KNOWN_HERE:
+            return []
+        raise
+
+
 def _is_privileged(name: str) -> bool:
     return not name.startswith(("user.", *_ACLS))
 
 
 def drop_inherited_acls(fd: int) -> None:
     """Take from a fresh directory the ACLs that its parent's default ACL gave it, so that its entries get none."""
-    for name in _ACLS:
-        try:
+    try:
+        names = os.listxattr(fd)
+    except OSError as error:
+        if error.errno in _NOT_KNOWN_HERE:
+            return
+        raise
+    for name in names:
+        if name in _ACLS:
             os.removexattr(fd, name)
-        except OSError as error:
-            if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
-                raise
 
 
 def _chown(fd: int, uid: int, gid: int) -> bool:

@@ -45,7 +45,9 @@ class Work:
             os.close(src_fd)
 
     def open_source(self, path: str) -> int:
-        """Open one directory of the source; the caller closes it."""
+        """Open one directory of the source, to reach what it holds; the caller closes it."""
+        if not path:
+            return os.dup(self.ends.source_fd)
         try:
             return trees.open_below(self.ends.source_fd, path)
         except OSError as error:
@@ -53,7 +55,9 @@ class Work:
             raise from_source(error, "opening a directory of the source", name) from None
 
     def open_tree(self, path: str) -> int:
-        """Open one directory of the tree; the caller closes it."""
+        """Open one directory of the tree, to reach what it holds; the caller closes it."""
+        if not path:
+            return os.dup(self.tree_fd)
         try:
             return trees.open_below(self.tree_fd, path)
         except OSError as error:
