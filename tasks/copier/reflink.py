@@ -7,6 +7,7 @@ import errno
 import time
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 from tasks.copier import syscalls
 from tasks.copier.errors import errno_name
@@ -55,7 +56,7 @@ class Refusal:
     errno: int
     asked: bool = True
 
-    @property
+    @cached_property
     def reason(self) -> str:
         """Why the file was not reflinked, for its FileResult."""
         if self is NOT_ASKED_FOR:
@@ -76,19 +77,24 @@ class Reflinker:
     """Reflinks the files of one fork, and remembers which pairs of filesystems cannot."""
 
     def __init__(self, refused: dict[tuple[int, int], int] | None = None) -> None:
-        #: (source dev, destination dev) → errno.
-        self.refused = dict(refused or {})
+        #: What a file of a pair (source dev, destination dev) that refused gets without being asked for.
+        self._repeated = {pair: Refusal(number, asked=False) for pair, number in (refused or {}).items()}
         self._types: dict[int, int] = {}
+
+    @property
+    def refused(self) -> dict[tuple[int, int], int]:
+        """The pairs that refused: (source dev, destination dev) → errno."""
+        return {pair: refusal.errno for pair, refusal in self._repeated.items()}
 
     def clone(self, dst_fd: int, src_fd: int, src_dev: int, dst_dev: int) -> Refusal | None:
         """Make the empty file `dst_fd` a reflink of `src_fd`; None when done, or the refusal to fall back for.
 
         Raises OSError for an errno that a copy must not follow.
         """
-        if self.refused:
-            known = self.refused.get((src_dev, dst_dev))
-            if known is not None:
-                return Refusal(known, asked=False)
+        if self._repeated:
+            repeated = self._repeated.get((src_dev, dst_dev))
+            if repeated is not None:
+                return repeated
         try:
             syscalls.ficlone(dst_fd, src_fd)
         except OSError as error:
@@ -109,7 +115,7 @@ class Reflinker:
         if answer is Answer.ERROR:
             raise error
         if answer is Answer.PAIR_CANNOT and self._speaks_for_pair(number, dst_fd, src_fd, src_dev, dst_dev):
-            self.refused[src_dev, dst_dev] = number
+            self._repeated[src_dev, dst_dev] = Refusal(number, asked=False)
         return Refusal(number)
 
     def _speaks_for_pair(self, number: int, dst_fd: int, src_fd: int, src_dev: int, dst_dev: int) -> bool:

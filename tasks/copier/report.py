@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, Literal, TypedDict
 
 from tasks.copier.errors import ErrorRecord, ForkError
@@ -13,8 +14,9 @@ from tasks.copier.walk import Entry, file_type
 
 Method = Literal["reflink", "copy", "hardlink", "symlink", "mkdir", "skip"]
 
-#: FileResults a page; with paths of 4 KiB each a page stays far below 1 MiB once compressed.
+#: FileResults a page, and characters of JSON: so that a page stays below 1 MiB even where paths do not compress.
 PAGE_RESULTS = 1_000
+PAGE_LENGTH = 768 << 10
 _FASTEST = 1
 
 
@@ -75,8 +77,7 @@ class Totals:
             self.error = self.error or result["error"]
             return
         method = result["method"]
-        counter = _COUNTER[method]
-        setattr(self, counter, getattr(self, counter) + 1)
+        vars(self)[_COUNTER[method]] += 1
         self.bytes_logical += result["bytes"]
         self.bytes_copied += result["copied_bytes"]
         if method == "reflink":
@@ -117,25 +118,29 @@ class Report:
     totals: Totals = field(default_factory=Totals)
     pages: list[bytes] = field(default_factory=list)
     ranges: list[RangeDone] = field(default_factory=list)
-    _open_page: list[FileResult] = field(default_factory=list)
+    #: The page that is being filled: a line of JSON for each FileResult, and their length in all.
+    _lines: list[str] = field(default_factory=list)
+    _length: int = 0
 
     def add(self, result: FileResult) -> None:
         """Take in one FileResult."""
         self.totals.count(result)
-        self._open_page.append(result)
-        if len(self._open_page) == PAGE_RESULTS:
+        line = _as_json(result)
+        if self._length + len(line) > PAGE_LENGTH or len(self._lines) == PAGE_RESULTS:
             self.close()
+        self._lines.append(line)
+        self._length += len(line)
 
     def close(self) -> list[bytes]:
         """Make a page of what has come in since the last one; returns all pages."""
-        if self._open_page:
-            self.pages.append(pack_page(self._open_page))
-            self._open_page = []
+        if self._lines:
+            self.pages.append(_pack(self._lines))
+            self._lines, self._length = [], 0
         return self.pages
 
     def has_pages(self) -> bool:
         """Whether there are FileResults in it."""
-        return bool(self.pages or self._open_page)
+        return bool(self.pages or self._lines)
 
     def without_pages(self) -> Report:
         """The sums alone."""
@@ -200,9 +205,24 @@ def join_ranges(ranges: Iterable[RangeDone], reason: str | None) -> Iterator[Fil
     yield from files.values()
 
 
-def pack_page(results: list[FileResult]) -> bytes:
+def pack_page(results: Iterable[FileResult]) -> bytes:
     """FileResults as zlib-compressed JSON: ASCII, with names that are not UTF-8 as surrogate escapes."""
-    return zlib.compress(json.dumps(results, separators=(",", ":")).encode("ascii"), _FASTEST)
+    return _pack([_as_json(result) for result in results])
+
+
+def _pack(lines: list[str]) -> bytes:
+    return zlib.compress(f"[{','.join(lines)}]".encode("ascii"), _FASTEST)
+
+
+def _as_json(result: FileResult) -> str:
+    """One FileResult as JSON, in half the time of `json.dumps`."""
+    reason, error = result["reason"], result["error"]
+    return (
+        f'{{"path":{quoted(result["path"])},"type":"{result["type"]}","method":"{result["method"]}",'
+        f'"bytes":{result["bytes"]},"copied_bytes":{result["copied_bytes"]},"seconds":{result["seconds"]:.6f},'
+        f'"reason":{"null" if reason is None else quoted(reason)},'
+        f'"error":{"null" if error is None else json.dumps(error)}}}'
+    )
 
 
 def unpack_pages(pages: Iterable[bytes]) -> Iterator[FileResult]:

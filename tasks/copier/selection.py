@@ -22,12 +22,15 @@ class Selection:
         names: list[str] = []
         self._paths: list[tuple[re.Pattern[str], bool, str]] = []
         self._names: list[tuple[re.Pattern[str], bool, str]] = []
+        #: Whether the path of a file has to be looked at, beside its name.
+        self._looks_at_file_paths = bool(self._skip)
         for pattern in exclude:
             only_directories = pattern.endswith("/")
             body = pattern.rstrip("/")
             rule = (_compile(body.lstrip("/")), only_directories, pattern)
             if "/" in body:
                 self._paths.append(rule)
+                self._looks_at_file_paths |= not only_directories
             else:
                 self._names.append(rule)
                 names.append(rule[0].pattern)
@@ -40,7 +43,7 @@ class Selection:
             for rule, only_directories, pattern in self._names:
                 if rule.match(name) and (is_directory or not only_directories):
                     return f"excluded by {pattern}"
-        if self._skip or self._paths:
+        if is_directory or self._looks_at_file_paths:
             path = f"{directory}/{name}" if directory else name
             if path in self._skip:
                 return "skip"

@@ -37,8 +37,12 @@ _REFUSED = frozenset(
 Step = Callable[[int], None]
 
 
-def data_extents(fd: int, start: int, end: int, path: str) -> Iterator[tuple[int, int]]:
-    """Yield the (start, end) of each data extent of `fd` within [start, end), in bytes. `path` serves messages.
+#: The paths of source and destination, called for only where a message needs them.
+Paths = Callable[[], tuple[str, str]]
+
+
+def data_extents(fd: int, start: int, end: int, paths: Paths) -> Iterator[tuple[int, int]]:
+    """Yield the (start, end) of each data extent of `fd` within [start, end), in bytes.
 
     Raises ForkError sparse_unsupported where the filesystem cannot tell, and OSError.
     """
@@ -54,7 +58,7 @@ def data_extents(fd: int, start: int, end: int, path: str) -> Iterator[tuple[int
                 return
             if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
                 message = "its filesystem cannot tell data from holes, and a dense copy is never made"
-                raise ForkError(Code.SPARSE_UNSUPPORTED, message, path, error.errno) from None
+                raise ForkError(Code.SPARSE_UNSUPPORTED, message, paths()[0], error.errno) from None
             raise
         yield data, at
 
@@ -67,26 +71,30 @@ class SparseCopier:
         self._step = step
         self._offload = offload
         self._buffer: memoryview | None = None
+        #: st_dev of a source → whether its holes are to be trusted without an fsync before.
+        self._tells_holes: dict[int, bool] = {}
 
-    def copy(self, src_fd: int, dst_fd: int, start: int, end: int, paths: tuple[str, str]) -> int:
+    def copy(self, src_fd: int, src_dev: int, dst_fd: int, start: int, end: int, paths: Paths) -> int:
         """Copy the data of [start, end) and leave its holes; the destination must be a hole there. Returns bytes.
 
-        `paths` (source, destination) serve messages. Raises ForkError: sparse_unsupported, source_changed for a
-        source that ends early, no_space, io_error.
+        `src_dev` is st_dev of the source. Raises ForkError: sparse_unsupported, source_changed for a source that
+        ends early, no_space, io_error.
         """
-        source, destination = paths
         copied = 0
         try:
-            if syscalls.filesystem_type(src_fd) == syscalls.ZFS:
+            if src_dev not in self._tells_holes:
+                self._tells_holes[src_dev] = syscalls.filesystem_type(src_fd) != syscalls.ZFS
+            if not self._tells_holes[src_dev]:
                 os.fsync(src_fd)
-            for data, hole in data_extents(src_fd, start, end, source):
-                self._copy_extent(src_fd, dst_fd, data, hole, source)
+            for data, hole in data_extents(src_fd, start, end, paths):
+                self._copy_extent(src_fd, dst_fd, data, hole, paths)
                 copied += hole - data
         except OSError as error:
+            source, destination = paths()
             raise from_oserror(error, f"copying {source}", destination) from None
         return copied
 
-    def _copy_extent(self, src_fd: int, dst_fd: int, at: int, end: int, source: str) -> None:
+    def _copy_extent(self, src_fd: int, dst_fd: int, at: int, end: int, paths: Paths) -> None:
         while self._offload and at < end:
             try:
                 done = os.copy_file_range(src_fd, dst_fd, min(end - at, _CALL_BYTES), at, at)
@@ -101,7 +109,7 @@ class SparseCopier:
         while at < end:
             done = self._copy_piece(src_fd, dst_fd, at, end)
             if done == 0:
-                raise ForkError(Code.SOURCE_CHANGED, "it became shorter while it was copied", source)
+                raise ForkError(Code.SOURCE_CHANGED, "it became shorter while it was copied", paths()[0])
             at += done
             self._step(done)
 

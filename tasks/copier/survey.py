@@ -17,6 +17,8 @@ from tasks.copier.work import Work
 
 #: How many of the largest files are remembered.
 LARGEST = 8
+#: As plain numbers: they are compared with those of every entry, and the members of an enum are slow to get at.
+_FILE, _SYMLINK = int(Kind.FILE), int(Kind.SYMLINK)
 
 
 @dataclass
@@ -49,6 +51,8 @@ class Survey:
         self.bytes = 0
         self.data = 0
         self._heap: list[tuple[int, str, Entry]] = []
+        #: Size of the smallest of the largest.
+        self._least = -1
 
     def largest(self) -> list[tuple[str, Entry]]:
         """Paths and entries of the largest files, the largest first."""
@@ -72,30 +76,39 @@ class Survey:
         """Write one block to the manifests, make its directories, and count."""
         small: list[Entry] = []
         others: list[Entry] = []
-        self.entries += len(block.entries)
+        size = data = 0
         for entry in block.entries:
-            if entry.kind > Kind.SYMLINK:
+            kind = entry.kind
+            if kind == _FILE:
+                size += entry.size
+                if entry.size > self._least:
+                    self._keep_large(block.path, entry)
+                if entry.data > self._limits.chunk_bytes:
+                    self._add_large(block.path, entry)
+                    continue
+                data += entry.data
+            elif kind != _SYMLINK:
                 others.append(entry)
                 continue
-            self.files += 1
-            if entry.kind == Kind.FILE:
-                self.bytes += entry.size
-                self.data += entry.data
-                self._keep_if_large(block.path, entry)
-                if entry.data > self._limits.chunk_bytes:
-                    span = self._files.append(Block(block.path, [entry]))
-                    self.units.append(Unit(*span, 1, entry.data, (block.path, entry)))
-                    continue
             small.append(entry)
+        self.entries += len(block.entries)
+        self.files += len(block.entries) - len(others)
+        self.bytes += size
         if small:
-            self._add_to_last(self._files.append(Block(block.path, small)), small)
+            self._add_to_last(self._files.append(Block(block.path, small)), len(small), data)
         if others:
             self._closing.append(Block(block.path, others))
             self._work.make_directories(block.path, [entry.name for entry in others if entry.kind == Kind.DIRECTORY])
 
-    def _add_to_last(self, span: Span, entries: list[Entry]) -> None:
+    def _add_large(self, directory: str, entry: Entry) -> None:
+        """Make one file with more data than a chunk may have a block and a unit of its own."""
+        span = self._files.append(Block(directory, [entry]))
+        self.units.append(Unit(*span, 1, entry.data, (directory, entry)))
+        self.data += entry.data
+
+    def _add_to_last(self, span: Span, files: int, data: int) -> None:
         """Join a block to the unit before it while that is small: there may be a hundred thousand small directories."""
-        files, data = len(entries), sum(entry.data for entry in entries if entry.kind == Kind.FILE)
+        self.data += data
         last = self.units[-1] if self.units else None
         if (
             last is None
@@ -110,11 +123,11 @@ class Survey:
         last.files += files
         last.data += data
 
-    def _keep_if_large(self, directory: str, entry: Entry) -> None:
-        if len(self._heap) < LARGEST:
-            heapq.heappush(self._heap, (entry.size, join(directory, entry.name), entry))
-        elif entry.size > self._heap[0][0]:
-            heapq.heapreplace(self._heap, (entry.size, join(directory, entry.name), entry))
+    def _keep_large(self, directory: str, entry: Entry) -> None:
+        heapq.heappush(self._heap, (entry.size, join(directory, entry.name), entry))
+        if len(self._heap) > LARGEST:
+            heapq.heappop(self._heap)
+            self._least = self._heap[0][0]
 
 
 @contextmanager

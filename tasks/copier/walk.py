@@ -90,6 +90,8 @@ def join(directory: str, name: str) -> str:
     return f"{directory}/{name}" if directory else name
 
 
+#: S_IFMT of stat(2).
+_TYPE_BITS = 0o170000
 #: The file types that are cloned.
 _KINDS = {stat.S_IFREG: Kind.FILE, stat.S_IFLNK: Kind.SYMLINK, stat.S_IFDIR: Kind.DIRECTORY}
 _FILE_TYPES = {
@@ -165,13 +167,13 @@ class Walk:
         except OSError as error:
             path = self._absolute(join(directory, name))
             raise from_source(error, "reading the status of an entry of the source", path) from None
-        kind_bits = stat.S_IFMT(status.st_mode)
+        kind_bits = status.st_mode & _TYPE_BITS
         reason = self.selection.reason(directory, name, kind_bits == stat.S_IFDIR)
         if reason is not None:
             return entry_of(name, reason, Kind.SKIP, status)
         kind = _KINDS.get(kind_bits)
         if kind is not None:
-            if self.hardlinks and status.st_nlink > 1 and kind != Kind.DIRECTORY:
+            if status.st_nlink > 1 and self.hardlinks and kind != Kind.DIRECTORY:
                 return self._linked(join(directory, name), name, kind, status)
             return entry_of(name, "", kind, status)
         if kind_bits == stat.S_IFSOCK:

@@ -58,10 +58,16 @@ def test_results_are_cut_into_pages_and_read_in_order() -> None:
     assert report.close() == pages
 
 
-def test_a_page_of_the_longest_paths_stays_a_small_value() -> None:
-    results = [result(f"{'/'.join([os.urandom(127).hex()] * 16)}/{n}") for n in range(PAGE_RESULTS)]
+def test_a_page_of_long_paths_that_do_not_compress_stays_a_small_value() -> None:
+    report = Report()
+    names = ["/".join(os.urandom(120).decode("utf-8", "surrogateescape") for _ in range(32)) for _ in range(200)]
+    for name in names:
+        report.add(result(name))
 
-    assert len(pack_page(results)) < 1 << 20
+    pages = report.close()
+
+    assert max(map(len, pages)) < 1 << 20
+    assert [one["path"] for one in unpack_pages(pages)] == names
 
 
 def test_a_report_comes_back_from_its_bytes() -> None:
