@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 from celery import Celery, Task, states
 from celery.backends.redis import RedisBackend
-from celery.exceptions import Ignore, InvalidTaskError, TaskRevokedError
-from celery.worker.request import Request
-from celery.worker.strategy import default
+from celery.exceptions import Ignore, TaskRevokedError
 from kombu.utils.encoding import bytes_to_str
 
+from tasks.bury import run_bury
 from tasks.chunk import run_chunk
-from tasks.context import AGAIN_SECONDS, CHUNK_TASK, FINISH_TASK, GONE, Again, Context
+from tasks.context import (
+    AGAIN_SECONDS,
+    BURY_TASK,
+    CHUNK_TASK,
+    FINISH_TASK,
+    FORK_TASK,
+    GONE,
+    SWEEP_TASK,
+    Again,
+    Context,
+)
 from tasks.contract import ForkFailed, text_of
 from tasks.copier.errors import describe
 from tasks.copier.options import Limits
@@ -22,49 +31,32 @@ from tasks.copier.roots import Roots
 from tasks.copier.spec import ForkResult
 from tasks.finish import run_finish
 from tasks.fork import run_fork
+from tasks.message import Message
 from tasks.results import Results
-from tasks.takeover import STALE_SECONDS, settle_lost, take_over
+from tasks.sweep import run_sweep
+from tasks.takeover import STALE_SECONDS, settle_lost, settle_published, take_over
 
-FORK_TASK = "forkvm.fork"
-#: Queues beside the one that clients use: a finish must not wait behind chunks, nor a new fork behind either.
-_INNER_QUEUES = {CHUNK_TASK: "#chunk", FINISH_TASK: "#finish"}
+#: Queues beside the one that clients use: a finish must not wait behind chunks, nor a new fork behind either. What
+#: this program sends again of a fork goes past all that no worker has begun; a sweep goes behind all chunks.
+_INNER_QUEUES = {
+    CHUNK_TASK: "#chunk",
+    FINISH_TASK: "#finish",
+    FORK_TASK: "#finish",
+    BURY_TASK: "#finish",
+    SWEEP_TASK: "#chunk",
+}
 
 AnyTask = Task[Any, Any]
 
 
-class TimedRequest(Request):
-    """A request that knows when the worker took it from the queue, which Redis messages do not tell."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.request_dict["received_at"] = time.time()
-
-
-def careful_strategy(task: AnyTask, app: Celery, consumer: Any, **options: Any) -> Callable[..., Any]:
-    """Celery's way from a message to a task, but a message that makes no sense is refused, with a line in the log.
-
-    Celery 5.7 refuses what is no JSON, but a body that is JSON and no task's (`[1, 2]`) ends the worker, and the
-    next one that takes it.
-    """
-    handle = default(task, app, consumer, **options)
-
-    def handle_carefully(message: Any, body: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return handle(message, body, *args, **kwargs)
-        except (TypeError, ValueError, AttributeError, KeyError) as error:
-            raise InvalidTaskError(f"no message of a task: {error}") from error
-
-    return handle_carefully
-
-
 def inner_queue(queue: str, task: str) -> str:
-    """The queue of chunks or finishes in the domain whose own queue is `queue`."""
+    """Where this program itself sends a task in the domain whose own queue is `queue`."""
     return queue + _INNER_QUEUES[task]
 
 
 def inner_queues(queue: str) -> list[str]:
     """The queues that a worker of the domain queue `queue` consumes beside it."""
-    return [inner_queue(queue, task) for task in _INNER_QUEUES]
+    return sorted({inner_queue(queue, task) for task in _INNER_QUEUES})
 
 
 def results_of(app: Celery, expires: int, *, patient: bool) -> Results:
@@ -84,11 +76,20 @@ def register(app: Celery, roots: Roots, limits: Limits, expires: int) -> None:
 
         return Context(roots, limits, results_of(app, expires, patient=True), send, queue)
 
+    class CountedMessage(Message):
+        """A message whose losses are counted in Redis, since whoever takes it dies."""
+
+        def count_loss(self) -> int:
+            return results_of(app, expires, patient=False).count_loss(str(self.id))
+
+        def bury(self, fork_id: str, destination: str) -> None:
+            queue = inner_queue(str(self.delivery_info["routing_key"]).partition("#")[0], BURY_TASK)
+            app.send_task(BURY_TASK, kwargs={"destination": destination}, task_id=fork_id, queue=queue, retry=False)
+
     # resultrepr_maxsize: Celery's log line for a success would repeat the whole result.
     common: dict[str, Any] = {
         "bind": True,
-        "Request": TimedRequest,
-        "Strategy": "tasks.app:careful_strategy",
+        "Request": CountedMessage,
         "throws": (ForkFailed,),
         "resultrepr_maxsize": 1,
     }
@@ -121,6 +122,19 @@ def register(app: Celery, roots: Roots, limits: Limits, expires: int) -> None:
         except Again as again:
             return _wait(self, context(self), _id(self), destination, again, {"destination": destination})
 
+    @app.task(name=BURY_TASK, **common)
+    def bury(self: AnyTask, destination: str) -> ForkResult:
+        """The end of a fork of which a message killed whoever took it; runs under the fork's own id."""
+        try:
+            return _answer(self, run_bury(context(self), _id(self), destination))
+        except Again as again:
+            return _wait(self, context(self), _id(self), destination, again, {"destination": destination})
+
+    @app.task(name=SWEEP_TASK, ignore_result=True, **common)
+    def sweep(self: AnyTask, every: int) -> None:
+        """A look at the forks that have no end yet; see `tasks.sweep`."""
+        run_sweep(context(self), every)
+
 
 def _wait(
     task: AnyTask, context: Context, fork_id: str, destination: str, again: Again, kwargs: dict[str, Any]
@@ -132,12 +146,14 @@ def _wait(
     if time.time() - since > STALE_SECONDS:
         request = take_over(context, fork_id, destination, again.pulse)
         if request is not None:
-            task.app.send_task(FORK_TASK, kwargs={"request": request}, task_id=fork_id, queue=context.queue)
+            context.send(FORK_TASK, {"request": request}, fork_id)
             raise Ignore
         if again.pulse == GONE:
             return _answer(task, settle_lost(context, fork_id, destination))
-    queue = inner_queue(context.queue, task.name) if task.name in _INNER_QUEUES else context.queue
-    headers = {"seen": [again.pulse, since]}
+        if settle_published(context, fork_id, destination):
+            context.send(FINISH_TASK, {"destination": destination}, fork_id)  # which stores it as the fork's state
+            raise Ignore
+    queue, headers = inner_queue(context.queue, task.name), {"seen": [again.pulse, since]}
     task.app.send_task(
         task.name, kwargs=kwargs, task_id=_id(task), queue=queue, headers=headers, countdown=AGAIN_SECONDS
     )

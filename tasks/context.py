@@ -36,14 +36,17 @@ class Again(Exception):
 
 
 class Send(Protocol):
-    """Sends a task by name into the domain that the running one came from."""
+    """Sends a task by name into the domain that the running one came from, past the clients' own queue."""
 
     def __call__(self, task: str, kwargs: dict[str, Any], task_id: str) -> None:
         """`task` is one of the names below."""
 
 
+FORK_TASK = "forkvm.fork"
 CHUNK_TASK = "forkvm.chunk"
 FINISH_TASK = "forkvm.finish"
+BURY_TASK = "forkvm.bury"
+SWEEP_TASK = "forkvm.sweep"
 
 
 @dataclass(frozen=True)

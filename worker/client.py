@@ -10,8 +10,8 @@ from celery import Celery, states
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
-from tasks.app import FORK_TASK, inner_queue, results_of
-from tasks.context import FINISH_TASK
+from tasks.app import inner_queue, results_of
+from tasks.context import FINISH_TASK, FORK_TASK
 from tasks.copier.progress import Progress
 from tasks.copier.spec import ForkResult
 from tasks.results import Results
@@ -78,10 +78,6 @@ class Client:
         if claim is not None:
             queue = inner_queue(claim["queue"], FINISH_TASK)
             self._send(FINISH_TASK, {"destination": claim["destination"]}, fork_id, queue, {})
-
-    def is_live(self, fork_id: str) -> bool:
-        """Whether the queue has still to end a fork that a worker began."""
-        return self.results.claim_of(fork_id) is not None and self.results.result(fork_id) is None
 
     def _send(self, task: str, kwargs: dict[str, Any], fork_id: str, queue: str, headers: dict[str, Any]) -> None:
         try:
