@@ -8,7 +8,7 @@ SOURCES := worker tasks tests benchmarks
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test bench bench-quick lint format venv constraints clean
+.PHONY: help demo test soak bench bench-quick lint format venv constraints clean
 
 help: ## these lines
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,11 @@ test: ## ruff, mypy (strict) and every test
 	@scripts/setup.sh packages test
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+soak: ## forks, workers and faults at random for five minutes, then the books; SOAK_ARGS='--seconds 1800 --seed 7'
+	@scripts/setup.sh packages test
+	@$(MAKE) --no-print-directory --silent venv
+	CI=true $(BIN)/python -m tests.soak $(SOAK_ARGS)
 
 bench: ## forkvm beside its peers and the kernel's limit, as a table and as docs/benchmark.svg and .json
 	@scripts/setup.sh packages bench

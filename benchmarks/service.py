@@ -19,7 +19,7 @@ from celery import Celery
 from redis import Redis
 
 from benchmarks.subjects import QUEUE, Run, Subject, SubjectFailed
-from tasks.app import FORK_TASK
+from tasks.context import FORK_TASK
 
 _PROJECT = Path(__file__).resolve().parent.parent
 _QUEUE = "forkvm"

@@ -8,13 +8,25 @@ from typing import Any, NoReturn, cast
 
 from celery import Celery, Task, states
 from celery.backends.redis import RedisBackend
-from celery.exceptions import Ignore, InvalidTaskError, TaskRevokedError
-from celery.worker.request import Request
-from celery.worker.strategy import default
+from celery.exceptions import Ignore, TaskRevokedError
 from kombu.utils.encoding import bytes_to_str
 
+from tasks.bury import run_bury
 from tasks.chunk import run_chunk
-from tasks.context import AGAIN_SECONDS, BATCH_TASK, CHUNK_TASK, CONCLUDE_TASK, FINISH_TASK, GONE, Again, Context
+from tasks.context import (
+    AGAIN_SECONDS,
+    BATCH_TASK,
+    BURY_TASK,
+    CAMPAIGN_TASK,
+    CHUNK_TASK,
+    CONCLUDE_TASK,
+    FINISH_TASK,
+    FORK_TASK,
+    GONE,
+    SWEEP_TASK,
+    Again,
+    Context,
+)
 from tasks.contract import ForkFailed, text_of
 from tasks.copier.errors import describe
 from tasks.copier.options import Limits
@@ -22,71 +34,52 @@ from tasks.copier.roots import Roots
 from tasks.copier.spec import ForkResult
 from tasks.finish import run_finish
 from tasks.fork import run_fork
+from tasks.message import Message
 from tasks.results import Results
-from tasks.takeover import STALE_SECONDS, settle_lost, take_over
+from tasks.sweep import run_sweep
+from tasks.takeover import STALE_SECONDS, settle_lost, settle_published, take_over
 
-FORK_TASK = "forkvm.fork"
-#: Queues beside the one that clients use: a finish must not wait behind chunks, nor a new fork behind either.
-_INNER_QUEUES = {CHUNK_TASK: "#chunk", FINISH_TASK: "#finish", BATCH_TASK: "#batch", CONCLUDE_TASK: "#finish"}
+#: Queues beside the one that clients use: a finish must not wait behind chunks, nor a new fork behind either. What
+#: this program sends again of a job goes past all that no worker has begun; a sweep goes behind all chunks.
+_INNER_QUEUES = {
+    CHUNK_TASK: "#chunk",
+    BATCH_TASK: "#batch",
+    FINISH_TASK: "#finish",
+    CONCLUDE_TASK: "#finish",
+    FORK_TASK: "#finish",
+    CAMPAIGN_TASK: "#finish",
+    BURY_TASK: "#finish",
+    SWEEP_TASK: "#chunk",
+}
 
 AnyTask = Task[Any, Any]
 #: See `seen_of`.
 Seen = tuple[int, float]
 
 
-class TimedRequest(Request):
-    """A request that knows when the worker took it from the queue, which Redis messages do not tell."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.request_dict["received_at"] = time.time()
-
-
-def careful_strategy(task: AnyTask, app: Celery, consumer: Any, **options: Any) -> Callable[..., Any]:
-    """Celery's way from a message to a task, but a message that makes no sense is refused, with a line in the log.
-
-    Celery 5.7 refuses what is no JSON, but a body that is JSON and no task's (`[1, 2]`) ends the worker, and the
-    next one that takes it.
-    """
-    handle = default(task, app, consumer, **options)
-
-    def handle_carefully(message: Any, body: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return handle(message, body, *args, **kwargs)
-        except (TypeError, ValueError, AttributeError, KeyError) as error:
-            raise InvalidTaskError(f"no message of a task: {error}") from error
-
-    return handle_carefully
-
-
 def inner_queue(queue: str, task: str) -> str:
-    """The queue of chunks or finishes in the domain whose own queue is `queue`."""
+    """Where this program itself sends a task in the domain whose own queue is `queue`."""
     return queue + _INNER_QUEUES[task]
 
 
 def inner_queues(queue: str) -> list[str]:
     """The queues that a worker of the domain queue `queue` consumes beside it."""
-    return [queue + inner for inner in dict.fromkeys(_INNER_QUEUES.values())]
+    return sorted({inner_queue(queue, task) for task in _INNER_QUEUES})
 
 
-def results_of(app: Celery, expires: int, *, patient: bool) -> Results:
+def results_of(app: Celery, *, patient: bool) -> Results:
     """The results in the app's result backend."""
     backend = cast(RedisBackend, app.backend)
-    return Results(backend.client, expires, lambda fork_id: bytes_to_str(backend.get_key_for_task(fork_id)), patient)
+    return Results(
+        backend.client,
+        int(app.conf.result_expires),
+        lambda fork_id: bytes_to_str(backend.get_key_for_task(fork_id)),
+        patient,
+    )
 
 
-#: What all tasks have in common. resultrepr_maxsize: Celery's log line for a success would repeat the whole result.
-COMMON: dict[str, Any] = {
-    "bind": True,
-    "Request": TimedRequest,
-    "Strategy": "tasks.app:careful_strategy",
-    "throws": (ForkFailed,),
-    "resultrepr_maxsize": 1,
-}
-
-
-def surroundings(app: Celery, roots: Roots, limits: Limits, expires: int) -> Callable[[AnyTask], Context]:
-    """What gives each running task its context. `expires` is the TTL of results in seconds."""
+def surroundings(app: Celery, roots: Roots, limits: Limits) -> Callable[[AnyTask], Context]:
+    """What gives each running task its context."""
 
     def context(task: AnyTask) -> Context:
         queue = _queue(task)
@@ -94,15 +87,38 @@ def surroundings(app: Celery, roots: Roots, limits: Limits, expires: int) -> Cal
         def send(task: str, kwargs: dict[str, Any], task_id: str) -> None:
             app.send_task(task, kwargs=kwargs, task_id=task_id, queue=inner_queue(queue, task))
 
-        return Context(roots, limits, results_of(app, expires, patient=True), send, queue)
+        return Context(roots, limits, results_of(app, patient=True), send, queue)
 
     return context
+
+
+def options_of(message: type[Message]) -> dict[str, Any]:
+    """The options of a task whose messages are of the class `message`."""
+    # resultrepr_maxsize: Celery's log line for a success would repeat the whole result.
+    return {"bind": True, "Request": message, "throws": (ForkFailed,), "resultrepr_maxsize": 1}
+
+
+def domain_queue(message: Message) -> str:
+    """The domain's queue, out of the one that a message came from."""
+    return str(message.delivery_info["routing_key"]).partition("#")[0]
 
 
 def register(app: Celery, context: Callable[[AnyTask], Context]) -> None:
     """Give `app` the tasks of forks; `context` is what `surroundings` gave."""
 
-    @app.task(name=FORK_TASK, **COMMON)
+    class ForkMessage(Message):
+        """A message whose losses are counted in Redis, since whoever takes it dies."""
+
+        def count_loss(self) -> int:
+            return results_of(app, patient=False).count_loss(str(self.id))
+
+        def bury(self, fork_id: str, destination: str) -> None:
+            queue = inner_queue(domain_queue(self), BURY_TASK)
+            app.send_task(BURY_TASK, kwargs={"destination": destination}, task_id=fork_id, queue=queue, retry=False)
+
+    common = options_of(ForkMessage)
+
+    @app.task(name=FORK_TASK, **common)
     def fork(self: AnyTask, *args: Any, **kwargs: Any) -> ForkResult:
         """One fork; the contract's entry. Its one argument is `request`; anything else is no request."""
         request = given_request(args, kwargs)
@@ -112,7 +128,7 @@ def register(app: Celery, context: Callable[[AnyTask], Context]) -> None:
             destination = text_of(request, "destination")
             return _wait(self, context(self), job_id(self), destination, again, {"request": request})
 
-    @app.task(name=CHUNK_TASK, ignore_result=True, **COMMON)
+    @app.task(name=CHUNK_TASK, ignore_result=True, **common)
     def chunk(self: AnyTask, fork_id: str, destination: str, number: int) -> None:
         """One chunk of a fork."""
         try:
@@ -121,13 +137,26 @@ def register(app: Celery, context: Callable[[AnyTask], Context]) -> None:
             kwargs = {"fork_id": fork_id, "destination": destination, "number": number}
             _wait(self, context(self), fork_id, destination, again, kwargs)
 
-    @app.task(name=FINISH_TASK, **COMMON)
+    @app.task(name=FINISH_TASK, **common)
     def finish(self: AnyTask, destination: str) -> ForkResult:
         """The end of a fork; runs under the fork's own id, so that its outcome is the fork's."""
         try:
             return _answer(self, run_finish(context(self), job_id(self), destination))
         except Again as again:
             return _wait(self, context(self), job_id(self), destination, again, {"destination": destination})
+
+    @app.task(name=BURY_TASK, **common)
+    def bury(self: AnyTask, destination: str) -> ForkResult:
+        """The end of a fork of which a message killed whoever took it; runs under the fork's own id."""
+        try:
+            return _answer(self, run_bury(context(self), job_id(self), destination))
+        except Again as again:
+            return _wait(self, context(self), job_id(self), destination, again, {"destination": destination})
+
+    @app.task(name=SWEEP_TASK, ignore_result=True, **common)
+    def sweep(self: AnyTask, every: int) -> None:
+        """A look at the forks that have no end yet; see `tasks.sweep`."""
+        run_sweep(context(self), every)
 
 
 def _wait(
@@ -138,10 +167,13 @@ def _wait(
     if is_stale(seen):
         request = take_over(context, fork_id, destination, again.pulse)
         if request is not None:
-            task.app.send_task(FORK_TASK, kwargs={"request": request}, task_id=fork_id, queue=context.queue)
+            context.send(FORK_TASK, {"request": request}, fork_id)
             raise Ignore
         if again.pulse == GONE:
             return _answer(task, settle_lost(context, fork_id, destination))
+        if settle_published(context, fork_id, destination):
+            context.send(FINISH_TASK, {"destination": destination}, fork_id)  # which stores it as the fork's state
+            raise Ignore
     go_back(task, context, seen, kwargs)
 
 
@@ -158,8 +190,7 @@ def is_stale(seen: Seen) -> bool:
 
 def go_back(task: AnyTask, context: Context, seen: Seen, kwargs: dict[str, Any]) -> NoReturn:
     """Send the task to its queue again, under the same id, and end this run of it without a trace."""
-    queue = inner_queue(context.queue, task.name) if task.name in _INNER_QUEUES else context.queue
-    headers = {"seen": list(seen)}
+    queue, headers = inner_queue(context.queue, task.name), {"seen": list(seen)}
     task.app.send_task(
         task.name, kwargs=kwargs, task_id=job_id(task), queue=queue, headers=headers, countdown=AGAIN_SECONDS
     )

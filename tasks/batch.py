@@ -6,17 +6,16 @@ from contextlib import suppress
 
 from redis.exceptions import RedisError
 
-from tasks.campaign import send_batch
 from tasks.campaign_results import CampaignResults
 from tasks.context import CONCLUDE_TASK, LOCK_WAIT, Again, Context
 from tasks.copier.batch import make_batch, seize_batch
-from tasks.copier.campaign import forks_done
-from tasks.copier.campaign_end import aborted, late
+from tasks.copier.campaign_end import late
 from tasks.copier.campaign_plan import Campaign, open_campaign
 from tasks.copier.errors import ForkError
 from tasks.copier.fork import Superseded
 from tasks.copier.progress import Beat, Progress, Ticker
 from tasks.copier.staging import Held
+from tasks.lanes import is_over, send_batch
 
 
 def run_batch(context: Context, campaign_id: str, home: str, first: int) -> None:
@@ -78,15 +77,3 @@ def _look(results: CampaignResults, campaign: Campaign) -> Beat:
             raise error
 
     return look
-
-
-def is_over(results: CampaignResults, campaign: Campaign) -> bool:
-    """Whether no further fork is to be begun; notes why, where that is not known yet."""
-    spec, sums = campaign.spec, results.sums()
-    if forks_done(sums) >= spec.aims.count:
-        return True
-    if sums.get("forks.failed") and spec.aims.on_error == "abort":
-        results.end_early(aborted(campaign))
-    elif error := late(campaign):
-        results.end_early(error)
-    return results.ended(campaign.spec.source) is not None

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
 from contextlib import suppress
 
 from redis.exceptions import RedisError
 
 from tasks.campaign_request import campaign_of, refused_campaign, summary_of
 from tasks.campaign_results import CampaignResults
-from tasks.context import BATCH_TASK, LOCK_WAIT, Again, Context
+from tasks.context import LOCK_WAIT, Again, Context
+from tasks.copier import takeover
 from tasks.copier.batch_record import Outcome
 from tasks.copier.campaign import CampaignResult, CampaignSpec, campaign_result
-from tasks.copier.campaign_plan import Campaign, campaign_in, find_home, open_campaign, plan_campaign
+from tasks.copier.campaign_plan import campaign_in, find_home, open_campaign, plan_campaign
 from tasks.copier.ends import open_ends
-from tasks.copier.errors import ForkError, from_oserror
+from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.fork import Superseded
 from tasks.copier.progress import Beat, Progress, Ticker
 from tasks.copier.report import Totals
 from tasks.copier.spec import Clock, failed
 from tasks.copier.staging import Held, Staging
+from tasks.lanes import send_batches
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def run_campaign(context: Context, campaign_id: str, request: object, queued: fl
 def take_over_campaign(context: Context, campaign_id: str, pulse: int) -> None:
     """Take a campaign from a planner that gives no sign of life, so that it is planned anew.
 
-    `pulse`: see `Staging.take_over`.
+    `pulse`: see `tasks.copier.takeover`.
     """
     claim = context.results.claim_of(campaign_id)
     if claim is None:
@@ -80,25 +81,9 @@ def take_over_campaign(context: Context, campaign_id: str, pulse: int) -> None:
     with suppress(ForkError):
         parent_fd, _ = context.roots.open_parent(claim["destination"])
         try:
-            Staging.take_over(parent_fd, campaign_id, pulse)
+            takeover.take_over(parent_fd, campaign_id, pulse)
         finally:
             os.close(parent_fd)
-
-
-def send_batches(context: Context, results: CampaignResults, campaign: Campaign, home: str) -> None:
-    """Send the first batch of each lane that is not done. The batches of a lane follow one upon the other."""
-    stride = campaign.plan.batch * campaign.plan.lanes
-    for lane in range(campaign.plan.lanes):
-        for first in range(lane * campaign.plan.batch, campaign.spec.aims.count, stride):
-            if not results.is_batch_done(first):
-                send_batch(context, campaign.spec.campaign_id, home, first)
-                break
-
-
-def send_batch(context: Context, campaign_id: str, home: str, first: int) -> None:
-    """Send the batch that begins with the index `first`."""
-    kwargs = {"campaign_id": campaign_id, "home": home, "first": first}
-    context.send(BATCH_TASK, kwargs, f"{campaign_id}.batch.{first}")
 
 
 def settle(results: CampaignResults, result: CampaignResult) -> CampaignResult:
@@ -117,6 +102,8 @@ def _plan(context: Context, results: CampaignResults, spec: CampaignSpec, paths:
         Staging.claim(ends.parent_fd, spec.campaign_id, LOCK_WAIT) as staging,
     ):
         if campaign_in(staging) is None:
+            if results.sums():
+                raise ForkError(Code.IO_ERROR, "its staging directory was removed while it was made", home)
             try:
                 with staging.beating():
                     plan_campaign(ends, staging, spec, paths, Ticker(_look(results, spec)))
@@ -143,13 +130,14 @@ def _look(results: CampaignResults, spec: CampaignSpec) -> Beat:
 
 
 def _refuse(results: CampaignResults, spec: CampaignSpec, paths: list[str], error: ForkError) -> CampaignResult:
-    """Settle a campaign of which no fork was begun, and each of its forks."""
+    """Settle a campaign that cannot be made, and each of its forks that has no result."""
     for first in range(0, len(paths), _SLICE):
-        results.settle(first, list(_refusals(spec, paths, first, error)))
+        open_ones = results.without_result(range(first, min(first + _SLICE, len(paths))), spec)
+        if open_ones:
+            results.settle(open_ones[0], [_refusal(spec, index, paths[index], error) for index in open_ones])
     return settle(results, campaign_result(spec, results.sums(), results.failures(), error=error))
 
 
-def _refusals(spec: CampaignSpec, paths: list[str], first: int, error: ForkError) -> Iterator[Outcome]:
-    for index in range(first, min(first + _SLICE, len(paths))):
-        fork = spec.fork(index, paths[index], spec.started)
-        yield Outcome(failed(fork, error, Totals(), 0, Clock(fork.started)), [])
+def _refusal(spec: CampaignSpec, index: int, path: str, error: ForkError) -> Outcome:
+    fork = spec.fork(index, path, spec.started)
+    return Outcome(failed(fork, error, Totals(), 0, Clock(fork.started)), [])

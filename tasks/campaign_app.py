@@ -8,22 +8,50 @@ from typing import Any
 from celery import Celery, states
 from celery.exceptions import Ignore, TaskRevokedError
 
-from tasks.app import COMMON, AnyTask, given_request, go_back, is_stale, job_id, queued, seen_of
+from tasks.app import (
+    AnyTask,
+    domain_queue,
+    given_request,
+    go_back,
+    inner_queue,
+    is_stale,
+    job_id,
+    options_of,
+    queued,
+    results_of,
+    seen_of,
+)
 from tasks.batch import run_batch, take_over_batch
 from tasks.campaign import run_campaign, take_over_campaign
+from tasks.campaign_results import CampaignResults
 from tasks.conclude import run_conclude, settle_gone
-from tasks.context import BATCH_TASK, CONCLUDE_TASK, GONE, Again, Context
-from tasks.contract import ForkFailed
+from tasks.context import BATCH_TASK, CAMPAIGN_TASK, CONCLUDE_TASK, GONE, Again, Context
+from tasks.contract import ForkFailed, text_of
 from tasks.copier.campaign import CampaignResult
 from tasks.copier.errors import describe
-
-CAMPAIGN_TASK = "forkvm.campaign"
+from tasks.message import Message
+from tasks.results import end_state
 
 
 def register_campaigns(app: Celery, context: Callable[[AnyTask], Context]) -> None:
     """Give `app` the tasks of campaigns; `context` is what `tasks.app.surroundings` gave."""
 
-    @app.task(name=CAMPAIGN_TASK, **COMMON)
+    class CampaignMessage(Message):
+        """A message whose losses are counted in Redis; a campaign that kills whoever takes it up is ended."""
+
+        def count_loss(self) -> int:
+            return results_of(app, patient=False).count_loss(str(self.id))
+
+        def bury(self, fork_id: str, destination: str) -> None:
+            campaign_id = text_of(self.kwargs, "campaign_id") or str(self.id)
+            results = CampaignResults(results_of(app, patient=False), campaign_id)
+            home = results.bury()
+            queue = inner_queue(domain_queue(self), CONCLUDE_TASK)
+            app.send_task(CONCLUDE_TASK, kwargs={"home": home}, task_id=campaign_id, queue=queue, retry=False)
+
+    common = options_of(CampaignMessage)
+
+    @app.task(name=CAMPAIGN_TASK, **common)
     def campaign(self: AnyTask, *args: Any, **kwargs: Any) -> CampaignResult:
         """Many forks of one source; the contract's entry. Its one argument is `request`."""
         request = given_request(args, kwargs)
@@ -35,7 +63,7 @@ def register_campaigns(app: Celery, context: Callable[[AnyTask], Context]) -> No
                 take_over_campaign(context(self), job_id(self), again.pulse)
             go_back(self, context(self), seen, {"request": request})
 
-    @app.task(name=BATCH_TASK, ignore_result=True, **COMMON)
+    @app.task(name=BATCH_TASK, ignore_result=True, **common)
     def batch(self: AnyTask, campaign_id: str, home: str, first: int) -> None:
         """Some forks of a campaign."""
         try:
@@ -46,7 +74,7 @@ def register_campaigns(app: Celery, context: Callable[[AnyTask], Context]) -> No
                 take_over_batch(context(self), campaign_id, home, first)
             go_back(self, context(self), seen, {"campaign_id": campaign_id, "home": home, "first": first})
 
-    @app.task(name=CONCLUDE_TASK, **COMMON)
+    @app.task(name=CONCLUDE_TASK, **common)
     def conclude(self: AnyTask, home: str) -> CampaignResult:
         """The end of a campaign; runs under the campaign's own id, so that its outcome is the campaign's."""
         try:
@@ -61,16 +89,14 @@ def register_campaigns(app: Celery, context: Callable[[AnyTask], Context]) -> No
 
 
 def _answer(task: AnyTask, result: CampaignResult | None) -> CampaignResult:
-    """End the task as its campaign ended; without a result, as if it had not run.
-
-    A campaign has a result also where forks failed; only one that could not be begun at all fails itself.
-    """
+    """End the task as its campaign ended; without a result, as if it had not run."""
     if result is None:
         raise Ignore
     error = result["error"]
-    if error is not None and result["status"] == "cancelled":
+    state = end_state(result)
+    if error is None or state == states.SUCCESS:
+        return result
+    if state == states.REVOKED:
         task.backend.store_result(job_id(task), TaskRevokedError(describe(error)), states.REVOKED)
         raise Ignore
-    if error is not None and result["status"] == "failed":
-        raise ForkFailed(describe(error))
-    return result
+    raise ForkFailed(describe(error))

@@ -16,6 +16,8 @@ from tasks.destinations import MOST_FORKS, Template, normal_paths
 
 #: A list is counted from here, as a template is by default.
 _FIRST = 1
+#: A request of at most so many characters is kept whole, and can be sent again when its message was lost.
+_KEPT_WHOLE = 64 << 10
 #: Longest deadline, in seconds: ten years.
 _LONGEST = 315_360_000
 
@@ -67,7 +69,7 @@ def campaign_of(
 
 
 class Summary(TypedDict):
-    """What is kept of a request: all but its destinations, of which there may be many, and a digest of it all."""
+    """What is kept of a request: a digest of it, and all of it but a long list of destinations."""
 
     kept: dict[str, Any]
     forks: int
@@ -79,8 +81,9 @@ def summary_of(request: object, spec: CampaignSpec) -> Summary:
     """The summary of a request; of one that asks for no campaign, `spec` has no forks."""
     text = json.dumps(request, sort_keys=True, default=str)
     asked = request if isinstance(request, dict) and spec.aims.count else {}
+    whole = len(text) <= _KEPT_WHOLE
     return {
-        "kept": {name: value for name, value in asked.items() if name != "destinations"},
+        "kept": {name: value for name, value in asked.items() if whole or name != "destinations"},
         "forks": spec.aims.count,
         "start": spec.aims.start,
         "sha256": hashlib.sha256(text.encode()).hexdigest(),

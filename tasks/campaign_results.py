@@ -31,6 +31,7 @@ from tasks.copier.campaign import (
     progress_of,
     sums_of,
 )
+from tasks.copier.chunk import worker_lost
 from tasks.copier.errors import ErrorRecord, ForkError, describe, from_record
 from tasks.copier.spec import ForkResult
 from tasks.results import Results, key_of, state_json
@@ -99,6 +100,11 @@ class CampaignResults:
         elif outcome.pages:
             self.results.add_pages(pipe, fork_id, {"0": outcome.pages})
 
+    def without_result(self, indexes: range, spec: CampaignSpec) -> list[int]:
+        """Those of these forks, by index, that have no result."""
+        found = self.results.finals([spec.fork_id(index) for index in indexes])
+        return [index for index, result in zip(indexes, found, strict=True) if result is None]
+
     def forks(self, start: int, count: int) -> Iterator[ForkResult]:
         """Yield the results of the forks that have ended by now, in order; `count` forks from the `n` given."""
         ids = (f"{self.campaign_id}.{n}" for n in range(start, start + count))
@@ -150,6 +156,12 @@ class CampaignResults:
         """Have the campaign ended with `error`, unless that was asked for already."""
         value = json.dumps(error.record())
         self._ask(lambda: self.results.redis.set(self._key("cancel"), value, nx=True, ex=self.results.expires))
+
+    def bury(self) -> str:
+        """Have the campaign ended since processes die of it, and return its home."""
+        claim = self.results.claim_of(self.campaign_id)
+        self.end_early(worker_lost(claim["request"]["kept"].get("source", "") if claim is not None else ""))
+        return claim["destination"] if claim is not None else ""
 
     def ended(self, source: str) -> ForkError | None:
         """Why the campaign, whose source is `source`, is to end early; None while nobody wants that."""

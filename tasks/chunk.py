@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tasks.context import FINISH_TASK, LOCK_WAIT, Again, Context
+from tasks.context import FINISH_TASK, LOCK_WAIT, Again, Context, ForkLedger
 from tasks.copier.chunk import fail_chunk, run_held_chunk
 from tasks.copier.ends import reopen_ends
 from tasks.copier.errors import Code, ForkError, from_oserror
@@ -33,11 +33,13 @@ def run_chunk(context: Context, fork_id: str, destination: str, number: int) -> 
             if journal is None or journal.phase is not Phase.CLONING or journal.plan is None:
                 return
             plan = Plan.from_data(journal.plan)
+            if number >= len(plan.chunks):  # of another plan, which was taken from a paused planner
+                return
             with staging.beating():
                 report = _do(context, staging, journal, plan, number)
                 if report is None:
                     raise Again(staging.pulse())
-                context.results.keep_pages(fork_id, {str(number): report.close()})
+                _keep_pages(context, staging, fork_id, number, report)
                 over = staging.is_stopped() or all(staging.has_report(str(n)) for n in range(len(plan.chunks)))
     except Held as held:
         raise Again(held.pulse) from None
@@ -50,6 +52,13 @@ def run_chunk(context: Context, fork_id: str, destination: str, number: int) -> 
         over = True
     if over:
         context.send(FINISH_TASK, {"destination": destination}, fork_id)
+
+
+def _keep_pages(context: Context, staging: Staging, fork_id: str, number: int, report: Report) -> None:
+    try:
+        ForkLedger(context.results, fork_id).keep_pages({str(number): report.close()})
+    except ForkError as error:
+        fail_chunk(staging, number, error)
 
 
 def _look_after(context: Context, fork_id: str, destination: str) -> None:

@@ -7,10 +7,9 @@ import os
 from contextlib import suppress
 from typing import Any
 
-from tasks.batch import is_over
-from tasks.campaign import send_batches, settle
+from tasks.campaign import settle
 from tasks.campaign_results import CampaignResults
-from tasks.context import GONE, LOCK_WAIT, Again, Context
+from tasks.context import CAMPAIGN_TASK, GONE, LOCK_WAIT, Again, Context
 from tasks.copier.batch import seize_batch
 from tasks.copier.campaign import Aims, CampaignResult, CampaignSpec, campaign_result, forks_done
 from tasks.copier.campaign_end import end_rest, remove_annexes
@@ -18,6 +17,7 @@ from tasks.copier.campaign_plan import Campaign, campaign_in
 from tasks.copier.errors import Code, ForkError, from_record
 from tasks.copier.progress import Progress, Ticker
 from tasks.copier.staging import Held, Staging
+from tasks.lanes import is_over, send_batches
 
 
 def run_conclude(context: Context, campaign_id: str, home: str, *, seized: bool = False) -> CampaignResult | None:
@@ -42,9 +42,19 @@ def run_conclude(context: Context, campaign_id: str, home: str, *, seized: bool 
         raise Again(held.pulse) from None
     finally:
         os.close(parent_fd)
-    if (known := results.result()) is None:
-        raise Again(GONE)  # it may be about to be made anew
+    if (known := results.result()) is None and not _send_again(context, campaign_id):
+        raise Again(GONE)  # it may be about to be planned
     return known
+
+
+def _send_again(context: Context, campaign_id: str) -> bool:
+    """Send the request of a campaign that is not planned again; whether it was kept whole."""
+    claim = context.results.claim_of(campaign_id)
+    request = claim["request"]["kept"] if claim is not None else {}
+    if "destinations" not in request:
+        return False
+    context.send(CAMPAIGN_TASK, {"request": request}, campaign_id)
+    return True
 
 
 def settle_gone(context: Context, campaign_id: str) -> CampaignResult:
@@ -62,7 +72,8 @@ def _conclude(
     if campaign is None:
         error = results.ended(home)
         if error is None:
-            return None  # its own message will plan it
+            _send_again(context, results.campaign_id)
+            return None
         result = _settle_unplanned(context, results, error)
     elif not is_over(results, campaign):
         send_batches(context, results, campaign, home)

@@ -36,16 +36,20 @@ class Again(Exception):
 
 
 class Send(Protocol):
-    """Sends a task by name into the domain that the running one came from."""
+    """Sends a task by name into the domain that the running one came from, past the clients' own queue."""
 
     def __call__(self, task: str, kwargs: dict[str, Any], task_id: str) -> None:
         """`task` is one of the names below."""
 
 
+FORK_TASK = "forkvm.fork"
 CHUNK_TASK = "forkvm.chunk"
 FINISH_TASK = "forkvm.finish"
 BATCH_TASK = "forkvm.batch"
+CAMPAIGN_TASK = "forkvm.campaign"
 CONCLUDE_TASK = "forkvm.conclude"
+BURY_TASK = "forkvm.bury"
+SWEEP_TASK = "forkvm.sweep"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 from tasks.context import GONE, LOCK_WAIT, Again, Context, ForkLedger, cancelled
 from tasks.copier.ends import Ends, reopen_ends
@@ -21,7 +22,7 @@ def run_finish(context: Context, fork_id: str, destination: str) -> ForkResult |
     None while chunks are still to be done. Raises Again while other processes work on the fork, and when nothing is
     found of it.
     """
-    known = context.results.result(fork_id)
+    known = known_result(context, fork_id)
     if known is not None:
         return known
     try:
@@ -46,6 +47,24 @@ def run_finish(context: Context, fork_id: str, destination: str) -> ForkResult |
     known = context.results.result(fork_id)
     if known is None:
         raise Again(GONE)  # it may be about to be made anew
+    return known
+
+
+def known_result(context: Context, fork_id: str) -> ForkResult | None:
+    """The result of a fork that has ended; what a process left that died between the result and its end is removed."""
+    known = context.results.result(fork_id)
+    if known is None:
+        return None
+    with suppress(ForkError, OSError, Held):
+        parent_fd, _ = context.roots.open_parent(known["destination"])
+        try:
+            with Staging.attach(parent_fd, fork_id, 0, alone=True) as staging:
+                journal = staging.journal() if staging is not None else None
+                if staging is not None and journal is not None:
+                    staging.discard_tree(journal)  # one that was published has no such name any more
+                    staging.remove()
+        finally:
+            os.close(parent_fd)
     return known
 
 

@@ -13,7 +13,7 @@ from tasks.copier.plan import Plan
 from tasks.copier.progress import Ticker
 from tasks.copier.spec import ForkResult, ForkSpec
 from tasks.copier.staging import Held, Staging
-from tasks.finish import end_with, refuse
+from tasks.finish import end_with, known_result, refuse
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def run_fork(context: Context, fork_id: str, request: object, queued: float) -> 
 
     `queued` is how long the request waited, in seconds. Raises Again while another process holds the fork.
     """
-    known = context.results.result(fork_id)
+    known = known_result(context, fork_id)
     if known is not None:
         return known
     destination = contract.text_of(request, "destination")

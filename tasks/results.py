@@ -6,6 +6,11 @@
     forkvm:{id}:page:…     FileResults: zlib-compressed JSON, at most `report.PAGE_RESULTS` a page
     forkvm:{id}:progress   a hash: what each part has done so far
     forkvm:{id}:cancel     someone asked for an end
+    forkvm:{id}:losses     how many processes died of a message of it (the id is the message's: a fork's or a chunk's)
+    forkvm:open            a sorted set: the ids that a worker has begun with, until a sweep finds that they have
+                           ended, each with the sign of life that the last sweep saw of it
+    forkvm:sweep:{queue}   a sweep of that domain is under way, or was a moment ago
+    forkvm:walk:{queue}    the roots of that domain were searched for abandoned staging not long ago
 
 and Celery's own `celery-task-meta-{id}`, which says STARTED, PROGRESS, and in the end SUCCESS, FAILURE or REVOKED.
 """
@@ -15,9 +20,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NotRequired, TypedDict, TypeVar, cast
+from typing import Any, NamedTuple, NotRequired, TypedDict, TypeVar, cast
 
 from celery import states
 from redis import Redis
@@ -37,6 +42,21 @@ _PAUSE_SECONDS = 0.5
 #: Scores in the sorted set of pages: a part's rank times this, plus the page's number within it.
 _PAGES_A_PART = 1_000_000
 _RANKS = {"plan": 0, "close": 1_000_000}
+_OPEN = "forkvm:open"
+#: No sweep has looked at the fork yet.
+_NEVER_SEEN = -1
+#: Celery's final state for each status of a ForkResult.
+_END = {"succeeded": states.SUCCESS, "failed": states.FAILURE, "cancelled": states.REVOKED}
+#: How many open forks are read at once.
+_OPEN_PAGE = 500
+
+
+class OpenFork(NamedTuple):
+    """A fork without an end: `sign` is what a sweep saw last of it; see `staging.sign_of_life`."""
+
+    fork_id: str
+    sign: int
+    claim: Claim
 
 
 class Claim(TypedDict):
@@ -71,6 +91,8 @@ class Results:
                 started = state_json(fork_id, states.STARTED, "null")
                 pipe.set(self.state_key(fork_id), started, nx=True, ex=self.expires)
                 pipe.publish(self.state_key(fork_id), started)
+                pipe.zadd(_OPEN, {fork_id: _NEVER_SEEN}, nx=True)
+                pipe.expire(_OPEN, self.expires)
                 return bool(pipe.execute()[0])
 
         return claim if self.ask(take) else self.claim_of(fork_id) or claim
@@ -102,6 +124,60 @@ class Results:
         """Keep the final result; waits also while Redis is full: the job is over, and that must not be lost."""
         value = json.dumps(result)
         self.ask(lambda: self.redis.set(key_of(job_id, "result"), value, ex=self.expires), OutOfMemoryError)
+
+    # -- forks without an end
+
+    def is_open(self, fork_id: str) -> bool:
+        """Whether a worker has begun with the fork, and it has no result yet."""
+        return self.claim_of(fork_id) is not None and self.result(fork_id) is None
+
+    def open_forks(self, queue: str) -> list[OpenFork]:
+        """The forks of a domain without an end that their clients see; those with one are forgotten, all domains'."""
+        entries = cast("list[tuple[bytes, float]]", self.ask(lambda: self.redis.zrange(_OPEN, 0, -1, withscores=True)))
+        return [
+            fork for n in range(0, len(entries), _OPEN_PAGE) for fork in self._open(entries[n : n + _OPEN_PAGE], queue)
+        ]
+
+    def _open(self, entries: list[tuple[bytes, float]], queue: str) -> Iterator[OpenFork]:
+        ids = [fork_id.decode() for fork_id, _ in entries]
+        claims = self._many(key_of(fork_id, "claim") for fork_id in ids)
+        results = self._many(key_of(fork_id, "result") for fork_id in ids)
+        records = self._many(self.state_key(fork_id) for fork_id in ids)
+        over = [
+            claim is None or (result is not None and record is not None and record["status"] == end_state(result))
+            for claim, result, record in zip(claims, results, records, strict=True)
+        ]
+        if any(over):
+            gone = [member for (member, _), is_over in zip(entries, over, strict=True) if is_over]
+            self.ask(lambda: self.redis.zrem(_OPEN, *gone))
+        for (_, sign), fork_id, claim, is_over in zip(entries, ids, claims, over, strict=True):
+            if not is_over and claim["queue"] == queue:
+                yield OpenFork(fork_id, int(sign), claim)
+
+    def note_sign(self, fork_id: str, sign: int) -> None:
+        """Note the sign of life that was seen of a fork, unless it has ended meanwhile."""
+        self.ask(lambda: self.redis.zadd(_OPEN, {fork_id: sign}, xx=True))
+
+    def _many(self, keys: Iterable[str]) -> list[Any]:
+        wanted = list(keys)
+        return [_decoded(value) for value in cast("list[bytes | None]", self.ask(lambda: self.redis.mget(wanted)))]
+
+    def count_loss(self, task_id: str) -> int:
+        """Count one more process that died of a message; how many by now."""
+        with self.redis.pipeline(transaction=True) as pipe:
+            pipe.incr(key_of(task_id, "losses"))
+            pipe.expire(key_of(task_id, "losses"), self.expires)
+            return int(pipe.execute()[0])
+
+    # -- turns
+
+    def take_turn(self, what: str, queue: str, seconds: int) -> bool:
+        """Whether it is the caller's turn to do what one of a domain's workers is to do once in so many seconds."""
+        return bool(self.ask(lambda: self.redis.set(f"forkvm:{what}:{queue}", b"1", nx=True, ex=seconds)))
+
+    def shorten_turn(self, what: str, queue: str, seconds: int) -> None:
+        """Let the next turn come in so many seconds."""
+        self.ask(lambda: self.redis.expire(f"forkvm:{what}:{queue}", seconds))
 
     # -- FileResults
 
@@ -205,6 +281,16 @@ def state_json(job_id: str, status: str, result: str) -> str:
         f'{{"status":"{status}","result":{result},"traceback":null,"children":[],"date_done":null,'
         f'"task_id":{json.dumps(job_id)}}}'
     )
+
+
+def end_state(result: Mapping[str, Any]) -> str:
+    """Celery's final state of a fork or campaign with this result.
+
+    A campaign has a result also where forks failed; only one that was given up as a whole fails itself.
+    """
+    if "campaign_id" in result and (result["status"] == "partial" or result["error"] is None):
+        return states.SUCCESS
+    return _END[result["status"]]
 
 
 def _rank(part: str) -> int:

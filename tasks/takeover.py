@@ -1,16 +1,16 @@
-"""What becomes of a fork whose holder gives no sign of life: it is taken over, and made anew."""
+"""What becomes of a fork whose holder gives no sign of life: it is taken over, and made anew, or its end is told."""
 
 from __future__ import annotations
 
 import errno
 import logging
 import os
-from typing import Any
+from typing import Any, cast
 
-from tasks.context import Context
+from tasks.context import Context, ForkLedger
+from tasks.copier import takeover
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.spec import ForkResult, ForkSpec
-from tasks.copier.staging import Staging
 from tasks.finish import refuse
 
 log = logging.getLogger(__name__)
@@ -22,21 +22,39 @@ STALE_SECONDS = 10.0
 def take_over(context: Context, fork_id: str, destination: str, pulse: int) -> dict[str, Any] | None:
     """Take a fork from paused holders: the request to make it anew, or None where there is nothing to take.
 
-    `pulse`: see `Staging.take_over`.
+    `pulse`: see `tasks.copier.takeover`.
     """
     try:
         parent_fd, _ = context.roots.open_parent(destination)
     except ForkError:
         return None
     try:
-        journal = Staging.take_over(parent_fd, fork_id, pulse)
+        taken = takeover.take_over(parent_fd, fork_id, pulse)
     finally:
         os.close(parent_fd)
-    if journal is None:
+    if taken is None:
         return None
     log.warning("fork %s was taken from a process that has been paused for %.0f s", fork_id, STALE_SECONDS)
     claim = context.results.claim_of(fork_id)
-    return claim["request"] if claim is not None else ForkSpec.from_data(journal.spec).request()
+    if claim is not None:
+        return cast("dict[str, Any]", claim["request"])
+    return ForkSpec.from_data(taken.journal.spec).request() if taken.journal is not None else None
+
+
+def settle_published(context: Context, fork_id: str, destination: str) -> bool:
+    """Settle a fork that its holder published before it was paused; whether that was so."""
+    try:
+        parent_fd, name = context.roots.open_parent(destination)
+    except ForkError:
+        return False
+    try:
+        with takeover.published(parent_fd, fork_id, name) as journal:
+            if journal is None:
+                return False
+            ForkLedger(context.results, fork_id).settle(cast(ForkResult, journal.result))
+            return True
+    finally:
+        os.close(parent_fd)
 
 
 def settle_lost(context: Context, fork_id: str, destination: str) -> ForkResult:

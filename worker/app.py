@@ -11,7 +11,8 @@ from celery import signals
 
 from tasks.app import inner_queues
 from worker.configuration import make_app
-from worker.mending import mend_closed_channels
+from worker.gate import watch_the_gate
+from worker.mending import mend_books_of_messages, mend_closed_channels
 from worker.settings import NO_ROOTS, BadSettings, Settings, read_settings
 
 
@@ -38,6 +39,12 @@ def _require_roots(conf: Any = None, **_: Any) -> None:
 @signals.celeryd_init.connect
 def _mend_kombu(**_: Any) -> None:
     mend_closed_channels()
+    mend_books_of_messages()
+
+
+@signals.celeryd_init.connect
+def _watch_the_gate(**_: Any) -> None:
+    watch_the_gate(app)
 
 
 @signals.celeryd_after_setup.connect

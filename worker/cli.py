@@ -229,7 +229,7 @@ def gc(directories: tuple[str, ...], as_json: bool) -> None:
             except NoBroker as error:
                 say(str(error))
                 client.append(None)
-        return None if client[0] is None else client[0].is_live(fork_id)
+        return None if client[0] is None else client[0].results.is_open(fork_id)
 
     findings = [finding for directory in searched for finding in collect(directory, is_live)]
     if as_json:

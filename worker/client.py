@@ -11,15 +11,14 @@ from celery import Celery, states
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
-from tasks.app import FORK_TASK, inner_queue, results_of
-from tasks.campaign_app import CAMPAIGN_TASK
+from tasks.app import inner_queue, results_of
 from tasks.campaign_request import Summary
 from tasks.campaign_results import CampaignResults
-from tasks.context import CONCLUDE_TASK, FINISH_TASK
+from tasks.context import CAMPAIGN_TASK, CONCLUDE_TASK, FINISH_TASK, FORK_TASK
 from tasks.copier.campaign import CampaignProgress, CampaignResult
 from tasks.copier.progress import Progress
 from tasks.copier.spec import ForkResult
-from tasks.results import Results
+from tasks.results import Results, end_state
 from worker.configuration import make_app
 from worker.settings import NoBroker, Settings
 from worker.show import ShowProgress
@@ -43,7 +42,7 @@ class Client:
     def __init__(self, settings: Settings) -> None:
         self._app: Celery = make_app(settings)
         self._queue = settings.queue
-        self.results: Results = results_of(self._app, settings.result_expires, patient=False)
+        self.results: Results = results_of(self._app, patient=False)
         try:
             # One try each: a person waits at the terminal.
             with self._app.connection_for_write() as connection:
@@ -65,7 +64,7 @@ class Client:
         result = cast("ForkResult | CampaignResult | None", self.results.final(job_id))
         record = self.results.state(job_id)
         if result is not None:
-            return Status(_state_of(result), None, result)
+            return Status(end_state(result), None, result)
         progress = record["result"] if record["status"] == "PROGRESS" else None
         return Status(record["status"], progress, None)
 
@@ -95,25 +94,11 @@ class Client:
             queue = inner_queue(claim["queue"], FINISH_TASK)
             self._send(FINISH_TASK, {"destination": claim["destination"]}, fork_id, queue, {})
 
-    def is_live(self, fork_id: str) -> bool:
-        """Whether the queue has still to end a fork that a worker began."""
-        return self.results.claim_of(fork_id) is not None and self.results.final(fork_id) is None
-
     def _send(self, task: str, kwargs: dict[str, Any], fork_id: str, queue: str, headers: dict[str, Any]) -> None:
         try:
             self._app.send_task(task, kwargs=kwargs, task_id=fork_id, queue=queue, headers=headers, retry=False)
         except (OperationalError, RedisError) as error:
             raise NoBroker(f"the broker did not take the message: {error}") from None
-
-
-_STATES = {"succeeded": states.SUCCESS, "failed": states.FAILURE, "cancelled": states.REVOKED}
-
-
-def _state_of(result: ForkResult | CampaignResult) -> str:
-    """Celery's state of a job that ended so. A campaign fails itself only where it could not be begun."""
-    if "campaign_id" in result and result["status"] in ("partial", "failed") and result["error"] is None:
-        return states.SUCCESS
-    return _STATES.get(result["status"], states.SUCCESS)
 
 
 def _without_password(url: str) -> str:

@@ -7,7 +7,7 @@ from celery import Celery
 from tasks.app import register, surroundings
 from tasks.campaign_app import register_campaigns
 from worker.settings import Settings, roots_of
-from worker.steps import Heartbeat, Lease
+from worker.steps import Heartbeat, Lease, PutBack, Sweeper
 
 
 def make_app(settings: Settings) -> Celery:
@@ -39,14 +39,21 @@ def make_app(settings: Settings) -> Celery:
             "queue_order_strategy": "round_robin",
         },
         result_expires=settings.result_expires,
+        # A net under what hangs: its lease would be renewed for ever. Killed, it counts as a process that was lost.
+        task_time_limit=settings.task_time_limit,
         # A net under leaks.
         worker_max_tasks_per_child=10_000,
         worker_hijack_root_logger=True,
         worker_send_task_events=False,
         timezone="UTC",
     )
-    context = surroundings(app, roots_of(settings), settings.limits, settings.result_expires)
+    context = surroundings(app, roots_of(settings), settings.limits)
     register(app, context)
     register_campaigns(app, context)
-    app.steps["consumer"] |= {Lease, type("Heartbeat", (Heartbeat,), {"path": settings.heartbeat_file})}
+    app.steps["consumer"] |= {
+        Lease,
+        PutBack,
+        type("Heartbeat", (Heartbeat,), {"path": settings.heartbeat_file}),
+        type("Sweeper", (Sweeper,), {"interval": settings.visibility_timeout}),
+    }
     return app

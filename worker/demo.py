@@ -16,7 +16,7 @@ from pathlib import Path
 
 from celery import Celery
 
-from tasks.app import FORK_TASK
+from tasks.context import FORK_TASK
 from worker.client import Client
 from worker.settings import read_settings
 from worker.show import answer, any_result_lines, file_line, progress_bar, say

@@ -44,6 +44,8 @@ class Settings(BaseModel):
     result_expires: Annotated[int, Field(ge=60)] = 86_400
     #: After so long the messages of a dead worker are delivered again; a live one renews this every 2 s.
     visibility_timeout: Annotated[int, Field(ge=5)] = 10
+    #: A process that works on one task for so long is killed, and the task done again by another.
+    task_time_limit: Annotated[int, Field(ge=1)] = 14_400
     #: See `tasks.copier.options.Limits`.
     inline_files: Annotated[int, Field(ge=0)] = Limits.inline_files
     inline_bytes: Annotated[int, Field(ge=0)] = Limits.inline_bytes

@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from celery import bootsteps
+from celery.worker import state
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
+
+from tasks.app import inner_queue, results_of
+from tasks.context import SWEEP_TASK
+from worker.mending import put_unnoted_back
 
 #: How often the lease is renewed and the heartbeat file touched, in seconds.
 INTERVAL_SECONDS = 2.0
+#: A sweep that is not over after so many seconds is taken for lost, and another one is sent.
+_SWEEP_LOST_SECONDS = 60
+
+
+class PutBack(bootsteps.StartStopStep):
+    """Puts what was taken when Redis went away back into its queue; see `mending.mend_books_of_messages`."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def start(self, parent: Any) -> None:
+        """Redis is back."""
+        put_unnoted_back(parent.task_consumer.channel)
 
 
 class Lease(bootsteps.StartStopStep):
@@ -20,6 +40,9 @@ class Lease(bootsteps.StartStopStep):
     seconds, and a fork of any length is delivered once. It leans on kombu's private `_delivered`
     (kombu/transport/virtual/base.py, QoS), which a test holds against the installed version; a renewal that is missed
     costs a second delivery, which does no harm.
+
+    What a stopped child has (SIGSTOP, a debugger, a frozen cgroup) is not renewed: it is delivered again, and another
+    process takes the fork over.
     """
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
@@ -35,7 +58,8 @@ class Lease(bootsteps.StartStopStep):
     def _renew(self, parent: Any) -> None:
         channel = parent.task_consumer.channel
         now = time.time()
-        taken = dict.fromkeys(list(channel.qos._delivered), now)
+        held_up = _held_up(parent.pool.info.get("processes", []))
+        taken = dict.fromkeys((tag for tag in list(channel.qos._delivered) if tag not in held_up), now)
         if not taken:
             return
         try:
@@ -43,6 +67,27 @@ class Lease(bootsteps.StartStopStep):
                 client.zadd(channel.qos.unacked_index_key, taken, xx=True)
         except (*channel.connection_errors, OSError):
             return  # the consumer's loop meets the same, and reconnects
+
+
+def _held_up(children: list[int]) -> set[str]:
+    """The delivery tags of what a stopped child has, or may have been given before it took it up."""
+    stopped = {pid for pid in children if _is_stopped(pid)}
+    if not stopped:
+        return set()
+    return {
+        request.message.delivery_tag
+        for request in list(state.reserved_requests)
+        if request.worker_pid is None or request.worker_pid in stopped
+    }
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process is in the state T, as proc(5) has it: "pid (name) state ..."."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:  # it has ended
+        return False
+    return status.rpartition(")")[2].split()[0] in ("T", "t")
 
 
 class Heartbeat(bootsteps.StartStopStep):
@@ -65,3 +110,29 @@ class Heartbeat(bootsteps.StartStopStep):
         """Let it go stale."""
         if self.path:
             self._timer.cancel()
+
+
+class Sweeper(bootsteps.StartStopStep):
+    """Has one of a domain's workers look, again and again, after what stands still; see `tasks.sweep`."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+    #: Seconds between two sweeps: a dead worker's messages are delivered again by then, so what stands still is lost.
+    interval = 10
+
+    def start(self, parent: Any) -> None:
+        """Begin to send sweeps."""
+        self._timer = parent.timer.call_repeatedly(self.interval, self._send, (parent.app,))
+
+    def stop(self, parent: Any) -> None:
+        """End it."""
+        self._timer.cancel()
+
+    def _send(self, app: Any) -> None:
+        # One try each: the consumer's loop waits for this.
+        results = results_of(app, patient=False)
+        queues = [name for name in app.amqp.queues.consume_from if "#" not in name]
+        with suppress(OperationalError, RedisError, OSError):  # the consumer's loop meets the same, and reconnects
+            for queue in queues:
+                if results.take_turn("sweep", queue, _SWEEP_LOST_SECONDS):
+                    queue = inner_queue(queue, SWEEP_TASK)
+                    app.send_task(SWEEP_TASK, kwargs={"every": self.interval}, queue=queue, retry=False)

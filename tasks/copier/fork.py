@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 class Superseded(Exception):
     """The fork was taken from this process while it was paused, or its staging was removed: the end is not its to tell.
 
-    See `Staging.take_over`.
+    See `tasks.copier.takeover`.
     """
 
 

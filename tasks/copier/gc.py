@@ -11,10 +11,13 @@ from typing import Literal
 from tasks.copier import trees
 from tasks.copier.errors import from_oserror
 from tasks.copier.selection import STAGING_NAME
-from tasks.copier.staging import Held, Journal, Staging
+from tasks.copier.staging import Held, Journal, Staging, sign_of_life
 
 #: A control directory without a journal is left alone for so long, in seconds: its planner may be about to write one.
 _FRESH_SECONDS = 60.0
+
+#: Why a staging was kept that is to be looked at again soon.
+YOUNG = "it was at work not long ago"
 
 #: Whether a fork that a queue owns is still to be done: None where nobody can tell.
 IsLive = Callable[[str], bool | None]
@@ -30,10 +33,11 @@ class Finding:
     reason: str
 
 
-def collect(directory: str, is_live: IsLive) -> Iterator[Finding]:
+def collect(directory: str, is_live: IsLive, silent: float = 0.0) -> Iterator[Finding]:
     """Search `directory` and all below it for staging, remove what is dead, and yield each finding.
 
-    Dead is what no process holds, when its fork was a local one or `is_live` denies it. Raises ForkError.
+    Dead is what no process holds, when its fork was a local one, or when `is_live` denies it and for `silent` seconds
+    nothing was done in it: the queue that owns it may be another than the one that is asked. Raises ForkError.
     """
     try:
         top = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -52,7 +56,7 @@ def collect(directory: str, is_live: IsLive) -> Iterator[Finding]:
                 pending += [f"{path}/{name}" if path else name for name in below]
                 # Control directories before trees: a tree goes with its control directory.
                 for name in sorted(stagings, key=len):
-                    finding = _visit(fd, name, os.path.join(directory, path, name), is_live)
+                    finding = _visit(fd, name, os.path.join(directory, path, name), is_live, silent)
                     if finding is not None:
                         yield finding
             finally:
@@ -72,13 +76,13 @@ def _list(fd: int) -> tuple[list[str], list[str]]:
     return below, stagings
 
 
-def _visit(parent_fd: int, name: str, path: str, is_live: IsLive) -> Finding | None:
+def _visit(parent_fd: int, name: str, path: str, is_live: IsLive, silent: float) -> Finding | None:
     control, _, attempt = name.removeprefix(".").partition(".")
     try:
         with Staging.hold(parent_fd, f".{control}", 0, alone=True) as staging:
             if attempt:
                 return _visit_tree(parent_fd, name, path, attempt, staging)
-            return None if staging is None else _visit_control(staging, path, is_live)
+            return None if staging is None else _visit_control(staging, path, is_live, silent)
     except Held:
         return None if attempt else Finding(path, "", "kept", "a process is working on it")
 
@@ -94,7 +98,7 @@ def _visit_tree(parent_fd: int, name: str, path: str, attempt: str, staging: Sta
     return Finding(path, journal.job_id if journal else "", "removed", "left by an earlier attempt")
 
 
-def _visit_control(staging: Staging, path: str, is_live: IsLive) -> Finding:
+def _visit_control(staging: Staging, path: str, is_live: IsLive, silent: float) -> Finding:
     journal = staging.journal()
     if journal is None:
         if time.time() - os.fstat(staging.fd).st_mtime < _FRESH_SECONDS:
@@ -104,16 +108,18 @@ def _visit_control(staging: Staging, path: str, is_live: IsLive) -> Finding:
     fork_id = journal.job_id
     if journal.control != os.fstat(staging.fd).st_ino:
         return Finding(path, fork_id, "kept", "it is a copy that someone made of a staging directory")
-    return _reap(staging, journal, path, fork_id, is_live)
+    return _reap(staging, journal, path, fork_id, is_live, silent)
 
 
-def _reap(staging: Staging, journal: Journal, path: str, fork_id: str, is_live: IsLive) -> Finding:
+def _reap(staging: Staging, journal: Journal, path: str, fork_id: str, is_live: IsLive, silent: float) -> Finding:
     if journal.spec["owner"] == "queue":
         live = is_live(fork_id)
         if live is None:
             return Finding(path, fork_id, "kept", "the queue that owns it cannot be asked")
         if live:
             return Finding(path, fork_id, "kept", "the queue has still to deliver it")
+        if time.time() - sign_of_life(staging.fd) / 1000 < silent:
+            return Finding(path, fork_id, "kept", YOUNG)
     staging.discard_trees()
     staging.remove()
     return Finding(path, fork_id, "removed", "its process died")

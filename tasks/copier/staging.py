@@ -15,6 +15,7 @@ was published: to publish is to hold the lock alone, and a late chunk finds the 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -163,6 +164,17 @@ class Staging:
             staging._close()
 
     @classmethod
+    @contextmanager
+    def peek(cls, parent_fd: int, fork_id: str) -> Iterator[Staging | None]:
+        """Open the fork's staging without holding it, for what paused holders must not hinder; None: there is none."""
+        staging = cls._open(parent_fd, control_name(fork_id))
+        try:
+            yield staging
+        finally:
+            if staging is not None:
+                staging._close()
+
+    @classmethod
     def _open(cls, parent_fd: int, name: str) -> Staging | None:
         try:
             fd = os.open(name, _DIRECTORY, dir_fd=parent_fd)
@@ -218,35 +230,6 @@ class Staging:
         """When whoever holds the staging last gave a sign of life; to be compared with an earlier one only."""
         return os.fstat(self._lock_fd).st_mtime_ns
 
-    @classmethod
-    def take_over(cls, parent_fd: int, fork_id: str, pulse: int) -> Journal | None:
-        """Take a fork from holders that give no sign of life: its journal, or None where that cannot be done.
-
-        `pulse` is the last sign of life that was seen; who gave another one since, keeps the fork.
-
-        The rename of the tree decides: when it is done, no paused holder can publish the tree any more, and what one
-        writes goes into files that are nobody's. A tree that was published, or is not made yet, is not taken.
-        """
-        staging = cls._open(parent_fd, control_name(fork_id))
-        if staging is None:
-            return None
-        try:
-            journal = staging.journal()
-            if journal is None or staging.pulse() != pulse or not staging.is_current():
-                return None
-            tree, control = (f"{staging.name}.{secrets.token_hex(4)}" for _ in range(2))
-            try:
-                os.rename(staging.tree_name(journal), tree, src_dir_fd=parent_fd, dst_dir_fd=parent_fd)
-                os.rename(staging.name, control, src_dir_fd=parent_fd, dst_dir_fd=parent_fd)
-            except FileNotFoundError:
-                return None
-        finally:
-            staging._close()
-        for name in (tree, control):
-            with suppress(OSError):  # a tree of no attempt: gc removes what is left of it
-                trees.remove(parent_fd, name)
-        return journal
-
     def is_current(self) -> bool:
         """Whether the control directory still stands under its name; the lock of a removed one guards nothing."""
         try:
@@ -298,7 +281,10 @@ class Staging:
         return f"{self.name}.{journal.attempt}"
 
     def make_tree(self, journal: Journal) -> int:
-        """Make the tree's top directory, open to nobody else; the caller closes the descriptor."""
+        """Make the tree's top directory, open to nobody else; the caller closes the descriptor.
+
+        Raises FileNotFoundError when the fork was taken over meanwhile.
+        """
         return self.make_named_tree(self.tree_name(journal))
 
     def new_tree_name(self) -> str:
@@ -308,6 +294,10 @@ class Staging:
     def make_named_tree(self, name: str) -> int:
         """As `make_tree`, for a tree that `new_tree_name` named."""
         os.mkdir(name, 0o700, dir_fd=self.parent_fd)
+        if not self.is_current():
+            with suppress(FileNotFoundError):
+                os.rmdir(name, dir_fd=self.parent_fd)
+            raise FileNotFoundError(errno.ENOENT, "the fork was taken over", self.name)
         fd = os.open(name, _DIRECTORY, dir_fd=self.parent_fd)
         drop_inherited_acls(fd)
         os.fchmod(fd, 0o700)  # a set-gid parent hands its bit down
@@ -462,3 +452,26 @@ class Staging:
 def control_name(fork_id: str) -> str:
     """The name of the control directory of the fork `fork_id`."""
     return f".forkvm-{hashlib.sha256(fork_id.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+
+
+def last_sign_of_life(parent_fd: int, fork_id: str) -> int:
+    """See `sign_of_life`; 0 where the fork has no staging."""
+    try:
+        fd = os.open(control_name(fork_id), _DIRECTORY, dir_fd=parent_fd)
+    except FileNotFoundError:
+        return 0
+    try:
+        return sign_of_life(fd)
+    finally:
+        os.close(fd)
+
+
+def sign_of_life(control_fd: int) -> int:
+    """When anyone last did anything in a control directory, in milliseconds since the epoch.
+
+    Every step of a fork makes or renames a file in it, and within a step a holder touches the lock.
+    """
+    signs = [os.fstat(control_fd).st_mtime_ns]
+    with suppress(FileNotFoundError):
+        signs.append(os.stat(_LOCK, dir_fd=control_fd, follow_symlinks=False).st_mtime_ns)
+    return max(signs) // 1_000_000

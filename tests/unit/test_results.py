@@ -243,3 +243,70 @@ def test_cancelling_is_for_one_fork_also_for_one_that_was_not_begun(results: Res
 
     assert results.is_cancelled("fork-1")
     assert not results.is_cancelled("fork-2")
+
+
+# -- forks without an end
+
+
+def _claim(queue: str = "forkvm") -> Claim:
+    return {"request": {"source": "/a"}, "destination": "/b", "queue": queue}
+
+
+def test_fork_is_open_from_its_claim_until_its_result_and_its_state_are_there(
+    results: Results, redis: fakeredis.FakeRedis
+) -> None:
+    results.claim("fork-1", _claim())
+    results.claim("fork-2", _claim("forkvm.rack-7"))
+
+    assert [(fork.fork_id, fork.sign) for fork in results.open_forks("forkvm")] == [("fork-1", -1)]
+    assert [fork.fork_id for fork in results.open_forks("forkvm.rack-7")] == ["fork-2"]
+    results.settle(_result())
+    assert [fork.claim for fork in results.open_forks("forkvm")] == [_claim()]
+    _store_state(redis, "FAILURE")  # of a task that could not store its success
+    assert len(results.open_forks("forkvm")) == 1
+    _store_state(redis, "SUCCESS")
+    assert results.open_forks("forkvm") == []
+    assert redis.zrange("forkvm:open", 0, -1) == [b"fork-2"]
+
+
+def test_sign_of_life_is_kept_of_an_open_fork_alone(results: Results, redis: fakeredis.FakeRedis) -> None:
+    results.claim("fork-1", _claim())
+
+    results.note_sign("fork-1", 1_764_028_800_123)
+    results.note_sign("fork-2", 5)
+
+    assert [(fork.fork_id, fork.sign) for fork in results.open_forks("forkvm")] == [("fork-1", 1_764_028_800_123)]
+
+
+def test_claim_again_leaves_the_sign_of_life(results: Results) -> None:
+    results.claim("fork-1", _claim())
+    results.note_sign("fork-1", 7)
+
+    results.claim("fork-1", _claim())
+
+    assert results.open_forks("forkvm")[0].sign == 7
+
+
+def test_fork_whose_claim_has_expired_is_forgotten(results: Results, redis: fakeredis.FakeRedis) -> None:
+    results.claim("fork-1", _claim())
+    redis.delete("forkvm:fork-1:claim")
+
+    assert results.open_forks("forkvm") == []
+    assert redis.zcard("forkvm:open") == 0
+
+
+def test_turn_is_taken_by_one_until_it_is_over(results: Results, redis: fakeredis.FakeRedis) -> None:
+    assert results.take_turn("sweep", "forkvm", 60)
+    assert not results.take_turn("sweep", "forkvm", 60)
+    assert results.take_turn("sweep", "forkvm.rack-7", 60)
+    results.shorten_turn("sweep", "forkvm", 5)
+
+    assert redis.ttl("forkvm:sweep:forkvm") == 5
+
+
+def test_losses_are_counted_for_each_message(results: Results) -> None:
+    assert [results.count_loss("fork-1"), results.count_loss("fork-1"), results.count_loss("fork-1.chunk.0")] == [
+        1,
+        2,
+        1,
+    ]

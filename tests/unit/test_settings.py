@@ -27,6 +27,7 @@ def test_each_variable_is_taken() -> None:
             "FORKVM_DOMAIN": "rack-7",
             "FORKVM_RESULT_EXPIRES": "3600",
             "FORKVM_VISIBILITY_TIMEOUT": "60",
+            "FORKVM_TASK_TIME_LIMIT": "600",
             "FORKVM_INLINE_FILES": "1",
             "FORKVM_INLINE_BYTES": "2",
             "FORKVM_CHUNK_FILES": "3",
@@ -39,6 +40,7 @@ def test_each_variable_is_taken() -> None:
     assert (settings.broker_url, settings.result_backend) == ("redis://a:1/2", "redis://b:1/2")
     assert settings.queue == "forkvm.rack-7"
     assert (settings.result_expires, settings.visibility_timeout) == (3600, 60)
+    assert settings.task_time_limit == 600
     assert settings.limits == Limits(inline_files=1, inline_bytes=2, chunk_files=3, chunk_bytes=4 << 20, max_chunks=5)
     assert settings.heartbeat_file == "/run/heartbeat"
 

@@ -1,0 +1,58 @@
+"""`forkvm.bury`: the end of a fork of which a message kills whoever takes it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+from tasks.context import LOCK_WAIT, Again, Context, ForkLedger
+from tasks.copier.chunk import worker_lost
+from tasks.copier.ends import Ends
+from tasks.copier.errors import ForkError
+from tasks.copier.fork import Superseded, finish
+from tasks.copier.plan import Plan
+from tasks.copier.progress import Ticker
+from tasks.copier.spec import ForkResult, ForkSpec
+from tasks.copier.staging import Held, Phase, Staging
+from tasks.finish import known_result, refuse
+from tasks.takeover import settle_published
+
+
+def run_bury(context: Context, fork_id: str, destination: str) -> ForkResult | None:
+    """Give a fork up without trying anything of it again, unless it is published: its result.
+
+    Raises Again while another process works on it.
+    """
+    known = known_result(context, fork_id)
+    if known is not None:
+        return known
+    unknown = ForkSpec(fork_id=fork_id, source="", destination=destination)
+    try:
+        parent_fd, name = context.roots.open_parent(destination)
+    except ForkError:
+        return refuse(context, unknown, worker_lost(destination))
+    try:
+        with Staging.attach(parent_fd, fork_id, LOCK_WAIT, alone=True) as staging:
+            if staging is None:
+                return context.results.result(fork_id) or refuse(context, unknown, worker_lost(destination))
+            if settle_published(context, fork_id, destination):
+                return context.results.result(fork_id)
+            ends = Ends("", destination, -1, parent_fd, name)
+            return _give_up(context, staging, ends, fork_id) or refuse(context, unknown, worker_lost(destination))
+    except Held as held:
+        raise Again(held.pulse) from None
+    except Superseded:
+        return None
+    finally:
+        os.close(parent_fd)
+
+
+def _give_up(context: Context, staging: Staging, ends: Ends, fork_id: str) -> ForkResult | None:
+    ledger = ForkLedger(context.results, fork_id)
+    journal = staging.journal()
+    if journal is not None and journal.plan is not None:
+        parts = ["plan", "close", *map(str, range(len(Plan.from_data(journal.plan).chunks)))]
+        ledger.keep_pages({part: [] for part in parts if not staging.has_report(part)})  # these do not count
+        staging.write_journal(replace(journal, phase=Phase.CLONING))  # it is not to be published any more
+    source = ForkSpec.from_data(journal.spec).source if journal is not None else ""
+    return finish(ends, staging, Ticker(lambda progress: None), ledger, worker_lost(source))

@@ -1,0 +1,77 @@
+"""`forkvm.sweep`: looks after what has no end yet and nobody to give it one, so that nothing accepted is lost.
+
+The workers of a domain send it, one at a time, again and again (`worker.steps.Sweeper`). A message can be lost: kombu
+takes one from its list in one step and notes it as taken in another, and Redis, or the connection, may go in between.
+Then a fork stands still: its journal tells how far it is, and nobody goes on.
+
+**Who stands still.** The sweep goes through the queue of chunks, behind every message that was there when it was sent.
+So between two sweeps of a fork whatever was waiting for it was taken. If nothing has moved in its staging meanwhile,
+nobody is at work on it: who works gives a sign every `PULSE_SECONDS`. Then its request is sent again, which goes on
+with it wherever it stopped, or takes it from a process that is paused. A sweep that errs does no harm: a second
+delivery never does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from tasks.context import CONCLUDE_TASK, FORK_TASK, Context
+from tasks.copier.errors import ForkError
+from tasks.copier.gc import YOUNG, collect
+from tasks.copier.staging import last_sign_of_life
+
+log = logging.getLogger(__name__)
+
+#: How often the roots are searched for abandoned staging, in seconds. Redis tells of all other: this is for what it
+#: does not know, of a local fork that was killed, or from before it was emptied (then it forgot the last search too).
+WALK_SECONDS = 3600
+#: How long nothing must have moved in a staging that Redis does not know before it is removed, in seconds: a worker of
+#: another deployment on the same disks may be about to go on with it. What is younger is looked at again after so long.
+SILENT_SECONDS = 300
+
+
+def run_sweep(context: Context, every: int) -> None:
+    """Go on with what stands still, and remove what is abandoned. The next sweep comes in `every` seconds."""
+    sweep_forks(context)
+    if context.results.take_turn("walk", context.queue, WALK_SECONDS):
+        remove_abandoned(context)
+    context.results.shorten_turn("sweep", context.queue, every - 1)
+
+
+def sweep_forks(context: Context) -> None:
+    """Send the requests of forks and campaigns that stand still again."""
+    for fork in context.results.open_forks(context.queue):
+        sign = _sign_of_life(context, fork.fork_id, fork.claim["destination"])
+        if sign != fork.sign:
+            context.results.note_sign(fork.fork_id, sign)
+            continue
+        log.warning("%s stands still: its message was lost, or its process is paused; sent again", fork.fork_id)
+        if fork.claim.get("campaign"):  # not over: what is left of it is sent again
+            context.send(CONCLUDE_TASK, {"home": fork.claim["destination"]}, fork.fork_id)
+        else:
+            context.send(FORK_TASK, {"request": fork.claim["request"]}, fork.fork_id)
+
+
+def remove_abandoned(context: Context) -> None:
+    """Remove the staging below the roots that no process holds and whose fork has ended, or is not known any more."""
+    for root in context.roots.paths:
+        try:
+            for finding in collect(root, context.results.is_open, SILENT_SECONDS):
+                if finding.verdict == "removed":
+                    log.warning("removed staging of fork %r: %r: %s", finding.fork_id, finding.path, finding.reason)
+                elif finding.reason == YOUNG:
+                    context.results.shorten_turn("walk", context.queue, SILENT_SECONDS)
+        except ForkError as error:
+            log.warning("abandoned staging was not looked for: %s", error)
+
+
+def _sign_of_life(context: Context, fork_id: str, destination: str) -> int:
+    try:
+        parent_fd, _ = context.roots.open_parent(destination)
+    except ForkError:
+        return 0
+    try:
+        return last_sign_of_life(parent_fd, fork_id)
+    finally:
+        os.close(parent_fd)

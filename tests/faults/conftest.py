@@ -1,0 +1,63 @@
+"""Systems whose workers stop or die at armed moments, and forks that stand still at each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.faults.fleet import Guests, StartStruck
+from tests.faults.moments import Moments, directory_of
+from tests.fixtures.filesystems import Fresh, fresh_directory
+from tests.fixtures.processes import StartWorker
+from tests.support.guests import MIB, make_sparse_file
+from tests.system.conftest import own_scheduler  # noqa: F401 - a fixture
+from tests.system.running import System
+from tests.system.scheduler import Scheduler
+
+#: Small forks in chunks, and smaller ones in one task. A dead or stopped one's work is delivered again after 5 s.
+LIMITS = {
+    "FORKVM_INLINE_FILES": "4",
+    "FORKVM_CHUNK_FILES": "8",
+    "FORKVM_VISIBILITY_TIMEOUT": "5",
+}
+
+
+@pytest.fixture
+def start_struck(own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path) -> StartStruck:  # noqa: F811
+    """Starts a worker whose children strike themselves at the moments that are armed."""
+
+    def start(concurrency: int = 2, env: Mapping[str, str] | None = None) -> System:
+        args = ["-I", "tests.faults.strikes", "--without-mingle"]
+        worker = start_worker(mounts, concurrency, args=args, env=LIMITS | dict(env or {}))
+        return System(own_scheduler.server, worker, own_scheduler)
+
+    return start
+
+
+@pytest.fixture
+def moments(own_scheduler: Scheduler) -> Moments:  # noqa: F811
+    return Moments(directory_of(own_scheduler.server.broker_url))
+
+
+@pytest.fixture(scope="session")
+def guests(xfs: Path) -> Iterator[Guests]:
+    """A guest of six chunks and one of a single task, on XFS with reflinks."""
+    with fresh_directory(xfs) as parent:
+        large, small = parent / "large", parent / "small"
+        for n in range(6):
+            (large / f"layer-{n}").mkdir(parents=True)
+            for m in range(8):
+                (large / f"layer-{n}" / f"block-{m}").write_bytes(b"%d/%d" % (n, m) * 3000)
+        make_sparse_file(large / "disk.raw", 4 * MIB, MIB, seed=3)
+        small.mkdir()
+        make_sparse_file(small / "disk.raw", 4 * MIB, MIB, seed=4)
+        (small / "state").write_text("paused")
+        yield Guests(large, small)
+
+
+@pytest.fixture
+def place(fresh: Fresh) -> Path:
+    """Where the forks go."""
+    return fresh("xfs")

@@ -1,0 +1,110 @@
+"""A proxy before Redis' socket that is slow, breaks off in the middle of an answer, or cuts every connection."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+_CHUNK = 65536
+#: How long a thread waits for bytes before it looks whether all is over, in seconds.
+_LOOK_SECONDS = 0.2
+
+
+class Proxy:
+    """Passes bytes between clients and a server, both on unix sockets, until it is told to hinder them."""
+
+    def __init__(self, server: Path) -> None:
+        self.socket = server.with_name("proxy.sock")
+        self._server = server
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        #: Seconds that everything waits on its way.
+        self.delay = 0.0
+        #: Connections cut so far.
+        self.cuts = 0
+        self._halve = False
+
+    def __enter__(self) -> Proxy:
+        self._listener.bind(str(self.socket))
+        self._listener.listen(64)
+        self._listener.settimeout(_LOOK_SECONDS)
+        self._acceptor = threading.Thread(target=self._accept, daemon=True)
+        self._acceptor.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._acceptor.join()
+        self.cut()
+        self._listener.close()
+        self.socket.unlink()
+
+    def cut(self) -> None:
+        """Breaks off every connection now."""
+        with self._lock:
+            pairs, self._pairs = self._pairs, []
+        for pair in pairs:
+            self._end(pair)
+
+    def halve(self) -> None:
+        """Breaks off the next connection that carries something towards a client, with half of it delivered."""
+        self._halve = True
+
+    def _end(self, pair: tuple[socket.socket, socket.socket]) -> None:
+        self.cuts += 1
+        for end in pair:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        while not self._ended.is_set():
+            try:
+                client, _ = self._listener.accept()
+            except TimeoutError:
+                continue
+            server = socket.socket(socket.AF_UNIX)
+            try:
+                server.connect(str(self._server))
+            except OSError:  # Redis is away: so are we
+                client.close()
+                server.close()
+                continue
+            pair = (client, server)
+            with self._lock:
+                self._pairs.append(pair)
+            threads = [
+                threading.Thread(target=self._pass_on, args=(pair, client, server, False), daemon=True),
+                threading.Thread(target=self._pass_on, args=(pair, server, client, True), daemon=True),
+            ]
+            for thread in threads:
+                thread.start()
+            threading.Thread(target=self._close, args=(pair, threads), daemon=True).start()
+
+    def _pass_on(
+        self, pair: tuple[socket.socket, socket.socket], here: socket.socket, there: socket.socket, to_client: bool
+    ) -> None:
+        with suppress(OSError):
+            while data := here.recv(_CHUNK):
+                time.sleep(self.delay)
+                if to_client and self._halve and len(data) > 1:
+                    self._halve = False
+                    there.sendall(data[: len(data) // 2])
+                    break
+                there.sendall(data)
+        self._end(pair)
+
+    def _close(self, pair: tuple[socket.socket, socket.socket], threads: list[threading.Thread]) -> None:
+        for thread in threads:
+            thread.join()
+        with self._lock, suppress(ValueError):
+            self._pairs.remove(pair)
+        for end in pair:
+            end.close()

@@ -1,0 +1,79 @@
+"""A pool child that dies or is stopped, at every moment of a fork."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tests.faults.fleet import Guests, StartStruck, Struck, assert_served_and_clean, go_on, stand_at
+from tests.faults.moments import MOMENTS, Moments
+from tests.fixtures.processes import wait_until
+from tests.support.extents import fiemap
+from tests.support.tree import snapshot
+from tests.system.books import identity
+from tests.system.running import System, send
+
+
+def test_child_killed_once_at_any_moment_costs_nothing_but_time(
+    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
+) -> None:
+    system = start_struck(len(MOMENTS))
+    struck = stand_at(system, moments, guests, place)
+
+    send([one.pid for one in struck], signal.SIGKILL)
+
+    for one in struck:
+        one.wait_for_success(system.scheduler)
+    assert_served_and_clean(system, guests, place)
+
+
+def test_fork_of_a_stopped_child_is_made_by_another_and_the_sleeper_writes_nothing_into_it(
+    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
+) -> None:
+    # Given a child that stopped at each moment, while its worker lives on
+    system = start_struck(len(MOMENTS) + 2)
+    struck = stand_at(system, moments, guests, place)
+
+    # When the others have had the time to take the forks
+    for one in struck:
+        one.wait_for_success(system.scheduler, 60)
+    system.scheduler.wait_quiet()
+    published = {one: _picture(system, one) for one in struck}
+
+    # Then what the sleepers do when they wake changes nothing: no byte, no time, no extent, no result
+    go_on(struck)
+    wait_until(lambda: not any(_works(one.pid) for one in struck), "the end of what the sleepers do")
+    assert_served_and_clean(system, guests, place)
+    for one in struck:
+        assert _picture(system, one) == published[one], one.moment
+        assert system.scheduler.results.state(one.fork_id)["status"] == "SUCCESS"
+
+
+def test_child_that_hangs_longer_than_the_time_limit_is_killed_and_its_work_done_by_another(
+    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
+) -> None:
+    system = start_struck(len(MOMENTS), {"FORKVM_TASK_TIME_LIMIT": "2", "FORKVM_VISIBILITY_TIMEOUT": "60"})
+    struck = stand_at(system, moments, guests, place)
+
+    for one in struck:  # no lease lapses, no sweep comes so soon
+        one.wait_for_success(system.scheduler, 20)
+
+    assert "took more than 2 s" in system.worker.output()
+    assert_served_and_clean(system, guests, place)
+
+
+def _picture(system: System, one: Struck) -> tuple[Any, ...]:
+    """All of a fork that a late writer could change: inodes, times, contents, where the bytes lie, its result."""
+    root = one.destination
+    extents = {path: fiemap(path) for path in root.rglob("*") if path.is_file()}
+    return identity(root), snapshot(root), extents, system.scheduler.results.result(one.fork_id)
+
+
+def _works(pid: int) -> bool:
+    """Whether a process has anything of a staging open, be it removed by now."""
+    with suppress(FileNotFoundError):
+        return any(".forkvm-" in os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir())
+    return False

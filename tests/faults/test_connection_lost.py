@@ -1,0 +1,67 @@
+"""The connection between the worker and Redis is cut, halved and slow, again and again, while forks are made."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+from tests.faults.fleet import Guests, Struck, assert_served_and_clean
+from tests.faults.moments import INLINE
+from tests.faults.proxy import Proxy
+from tests.fixtures.processes import StartWorker
+from tests.system.running import System
+from tests.system.scheduler import Scheduler
+
+#: Forks that are sent, one a step; between two steps the connection suffers.
+FORKS = 24
+SEED = 3
+
+
+def test_forks_over_a_bad_connection_end_with_their_true_results(
+    own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, guests: Guests, place: Path
+) -> None:
+    dice = random.Random(SEED)
+    with Proxy(own_scheduler.server.socket) as proxy:
+        address = f"redis+socket://{proxy.socket}"
+        worker = start_worker(
+            mounts,
+            args=["--without-mingle"],
+            env={
+                "FORKVM_BROKER_URL": address,
+                "FORKVM_RESULT_BACKEND": address,
+                "FORKVM_INLINE_FILES": "4",
+                "FORKVM_CHUNK_FILES": "8",
+                "FORKVM_VISIBILITY_TIMEOUT": "5",
+            },
+        )
+        system = System(own_scheduler.server, worker, own_scheduler)
+
+        # Given forks on their way, when the connection is bad
+        forks = []
+        for n in range(FORKS):
+            source = guests.large if n % 3 == 0 else guests.small
+            fork = Struck(INLINE, f"fork-{n}", source, place / f"fork-{n}", 0)
+            _send(system, fork)
+            forks.append(fork)
+            proxy.delay = dice.choice([0.0, 0.0, 0.002, 0.02])
+            hinder = dice.choice([proxy.cut, proxy.halve, None])
+            if hinder is not None:
+                hinder()
+            time.sleep(dice.uniform(0.05, 0.6))
+        proxy.delay = 0.0
+        assert proxy.cuts > FORKS // 4
+
+        # Then all of them are made. A message that Redis gave to a connection that was cut in that instant is lost:
+        # of a fork that a worker had begun with the sweep sends it again, of another one its client does
+        for fork in forks:
+            if own_scheduler.results.claim_of(fork.fork_id) is None:
+                _send(system, fork)
+        for fork in forks:
+            fork.wait_for_success(own_scheduler)
+        assert worker.running
+        assert_served_and_clean(system, guests, place)
+
+
+def _send(system: System, fork: Struck) -> None:
+    system.scheduler.send({"source": str(fork.source), "destination": str(fork.destination)}, fork.fork_id)

@@ -1,0 +1,210 @@
+"""Anything at all in the queue: it is refused with a line in the log, and the worker lives and serves."""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+import random
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.fixtures.processes import StartWorker, wait_until
+from tests.support.guests import make_guest
+from tests.system.running import System
+from tests.system.scheduler import QUEUE, QUEUES, Scheduler
+
+#: How many are made at random from one seed; each kind comes many times.
+COUNT = 2000
+SEED = 5
+
+
+class _Exploit:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._path,)
+
+
+def _message(task: str, body: Any, fork_id: str) -> dict[str, Any]:
+    return {
+        "body": base64.b64encode(json.dumps(body).encode()).decode(),
+        "content-encoding": "utf-8",
+        "content-type": "application/json",
+        "headers": {"lang": "py", "task": task, "id": fork_id, "root_id": fork_id, "parent_id": None},
+        "properties": {
+            "correlation_id": fork_id,
+            "delivery_mode": 2,
+            "delivery_info": {"exchange": "", "routing_key": QUEUE},
+            "priority": 0,
+            "body_encoding": "base64",
+            "delivery_tag": str(uuid.uuid4()),
+        },
+    }
+
+
+class Malice:
+    """Makes messages that nobody should send, from one seed."""
+
+    def __init__(self, directory: Path) -> None:
+        self._dice = random.Random(SEED)
+        self._directory = directory
+        self.trap = directory / "trap"
+
+    def messages(self) -> list[bytes]:
+        kinds: list[Callable[[], bytes]] = [
+            self._noise,
+            self._no_message,
+            self._bitten,
+            self._field_missing,
+            self._field_replaced,
+            self._wrong_arguments,
+            self._pickled,
+            self._deep,
+            self._wrong_type,
+            self._old_protocol,
+            self._strange_id,
+        ]
+        made = [self._dice.choice(kinds)() for _ in range(COUNT)]
+        return [*made, self._huge(), self._huge()]
+
+    def _good(self) -> dict[str, Any]:
+        task = self._dice.choice(["forkvm.fork", "forkvm.chunk", "forkvm.finish", "forkvm.sweep"])
+        destination = str(self._directory / "nowhere" / "b")
+        arguments: dict[str, dict[str, Any]] = {
+            "forkvm.fork": {"request": {"source": str(self._directory / "a"), "destination": destination}},
+            "forkvm.chunk": {"fork_id": "x", "destination": destination, "number": 0},
+            "forkvm.finish": {"destination": "/"},
+            "forkvm.sweep": {"every": 5},
+        }
+        return _message(task, [[], arguments[task], {}], f"hostile-{self._dice.randrange(10**9)}")
+
+    def _any(self) -> Any:
+        return self._dice.choice(
+            [
+                None,
+                True,
+                0,
+                -1,
+                2**63,
+                1e308,
+                "",
+                "\0",
+                "\ud800",
+                "x" * 5000,
+                [],
+                [[]],
+                {},
+                {"a": {}},
+                "../..",
+                "base64",
+            ]
+        )
+
+    def _noise(self) -> bytes:
+        return self._dice.randbytes(self._dice.randrange(1, 200))
+
+    def _no_message(self) -> bytes:
+        return json.dumps(self._any()).encode()
+
+    def _bitten(self) -> bytes:
+        """A good one with some bytes changed, or cut off."""
+        raw = bytearray(json.dumps(self._good()).encode())
+        for _ in range(self._dice.randrange(1, 4)):
+            raw[self._dice.randrange(len(raw))] = self._dice.randrange(256)
+        return bytes(raw[: self._dice.choice([len(raw), self._dice.randrange(len(raw))])])
+
+    def _field_missing(self) -> bytes:
+        message = self._good()
+        part: Any = self._dice.choice([message, message["headers"], message["properties"]])
+        part.pop(self._dice.choice(sorted(part)))
+        return json.dumps(message).encode()
+
+    def _field_replaced(self) -> bytes:
+        message = self._good()
+        part: Any = self._dice.choice([message, message["headers"], message["properties"]])
+        part[self._dice.choice(sorted(part))] = self._any()
+        return json.dumps(message).encode()
+
+    def _wrong_arguments(self) -> bytes:
+        message = self._good()
+        kwargs = {self._dice.choice(["self", "request", "fork_id", "task", "every", "\0", "x"]): self._any()}
+        body = [self._dice.choice([[], [1], [None] * 5]), kwargs, {}]
+        message["body"] = base64.b64encode(json.dumps(body).encode()).decode()
+        return json.dumps(message).encode()
+
+    def _body(self, body: bytes, content_type: str = "application/json", encoding: str = "utf-8") -> bytes:
+        message = self._good() | {"content-type": content_type, "content-encoding": encoding}
+        return json.dumps(message | {"body": base64.b64encode(body).decode()}).encode()
+
+    def _pickled(self) -> bytes:
+        exploit = pickle.dumps(([], {"request": _Exploit(self.trap)}, {}))
+        kind = self._dice.choice(
+            ["application/x-python-serialize", "application/json", "application/data", "text/plain"]
+        )
+        return self._body(exploit, kind, self._dice.choice(["binary", "utf-8", "rot13"]))
+
+    def _deep(self) -> bytes:
+        depth = self._dice.choice([100, 5000, 100_000])
+        return self._body(b"[" * depth + b"]" * depth)
+
+    def _wrong_type(self) -> bytes:
+        kind = self._dice.choice(["", "application/x-yaml", "application/x-msgpack", "image/png", "application/json\0"])
+        return self._body(b"[[], {}, {}]", kind, self._dice.choice(["utf-8", "utf-99", "base64"]))
+
+    def _old_protocol(self) -> bytes:
+        """Protocol 1 had all in its body; others never were."""
+        body = {"task": "forkvm.fork", "id": "old", "args": [], "kwargs": self._any(), "eta": self._any()}
+        message = self._good() | {"body": base64.b64encode(json.dumps(body).encode()).decode()}
+        message["headers"] = self._dice.choice([{}, {"protocol": 7}, {"task": None}])
+        return json.dumps(message).encode()
+
+    def _strange_id(self) -> bytes:
+        message = self._good()
+        message["headers"]["id"] = self._any()
+        message["headers"] |= {
+            "eta": self._any(),
+            "expires": self._any(),
+            "timelimit": self._any(),
+            "retries": self._any(),
+        }
+        return json.dumps(message).encode()
+
+    def _huge(self) -> bytes:
+        return self._body(b'[[], {"request": "' + b"x" * (32 << 20) + b'"}, {}]')
+
+
+def test_hostile_messages_are_refused_and_the_worker_serves_the_next_job(
+    own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, place: Path
+) -> None:
+    # Given
+    worker = start_worker(mounts, args=["--without-mingle"], env={"FORKVM_VISIBILITY_TIMEOUT": "5"})
+    system, scheduler = System(own_scheduler.server, worker, own_scheduler), own_scheduler
+    make_guest(place / "a")
+    malice = Malice(place)
+    messages = malice.messages()
+
+    # When
+    for n, message in enumerate(messages):
+        scheduler.redis.lpush(QUEUES[n % len(QUEUES)], message)
+
+    # Then
+    def taken() -> bool:
+        return not worker.running or not any(scheduler.messages()[queue] for queue in QUEUES)
+
+    wait_until(taken, "the end of the hostile messages", 120)
+    assert worker.running, worker.output()[-3000:]
+    sent = scheduler.send({"source": str(place / "a"), "destination": str(place / "b")})
+    assert scheduler.wait(sent)["status"] == "succeeded"
+    assert not malice.trap.exists()
+    assert sorted(path.name for path in place.iterdir()) == ["a", "b"]
+    log = worker.output()
+    assert "Traceback" not in log, log[log.index("Traceback") - 500 :][:3000]
+    system.assert_left_nothing_in(place)
+    for key in [key for key in scheduler.redis.scan_iter() if scheduler.redis.ttl(key) == -1]:
+        assert key.startswith(b"_kombu"), key

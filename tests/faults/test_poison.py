@@ -1,0 +1,57 @@
+"""Work that kills its process each time, at every moment: it ends after a bounded number of tries, others go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tasks.copier.chunk import MAX_TRIES
+from tasks.message import MAX_LOSSES
+from tests.faults.fleet import Guests, StartStruck, Struck, assert_served_and_clean
+from tests.faults.moments import INLINE, MOMENTS, PUBLISHED, Moments
+from tests.fixtures.processes import wait_until
+from tests.system.books import check_books, check_fork_result
+
+#: At these the process dies before it can count its try in the staging.
+UNCOUNTED = ("begin uncounted", "finish uncounted", "before the rename")
+
+
+def test_work_that_kills_its_process_each_time_ends_after_a_bounded_number_of_tries(
+    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
+) -> None:
+    # Given a poison at every moment, and good forks beside them
+    system = start_struck(6)
+    scheduler = system.scheduler
+    poisoned = []
+    for moment in MOMENTS:
+        source = guests.small if moment == INLINE else guests.large
+        fork_id = moment.replace(" ", "-")
+        moments.arm(fork_id, moment, "poison")
+        poisoned.append(Struck(moment, fork_id, source, place / fork_id, 0))
+    good = [Struck("no moment", f"good-{n}", guests.large, place / f"good-{n}", 0) for n in range(4)]
+
+    # When
+    for fork in [*poisoned, *good]:
+        scheduler.send({"source": str(fork.source), "destination": str(fork.destination)}, fork.fork_id)
+
+    # Then the good ones are made
+    for fork in good:
+        fork.wait_for_success(scheduler)
+
+    # and each of the poisoned ends: published where the poison comes after that, else as a failure with nothing left
+    for fork in poisoned:
+        wait_until(lambda f=fork: scheduler.results.result(f.fork_id) is not None, f"the end of {fork.moment}", 60)  # type: ignore[misc]
+        if fork.moment in PUBLISHED:
+            moments.disarm(fork.fork_id, fork.moment)
+            fork.wait_for_success(scheduler)
+            continue
+        result = scheduler.results.result(fork.fork_id)
+        assert result is not None
+        check_fork_result(result)
+        assert result["error"] is not None, fork.moment
+        assert result["error"]["code"] == "worker_lost", fork.moment
+        check_books(result, scheduler.files(fork.fork_id))
+        assert not fork.destination.exists()
+        tries = len(moments.reached(fork.fork_id, fork.moment))
+        assert 2 <= tries <= (2 * MAX_LOSSES if fork.moment in UNCOUNTED else MAX_TRIES + 1), (fork.moment, tries)
+        wait_until(lambda f=fork: scheduler.results.state(f.fork_id)["status"] == "FAILURE", f"the state of {fork}")  # type: ignore[misc]
+    assert_served_and_clean(system, guests, place)

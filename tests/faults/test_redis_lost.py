@@ -1,0 +1,148 @@
+"""Redis goes away, is emptied or is full, with a fork at every moment."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from redis.exceptions import OutOfMemoryError
+
+from tasks.copier.spec import ForkResult
+from tests.faults.fleet import Guests, StartStruck, Struck, assert_served_and_clean, go_on, stand_at
+from tests.faults.moments import MOMENTS, PUBLISHED, Moments
+from tests.fixtures.processes import wait_until
+from tests.support.tree import snapshot
+from tests.system.running import send
+from tests.system.scheduler import Scheduler
+from tests.system.staging import leftovers
+
+#: Before the epoch's second day: long enough ago for any staging.
+LONG_AGO = (86_400, 86_400)
+
+
+@pytest.mark.parametrize(
+    ("kill", "seconds"),
+    [
+        pytest.param(True, 0.5, id="killed"),
+        pytest.param(False, 10.0, id="stopped for 10 s"),
+    ],
+)
+def test_forks_whose_redis_goes_away_end_with_their_true_results(
+    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path, kill: bool, seconds: float
+) -> None:
+    # Given
+    system = start_struck(len(MOMENTS))
+    struck = stand_at(system, moments, guests, place)
+
+    # When Redis is away while all of them go on
+    system.server.kill() if kill else system.server.stop()
+    go_on(struck)
+    time.sleep(seconds)
+    system.server.start()
+
+    # Then
+    for one in struck:
+        one.wait_for_success(system.scheduler)
+    assert system.worker.running
+    assert_served_and_clean(system, guests, place)
+
+
+def test_redis_emptied_in_mid_fork_gives_no_false_success_and_its_staging_is_reaped(
+    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
+) -> None:
+    # Given forks at every moment, untouched for long, as far as their files tell
+    system = start_struck(len(MOMENTS))
+    struck = stand_at(system, moments, guests, place)
+    for name in leftovers(place):
+        if os.path.isdir(name):
+            for path in (name, f"{name}/lock"):
+                if os.path.exists(path):
+                    os.utime(path, LONG_AGO)
+
+    # When Redis forgets all and their processes die
+    system.scheduler.redis.flushall()
+    send([one.pid for one in struck], signal.SIGKILL)
+
+    # Then what was not published is nowhere, not even as staging
+    wait_until(lambda: not leftovers(place), "the end of all staging")
+    system.scheduler.wait_quiet()
+    for one in struck:
+        assert system.scheduler.results.result(one.fork_id) is None
+        assert one.destination.exists() == (one.moment in PUBLISHED)
+
+    # and the same ids can be sent again
+    for one in struck:
+        _send_again(system.scheduler, one)
+    for one in struck:
+        if one.moment in PUBLISHED:
+            _assert_destination_exists(system.scheduler, one)
+        else:
+            one.wait_for_success(system.scheduler)
+    assert_served_and_clean(system, guests, place)
+
+
+def test_redis_emptied_while_forks_go_on_gives_no_false_success_and_the_ids_can_be_sent_again(
+    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
+) -> None:
+    system = start_struck(len(MOMENTS))
+    struck = stand_at(system, moments, guests, place)
+
+    system.scheduler.redis.flushall()
+    go_on(struck)
+    for one in struck:
+        _send_again(system.scheduler, one)
+
+    for one in struck:
+        result = _wait_for_result(system.scheduler, one)
+        if result["error"] is not None:  # its first success is forgotten
+            assert (one.moment, result["error"]["code"]) == ("settled", "destination_exists")
+        assert snapshot(one.destination) == snapshot(one.source)
+    assert_served_and_clean(system, guests, place)
+
+
+def test_full_redis_fails_forks_clearly_and_all_works_again_when_there_is_room(
+    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
+) -> None:
+    # Given
+    system = start_struck(len(MOMENTS))
+    struck = stand_at(system, moments, guests, place)
+
+    # When
+    system.scheduler.redis.config_set("maxmemory", "1mb")
+    go_on(struck)
+    with pytest.raises(OutOfMemoryError):
+        system.scheduler.redis.set("more", "x", ex=60)
+    time.sleep(3)
+    system.scheduler.redis.config_set("maxmemory", "0")
+
+    # Then each fork ends, as a success that is there, or as a failure that left nothing
+    for one in struck:
+        result = _wait_for_result(system.scheduler, one)
+        if result["error"] is None:
+            one.wait_for_success(system.scheduler)
+        else:
+            assert result["error"]["code"] == "no_space", result["error"]
+            assert not one.destination.exists()
+    assert system.worker.running
+    assert_served_and_clean(system, guests, place)
+
+
+def _send_again(scheduler: Scheduler, one: Struck) -> None:
+    scheduler.send({"source": str(one.source), "destination": str(one.destination)}, one.fork_id)
+
+
+def _wait_for_result(scheduler: Scheduler, one: Struck) -> ForkResult:
+    wait_until(lambda: scheduler.results.result(one.fork_id) is not None, f"the result of {one.moment}")
+    result = scheduler.results.result(one.fork_id)
+    assert result is not None
+    return result
+
+
+def _assert_destination_exists(scheduler: Scheduler, one: Struck) -> None:
+    result = _wait_for_result(scheduler, one)
+    assert result["error"] is not None
+    assert result["error"]["code"] == "destination_exists"
+    assert snapshot(one.destination) == snapshot(one.source)

@@ -1,0 +1,69 @@
+"""A whole worker that dies or is told to end, with a fork at every moment."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.fleet import Guests, StartStruck, assert_served_and_clean, go_on, stand_at
+from tests.faults.moments import MOMENTS, PUBLISHED, Moments
+from tests.fixtures.processes import wait_until
+from tests.system.books import identity
+from tests.system.running import send
+from tests.system.scheduler import UNACKED
+
+#: Seconds for another worker to have done all that a dead one had begun; the visibility timeout is 5 s here.
+TAKEN_OVER_SECONDS = 15.0
+
+
+def test_forks_of_a_worker_that_died_with_its_machine_are_done_by_another_within_seconds(
+    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
+) -> None:
+    # Given a worker with a fork at every moment, and another worker beside it
+    system = start_struck(len(MOMENTS))
+    struck = stand_at(system, moments, guests, place)
+    other = start_struck()
+    published = {one: identity(one.destination) for one in struck if one.moment in PUBLISHED}
+
+    # When
+    system.worker.kill()
+    died = time.monotonic()
+
+    # Then
+    for one in struck:
+        one.wait_for_success(other.scheduler)
+    assert time.monotonic() - died < TAKEN_OVER_SECONDS
+    assert {one: identity(one.destination) for one in published} == published  # not made twice
+    assert_served_and_clean(other, guests, place)
+
+
+@pytest.mark.parametrize(
+    "signals",
+    [
+        pytest.param([signal.SIGTERM, signal.SIGTERM], id="SIGTERM and a second one"),
+        pytest.param([signal.SIGQUIT], id="SIGQUIT"),
+    ],
+)
+def test_worker_that_is_told_to_end_hands_back_or_finishes_all_it_has(
+    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path, signals: list[signal.Signals]
+) -> None:
+    # Given
+    system = start_struck(len(MOMENTS))
+    struck = stand_at(system, moments, guests, place)
+
+    # When
+    for number in signals:
+        send([system.worker.pid], number)
+        wait_until(lambda: "\nworker: " in system.worker.output(), "the worker's word that it ends")
+    go_on(struck)
+
+    # Then it ends by itself, and nothing is its own any more
+    system.worker.wait()
+    assert system.scheduler.messages()[UNACKED] == 0
+    next_worker = start_struck(4)
+    for one in struck:
+        one.wait_for_success(next_worker.scheduler)
+    assert_served_and_clean(next_worker, guests, place)

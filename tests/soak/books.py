@@ -1,0 +1,79 @@
+"""What must be true of every job and of all that is left."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from celery import states
+
+from tasks.copier.spec import ForkResult
+from tests.soak.jobs import Job
+from tests.support.tree import Entry, snapshot
+from tests.system.books import check_books, check_fork_result
+from tests.system.scheduler import Scheduler
+
+#: More open files, or bytes of memory, than this no process of a worker has, however long it runs.
+MOST_FILES = 100
+MOST_MEMORY = 200 << 20
+
+
+@dataclass
+class Books:
+    """Each job's first final result, and what every worker's processes had open at most."""
+
+    scheduler: Scheduler
+    results: dict[str, ForkResult] = field(default_factory=dict)
+    ends: Counter[str] = field(default_factory=Counter)
+    most_files: int = 0
+    most_memory: int = 0
+    _sources: dict[Path, dict[bytes, Entry]] = field(default_factory=dict)
+
+    def close(self, job: Job) -> bool:
+        """Check what became of a job, if it has ended: the result, and the disk. A good fork is removed then."""
+        if self.scheduler.results.state(job.fork_id)["status"] not in states.READY_STATES:
+            return False
+        result = self.scheduler.results.result(job.fork_id)
+        assert result is not None, f"{job.fork_id} ended without a ForkResult"
+        check_fork_result(result)
+        code = result["error"]["code"] if result["error"] is not None else None
+        assert code in job.ends, f"{job.fork_id} ({job.kind}): {result['error']}"
+        check_books(result, self.scheduler.files(job.fork_id))
+        if code is None:
+            if job.source not in self._sources:
+                self._sources[job.source] = snapshot(job.source)
+            assert snapshot(job.destination) == self._sources[job.source], job.fork_id
+            shutil.rmtree(job.destination)
+        elif code == "destination_exists":
+            job.destination.unlink()
+        assert not os.path.lexists(job.destination), f"{job.fork_id} failed and left its destination"
+        self.results[job.fork_id] = result
+        self.ends[code or "succeeded"] += 1
+        return True
+
+    def measure(self, pids: list[int]) -> None:
+        """Look at what processes have open and how much memory they take."""
+        for pid in pids:
+            try:
+                self.most_files = max(self.most_files, len(os.listdir(f"/proc/{pid}/fd")))
+                pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            self.most_memory = max(self.most_memory, pages * os.sysconf("SC_PAGE_SIZE"))
+
+    def check_end(self, jobs: list[Job]) -> None:
+        """No job has another result than its first one, and no late delivery made a fork again."""
+        assert set(self.results) == {job.fork_id for job in jobs}
+        for job in jobs:
+            assert self.scheduler.results.result(job.fork_id) == self.results[job.fork_id]
+            status = self.scheduler.results.state(job.fork_id)["status"]
+            assert status == _STATES[self.results[job.fork_id]["status"]]
+            assert not os.path.lexists(job.destination), f"{job.fork_id} was made again"
+        assert self.most_files <= MOST_FILES
+        assert self.most_memory <= MOST_MEMORY
+
+
+_STATES = {"succeeded": states.SUCCESS, "failed": states.FAILURE, "cancelled": states.REVOKED}

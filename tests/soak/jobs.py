@@ -1,0 +1,127 @@
+"""What is sent: forks of every kind, each with what may become of it."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.support.guests import MIB, make_sparse_file
+
+
+@dataclass
+class Job:
+    """One id that is sent: the request, and the ends that are right for it (None for success, or error codes)."""
+
+    fork_id: str
+    kind: str
+    request: dict[str, Any]
+    ends: frozenset[str | None]
+    #: How many messages are sent at once, and after how many seconds someone asks for an end.
+    copies: int = 1
+    cancel_after: float | None = None
+    #: How often it had to be sent, also since Redis was away.
+    sent: int = field(default=0)
+
+    @property
+    def source(self) -> Path:
+        return Path(self.request["source"])
+
+    @property
+    def destination(self) -> Path:
+        return Path(self.request["destination"])
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Directories to fork: of one task, of chunks of reflinks, of chunks that are copied, and one with a FIFO."""
+
+    small: Path
+    reflinked: Path
+    copied: Path
+    unsupported: Path
+
+
+def make_sources(reflink: Path, plain: Path) -> Sources:
+    """Makes them; `reflink` is on a filesystem with reflinks, `plain` on one without."""
+    small, reflinked, copied, unsupported = reflink / "small", reflink / "large", plain / "large", reflink / "fifo"
+    small.mkdir()
+    make_sparse_file(small / "disk.raw", 4 * MIB, MIB)
+    (small / "state").write_text("paused")
+    for n in range(8):
+        (reflinked / f"layer-{n}").mkdir(parents=True)
+        for m in range(20):
+            (reflinked / f"layer-{n}" / f"block-{m}").write_bytes(b"%d/%d" % (n, m) * 2000)
+    copied.mkdir()
+    make_sparse_file(copied / "disk.raw", 24 * MIB, 12 * MIB)
+    (copied / "config").write_text("{}")
+    unsupported.mkdir()
+    os.mkfifo(unsupported / "pipe")
+    return Sources(small, reflinked, copied, unsupported)
+
+
+#: A kind of job: takes the sources, where forks go, an id and the dice. Campaigns are to be one more.
+Kind = Callable[[Sources, Path, Path, str, random.Random], Job]
+
+
+def _fork(source: Path, parent: Path, fork_id: str, kind: str, **fields: Any) -> Job:
+    request = {"source": str(source), "destination": str(parent / fork_id)}
+    return Job(fork_id, kind, request, frozenset({None}), **fields)
+
+
+def _small(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
+    return _fork(sources.small, reflink, fork_id, "small")
+
+
+def _reflinked(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
+    return _fork(sources.reflinked, reflink, fork_id, "reflinked in chunks")
+
+
+def _copied(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
+    return _fork(sources.copied, plain, fork_id, "copied in chunks")
+
+
+def _doubled(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
+    source = dice.choice([sources.small, sources.reflinked])
+    return _fork(source, reflink, fork_id, "sent three times", copies=3)
+
+
+def _cancelled(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
+    job = _fork(sources.copied, plain, fork_id, "cancelled", cancel_after=dice.uniform(0.0, 0.5))
+    job.ends = frozenset({None, "cancelled"})
+    return job
+
+
+def _unsupported(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
+    job = _fork(sources.unsupported, reflink, fork_id, "of a FIFO")
+    job.ends = frozenset({"unsupported_file_type"})
+    return job
+
+
+def _missing(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
+    job = _fork(reflink / "missing", reflink, fork_id, "of nothing")
+    job.ends = frozenset({"source_not_found"})
+    return job
+
+
+def _taken(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
+    job = _fork(sources.small, reflink, fork_id, "to a taken place")
+    job.destination.symlink_to("nowhere")
+    job.ends = frozenset({"destination_exists"})
+    return job
+
+
+#: Each kind as often as it is here.
+KINDS: tuple[Kind, ...] = (
+    *(_small,) * 5,
+    *(_reflinked,) * 4,
+    *(_copied,) * 2,
+    *(_doubled,) * 2,
+    _cancelled,
+    _unsupported,
+    _missing,
+    _taken,
+)
