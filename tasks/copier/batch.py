@@ -13,7 +13,7 @@ import errno
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Protocol
@@ -31,7 +31,7 @@ from tasks.copier.progress import Ticker
 from tasks.copier.report import Fallback, Report
 from tasks.copier.roots import Roots
 from tasks.copier.spec import Clock, ForkSpec, failed, succeeded
-from tasks.copier.staging import Held, Staging
+from tasks.copier.staging import Held, Journal, Staging
 
 #: How long a batch waits for the control directory in a further parent, in seconds: who makes it holds it shortly.
 _LOCK_WAIT = 5.0
@@ -75,22 +75,27 @@ def seize_batch(campaign: Campaign, roots: Roots, first: int) -> None:
     for at, destinations in _runs(campaign, first):
         parent_fd, _ = roots.open_parent(destinations[0])
         try:
-            with _control(campaign, parent_fd) as staging:
-                _seize_run(staging, at)
+            with _control(campaign, parent_fd, make=False) as staging:
+                if staging is not None:
+                    _seize_run(staging, at)
         finally:
             os.close(parent_fd)
 
 
 def _seize_run(staging: Staging, first: int) -> None:
-    for record in batch_record.read_all(staging, first):
+    records = list(batch_record.read_all(staging, first))
+    staging.seize_chunk(first)  # before the trees: who makes some later sees that the batch is not its own any more
+    for record in records:
         for name in record.trees.values():
-            away = staging.new_tree_name()
-            try:
-                os.rename(name, away, src_dir_fd=staging.parent_fd, dst_dir_fd=staging.parent_fd)
-            except FileNotFoundError:
-                continue
-            trees.remove(staging.parent_fd, away)
-    staging.seize_chunk(first)
+            _discard(staging, name)
+
+
+def _discard(staging: Staging, name: str) -> None:
+    """Remove a tree that nobody can publish any more from the moment at which that begins."""
+    away = staging.new_tree_name()
+    with suppress(FileNotFoundError):
+        os.rename(name, away, src_dir_fd=staging.parent_fd, dst_dir_fd=staging.parent_fd)
+        trees.remove(staging.parent_fd, away)
 
 
 def _runs(campaign: Campaign, first: int) -> Iterator[tuple[int, list[str]]]:
@@ -118,10 +123,15 @@ def _make_run(
         ledger.settle(first, [_failed(fork, abort or error) for fork in forks.values()])
 
     try:
-        with (
-            reopen_ends(roots, campaign.spec.source, destinations[0], campaign.plan.fork.top.ino) as ends,
-            _control(campaign, ends.parent_fd) as staging,
-        ):
+        with ExitStack() as opened:
+            try:
+                ends = opened.enter_context(_open_both(campaign, roots, destinations[0]))
+            except ForkError as error:  # a process that died may have published some before
+                abort = abort or error
+                ends = opened.enter_context(_open_parent(campaign, roots, destinations[0]))
+            staging = opened.enter_context(_control(campaign, ends.parent_fd, make=abort is None))
+            if staging is None:
+                raise abort or AssertionError("it was to be made")
             try:
                 with staging.hold_chunk(first) as begun:
                     if begun is None:
@@ -135,26 +145,51 @@ def _make_run(
                 if batch_record.has_any(staging, first):  # an earlier try may have published some: not to be refused
                     raise Held(campaign.staging.pulse()) from None
                 refuse(from_oserror(error, "working in the staging directory", destinations[0]))
-    except ForkError as error:  # the ends cannot be opened
+    except ForkError as error:  # nothing can be made here
         refuse(error)
     except OSError as error:
         refuse(from_oserror(error, "making the staging directory", destinations[0]))
 
 
+def _open_both(campaign: Campaign, roots: Roots, destination: str) -> AbstractContextManager[Ends]:
+    return reopen_ends(roots, campaign.spec.source, destination, campaign.plan.fork.top.ino)
+
+
 @contextmanager
-def _control(campaign: Campaign, parent_fd: int) -> Iterator[Staging]:
-    """The campaign's control directory in this parent, held shared; made where there is none yet."""
+def _open_parent(campaign: Campaign, roots: Roots, destination: str) -> Iterator[Ends]:
+    """As `_open_both`, without a source: for what can only be taken up or given up. Raises ForkError."""
+    parent_fd, name = roots.open_parent(destination)
+    try:
+        yield Ends(campaign.spec.source, destination, -1, parent_fd, name)
+    finally:
+        os.close(parent_fd)
+
+
+@contextmanager
+def _control(campaign: Campaign, parent_fd: int, *, make: bool = True) -> Iterator[Staging | None]:
+    """The campaign's control directory in this parent, held shared. Where there is none yet: made, or None."""
     if os.path.samestat(os.fstat(campaign.staging.parent_fd), os.fstat(parent_fd)):
         yield campaign.staging
         return
     while True:
         with Staging.attach(parent_fd, campaign.spec.campaign_id, _LOCK_WAIT) as staging:
-            if staging is not None and staging.journal() is not None:
+            if staging is not None and _is_of(campaign, staging.journal()):
                 yield staging
                 return
+        if not make:
+            yield None
+            return
         with Staging.claim(parent_fd, campaign.spec.campaign_id, _LOCK_WAIT) as staging:
-            if staging.journal() is None:
+            journal = staging.journal()
+            if not _is_of(campaign, journal):
+                if journal is not None:
+                    staging.discard_trees()
                 staging.begin(campaign.spec.to_data(), None)
+
+
+def _is_of(campaign: Campaign, journal: Journal | None) -> bool:
+    """Whether a control directory is this campaign's, and not what a dead one of the same id left."""
+    return journal is not None and journal.spec.get("started") == campaign.spec.started
 
 
 @dataclass
@@ -169,11 +204,13 @@ class _Run:
     attempt: int
     forks: dict[int, ForkSpec]
     ticker: Ticker
+    #: See `Staging.chunk_lock`.
+    lock: int | None = None
     outcomes: dict[int, Outcome] = field(default_factory=dict)
 
     def make(self, abort: ForkError | None) -> list[Outcome]:
         """What becomes of the forks, in order. Raises Superseded, and OSError."""
-        lock = self.staging.chunk_lock(self.first)
+        self.lock = self.staging.chunk_lock(self.first)
         if abort is None and self.attempt > MAX_TRIES:
             abort = worker_lost(self.campaign.spec.source)
         try:
@@ -182,20 +219,26 @@ class _Run:
                 self._make_rest()
         except OSError as error:
             abort = abort or from_oserror(error, "working in the staging directory", self.ends.destination)
-        if self.staging.chunk_lock(self.first) != lock:
+        if not self._is_ours():
             raise Superseded
         return [self.outcomes.get(index) or _failed(spec, abort or _gone(spec)) for index, spec in self.forks.items()]
+
+    def _is_ours(self) -> bool:
+        """Whether nobody has taken the batch from this process meanwhile."""
+        return self.staging.chunk_lock(self.first) == self.lock
 
     def _take_up(self) -> None:
         """Publish what earlier tries had completed, and remove what they had not."""
         for record in batch_record.read_all(self.staging, self.first):
             for index, name in record.trees.items():
                 if index not in record.inodes:
-                    trees.remove(self.ends.parent_fd, name)
+                    _discard(self.staging, name)
                 elif self._is_published(index, record.inodes[index]):
                     self.outcomes[index] = record.outcomes[index]
                 else:
                     self._publish(index, name, record.outcomes[index])
+        if self.outcomes and self.campaign.spec.options.durability == "sync":
+            os.fsync(self.ends.parent_fd)
 
     def _is_published(self, index: int, inode: int) -> bool:
         name = os.path.basename(self.forks[index].destination)
@@ -235,6 +278,8 @@ class _Run:
             record.outcomes[tree.index] = self._succeeded(tree, made.cloner.fallback)
             record.inodes[tree.index] = os.fstat(tree.work.tree_fd).st_ino
         self.ticker.look_now()
+        if not self._is_ours():
+            raise ForkError(Code.IO_ERROR, "another process took the batch over", self.campaign.spec.source)
         batch_record.write(self.staging, self.first, self.attempt, record, sync=sync)
         for tree in made.alive:
             self._publish(tree.index, tree.name, record.outcomes[tree.index])

@@ -32,8 +32,8 @@ from tasks.copier.campaign import (
     sums_of,
 )
 from tasks.copier.campaign_end import aborted, end_rest, late, remove_annexes
-from tasks.copier.campaign_plan import Campaign, find_home, open_campaign, plan_campaign
-from tasks.copier.ends import open_ends
+from tasks.copier.campaign_plan import Campaign, campaign_in, find_home, plan_campaign
+from tasks.copier.ends import Ends, open_ends
 from tasks.copier.errors import Code, ForkError, from_oserror, from_record
 from tasks.copier.fork import Superseded
 from tasks.copier.progress import Progress, Ticker
@@ -46,8 +46,6 @@ _COUNTERS = struct.Struct("=qq")
 _LOOK_MILLISECONDS = 100
 #: How often children are begun anew for what dead ones left; each batch counts its own tries besides.
 _ROUNDS = 8
-#: How long the campaign's lock is waited for, in seconds: only a `gc` holds it for a moment.
-_LOCK_WAIT = 10.0
 _SETTLED = "settled-"
 
 #: Called about ten times a second with the progress; raises ForkError to end the campaign.
@@ -60,10 +58,14 @@ def campaign_here(
     """Make a campaign with at most `processes` children. Never raises ForkError: a failure is a result."""
     try:
         home = find_home(roots, paths)
-        _plan(spec, home, paths, roots, beat)
-        error = _make_all(spec, home, roots, processes, beat)
-        with open_campaign(roots, home, spec.campaign_id, _LOCK_WAIT, alone=True) as campaign:
-            return _end(_standing(campaign, home), roots, error)
+        with (
+            open_ends(roots, spec.source, home) as ends,
+            # Held to the end, by the children too: what no process holds, `gc` takes for dead.
+            Staging.claim(ends.parent_fd, spec.campaign_id, wait=0) as staging,
+        ):
+            campaign = _plan(ends, staging, spec, paths, beat)
+            error = _make_all(campaign, roots, processes, beat)
+            return _end(campaign, roots, error)
     except Held:
         return _refused(spec, paths, ForkError(Code.IO_ERROR, "another process holds its staging", spec.source))
     except OSError as error:
@@ -72,37 +74,32 @@ def campaign_here(
         return _refused(spec, paths, error)
 
 
-def _plan(spec: CampaignSpec, home: str, paths: list[str], roots: Roots, beat: CampaignBeat) -> None:
-    ticker = Ticker(lambda progress: beat(progress_of(spec, {}, 0.0)))
-    with (
-        open_ends(roots, spec.source, home) as ends,
-        Staging.claim(ends.parent_fd, spec.campaign_id, wait=0) as staging,
-    ):
-        try:
-            plan_campaign(ends, staging, spec, paths, ticker)
-        except BaseException:
-            staging.remove()
-            raise
+def _plan(ends: Ends, staging: Staging, spec: CampaignSpec, paths: list[str], beat: CampaignBeat) -> Campaign:
+    try:
+        plan_campaign(ends, staging, spec, paths, Ticker(lambda progress: beat(progress_of(spec, {}, 0.0))))
+    except BaseException:
+        staging.remove()
+        raise
+    return _standing(campaign_in(staging), ends.destination)
 
 
-def _make_all(spec: CampaignSpec, home: str, roots: Roots, processes: int, beat: CampaignBeat) -> ForkError | None:
+def _make_all(campaign: Campaign, roots: Roots, processes: int, beat: CampaignBeat) -> ForkError | None:
     """Have children make all batches; what dead ones left is begun again. Returns why to give up, if so."""
+    spec, staging = campaign.spec, campaign.staging
     for _ in range(_ROUNDS):
-        crew = _Crew(spec, home, roots, processes)
+        crew = _Crew(campaign, roots, min(processes, campaign.plan.lanes))
         try:
             crew.wait(beat)
         except ForkError as error:
-            with open_campaign(roots, home, spec.campaign_id, _LOCK_WAIT) as campaign:
-                _standing(campaign, home).staging.stop()
+            staging.stop()
             crew.reap()
             return error
-        with open_campaign(roots, home, spec.campaign_id, _LOCK_WAIT) as found:
-            campaign = _standing(found, home)
-            sums, failures = _settled(campaign.staging)
-            if campaign.staging.is_stopped() and failures:
-                return from_record(failures[0]["error"])
-            if forks_done(sums) == spec.aims.count or campaign.spec.is_late():
-                return late(campaign) if forks_done(sums) < spec.aims.count else None
+        _standing(campaign_in(staging), spec.source)
+        sums, failures = _settled(staging)
+        if staging.is_stopped() and failures:
+            return from_record(failures[0]["error"])
+        if forks_done(sums) == spec.aims.count or spec.is_late():
+            return late(campaign) if forks_done(sums) < spec.aims.count else None
     return ForkError(Code.WORKER_LOST, "the processes that worked on it died each time", spec.source)
 
 
@@ -118,6 +115,8 @@ def _end(campaign: Campaign, roots: Roots, error: ForkError | None) -> CampaignR
 
 
 def _refused(spec: CampaignSpec, paths: list[str], error: ForkError) -> CampaignResult:
+    if error.code is Code.CANCELLED:
+        return campaign_result(spec, {"forks.cancelled": len(paths)}, [], error=error)
     failures: list[Failure] = [
         {"fork_id": spec.fork_id(index), "destination": path, "error": error.record()}
         for index, path in enumerate(paths[:MOST_FAILURES])
@@ -168,8 +167,8 @@ def _settled(staging: Staging) -> tuple[dict[str, int], list[Failure]]:
 class _Crew:
     """Child processes that share the batches of one campaign: each takes the next one that nobody holds."""
 
-    def __init__(self, spec: CampaignSpec, home: str, roots: Roots, count: int) -> None:
-        self._spec, self._home, self._roots = spec, home, roots
+    def __init__(self, campaign: Campaign, roots: Roots, count: int) -> None:
+        self._campaign, self._roots = campaign, roots
         self._counters = mmap.mmap(-1, _COUNTERS.size * count)
         self._began = time.time()
         parent = os.getpid()
@@ -205,7 +204,7 @@ class _Crew:
         for n in range(self._count):
             child_done, child_failed = _COUNTERS.unpack_from(self._counters, n * _COUNTERS.size)
             done, failed = done + child_done, failed + child_failed
-        return progress_of(self._spec, {"forks.succeeded": done - failed, "forks.failed": failed}, self._began)
+        return progress_of(self._campaign.spec, {"forks.succeeded": done - failed, "forks.failed": failed}, self._began)
 
     def _spawn(self, index: int, parent: int) -> int:
         pid = os.fork()
@@ -225,23 +224,23 @@ class _Crew:
         syscalls.die_with_parent(signal.SIGKILL)
         if os.getppid() != parent:
             return
-        with open_campaign(self._roots, self._home, self._spec.campaign_id, _LOCK_WAIT) as campaign:
-            if campaign is None:
+        campaign, staging = self._campaign, self._campaign.staging
+        # Of its own: processes that share a directory's descriptor share the place up to which it was listed.
+        staging.fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=staging.fd)
+        ledger = _Counting(staging, self._counters, index, campaign.spec.aims.on_error == "abort")
+
+        def look(progress: Progress) -> None:
+            if staging.is_stopped():
+                raise ForkError(Code.CANCELLED, "the campaign was ended", campaign.spec.source)
+            if error := late(campaign):
+                raise error
+
+        ticker = Ticker(look)
+        for first in range(0, campaign.spec.aims.count, campaign.plan.batch):
+            if staging.is_stopped() or campaign.spec.is_late():
                 return
-            ledger = _Counting(campaign.staging, self._counters, index, campaign.spec.aims.on_error == "abort")
-
-            def look(progress: Progress) -> None:
-                if campaign.staging.is_stopped():
-                    raise ForkError(Code.CANCELLED, "the campaign was ended", campaign.spec.source)
-                if error := late(campaign):
-                    raise error
-
-            ticker = Ticker(look)
-            for first in range(0, campaign.spec.aims.count, campaign.plan.batch):
-                if campaign.staging.is_stopped() or campaign.spec.is_late():
-                    return
-                with suppress(Held, Superseded):  # another child makes it
-                    make_batch(campaign, self._roots, first, ticker, ledger)
+            with suppress(Held, Superseded):  # another child makes it
+                make_batch(campaign, self._roots, first, ticker, ledger)
 
 
 @dataclass(frozen=True)

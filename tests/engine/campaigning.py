@@ -1,0 +1,154 @@
+"""Campaigns as these tests ask for them: at once with children, or batch by batch in this process, with their books."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks.copier.batch import make_batch
+from tasks.copier.batch_record import Outcome
+from tasks.copier.campaign import Aims, CampaignResult, CampaignSpec, OnError, campaign_result, failures_of, sums_of
+from tasks.copier.campaign_end import remove_annexes
+from tasks.copier.campaign_local import CampaignBeat, campaign_here
+from tasks.copier.campaign_plan import Campaign, find_home, open_campaign, plan_campaign
+from tasks.copier.ends import open_ends
+from tasks.copier.errors import ForkError
+from tasks.copier.options import Options
+from tasks.copier.progress import Beat, Ticker
+from tasks.copier.report import FileResult, unpack_pages
+from tasks.copier.roots import Roots
+from tasks.copier.spec import ForkResult
+from tasks.copier.staging import Staging
+from tests.engine.forking import go_on, leftovers
+
+ID = "fan"
+
+
+def spec_of(
+    source: Path,
+    count: int,
+    *,
+    campaign_id: str = ID,
+    max_parallel: int | None = None,
+    on_error: OnError = "continue",
+    deadline: float | None = None,
+    **options: Any,
+) -> CampaignSpec:
+    """`deadline` is in seconds since the epoch; `options` are the fields of Options."""
+    aims = Aims(count=count, max_parallel=max_parallel, on_error=on_error, deadline=deadline)
+    return CampaignSpec(campaign_id=campaign_id, source=os.fspath(source), options=Options(**options), aims=aims)
+
+
+def destinations(parent: Path, count: int) -> list[Path]:
+    """Destinations in one directory."""
+    return [parent / f"vm-{n:03}" for n in range(count)]
+
+
+def campaign(
+    source: Path,
+    paths: Iterable[Path],
+    *,
+    roots: Iterable[Path] = (),
+    processes: int = 2,
+    beat: CampaignBeat = lambda progress: None,
+    **wishes: Any,
+) -> CampaignResult:
+    """One local campaign, whatever becomes of it. `wishes` as for `spec_of`."""
+    names = [os.fspath(path) for path in paths]
+    spec = spec_of(source, len(names), **wishes)
+    return campaign_here(spec, names, Roots(tuple(map(os.fspath, roots))), processes, beat)
+
+
+@dataclass(frozen=True)
+class Books:
+    """The outcomes of a campaign's forks, and the ledger that the engine writes them to: files, so that they outlive
+    whoever wrote them."""
+
+    directory: Path
+
+    def is_settled(self, first: int) -> bool:
+        return (self.directory / str(first)).exists()
+
+    def settle(self, first: int, outcomes: list[Outcome]) -> None:
+        new = self.directory / f"{first}.{os.getpid()}.new"
+        new.write_bytes(pickle.dumps(outcomes))
+        if not self.is_settled(first):
+            new.rename(self.directory / str(first))
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """In the order of the forks."""
+        runs = sorted(int(name) for name in os.listdir(self.directory) if name.isdigit())
+        return [outcome for first in runs for outcome in pickle.loads((self.directory / str(first)).read_bytes())]
+
+    @property
+    def forks(self) -> list[ForkResult]:
+        return [outcome.result for outcome in self.outcomes]
+
+    def files(self, n: int) -> list[FileResult]:
+        """The FileResults of the fork at the index `n`."""
+        return list(unpack_pages(self.outcomes[n].pages))
+
+    def result(self, campaign: Campaign) -> CampaignResult:
+        return campaign_result(campaign.spec, sums_of(self.forks), failures_of(self.forks))
+
+
+def plan(source: Path, paths: Iterable[Path], **wishes: Any) -> None:
+    """Plan a campaign, and leave it standing. Raises ForkError."""
+    names = [os.fspath(path) for path in paths]
+    spec = spec_of(source, len(names), **wishes)
+    with (
+        open_ends(Roots(), spec.source, find_home(Roots(), names)) as ends,
+        Staging.claim(ends.parent_fd, spec.campaign_id, wait=0) as staging,
+    ):
+        plan_campaign(ends, staging, spec, names, Ticker(go_on))
+
+
+@contextmanager
+def holding(home: Path, campaign_id: str = ID) -> Iterator[Campaign]:
+    """A planned campaign, held shared."""
+    with open_campaign(Roots(), os.fspath(home), campaign_id, 5.0) as found:
+        assert found is not None, "no planned campaign stands here"
+        yield found
+
+
+def firsts(campaign: Campaign) -> range:
+    """The first fork of each batch."""
+    return range(0, campaign.spec.aims.count, campaign.plan.batch)
+
+
+def make_batches(
+    home: Path, books: Books, *, only: Iterable[int] | None = None, beat: Beat = go_on, abort: ForkError | None = None
+) -> None:
+    """Make all batches of a planned campaign, or `only` these; what was settled before is not made again."""
+    with holding(home) as found:
+        for first in firsts(found) if only is None else only:
+            make_batch(found, Roots(), first, Ticker(beat), books, abort)
+
+
+def end(home: Path, books: Books) -> CampaignResult:
+    """Remove what is left of a campaign whose forks have all ended."""
+    with holding(home) as found:
+        result = books.result(found)
+        remove_annexes(found, Roots())
+        found.staging.remove()
+    return result
+
+
+def campaign_with_books(
+    source: Path, paths: list[Path], directory: Path, *, beat: Beat = go_on, **wishes: Any
+) -> tuple[CampaignResult, Books]:
+    """One campaign in this process, batch after batch; its books are kept in `directory`."""
+    directory.mkdir()
+    books = Books(directory)
+    plan(source, paths, **wishes)
+    make_batches(paths[0], books, beat=beat)
+    result = end(paths[0], books)
+    for parent in {path.parent for path in paths}:
+        assert leftovers(parent) == []
+    return result, books

@@ -1,0 +1,458 @@
+"""Batches whose process dies or is paused at any step: every fork once, none torn, none written to late."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.copier import batch_record, campaign_plan, syscalls
+from tasks.copier.batch import seize_batch
+from tasks.copier.errors import Code, ForkError
+from tasks.copier.fork import Superseded
+from tasks.copier.gc import collect
+from tasks.copier.roots import Roots
+from tasks.copier.staging import Held, Staging, control_name
+from tests.engine.campaigning import (
+    ID,
+    Books,
+    campaign,
+    destinations,
+    end,
+    firsts,
+    holding,
+    make_batches,
+    plan,
+)
+from tests.engine.children import Child
+from tests.engine.forking import assert_alike, leftovers
+from tests.fixtures.filesystems import Fresh
+from tests.fixtures.processes import wait_until
+from tests.support.guests import MIB, SKIPPED_BY_DEFAULT, GuestSizes, make_guest
+from tests.support.tree import snapshot
+from tests.system.books import check_books, identity
+
+SIZES = GuestSizes(overlay=4 * MIB, overlay_data=MIB, memory=MIB, memory_data=MIB // 2, config=64 << 10)
+FORKS = 6
+
+#: Steps of a batch: the function that is called there, and how often it was called before.
+STEPS: dict[str, tuple[Any, str, int]] = {
+    "before its first record": (batch_record, "write", 0),
+    "before its first tree": (Staging, "make_named_tree", 0),
+    "between two trees": (Staging, "make_named_tree", 3),
+    "before its first file": (syscalls, "ficlone", 0),
+    "between two files": (syscalls, "ficlone", 15),
+    "before its second record": (batch_record, "write", 1),
+    "before its first rename": (syscalls, "rename_noreplace", 0),
+    "between two renames": (syscalls, "rename_noreplace", 3),
+    "before it is settled": (Books, "settle", 0),
+    "after it was settled": (batch_record, "forget", 0),
+    "before its lock goes": (Staging, "forget_chunk", 0),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(campaign_plan, "_LEAST_BATCHES", 1)
+    monkeypatch.setattr(campaign_plan, "BATCH_SECONDS", 10.0)
+
+
+@pytest.fixture
+def directory(fresh: Fresh) -> Path:
+    return fresh("xfs")
+
+
+@pytest.fixture
+def source(directory: Path) -> Path:
+    source = make_guest(directory / "source", SIZES)
+    os.link(source / "state", source / "state.linked")
+    return source
+
+
+@pytest.fixture
+def books(tmp_path: Path) -> Books:
+    (tmp_path / "books").mkdir()
+    return Books(tmp_path / "books")
+
+
+def acting_at(step: str, act: Callable[[], Any], work: Callable[[], Any]) -> Child[Any]:
+    """A child process that does `work`, and `act` at a step of it, before what that step does."""
+    place, name, calls_before = STEPS[step]
+
+    def run() -> Any:
+        original, calls = getattr(place, name), [0]
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if calls[0] == calls_before:
+                act()
+            calls[0] += 1
+            return original(*args, **kwargs)
+
+        setattr(place, name, counted)
+        return work()
+
+    return Child(run)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def pause() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def wait_for_death(child: Child[Any]) -> None:
+    with pytest.raises(AssertionError, match="the child ended with -9"):
+        child.result()
+
+
+def wait_for_pause(child: Child[Any]) -> None:
+    wait_until(lambda: Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "the pause")
+
+
+def assert_all_are_whole(source: Path, paths: list[Path], books: Books) -> None:
+    """Each fork is there once, is the source, and has its one result."""
+    assert [fork["status"] for fork in books.forks] == ["succeeded"] * len(paths), books.forks
+    assert [fork["destination"] for fork in books.forks] == [str(path) for path in paths]
+    for n, path in enumerate(paths):
+        assert_alike(source, path, SKIPPED_BY_DEFAULT)
+        check_books(books.forks[n], books.files(n))
+
+
+@pytest.mark.parametrize("step", list(STEPS))
+def test_a_batch_whose_process_is_killed_is_taken_up_where_it_was(
+    directory: Path, source: Path, books: Books, step: str
+) -> None:
+    # Given
+    paths = destinations(directory, FORKS)
+    plan(source, paths)
+
+    # When
+    wait_for_death(acting_at(step, die, lambda: make_batches(paths[0], books)))
+    published = {path: identity(path) for path in paths if path.exists()}
+    for path in published:
+        assert_alike(source, path, SKIPPED_BY_DEFAULT)
+    make_batches(paths[0], books)
+
+    # Then
+    assert_all_are_whole(source, paths, books)
+    assert {path: identity(path) for path in published} == published
+    assert end(paths[0], books)["status"] == "succeeded"
+    assert leftovers(directory) == []
+
+
+@pytest.mark.parametrize("step", ["between two renames", "before it is settled"])
+@pytest.mark.parametrize("change", ["gone", "replaced"])
+def test_what_a_dead_process_published_has_succeeded_although_the_source_is_no_more(
+    directory: Path, source: Path, books: Books, step: str, change: str
+) -> None:
+    # Given a batch that died when some of its forks were published, and all were complete
+    paths = destinations(directory, FORKS)
+    plan(source, paths)
+    wait_for_death(acting_at(step, die, lambda: make_batches(paths[0], books)))
+    published = [path.exists() for path in paths]
+    moved = source.rename(directory / "moved")
+    if change == "replaced":
+        source.mkdir()
+
+    # When
+    make_batches(paths[0], books)
+
+    # Then none of them is told to have failed that stands there
+    assert any(published)
+    for path, fork in zip(paths, books.forks, strict=True):
+        assert (fork["status"] == "succeeded") == path.exists()
+    for path, before in zip(paths, published, strict=True):
+        assert path.exists() or not before
+        if path.exists():
+            assert_alike(moved, path, SKIPPED_BY_DEFAULT)
+    end(paths[0], books)
+    assert leftovers(directory) == []
+
+
+@pytest.mark.parametrize("step", ["before its first file", "before its first rename", "between two renames"])
+def test_a_batch_that_died_and_is_to_end_keeps_what_is_published_and_nothing_else(
+    directory: Path, source: Path, books: Books, step: str
+) -> None:
+    paths = destinations(directory, FORKS)
+    plan(source, paths)
+    wait_for_death(acting_at(step, die, lambda: make_batches(paths[0], books)))
+    published = [path for path in paths if path.exists()]
+
+    make_batches(paths[0], books, abort=ForkError(Code.CANCELLED, "someone asked for an end"))
+
+    for path, fork in zip(paths, books.forks, strict=True):
+        assert fork["status"] == ("succeeded" if path.exists() else "cancelled")
+    for path in published:
+        assert_alike(source, path, SKIPPED_BY_DEFAULT)
+    end(paths[0], books)
+    assert leftovers(directory) == []
+
+
+def test_a_batch_that_is_killed_at_any_moment_and_often_has_every_fork_once(
+    directory: Path, source: Path, tmp_path: Path
+) -> None:
+    dice, killed = random.Random(11), 0
+    for turn in range(8):
+        (tmp_path / f"books-{turn}").mkdir()
+        books = Books(tmp_path / f"books-{turn}")
+        paths = [directory / f"t{turn}-{n}" for n in range(FORKS)]
+        plan(source, paths)
+        for _ in range(3):  # the fourth try is the last one
+            child = Child(lambda: make_batches(paths[0], books))  # noqa: B023 - forked here and now
+            killed += not child.is_done(dice.uniform(0, 0.04))
+            child.kill()
+        make_batches(paths[0], books)
+
+        assert_all_are_whole(source, paths, books)
+        end(paths[0], books)
+        assert leftovers(directory) == []
+    assert killed > 4
+
+
+def test_a_batch_that_kills_its_process_each_time_ends_as_worker_lost(
+    directory: Path, source: Path, books: Books
+) -> None:
+    paths = destinations(directory, FORKS)
+    plan(source, paths)
+    for _ in range(4):
+        wait_for_death(acting_at("between two files", die, lambda: make_batches(paths[0], books)))
+
+    make_batches(paths[0], books)
+
+    assert {fork["error"] and fork["error"]["code"] for fork in books.forks} == {"worker_lost"}
+    result = end(paths[0], books)
+    assert (result["status"], result["forks"]["failed"]) == ("failed", FORKS)
+    assert [path.name for path in directory.iterdir()] == ["source"]
+
+
+def test_a_batch_of_two_parents_is_taken_up_in_both(directory: Path, source: Path, books: Books, fresh: Fresh) -> None:
+    # Given a batch that died between two renames in the second parent
+    elsewhere = fresh("xfs")
+    paths = [*destinations(directory, 3), *destinations(elsewhere, 3)]
+    plan(source, paths)
+    STEPS["in the second parent"] = (syscalls, "rename_noreplace", 4)
+    wait_for_death(acting_at("in the second parent", die, lambda: make_batches(paths[0], books)))
+    assert [path.exists() for path in paths] == [True, True, True, True, False, False]
+    assert leftovers(elsewhere) != []
+
+    # When
+    make_batches(paths[0], books)
+
+    # Then
+    assert_all_are_whole(source, paths, books)
+    end(paths[0], books)
+    assert leftovers(directory) == leftovers(elsewhere) == []
+
+
+def test_what_an_earlier_campaign_of_the_same_id_left_is_never_published(
+    directory: Path, source: Path, books: Books, fresh: Fresh
+) -> None:
+    """Its trees are complete and written down, but of another time, and for other destinations."""
+    # Given a campaign that died with complete trees in both of its parents
+    elsewhere = fresh("xfs")
+    paths = [directory / "vm-0", elsewhere / "vm-1"]
+    plan(source, paths)
+    STEPS["in the second parent"] = (syscalls, "rename_noreplace", 1)
+    wait_for_death(acting_at("in the second parent", die, lambda: make_batches(paths[0], books)))
+
+    # When another one has its id, and the source is not what it was
+    (source / "new").write_text("later")
+    result = campaign(source, [directory / "vm-2", elsewhere / "vm-3"])
+
+    # Then
+    assert result["status"] == "succeeded", result
+    for path in (directory / "vm-2", elsewhere / "vm-3"):
+        assert_alike(source, path, SKIPPED_BY_DEFAULT)
+    assert not (elsewhere / "vm-1").exists()
+    assert leftovers(directory) == leftovers(elsewhere) == []
+
+
+@pytest.fixture
+def sleeper(
+    directory: Path, source: Path, books: Books, request: pytest.FixtureRequest
+) -> Iterator[tuple[Child[Any], list[Path]]]:
+    """A child that is stopped at the step that the test names, in the middle of a batch, and the destinations."""
+    paths = destinations(directory, FORKS)
+    plan(source, paths)
+
+    def work() -> str:
+        try:
+            make_batches(paths[0], books)
+        except Superseded:
+            return "superseded"
+        return "done"
+
+    child = acting_at(request.param, pause, work)
+    wait_for_pause(child)
+    yield child, paths
+    with suppress(ChildProcessError):  # it has ended, unless the test failed
+        if os.waitpid(child.pid, os.WNOHANG)[0] == 0:
+            child.kill()
+
+
+def seize(home: Path) -> None:
+    with holding(home) as found:
+        for first in firsts(found):
+            seize_batch(found, Roots(), first)
+
+
+@pytest.mark.parametrize("sleeper", list(STEPS)[:-2], indirect=True)
+def test_who_lost_a_batch_while_it_was_paused_writes_nothing_into_what_others_published(
+    source: Path, books: Books, sleeper: tuple[Child[Any], list[Path]], directory: Path
+) -> None:
+    # Given a batch that was taken from a paused process, and made
+    child, paths = sleeper
+    with pytest.raises(Held):
+        make_batches(paths[0], books)
+    seize(paths[0])
+    make_batches(paths[0], books)
+    assert_all_are_whole(source, paths, books)
+    published, outcomes = {path: (identity(path), snapshot(path)) for path in paths}, books.outcomes
+
+    # When
+    os.kill(child.pid, signal.SIGCONT)
+
+    # Then
+    assert child.result() in ("superseded", "done")
+    assert {path: (identity(path), snapshot(path)) for path in paths} == published
+    assert books.outcomes == outcomes
+    end(paths[0], books)
+    assert leftovers(directory) == []
+
+
+@pytest.mark.parametrize("sleeper", list(STEPS)[:-2], indirect=True)
+def test_who_lost_a_batch_while_it_was_paused_publishes_nothing_of_what_was_given_up(
+    books: Books, sleeper: tuple[Child[Any], list[Path]], directory: Path
+) -> None:
+    child, paths = sleeper
+    seize(paths[0])
+    make_batches(paths[0], books, abort=ForkError(Code.CANCELLED, "someone asked for an end"))
+    told = [fork["status"] == "succeeded" for fork in books.forks]
+
+    os.kill(child.pid, signal.SIGCONT)
+
+    child.result()
+    assert [path.exists() for path in paths] == told
+    end(paths[0], books)
+    assert leftovers(directory) == []
+
+
+@pytest.mark.parametrize("sleeper", ["between two files", "before its first rename"], indirect=True)
+def test_who_lost_a_batch_and_wakes_when_the_campaign_is_over_leaves_nothing(
+    source: Path, books: Books, sleeper: tuple[Child[Any], list[Path]], directory: Path
+) -> None:
+    child, paths = sleeper
+    seize(paths[0])
+    make_batches(paths[0], books)
+    end(paths[0], books)
+
+    os.kill(child.pid, signal.SIGCONT)
+
+    child.result()
+    assert leftovers(directory) == []
+    assert_all_are_whole(source, paths, books)
+
+
+def test_gc_leaves_a_live_campaign_alone_and_reaps_a_dead_one_with_all_its_trees(
+    directory: Path, source: Path, books: Books, fresh: Fresh
+) -> None:
+    # Given a local campaign in two parents
+    elsewhere = fresh("ext4")
+    paths = [*destinations(directory, 3), *destinations(elsewhere, 3)]
+    plan(source, paths)
+    STEPS["in the second parent"] = (syscalls, "rename_noreplace", 3)
+    child = acting_at("in the second parent", pause, lambda: make_batches(paths[0], books))
+    wait_for_pause(child)
+    standing = leftovers(directory), leftovers(elsewhere)
+    assert len(standing[1]) > 3
+
+    # When it lives, when it is paused, and when it is dead
+    live = [finding for place in (directory, elsewhere) for finding in collect(str(place), lambda job: True)]
+    assert (leftovers(directory), leftovers(elsewhere)) == standing
+    child.kill()
+    dead = [finding for place in (directory, elsewhere) for finding in collect(str(place), lambda job: True)]
+
+    # Then
+    assert {finding.verdict for finding in live} == {"kept"}
+    assert {(finding.verdict, finding.fork_id) for finding in dead} == {("removed", ID)}
+    assert leftovers(directory) == leftovers(elsewhere) == []
+    assert [path.exists() for path in paths] == [True, True, True, False, False, False]
+
+
+def test_gc_in_a_loop_beside_a_live_campaign_touches_nothing_of_it(directory: Path, source: Path) -> None:
+    def reap() -> None:
+        while True:
+            list(collect(str(directory), lambda job: False))
+
+    reaper = Child(reap)
+    try:
+        result = campaign(source, destinations(directory, 300))
+    finally:
+        reaper.kill()
+
+    assert result["status"] == "succeeded", result["error"] or result["failures"][:3]
+    assert_alike(source, directory / "vm-299", SKIPPED_BY_DEFAULT)
+
+
+def test_gc_keeps_what_the_queue_will_still_deliver(directory: Path, source: Path) -> None:
+    plan(source, destinations(directory, 3))
+    journal = directory / control_name(ID) / "journal"
+    journal.write_text(journal.read_text().replace('"owner": "local"', '"owner": "queue"'))
+
+    kept = list(collect(str(directory), lambda job: True))
+    unknown = list(collect(str(directory), lambda job: None))
+    removed = list(collect(str(directory), lambda job: False))
+
+    assert [finding.verdict for finding in (*kept, *unknown, *removed)] == ["kept", "kept", "removed"]
+
+
+def test_children_of_a_local_campaign_that_are_killed_cost_nothing_but_time(directory: Path, source: Path) -> None:
+    killed: list[int] = []
+
+    def kill_one(progress: object) -> None:
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        if len(killed) < 2 and children and any(directory.glob(f"vm-*{len(killed)}9")):
+            killed.append(int(children[0]))
+            os.kill(killed[-1], signal.SIGKILL)
+
+    paths = destinations(directory, 400)
+    result = campaign(source, paths, beat=kill_one)
+
+    assert killed
+    assert (result["status"], result["forks"]["succeeded"]) == ("succeeded", 400)
+    for path in paths[::20]:
+        assert_alike(source, path, SKIPPED_BY_DEFAULT)
+    assert leftovers(directory) == []
+
+
+def test_a_local_campaign_dies_with_its_process_and_its_id_works_again(directory: Path, source: Path) -> None:
+    # Given
+    paths = destinations(directory, 1000)
+    child = Child(lambda: campaign(source, paths))
+    wait_until(paths[5].exists, "a few forks")
+    child.kill()
+    standing = {path: identity(path) for path in paths if path.exists()}
+
+    # When
+    deadline = time.monotonic() + 10
+    while True:
+        result = campaign(source, paths)
+        error = result["error"]
+        if error is None or "another process" not in error["message"] or time.monotonic() > deadline:
+            break  # its children die with it, a moment later
+
+    # Then what stood stays, and the rest is made
+    assert result["status"] == "partial"
+    assert {failure["error"]["code"] for failure in result["failures"]} == {"destination_exists"}
+    assert all(path.exists() for path in paths)
+    assert {path: identity(path) for path in standing} == standing
+    assert leftovers(directory) == []
