@@ -75,6 +75,7 @@ def _fork_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(
         (
             click.option("--reflink", help="auto (default), always or never."),
+            click.option("--snapshot", help="auto (default) or never: a btrfs subvolume is cloned by a snapshot."),
             click.option("--skip", multiple=True, metavar="PATH", help="Relative path to leave out; may be repeated."),
             click.option(
                 "--exclude",
@@ -289,7 +290,7 @@ def _client(settings: Settings) -> Client:
 def _request(source: str, destination: str, fields: dict[str, Any]) -> dict[str, Any]:
     """The ForkRequest that the options stand for, with what was not given left out."""
     request: dict[str, Any] = {"source": source, "destination": destination}
-    for name in ("reflink", "durability", "verify"):
+    for name in ("reflink", "snapshot", "durability", "verify"):
         if fields[name] is not None:
             request[name] = fields[name]
     if fields["skip"]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypedDict
 from tasks.copier.errors import ErrorRecord, ForkError
 from tasks.copier.walk import Entry, file_type
 
-Method = Literal["reflink", "copy", "hardlink", "symlink", "mkdir", "skip"]
+Method = Literal["snapshot", "reflink", "copy", "hardlink", "symlink", "mkdir", "skip"]
 
 #: FileResults a page; with paths of 4 KiB each a page stays far below 1 MiB once compressed.
 PAGE_RESULTS = 1_000
@@ -40,6 +40,7 @@ class Fallback(TypedDict):
 
 
 _COUNTER = {
+    "snapshot": "reflinked",
     "reflink": "reflinked",
     "copy": "copied",
     "hardlink": "hardlinked",
@@ -79,7 +80,7 @@ class Totals:
         setattr(self, counter, getattr(self, counter) + 1)
         self.bytes_logical += result["bytes"]
         self.bytes_copied += result["copied_bytes"]
-        if method == "reflink":
+        if counter == "reflinked":
             self.bytes_reflinked += result["bytes"]
 
     def add(self, other: Totals) -> None:
