@@ -60,7 +60,7 @@ def snapshot_tree(work: Work, ticker: Ticker) -> Report | None:
     ends, staging, before = work.ends, work.staging, ticker.progress
     if not is_wanted(work.options) or not is_whole_subvolume(ends.source_fd):
         return None
-    ticker.enter("copy", 0, 0)  # nobody has counted yet
+    ticker.enter("copy", 0, 0)  # what is to be done shows on the way
     try:
         fd = take(ends.source_fd, ends.source, staging.fd, SNAPSHOT)
         if fd is None:
@@ -223,6 +223,7 @@ class _Completion:
         fd = trees.open_below(self._fd, path)
         try:
             for block in self._walk.read(path):
+                self._ticker.expect(len(block.entries), sum(map(_bytes_of, block.entries)))
                 for entry in block.entries:
                     self._entry(fd, path, entry)
                     if entry.kind == Kind.DIRECTORY:
@@ -241,9 +242,8 @@ class _Completion:
             self._likeness.require(fd, entry.name, entry)
             if entry.kind == Kind.FILE and self._verify:
                 self._compare(fd, path, entry)
-        result = _result(path, entry)
-        self.report.add(result)
-        self._ticker(1, result["bytes"])
+        self.report.add(_result(path, entry))
+        self._ticker(1, _bytes_of(entry))
 
     def _compare(self, fd: int, path: str, entry: Entry) -> None:
         """Read a file back, and compare it with the source's. Raises ForkError: verify_failed, source_changed …"""
@@ -280,12 +280,16 @@ def _remove(fd: int, entry: Entry) -> None:
         raise Unlike("what is to be left out cannot be removed") from None
 
 
+def _bytes_of(entry: Entry) -> int:
+    return entry.size if entry.kind == Kind.FILE else 0
+
+
 def _result(directory: str, entry: Entry) -> FileResult:
     return {
         "path": join(directory, entry.name),
         "type": file_type(entry.mode),
         "method": _METHODS[entry.kind],
-        "bytes": entry.size if entry.kind == Kind.FILE else 0,
+        "bytes": _bytes_of(entry),
         "copied_bytes": 0,
         "seconds": 0.0,
         "reason": entry.note if entry.kind == Kind.SKIP else None,

@@ -184,6 +184,24 @@ def test_a_source_that_changes_meanwhile_is_forked_as_it_was_at_one_moment(
     assert (source / "new").exists()
 
 
+def test_the_progress_of_a_snapshot_never_runs_ahead_of_what_is_known(
+    directory: Path, source: Path, every_beat: None
+) -> None:
+    told: list[Progress] = []
+
+    result = by_snapshot(source, directory / "fork", beat=lambda progress: told.append(progress.copy()))
+
+    assert all(progress["files_done"] <= progress["files_total"] for progress in told)
+    assert all(progress["bytes_done"] <= progress["bytes_total"] for progress in told)
+    assert told[-1] == {
+        "phase": "publish",
+        "files_done": result["files"]["total"],
+        "files_total": result["files"]["total"],
+        "bytes_done": result["bytes"]["logical"],
+        "bytes_total": result["bytes"]["logical"],
+    }
+
+
 def test_the_result_of_a_verified_and_synced_snapshot(directory: Path, source: Path) -> None:
     by_snapshot(source, directory / "fork", verify="content", durability="sync")
 
