@@ -38,10 +38,12 @@ from tests.engine.forking import (
 )
 from tests.engine.sources import ACCESS_ACL, DEFAULT_ACL, acl, age, make_everything
 from tests.engine.test_books import assert_balanced
+from tests.engine.traced import control, trace_fork
 from tests.fixtures.filesystems import Fresh, bind_mounted, make_subvolume
 from tests.fixtures.processes import wait_until
 from tests.support.extents import set_lock, set_nocow, sharing
 from tests.support.guests import SKIPPED_BY_DEFAULT, GuestSizes, make_guest
+from tests.support.requirements import require_command
 from tests.support.tree import snapshot
 
 SIZES = GuestSizes(overlay=8 * MIB, overlay_data=2 * MIB, memory=8 * MIB, memory_data=MIB)
@@ -60,6 +62,11 @@ def source(directory: Path) -> Path:
     os.link(source / "state", source / "state.linked")
     os.sync()  # or the snapshot does it, each time
     return source
+
+
+@pytest.fixture(scope="session")
+def strace() -> str:
+    return require_command("strace", "the injection of errors")
 
 
 @pytest.fixture
@@ -334,6 +341,73 @@ def test_a_fifo_fails_the_fork_and_nothing_of_the_snapshot_is_left(directory: Pa
     error = refused(source, directory / "fork")
 
     assert (error["code"], error["path"]) == ("unsupported_file_type", str(source / "snapshots" / "fifo"))
+
+
+# -- what the kernel may answer
+
+#: In the control directory: first whether a subvolume may be removed is asked, then the snapshot is made.
+_ASKED, _MADE = 1, 2
+
+
+@pytest.mark.parametrize("name", ["EPERM", "EXDEV", "EINVAL", "ETXTBSY", "EOPNOTSUPP", "EAGAIN"])
+def test_a_refused_snapshot_falls_down_the_ladder(strace: str, directory: Path, source: Path, name: str) -> None:
+    fork = directory / "fork"
+    traced = trace_fork(
+        strace, source, fork, calls="ioctl", inject=[f"ioctl:error={name}:when={_MADE}"], paths=[control(fork)]
+    )
+
+    assert traced.calls("SNAP_CREATE") == traced.calls("(INJECTED)") == 1
+    assert {one["method"] for one in traced.files.values()} == {"reflink", "hardlink", "mkdir", "skip"}
+    assert_alike(source, fork, SKIPPED_BY_DEFAULT)
+    assert leftovers(directory) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "when", "name", "code"),
+    [
+        ("ioctl", _MADE, "EIO", "io_error"),
+        ("ioctl", _MADE, "ENOSPC", "no_space"),
+        ("ioctl", _MADE, "EDQUOT", "no_space"),
+        ("mkdirat", 1, "ENOSPC", "no_space"),
+        ("fchmod", 1, "EIO", "io_error"),
+        ("statx", 4, "EIO", "io_error"),
+        ("getdents64", 1, "EIO", "io_error"),
+        ("unlinkat", 2, "EIO", "io_error"),
+        ("renameat2", 1, "EIO", "io_error"),
+        ("renameat2", 1, "ENOENT", "io_error"),
+    ],
+)
+def test_an_error_on_the_way_fails_the_fork_and_leaves_nothing(
+    strace: str, directory: Path, source: Path, call: str, when: int, name: str, code: str
+) -> None:
+    fork = directory / "fork"
+    control_directory = control(fork)
+    traced = trace_fork(
+        strace,
+        source,
+        fork,
+        calls=call,
+        inject=[f"{call}:error={name}:when={when}"],
+        paths=[control_directory, control_directory / "snapshot", control_directory / "snapshot" / "snapshots"],
+    )
+
+    assert traced.calls("(INJECTED)") == 1
+    assert traced.result is not None
+    assert traced.result["error"] is not None
+    assert traced.result["error"]["code"] == code
+    assert sorted(path.name for path in directory.iterdir()) == ["source"]
+    by_snapshot(source, fork)
+
+
+def test_who_may_not_remove_a_subvolume_at_once_may_still_empty_it(strace: str, directory: Path, source: Path) -> None:
+    fork = directory / "fork"
+    traced = trace_fork(
+        strace, source, fork, calls="ioctl", inject=[f"ioctl:error=EPERM:when={_ASKED}"], paths=[control(fork)]
+    )
+
+    assert traced.result is not None
+    assert traced.result["subvolume"]
+    assert_alike(source, fork, SKIPPED_BY_DEFAULT)
 
 
 # -- whose it is
