@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks import filesystems, first_file, growth, memory, messages, report, subjects
+from benchmarks import filesystems, first_file, growth, memory, messages, report, snapshot, subjects
 from benchmarks.cases import CASES, Case
 from benchmarks.filesystems import KINDS, Filesystem, Unavailable
 from benchmarks.picture import draw
@@ -74,6 +74,7 @@ class _Plan:
 @click.option("--growth", "with_growth", is_flag=True, help="… time per file at a million files and at ten thousand.")
 @click.option("--messages", "with_messages", is_flag=True, help="… the largest message and the largest Redis value.")
 @click.option("--first-file", "with_first_file", is_flag=True, help="… the time until the first file is cloned.")
+@click.option("--snapshot", "with_snapshot", is_flag=True, help="… a fork of a btrfs subvolume by one snapshot.")
 @click.option("--table", "with_table", is_flag=True, help="The table too, where other things are asked for.")
 def main(
     quick: bool,
@@ -89,10 +90,11 @@ def main(
     with_growth: bool,
     with_messages: bool,
     with_first_file: bool,
+    with_snapshot: bool,
     with_table: bool,
 ) -> None:
     """Measure forkvm beside its peers and the limit, on filesystems that are made for it and gone afterwards."""
-    extras = _extras(with_memory, with_growth, with_messages, with_first_file)
+    extras = _extras(with_memory, with_growth, with_messages, with_first_file, with_snapshot)
     plan = _Plan(
         kinds=("the directory",) if directory is not None else kinds or KINDS,
         cases=[CASES[name] for name in cases or (_QUICK_CASES if quick else CASES)],
@@ -220,12 +222,15 @@ class _Extra:
     measure: Callable[[_Plan, Path, Service | None], list[Finding]]
 
 
-def _extras(with_memory: bool, with_growth: bool, with_messages: bool, with_first_file: bool) -> list[_Extra]:
+def _extras(
+    with_memory: bool, with_growth: bool, with_messages: bool, with_first_file: bool, with_snapshot: bool
+) -> list[_Extra]:
     wanted = {
         _Extra("memory", _memory): with_memory,
         _Extra("growth", _growth): with_growth,
         _Extra("messages", _messages): with_messages,
         _Extra("first file", _first_file): with_first_file,
+        _Extra("snapshot", _snapshot): with_snapshot,
     }
     return [extra for extra, is_wanted in wanted.items() if is_wanted]
 
@@ -253,10 +258,20 @@ def _first_file(plan: _Plan, root: Path, service: Service | None) -> list[Findin
     return _on_one(plan, root, first_file.CASES, lambda filesystem: first_file.measure_first_file(filesystem, service))
 
 
+def _snapshot(plan: _Plan, root: Path, service: Service | None) -> list[Finding]:
+    return _on_one(
+        plan, root, snapshot.CASES, lambda filesystem: snapshot.measure_snapshot(filesystem, service), "btrfs"
+    )
+
+
 def _on_one(
-    plan: _Plan, root: Path, cases: Sequence[Case], measure: Callable[[Filesystem], Iterator[Finding]]
+    plan: _Plan,
+    root: Path,
+    cases: Sequence[Case],
+    measure: Callable[[Filesystem], Iterator[Finding]],
+    kind: str = _EXTRA_KIND,
 ) -> list[Finding]:
-    with _filesystem(plan, _EXTRA_KIND, cases, root) as (filesystem, fitting):
+    with _filesystem(plan, kind, cases, root) as (filesystem, fitting):
         if len(fitting) < len(cases):
             raise Unavailable("no room")
         return list(measure(filesystem))

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, ValidationError
 
 from tasks.copier.errors import Code, ForkError
-from tasks.copier.options import DEFAULT_EXCLUDE, PRESERVE_ALL, Durability, Options, Preserve, Reflink, Verify
+from tasks.copier.options import DEFAULT_EXCLUDE, PRESERVE_ALL, Durability, Options, Preserve, Reflink, Snapshot, Verify
 from tasks.copier.report import Totals
 from tasks.copier.roots import normal_path
 from tasks.copier.selection import Selection
@@ -63,6 +63,7 @@ class AnyRequest(BaseModel):
 
     source: SourcePath
     reflink: Reflink = "auto"
+    snapshot: Snapshot = "auto"
     skip: Annotated[list[RelativePath], Field(max_length=_MOST)] = []
     exclude: Annotated[list[Pattern], Field(max_length=_MOST)] = list(DEFAULT_EXCLUDE)
     preserve: Annotated[list[Preserve], Field(max_length=_MOST)] = sorted(PRESERVE_ALL)
@@ -75,6 +76,7 @@ class AnyRequest(BaseModel):
         """What the engine is told."""
         return Options(
             reflink=self.reflink,
+            snapshot=self.snapshot,
             skip=tuple(self.skip),
             exclude=tuple(self.exclude),
             preserve=frozenset(self.preserve),

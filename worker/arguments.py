@@ -31,6 +31,7 @@ def fork_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(
         (
             click.option("--reflink", help="auto (default), always or never."),
+            click.option("--snapshot", help="auto (default) or never: a btrfs subvolume is cloned by a snapshot."),
             click.option("--skip", multiple=True, metavar="PATH", help="Relative path to leave out; may be repeated."),
             click.option(
                 "--exclude",
@@ -54,7 +55,7 @@ def fork_options(command: Callable[..., None]) -> Callable[..., None]:
 def request_of(ends: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     """The request that `ends` (source and destinations) and the options stand for, without what was not given."""
     request = dict(ends)
-    for name in ("reflink", "durability", "verify"):
+    for name in ("reflink", "snapshot", "durability", "verify"):
         if fields[name] is not None:
             request[name] = fields[name]
     if fields["skip"]:

@@ -64,6 +64,8 @@ def result_lines(result: ForkResult) -> Iterator[str]:
     files, count, seconds = result["files"], result["bytes"], result["seconds"]
     yield f"{result['status']}: {result['source']} -> {result['destination']} in {seconds['total']:.3f} s"
     yield f"  id        {result['fork_id']}"
+    if result["subvolume"]:
+        yield "  subvolume of btrfs, made by one snapshot: `btrfs subvolume delete` removes it at once"
     if result["error"] is not None:
         yield f"  error     {describe(result['error'])}"
     yield f"  entries   {files['total']}: {_counted(files)}"

@@ -9,14 +9,13 @@ the request finds either the one or the other.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
-from tasks.copier import syscalls
+from tasks.copier import syscalls, trees
 from tasks.copier.chunk import MAX_TRIES, run_chunk, worker_lost
 from tasks.copier.clone import Cloner
 from tasks.copier.close import close_tree
@@ -26,6 +25,7 @@ from tasks.copier.options import Limits
 from tasks.copier.plan import Crew, Plan, make_plan
 from tasks.copier.progress import Ticker
 from tasks.copier.report import Report, Totals
+from tasks.copier.snapshot import snapshot_tree
 from tasks.copier.spec import Clock, ForkResult, ForkSpec, failed, succeeded
 from tasks.copier.staging import Journal, Phase, Staging
 from tasks.copier.work import Work, open_work
@@ -86,12 +86,13 @@ def start(
     failure is a result.
     """
     account = _Account(spec, Clock(spec.started), staging.journal())
+    outcome: ForkResult | Plan
     try:
         journal = account.journal
-        if journal is None or journal.plan is None:
-            outcome = _start_anew(ends, staging, account, limits, ticker, ledger, gather)
-        elif journal.phase is Phase.PUBLISHING:
+        if journal is not None and journal.phase is Phase.PUBLISHING:
             outcome = _publish(ends, staging, journal)
+        elif journal is None or journal.plan is None:
+            outcome = _start_anew(ends, staging, account, limits, ticker, ledger, gather)
         else:
             outcome = Plan.from_data(journal.plan)
     except Exception as error:
@@ -152,6 +153,13 @@ def _start_anew(
     ends.refuse_existing()
     journal = account.journal = staging.begin(spec.to_data(), account.journal)
     with open_work(ends, staging, spec.options, staging.make_tree(journal)) as work:
+        began = time.time()
+        snapshot = snapshot_tree(work, journal, ticker)
+        if snapshot is not None:
+            account.reports["plan"] = snapshot
+            account.clock.planned, account.clock.cloned = began, time.time()
+            with open_work(ends, staging, spec.options, staging.open_tree(journal)) as work:
+                return _complete_and_publish(work, account, ticker, ledger, subvolume=True)
         cloner = Cloner(spec.options, {}, ticker.step)
         planned = account.reports["plan"] = Report()
         crew = gather(work) if gather is not None else None
@@ -180,20 +188,28 @@ def _start_anew(
 
 
 def _close_and_publish(work: Work, plan: Plan, account: _Account, ticker: Ticker, ledger: Ledger) -> ForkResult:
-    spec, journal, staging = account.spec, cast(Journal, account.journal), work.staging
+    spec = account.spec
     refused = {(src, dst): number for src, dst, number in plan.refused}
     cloner = Cloner(spec.options, refused, ticker.step)
     ticker.enter("publish", plan.entries, plan.bytes)
     account.reports["close"] = close_tree(work, plan, account.reports.values(), cloner, ticker)
+    return _complete_and_publish(work, account, ticker, ledger)
+
+
+def _complete_and_publish(
+    work: Work, account: _Account, ticker: Ticker, ledger: Ledger, *, subvolume: bool = False
+) -> ForkResult:
+    """Publish the closed tree, after its results are kept and all that the rename makes true is in the journal."""
+    spec, journal, staging = account.spec, cast(Journal, account.journal), work.staging
     _keep_pages(account.reports, ledger)
     sync = spec.options.durability == "sync"
     if sync:
         syscalls.syncfs(work.tree_fd)
-    result = succeeded(spec, account.totals(), account.chunks, account.clock)
+    result = succeeded(spec, account.totals(), account.chunks, account.clock, subvolume=subvolume)
     journal = replace(
         journal,
         phase=Phase.PUBLISHING,
-        tree=os.fstat(work.tree_fd).st_ino,
+        tree=trees.identity(work.tree_fd),
         result=cast(dict[str, Any], result),
     )
     ticker.look_now()

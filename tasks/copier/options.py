@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Reflink = Literal["auto", "always", "never"]
+Snapshot = Literal["auto", "never"]
 Preserve = Literal["mode", "ownership", "timestamps", "xattrs", "hardlinks"]
 Durability = Literal["none", "sync"]
 Verify = Literal["none", "content"]
@@ -21,6 +22,8 @@ class Options:
 
     #: auto: FICLONE where it works, else a sparse copy. always: a refusal fails the fork. never: real copies.
     reflink: Reflink = "auto"
+    #: auto: a source that is a btrfs subvolume is cloned whole, by one snapshot, where that comes to the same.
+    snapshot: Snapshot = "auto"
     #: Paths relative to the source to leave out, each with all below it.
     skip: tuple[str, ...] = ()
     #: Patterns to leave out; see `selection`.

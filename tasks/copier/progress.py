@@ -43,6 +43,11 @@ class Ticker:
         """Begin a phase (`plan`, `copy`, `publish`), of which so much is to be done."""
         self.progress = {**self.progress, "phase": phase, "files_total": files_total, "bytes_total": bytes_total}
 
+    def expect(self, files: int, count: int) -> None:
+        """Have so many more entries and bytes to be done than were known before."""
+        self.progress["files_total"] += files
+        self.progress["bytes_total"] += count
+
     def __call__(self, files: int, count: int) -> None:
         """Count `files` done entries and `count` done bytes."""
         self.progress["files_done"] += files

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict
 from tasks.copier.errors import ErrorRecord, ForkError
 from tasks.copier.walk import Entry, file_type
 
-Method = Literal["reflink", "copy", "hardlink", "symlink", "mkdir", "skip"]
+Method = Literal["snapshot", "reflink", "copy", "hardlink", "symlink", "mkdir", "skip"]
 
 #: FileResults a page, and characters of JSON: so that a page stays below 1 MiB even where paths do not compress.
 PAGE_RESULTS = 1_000
@@ -42,6 +42,7 @@ class Fallback(TypedDict):
 
 
 _COUNTER = {
+    "snapshot": "reflinked",
     "reflink": "reflinked",
     "copy": "copied",
     "hardlink": "hardlinked",
@@ -76,11 +77,11 @@ class Totals:
             self.failed += 1
             self.error = self.error or result["error"]
             return
-        method = result["method"]
-        vars(self)[_COUNTER[method]] += 1
+        counter = _COUNTER[result["method"]]
+        vars(self)[counter] += 1
         self.bytes_logical += result["bytes"]
         self.bytes_copied += result["copied_bytes"]
-        if method == "reflink":
+        if counter == "reflinked":
             self.bytes_reflinked += result["bytes"]
 
     def add(self, other: Totals) -> None:
@@ -93,7 +94,7 @@ class Totals:
 
     def files(self) -> dict[str, int]:
         """The contract's `files`."""
-        names = ("total", *_COUNTER.values(), "failed")
+        names = ("total", *dict.fromkeys(_COUNTER.values()), "failed")
         return {name: getattr(self, name) for name in names}
 
     def bytes(self) -> dict[str, int]:

@@ -52,6 +52,8 @@ class ForkResult(TypedDict):
     status: Literal["succeeded", "failed", "cancelled"]
     source: str
     destination: str
+    #: Whether what stands at the destination is a btrfs subvolume of its own.
+    subvolume: bool
     error: ErrorRecord | None
     files: dict[str, int]
     bytes: dict[str, int]
@@ -85,9 +87,9 @@ class Clock:
         return {name: round(max(0.0, value), 6) for name, value in steps.items()}
 
 
-def succeeded(spec: ForkSpec, totals: Totals, chunks: int, clock: Clock) -> ForkResult:
-    """The result of a fork that is complete; true once it is published."""
-    return _result(spec, "succeeded", None, totals, chunks, clock)
+def succeeded(spec: ForkSpec, totals: Totals, chunks: int, clock: Clock, *, subvolume: bool = False) -> ForkResult:
+    """The result of a fork that is complete; true once it is published. `subvolume`: it is one of btrfs."""
+    return {**_result(spec, "succeeded", None, totals, chunks, clock), "subvolume": subvolume}
 
 
 def failed(spec: ForkSpec, error: ForkError, totals: Totals, chunks: int, clock: Clock) -> ForkResult:
@@ -110,6 +112,7 @@ def _result(
         "status": status,
         "source": spec.source,
         "destination": spec.destination,
+        "subvolume": False,
         "error": error,
         "files": totals.files(),
         "bytes": totals.bytes(),

@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -39,6 +40,8 @@ _JOURNAL = "journal"
 _MANIFEST = "manifest"
 _CLOSING = "closing"
 _STOP = "stop"
+#: A snapshot that is to become the tree, in the control directory: until it is 0700 itself, nobody else gets there.
+SNAPSHOT = "snapshot"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 #: How often a holder gives a sign of life, in seconds.
@@ -54,7 +57,7 @@ class Phase(StrEnum):
     PLANNING = "planning"
     #: The plan stands; chunks may work.
     CLONING = "cloning"
-    #: The tree is complete and its inode written down: from here on the rename may have happened.
+    #: The tree is complete and its identity written down: from here on the rename may have happened.
     PUBLISHING = "publishing"
 
 
@@ -73,7 +76,7 @@ class Journal:
     tries: int = 0
     #: How often closing it was begun; bounded too.
     closings: int = 0
-    #: Inode of the finished tree. Inodes alone, here and above: device numbers change with a reboot or a host.
+    #: `trees.identity` of the finished tree. No device numbers, here and above: they change with a reboot or a host.
     tree: int | None = None
     #: What `plan` made, as plain data, and when (seconds since the epoch).
     plan: dict[str, Any] | None = None
@@ -262,6 +265,7 @@ class Staging:
             # Counted first: what kills its process here, too, must come to an end.
             self.write_journal(replace(earlier, tries=earlier.tries + 1))
             self.discard_tree(earlier)
+        trees.remove(self.fd, SNAPSHOT)
         for name in os.listdir(self.fd):
             if name not in (_LOCK, _JOURNAL):
                 os.unlink(name, dir_fd=self.fd)
@@ -303,6 +307,13 @@ class Staging:
         os.fchmod(fd, 0o700)  # a set-gid parent hands its bit down
         return fd
 
+    def exchange_tree(self, journal: Journal) -> None:
+        """Have the finished `SNAPSHOT` and the tree take each other's place, in one step.
+
+        Raises FileNotFoundError when the tree was taken over: there is no moment without one.
+        """
+        syscalls.rename_exchange(self.fd, SNAPSHOT, self.parent_fd, self.tree_name(journal))
+
     def open_tree(self, journal: Journal) -> int:
         """Open the tree; the caller closes the descriptor. Raises FileNotFoundError."""
         return os.open(self.tree_name(journal), _DIRECTORY, dir_fd=self.parent_fd)
@@ -322,12 +333,18 @@ class Staging:
                 raise
 
     def is_published(self, journal: Journal, destination: str) -> bool:
-        """Whether what stands at `destination` is the tree whose inode the journal recorded."""
+        """Whether what stands at `destination` is the tree whose identity the journal recorded."""
         try:
             status = os.stat(destination, dir_fd=self.parent_fd, follow_symlinks=False)
+            if status.st_ino != trees.SUBVOLUME_INODE or not stat.S_ISDIR(status.st_mode):
+                return journal.tree == status.st_ino
+            fd = os.open(destination, _DIRECTORY, dir_fd=self.parent_fd)
         except FileNotFoundError:
             return False
-        return journal.tree == status.st_ino
+        try:
+            return journal.tree == trees.identity(fd)
+        finally:
+            os.close(fd)
 
     def discard_tree(self, journal: Journal) -> None:
         """Remove the attempt's tree, if it stands."""
@@ -341,6 +358,7 @@ class Staging:
 
     def remove(self) -> None:
         """Remove the control directory, the last step of every fork. The tree must be gone or published."""
+        trees.remove(self.fd, SNAPSHOT)
         trees.remove(self.parent_fd, self.name)
 
     # -- the manifest

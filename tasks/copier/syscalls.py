@@ -1,7 +1,7 @@
 """The Linux system calls that Python does not offer: thin, typed, without policy.
 
 Each raises OSError with the kernel's errno. Sources: openat2(2), renameat2(2), syncfs(2), statfs(2),
-ioctl_ficlone(2), prctl(2), and the kernel's Documentation/filesystems/fiemap.rst.
+ioctl_ficlone(2), prctl(2), statx(2), the kernel's Documentation/filesystems/fiemap.rst and include/uapi/linux/btrfs.h.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
 RENAME_NOREPLACE = 0x1
+RENAME_EXCHANGE = 0x2
 PR_SET_PDEATHSIG = 1
 
 #: f_type of statfs(2), from include/uapi/linux/magic.h and OpenZFS.
@@ -36,6 +37,23 @@ OVERLAYFS = 0x794C7630
 ZFS = 0x2FC12FC1
 BTRFS = 0x9123683E
 
+#: _IOW(0x94, 23, struct btrfs_ioctl_vol_args_v2), _IOW(0x94, 15, struct btrfs_ioctl_vol_args) and
+#: _IOR(0x94, 60, struct btrfs_ioctl_get_subvol_info_args).
+BTRFS_IOC_SNAP_CREATE_V2 = 0x50009417
+BTRFS_IOC_SNAP_DESTROY = 0x5000940F
+BTRFS_IOC_GET_SUBVOL_INFO = 0x81F8943C
+#: fd, transid, flags, 32 unused bytes, name.
+_VOL_ARGS_V2 = struct.Struct("=qQQ32x4040s")
+#: fd, name.
+_VOL_ARGS = struct.Struct("=q4088s")
+#: The first fields, as far as the UUID: id, name, parent's id, inode of the parent, generation, flags.
+_SUBVOL_INFO = struct.Struct("=Q256sQQQQ16s")
+_SUBVOL_INFO_BYTES = 504
+
+STATX_ATTR_IMMUTABLE = 0x10
+STATX_ATTR_APPEND = 0x20
+STATX_ATTR_VERITY = 0x100000
+_AT_SYMLINK_NOFOLLOW = 0x100
 #: The same number on every architecture (unlike renameat2, for which glibc has a function).
 _SYS_OPENAT2 = 437
 #: openat2 answers EAGAIN when a rename raced with the lookup (openat2(2)); a few more tries settle it.
@@ -69,6 +87,11 @@ def rename_noreplace(src_dir_fd: int, src: str, dst_dir_fd: int, dst: str) -> No
     _check(_libc.renameat2(src_dir_fd, os.fsencode(src), dst_dir_fd, os.fsencode(dst), RENAME_NOREPLACE))
 
 
+def rename_exchange(src_dir_fd: int, src: str, dst_dir_fd: int, dst: str) -> None:
+    """Have `src` and `dst` take each other's place, in one step. ENOENT when either is not there."""
+    _check(_libc.renameat2(src_dir_fd, os.fsencode(src), dst_dir_fd, os.fsencode(dst), RENAME_EXCHANGE))
+
+
 def syncfs(fd: int) -> None:
     """Write the whole filesystem that holds `fd` to its disk."""
     _check(_libc.syncfs(fd))
@@ -89,6 +112,59 @@ def die_with_parent(signal: int) -> None:
 def ficlone(dst_fd: int, src_fd: int) -> None:
     """Make the file `dst_fd` share all extents of `src_fd`. Atomic against writers of the source."""
     fcntl.ioctl(dst_fd, FICLONE, src_fd)
+
+
+def create_snapshot(dir_fd: int, name: str, subvolume_fd: int) -> None:
+    """Make `name` in `dir_fd` a writable snapshot of the btrfs subvolume whose root `subvolume_fd` is.
+
+    It has the owner and the mode of that root from its first moment. Older kernels take any directory, and make a
+    snapshot of the subvolume that holds it.
+    """
+    _long_ioctl(dir_fd, BTRFS_IOC_SNAP_CREATE_V2, _VOL_ARGS_V2.pack(subvolume_fd, 0, 0, os.fsencode(name)))
+
+
+def destroy_subvolume(dir_fd: int, name: str) -> None:
+    """Remove the btrfs subvolume `name` of `dir_fd` with all in it, in one step; open files in it live on unlinked.
+
+    EPERM without CAP_SYS_ADMIN, unless the mount option user_subvol_rm_allowed lets its owner; EINVAL for what is no
+    subvolume.
+    """
+    _long_ioctl(dir_fd, BTRFS_IOC_SNAP_DESTROY, _VOL_ARGS.pack(0, os.fsencode(name)))
+
+
+def _long_ioctl(fd: int, request: int, argument: bytes) -> None:
+    """An ioctl that may take seconds: fcntl.ioctl stops all threads meanwhile when the argument exceeds 1 KiB."""
+    _check(_libc.ioctl(fd, ctypes.c_ulong(request), argument))
+
+
+def subvolume_uuid(fd: int) -> bytes:
+    """The UUID of the btrfs subvolume that holds `fd`: no other subvolume ever has it, also on another host."""
+    info = bytearray(_SUBVOL_INFO_BYTES)
+    fcntl.ioctl(fd, BTRFS_IOC_GET_SUBVOL_INFO, info)
+    uuid: bytes = _SUBVOL_INFO.unpack_from(info)[-1]
+    return uuid
+
+
+class _Statx(ctypes.Structure):
+    """struct statx; what it holds after its attributes is not asked for."""
+
+    _fields_ = (
+        ("mask", ctypes.c_uint32),
+        ("blksize", ctypes.c_uint32),
+        ("attributes", ctypes.c_uint64),
+        ("rest", ctypes.c_uint64 * 30),
+    )
+
+
+_statx = _libc.statx
+_statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.POINTER(_Statx))
+
+
+def attributes(dir_fd: int, name: str) -> int:
+    """The STATX_ATTR_* flags of the entry `name` of `dir_fd`, itself if it is a symlink."""
+    status = _Statx()
+    _check(_statx(dir_fd, os.fsencode(name), _AT_SYMLINK_NOFOLLOW, 0, status))
+    return int(status.attributes)
 
 
 class Extent(NamedTuple):

@@ -1,4 +1,4 @@
-"""Directories below an opened one: opening them by relative path, and removing them, at any depth.
+"""Directories below an opened one: opening them by relative path, telling them apart, removing them, at any depth.
 
 Nothing here follows a symlink or recurses: a tree may be thousands of levels deep, and its paths longer than
 PATH_MAX.
@@ -15,6 +15,9 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _BENEATH = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
 #: Longest relative path handed to the kernel in one call, in bytes; below PATH_MAX.
 _STRETCH = 4000
+
+#: Inode of the root of every btrfs subvolume, and of the empty directory that a snapshot has in place of one.
+SUBVOLUME_INODE, NESTED_SUBVOLUME_INODE = 256, 2
 
 
 def open_below(dir_fd: int, path: str) -> int:
@@ -46,11 +49,25 @@ def _stretches(path: str) -> list[str]:
     return stretches
 
 
+def is_subvolume(fd: int) -> bool:
+    """Whether the open directory `fd` is the root of a btrfs subvolume."""
+    return os.fstat(fd).st_ino == SUBVOLUME_INODE and syscalls.filesystem_type(fd) == syscalls.BTRFS
+
+
+def identity(fd: int) -> int:
+    """A number that no other directory on the filesystem of `fd` has, the same on every host and after a reboot.
+
+    The inode; of a btrfs subvolume its UUID, since the roots of all have one inode.
+    """
+    return int.from_bytes(syscalls.subvolume_uuid(fd), "big") if is_subvolume(fd) else os.fstat(fd).st_ino
+
+
 def remove(dir_fd: int, name: str) -> None:
     """Remove the directory `name` of `dir_fd` with all below it; gone already is fine.
 
-    Someone may still be adding to it (a chunk that has not yet seen that its fork was given up): what appears
-    meanwhile is removed too.
+    A btrfs subvolume goes in one step where that is allowed, else as a directory does (rmdir takes an empty one since
+    Linux 4.18). Someone may still be adding to it (a chunk that has not yet seen that its fork was given up): what
+    appears meanwhile is removed too.
     """
     while True:
         try:
@@ -58,6 +75,8 @@ def remove(dir_fd: int, name: str) -> None:
         except FileNotFoundError:
             return
         try:
+            if is_subvolume(top) and _destroyed(dir_fd, name):
+                return
             _empty(top)
         finally:
             os.close(top)
@@ -69,6 +88,14 @@ def remove(dir_fd: int, name: str) -> None:
                 return
             if error.errno != errno.ENOTEMPTY:
                 raise
+
+
+def _destroyed(dir_fd: int, name: str) -> bool:
+    try:
+        syscalls.destroy_subvolume(dir_fd, name)
+    except OSError:  # not allowed, or another subvolume in it: what keeps it from going shows when it is emptied
+        return False
+    return True
 
 
 def _empty(top: int) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from tests.fixtures.filesystems import Fresh
+from tests.fixtures.filesystems import Fresh, make_subvolume
 from tests.fixtures.processes import RunForkvm, forkvm_script, wait_until
 from tests.support.guests import GuestSizes, make_guest, make_slow_file
 from tests.support.tree import snapshot
@@ -39,6 +39,18 @@ def test_fork_with_json_prints_the_one_document_of_the_contract(run_forkvm: RunF
     result = json.loads(done.stdout)
     assert (result["status"], result["error"], result["labels"]) == ("succeeded", None, {"rack": "7"})
     assert result["files"]["reflinked"] == 6
+
+
+def test_fork_says_that_a_fork_is_a_subvolume_unless_none_is_wanted(run_forkvm: RunForkvm, fresh: Fresh) -> None:
+    place = fresh("btrfs")
+    make_guest(make_subvolume(place / "vm-1"), SMALL)
+
+    whole = run_forkvm("fork", place / "vm-1", place / "vm-2")
+    by_files = run_forkvm("fork", place / "vm-1", place / "vm-3", "--snapshot", "never", "--json")
+
+    assert "subvolume" in whole.stdout
+    assert json.loads(by_files.stdout)["subvolume"] is False
+    assert run_forkvm("verify", place / "vm-1", place / "vm-2").returncode == 0
 
 
 def test_a_failed_fork_still_prints_its_result_and_exits_with_1(run_forkvm: RunForkvm, fresh: Fresh) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 _FS_IOC_GETFLAGS = 0x80086601
 _FS_IOC_SETFLAGS = 0x40086602
 _FS_NOCOW_FL = 0x00800000
+_FS_LOCKS = {"immutable": 0x10, "append-only": 0x20}
 _FS_IOC_FIEMAP = 0xC020660B
 _FIEMAP_FLAG_SYNC = 0x1
 _FIEMAP_EXTENT_LAST = 0x1
@@ -138,9 +139,21 @@ def sharing(path: str | bytes | os.PathLike[str]) -> Sharing:
 
 def set_nocow(path: Path) -> None:
     """Makes an empty btrfs file NOCOW (`chattr +C`): FICLONE between it and a COW file is EINVAL."""
-    with path.open("rb") as file:
+    _set_flag(path, _FS_NOCOW_FL, on=True)
+
+
+def set_lock(path: Path, lock: str, *, on: bool) -> None:
+    """Makes a file or directory `immutable` or `append-only`, or writable again (`chattr +i`, `-i`, `+a`, `-a`)."""
+    _set_flag(path, _FS_LOCKS[lock], on=on)
+
+
+def _set_flag(path: Path, flag: int, *, on: bool) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
         flags = bytearray(8)
-        fcntl.ioctl(file, _FS_IOC_GETFLAGS, flags)
+        fcntl.ioctl(fd, _FS_IOC_GETFLAGS, flags)
         (value,) = struct.unpack_from("=I", flags)
-        struct.pack_into("=I", flags, 0, value | _FS_NOCOW_FL)
-        fcntl.ioctl(file, _FS_IOC_SETFLAGS, flags)
+        struct.pack_into("=I", flags, 0, value | flag if on else value & ~flag)
+        fcntl.ioctl(fd, _FS_IOC_SETFLAGS, flags)
+    finally:
+        os.close(fd)

@@ -36,7 +36,7 @@ class GuestSizes:
 def make_guest(path: Path, sizes: GuestSizes | None = None, *, seed: int = 0) -> Path:
     """Makes the directory `path` into a guest directory and returns it. One seed gives one content."""
     sizes = sizes or GuestSizes()
-    path.mkdir(parents=True)
+    path.mkdir(parents=True, exist_ok=True)
     path.chmod(0o750)
     latest = path / "snapshots" / "snapshot-latest"
     latest.mkdir(parents=True)

@@ -16,6 +16,7 @@ FORK_FIELDS = {
     "status",
     "source",
     "destination",
+    "subvolume",
     "error",
     "files",
     "bytes",
@@ -31,6 +32,7 @@ BYTES_FIELDS = {"logical", "reflinked", "copied"}
 SECONDS_FIELDS = {"queued", "plan", "copy", "publish", "total"}
 FILE_FIELDS = {"path", "type", "method", "bytes", "copied_bytes", "seconds", "reason", "error"}
 _COUNTER_OF_METHOD = {
+    "snapshot": "reflinked",
     "reflink": "reflinked",
     "copy": "copied",
     "hardlink": "hardlinked",
@@ -45,6 +47,7 @@ def check_fork_result(result: ForkResult) -> None:
     assert set(result) == FORK_FIELDS
     for name in ("fork_id", "source", "destination"):
         assert isinstance(result[name], str)
+    assert type(result["subvolume"]) is bool
     assert result["status"] in ("succeeded", "failed", "cancelled")
     assert (result["error"] is None) == (result["status"] == "succeeded")
     error = result["error"]
@@ -84,7 +87,7 @@ def check_books(result: ForkResult, files: list[FileResult]) -> None:
     assert result["files"] == {"total": len(files), "failed": len(files) - len(good), **counted}
     assert result["bytes"] == {
         "logical": sum(file["bytes"] for file in good),
-        "reflinked": sum(file["bytes"] for file in good if file["method"] == "reflink"),
+        "reflinked": sum(file["bytes"] for file in good if file["method"] in ("reflink", "snapshot")),
         "copied": sum(file["copied_bytes"] for file in good),
     }
 

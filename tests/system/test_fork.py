@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures.filesystems import Fresh
+from tests.fixtures.filesystems import Fresh, make_subvolume
 from tests.support.extents import allocated_bytes, sharing
 from tests.support.guests import MIB, make_guest, make_sparse_file
 from tests.support.tree import snapshot
@@ -86,6 +86,22 @@ def test_guest_on_xfs_is_reflinked_and_its_result_has_every_field_of_the_contrac
     assert (directory / "b").stat().st_mode == source.stat().st_mode
     for name in ("overlay.raw", "snapshots/snapshot-latest/memory", "config.ext4"):
         assert sharing(directory / "b" / name).whole
+    system.assert_left_nothing_in(directory)
+
+
+def test_subvolume_is_forked_by_one_snapshot(system: System, scheduler: Scheduler, fresh: Fresh) -> None:
+    directory = fresh("btrfs")
+    source = make_guest(make_subvolume(directory / "a"))
+
+    result = scheduler.fork(source, directory / "b", "fork-18", verify="content", durability="sync")
+
+    check_fork_result(result)
+    check_books(result, scheduler.files("fork-18"))
+    assert (result["status"], result["subvolume"]) == ("succeeded", True)
+    assert {file["method"] for file in scheduler.files("fork-18")} == {"snapshot", "mkdir", "skip"}
+    assert (directory / "b").stat().st_ino == source.stat().st_ino == 256
+    assert _without_skipped(directory / "b") == _without_skipped(source)
+    assert scheduler.fork(source, directory / "b", "fork-18", verify="content", durability="sync") == result
     system.assert_left_nothing_in(directory)
 
 

@@ -23,7 +23,8 @@ def _refusal(request: object) -> ForkError:
 def test_two_paths_are_a_request_and_the_rest_has_defaults() -> None:
     options = parse(GOOD).options()
 
-    assert (options.reflink, options.durability, options.verify) == ("auto", "none", "none")
+    assert (options.reflink, options.snapshot) == ("auto", "auto")
+    assert (options.durability, options.verify) == ("none", "none")
     assert options.skip == ()
     assert options.exclude == DEFAULT_EXCLUDE
     assert options.preserve == PRESERVE_ALL
@@ -40,6 +41,7 @@ def test_every_field_is_taken() -> None:
         GOOD
         | {
             "reflink": "never",
+            "snapshot": "never",
             "skip": ["a/b", "./c/"],
             "exclude": [],
             "preserve": ["mode"],
@@ -53,7 +55,8 @@ def test_every_field_is_taken() -> None:
     )
 
     assert (spec.fork_id, spec.source, spec.destination) == ("fork-1", "/guests/a", "/guests/b")
-    assert (spec.options.reflink, spec.options.durability, spec.options.verify) == ("never", "sync", "content")
+    assert (spec.options.reflink, spec.options.snapshot) == ("never", "never")
+    assert (spec.options.durability, spec.options.verify) == ("sync", "content")
     assert spec.options.skip == ("a/b", "c")
     assert spec.options.exclude == ()
     assert spec.options.preserve == {"mode"}

@@ -260,7 +260,7 @@ def test_fork_is_open_from_its_claim_until_its_result_and_its_state_are_there(
 
     assert [(fork.fork_id, fork.sign) for fork in results.open_forks("forkvm")] == [("fork-1", -1)]
     assert [fork.fork_id for fork in results.open_forks("forkvm.rack-7")] == ["fork-2"]
-    results.settle(_result())
+    results.settle("fork-1", _result())
     assert [fork.claim for fork in results.open_forks("forkvm")] == [_claim()]
     _store_state(redis, "FAILURE")  # of a task that could not store its success
     assert len(results.open_forks("forkvm")) == 1
