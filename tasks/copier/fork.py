@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, cast
 
 from tasks.copier import syscalls
@@ -31,6 +32,9 @@ from tasks.copier.staging import Journal, Phase, Staging
 from tasks.copier.work import Work, open_work
 
 log = logging.getLogger(__name__)
+
+#: How often a removal is tried: a call that failed once may work the next time.
+_REMOVE_TRIES = 3
 
 
 class Superseded(Exception):
@@ -221,7 +225,7 @@ def _settle(staging: Staging, result: ForkResult, ledger: Ledger) -> ForkResult:
     What fails here is raised: the fork stands, and must not be given up. A later delivery settles it.
     """
     ledger.settle(result)
-    _remove(staging)
+    _insist(staging.remove)
     return result
 
 
@@ -231,13 +235,12 @@ def _give_up(ends: Ends, staging: Staging, account: _Account, cause: Exception, 
         raise Superseded from cause
     error = _as_fork_error(cause, ends)
     if account.journal is not None:
-        with suppress(OSError):  # what cannot be removed now, gc removes later; the cause is what must be told
-            staging.discard_tree(account.journal)
+        _insist(partial(staging.discard_tree, account.journal))
     with suppress(ForkError):
         _keep_pages(account.reports, ledger)
     result = failed(account.spec, error, account.totals(), account.chunks, account.clock)
     ledger.settle(result)
-    _remove(staging)
+    _insist(staging.remove)
     return result
 
 
@@ -251,9 +254,12 @@ def _as_fork_error(cause: Exception, ends: Ends) -> ForkError:
     return ForkError(Code.IO_ERROR, f"unexpected {type(cause).__name__}: {cause}", ends.destination)
 
 
-def _remove(staging: Staging) -> None:
-    with suppress(OSError):
-        staging.remove()
+def _insist(remove: Callable[[], None]) -> None:
+    """Remove what a fork that is over leaves; what cannot be removed in a few tries, gc removes later."""
+    for _ in range(_REMOVE_TRIES):
+        with suppress(OSError):
+            remove()
+            return
 
 
 def _keep_pages(reports: dict[str, Report], ledger: Ledger) -> None:

@@ -41,6 +41,8 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 #: How often a holder gives a sign of life, in seconds.
 PULSE_SECONDS = 2.0
+#: Bytes read at a time.
+_PIECE = 1 << 20
 #: Pause between two tries of a lock, in seconds.
 _LOCK_PAUSE = 0.01
 
@@ -168,8 +170,8 @@ class Staging:
         return cls(parent_fd, name, fd, lock_fd)
 
     def _close(self) -> None:
-        os.close(self._lock_fd)
-        os.close(self.fd)
+        syscalls.release(self._lock_fd)
+        syscalls.release(self.fd)
 
     def _lock(self, kind: int, deadline: float) -> None:
         while True:
@@ -362,7 +364,7 @@ class Staging:
         self._write(f"report-{part}", report.to_bytes())
 
     def has_report(self, part: str) -> bool:
-        """Whether a part is done."""
+        """Whether a part is done. Raises OSError."""
         return self._exists(f"report-{part}")
 
     def report(self, part: str) -> Report:
@@ -387,17 +389,24 @@ class Staging:
         os.close(os.open(_STOP, _FILE, 0o600, dir_fd=self.fd))
 
     def is_stopped(self) -> bool:
-        """Whether someone called `stop`."""
+        """Whether someone called `stop`. Raises OSError."""
         return self._exists(_STOP)
 
     # -- files
 
     def _exists(self, name: str) -> bool:
-        return os.access(name, os.F_OK, dir_fd=self.fd, follow_symlinks=False)
+        try:
+            os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
 
     def _read(self, name: str) -> bytes:
-        with open(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd), "rb") as file:
-            return file.read()
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+        try:
+            return b"".join(iter(lambda: os.read(fd, _PIECE), b""))
+        finally:
+            syscalls.release(fd)
 
     def _write(self, name: str, data: bytes, *, sync: bool = False) -> None:
         new = f"{name}.new"

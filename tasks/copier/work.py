@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tasks.copier import trees
+from tasks.copier import syscalls, trees
 from tasks.copier.clone import Place
 from tasks.copier.ends import Ends
 from tasks.copier.errors import Code, ForkError, from_oserror, from_source
@@ -69,7 +69,7 @@ def open_work(ends: Ends, staging: Staging, journal: Journal, options: Options, 
         source_dev, tree_dev = os.fstat(ends.source_fd).st_dev, os.fstat(tree_fd).st_dev
         yield Work(ends, staging, journal, options, tree_fd, source_dev, tree_dev)
     finally:
-        os.close(tree_fd)
+        syscalls.release(tree_fd)
 
 
 def changed(path: str) -> ForkError:

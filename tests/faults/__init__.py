@@ -1,0 +1,1 @@
+"""Faults of every kind, each at many moments: nothing is lost, torn, doubled or left."""
