@@ -188,7 +188,7 @@ def _close_and_publish(work: Work, plan: Plan, account: _Account, ticker: Ticker
     refused = {(src, dst): number for src, dst, number in plan.refused}
     cloner = Cloner(spec.options, refused, ticker.step)
     ticker.enter("publish", plan.entries, plan.bytes)
-    account.reports["close"] = close_tree(work, plan, account.reports.values(), cloner, ticker)
+    account.reports["close"] = close_tree(work, plan, account.reports, cloner, ticker)
     _keep_pages(account.reports, ledger)
     sync = spec.options.durability == "sync"
     if sync:

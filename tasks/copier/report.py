@@ -117,6 +117,8 @@ class Report:
     totals: Totals = field(default_factory=Totals)
     pages: list[bytes] = field(default_factory=list)
     ranges: list[RangeDone] = field(default_factory=list)
+    #: Whether it was begun before the walk of the source had ended: see `changes`.
+    during_walk: bool = False
     _open_page: list[FileResult] = field(default_factory=list)
 
     def add(self, result: FileResult) -> None:
@@ -139,7 +141,7 @@ class Report:
 
     def without_pages(self) -> Report:
         """The sums alone."""
-        return Report(self.totals, [], self.ranges)
+        return Report(self.totals, [], self.ranges, self.during_walk)
 
     def to_bytes(self) -> bytes:
         """The report as one file: a line of JSON, then the pages."""
@@ -147,6 +149,7 @@ class Report:
         head: dict[str, Any] = {
             "totals": vars(self.totals),
             "ranges": self.ranges,
+            "during_walk": self.during_walk,
             "pages": [len(page) for page in self.pages],
         }
         return b"".join((json.dumps(head).encode("ascii"), b"\n", *self.pages))
@@ -160,7 +163,7 @@ class Report:
         for length in head["pages"]:
             pages.append(rest[at : at + length])
             at += length
-        return cls(Totals(**head["totals"]), pages, head["ranges"])
+        return cls(Totals(**head["totals"]), pages, head["ranges"], head["during_walk"])
 
 
 def failed(path: str, entry: Entry, error: ForkError) -> FileResult:
