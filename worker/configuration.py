@@ -7,12 +7,16 @@ from celery import Celery
 from tasks.app import register
 from worker.settings import Settings, roots_of
 from worker.steps import Heartbeat, Lease
+from worker.tls import is_tls, tls_options
 
 
 def make_app(settings: Settings) -> Celery:
     """The app for some settings; connects to nothing."""
-    app = Celery("forkvm", broker=settings.broker_url, backend=settings.result_backend or settings.broker_url)
+    backend = settings.result_backend or settings.broker_url
+    app = Celery("forkvm", broker=settings.broker_url, backend=backend)
     app.conf.update(
+        broker_use_ssl=tls_options(settings.redis_ca) if is_tls(settings.broker_url) else None,
+        redis_backend_use_ssl=tls_options(settings.redis_ca) if is_tls(backend) else None,
         # JSON and nothing else, in both directions.
         task_serializer="json",
         result_serializer="json",
