@@ -1,4 +1,4 @@
-"""A Redis that gives no more than it must, over TLS: whole forks run on it, and what is not to be trusted is refused."""
+"""A Redis that gives no more than it must, over TLS: forks run on it, and what is not to be trusted is refused."""
 
 from __future__ import annotations
 
