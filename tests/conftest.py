@@ -18,6 +18,7 @@ pytest_plugins = (
     "tests.fixtures.filesystems",
     "tests.fixtures.redis_server",
     "tests.fixtures.processes",
+    "tests.fixtures.secure_redis",
 )
 
 #: What is shown of each log of a failed test.

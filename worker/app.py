@@ -14,6 +14,7 @@ from worker.configuration import make_app
 from worker.gate import watch_the_gate
 from worker.mending import mend_books_of_messages, mend_closed_channels
 from worker.settings import NO_ROOTS, BadSettings, Settings, read_settings
+from worker.tls import refuse_untrusted
 
 
 def _settings() -> Settings:
@@ -34,6 +35,11 @@ def _name_the_node(instance: Any = None, **_: Any) -> None:
 def _require_roots(conf: Any = None, **_: Any) -> None:
     if not _settings().roots:
         sys.exit(f"forkvm: {NO_ROOTS}")
+
+
+@signals.celeryd_init.connect
+def _refuse_an_untrusted_broker(**_: Any) -> None:
+    refuse_untrusted(app, _settings().broker_url)
 
 
 @signals.celeryd_init.connect

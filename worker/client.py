@@ -22,6 +22,7 @@ from tasks.results import Results, end_state
 from worker.configuration import make_app
 from worker.settings import NoBroker, Settings
 from worker.show import ShowProgress
+from worker.tls import without_password
 
 #: How often a waiting command looks, in seconds.
 _LOOK_SECONDS = 0.1
@@ -49,7 +50,7 @@ class Client:
                 connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
             self.results.redis.ping()
         except (OperationalError, RedisError, OSError) as error:
-            raise NoBroker(f"no broker at {_without_password(settings.broker_url)}: {error}") from None
+            raise NoBroker(f"no broker at {without_password(settings.broker_url)}: {error}") from None
 
     def submit(self, request: dict[str, Any], fork_id: str) -> None:
         """Enqueue a fork."""
@@ -99,8 +100,3 @@ class Client:
             self._app.send_task(task, kwargs=kwargs, task_id=fork_id, queue=queue, headers=headers, retry=False)
         except (OperationalError, RedisError) as error:
             raise NoBroker(f"the broker did not take the message: {error}") from None
-
-
-def _without_password(url: str) -> str:
-    scheme, _, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}"

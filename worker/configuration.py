@@ -8,12 +8,16 @@ from tasks.app import register, surroundings
 from tasks.campaign_app import register_campaigns
 from worker.settings import Settings, roots_of
 from worker.steps import Heartbeat, Lease, PutBack, Sweeper
+from worker.tls import is_tls, tls_options
 
 
 def make_app(settings: Settings) -> Celery:
     """The app for some settings; connects to nothing."""
-    app = Celery("forkvm", broker=settings.broker_url, backend=settings.result_backend or settings.broker_url)
+    backend = settings.result_backend or settings.broker_url
+    app = Celery("forkvm", broker=settings.broker_url, backend=backend)
     app.conf.update(
+        broker_use_ssl=tls_options(settings.redis_ca) if is_tls(settings.broker_url) else None,
+        redis_backend_use_ssl=tls_options(settings.redis_ca) if is_tls(backend) else None,
         # JSON and nothing else, in both directions.
         task_serializer="json",
         result_serializer="json",

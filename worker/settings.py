@@ -36,6 +36,8 @@ class Settings(BaseModel):
     broker_url: str = "redis://localhost:6379/0"
     #: Where results are kept; the broker's Redis unless it is set.
     result_backend: str = ""
+    #: A file of the authorities (PEM) that a `rediss://` server's certificate is verified by; the system's unless set.
+    redis_ca: str = ""
     #: Directories that a worker serves requests within, separated by colons.
     roots: Annotated[tuple[str, ...], BeforeValidator(_paths)] = ()
     #: The hosts that see one filesystem; names the queue.
@@ -91,6 +93,8 @@ def read_settings(environment: Mapping[str, str] | None = None) -> Settings:
     for root in settings.roots:
         if not root.startswith("/"):
             raise BadSettings(f"{_PREFIX}ROOTS: {root} is not an absolute path")
+    if settings.redis_ca and not os.access(settings.redis_ca, os.R_OK):
+        raise BadSettings(f"{_PREFIX}REDIS_CA: {settings.redis_ca} cannot be read")
     return settings
 
 

@@ -14,7 +14,7 @@ import traceback
 
 from tasks.copier import syscalls
 from tasks.copier.chunk import run_held_chunk
-from tasks.copier.errors import Code, ForkError, from_errno
+from tasks.copier.errors import Code, ForkError, from_errno, from_oserror
 from tasks.copier.plan import Chunk, Plan
 from tasks.copier.progress import Progress, Ticker
 from tasks.copier.work import Work
@@ -65,12 +65,16 @@ class Children:
     def complete(self, plan: Plan) -> None:
         """Have the chunks done that were not taken yet and have no report, and wait until all children have ended.
 
-        Raises ForkError: what the ticker raised, or what kept a child from writing its report.
+        Raises ForkError: what the ticker raised, or what kept a child from writing its report. No child lives then.
         """
-        for number, chunk in enumerate(plan.chunks):
-            if number not in self._taken and not self._work.staging.has_report(str(number)):
-                self.take(chunk, number, plan)
-        self._wait()
+        try:
+            for number, chunk in enumerate(plan.chunks):
+                if number not in self._taken and not self._work.staging.has_report(str(number)):
+                    self.take(chunk, number, plan)
+            self._wait()
+        except OSError as error:
+            self.dismiss()
+            raise from_oserror(error, "sharing the work among processes", self._work.ends.destination) from None
 
     def dismiss(self) -> None:
         """Stop all work; when this returns, no child lives."""
@@ -110,9 +114,9 @@ class Children:
     def _reap(self) -> list[int]:
         """Wait for all children; their exit codes, negative for a signal."""
         if self._pipe >= 0:
-            os.close(self._pipe)
+            syscalls.release(self._pipe)
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in self._pids]
-        os.close(self._tokens)
+        syscalls.release(self._tokens)
         self._pids, self._tokens, self._pipe = [], -1, -1
         return codes
 

@@ -6,12 +6,13 @@ import time
 from collections.abc import Iterator
 
 from tasks.copier import manifest
+from tasks.copier.changes import refuse_changed_files
 from tasks.copier.clone import Cloner
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.plan import Chunk, Plan
 from tasks.copier.progress import Ticker
 from tasks.copier.report import RangeDone, Report, failed
-from tasks.copier.staging import Staging
+from tasks.copier.staging import Phase, Staging
 from tasks.copier.walk import Block, join
 from tasks.copier.work import Work, on_this_host
 
@@ -49,8 +50,10 @@ def run_held_chunk(work: Work, plan: Plan, chunk: Chunk, number: int, ticker: Ti
             return Report()
         if begun > MAX_TRIES:
             return fail_chunk(staging, number, worker_lost(work.ends.source))
+        journal = staging.journal()
         cloner = Cloner(work.options, {(src, dst): refusal for src, dst, refusal in plan.refused}, ticker.step)
         report = run_chunk(work, plan, chunk, cloner, ticker)
+        report.during_walk = journal is None or journal.phase is Phase.PLANNING
         error = report.totals.error
         if error is None or error["code"] != Code.CANCELLED:  # who was told to stop is not the cause
             staging.write_report(str(number), report)
@@ -79,7 +82,8 @@ def _clone_files(work: Work, plan: Plan, chunk: Chunk, cloner: Cloner, ticker: T
         with work.place(block.path) as place:
             for entry in block.entries:
                 path = join(block.path, entry.name)
-                if path == plan.cloned:
+                if path == plan.cloned:  # perhaps while the walk still went on: see `changes`
+                    refuse_changed_files(work, Block(block.path, [entry]))
                     continue
                 try:
                     result = cloner.entry(place, entry)

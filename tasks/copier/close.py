@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 
 from tasks.copier import manifest
@@ -19,13 +19,14 @@ from tasks.copier.walk import Block, Entry, Kind, file_type, join
 from tasks.copier.work import Work, changed, on_this_host
 
 
-def close_tree(work: Work, plan: Plan, reports: Iterable[Report], cloner: Cloner, ticker: Ticker) -> Report:
-    """Complete the tree after all chunks are done; returns what closing did itself.
+def close_tree(work: Work, plan: Plan, reports: Mapping[str, Report], cloner: Cloner, ticker: Ticker) -> Report:
+    """Complete the tree after all chunks are done, whose `reports` are known by their numbers; returns what closing
+    did itself.
 
     Raises ForkError; also when the FileResults of all parts are not one for each entry of the manifest.
     """
     totals, ranges = Totals(), []
-    for part in reports:
+    for part in reports.values():
         totals.add(part.totals)
         ranges += part.ranges
     report = Report()
@@ -37,7 +38,8 @@ def close_tree(work: Work, plan: Plan, reports: Iterable[Report], cloner: Cloner
         complete_directories(work, block, cloner, report, touched, ticker)
     top = on_this_host(plan.top, plan.top.dev, work.source_dev)
     complete_directory(work, "", top, cloner, touched)
-    refuse_changes(work, plan, touched)
+    early = [chunk.span for n, chunk in enumerate(plan.chunks) if reports[str(n)].during_walk]
+    refuse_changes(work, plan, touched, early)
     refuse_unbalanced(work, plan, totals.total + report.totals.total)
     return report
 

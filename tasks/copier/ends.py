@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from tasks.copier import syscalls
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.roots import Roots, is_inside
 
@@ -54,9 +55,9 @@ def open_ends(roots: Roots, source: str, destination: str) -> Iterator[Ends]:
                 raise ForkError(Code.DESTINATION_INSIDE_SOURCE, message, destination)
             yield Ends(source, destination, source_fd, parent_fd, name)
         finally:
-            os.close(parent_fd)
+            syscalls.release(parent_fd)
     finally:
-        os.close(source_fd)
+        syscalls.release(source_fd)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, cast
 
 from tasks.copier import syscalls, trees
@@ -31,6 +32,9 @@ from tasks.copier.staging import Journal, Phase, Staging
 from tasks.copier.work import Work, open_work
 
 log = logging.getLogger(__name__)
+
+#: How often a removal is tried: a call that failed once may work the next time.
+_REMOVE_TRIES = 3
 
 
 class Superseded(Exception):
@@ -192,7 +196,7 @@ def _close_and_publish(work: Work, plan: Plan, account: _Account, ticker: Ticker
     refused = {(src, dst): number for src, dst, number in plan.refused}
     cloner = Cloner(spec.options, refused, ticker.step)
     ticker.enter("publish", plan.entries, plan.bytes)
-    account.reports["close"] = close_tree(work, plan, account.reports.values(), cloner, ticker)
+    account.reports["close"] = close_tree(work, plan, account.reports, cloner, ticker)
     return _complete_and_publish(work, account, ticker, ledger)
 
 
@@ -237,7 +241,7 @@ def _settle(staging: Staging, result: ForkResult, ledger: Ledger) -> ForkResult:
     What fails here is raised: the fork stands, and must not be given up. A later delivery settles it.
     """
     ledger.settle(result)
-    _remove(staging)
+    _insist(staging.remove)
     return result
 
 
@@ -247,13 +251,12 @@ def _give_up(ends: Ends, staging: Staging, account: _Account, cause: Exception, 
         raise Superseded from cause
     error = _as_fork_error(cause, ends)
     if account.journal is not None:
-        with suppress(OSError):  # what cannot be removed now, gc removes later; the cause is what must be told
-            staging.discard_tree(account.journal)
+        _insist(partial(staging.discard_tree, account.journal))
     with suppress(ForkError):
         _keep_pages(account.reports, ledger)
     result = failed(account.spec, error, account.totals(), account.chunks, account.clock)
     ledger.settle(result)
-    _remove(staging)
+    _insist(staging.remove)
     return result
 
 
@@ -267,9 +270,12 @@ def _as_fork_error(cause: Exception, ends: Ends) -> ForkError:
     return ForkError(Code.IO_ERROR, f"unexpected {type(cause).__name__}: {cause}", ends.destination)
 
 
-def _remove(staging: Staging) -> None:
-    with suppress(OSError):
-        staging.remove()
+def _insist(remove: Callable[[], None]) -> None:
+    """Remove what a fork that is over leaves; what cannot be removed in a few tries, gc removes later."""
+    for _ in range(_REMOVE_TRIES):
+        with suppress(OSError):
+            remove()
+            return
 
 
 def _keep_pages(reports: dict[str, Report], ledger: Ledger) -> None:

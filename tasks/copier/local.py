@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from tasks.copier.children import Children
 from tasks.copier.ends import Ends, open_ends
 from tasks.copier.errors import Code, ForkError, from_oserror
-from tasks.copier.fork import finish, start
+from tasks.copier.fork import Superseded, finish, start
 from tasks.copier.options import Limits
 from tasks.copier.plan import Plan
 from tasks.copier.progress import Beat, Ticker
@@ -33,13 +35,16 @@ def fork_here(spec: ForkSpec, roots: Roots, limits: Limits, processes: int, beat
     """
     try:
         with open_ends(roots, spec.source, spec.destination) as ends:
-            return _fork(ends, spec, limits, processes, beat)
+            return _fork(ends, spec, limits, processes, Ticker(beat))
     except ForkError as error:
         return failed(spec, error, Totals(), 0, Clock(spec.started))
+    except OSError as error:
+        failure = from_oserror(error, "opening the source and the destination's parent", spec.destination)
+        return failed(spec, failure, Totals(), 0, Clock(spec.started))
 
 
-def _fork(ends: Ends, spec: ForkSpec, limits: Limits, processes: int, beat: Beat) -> ForkResult:
-    ticker, ledger = Ticker(beat), _NoLedger()
+def _fork(ends: Ends, spec: ForkSpec, limits: Limits, processes: int, ticker: Ticker) -> ForkResult:
+    ledger = _NoLedger()
     crews: list[Children] = []
 
     def gather(work: Work) -> Children:
@@ -58,8 +63,26 @@ def _fork(ends: Ends, spec: ForkSpec, limits: Limits, processes: int, beat: Beat
             return result
     except Held:
         raise ForkError(Code.IO_ERROR, "another process makes a fork under this id", spec.destination) from None
+    except Superseded:
+        raise ForkError(Code.IO_ERROR, "the staging directory was removed", spec.destination) from None
     except OSError as error:
-        raise from_oserror(error, "making the staging directory", spec.destination) from None
+        failure = from_oserror(error, "working in the staging directory", spec.destination)
+        return _end_with(ends, spec, failure, ticker)
+
+
+def _end_with(ends: Ends, spec: ForkSpec, error: ForkError, ticker: Ticker) -> ForkResult:
+    """Give up a fork whose staging could not be read or written a moment ago: perhaps it can for the end.
+
+    Raises `error` where it still cannot.
+    """
+    with (
+        suppress(OSError, Held, Superseded),
+        Staging.attach(ends.parent_fd, spec.fork_id, wait=0, alone=True) as staging,
+    ):
+        result = finish(ends, staging, ticker, _NoLedger(), error) if staging is not None else None
+        if result is not None:
+            return result
+    raise error
 
 
 def _complete(

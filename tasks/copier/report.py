@@ -119,6 +119,8 @@ class Report:
     totals: Totals = field(default_factory=Totals)
     pages: list[bytes] = field(default_factory=list)
     ranges: list[RangeDone] = field(default_factory=list)
+    #: Whether it was begun before the walk of the source had ended: see `changes`.
+    during_walk: bool = False
     #: The page that is being filled: a line of JSON for each FileResult, and their length in all.
     _lines: list[str] = field(default_factory=list)
     _length: int = 0
@@ -145,7 +147,7 @@ class Report:
 
     def without_pages(self) -> Report:
         """The sums alone."""
-        return Report(self.totals, [], self.ranges)
+        return Report(self.totals, [], self.ranges, self.during_walk)
 
     def to_bytes(self) -> bytes:
         """The report as one file: a line of JSON, then the pages."""
@@ -153,6 +155,7 @@ class Report:
         head: dict[str, Any] = {
             "totals": vars(self.totals),
             "ranges": self.ranges,
+            "during_walk": self.during_walk,
             "pages": [len(page) for page in self.pages],
         }
         return b"".join((json.dumps(head).encode("ascii"), b"\n", *self.pages))
@@ -166,7 +169,7 @@ class Report:
         for length in head["pages"]:
             pages.append(rest[at : at + length])
             at += length
-        return cls(Totals(**head["totals"]), pages, head["ranges"])
+        return cls(Totals(**head["totals"]), pages, head["ranges"], head["during_walk"])
 
 
 def failed(path: str, entry: Entry, error: ForkError) -> FileResult:

@@ -46,6 +46,8 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 #: How often a holder gives a sign of life, in seconds.
 PULSE_SECONDS = 2.0
+#: Bytes read at a time.
+_PIECE = 1 << 20
 #: Pause between two tries of a lock, in seconds.
 _LOCK_PAUSE = 0.01
 
@@ -194,8 +196,8 @@ class Staging:
         return cls(parent_fd, name, fd, lock_fd)
 
     def _close(self) -> None:
-        os.close(self._lock_fd)
-        os.close(self.fd)
+        syscalls.release(self._lock_fd)
+        syscalls.release(self.fd)
 
     def _lock(self, kind: int, deadline: float) -> None:
         while True:
@@ -411,7 +413,7 @@ class Staging:
         self.write_file(f"report-{part}", report.to_bytes())
 
     def has_report(self, part: str) -> bool:
-        """Whether a part is done."""
+        """Whether a part is done. Raises OSError."""
         return self.has_file(f"report-{part}")
 
     def report(self, part: str) -> Report:
@@ -436,14 +438,18 @@ class Staging:
         os.close(os.open(_STOP, _FILE, 0o600, dir_fd=self.fd))
 
     def is_stopped(self) -> bool:
-        """Whether someone called `stop`."""
+        """Whether someone called `stop`. Raises OSError."""
         return self.has_file(_STOP)
 
     # -- files
 
     def has_file(self, name: str) -> bool:
-        """Whether the control directory has the file `name`."""
-        return os.access(name, os.F_OK, dir_fd=self.fd, follow_symlinks=False)
+        """Whether the control directory has the file `name`. Raises OSError."""
+        try:
+            os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
 
     def open_file(self, name: str) -> int:
         """Open the file `name` of the control directory for reading; the caller closes it. Raises FileNotFoundError."""
@@ -451,8 +457,11 @@ class Staging:
 
     def read_file(self, name: str) -> bytes:
         """The bytes of the file `name` of the control directory. Raises FileNotFoundError."""
-        with open(self.open_file(name), "rb") as file:
-            return file.read()
+        fd = self.open_file(name)
+        try:
+            return b"".join(iter(lambda: os.read(fd, _PIECE), b""))
+        finally:
+            syscalls.release(fd)
 
     def write_file(self, name: str, data: bytes, *, sync: bool = False) -> None:
         """Replace the file `name` of the control directory, in one step; `sync`: and have it on the disk."""

@@ -11,7 +11,8 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 #: _IOW(0x94, 9, int). A wrong number answers ENOTTY and means a silent full copy for ever, so a test pins it.
@@ -69,6 +70,15 @@ def _check(result: int) -> int:
     return result
 
 
+def _uninterrupted(function: Callable[..., int], *arguments: object) -> int:
+    """Call again after EINTR, as Python does for the calls that it offers itself (PEP 475)."""
+    while True:
+        try:
+            return _check(function(*arguments))
+        except InterruptedError:
+            continue
+
+
 def openat2(dir_fd: int, path: str, flags: int, resolve: int) -> int:
     """Open `path` below `dir_fd` under the `resolve` rules; always O_CLOEXEC. Returns the file descriptor."""
     how = ctypes.create_string_buffer(struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, resolve), 24)
@@ -80,6 +90,16 @@ def openat2(dir_fd: int, path: str, flags: int, resolve: int) -> int:
             if error.errno not in (errno.EAGAIN, errno.EINTR):
                 raise
     raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
+def release(fd: int) -> None:
+    """Close a descriptor that nothing was written through.
+
+    close(2) frees it whatever it answers, and the answer would be about writing: no reason to call work undone that
+    is done.
+    """
+    with suppress(OSError):
+        os.close(fd)
 
 
 def rename_noreplace(src_dir_fd: int, src: str, dst_dir_fd: int, dst: str) -> None:
@@ -94,13 +114,13 @@ def rename_exchange(src_dir_fd: int, src: str, dst_dir_fd: int, dst: str) -> Non
 
 def syncfs(fd: int) -> None:
     """Write the whole filesystem that holds `fd` to its disk."""
-    _check(_libc.syncfs(fd))
+    _uninterrupted(_libc.syncfs, fd)
 
 
 def filesystem_type(fd: int) -> int:
     """f_type of the filesystem that holds `fd`."""
     buffer = ctypes.create_string_buffer(256)
-    _check(_libc.fstatfs(fd, buffer))
+    _uninterrupted(_libc.fstatfs, fd, buffer)
     return int(struct.unpack_from("@l", buffer)[0]) & 0xFFFFFFFF
 
 

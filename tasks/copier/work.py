@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tasks.copier import manifest, trees
+from tasks.copier import manifest, syscalls, trees
 from tasks.copier.clone import Place
 from tasks.copier.ends import Ends
 from tasks.copier.errors import Code, ForkError, from_oserror, from_source
+from tasks.copier.manifest import Span
 from tasks.copier.options import Options
 from tasks.copier.staging import Staging
 from tasks.copier.walk import Block, Entry, join
@@ -77,14 +78,16 @@ class Work:
         finally:
             os.close(fd)
 
-    def blocks(self, planned_dev: int, *, closing: bool = False, backwards: bool = False) -> Iterator[Block]:
+    def blocks(
+        self, planned_dev: int, *, closing: bool = False, backwards: bool = False, span: Span | None = None
+    ) -> Iterator[Block]:
         """The blocks of the manifest of what is cloned, or of what closes the fork, as this host numbers devices.
 
         `planned_dev` is the source's st_dev as the walk saw it.
         """
         fd = self.staging.manifest(closing=closing)
         with open(fd, "rb"):
-            spans = reversed(list(manifest.spans(fd))) if backwards else iter([manifest.whole(fd)])
+            spans = reversed(list(manifest.spans(fd))) if backwards else iter([span or manifest.whole(fd)])
             for span in spans:
                 for block in manifest.read(fd, span):
                     yield Block(block.path, [on_this_host(e, planned_dev, self.source_dev) for e in block.entries])
@@ -97,7 +100,7 @@ def open_work(ends: Ends, staging: Staging, options: Options, tree_fd: int) -> I
         source_dev, tree_dev = os.fstat(ends.source_fd).st_dev, os.fstat(tree_fd).st_dev
         yield Work(ends, staging, options, tree_fd, source_dev, tree_dev)
     finally:
-        os.close(tree_fd)
+        syscalls.release(tree_fd)
 
 
 def changed(path: str) -> ForkError:

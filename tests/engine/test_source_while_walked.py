@@ -1,0 +1,87 @@
+"""A large source is cloned while it is still walked: also then a fork is the source of one moment, or it fails."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tasks.copier import changes
+from tasks.copier.options import Limits
+from tasks.copier.progress import Progress
+from tests.engine.forking import assert_alike, forked, refused
+from tests.fixtures.filesystems import Fresh
+from tests.fixtures.processes import wait_until
+
+#: Chunks of 20 files are begun as soon as the walk has met 10.
+LIMITS = Limits(inline_files=10, inline_bytes=0, chunk_files=20)
+#: So many directories of ten files are walked when chunks have been given out.
+_BEATS = 7
+#: Longer than a tick of the kernel's coarse clock.
+_TICK_SECONDS = 0.03
+
+pytestmark = pytest.mark.usefixtures("every_beat")
+
+
+@pytest.fixture(autouse=True)
+def _as_if_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fork is small enough to be compared as a whole once more."""
+    monkeypatch.setattr(changes, "MOST_FILES", 0)
+
+
+@pytest.fixture
+def source(fresh: Fresh) -> Path:
+    source = fresh("xfs") / "source"
+    for directory in range(10):
+        (source / f"layer-{directory}").mkdir(parents=True)
+        for n in range(10):
+            (source / f"layer-{directory}" / f"block-{n}").write_bytes(b"as it was")
+    (source / "largest").write_bytes(b"as it was" * 1000)
+    time.sleep(_TICK_SECONDS)
+    return source
+
+
+class Meddler:
+    """Changes something once, when the walk goes on and the first chunk is done."""
+
+    def __init__(self, directory: Path, change: Callable[[Path], None]) -> None:
+        self._directory = directory
+        self._change = change
+        self._beats = 0
+        self.done = False
+
+    def __call__(self, progress: Progress) -> None:
+        self._beats += progress["phase"] == "plan"
+        if self.done or self._beats < _BEATS:
+            return
+        wait_until(lambda: any(self._directory.glob(".forkvm-*/report-0")), "the first chunk")
+        self.done = True
+        self._change(next(self._directory.glob(".forkvm-*.*")))
+
+
+def _cloned_block(tree: Path) -> str:
+    return next(str(path.relative_to(tree)) for path in sorted(tree.rglob("block-*")))
+
+
+@pytest.mark.parametrize("which", ["a file of a chunk that is done", "the file that was asked for a reflink first"])
+def test_a_file_that_changes_between_its_clone_and_the_end_of_the_walk_fails_the_fork(source: Path, which: str) -> None:
+    """Else the fork could have it as it was before a change, and another file as it was after a later one."""
+
+    def change(tree: Path) -> None:
+        name = _cloned_block(tree) if which.startswith("a file") else "largest"
+        with (source / name).open("r+b") as file:
+            file.write(b"changed")
+
+    meddler = Meddler(source.parent, change)
+    error = refused(source, source.parent / "fork", beat=meddler, limits=LIMITS)
+
+    assert meddler.done
+    assert error["code"] == "source_changed"
+
+
+def test_a_large_source_that_stays_as_it_is_is_forked(source: Path) -> None:
+    forked(source, source.parent / "fork", limits=LIMITS)
+
+    assert_alike(source, source.parent / "fork")

@@ -1,0 +1,97 @@
+"""Child processes whose system calls fail on demand: strace is attached when the child is about to begin.
+
+Python and the program are loaded by then, so that one run costs hundredths of a second, and hundreds of calls can be
+made to fail in turn.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
+
+from tests.engine.children import Child
+
+T = TypeVar("T")
+
+#: Calls that are not the engine's: memory, threads, signals, and what this module and `Child` do themselves.
+_NOT_THE_ENGINES = re.compile(
+    r"mmap|munmap|mremap|madvise|brk|futex|rt_sig|get[gpt]?pid|gettid|getrandom|sched_yield"
+    r"|exit|clone|wait4|restart_syscall|set_robust_list"
+)
+_CALL = re.compile(r"(\d+) +(\w+)\(")
+#: What ends the engine's part of a recorded run: a call that it never makes.
+_END = "sched_yield"
+
+
+class Call(NamedTuple):
+    """The `number`th call (from 1) of a name that a process makes."""
+
+    name: str
+    number: int
+
+
+class Traced(Generic[T]):
+    """A child under strace, that begins with `work` when told to. `inject` as in strace(1)."""
+
+    def __init__(
+        self, strace: str, log: Path, work: Callable[[], T], *, calls: str = "all", inject: Iterable[str] = ()
+    ) -> None:
+        self._log = log
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        try:
+            self._child = Child(lambda: _wait_and(work))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        command = [strace, "-f", "-y", "-o", os.fspath(log), "-p", str(self._child.pid), "-e", f"trace={calls}"]
+        command += [part for expression in inject for part in ("-e", f"inject={expression}")]
+        self._strace = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        assert self._strace.stderr is not None
+        told = self._strace.stderr.readline()
+        # From now on the kernel stops the child before it does anything further.
+        assert b"attached" in told, told + self._strace.stderr.read()
+
+    def begin(self) -> None:
+        """Let the child go on."""
+        os.kill(self._child.pid, signal.SIGUSR1)
+
+    def result(self) -> T:
+        """What the work returned; AssertionError with the traceback if it raised."""
+        try:
+            return self._child.result()
+        finally:
+            assert self._strace.stderr is not None
+            self._strace.stderr.close()
+            self._strace.wait()
+
+    def trace(self) -> list[str]:
+        """The recorded calls of the work; to be read after `result`."""
+        lines = self._log.read_text(errors="replace").splitlines()
+        end = next((n for n, line in enumerate(lines) if f" {_END}(" in line), len(lines))
+        return lines[:end]
+
+
+def _wait_and(work: Callable[[], T]) -> T:
+    signal.sigwait({signal.SIGUSR1})
+    try:
+        return work()
+    finally:
+        os.sched_yield()
+
+
+def calls_of(trace: Iterable[str]) -> list[Call]:
+    """The engine's calls in a trace, each with its number among those of its name that its process made."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for line in trace:
+        found = _CALL.match(line)
+        if found is not None and not _NOT_THE_ENGINES.match(found[2]):
+            counts[found[1], found[2]] += 1
+    most: dict[str, int] = {}
+    for (_, name), count in counts.items():
+        most[name] = max(count, most.get(name, 0))
+    return [Call(name, number) for name, count in most.items() for number in range(1, count + 1)]

@@ -1,0 +1,109 @@
+"""Filesystems and quotas that are really full: of data, of metadata, for the manifest alone."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tasks.copier.options import Limits
+from tasks.copier.spec import ForkResult
+from tests.engine.children import NOBODY, in_child
+from tests.engine.forking import CHUNKED, INLINE, MIB, assert_alike, fork, leftovers
+from tests.fixtures.filesystems import Fresh, SmallTmpfs
+from tests.support.guests import make_sparse_file
+from tests.support.requirements import require_command
+
+#: What a quota leaves free, in bytes.
+_ALLOWED = 8 * MIB
+
+
+@pytest.fixture
+def source(fresh: Fresh) -> Path:
+    """Small files, then more data than any quota here allows; long names, so that the manifest takes room too."""
+    source = fresh("ext4") / "source"
+    (source / "small").mkdir(parents=True)
+    for n in range(500):
+        (source / "small" / (f"{n:03}-" + "n" * 200)).write_bytes(b"x" * 100)
+    make_sparse_file(source / "disk.raw", 32 * MIB, 24 * MIB)
+    for path in [source.parent, source, *source.rglob("*")]:
+        os.chown(path, NOBODY, NOBODY)
+    return source
+
+
+@pytest.fixture
+def quota_of_btrfs(fresh: Fresh) -> Iterator[Path]:
+    """A subvolume whose quota group has a limit, which holds for root too."""
+    btrfs = require_command("btrfs", "quotas of btrfs")
+    directory = fresh("btrfs")
+    volume = directory / "volume"
+    for command in (
+        ["quota", "enable", directory],
+        ["subvolume", "create", volume],
+        ["qgroup", "limit", str(_ALLOWED), volume],
+    ):
+        subprocess.run([btrfs, *command], check=True, capture_output=True)
+    os.chown(volume, NOBODY, NOBODY)
+    yield volume
+    for command in (["subvolume", "delete", volume], ["quota", "disable", directory]):
+        subprocess.run([btrfs, *command], check=True, capture_output=True)
+
+
+def _assert_out_of_room(result: ForkResult, place: Path, number: int) -> None:
+    assert result["error"] is not None, "it succeeded"
+    assert (result["error"]["code"], result["error"]["errno"]) == ("no_space", number)
+    assert leftovers(place) == []
+    assert list(place.iterdir()) == []
+
+
+@contextmanager
+def _filled(disk: Path, room: int) -> Iterator[Path]:
+    """An empty directory of a disk that has so many bytes left."""
+    place, filler = disk / "place", disk / "filler"
+    place.mkdir()
+    with filler.open("wb") as file:
+        free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+        os.posix_fallocate(file.fileno(), 0, free - room)
+    yield place
+    shutil.rmtree(place)
+    filler.unlink()
+
+
+@pytest.mark.parametrize("limits", [INLINE, CHUNKED], ids=["inline", "chunked"])
+def test_a_quota_that_is_used_up_is_no_space_and_leaves_nothing(
+    source: Path, quota_of_btrfs: Path, limits: Limits
+) -> None:
+    place = quota_of_btrfs
+
+    result = in_child(lambda: fork(source, place / "fork", limits=limits), user=NOBODY)
+
+    _assert_out_of_room(result, place, errno.EDQUOT)
+    fitting = source.parent / "fitting"
+    fitting.mkdir()
+    (fitting / "state").write_bytes(b"paused")
+    assert in_child(lambda: fork(fitting, place / "fork"), user=NOBODY)["error"] is None
+
+
+def test_a_disk_that_is_full_at_any_moment_is_no_space_and_leaves_nothing(
+    source: Path, small_tmpfs: SmallTmpfs
+) -> None:
+    """From one that takes not even the journal, over one that is full within the manifest, to one in its data."""
+    outcomes = set()
+    disk = small_tmpfs(64 * MIB)
+    for room in (0, 4 << 10, 12 << 10, 24 << 10, 64 << 10, 128 << 10, 256 << 10, MIB, 3 * MIB, 9 * MIB, 40 * MIB):
+        for limits in (INLINE, CHUNKED):
+            with _filled(disk, room) as place:
+                result = fork(source, place / "fork", limits=limits)
+                if result["error"] is None:
+                    assert_alike(source, place / "fork")
+                else:
+                    _assert_out_of_room(result, place, errno.ENOSPC)
+                outcomes.add((result["status"], result["files"]["total"] > 0))
+
+    assert outcomes == {("failed", False), ("failed", True), ("succeeded", True)}

@@ -1,0 +1,104 @@
+"""A Redis that gives no more than it must, over TLS: forks run on it, and what is not to be trusted is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.engine.forking import assert_alike
+from tests.fixtures.filesystems import Fresh
+from tests.fixtures.processes import RunForkvm, StartWorker, wait_until
+from tests.fixtures.secure_redis import SecureRedis
+from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
+from tests.system.running import SMALL_LIMITS
+
+
+def _refusals(server: SecureRedis) -> list[str]:
+    with server.admin() as admin:
+        return [f"{entry['reason']}: {entry['object']}" for entry in admin.execute_command("ACL", "LOG")]
+
+
+def test_forks_run_over_tls_under_the_documented_rights_also_when_a_worker_dies_and_no_log_has_the_password(
+    secure_redis: SecureRedis, start_worker: StartWorker, run_forkvm: RunForkvm, fresh: Fresh, mounts: Path
+) -> None:
+    # Given
+    directory = fresh("ext4")
+    source = make_guest(directory / "source")
+    environment = secure_redis.environment() | SMALL_LIMITS | {"FORKVM_VISIBILITY_TIMEOUT": "5"}
+    doomed = start_worker(mounts, 1, env=environment)
+
+    # When the first worker dies with a fork in its hands, and another one comes
+    run_forkvm("submit", source, directory / "lost", "--id", "lost", env=environment)
+    wait_until(lambda: any(directory.glob(".forkvm-*")), "the beginning of the fork")
+    doomed.kill()
+    worker = start_worker(mounts, 2, env=environment)
+    done = run_forkvm("submit", source, directory / "fork", "--id", "one", "--wait", "--json", env=environment)
+    watched = run_forkvm("status", "lost", "--watch", "--json", env=environment)
+    listed = run_forkvm("files", "one", "--json", env=environment)
+    cancelled = run_forkvm("cancel", "one", "--json", env=environment)
+
+    # Then
+    assert _refusals(secure_redis) == []
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["chunks"] > 1
+    assert len(listed.stdout.splitlines()) == result["files"]["total"]
+    assert json.loads(watched.stdout)["state"] == "SUCCESS"
+    assert json.loads(cancelled.stdout)["result"]["status"] == "succeeded"
+    for fork in ("fork", "lost"):
+        assert_alike(source, directory / fork, SKIPPED_BY_DEFAULT)
+    worker.end()
+    assert _refusals(secure_redis) == []
+    for log in (doomed.output(), worker.output()):
+        assert "Task forkvm.fork" in log
+        assert secure_redis.password not in log
+
+
+def test_rights_that_are_not_documented_are_not_given(secure_redis: SecureRedis) -> None:
+    with secure_redis.admin() as admin:
+        dry = ["ACL", "DRYRUN", "forkvm"]
+        assert admin.execute_command(*dry, "SET", "forkvm:x:result", "1") in ("OK", b"OK")
+        for command in (["SET", "other", "1"], ["FLUSHALL"], ["KEYS", "*"], ["CONFIG", "GET", "*"], ["EVAL", "x", "0"]):
+            assert "has no permissions" in str(admin.execute_command(*dry, *command))
+
+
+def test_a_server_that_cannot_be_verified_is_refused_with_one_line_and_exit_code_3(
+    secure_redis: SecureRedis, start_worker: StartWorker, run_forkvm: RunForkvm, mounts: Path
+) -> None:
+    untrusted = secure_redis.environment() | {"FORKVM_REDIS_CA": str(secure_redis.other_ca)}
+    unnamed = secure_redis.environment() | {"FORKVM_REDIS_CA": ""}  # the system's authorities do not know it
+    another_host = secure_redis.environment(host="127.0.0.1")
+
+    worker = start_worker(mounts, 1, command="forkvm", env=another_host, wait=False)
+    asked = [run_forkvm("status", "one", env=environment) for environment in (untrusted, unnamed, another_host)]
+
+    assert worker.wait() == 3
+    assert [done.returncode for done in asked] == [3, 3, 3]
+    for said in (*(done.stderr for done in asked), worker.output()):
+        (line,) = said.splitlines()
+        assert line.startswith("forkvm: ")
+        assert "CERTIFICATE_VERIFY_FAILED" in line
+        assert "localhost" in line or "127.0.0.1" in line
+        assert secure_redis.password not in line
+
+
+def test_a_file_of_authorities_that_is_not_there_is_a_bad_setting(run_forkvm: RunForkvm, tmp_path: Path) -> None:
+    done = run_forkvm("status", "one", env={"FORKVM_REDIS_CA": str(tmp_path / "none")})
+
+    assert done.returncode == 2
+    assert "FORKVM_REDIS_CA" in done.stderr
+
+
+def test_a_wrong_password_is_told_without_repeating_it(
+    secure_redis: SecureRedis, start_worker: StartWorker, run_forkvm: RunForkvm, mounts: Path
+) -> None:
+    environment = secure_redis.environment(password="hunter2-and-more")
+
+    asked = run_forkvm("status", "one", env=environment)
+    worker = start_worker(mounts, 1, env=environment, wait=False)
+    wait_until(lambda: "invalid username-password pair" in worker.output(), "the worker's complaint")
+    worker.kill()
+
+    assert asked.returncode == 3
+    assert "invalid username-password pair" in asked.stderr
+    assert "hunter2" not in asked.stderr + asked.stdout + worker.output()

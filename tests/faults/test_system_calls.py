@@ -1,0 +1,132 @@
+"""Each system call of a fork fails once: the fork is whole, or fails with the documented code and leaves nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.copier import reflink
+from tasks.copier.options import Limits
+from tasks.copier.spec import ForkResult
+from tests.engine.forking import CHUNKED, INLINE, MIB, assert_alike, fork, leftovers
+from tests.faults.injecting import Call, Traced, calls_of
+from tests.fixtures.filesystems import Fresh, Kind
+from tests.support.guests import make_sparse_file
+from tests.support.requirements import require_command
+
+#: They take turns from call to call, and begin with another one on each way.
+ERRORS = ("EIO", "EINTR", "EAGAIN", "EROFS", "ENOMEM", "ENOSPC", "EDQUOT")
+NO_SPACE = ("ENOSPC", "EDQUOT")
+#: How many forks are under strace at once.
+_AT_ONCE = 2
+#: Here EAGAIN is no failure: somebody else has the lock, so there is nothing of ours to remove either.
+_HELD_BY_ANOTHER = (Call("flock", 1), "EAGAIN")
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way through the engine: where, with which limits, and what is asked for."""
+
+    kind: Kind
+    limits: Limits
+    options: dict[str, Any]
+
+
+WAYS = {
+    "reflinked": Way("xfs", INLINE, {"durability": "sync"}),
+    "copied and verified": Way("ext4", INLINE, {"durability": "sync", "verify": "content"}),
+    "written by a child": Way("xfs", CHUNKED, {"durability": "sync", "reflink": "never"}),
+}
+
+
+@pytest.fixture(scope="module")
+def strace() -> str:
+    return require_command("strace", "the injection of errors")
+
+
+@pytest.fixture(autouse=True)
+def _little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reflink, "RETRY_SECONDS", 0.2)
+
+
+def make_source(source: Path) -> None:
+    """A little of everything that calls for a system call of its own."""
+    (source / "below").mkdir(parents=True)
+    make_sparse_file(source / "disk.raw", 2 * MIB + 5, MIB + 9)
+    (source / "state").write_bytes(b"paused")
+    (source / "below" / "config").write_bytes(b"{}")
+    (source / "link").symlink_to("state")
+    os.link(source / "state", source / "below" / "state")
+    os.setxattr(source / "state", "user.origin", b"snapshot-7")
+    os.chown(source / "state", 1234, 5678)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_a_call_that_fails_once_leaves_a_whole_fork_or_none(strace: str, fresh: Fresh, name: str) -> None:
+    way = WAYS[name]
+    directory = fresh(way.kind)
+    make_source(directory / "source")
+    whole = Traced(strace, directory / "log", lambda: _fork(way, directory))
+    whole.begin()
+    assert whole.result()["status"] == "succeeded"
+    calls = calls_of(whole.trace())
+    assert len(calls) > 200
+
+    turn = 3 * list(WAYS).index(name)
+    faults = [(call, ERRORS[(n + turn) % len(ERRORS)]) for n, call in enumerate(calls)]
+    wrong = list(_wrong(strace, directory, way, faults))
+
+    assert not wrong, "\n".join(wrong)
+
+
+def _wrong(strace: str, directory: Path, way: Way, faults: list[tuple[Call, str]]) -> Iterator[str]:
+    """What is wrong after each fault, in words."""
+    for at in range(0, len(faults), _AT_ONCE):
+        running = []
+        for n, (call, error) in enumerate(faults[at : at + _AT_ONCE]):
+            place = directory / f"place-{n}"
+            place.mkdir()
+            inject = [f"{call.name}:error={error}:when={call.number}"]
+            work = lambda place=place: _fork(way, directory, place)  # noqa: E731
+            running.append((call, error, place, Traced(strace, place / "log", work, calls=call.name, inject=inject)))
+        for *_, traced in running:
+            traced.begin()
+        for call, error, place, traced in running:
+            try:
+                complaint = _complaint(traced.result(), directory / "source", place, call, error)
+            except AssertionError as raised:
+                complaint = str(raised)
+            if complaint:
+                yield f"{call.name}, number {call.number}, {error}: {complaint}"
+            shutil.rmtree(place)
+
+
+def _fork(way: Way, directory: Path, place: Path | None = None) -> ForkResult:
+    destination = (place or directory) / "fork"
+    # One child: with two, nobody knows which of them makes a process's nth call.
+    return fork(directory / "source", destination, limits=way.limits, processes=1, **way.options)
+
+
+def _complaint(result: ForkResult, source: Path, place: Path, call: Call, error: str) -> str:
+    published = (place / "fork").exists()
+    if published != (result["status"] == "succeeded"):
+        return f"it {result['status']}, and the destination is {'' if published else 'not '}there"
+    if published:
+        assert_alike(source, place / "fork")
+    if (call, error) == _HELD_BY_ANOTHER:
+        return ""
+    if leftovers(place):
+        return f"left: {leftovers(place)}"
+    told = result["error"]
+    if told is not None:
+        expected = ("no_space" if error in NO_SPACE else "io_error", getattr(errno, error))
+        if (told["code"], told["errno"]) != expected or "unexpected" in told["message"]:
+            return str(told)
+    return ""
