@@ -122,6 +122,8 @@ def take(source_fd: int, source: str, parent_fd: int, name: str) -> int | None:
     Its mode is the source's at once, so `parent_fd` must keep others out. None where it is refused, and where it could
     not be removed again. Raises Unlike, ForkError for an errno that no copy must follow, and OSError.
     """
+    if syscalls.filesystem_type(parent_fd) != syscalls.BTRFS:
+        return None
     _Likeness().require(source_fd, ".", _top(source_fd))  # before: an immutable top keeps a subvolume from going
     try:
         if not _may_destroy(parent_fd, name) and not _can_be_emptied(source_fd, source):
