@@ -20,8 +20,8 @@ from tests.system.scheduler import QUEUE, Scheduler
 _SAMPLE = 25
 
 
-def make_source(path: Path, files: int = 40) -> Path:
-    """A small source of many files: a fork of it takes a few milliseconds."""
+def make_source(path: Path, files: int = 12) -> Path:
+    """A small source of many files: a fork of it takes about a millisecond."""
     (path / "layers").mkdir(parents=True)
     for n in range(files):
         (path / "layers" / f"block-{n}").write_bytes(b"%d" % n * 500)
