@@ -110,9 +110,11 @@ class Cloner:
             if check:
                 self.check_source(place, entry, src_fd)
             self._complete(place, entry, src_fd, dst_fd)
-        except BaseException:
+        except BaseException as error:
             with suppress(OSError):
                 os.unlink(entry.name, dir_fd=place.dst_fd)
+            if not check and isinstance(error, ForkError):
+                self.check_source(place, entry, src_fd)  # where it changed, that is the cause
             raise
         finally:
             os.close(dst_fd)

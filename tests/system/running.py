@@ -62,22 +62,33 @@ def spin_until(find: Callable[[], T | None], what: str, timeout: float = 20.0) -
 def stopped_in_the_middle(
     worker: Worker, staging: StagingView, also: Callable[[], bool] = lambda: True
 ) -> Iterator[list[int]]:
-    """Stops the worker's children while a chunked fork is half done, and `also` holds; yields their pids.
+    """As `stopped_when`, while a chunked fork is half done, and `also` holds."""
+
+    def half_done() -> bool:
+        return staging.is_in_the_middle() and also()
+
+    with stopped_when(worker, half_done, "a fork that is half done") as children:
+        yield children
+
+
+@contextmanager
+def stopped_when(worker: Worker, condition: Callable[[], bool], what: str) -> Iterator[list[int]]:
+    """Stops the worker's children in a moment at which `condition` holds; yields their pids.
 
     Those that still live go on at the end.
     """
     children = worker.children
 
     def stop() -> bool:
-        if not (staging.is_in_the_middle() and also()):
+        if not condition():
             return False
         send(children, signal.SIGSTOP)
-        if staging.is_in_the_middle():
+        if condition():
             return True
         send(children, signal.SIGCONT)
         return False
 
-    spin_until(stop, "a fork that is half done")
+    spin_until(stop, what)
     try:
         yield children
     finally:

@@ -23,7 +23,7 @@ from tests.fixtures.redis_server import RedisServer
 
 QUEUE = "forkvm"
 #: All queues of the default domain, and kombu's books of what was delivered and not acknowledged.
-QUEUES = (QUEUE, f"{QUEUE}#chunk", f"{QUEUE}#finish")
+QUEUES = (QUEUE, f"{QUEUE}#chunk", f"{QUEUE}#finish", f"{QUEUE}#batch")
 UNACKED = "unacked"
 #: Seconds for a fork of a test to end: far more than any takes.
 PATIENCE = 40.0

@@ -1,0 +1,98 @@
+"""Campaigns as a scheduler sends them, and what must be true of one that has ended."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from celery.result import AsyncResult
+
+from tasks.campaign_results import CampaignResults
+from tasks.copier.campaign import CampaignResult
+from tasks.copier.spec import ForkResult
+from tests.support.tree import snapshot
+from tests.system.books import check_books, check_fork_result
+from tests.system.scheduler import QUEUE, Scheduler
+
+#: Of every so many forks, one is compared byte by byte, and its books are looked at.
+_SAMPLE = 25
+
+
+def make_source(path: Path, files: int = 12) -> Path:
+    """A small source of many files: a fork of it takes about a millisecond."""
+    (path / "layers").mkdir(parents=True)
+    for n in range(files):
+        (path / "layers" / f"block-{n}").write_bytes(b"%d" % n * 500)
+    (path / "state").symlink_to("layers/block-0")
+    return path
+
+
+def request_of(source: Path, place: Path, count: int, **fields: Any) -> dict[str, Any]:
+    """A CampaignRequest for `count` forks below `place`."""
+    return {"source": str(source), "destinations": {"template": f"{place}/vm-{{n:04}}", "count": count}, **fields}
+
+
+def paths_of(place: Path, count: int) -> list[Path]:
+    """The destinations that `request_of` names."""
+    return [place / f"vm-{n:04}" for n in range(1, count + 1)]
+
+
+def send(scheduler: Scheduler, request: object, campaign_id: str, queue: str = QUEUE) -> AsyncResult[Any]:
+    """As any Celery client does it."""
+    return scheduler.app.send_task("forkvm.campaign", kwargs={"request": request}, task_id=campaign_id, queue=queue)
+
+
+def forks_of(scheduler: Scheduler, campaign_id: str, count: int, start: int = 1) -> list[ForkResult]:
+    """The results of the forks that have ended by now, in order."""
+    return list(CampaignResults(scheduler.results, campaign_id).forks(start, count))
+
+
+def done(scheduler: Scheduler, campaign_id: str) -> int:
+    """How many forks have ended."""
+    sums = CampaignResults(scheduler.results, campaign_id).sums()
+    return sum(value for name, value in sums.items() if name.startswith("forks."))
+
+
+def result_of(scheduler: Scheduler, campaign_id: str) -> CampaignResult:
+    """The final result, whatever it says."""
+    result = scheduler.results.final(campaign_id)
+    assert result is not None, f"{campaign_id} has no result"
+    return cast(CampaignResult, result)
+
+
+def assert_books_balance(scheduler: Scheduler, result: CampaignResult, paths: Sequence[Path]) -> list[ForkResult]:
+    """Each fork has its one result, and stands exactly if it succeeded; the sums are sums. Returns the results."""
+    campaign_id = result["campaign_id"]
+    forks = forks_of(scheduler, campaign_id, len(paths))
+    assert [fork["fork_id"] for fork in forks] == [f"{campaign_id}.{n}" for n in range(1, len(paths) + 1)]
+    assert [fork["destination"] for fork in forks] == [str(path) for path in paths]
+    states = scheduler.redis.mget([f"celery-task-meta-{fork['fork_id']}" for fork in forks])
+    assert all(states)
+    for name in ("succeeded", "failed", "cancelled"):
+        assert result["forks"][name] == sum(fork["status"] == name for fork in forks)
+    assert result["forks"]["total"] == len(paths)
+    for group in ("files", "bytes"):
+        for name, value in result[group].items():
+            assert value == sum(fork[group][name] for fork in forks)
+    for fork in forks[::_SAMPLE]:
+        check_fork_result(fork)
+        check_books(fork, scheduler.files(fork["fork_id"]))
+    return forks
+
+
+def assert_all_are_whole(scheduler: Scheduler, result: CampaignResult, source: Path, paths: Sequence[Path]) -> None:
+    """Every fork succeeded once, and is the source."""
+    assert (result["status"], result["error"], result["failures"]) == ("succeeded", None, [])
+    assert_books_balance(scheduler, result, paths)
+    names = sorted(os.listdir(source / "layers"))
+    assert all(sorted(os.listdir(path / "layers")) == names for path in paths)
+    whole = snapshot(source)
+    for path in paths[::_SAMPLE]:
+        assert snapshot(path) == whole
+
+
+def standing(place: Path) -> list[str]:
+    """The names of the forks that stand."""
+    return sorted(name for name in os.listdir(place) if name.startswith("vm-"))

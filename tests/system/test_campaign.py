@@ -1,0 +1,361 @@
+"""A campaign from its message to its result, with a real Redis, a real worker, and a client that has only Celery."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fixtures.filesystems import Fresh, fresh_directory
+from tests.support.guests import GuestSizes, make_guest
+from tests.system.books import FILE_FIELDS, identity
+from tests.system.campaigns import (
+    assert_all_are_whole,
+    assert_books_balance,
+    done,
+    forks_of,
+    make_source,
+    paths_of,
+    request_of,
+    result_of,
+    send,
+    standing,
+)
+from tests.system.messages import Recorder, deliver
+from tests.system.running import System, spin_until, stopped_when
+from tests.system.scheduler import Scheduler, states
+from tests.system.staging import leftovers
+
+RESULT_FIELDS = {
+    "campaign_id",
+    "status",
+    "source",
+    "error",
+    "forks",
+    "files",
+    "bytes",
+    "seconds",
+    "forks_per_second",
+    "failures",
+}
+PROGRESS_FIELDS = {"forks_done", "forks_total", "forks_failed", "eta_seconds"}
+#: Within so many seconds after the request for it, a cancelled campaign has ended.
+MOMENT = 2.0
+#: A single fork that is sent while a campaign runs begins within so many seconds.
+FAIR = 0.25
+
+
+@pytest.fixture(scope="module")
+def source(xfs: Path) -> Iterator[Path]:
+    with fresh_directory(xfs) as parent:
+        yield make_source(parent / "source")
+
+
+@pytest.fixture
+def place(fresh: Fresh) -> Path:
+    return fresh("xfs")
+
+
+def test_a_campaign_has_its_result_under_its_id_and_each_fork_under_its_own(
+    system: System, scheduler: Scheduler, source: Path, place: Path
+) -> None:
+    # When
+    with scheduler.watching("whole") as records:
+        result = send(scheduler, request_of(source, place, 200, labels={"rack": "7"}), "whole").get(timeout=30)
+        scheduler.wait_quiet()
+
+    # Then
+    assert set(result) == RESULT_FIELDS
+    assert_all_are_whole(scheduler, result, source, paths_of(place, 200))
+    assert result == result_of(scheduler, "whole")
+    assert scheduler.app.AsyncResult("whole.200").get(timeout=5) == forks_of(scheduler, "whole", 200)[-1]
+    assert scheduler.app.AsyncResult("whole.7").get(timeout=5)["labels"] == {"rack": "7"}
+    assert result["bytes"]["copied"] == 0
+    assert (states(records)[0], states(records)[-1]) == ("STARTED", "SUCCESS")
+    assert set(states(records)) <= {"STARTED", "PROGRESS", "SUCCESS"}
+    told = [record["result"] for record in records if record["status"] == "PROGRESS"]
+    assert all(set(progress) == PROGRESS_FIELDS for progress in told)
+    assert {progress["forks_total"] for progress in told} == {200}
+    system.assert_left_nothing_in(place)
+
+
+def test_forks_can_be_asked_for_in_order_while_the_campaign_runs(
+    system: System, scheduler: Scheduler, source: Path, place: Path
+) -> None:
+    # Given a campaign that stands still, half done
+    sent = send(scheduler, request_of(source, place, 400), "running")
+    with stopped_when(system.worker, lambda: 0 < done(scheduler, "running") < 400, "a half done campaign"):
+        # When
+        forks = forks_of(scheduler, "running", 400)
+        files = scheduler.files(forks[-1]["fork_id"])
+        state = scheduler.results.state("running")
+
+        # Then
+        numbers = [int(fork["fork_id"].removeprefix("running.")) for fork in forks]
+        assert numbers == sorted(numbers)
+        assert 0 < len(numbers) < 400
+        assert {fork["status"] for fork in forks} == {"succeeded"}
+        assert all(Path(fork["destination"]).is_dir() for fork in forks)
+        assert len(files) == forks[-1]["files"]["total"] == 14
+        assert set(files[0]) == FILE_FIELDS
+        assert state["status"] in ("STARTED", "PROGRESS")
+        assert scheduler.results.final("running") is None
+
+    assert_all_are_whole(scheduler, sent.get(timeout=30), source, paths_of(place, 400))
+    system.assert_left_nothing_in(place)
+
+
+def test_a_list_of_destinations_in_several_directories_keeps_its_order(
+    system: System, scheduler: Scheduler, fresh: Fresh, source: Path
+) -> None:
+    places = [fresh("xfs"), fresh("ext4"), fresh("tmpfs")]
+    paths = [places[n % 3] / f"vm-{n}" for n in range(60)]
+
+    request = {"source": str(source), "destinations": [str(path) for path in paths]}
+    result = send(scheduler, request, "listed").get(timeout=30)
+
+    forks = assert_books_balance(scheduler, result, paths)
+    assert result["status"] == "succeeded"
+    assert [fork["fallback"] is None for fork in forks] == [n % 3 == 0 for n in range(60)]
+    system.assert_left_nothing_in(*places)
+
+
+def test_the_same_id_sent_at_once_and_afterwards_is_one_campaign(
+    system: System, scheduler: Scheduler, source: Path, place: Path
+) -> None:
+    # Given
+    request, paths = request_of(source, place, 150), paths_of(place, 150)
+    sent = [send(scheduler, request, "same") for _ in range(3)]
+    results = [one.get(timeout=30) for one in sent]
+    scheduler.wait_quiet()
+    published = {path: identity(path) for path in paths[::10]}
+
+    # When
+    again = send(scheduler, request, "same").get(timeout=30)
+    for other in (request_of(source, place / "other", 3), request | {"labels": ["other"]}, {"unknown": 1}, "none"):
+        send(scheduler, other, "same")
+    scheduler.wait_quiet()
+
+    # Then
+    assert all(result == again for result in results)
+    assert result_of(scheduler, "same") == again
+    assert_all_are_whole(scheduler, again, source, paths)
+    assert {path: identity(path) for path in paths[::10]} == published
+    assert scheduler.app.AsyncResult("same").get(timeout=5) == again
+    system.assert_left_nothing_in(place)
+
+
+def test_another_request_under_the_id_of_a_running_campaign_changes_nothing(
+    system: System, scheduler: Scheduler, source: Path, place: Path, fresh: Fresh
+) -> None:
+    elsewhere = fresh("xfs")
+    sent = send(scheduler, request_of(source, place, 300), "taken")
+    with stopped_when(system.worker, lambda: 0 < done(scheduler, "taken") < 300, "a half done campaign"):
+        send(scheduler, request_of(source, elsewhere, 5), "taken")
+        send(scheduler, {"source": "relative"}, "taken")
+
+    assert_all_are_whole(scheduler, sent.get(timeout=30), source, paths_of(place, 300))
+    scheduler.wait_quiet()
+    assert list(elsewhere.iterdir()) == []
+    assert scheduler.results.state("taken")["status"] == "SUCCESS"
+
+
+def test_every_message_of_a_campaign_delivered_twice_and_again_later_makes_each_fork_once(
+    system: System, scheduler: Scheduler, source: Path, place: Path
+) -> None:
+    # Given
+    paths = paths_of(place, 200)
+    with Recorder(system.server, lambda message: deliver(system.server, message)) as recorder:
+        result = send(scheduler, request_of(source, place, 200), "doubled").get(timeout=40)
+        scheduler.wait_quiet()
+    published = {path: identity(path) for path in paths}
+
+    # When
+    deliver(system.server, *recorder.messages)
+    scheduler.wait_quiet()
+
+    # Then
+    assert {message.task for message in recorder.messages} == {"forkvm.campaign", "forkvm.batch", "forkvm.conclude"}
+    assert_all_are_whole(scheduler, result, source, paths)
+    assert result_of(scheduler, "doubled") == result
+    assert scheduler.results.state("doubled")["status"] == "SUCCESS"
+    assert {path: identity(path) for path in paths} == published
+    system.assert_left_nothing_in(place)
+
+
+def test_cancel_in_the_middle_keeps_what_is_published_and_leaves_nothing_else(
+    system: System, scheduler: Scheduler, source: Path, place: Path
+) -> None:
+    # Given
+    paths = paths_of(place, 2000)
+    sent = send(scheduler, request_of(source, place, 2000), "cancelled")
+    spin_until(lambda: done(scheduler, "cancelled"), "the first forks")
+
+    # When
+    scheduler.results.cancel("cancelled")
+    asked = time.monotonic()
+    result = spin_until(lambda: scheduler.results.final("cancelled"), "the end")
+    took = time.monotonic() - asked
+
+    # Then
+    scheduler.wait_quiet()
+    forks = assert_books_balance(scheduler, result_of(scheduler, "cancelled"), paths)
+    assert result["status"] == "cancelled"
+    assert result["forks"]["succeeded"] > 0
+    assert result["forks"]["cancelled"] > 0
+    assert standing(place) == [Path(fork["destination"]).name for fork in forks if fork["status"] == "succeeded"]
+    assert str(scheduler.app.AsyncResult("cancelled.2000").state) == "REVOKED"
+    assert str(sent.state) == "REVOKED"
+    system.assert_left_nothing_in(place)
+    assert took < MOMENT
+
+
+def test_a_campaign_that_is_cancelled_before_it_begins_makes_nothing(
+    system: System, scheduler: Scheduler, source: Path, place: Path
+) -> None:
+    scheduler.results.cancel("early")
+
+    sent = send(scheduler, request_of(source, place, 30), "early")
+
+    spin_until(lambda: scheduler.results.final("early"), "the end")
+    scheduler.wait_quiet()
+    assert_books_balance(scheduler, result_of(scheduler, "early"), paths_of(place, 30))
+    assert result_of(scheduler, "early")["forks"]["cancelled"] == 30
+    assert str(sent.state) == "REVOKED"
+    assert list(place.iterdir()) == []
+
+
+def test_forks_that_fail_are_told_and_the_others_are_made(
+    system: System, scheduler: Scheduler, source: Path, place: Path
+) -> None:
+    for n in (3, 40, 41):
+        (place / f"vm-{n:04}").mkdir()
+
+    result = send(scheduler, request_of(source, place, 60), "partial").get(timeout=30)
+
+    assert (result["status"], result["error"]) == ("partial", None)
+    assert [failure["fork_id"] for failure in result["failures"]] == ["partial.3", "partial.40", "partial.41"]
+    assert {failure["error"]["code"] for failure in result["failures"]} == {"destination_exists"}
+    assert_books_balance(scheduler, result, paths_of(place, 60))
+    message, fork = scheduler.wait_failed(scheduler.app.AsyncResult("partial.40"))
+    assert message.startswith(f"destination_exists: {place}/vm-0040")
+    assert fork["status"] == "failed"
+    assert standing(place) == [path.name for path in paths_of(place, 60)]
+
+
+def test_on_error_abort_ends_what_is_not_begun(system: System, scheduler: Scheduler, source: Path, place: Path) -> None:
+    (place / "vm-0001").mkdir()
+
+    result = send(scheduler, request_of(source, place, 1500, on_error="abort"), "aborted").get(timeout=30)
+
+    assert result["status"] in ("partial", "failed")
+    assert result["error"]["code"] == "destination_exists"
+    assert result["forks"]["failed"] == 1
+    assert result["forks"]["cancelled"] > 0
+    assert_books_balance(scheduler, result, paths_of(place, 1500))
+    assert len(standing(place)) == result["forks"]["succeeded"] + 1
+    system.assert_left_nothing_in(place)
+
+
+def test_a_deadline_ends_what_is_not_published_by_then(
+    system: System, scheduler: Scheduler, source: Path, place: Path
+) -> None:
+    sent = send(scheduler, request_of(source, place, 1500, deadline=0.4), "late")
+
+    result = spin_until(lambda: scheduler.results.final("late"), "the end")
+
+    scheduler.wait_quiet()
+    assert result["status"] == "cancelled"
+    assert "deadline" in result["error"]["message"]
+    assert result["seconds"]["total"] < 0.4 + MOMENT
+    assert_books_balance(scheduler, result_of(scheduler, "late"), paths_of(place, 1500))
+    assert len(standing(place)) == result["forks"]["succeeded"]
+    assert str(sent.state) == "REVOKED"
+    system.assert_left_nothing_in(place)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        pytest.param({"unknown": 1}, "unknown", id="an unknown field"),
+        pytest.param({"source": "relative"}, "source", id="a relative source"),
+        pytest.param({"destinations": []}, "destinations", id="no destinations"),
+        pytest.param({"destinations": ["/a", "/a/b"]}, "inside", id="one inside another"),
+        pytest.param({"destinations": ["/a", "/a"]}, "twice", id="one twice"),
+        pytest.param({"destinations": {"template": "/a/{n.real}", "count": 2}}, "template", id="a hostile template"),
+        pytest.param({"max_parallel": 0}, "max_parallel", id="nothing at once"),
+        pytest.param({"on_error": "panic"}, "on_error", id="an unknown word"),
+        pytest.param({"deadline": -1}, "deadline", id="a deadline before it begins"),
+    ],
+)
+def test_a_request_that_makes_no_sense_fails_with_its_code_before_anything_is_done(
+    system: System, scheduler: Scheduler, source: Path, place: Path, change: dict[str, Any], said: str
+) -> None:
+    campaign_id = f"bad-{said}-{len(str(change))}"
+
+    sent = send(scheduler, request_of(source, place, 3) | change, campaign_id)
+
+    with pytest.raises(Exception, match=f"^invalid_request: .*{said}"):
+        sent.get(timeout=10)
+    assert sent.state == "FAILURE"
+    result = result_of(scheduler, campaign_id)
+    assert (result["status"], result["forks"]["total"]) == ("failed", 0)
+    assert list(place.iterdir()) == []
+
+
+def test_what_cannot_be_begun_fails_with_every_fork(system: System, scheduler: Scheduler, place: Path) -> None:
+    sent = send(scheduler, request_of(place / "missing", place, 5), "missing")
+
+    with pytest.raises(Exception, match=f"^source_not_found: {place}/missing"):
+        sent.get(timeout=10)
+
+    scheduler.wait_quiet()
+    assert_books_balance(scheduler, result_of(scheduler, "missing"), paths_of(place, 5))
+    assert result_of(scheduler, "missing")["forks"]["failed"] == 5
+    assert scheduler.app.AsyncResult("missing.5").state == "FAILURE"
+    assert list(place.iterdir()) == []
+
+
+def test_a_single_fork_starts_soon_while_a_campaign_of_ten_thousand_runs(
+    system: System, scheduler: Scheduler, place: Path, fresh: Fresh
+) -> None:
+    """The median of several: a machine that does other things too may be late for once."""
+    # Given
+    directory = fresh("xfs")
+    make_guest(directory / "a", GuestSizes(overlay=1 << 20, overlay_data=1 << 16, memory=1 << 20, memory_data=1 << 16))
+    (directory / "one").mkdir()
+    (directory / "one" / "state").write_text("paused")
+    send(scheduler, request_of(directory / "one", place, 10_000), "crowd")
+    spin_until(lambda: done(scheduler, "crowd"), "the first forks")
+
+    # When
+    waits = []
+    for n in range(9):
+        sent = time.time()
+        result = scheduler.fork(directory / "a", directory / f"b-{n}")
+        waits.append(datetime.fromisoformat(result["started_at"]).timestamp() - sent)
+
+    # Then
+    assert scheduler.results.final("crowd") is None, "the campaign ended before the forks were sent"
+    scheduler.results.cancel("crowd")
+    spin_until(lambda: scheduler.results.final("crowd"), "the end")
+    assert statistics.median(waits) < FAIR, waits
+    assert leftovers(directory) == []
+
+
+def test_two_campaigns_share_the_workers(system: System, scheduler: Scheduler, source: Path, fresh: Fresh) -> None:
+    places = {"left": fresh("xfs"), "right": fresh("xfs")}
+
+    sent = [send(scheduler, request_of(source, place, 400), name) for name, place in places.items()]
+    for one in sent:
+        assert one.get(timeout=40)["status"] == "succeeded"
+
+    ends = sorted((fork["finished_at"], name) for name in places for fork in forks_of(scheduler, name, 400))
+    changes = sum(before[1] != after[1] for before, after in pairwise(ends))
+    assert changes >= 6, "one was made after the other"

@@ -1,0 +1,207 @@
+"""Campaigns whose workers die or are paused, or whose Redis goes away: every fork once, and none torn."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.filesystems import Fresh, fresh_directory
+from tests.fixtures.processes import StartWorker, Worker, wait_until
+from tests.system.books import identity
+from tests.system.campaigns import (
+    assert_all_are_whole,
+    done,
+    forks_of,
+    make_source,
+    paths_of,
+    request_of,
+    result_of,
+    send,
+    standing,
+)
+from tests.system.running import StartSystem, System, spin_until
+from tests.system.running import send as send_signal
+from tests.system.scheduler import UNACKED, Scheduler
+from tests.system.staging import leftovers
+
+#: A dead worker's messages come again as soon as they may.
+SHORT = {"FORKVM_VISIBILITY_TIMEOUT": "5"}
+DOMAIN = "nvme-a"
+
+
+@pytest.fixture(scope="module")
+def source(xfs: Path) -> Iterator[Path]:
+    with fresh_directory(xfs) as parent:
+        yield make_source(parent / "source")
+
+
+@pytest.fixture
+def place(fresh: Fresh) -> Path:
+    return fresh("xfs")
+
+
+def is_running(scheduler: Scheduler, campaign_id: str, count: int) -> bool:
+    return 0 < done(scheduler, campaign_id) < count
+
+
+def wait_for_end(scheduler: Scheduler, campaign_id: str, timeout: float = 60.0) -> None:
+    """The test asks Redis: Celery's own waiting does not outlive a server."""
+    wait_until(lambda: scheduler.results.final(campaign_id) is not None, f"the result of {campaign_id}", timeout)
+
+
+def test_a_child_killed_in_the_middle_costs_nothing_but_time(
+    system: System, scheduler: Scheduler, source: Path, place: Path
+) -> None:
+    sent = send(scheduler, request_of(source, place, 400), "child")
+    spin_until(lambda: is_running(scheduler, "child", 400), "a half done campaign")
+
+    send_signal(system.worker.children[:1], signal.SIGKILL)
+
+    assert_all_are_whole(scheduler, sent.get(timeout=40), source, paths_of(place, 400))
+    system.assert_left_nothing_in(place)
+
+
+def test_two_workers_of_a_domain_share_a_campaign_and_one_ends_it_when_the_other_is_killed(
+    own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, source: Path, place: Path
+) -> None:
+    # Given two workers that serve one domain, and one that serves the default
+    scheduler, queue = own_scheduler, f"forkvm.{DOMAIN}"
+    served = {"command": "forkvm", "args": ["--domain", DOMAIN], "env": SHORT}
+    workers = [start_worker(mounts, 1, wait=False, **served) for _ in range(2)]  # type: ignore[arg-type]
+    other = start_worker(mounts, 1)
+    for worker in workers:
+        worker.wait_until_ready()
+    send(scheduler, request_of(source, place, 600), "shared", queue)
+    spin_until(
+        lambda: is_running(scheduler, "shared", 600) and all("forkvm.batch[" in w.output() for w in workers),
+        "both at work",
+    )
+
+    # When
+    workers[0].kill()
+    killed = time.monotonic()
+
+    # Then
+    wait_for_end(scheduler, "shared")
+    took = time.monotonic() - killed
+    assert_all_are_whole(scheduler, result_of(scheduler, "shared"), source, paths_of(place, 600))
+    assert leftovers(place) == []
+    assert "shared" not in other.output()
+    assert took < 15
+    keys = [f"{queue}{inner}" for inner in ("", "#batch", "#chunk", "#finish")]
+    wait_until(lambda: not scheduler.redis.exists(*keys, UNACKED), "the end of all messages")
+
+
+def test_a_worker_that_was_paused_loses_its_batches_and_writes_nothing_into_what_was_published(
+    own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, source: Path, place: Path
+) -> None:
+    # Given a worker that was stopped with batches in its hands
+    scheduler = own_scheduler
+    sleeper = start_worker(mounts, env=SHORT)
+    send(scheduler, request_of(source, place, 400), "paused")
+    spin_until(lambda: is_running(scheduler, "paused", 400), "a half done campaign")
+    os.killpg(sleeper.pid, signal.SIGSTOP)
+    try:
+        # When another one has ended the campaign
+        start_worker(mounts, env=SHORT)
+        wait_for_end(scheduler, "paused", 90)
+        result = result_of(scheduler, "paused")
+        paths = paths_of(place, 400)
+        published = {path: identity(path) for path in paths}
+    finally:
+        os.killpg(sleeper.pid, signal.SIGCONT)
+    _wait_until_idle(sleeper)
+
+    # Then
+    assert_all_are_whole(scheduler, result, source, paths)
+    assert {path: identity(path) for path in paths} == published
+    assert result_of(scheduler, "paused") == result
+    wait_until(lambda: not leftovers(place), "the end of what the sleeper had")
+    scheduler.wait_quiet()
+
+
+def _wait_until_idle(worker: Worker) -> None:
+    """Returns when a worker that went on has used no processor for a while."""
+    last = [-1.0, 0.0]
+
+    def idle() -> bool:
+        used = 0.0
+        for pid in worker.children:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            used += float(fields[11]) + float(fields[12])
+        if used != last[0]:
+            last[:] = [used, time.monotonic()]
+        return time.monotonic() - last[1] > 1.0
+
+    wait_until(idle, "the sleeper's end of work")
+
+
+@pytest.mark.parametrize("kill", [True, False], ids=["killed", "stopped"])
+def test_a_campaign_whose_redis_goes_away_ends_with_its_true_result(
+    start_system: StartSystem, source: Path, place: Path, kill: bool
+) -> None:
+    system = start_system(SHORT)
+    scheduler, count = system.scheduler, 600
+    send(scheduler, request_of(source, place, count), "away")
+    spin_until(lambda: is_running(scheduler, "away", count), "a half done campaign")
+
+    system.server.kill() if kill else system.server.stop()
+    wait_until(lambda: not system.server.running, "the end of Redis")
+    system.server.start()
+
+    wait_for_end(scheduler, "away")
+    assert_all_are_whole(scheduler, result_of(scheduler, "away"), source, paths_of(place, count))
+    wait_until(lambda: scheduler.results.state("away")["status"] == "SUCCESS", "the campaign's state")
+    assert system.worker.running
+    wait_until(lambda: not leftovers(place), "the end of all staging")
+    scheduler.redis.delete(UNACKED, f"{UNACKED}_index", f"{UNACKED}_mutex")
+
+
+def test_a_redis_that_was_emptied_tells_no_false_success_and_the_id_works_again(
+    system: System, scheduler: Scheduler, source: Path, place: Path, fresh: Fresh
+) -> None:
+    # Given
+    send(scheduler, request_of(source, place, 1000), "forgotten")
+    spin_until(lambda: is_running(scheduler, "forgotten", 1000), "a half done campaign")
+
+    # When
+    scheduler.redis.flushall()
+    scheduler.wait_quiet()
+
+    # Then
+    assert scheduler.results.final("forgotten") is None
+    assert scheduler.results.state("forgotten")["status"] not in ("SUCCESS", "FAILURE")
+    before = standing(place)
+    assert len(before) < 1000
+
+    # and another campaign of that id is what it asks for, beside what is left of the first
+    request = request_of(source, place, 30) | {"destinations": [str(place / f"again-{n}") for n in range(30)]}
+    result = send(scheduler, request, "forgotten").get(timeout=30)
+    assert result["forks"]["total"] == 30
+    assert_all_are_whole(scheduler, result, source, [place / f"again-{n}" for n in range(30)])
+    assert standing(place) == before
+    system.assert_left_nothing_in(place)
+
+
+def test_a_staging_that_someone_removed_ends_the_campaign_with_a_clear_failure(
+    system: System, scheduler: Scheduler, source: Path, place: Path
+) -> None:
+    send(scheduler, request_of(source, place, 2000), "robbed")
+    spin_until(lambda: is_running(scheduler, "robbed", 2000), "a half done campaign")
+
+    (control,) = (path for path in place.glob(".forkvm-*") if "." not in path.name[1:])
+    control.rename(place / "elsewhere")
+
+    wait_for_end(scheduler, "robbed")
+    result = result_of(scheduler, "robbed")
+    assert result["status"] in ("partial", "failed")
+    assert result["error"] is not None
+    assert result["error"]["code"] == "io_error"
+    succeeded = [fork for fork in forks_of(scheduler, "robbed", 2000) if fork["status"] == "succeeded"]
+    assert result["forks"]["succeeded"] == len(succeeded)
+    assert all(Path(fork["destination"]).is_dir() for fork in succeeded)

@@ -1,0 +1,191 @@
+"""What Redis keeps of a campaign; with fakeredis, since no message goes through it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import fakeredis
+import pytest
+
+from tasks.campaign_results import CampaignResults
+from tasks.copier.batch_record import Outcome
+from tasks.copier.campaign import MOST_FAILURES, Aims, CampaignSpec, campaign_result
+from tasks.copier.errors import Code, ForkError
+from tasks.copier.report import Report
+from tasks.copier.spec import Clock, failed, succeeded
+from tasks.results import Results
+
+EXPIRES = 3600
+
+
+@pytest.fixture
+def redis() -> Iterator[fakeredis.FakeRedis]:
+    with fakeredis.FakeRedis() as client:
+        yield client
+        for key in client.scan_iter():
+            assert 0 < client.ttl(key) <= EXPIRES, f"{key!r} stays for ever"
+
+
+@pytest.fixture
+def campaign(redis: fakeredis.FakeRedis) -> CampaignResults:
+    return CampaignResults(Results(redis, EXPIRES, lambda fork_id: f"celery-task-meta-{fork_id}"), "c")
+
+
+def spec_of(count: int) -> CampaignSpec:
+    return CampaignSpec(campaign_id="c", source="/a", aims=Aims(count=count))
+
+
+def outcomes(first: int, count: int, code: Code | None = None, *, path: str = "/b") -> list[Outcome]:
+    """The outcomes of `count` forks from the index `first` on, of two entries each."""
+    made = []
+    for index in range(first, first + count):
+        fork = spec_of(0).fork(index, f"{path}-{index}", 1.0)
+        report = Report()
+        for name in ("x", "y"):
+            report.add(
+                {
+                    "path": name,
+                    "type": "file",
+                    "method": "copy",
+                    "bytes": 5,
+                    "copied_bytes": 3,
+                    "seconds": 0.0,
+                    "reason": None,
+                    "error": None,
+                }
+            )
+        clock = Clock(1.0)
+        error = None if code is None else ForkError(code, "why", fork.destination)
+        result = failed(fork, error, report.totals, 1, clock) if error else succeeded(fork, report.totals, 1, clock)
+        made.append(Outcome(result, report.close()))
+    return made
+
+
+def test_what_is_settled_is_kept_as_celerys_state_and_as_the_forks_result(
+    redis: fakeredis.FakeRedis, campaign: CampaignResults
+) -> None:
+    good, bad, ended = outcomes(0, 1), outcomes(1, 1, Code.NO_SPACE), outcomes(2, 1, Code.CANCELLED)
+
+    campaign.settle(0, good + bad + ended)
+
+    states = [json.loads(redis.get(f"celery-task-meta-c.{n}") or b"") for n in (1, 2, 3)]
+    assert [state["status"] for state in states] == ["SUCCESS", "FAILURE", "REVOKED"]
+    assert states[0]["result"] == good[0].result
+    assert states[1]["result"]["exc_message"] == ["no_space: /b-1: why"]
+    assert [campaign.results.result(f"c.{n}") for n in (1, 2, 3)] == [one[0].result for one in (good, bad, ended)]
+    assert [file["path"] for file in campaign.results.files("c.2")] == ["x", "y"]
+
+
+def test_a_run_is_settled_once_however_often_it_is_told(campaign: CampaignResults) -> None:
+    assert not campaign.is_settled(8)
+
+    for _ in range(3):
+        campaign.settle(8, outcomes(8, 4) + outcomes(12, 2, Code.NO_SPACE))
+
+    assert campaign.is_settled(8)
+    assert not campaign.is_settled(9)
+    assert campaign.sums()["forks.succeeded"] == 4
+    assert campaign.sums()["forks.failed"] == 2
+    assert campaign.sums()["files.total"] == 12
+    assert campaign.sums()["bytes.copied"] == 36
+    assert len(campaign.failures()) == 2
+
+
+def test_a_run_that_two_settle_at_the_same_time_is_counted_once(
+    campaign: CampaignResults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them was paused between its look and its write, and the other one had the batch then."""
+    keep, kept = CampaignResults._keep, [0]
+
+    def paused(self: CampaignResults, pipe: Any, outcome: Outcome) -> None:
+        kept[0] += 1
+        if kept[0] == 1:
+            campaign.settle(0, outcomes(0, 3))
+        keep(self, pipe, outcome)
+
+    monkeypatch.setattr(CampaignResults, "_keep", paused)
+    campaign.settle(0, outcomes(0, 3))
+
+    assert kept[0] > 3
+    assert campaign.sums()["forks.succeeded"] == 3
+
+
+def test_forks_come_in_order_and_whole_over_every_page(campaign: CampaignResults) -> None:
+    for first in range(1100, -1, -100):
+        campaign.settle(first, outcomes(first, 100))
+
+    assert [fork["fork_id"] for fork in campaign.forks(1, 1200)] == [f"c.{n}" for n in range(1, 1201)]
+    assert [fork["fork_id"] for fork in campaign.forks(501, 2)] == ["c.501", "c.502"]
+
+
+def test_forks_that_have_not_ended_are_left_out(campaign: CampaignResults) -> None:
+    campaign.settle(3, outcomes(3, 2))
+    campaign.settle(700, outcomes(700, 1))
+
+    assert [fork["fork_id"] for fork in campaign.forks(1, 1200)] == ["c.4", "c.5", "c.701"]
+
+
+def test_failures_are_bounded_in_number_and_in_bytes(campaign: CampaignResults) -> None:
+    for first in range(0, 300, 60):
+        campaign.settle(first, outcomes(first, 60, Code.NO_SPACE, path="/" + "x" * 4000 + "\udcff" * 80))
+
+    failures = campaign.failures()
+    result = campaign_result(spec_of(300), campaign.sums(), failures)
+
+    assert len(failures) == MOST_FAILURES
+    assert [failure["fork_id"] for failure in failures] == [f"c.{n}" for n in range(1, 101)]
+    assert 0 < len(result["failures"]) <= MOST_FAILURES
+    assert len(json.dumps(result)) < 1 << 20
+    assert result["forks"] == {"total": 300, "succeeded": 0, "failed": 300, "cancelled": 0}
+
+
+def test_batches_are_done_once_they_are_told(campaign: CampaignResults) -> None:
+    campaign.end_batch(128)
+
+    assert campaign.is_batch_done(128)
+    assert not campaign.is_batch_done(0)
+
+
+def test_progress_is_told_until_the_campaign_has_ended(redis: fakeredis.FakeRedis, campaign: CampaignResults) -> None:
+    campaign.settle(0, outcomes(0, 3) + outcomes(3, 1, Code.NO_SPACE))
+
+    campaign.tell(spec_of(10), campaign.sums(), planned_at=1.0)
+    told = campaign.results.state("c")
+    redis.set("celery-task-meta-c", json.dumps({"status": "SUCCESS", "result": None}), ex=EXPIRES)
+    campaign.tell(spec_of(10), campaign.sums(), planned_at=1.0)
+
+    assert told["status"] == "PROGRESS"
+    progress = told["result"]
+    assert (progress["forks_done"], progress["forks_total"], progress["forks_failed"]) == (4, 10, 1)
+    assert progress["eta_seconds"] > 0
+    assert campaign.results.state("c")["status"] == "SUCCESS"
+
+
+def test_the_first_reason_to_end_early_holds(campaign: CampaignResults) -> None:
+    assert campaign.ended("/a") is None
+
+    campaign.end_early(ForkError(Code.CANCELLED, "the deadline passed", "/a"))
+    campaign.end_early(ForkError(Code.CANCELLED, "another", "/a"))
+
+    error = campaign.ended("/a")
+    assert error is not None
+    assert error.message == "the deadline passed"
+
+
+def test_a_clients_cancel_is_a_reason_to_end_early(campaign: CampaignResults) -> None:
+    campaign.results.cancel("c")
+
+    error = campaign.ended("/a")
+    assert error is not None
+    assert (error.code, error.path) == (Code.CANCELLED, "/a")
+
+
+def test_the_final_result_is_kept(campaign: CampaignResults) -> None:
+    result = campaign_result(spec_of(3), {"forks.succeeded": 3}, [])
+
+    campaign.settle_campaign(result)
+
+    assert campaign.result() == result
+    assert result["status"] == "succeeded"
