@@ -160,7 +160,8 @@ def test_every_job_has_one_true_end_whatever_strikes(
 
 def _report(seed: int, seconds: int, producer: Producer, faults: Faults, books: Books) -> None:
     jobs = producer.jobs
-    print(f"\nsoak: seed {seed}, {seconds} s: {len(jobs)} jobs, {sum(job.sent for job in jobs)} messages of clients")
+    sent, tries = sum(job.sent for job in jobs), faults.deliveries()
+    print(f"\nsoak: seed {seed}, {seconds} s: {len(jobs)} jobs, {sent} requests sent, {tries} tries of tasks")
     print(f"  ends: {', '.join(f'{count} {end}' for end, count in books.ends.most_common())}")
     print(f"  faults: {faults.counts.total()}: {', '.join(f'{n} {fault}' for fault, n in faults.counts.most_common())}")
     lost = sum(job.sent > job.copies for job in jobs)
