@@ -10,7 +10,6 @@ from tasks.copier.chunk import worker_lost
 from tasks.copier.ends import Ends
 from tasks.copier.errors import ForkError
 from tasks.copier.fork import Superseded, finish
-from tasks.copier.plan import Plan
 from tasks.copier.progress import Ticker
 from tasks.copier.spec import ForkResult, ForkSpec
 from tasks.copier.staging import Held, Phase, Staging
@@ -48,11 +47,9 @@ def run_bury(context: Context, fork_id: str, destination: str) -> ForkResult | N
 
 
 def _give_up(context: Context, staging: Staging, ends: Ends, fork_id: str) -> ForkResult | None:
-    ledger = ForkLedger(context.results, fork_id)
     journal = staging.journal()
-    if journal is not None and journal.plan is not None:
-        parts = ["plan", "close", *map(str, range(len(Plan.from_data(journal.plan).chunks)))]
-        ledger.keep_pages({part: [] for part in parts if not staging.has_report(part)})  # these do not count
+    if journal is not None and journal.phase is Phase.PUBLISHING:
         staging.write_journal(replace(journal, phase=Phase.CLONING))  # it is not to be published any more
     source = ForkSpec.from_data(journal.spec).source if journal is not None else ""
+    ledger = ForkLedger(context.results, fork_id)
     return finish(ends, staging, Ticker(lambda progress: None), ledger, worker_lost(source))

@@ -39,7 +39,6 @@ def run_chunk(context: Context, fork_id: str, destination: str, number: int) -> 
                 report = _do(context, staging, journal, plan, number)
                 if report is None:
                     raise Again(staging.pulse())
-                _keep_pages(context, staging, fork_id, number, report)
                 over = staging.is_stopped() or all(staging.has_report(str(n)) for n in range(len(plan.chunks)))
     except Held as held:
         raise Again(held.pulse) from None
@@ -52,13 +51,6 @@ def run_chunk(context: Context, fork_id: str, destination: str, number: int) -> 
         over = True
     if over:
         context.send(FINISH_TASK, {"destination": destination}, fork_id)
-
-
-def _keep_pages(context: Context, staging: Staging, fork_id: str, number: int, report: Report) -> None:
-    try:
-        ForkLedger(context.results, fork_id).keep_pages({str(number): report.close()})
-    except ForkError as error:
-        fail_chunk(staging, number, error)
 
 
 def _look_after(context: Context, fork_id: str, destination: str) -> None:
@@ -89,6 +81,9 @@ def _do(context: Context, staging: Staging, journal: Journal, plan: Plan, number
         if staging.is_stopped():
             raise ForkError(Code.CANCELLED, "another chunk of the fork failed", "")
 
+    def keep(report: Report) -> None:
+        ForkLedger(context.results, spec.fork_id).keep_pages({str(number): report.close()})
+
     beat = context.beat(spec.fork_id, str(number), spec.destination)
     ticker = Ticker(beat_and_look)
     ticker.enter("copy", plan.entries, plan.bytes)
@@ -98,7 +93,7 @@ def _do(context: Context, staging: Staging, journal: Journal, plan: Plan, number
             reopen_ends(context.roots, spec.source, spec.destination, plan.top.ino) as ends,
             open_work(ends, staging, spec.options, staging.open_tree(journal)) as work,
         ):
-            report = run_held_chunk(work, plan, plan.chunks[number], number, ticker)
+            report = run_held_chunk(work, plan, plan.chunks[number], number, ticker, keep)
             if ticker.progress["bytes_done"] or ticker.progress["files_done"]:  # not one that was done before
                 context.tell(spec.fork_id, str(number), ticker.progress)
             return report

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from tasks.copier import manifest
 from tasks.copier.changes import refuse_changed_files
@@ -34,11 +35,19 @@ def run_chunk(work: Work, plan: Plan, chunk: Chunk, cloner: Cloner, ticker: Tick
     return report
 
 
-def run_held_chunk(work: Work, plan: Plan, chunk: Chunk, number: int, ticker: Ticker) -> Report | None:
+def run_held_chunk(
+    work: Work,
+    plan: Plan,
+    chunk: Chunk,
+    number: int,
+    ticker: Ticker,
+    keep: Callable[[Report], None] = lambda report: None,
+) -> Report | None:
     """Do `chunk`, which is chunk `number`, unless it is done, and leave its report in the staging.
 
-    Returns None while another process does it. The fork is told to stop when the chunk fails. Raises OSError when
-    the staging cannot be written.
+    `keep` is called before: who finds all reports publishes the fork, and nobody keeps FileResults after that. Returns
+    None while another process does the chunk. The fork is told to stop when the chunk fails. Raises OSError when the
+    staging cannot be written, and what `keep` raises.
     """
     staging = work.staging
     with staging.hold_chunk(number) as begun:
@@ -56,6 +65,9 @@ def run_held_chunk(work: Work, plan: Plan, chunk: Chunk, number: int, ticker: Ti
         report.during_walk = journal is None or journal.phase is Phase.PLANNING
         error = report.totals.error
         if error is None or error["code"] != Code.CANCELLED:  # who was told to stop is not the cause
+            if not staging.is_current():  # taken over: another process keeps the results by now
+                raise FileNotFoundError(errno.ENOENT, "the fork was taken over", staging.name)
+            keep(report)
             staging.write_report(str(number), report)
         if error is not None:
             staging.stop()

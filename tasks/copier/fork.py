@@ -68,6 +68,12 @@ class _Account:
     chunks: int = 0
     reports: dict[str, Report] = field(default_factory=dict)
 
+    def parts(self) -> list[str]:
+        """The parts whose FileResults may be in the ledger."""
+        plan = self.journal.plan if self.journal is not None else None
+        chunks = self.chunks if plan is None else len(plan["chunks"])
+        return ["plan", "close", *map(str, range(chunks))]
+
     def totals(self) -> Totals:
         totals = Totals()
         for report in self.reports.values():
@@ -253,6 +259,7 @@ def _give_up(ends: Ends, staging: Staging, account: _Account, cause: Exception, 
     if account.journal is not None:
         _insist(partial(staging.discard_tree, account.journal))
     with suppress(ForkError):
+        ledger.keep_pages({part: [] for part in account.parts() if part not in account.reports})  # of who died
         _keep_pages(account.reports, ledger)
     result = failed(account.spec, error, account.totals(), account.chunks, account.clock)
     ledger.settle(result)

@@ -66,10 +66,11 @@ def test_child_that_hangs_longer_than_the_time_limit_is_killed_and_its_work_done
 
 
 def _picture(system: System, one: Struck) -> tuple[Any, ...]:
-    """All of a fork that a late writer could change: inodes, times, contents, where the bytes lie, its result."""
+    """All of a fork that a late writer could change: inodes, times, contents, where the bytes lie, its results."""
     root = one.destination
     extents = {path: fiemap(path) for path in root.rglob("*") if path.is_file()}
-    return identity(root), snapshot(root), extents, system.scheduler.results.result(one.fork_id)
+    told = system.scheduler.results.result(one.fork_id), system.scheduler.files(one.fork_id)
+    return identity(root), snapshot(root), extents, *told
 
 
 def _works(pid: int) -> bool:

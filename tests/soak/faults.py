@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import signal
 import time
 from collections import Counter
@@ -19,6 +20,8 @@ from tests.system.scheduler import QUEUES
 
 Start = Callable[[], Worker]
 
+#: A line of a worker's log.
+_TAKEN = re.compile(r"Task forkvm\.(?:fork|chunk|finish|bury)\[.*\] received")
 #: Seconds that a worker has for its end, as service managers give it some, before it is killed.
 _GRACE_SECONDS = 15.0
 
@@ -28,9 +31,11 @@ class Faults:
 
     def __init__(self, server: RedisServer, start: Start, dice: random.Random) -> None:
         self._server = server
-        self._start = start
+        self._start_one = start
         self._dice = dice
-        self.workers = [start(), start()]
+        #: All that were ever started; the workers are the living ones.
+        self.started: list[Worker] = []
+        self.workers = [self._start(), self._start()]
         self.counts: Counter[str] = Counter()
 
     def strike(self) -> None:
@@ -52,6 +57,15 @@ class Faults:
         )
         self.counts[fault.__name__.strip("_").replace("_", " ")] += 1
         fault()
+
+    def deliveries(self) -> int:
+        """How many messages of forks the workers took, in all."""
+        return sum(len(_TAKEN.findall(worker.output())) for worker in self.started)
+
+    def _start(self) -> Worker:
+        worker = self._start_one()
+        self.started.append(worker)
+        return worker
 
     def _worker(self) -> int:
         return self._dice.randrange(len(self.workers))

@@ -52,7 +52,7 @@ class Producer:
     def produce(self) -> None:
         """Close what has ended, and send as many anew."""
         with suppress(RedisError):
-            self.open = [job for job in self.open if not self._books.close(job)]
+            self.close_ended()
             self._cancel_some()
             while len(self.open) < OPEN_JOBS:
                 job = self._dice.choice(KINDS)(self._sources, *self._places, f"job-{len(self.jobs)}", self._dice)
@@ -62,6 +62,12 @@ class Producer:
                     self.send(job)
                 if job.cancel_after is not None:
                     self._cancels[job.fork_id] = time.monotonic() + job.cancel_after
+
+    def close_ended(self) -> None:
+        """Close the books of what has ended."""
+        for job in list(self.open):
+            if self._books.close(job):
+                self.open.remove(job)
 
     def send(self, job: Job) -> None:
         """Sends it until Redis has taken it."""
@@ -137,7 +143,7 @@ def test_every_job_has_one_true_end_whatever_strikes(
         # Then
         end = time.monotonic() + PATIENCE
         while producer.open and time.monotonic() < end:
-            producer.open = [job for job in producer.open if not books.close(job)]
+            producer.close_ended()
             if not any(scheduler.messages().values()):
                 producer.send_unknown_again()
             time.sleep(0.5)
@@ -154,7 +160,8 @@ def test_every_job_has_one_true_end_whatever_strikes(
 
 def _report(seed: int, seconds: int, producer: Producer, faults: Faults, books: Books) -> None:
     jobs = producer.jobs
-    print(f"\nsoak: seed {seed}, {seconds} s: {len(jobs)} jobs, {sum(job.sent for job in jobs)} messages of clients")
+    sent, tries = sum(job.sent for job in jobs), faults.deliveries()
+    print(f"\nsoak: seed {seed}, {seconds} s: {len(jobs)} jobs, {sent} requests sent, {tries} tries of tasks")
     print(f"  ends: {', '.join(f'{count} {end}' for end, count in books.ends.most_common())}")
     print(f"  faults: {faults.counts.total()}: {', '.join(f'{n} {fault}' for fault, n in faults.counts.most_common())}")
     lost = sum(job.sent > job.copies for job in jobs)
