@@ -13,6 +13,7 @@ from tasks.copier.plan import Plan
 from tasks.copier.progress import Ticker
 from tasks.copier.spec import ForkResult, ForkSpec
 from tasks.copier.staging import Held, Staging
+from tasks.copier.vanguard import Vanguard
 from tasks.finish import end_with, known_result, refuse
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,8 @@ def _start(context: Context, spec: ForkSpec) -> ForkResult | None:
                 staging.remove()
             return known or refuse(context, spec, cancelled(spec.destination))
         with staging.beating():
-            outcome = start(ends, staging, spec, context.limits, ticker, ForkLedger(context.results, spec.fork_id))
+            ledger = ForkLedger(context.results, spec.fork_id)
+            outcome = start(ends, staging, spec, context.limits, ticker, ledger, lambda work: Vanguard(work, ticker))
         if not isinstance(outcome, Plan):
             return outcome
         context.tell(spec.fork_id, "plan", ticker.progress)

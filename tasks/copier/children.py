@@ -11,6 +11,7 @@ import signal
 import struct
 import sys
 import traceback
+from contextlib import suppress
 
 from tasks.copier import syscalls
 from tasks.copier.chunk import run_held_chunk
@@ -76,17 +77,20 @@ class Children:
             self.dismiss()
             raise from_oserror(error, "sharing the work among processes", self._work.ends.destination) from None
 
+    def walk_ended(self) -> list[int]:
+        """They go on, and `complete` gives them the rest; see `Crew.walk_ended`."""
+        return []
+
     def dismiss(self) -> None:
         """Stop all work; when this returns, no child lives."""
         if self._pids:
-            self._work.staging.stop()
+            self._stop()
             self._reap()
 
     def _wait(self) -> None:
         done_before = self._ticker.progress["files_done"], self._ticker.progress["bytes_done"]
         stopping: ForkError | None = None
-        os.close(self._pipe)  # a child that finds the pipe empty ends
-        self._pipe = -1
+        self._close_pipe()
         pidfds = [os.pidfd_open(pid) for pid in self._pids]
         poll = select.poll()
         for fd in pidfds:
@@ -101,7 +105,7 @@ class Children:
                 self._tell(done_before)
             except ForkError as error:
                 stopping = stopping or error
-                self._work.staging.stop()
+                self._stop()
         codes = self._reap()
         if stopping is not None:
             raise stopping
@@ -111,13 +115,30 @@ class Children:
             if code > 0:
                 raise from_errno(code, "working in the staging directory", self._work.ends.destination)
 
-    def _reap(self) -> list[int]:
-        """Wait for all children; their exit codes, negative for a signal."""
+    def _close_pipe(self) -> None:
+        """Let the children end: each does when it finds the pipe empty."""
         if self._pipe >= 0:
             syscalls.release(self._pipe)
+            self._pipe = -1
+
+    def _take_back(self) -> set[int]:
+        """Take the chunks out of the pipe that no child has begun; no others can be given from then on."""
+        self._close_pipe()
+        tokens = iter(lambda: os.read(self._tokens, _TOKEN.size), b"")
+        return {_TOKEN.unpack(token)[0] for token in tokens}
+
+    def _stop(self) -> None:
+        """Have the children end: within their chunk, or after it where the staging is too full to say so there."""
+        self._take_back()
+        with suppress(OSError):
+            self._work.staging.stop()
+
+    def _reap(self) -> list[int]:
+        """Wait for all children; their exit codes, negative for a signal."""
+        self._close_pipe()
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in self._pids]
         syscalls.release(self._tokens)
-        self._pids, self._tokens, self._pipe = [], -1, -1
+        self._pids, self._tokens = [], -1
         return codes
 
     def _tell(self, done_before: tuple[int, int]) -> None:

@@ -91,20 +91,20 @@ def worker_lost(path: str) -> ForkError:
 
 def _clone_files(work: Work, plan: Plan, chunk: Chunk, cloner: Cloner, ticker: Ticker, report: Report) -> None:
     for block in _blocks(work, plan, chunk):
+        done = plan.cloned_in(block.path)
         with work.place(block.path) as place:
             for entry in block.entries:
-                path = join(block.path, entry.name)
-                if path == plan.cloned:  # perhaps while the walk still went on: see `changes`
+                if entry.name == done:  # perhaps while the walk still went on: see `changes`
                     refuse_changed_files(work, Block(block.path, [entry]))
                     continue
                 try:
                     result = cloner.entry(place, entry)
-                    report.add(result)
-                    ticker(1, result["bytes"] - result["copied_bytes"])
                 except ForkError as error:
                     if error.code is not Code.CANCELLED:
-                        report.add(failed(path, entry, error))
+                        report.add(failed(join(block.path, entry.name), entry, error))
                     raise
+                report.add(result)
+                ticker(1, result["bytes"] - result["copied_bytes"])
 
 
 def _copy_range(work: Work, plan: Plan, chunk: Chunk, cloner: Cloner, ticker: Ticker, report: Report) -> None:

@@ -20,6 +20,7 @@ from tasks.copier.walk import Entry, Kind, join
 #: O_NONBLOCK: a file swapped for a FIFO must not hang us.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = int(Kind.FILE)
 #: Files up to so many bytes get their size by being written, which saves a call (5 us on ext4). XFS, by default, does
 #: not preallocate behind a file so small.
 _GROWN_BYTES = 64 << 10
@@ -78,7 +79,7 @@ class Cloner:
 
     def entry(self, place: Place, entry: Entry) -> FileResult:
         """Clone one file or symlink. Raises ForkError; then nothing of the entry is left."""
-        if entry.kind == Kind.SYMLINK:
+        if entry.kind != _FILE:
             return self._symlink(place, entry)
         return self.file(place, entry)
 

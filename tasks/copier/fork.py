@@ -175,26 +175,35 @@ def _start_anew(
         crew = gather(work) if gather is not None else None
         try:
             plan = make_plan(work, limits, cloner, ticker, planned, crew)
+            planned.totals.fallback = cloner.fallback
+            account.chunks = len(plan.chunks)
+            account.clock.planned = time.time()
+            if not plan.inline:
+                _take_in_done(staging, account, crew)
+                _keep_pages(account.reports, ledger)
+                staging.write_report("plan", planned)
+                staging.write_journal(
+                    replace(journal, phase=Phase.CLONING, plan=plan.to_data(), planned_at=account.clock.planned)
+                )
+                return plan
         except BaseException:
             if crew is not None:
                 crew.dismiss()  # before the tree is removed
             raise
-        planned.totals.fallback = cloner.fallback
-        account.chunks = len(plan.chunks)
-        account.clock.planned = time.time()
-        if not plan.inline:
-            _keep_pages(account.reports, ledger)
-            staging.write_report("plan", planned)
-            staging.write_journal(
-                replace(journal, phase=Phase.CLONING, plan=plan.to_data(), planned_at=account.clock.planned)
-            )
-            return plan
         for number, chunk in enumerate(plan.chunks):
             account.reports[str(number)] = run_chunk(work, plan, chunk, cloner, ticker)
         _raise_failure(account.reports)
         account.clock.cloned = time.time()
         account.journal = replace(journal, plan=plan.to_data())
         return _close_and_publish(work, plan, account, ticker, ledger)
+
+
+def _take_in_done(staging: Staging, account: _Account, crew: Crew | None) -> None:
+    """Take in what the crew did of the plan while it was made. Raises the ForkError of a chunk that failed."""
+    for number in crew.walk_ended() if crew is not None else ():
+        if staging.has_report(str(number)):
+            account.reports[str(number)] = staging.report(str(number))
+    _raise_failure(account.reports)
 
 
 def _close_and_publish(work: Work, plan: Plan, account: _Account, ticker: Ticker, ledger: Ledger) -> ForkResult:

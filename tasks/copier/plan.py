@@ -19,7 +19,8 @@ from tasks.copier.survey import Survey, Unit, open_survey
 from tasks.copier.walk import Entry, Kind, entry_of, join
 from tasks.copier.work import Work
 
-#: How often chunks that are cut during the walk double in size until there are `Limits.max_chunks`.
+#: One in so many chunks may be cut during the walk; until then they double in size so often.
+_EARLY_SHARE = 4
 _DOUBLINGS = 6
 #: Ranges of a file begin at multiples of so many bytes, so that no two of them share a block.
 _RANGE_ALIGNMENT = 1 << 20
@@ -57,6 +58,13 @@ class Plan:
     #: Pairs of devices that refused a reflink: (source, destination, errno).
     refused: list[tuple[int, int, int]]
 
+    def cloned_in(self, directory: str) -> str | None:
+        """The name of the file `cloned` if it is in `directory`."""
+        if self.cloned is None:
+            return None
+        path, _, name = self.cloned.rpartition("/")
+        return name if path == directory else None
+
     def to_data(self) -> dict[str, Any]:
         """As plain data for the journal."""
         return vars(self)
@@ -80,6 +88,9 @@ class Crew(Protocol):
     def take(self, chunk: Chunk, number: int, plan: Plan) -> None:
         """Begin with `chunk`, which is chunk `number`. `plan` is the plan as far as it is known: its sums are not."""
 
+    def walk_ended(self) -> Iterable[int]:
+        """The plan stands: the numbers of the chunks that the crew has done, and that nobody else is to do."""
+
     def dismiss(self) -> None:
         """Stop all work; when this returns, nobody of the crew is at it."""
 
@@ -99,8 +110,7 @@ def make_plan(
 ) -> Plan:
     """Plan the fork; what was cloned while asking for a reflink goes into `report`.
 
-    With a crew, chunks of a large source that can be reflinked are begun while the walk goes on; without, or where
-    bytes are to be copied, all chunks are cut at its end.
+    With a crew, chunks of a large source are begun while the walk goes on; without, all are cut at its end.
 
     Raises ForkError: unsupported_file_type, permission_denied, source_changed, reflink_unsupported, no_space …
     """
@@ -126,10 +136,11 @@ def make_plan(
                     continue
                 if answer is None:
                     answer = _probe(work, cloner, survey.largest(), ticker, report)
-                if answer.cloned is not None:
-                    for chunk in _cut_early(survey, limits, len(chunks)):
-                        chunks.append(chunk)
-                        crew.take(chunk, len(chunks) - 1, plan(answer.cloned, inline=False))
+                    if answer.cloned is None:
+                        survey.refuse_unsupported(ticker)  # before anything is copied
+                for chunk in _cut_early(survey, limits, len(chunks), reflinks=answer.cloned is not None):
+                    chunks.append(chunk)
+                    crew.take(chunk, len(chunks) - 1, plan(answer.cloned, inline=False))
     except OSError as error:
         raise from_oserror(error, "writing the manifest", work.ends.destination) from None
     ticker.enter("copy", survey.entries, survey.bytes)
@@ -140,7 +151,7 @@ def make_plan(
         end = sum(unit.length for unit in survey.units)
         chunks += [Chunk("files", 0, end)] if end else []
         return plan(answer.cloned, inline=True)
-    chunks += _cut(survey.units, limits, answer)
+    chunks += _cut(survey.units, limits, answer, limits.max_chunks - len(chunks))
     _create_ranged(work, cloner, survey.units, chunks)
     return plan(answer.cloned, inline=False)
 
@@ -177,33 +188,38 @@ def _probe(work: Work, cloner: Cloner, largest: list[tuple[str, Entry]], ticker:
 # -- the cut
 
 
-def _cut_early(survey: Survey, limits: Limits, cut: int) -> Iterator[Chunk]:
-    """Take chunks from the front of the survey's units, while it goes on; `cut` is how many were taken before.
+def _cut_early(survey: Survey, limits: Limits, cut: int, *, reflinks: bool) -> Iterator[Chunk]:
+    """Take a chunk from the survey's units while it goes on, if there is enough for one; `cut` were taken before.
 
-    The more there are the larger they grow, since nobody knows yet how many there will be.
+    The more there are the larger they grow, since nobody knows yet how many there will be. Most of the chunks that
+    there may be are left for the end, and a large file that must be copied is: it is cut into ranges.
     """
-    wanted = limits.chunk_files << (cut * _DOUBLINGS // limits.max_chunks)
-    taken, files = 0, 0
-    for unit in survey.units[:-1]:  # the last one may still grow
-        if taken and survey.units[taken - 1].offset + survey.units[taken - 1].length != unit.offset:
-            break
-        taken, files = taken + 1, files + unit.files
-        if files >= wanted:
-            break
-    if files >= wanted:
-        survey.flush()
-        run = survey.units[:taken]
-        del survey.units[:taken]
-        yield Chunk("files", run[0].offset, sum(unit.length for unit in run))
+    budget = limits.max_chunks // _EARLY_SHARE
+    if cut >= budget:
+        return
+    doublings = cut * _DOUBLINGS // budget
+    most_files, most_data = limits.chunk_files << doublings, limits.chunk_bytes << doublings
+    first, run = 0, Unit(0)
+    for number, unit in enumerate(survey.units[:-1]):  # the last one may still grow
+        if unit.large is not None and not reflinks:
+            continue
+        if run.offset + run.length != unit.offset:
+            first, run = number, Unit(unit.offset)
+        run.append(unit)
+        if run.files >= most_files or (run.data >= most_data and not reflinks):
+            survey.flush()
+            del survey.units[first : number + 1]
+            yield Chunk("files", run.offset, run.length)
+            return
 
 
-def _cut(units: list[Unit], limits: Limits, answer: _Answer) -> list[Chunk]:
-    """Cut the work into chunks of about equal time: by count of files for reflinks, by bytes too for copies."""
+def _cut(units: list[Unit], limits: Limits, answer: _Answer, most: int) -> list[Chunk]:
+    """Cut the work into at most `most` chunks of about equal time: by count of files, and by bytes too for copies."""
     files_each = _share(sum(unit.files for unit in units), limits.chunk_files)
     data_each = _share(sum(unit.data for unit in units), limits.chunk_bytes)
     while True:
         chunks = list(_cut_evenly(units, files_each, data_each, answer))
-        if len(chunks) <= limits.max_chunks:
+        if len(chunks) <= most:
             # Side by side, ranges of different files: those of one file wait for each other's writes (inode lock).
             return sorted(chunks, key=lambda chunk: (chunk.kind == "files", chunk.start))
         files_each, data_each = 2 * files_each, 2 * data_each
@@ -238,9 +254,7 @@ def _cut_evenly(units: list[Unit], files_each: int, data_each: int, answer: _Ans
             continue
         if run is None:
             run = Unit(unit.offset)
-        run.length += unit.length
-        run.files += unit.files
-        run.data += unit.data
+        run.append(unit)
     if run is not None:
         yield Chunk("files", run.offset, run.length)
 

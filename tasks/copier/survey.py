@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -37,6 +37,12 @@ class Unit:
         """Where the unit lies in the manifest."""
         return Span(self.offset, self.length)
 
+    def append(self, unit: Unit) -> None:
+        """Take in the unit that lies behind this one."""
+        self.length += unit.length
+        self.files += unit.files
+        self.data += unit.data
+
 
 class Survey:
     """What the walk has found so far. `units` are those that no chunk has taken yet; who takes them removes them."""
@@ -65,12 +71,18 @@ class Survey:
 
     def walk(self, ticker: Ticker) -> Iterator[None]:
         """Walk the source, and yield after each block of it. Raises ForkError as `Walk.blocks` does, and OSError."""
-        options, ends = self._work.options, self._work.ends
-        selection = Selection(options.skip, options.exclude)
-        walk = Walk(ends.source_fd, ends.source, selection, "hardlinks" in options.preserve, ticker.look)
-        for block in walk.blocks():
+        for block in self._new_walk(ticker.look).blocks():
             self._take_in(block)
             yield
+
+    def refuse_unsupported(self, ticker: Ticker) -> None:
+        """Raise ForkError now if the walk will meet what cannot be forked, wherever in the source."""
+        self._new_walk(ticker.look).refuse_unsupported()
+
+    def _new_walk(self, checkpoint: Callable[[], None]) -> Walk:
+        options, ends = self._work.options, self._work.ends
+        selection = Selection(options.skip, options.exclude)
+        return Walk(ends.source_fd, ends.source, selection, "hardlinks" in options.preserve, checkpoint)
 
     def _take_in(self, block: Block) -> None:
         """Write one block to the manifests, make its directories, and count."""

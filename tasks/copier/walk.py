@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
@@ -137,28 +138,46 @@ class Walk:
                 yield block
             pending += reversed(below)
 
+    def refuse_unsupported(self) -> None:
+        """Raise what `blocks` would raise for a FIFO or a device, in a tenth of its time: no status is read."""
+        pending = [""]
+        while pending:
+            path = pending.pop()
+            with self._listing(path) as listing:
+                for item in listing:
+                    if item.is_dir(follow_symlinks=False):
+                        if self.selection.reason(path, item.name, True) is None:
+                            pending.append(join(path, item.name))
+                    elif not item.is_file(follow_symlinks=False):
+                        self._entry(path, item)
+
     def read(self, path: str) -> Iterator[Block]:
         """Yield the entries of the one directory `path`, in blocks. Raises as `blocks` does."""
-        self.checkpoint()
         block = Block(path, [])
+        with self._listing(path) as listing:
+            for item in listing:
+                block.entries.append(self._entry(path, item))
+                if len(block.entries) == BLOCK_ENTRIES:
+                    yield block
+                    self.checkpoint()
+                    block = Block(path, [])
+        if block.entries:
+            yield block
+
+    @contextmanager
+    def _listing(self, path: str) -> Iterator[Iterator[os.DirEntry[str]]]:
+        self.checkpoint()
         try:
             fd = trees.open_below(self.source_fd, path)
         except OSError as error:
             raise from_source(error, "opening a directory of the source", self._absolute(path)) from None
         try:
             with os.scandir(fd) as listing:
-                for item in listing:
-                    block.entries.append(self._entry(path, item))
-                    if len(block.entries) == BLOCK_ENTRIES:
-                        yield block
-                        self.checkpoint()
-                        block = Block(path, [])
+                yield listing
         except OSError as error:
             raise from_oserror(error, "listing a directory of the source", self._absolute(path)) from None
         finally:
             os.close(fd)
-        if block.entries:
-            yield block
 
     def _entry(self, directory: str, item: os.DirEntry[str]) -> Entry:
         name = item.name

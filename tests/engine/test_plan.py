@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tasks.copier import manifest
 from tasks.copier.clone import Cloner
 from tasks.copier.ends import open_ends
+from tasks.copier.errors import Code, ForkError
 from tasks.copier.options import Limits
 from tasks.copier.plan import Chunk, Plan, make_plan
 from tasks.copier.progress import Ticker
@@ -20,7 +23,7 @@ from tasks.copier.roots import Roots
 from tasks.copier.staging import Staging
 from tasks.copier.work import open_work
 from tests.engine.forking import INLINE, MIB, assert_alike, fork_with_books, go_on, spec_of
-from tests.fixtures.filesystems import Fresh
+from tests.fixtures.filesystems import Fresh, Kind
 from tests.support.guests import make_sparse_file
 from tests.support.requirements import require_command
 
@@ -47,7 +50,24 @@ class Planned:
         return sorted(path for chunk, files in pairs if chunk.kind == "files" for path in files)
 
 
-def planned(source: Path, limits: Limits, **options: str) -> Planned:
+class Crew:
+    """Notes which chunks it is given, and does none."""
+
+    def __init__(self) -> None:
+        self.taken: list[Chunk] = []
+
+    def take(self, chunk: Chunk, number: int, plan: Plan) -> None:
+        assert number == len(self.taken)
+        self.taken.append(chunk)
+
+    def walk_ended(self) -> list[int]:
+        return []
+
+    def dismiss(self) -> None:
+        pass
+
+
+def planned(source: Path, limits: Limits, crew: Crew | None = None, **options: Any) -> Planned:
     spec = spec_of(source, source.parent / "fork", **options)
     with ExitStack() as stack:
         ends = stack.enter_context(open_ends(Roots(), spec.source, spec.destination))
@@ -55,7 +75,7 @@ def planned(source: Path, limits: Limits, **options: str) -> Planned:
         journal = staging.begin(spec.to_data(), None)
         work = stack.enter_context(open_work(ends, staging, spec.options, staging.make_tree(journal)))
         cloner = Cloner(spec.options, {}, lambda count: None)
-        plan = make_plan(work, limits, cloner, Ticker(go_on), Report())
+        plan = make_plan(work, limits, cloner, Ticker(go_on), Report(), crew)
         with open(staging.manifest(), "rb") as file:
             files = [
                 [
@@ -190,6 +210,47 @@ def test_an_empty_file_with_blocks_behind_its_end_is_forked_as_an_empty_file(fre
     fork_with_books(source, directory / "fork", limits=Limits(inline_bytes=0, chunk_bytes=MIB))
 
     assert_alike(source, directory / "fork")
+
+
+@pytest.mark.parametrize("kind", ["xfs", "ext4"])
+def test_chunks_are_begun_while_the_walk_goes_on(fresh: Fresh, kind: Kind) -> None:
+    source = fresh(kind) / "source"
+    paths = make_files(source, 12, 30)
+    crew = Crew()
+
+    planned_ = planned(source, Limits(inline_files=20, chunk_files=24), crew)
+
+    assert len(crew.taken) > 5
+    assert planned_.plan.chunks[: len(crew.taken)] == crew.taken
+    assert planned_.whole() == paths
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 50])
+def test_chunks_that_are_begun_early_leave_room_for_the_rest(fresh: Fresh, most: int) -> None:
+    source = fresh("tmpfs") / "source"
+    paths = make_files(source, 12, 30)
+    make_sparse_file(source / "large", 12 * MIB, 8 * MIB)
+    limits = Limits(inline_files=0, chunk_files=1, chunk_bytes=MIB, max_chunks=most)
+
+    planned_ = planned(source, limits, Crew())
+
+    assert planned_.whole() == (paths if planned_.ranges("large") else sorted([*paths, "large"]))
+    assert len(planned_.plan.chunks) <= most
+
+
+def test_no_byte_is_copied_of_a_source_with_a_fifo(fresh: Fresh) -> None:
+    source = fresh("ext4") / "source"
+    make_files(source, 12, 30)
+    os.mkfifo(source / "d9" / "fifo")
+    crew = Crew()
+
+    with pytest.raises(ForkError) as caught:
+        planned(source, Limits(inline_files=20, chunk_files=24), crew)
+
+    assert caught.value.code is Code.UNSUPPORTED_FILE_TYPE
+    assert crew.taken == []
+    assert planned(source, Limits(inline_files=20, chunk_files=24), crew, skip=("d9/fifo",)).plan.entries == 12 * 31 + 1
+    assert crew.taken != []
 
 
 def test_a_plan_comes_back_from_the_journal(fresh: Fresh) -> None:

@@ -30,7 +30,7 @@ def test_both_children_work_on_the_chunks_of_one_fork(
 
     system.assert_left_nothing_in(place)
     done_by = _workers_of_chunks(system.worker.output(), "fork-both")
-    assert set(done_by) == set(range(result["chunks"]))
+    assert set(done_by) < set(range(result["chunks"]))  # the first ones were done while the planner still walked
     shares = {child: list(done_by.values()).count(child) for child in set(done_by.values())}
     assert len(shares) == 2
     assert min(shares.values()) > result["chunks"] // 10
@@ -148,5 +148,6 @@ def test_two_workers_share_the_chunks_of_one_fork(
     system.assert_left_nothing_in(place)
     shares = [_workers_of_chunks(worker.output(), "fork-shared") for worker in (system.worker, other)]
     assert all(shares)
-    assert set().union(*shares) == set(range(result["chunks"]))
+    assert set().union(*shares) < set(range(result["chunks"]))  # the planner's process did the others
+    check_books(result, system.scheduler.files("fork-shared"))
     assert snapshot(place / "b") == snapshot(large_source)

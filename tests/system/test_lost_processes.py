@@ -63,7 +63,9 @@ def test_fork_of_a_stopped_child_is_not_published_before_it_wakes_and_then_is_wh
 
 
 def _stop_one(staging: StagingView) -> tuple[int, int] | None:
-    """Stops a child while it holds a chunk that is not done: (chunk, pid)."""
+    """Stops a child while it holds a chunk that is not done, when the fork is planned: (chunk, pid)."""
+    if staging.phase != "cloning":
+        return None
     for chunk in staging.begun() - staging.done():
         pid = staging.worker_of(chunk)
         if pid is not None:
