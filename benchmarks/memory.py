@@ -30,12 +30,12 @@ def measure_memory(case: Case, filesystem: Filesystem, service: Service | None) 
         run = run_once(engine(), filesystem, source, case.files)
         yield Finding(f"{where}, engine and its children", (run.memory or 0) / (1 << 20), "MiB", _MOST_MIB)
         if service is not None:
-            with _Watch(service.worker_pid) as watch:
+            with Watch(service.worker_pid) as watch:
                 run_once(service.subject(), filesystem, source, case.files)
             yield Finding(f"{where}, worker and its children", watch.largest / (1 << 20), "MiB", _MOST_MIB)
 
 
-class _Watch:
+class Watch:
     """Looks at a process and its children now and then, for the time of a with block."""
 
     def __init__(self, pid: int) -> None:
@@ -45,7 +45,7 @@ class _Watch:
         #: Bytes, of any one process at any time of its life.
         self.largest = 0
 
-    def __enter__(self) -> _Watch:
+    def __enter__(self) -> Watch:
         self._thread.start()
         return self
 

@@ -1,0 +1,146 @@
+"""Campaigns beside one cp for each fork, two at a time; and what a very large one takes."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+
+from benchmarks.cases import INST, MINI, ONE, Case
+from benchmarks.filesystems import Filesystem
+from benchmarks.memory import Watch
+from benchmarks.report import Finding
+from benchmarks.rounds import built, remove, settle
+from benchmarks.same import check_same
+from benchmarks.say import say
+from benchmarks.service import Service
+from benchmarks.subjects import SubjectFailed
+
+CASES = (MINI, INST)
+
+_ROUNDS = 5
+#: Case → forks, and the campaign's time by that of the copies at most.
+_SIZES = {MINI.name: (1000, 0.40), INST.name: (200, 0.6)}
+#: The very large campaign, and its targets.
+_MANY = 100_000
+_MOST_MIB = 200
+_LEAST_PACE = 0.8
+#: What part of the forks, at the beginning and at the end, the pace is compared over.
+_PART = 0.2
+_LOOK_SECONDS = 0.25
+
+
+def measure_campaigns(filesystem: Filesystem, service: Service) -> Iterator[Finding]:
+    """Campaigns through Redis, from send_task to the result, by `seq N | xargs -P2 cp -a --reflink=always`."""
+    for case in CASES:
+        forks, most = _SIZES[case.name]
+        seconds: dict[str, list[float]] = {"campaign": [], "cp": []}
+        with built(case, filesystem) as source:
+            subjects: dict[str, Callable[[Path, Path, int], float]] = {"campaign": service_campaign(service), "cp": _cp}
+            for number in range(_ROUNDS):
+                say(f"campaigns: {forks} forks of {case.name} on {filesystem.name}, round {number + 1} of {_ROUNDS}")
+                for name, run in subjects.items():
+                    seconds[name].append(_once(filesystem, source, case, forks, run, checked=number == 0))
+                    service.forget_results()
+        ours, theirs = median(seconds["campaign"]), median(seconds["cp"])
+        where = f"{filesystem.name}, {forks} forks of {case.name}"
+        yield Finding(f"{where}: a campaign through Redis", ours * 1e3, "ms")
+        yield Finding(f"{where}: xargs -P2 cp", theirs * 1e3, "ms")
+        yield Finding(f"{where}: the campaign by the copies", ours / theirs, "", most)
+
+
+def measure_large_campaign(filesystem: Filesystem, service: Service) -> Iterator[Finding]:
+    """A hundred thousand forks of a source of one file. What it made goes with the filesystem."""
+    say(f"campaigns: {_MANY:,} forks of one file on {filesystem.name}")
+    source, parent = filesystem.path / ONE.name, filesystem.path / "many"
+    source.mkdir()
+    parent.mkdir()
+    ONE.build(source)
+    seen: list[tuple[float, int]] = []
+    largest = 0
+    with Watch(service.worker_pid) as watch:
+        began = time.perf_counter()
+        campaign = service.client.send_task(
+            "forkvm.campaign",
+            kwargs={"request": _request(source, parent, _MANY)},
+            task_id=f"bench-{uuid.uuid4().hex}",
+            queue="forkvm",
+        )
+        while not campaign.ready():
+            if campaign.state == "PROGRESS":
+                seen.append((time.perf_counter(), campaign.info["forks_done"]))
+            largest = max(largest, int(service.redis.info("memory")["used_memory"]))
+            time.sleep(_LOOK_SECONDS)
+        seconds = time.perf_counter() - began
+    if campaign.get()["status"] != "succeeded":
+        raise SubjectFailed(f"the campaign ended as {campaign.get()}")
+    where = f"{filesystem.name}, {_MANY:,} forks of one file"
+    yield Finding(f"{where}: forks a second", _MANY / seconds, "")
+    yield Finding(f"{where}: largest resident memory of a process", watch.largest / (1 << 20), "MiB", _MOST_MIB)
+    yield Finding(f"{where}: Redis at its peak", largest / (1 << 20), "MiB", _MOST_MIB)
+    pace = _pace(seen, 0.0, _PART) / _pace(seen, 1.0 - _PART, 1.0)
+    yield Finding(f"{where}: pace at the beginning by that at the end", pace, "", 1 / _LEAST_PACE)
+
+
+def service_campaign(service: Service) -> Callable[[Path, Path, int], float]:
+    """Makes a campaign through Redis; returns how long it took, in seconds. Raises SubjectFailed."""
+
+    def run(source: Path, parent: Path, forks: int) -> float:
+        began = time.perf_counter()
+        campaign = service.client.send_task(
+            "forkvm.campaign",
+            kwargs={"request": _request(source, parent, forks)},
+            task_id=f"bench-{uuid.uuid4().hex}",
+            queue="forkvm",
+        )
+        result = campaign.get(timeout=600)
+        seconds = time.perf_counter() - began
+        if result["status"] != "succeeded":
+            raise SubjectFailed(f"the campaign ended as {result}")
+        return seconds
+
+    return run
+
+
+def _request(source: Path, parent: Path, forks: int) -> dict[str, object]:
+    return {"source": str(source), "destinations": {"template": f"{parent}/{{n}}", "count": forks}}
+
+
+def _cp(source: Path, parent: Path, forks: int) -> float:
+    numbers = "".join(f"{n}\n" for n in range(1, forks + 1)).encode()
+    command = ["xargs", "-P2", "-I@", "cp", "-a", "--reflink=always", str(source), f"{parent}/@"]
+    began = time.perf_counter()
+    subprocess.run(command, input=numbers, check=True)
+    return time.perf_counter() - began
+
+
+def _once(
+    filesystem: Filesystem,
+    source: Path,
+    case: Case,
+    forks: int,
+    run: Callable[[Path, Path, int], float],
+    *,
+    checked: bool,
+) -> float:
+    """One run with nothing left to be written before it; seconds. `checked`: its last fork is compared."""
+    parent = filesystem.path / "copies"
+    parent.mkdir()
+    try:
+        settle(filesystem)
+        seconds = run(source, parent, forks)
+        if checked:
+            check_same(source, parent / str(forks), case.files)
+        return seconds
+    finally:
+        remove(parent)
+
+
+def _pace(seen: list[tuple[float, int]], begin: float, end: float) -> float:
+    """Forks a second while the share of the forks that were done went from `begin` to `end`."""
+    part = [(at, done) for at, done in seen if begin * _MANY <= done <= end * _MANY]
+    (first_at, first), (last_at, last) = part[0], part[-1]
+    return (last - first) / (last_at - first_at)
