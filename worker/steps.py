@@ -18,8 +18,8 @@ from worker.mending import put_unnoted_back
 
 #: How often the lease is renewed and the heartbeat file touched, in seconds.
 INTERVAL_SECONDS = 2.0
-#: A sweep that is not over after so many seconds is taken for lost, and another one is sent.
-_SWEEP_LOST_SECONDS = 60
+#: A sweep that is not over after so many intervals is taken for lost, and another one is sent.
+_SWEEP_LOST_INTERVALS = 3
 
 
 class PutBack(bootsteps.StartStopStep):
@@ -133,6 +133,6 @@ class Sweeper(bootsteps.StartStopStep):
         queues = [name for name in app.amqp.queues.consume_from if "#" not in name]
         with suppress(OperationalError, RedisError, OSError):  # the consumer's loop meets the same, and reconnects
             for queue in queues:
-                if results.take_turn("sweep", queue, _SWEEP_LOST_SECONDS):
+                if results.take_turn("sweep", queue, _SWEEP_LOST_INTERVALS * self.interval):
                     queue = inner_queue(queue, SWEEP_TASK)
                     app.send_task(SWEEP_TASK, kwargs={"every": self.interval}, queue=queue, retry=False)

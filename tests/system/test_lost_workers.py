@@ -42,26 +42,6 @@ def group(worker: Worker, number: signal.Signals) -> None:
     os.killpg(worker.pid, number)
 
 
-def test_a_killed_workers_fork_is_finished_by_another_within_seconds(
-    place: Path, start_worker: StartWorker, foreign_client: Celery, redis_server: RedisServer
-) -> None:
-    first = start_worker(place, env=SMALL_CHUNKS)
-    send(foreign_client, place, "f1")
-    wait_until(lambda: is_chunk_begun(place), "a chunk at work")
-
-    first.kill()
-    began = time.monotonic()
-    start_worker(place, env=SMALL_CHUNKS)
-    result = foreign_client.AsyncResult("f1").get(timeout=40)
-
-    assert result["status"] == "succeeded"
-    assert time.monotonic() - began < 25
-    assert sorted(path.name for path in place.iterdir()) == ["vm-1", "vm-2"]
-    assert {path: entry.sha256 for path, entry in snapshot(place / "vm-2").items()} == {
-        path: entry.sha256 for path, entry in snapshot(place / "vm-1").items()
-    }
-
-
 def test_a_long_task_is_delivered_once_while_its_worker_lives(
     place: Path, start_worker: StartWorker, foreign_client: Celery, redis_server: RedisServer
 ) -> None:
