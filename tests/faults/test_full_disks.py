@@ -44,14 +44,14 @@ def quota_of_btrfs(fresh: Fresh) -> Iterator[Path]:
     directory = fresh("btrfs")
     volume = directory / "volume"
     for command in (
-        ["quota", "enable", directory],
-        ["subvolume", "create", volume],
-        ["qgroup", "limit", str(_ALLOWED), volume],
+        ["quota", "enable", str(directory)],
+        ["subvolume", "create", str(volume)],
+        ["qgroup", "limit", str(_ALLOWED), str(volume)],
     ):
         subprocess.run([btrfs, *command], check=True, capture_output=True)
     os.chown(volume, NOBODY, NOBODY)
     yield volume
-    for command in (["subvolume", "delete", volume], ["quota", "disable", directory]):
+    for command in (["subvolume", "delete", str(volume)], ["quota", "disable", str(directory)]):
         subprocess.run([btrfs, *command], check=True, capture_output=True)
 
 
