@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Iterator
@@ -134,11 +135,13 @@ class Cloner:
         began = time.perf_counter()
         source = place.source_of(entry.name)
         try:
+            target = os.readlink(entry.name, dir_fd=place.src_fd)
             now = os.stat(entry.name, dir_fd=place.src_fd, follow_symlinks=False)
             if not entry.is_still(now):
                 raise ForkError(Code.SOURCE_CHANGED, "it changed while it was cloned", source)
-            target = os.readlink(entry.name, dir_fd=place.src_fd)
         except OSError as error:
+            if error.errno == errno.EINVAL:  # no symlink any more (readlink(2))
+                raise ForkError(Code.SOURCE_CHANGED, "it was replaced while it was cloned", source) from None
             raise from_source(error, "reading a symlink", source) from None
         try:
             _make_symlink(target, entry.name, place.dst_fd)

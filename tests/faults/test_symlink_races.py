@@ -1,0 +1,116 @@
+"""The classic race: somebody swaps directories for symlinks as fast as he can while forks are made within the roots."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.engine.forking import fork, leftovers
+from tests.fixtures.filesystems import Fresh
+from tests.fixtures.processes import wait_until
+from tests.support.tree import snapshot
+
+#: How often each swapper must have swapped before a test may end.
+SWAPS = 10_000
+#: Forks of each test at least.
+FORKS = 60
+SECRET = b"a secret"
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+
+
+@pytest.fixture
+def yard(fresh: Fresh) -> Path:
+    """`root`, the one root, with a guest and a place for forks; `outside`, which looks the same and holds secrets."""
+    yard = fresh("xfs")
+    for side, content in (("root", b"paused"), ("outside", SECRET)):
+        deepest = yard / side / "guests" / "source" / "a" / "b"
+        deepest.mkdir(parents=True)
+        for directory in (deepest, deepest.parent, deepest.parent.parent):
+            (directory / "state").write_bytes(content)
+        (yard / side / "forks").mkdir()
+    return yard
+
+
+class Swapper:
+    """A process that exchanges a directory and a symlink again and again, and counts it.
+
+    renameat2(RENAME_EXCHANGE): one of the two is always there.
+    """
+
+    def __init__(self, directory: Path, target: Path) -> None:
+        self._directory = directory
+        self._link = directory.with_name(f"{directory.name}.swap")
+        self._link.symlink_to(os.path.relpath(target, directory.parent))
+        self._count = mmap.mmap(-1, 8)
+        self._pid = os.fork()
+        if self._pid == 0:
+            self._swap_for_ever()
+
+    @property
+    def swaps(self) -> int:
+        return int.from_bytes(self._count[:], "little")
+
+    def _swap_for_ever(self) -> None:
+        try:
+            for done in itertools.count(1):
+                self._exchange()
+                self._count[:] = done.to_bytes(8, "little")
+        finally:
+            os._exit(1)
+
+    def _exchange(self) -> None:
+        ours, theirs = os.fsencode(self._directory), os.fsencode(self._link)
+        if ctypes.CDLL(None).renameat2(_AT_FDCWD, ours, _AT_FDCWD, theirs, _RENAME_EXCHANGE) != 0:
+            raise OSError("renameat2")
+
+    def end(self) -> None:
+        """The directory is a directory again."""
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
+        if self._directory.is_symlink():
+            self._exchange()
+        self._link.unlink()
+
+
+def _fork_while_swapped(yard: Path, swapped: str) -> Counter[str]:
+    """Forks until enough of them met enough swaps; what became of them."""
+    outside = snapshot(yard / "outside")
+    outcomes: Counter[str] = Counter()
+    source, destination = yard / "root" / "guests" / "source", yard / "root" / "forks" / "fork"
+    swapper = Swapper(yard / "root" / swapped, yard / "outside" / swapped)
+    try:
+        while outcomes.total() < FORKS or swapper.swaps < SWAPS:
+            before = swapper.swaps
+            result = fork(source, f"{destination}-{outcomes.total()}", roots=[yard / "root"])
+            outcomes[result["error"]["code"] if result["error"] else "succeeded"] += 1
+            wait_until(lambda before=before: swapper.swaps > before, "a swap")  # type: ignore[misc]
+    finally:
+        swapper.end()
+    assert snapshot(yard / "outside") == outside
+    forks = yard / "root" / "forks"
+    assert leftovers(forks) == []
+    assert len(list(forks.iterdir())) == outcomes["succeeded"]
+    secret = [path for path in forks.rglob("*") if path.name == "state" and SECRET in path.read_bytes()]
+    assert secret == []
+    return outcomes
+
+
+@pytest.mark.parametrize("swapped", ["guests", "guests/source", "guests/source/a", "guests/source/a/b"])
+def test_a_source_whose_directories_are_swapped_for_symlinks_leads_nobody_out(yard: Path, swapped: str) -> None:
+    outcomes = _fork_while_swapped(yard, swapped)
+
+    # A directory below the source may be a symlink when the walk comes by: then that is what the source holds.
+    assert set(outcomes) <= {"succeeded", "source_changed", "outside_roots"}
+    assert len(outcomes) > 1
+
+
+def test_a_destination_whose_parent_is_swapped_for_a_symlink_leads_nobody_out(yard: Path) -> None:
+    assert set(_fork_while_swapped(yard, "forks")) == {"succeeded", "outside_roots"}
