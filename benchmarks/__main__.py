@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks import filesystems, first_file, growth, memory, messages, report, subjects
+from benchmarks import filesystems, first_file, growth, memory, messages, report, singles, subjects
 from benchmarks.cases import CASES, Case
 from benchmarks.filesystems import KINDS, Filesystem, Unavailable
 from benchmarks.picture import draw
@@ -33,6 +33,8 @@ _QUICK_CASES = ("inst", "tree")
 _INTERRUPTED = 130
 #: The filesystem of what is measured on request, but for the dense file's memory, which is copied on ext4.
 _EXTRA_KIND = "xfs"
+#: But what a small fork costs, on both that reflink.
+_SINGLES_KINDS = ("xfs", "btrfs")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class _Plan:
 @click.option("--growth", "with_growth", is_flag=True, help="… time per file at a million files and at ten thousand.")
 @click.option("--messages", "with_messages", is_flag=True, help="… the largest message and the largest Redis value.")
 @click.option("--first-file", "with_first_file", is_flag=True, help="… the time until the first file is cloned.")
+@click.option("--singles", "with_singles", is_flag=True, help="… a thousand small forks beside as many empty tasks.")
 @click.option("--table", "with_table", is_flag=True, help="The table too, where other things are asked for.")
 def main(
     quick: bool,
@@ -89,10 +92,11 @@ def main(
     with_growth: bool,
     with_messages: bool,
     with_first_file: bool,
+    with_singles: bool,
     with_table: bool,
 ) -> None:
     """Measure forkvm beside its peers and the limit, on filesystems that are made for it and gone afterwards."""
-    extras = _extras(with_memory, with_growth, with_messages, with_first_file)
+    extras = _extras(with_memory, with_growth, with_messages, with_first_file, with_singles)
     plan = _Plan(
         kinds=("the directory",) if directory is not None else kinds or KINDS,
         cases=[CASES[name] for name in cases or (_QUICK_CASES if quick else CASES)],
@@ -220,12 +224,15 @@ class _Extra:
     measure: Callable[[_Plan, Path, Service | None], list[Finding]]
 
 
-def _extras(with_memory: bool, with_growth: bool, with_messages: bool, with_first_file: bool) -> list[_Extra]:
+def _extras(
+    with_memory: bool, with_growth: bool, with_messages: bool, with_first_file: bool, with_singles: bool
+) -> list[_Extra]:
     wanted = {
         _Extra("memory", _memory): with_memory,
         _Extra("growth", _growth): with_growth,
         _Extra("messages", _messages): with_messages,
         _Extra("first file", _first_file): with_first_file,
+        _Extra("singles", _singles): with_singles,
     }
     return [extra for extra, is_wanted in wanted.items() if is_wanted]
 
@@ -251,6 +258,17 @@ def _messages(plan: _Plan, root: Path, service: Service | None) -> list[Finding]
 
 def _first_file(plan: _Plan, root: Path, service: Service | None) -> list[Finding]:
     return _on_one(plan, root, first_file.CASES, lambda filesystem: first_file.measure_first_file(filesystem, service))
+
+
+def _singles(plan: _Plan, root: Path, service: Service | None) -> list[Finding]:
+    if service is None:
+        say("no messages without Redis")
+        return []
+    found: list[Finding] = []
+    for kind in _SINGLES_KINDS:
+        with _filesystem(plan, kind, singles.CASES, root) as (filesystem, _):
+            found += singles.measure_singles(filesystem, service)
+    return found
 
 
 def _on_one(
