@@ -14,8 +14,19 @@ from pathlib import Path
 
 import click
 
-from benchmarks import filesystems, first_file, growth, memory, messages, report, snapshot, subjects
-from benchmarks.cases import CASES, Case
+from benchmarks import (
+    campaigns,
+    filesystems,
+    first_file,
+    growth,
+    memory,
+    messages,
+    report,
+    singles,
+    snapshot,
+    subjects,
+)
+from benchmarks.cases import CASES, ONE, Case
 from benchmarks.filesystems import KINDS, Filesystem, Unavailable
 from benchmarks.picture import draw
 from benchmarks.report import Finding
@@ -26,6 +37,10 @@ from benchmarks.service import NoService, Service, running_service
 from benchmarks.subjects import PEERS, Subject, SubjectFailed
 
 _ROUNDS = 7
+#: What can be measured in place of the table: memory at a million files; time per file at a million files and at ten
+#: thousand; the largest message and Redis value; the time until the first file is cloned; a snapshot of a subvolume; a
+#: thousand small forks beside as many empty tasks; campaigns beside cp; a campaign of a hundred thousand forks.
+_EXTRAS = ("memory", "growth", "messages", "first-file", "snapshot", "singles", "campaigns", "large-campaign")
 #: What `--quick` leaves of it.
 _QUICK_ROUNDS = 3
 _QUICK_CASES = ("inst", "tree")
@@ -33,6 +48,8 @@ _QUICK_CASES = ("inst", "tree")
 _INTERRUPTED = 130
 #: The filesystem of what is measured on request, but for the dense file's memory, which is copied on ext4.
 _EXTRA_KIND = "xfs"
+#: But what a small fork costs, on both that reflink.
+_REFLINK_KINDS = ("xfs", "btrfs")
 
 
 @dataclass(frozen=True)
@@ -70,11 +87,9 @@ class _Plan:
 )
 @click.option("--json", "json_path", metavar="FILE", help="All figures, as JSON; - is stdout.")
 @click.option("--svg", "svg_path", metavar="FILE", help="The table, as a picture.")
-@click.option("--memory", "with_memory", is_flag=True, help="In place of the table: memory at a million files.")
-@click.option("--growth", "with_growth", is_flag=True, help="… time per file at a million files and at ten thousand.")
-@click.option("--messages", "with_messages", is_flag=True, help="… the largest message and the largest Redis value.")
-@click.option("--first-file", "with_first_file", is_flag=True, help="… the time until the first file is cloned.")
-@click.option("--snapshot", "with_snapshot", is_flag=True, help="… a fork of a btrfs subvolume by one snapshot.")
+@click.option(
+    "--measure", "extras", multiple=True, type=click.Choice(_EXTRAS), help="In place of the table; may be repeated."
+)
 @click.option("--table", "with_table", is_flag=True, help="The table too, where other things are asked for.")
 def main(
     quick: bool,
@@ -86,15 +101,10 @@ def main(
     work_dir: Path | None,
     json_path: str | None,
     svg_path: str | None,
-    with_memory: bool,
-    with_growth: bool,
-    with_messages: bool,
-    with_first_file: bool,
-    with_snapshot: bool,
+    extras: tuple[str, ...],
     with_table: bool,
 ) -> None:
     """Measure forkvm beside its peers and the limit, on filesystems that are made for it and gone afterwards."""
-    extras = _extras(with_memory, with_growth, with_messages, with_first_file, with_snapshot)
     plan = _Plan(
         kinds=("the directory",) if directory is not None else kinds or KINDS,
         cases=[CASES[name] for name in cases or (_QUICK_CASES if quick else CASES)],
@@ -118,11 +128,11 @@ def main(
                 for row in _table(plan, root, service):
                     rows.append(row)
                     failed += row.failures.values()
-            for extra in extras:
+            for name in extras:
                 try:
-                    findings += extra.measure(plan, root, service)
+                    findings += _MEASURES[name](plan, root, service)
                 except (Unavailable, SubjectFailed, Differs) as error:
-                    say(f"{extra.name} FAILED: {error}")
+                    say(f"{name} FAILED: {error}")
                     failed.append(str(error))
     except KeyboardInterrupt:
         interrupted = True
@@ -216,25 +226,6 @@ def _filesystem(
 # -- what is measured on request
 
 
-@dataclass(frozen=True)
-class _Extra:
-    name: str
-    measure: Callable[[_Plan, Path, Service | None], list[Finding]]
-
-
-def _extras(
-    with_memory: bool, with_growth: bool, with_messages: bool, with_first_file: bool, with_snapshot: bool
-) -> list[_Extra]:
-    wanted = {
-        _Extra("memory", _memory): with_memory,
-        _Extra("growth", _growth): with_growth,
-        _Extra("messages", _messages): with_messages,
-        _Extra("first file", _first_file): with_first_file,
-        _Extra("snapshot", _snapshot): with_snapshot,
-    }
-    return [extra for extra, is_wanted in wanted.items() if is_wanted]
-
-
 def _memory(plan: _Plan, root: Path, service: Service | None) -> list[Finding]:
     found: list[Finding] = []
     for kind, case in zip((_EXTRA_KIND, "ext4"), memory.CASES, strict=True):
@@ -264,6 +255,17 @@ def _snapshot(plan: _Plan, root: Path, service: Service | None) -> list[Finding]
     )
 
 
+def _singles(plan: _Plan, root: Path, service: Service | None) -> list[Finding]:
+    if service is None:
+        say("no messages without Redis")
+        return []
+    found: list[Finding] = []
+    for kind in _REFLINK_KINDS:
+        with _filesystem(plan, kind, singles.CASES, root) as (filesystem, _):
+            found += singles.measure_singles(filesystem, service)
+    return found
+
+
 def _on_one(
     plan: _Plan,
     root: Path,
@@ -275,6 +277,36 @@ def _on_one(
         if len(fitting) < len(cases):
             raise Unavailable("no room")
         return list(measure(filesystem))
+
+
+def _campaigns(plan: _Plan, root: Path, service: Service | None) -> list[Finding]:
+    if service is None:
+        say("no campaigns without Redis")
+        return []
+    found: list[Finding] = []
+    for kind in _REFLINK_KINDS:
+        with _filesystem(plan, kind, campaigns.CASES, root) as (filesystem, _):
+            found += campaigns.measure_campaigns(filesystem, service)
+    return found
+
+
+def _large_campaign(plan: _Plan, root: Path, service: Service | None) -> list[Finding]:
+    if service is None:
+        say("no campaigns without Redis")
+        return []
+    return _on_one(plan, root, [ONE], lambda filesystem: campaigns.measure_large_campaign(filesystem, service))
+
+
+_MEASURES: dict[str, Callable[[_Plan, Path, Service | None], list[Finding]]] = {
+    "memory": _memory,
+    "growth": _growth,
+    "messages": _messages,
+    "first-file": _first_file,
+    "snapshot": _snapshot,
+    "singles": _singles,
+    "campaigns": _campaigns,
+    "large-campaign": _large_campaign,
+}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ _IMAGE_PIECES = 512
 _BIG_BYTES = 4 * _GIB
 #: Sizes of the files of `tree`, in bytes.
 _TREE_SIZES = range(4 * _KIB, 10 * _KIB + 1)
+#: A file of `mini`.
+_MINI_BYTES = 200_000
 #: Tiny files are shorter than this, in bytes; every other one is empty.
 _TINY_BYTES = 64
 #: What the directory entry, the inode and the block of a tiny file take, at most, in bytes.
@@ -70,12 +72,22 @@ def _build_tree(top: Path) -> None:
     _build_flat(top, 100, [data[size : 2 * size] for size in sizes])
 
 
+def _build_mini(top: Path) -> None:
+    data = random.Random(5).randbytes(_MINI_BYTES)
+    for number in range(6):
+        (top / f"file-{number}").write_bytes(data)
+
+
 def _build_big(top: Path) -> None:
     rng = random.Random(4)
     pieces = [rng.randbytes(4 * _MIB) for _ in range(4)]
     with (top / "dense.raw").open("wb", buffering=0) as file:
         for n in range(_BIG_BYTES // len(pieces[0])):
             file.write(pieces[n % len(pieces)])
+
+
+def _build_one(top: Path) -> None:
+    (top / "disk.raw").write_bytes(random.Random(5).randbytes(100_000))
 
 
 def _build_flat(top: Path, directories: int, contents: Sequence[bytes]) -> None:
@@ -97,5 +109,9 @@ INST = Case("inst", "6 files: 2 x 2 GiB with 512 extents each, 1 GiB of data in 
 TREE = Case("tree", "20,000 files of 4 to 10 KiB in 100 directories", 20_000, _GIB, _build_tree)
 BIG = Case("big", "one dense file of 4 GiB", 1, 9 * _GIB, _build_big)
 WIDE = small_files("wide", 200_000, 200)
+#: Not in the table: so small a fork is measured by the thousand.
+MINI = Case("mini", "6 files of 200 KB", 6, 2 * _GIB, _build_mini)
+#: For a campaign of a hundred thousand forks, each a directory and an inode.
+ONE = Case("one", "one file of 100 KB", 1, 4 * _GIB, _build_one)
 
 CASES = {case.name: case for case in (INST, TREE, BIG, WIDE)}

@@ -10,10 +10,11 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from celery import Celery
 from redis import Redis
@@ -33,6 +34,14 @@ _WARM_FORKS = 4
 
 class NoService(Exception):
     """Redis or the worker cannot be had; the message says why."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One task to be sent."""
+
+    task: str
+    kwargs: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,22 @@ class Service:
         if result["status"] != "succeeded":
             raise SubjectFailed(f"through Redis: {result}")
         return Run(began, ended)
+
+    def run_all(self, messages: Sequence[Message]) -> float:
+        """Send all, and wait for all: the seconds that it took. Raises SubjectFailed."""
+        began = time.perf_counter()
+        sent = [
+            self.client.send_task(
+                message.task, kwargs=message.kwargs, task_id=f"bench-{uuid.uuid4().hex}", queue=_QUEUE
+            )
+            for message in messages
+        ]
+        try:
+            for one in sent:
+                one.get(timeout=_FORK_SECONDS)
+        except Exception as error:  # whatever a task ended with, as Celery raises it
+            raise SubjectFailed(f"through Redis: {error}; the worker's log ends with\n{self._log_end()}") from None
+        return time.perf_counter() - began
 
     def forget_results(self) -> None:
         """Take the results of earlier forks out of Redis: a day of them is not what is measured."""

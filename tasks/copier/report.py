@@ -15,7 +15,7 @@ from tasks.copier.walk import Entry, file_type
 Method = Literal["snapshot", "reflink", "copy", "hardlink", "symlink", "mkdir", "skip"]
 
 #: FileResults a page, and characters of JSON: so that a page stays below 1 MiB even where paths do not compress.
-PAGE_RESULTS = 1_000
+PAGE_RESULTS = 4_000
 PAGE_LENGTH = 768 << 10
 _FASTEST = 1
 

@@ -29,6 +29,10 @@ class Message(NamedTuple):
         return str(json.loads(self.raw)["headers"]["task"])
 
     @property
+    def task_id(self) -> str:
+        return str(json.loads(self.raw)["headers"]["id"])
+
+    @property
     def delivery_tag(self) -> str:
         return str(json.loads(self.raw)["properties"]["delivery_tag"])
 

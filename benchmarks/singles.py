@@ -1,0 +1,44 @@
+"""What a small fork costs beside a Celery task that does nothing, on the same worker, sent a thousand times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import median
+
+from benchmarks.cases import MINI
+from benchmarks.filesystems import Filesystem
+from benchmarks.report import Finding
+from benchmarks.rounds import built, remove, settle
+from benchmarks.say import say
+from benchmarks.service import Message, Service
+from tasks.app import FORK_TASK
+
+CASES = (MINI,)
+
+#: A task that Celery itself gives every worker: it returns its arguments.
+_EMPTY = Message("celery.accumulate", {})
+_MESSAGES = 1_000
+_ROUNDS = 3
+_MOST_RATIO = 2.5
+
+
+def measure_singles(filesystem: Filesystem, service: Service) -> Iterator[Finding]:
+    """From the first message sent to the last result in the client's hands: empty tasks and single forks in turn."""
+    empty: list[float] = []
+    forks: list[float] = []
+    with built(MINI, filesystem) as source:
+        for number in range(_ROUNDS):
+            say(f"singles: {filesystem.name}, round {number + 1} of {_ROUNDS}")
+            service.forget_results()
+            empty.append(service.run_all([_EMPTY] * _MESSAGES))
+            fan = filesystem.path / "fan"
+            fan.mkdir()
+            settle(filesystem)
+            requests = [{"source": str(source), "destination": str(fan / f"vm-{n:04}")} for n in range(_MESSAGES)]
+            service.forget_results()
+            forks.append(service.run_all([Message(FORK_TASK, {"request": request}) for request in requests]))
+            remove(fan)
+    where = f"{filesystem.name}, {_MESSAGES:,} messages"
+    yield Finding(f"{where}: empty Celery tasks", median(empty), "s")
+    yield Finding(f"{where}: single forks of {MINI.name}", median(forks), "s")
+    yield Finding(f"{where}: the forks by the empty tasks", median(forks) / median(empty), "times", _MOST_RATIO)
