@@ -60,18 +60,20 @@ def campaign(
     """Make many forks of SOURCE: enqueue them for the workers, or make them here."""
     settings = with_domain(read_settings(), domain)
     campaign_id = campaign_id or uuid.uuid4().hex
-    client = None if local else connect(settings)
+    client = None
     if earlier is not None:
-        request = _retry_of(client or connect(settings), earlier)
+        client = connect(settings)
+        request = _retry_of(client, earlier)
         if request is None:
             say(f"{earlier}: every fork of it has succeeded; there is nothing to do again")
             return
     else:
         request = _request(source, fields)
-    if client is None:
+    if local:
         _answer(_make_here(request, campaign_id), as_json)
         return
     campaign_of(request, campaign_id, owner="queue")  # what is wrong with it, the caller learns here
+    client = client or connect(settings)
     client.submit_campaign(request, campaign_id)
     if not wait:
         answer_json({"id": campaign_id}) if as_json else answer(campaign_id)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,3 +153,10 @@ def campaign_with_books(
     for parent in {path.parent for path in paths}:
         assert leftovers(parent) == []
     return result, books
+
+
+def main(argv: Sequence[str] = sys.argv) -> None:
+    """A process of its own, for a trace: the source, a directory for the books, the durability, the destinations."""
+    source, books, durability, *paths = argv[1:]
+    result, _ = campaign_with_books(Path(source), [Path(path) for path in paths], Path(books), durability=durability)
+    assert result["status"] == "succeeded", result

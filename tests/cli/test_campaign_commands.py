@@ -1,0 +1,219 @@
+"""`forkvm campaign` and `forkvm forks`, and what `status` and `cancel` say of campaigns."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.filesystems import Fresh
+from tests.fixtures.processes import RunForkvm, StartWorker, forkvm_script, program_environment, wait_until
+from tests.fixtures.redis_server import RedisServer
+from tests.support.guests import GuestSizes, make_guest
+
+SMALL = GuestSizes(overlay=1 << 20, overlay_data=1 << 18, memory=1 << 20, memory_data=1 << 18, config=1 << 16)
+
+
+@pytest.fixture
+def place(fresh: Fresh) -> Path:
+    place = fresh("xfs")
+    make_guest(place / "vm", SMALL)
+    return place
+
+
+def forks_in(place: Path) -> list[str]:
+    return sorted(path.name for path in place.iterdir() if path.name != "vm")
+
+
+def test_local_makes_a_campaign_without_a_broker_and_tells_a_person(run_forkvm: RunForkvm, place: Path) -> None:
+    done = run_forkvm("campaign", place / "vm", "--to", f"{place}/vm-{{n:03}}", "--count", "12", "--local")
+
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"succeeded: {place}/vm -> 12 forks in ")
+    assert "12 succeeded" in done.stdout
+    assert done.stderr == ""
+    assert forks_in(place) == [f"vm-{n:03}" for n in range(1, 13)]
+    assert run_forkvm("verify", place / "vm", place / "vm-012").returncode == 0
+
+
+def test_local_with_json_prints_the_one_document_of_the_contract(run_forkvm: RunForkvm, place: Path) -> None:
+    (place / "list").write_bytes(b"".join(os.fsencode(place) + b"/vm-\xff-%d\n" % n for n in range(4)) + b"\n")
+
+    done = run_forkvm("campaign", place / "vm", "--to-file", place / "list", "--local", "--json", "--id", "c1")
+
+    result = json.loads(done.stdout)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (result["campaign_id"], result["status"], result["forks"]["succeeded"]) == ("c1", "succeeded", 4)
+    assert (place / os.fsdecode(b"vm-\xff-3")).is_dir()
+
+
+def test_local_with_failures_exits_with_1_and_names_them(run_forkvm: RunForkvm, place: Path) -> None:
+    (place / "vm-2").mkdir()
+
+    done = run_forkvm("campaign", place / "vm", "--to-file", "-", "--local", stdin=f"{place}/vm-1\n{place}/vm-2\n")
+
+    assert done.returncode == 1
+    assert done.stdout.startswith("partial: ")
+    assert f"destination_exists: {place}/vm-2" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bad_call_exits_with_2_in_one_line_and_makes_nothing(run_forkvm: RunForkvm, place: Path) -> None:
+    """No broker is asked: there is none here."""
+    source, template = str(place / "vm"), f"{place}/vm-{{n}}"
+    calls = {
+        ("campaign",): "SOURCE",
+        ("campaign", source): "destinations",
+        ("campaign", source, "--to", template): "--count",
+        ("campaign", source, "--to", template, "--to-file", "-"): "destinations",
+        ("campaign", source, "--to-file", f"{place}/missing"): "No such file",
+        ("campaign", source, "--to", template, "--count", "many"): "--count",
+        ("campaign", source, "--to", f"{place}/same", "--count", "2"): "twice",
+        ("campaign", source, "--to", template, "--count", "2", "--on-error", "panic"): "on_error",
+        ("campaign", source, "--to", f"{place}/vm-{{n.real}}", "--count", "2", "--local"): "template",
+    }
+
+    for call, said in calls.items():
+        done = run_forkvm(*call, env={"FORKVM_BROKER_URL": f"redis+socket://{place}/nobody"})
+        assert done.returncode == 2, (call, done)
+        assert said in done.stderr, (call, done.stderr)
+        assert "Traceback" not in done.stderr
+
+    assert forks_in(place) == []
+
+
+def test_an_id_that_is_no_campaigns_is_a_bad_call(run_forkvm: RunForkvm, redis_server: RedisServer) -> None:
+    environment = program_environment(redis_server)
+
+    for call in (["campaign", "--retry", "never"], ["forks", "never"]):
+        done = run_forkvm(*call, env=environment)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "never: no campaign of this id" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_without_a_broker_campaigns_exit_with_3_in_one_line(run_forkvm: RunForkvm, tmp_path: Path) -> None:
+    environment = {"FORKVM_BROKER_URL": f"redis+socket://{tmp_path}/nobody"}
+
+    for command in (["campaign", "/a", "--to", "/b-{n}", "--count", "2"], ["forks", "c"], ["campaign", "--retry", "c"]):
+        done = run_forkvm(*command, env=environment)
+        assert done.returncode == 3, command
+        assert done.stderr.startswith("forkvm: no broker at redis+socket://"), command
+        assert done.stderr.count("\n") == 1, command
+
+
+def test_a_campaign_is_sent_waited_for_listed_and_retried(
+    run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, redis_server: RedisServer
+) -> None:
+    # Given two destinations that are taken
+    environment = program_environment(redis_server, place)
+    start_worker(place, command="forkvm", args=["--domain", "nvme-a"])
+    for n in (3, 7):
+        (place / f"vm-{n}").mkdir()
+    send = ["campaign", str(place / "vm"), "--to", f"{place}/vm-{{n}}", "--count", "20", "--domain", "nvme-a"]
+
+    # When
+    waited = run_forkvm(*send, "--id", "c1", "--label", "rack=7", "--wait", "--json", env=environment)
+    status = run_forkvm("status", "c1", "--json", env=environment)
+    shown = run_forkvm("status", "c1", env=environment)
+    listed = run_forkvm("forks", "c1", "--json", env=environment)
+    failed = run_forkvm("forks", "c1", "--failed", env=environment)
+
+    # Then
+    result = json.loads(waited.stdout)
+    assert (waited.returncode, status.returncode, shown.returncode) == (1, 1, 1)
+    assert (result["status"], result["forks"]["succeeded"], result["forks"]["failed"]) == ("partial", 18, 2)
+    assert json.loads(status.stdout) == {"id": "c1", "state": "SUCCESS", "progress": None, "result": result}
+    assert "c1.3: destination_exists" in shown.stdout
+    forks = [json.loads(line) for line in listed.stdout.splitlines()]
+    assert [fork["fork_id"] for fork in forks] == [f"c1.{n}" for n in range(1, 21)]
+    assert [line.split()[:2] for line in failed.stdout.splitlines()] == [["failed", "c1.3"], ["failed", "c1.7"]]
+
+    # When what failed is done again, with room for it now
+    identity = (place / "vm-1").stat().st_ino
+    for n in (3, 7):
+        (place / f"vm-{n}").rmdir()
+    retry = ["campaign", "--retry", "c1", "--id", "c2", "--domain", "nvme-a", "--wait", "--json"]
+    retried = run_forkvm(*retry, env=environment)
+    nothing = run_forkvm("campaign", "--retry", "c2", "--wait", env=environment)
+
+    # Then it alone was done
+    assert retried.returncode == 0
+    assert json.loads(retried.stdout)["forks"] == {"total": 2, "succeeded": 2, "failed": 0, "cancelled": 0}
+    assert (place / "vm-1").stat().st_ino == identity
+    assert forks_in(place) == sorted(f"vm-{n}" for n in range(1, 21))
+    forks = [json.loads(line) for line in run_forkvm("forks", "c2", "--json", env=environment).stdout.splitlines()]
+    assert [(fork["destination"], fork["labels"]) for fork in forks] == [
+        (f"{place}/vm-{n}", {"rack": "7"}) for n in (3, 7)
+    ]
+    assert nothing.returncode == 0
+    assert "nothing to do again" in nothing.stderr
+
+
+def test_a_running_campaign_is_watched_with_a_bar_and_cancelled(
+    run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, redis_server: RedisServer
+) -> None:
+    # Given
+    environment = program_environment(redis_server, place)
+    start_worker(place, 1)
+    send = ["campaign", str(place / "vm"), "--to", f"{place}/vm-{{n}}", "--count", "6000", "--id", "c1"]
+    sent = run_forkvm(*send, env=environment)
+    wait_until((place / "vm-1").exists, "the first fork")
+
+    # When
+    terminal, its_other_side = pty.openpty()
+    try:
+        watching = subprocess.Popen(
+            [forkvm_script(), "status", "c1", "--watch", "--json"],
+            stdout=subprocess.PIPE,
+            stderr=its_other_side,
+            env=environment | {"TERM": "xterm"},
+        )
+        os.close(its_other_side)
+        shown = b""
+        while b"/6000" not in shown:
+            shown += os.read(terminal, 4096)
+        told = json.loads(run_forkvm("status", "c1", "--json", env=environment).stdout)
+        retry = run_forkvm("campaign", "--retry", "c1", env=environment)
+        cancelled = run_forkvm("cancel", "c1", "--json", env=environment)
+        output, _ = watching.communicate(timeout=30)
+    finally:
+        os.close(terminal)
+
+    # Then
+    assert sent.stdout == "c1\n"
+    assert b"forks" in shown
+    assert b"/s" in shown
+    assert told["state"] == "PROGRESS"
+    assert set(told["progress"]) == {"forks_done", "forks_total", "forks_failed", "eta_seconds"}
+    assert retry.returncode == 2
+    assert "not ended yet" in retry.stderr
+    answer = json.loads(cancelled.stdout)
+    assert answer["state"] == "REVOKED"
+    assert answer["result"]["status"] == "cancelled"
+    assert cancelled.returncode == 0
+    assert json.loads(output)["result"] == answer["result"]
+    assert watching.returncode == 1
+    assert len(forks_in(place)) == answer["result"]["forks"]["succeeded"] > 0
+
+
+def test_an_interrupted_local_campaign_keeps_what_is_published_and_says_so(place: Path) -> None:
+    command = [forkvm_script(), "campaign", str(place / "vm"), "--to", f"{place}/vm-{{n}}", "--count", "5000"]
+    process = subprocess.Popen([*command, "--local"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until((place / "vm-1").exists, "the first fork")
+
+    process.send_signal(signal.SIGINT)
+    told, said = process.communicate(timeout=30)
+
+    assert process.returncode == 1
+    assert told.startswith("cancelled: ")
+    assert "SIGINT" in said
+    assert "Traceback" not in said
+    standing = forks_in(place)
+    assert not any(name.startswith(".forkvm") for name in standing)
+    assert f"{len(standing)} succeeded" in told

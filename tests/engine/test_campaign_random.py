@@ -1,0 +1,54 @@
+"""Any tree, cloned into any number of destinations in batches of any size, is the tree that it was in each of them."""
+
+from __future__ import annotations
+
+import os
+from unittest.mock import patch
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tasks.copier import campaign_plan
+from tests.engine.campaigning import campaign, campaign_with_books
+from tests.engine.forking import assert_alike, leftovers
+from tests.engine.test_random_trees import Directory, make, trees
+from tests.fixtures.filesystems import Fresh, Kind, fresh_directory
+from tests.system.books import check_books
+
+KINDS: list[Kind] = ["xfs", "btrfs", "ext4", "tmpfs"]
+EXAMPLES = settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@EXAMPLES
+@given(
+    tree=trees,
+    count=st.integers(1, 9),
+    most=st.integers(1, 5),
+    children=st.booleans(),
+    taken=st.sets(st.integers(0, 8), max_size=2),
+)
+def test_every_fork_of_any_tree_is_that_tree(
+    kind: Kind, fresh: Fresh, tree: Directory, count: int, most: int, children: bool, taken: set[int]
+) -> None:
+    with fresh_directory(fresh(kind)) as directory, patch.object(campaign_plan, "_MOST_IN_BATCH", most):
+        source, books = directory / "source", directory / "books"
+        make(os.fsencode(source), tree, [])
+        paths = [directory / f"vm-{n}" for n in range(count)]
+        for n in taken & set(range(count)):
+            paths[n].mkdir()
+
+        if children:
+            result = campaign(source, paths, exclude=())
+        else:
+            result, ledger = campaign_with_books(source, paths, books, exclude=())
+            for n, fork in enumerate(ledger.forks):
+                check_books(fork, ledger.files(n))
+
+        assert result["forks"]["failed"] == len(taken & set(range(count)))
+        assert result["forks"]["succeeded"] == count - result["forks"]["failed"]
+        for n, path in enumerate(paths):
+            if n not in taken:
+                assert_alike(source, path)
+        assert leftovers(directory) == []
