@@ -70,7 +70,7 @@ def measure_large_campaign(filesystem: Filesystem, service: Service) -> Iterator
             queue="forkvm",
         )
         while not campaign.ready():
-            if campaign.state == "PROGRESS":
+            if str(campaign.state) == "PROGRESS":
                 seen.append((time.perf_counter(), campaign.info["forks_done"]))
             largest = max(largest, int(service.redis.info("memory")["used_memory"]))
             time.sleep(_LOOK_SECONDS)

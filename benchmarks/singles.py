@@ -11,7 +11,7 @@ from benchmarks.report import Finding
 from benchmarks.rounds import built, remove, settle
 from benchmarks.say import say
 from benchmarks.service import Message, Service
-from tasks.app import FORK_TASK
+from tasks.context import FORK_TASK
 
 CASES = (MINI,)
 
