@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import suppress
+from dataclasses import replace
 
 from redis.exceptions import RedisError
 
@@ -14,7 +15,7 @@ from tasks.context import LOCK_WAIT, Again, Context
 from tasks.copier import takeover
 from tasks.copier.batch_record import Outcome
 from tasks.copier.campaign import CampaignResult, CampaignSpec, campaign_result
-from tasks.copier.campaign_plan import campaign_in, find_home, open_campaign, plan_campaign
+from tasks.copier.campaign_plan import Campaign, campaign_in, find_home, open_campaign, plan_campaign
 from tasks.copier.ends import open_ends
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.fork import Superseded
@@ -101,8 +102,11 @@ def _plan(context: Context, results: CampaignResults, spec: CampaignSpec, paths:
         open_ends(context.roots, spec.source, home) as ends,
         Staging.claim(ends.parent_fd, spec.campaign_id, LOCK_WAIT) as staging,
     ):
-        if campaign_in(staging) is None:
-            if results.sums():
+        planned = campaign_in(staging)
+        if planned is None or not _is_asked_for(planned, spec, paths):
+            if planned is not None:
+                results.forget()
+            elif results.sums():
                 raise ForkError(Code.IO_ERROR, "its staging directory was removed while it was made", home)
             try:
                 with staging.beating():
@@ -117,6 +121,13 @@ def _plan(context: Context, results: CampaignResults, spec: CampaignSpec, paths:
         if campaign is not None:
             results.tell(campaign.spec, results.sums(), campaign.planned_at)
             send_batches(context, results, campaign, home)
+
+
+def _is_asked_for(planned: Campaign, spec: CampaignSpec, paths: list[str]) -> bool:
+    """Whether what stands is the campaign that is asked for, and not an earlier one that Redis has forgotten."""
+    aims = replace(planned.spec.aims, deadline=spec.aims.deadline)
+    same = replace(planned.spec, queued=spec.queued, started=spec.started, aims=aims) == spec
+    return same and planned.destinations(0, spec.aims.count) == paths
 
 
 def _look(results: CampaignResults, spec: CampaignSpec) -> Beat:

@@ -84,6 +84,11 @@ class CampaignResults:
         # Watched: one who was paused after its look would count the run a second time.
         self._ask(lambda: self.results.redis.transaction(fill, self._key("settled")), OutOfMemoryError)
 
+    def forget(self) -> None:
+        """Forget what is settled: batches of an earlier campaign of this id wrote it when Redis had been emptied."""
+        names = ("sums", "settled", "batches", "failures")
+        self._ask(lambda: self.results.redis.delete(*(self._key(name) for name in names)))
+
     def _keep(self, pipe: Pipeline, outcome: Outcome) -> None:
         result, expires = outcome.result, self.results.expires
         fork_id, error = result["fork_id"], result["error"]

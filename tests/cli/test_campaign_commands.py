@@ -7,6 +7,7 @@ import os
 import pty
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -167,23 +168,28 @@ def test_a_running_campaign_is_watched_with_a_bar_and_cancelled(
 
     # When
     terminal, its_other_side = pty.openpty()
+    watching = subprocess.Popen(
+        [forkvm_script(), "status", "c1", "--watch", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=its_other_side,
+        env=environment | {"TERM": "xterm"},
+    )
+    os.close(its_other_side)
     try:
-        watching = subprocess.Popen(
-            [forkvm_script(), "status", "c1", "--watch", "--json"],
-            stdout=subprocess.PIPE,
-            stderr=its_other_side,
-            env=environment | {"TERM": "xterm"},
-        )
-        os.close(its_other_side)
         shown = b""
         while b"/6000" not in shown:
             shown += os.read(terminal, 4096)
         told = json.loads(run_forkvm("status", "c1", "--json", env=environment).stdout)
         retry = run_forkvm("campaign", "--retry", "c1", env=environment)
         cancelled = run_forkvm("cancel", "c1", "--json", env=environment)
+        with suppress(OSError):  # EIO: the other side is closed
+            while shown_more := os.read(terminal, 4096):
+                shown += shown_more
         output, _ = watching.communicate(timeout=30)
     finally:
         os.close(terminal)
+        watching.kill()
+        watching.wait()
 
     # Then
     assert sent.stdout == "c1\n"

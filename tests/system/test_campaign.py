@@ -30,7 +30,6 @@ from tests.system.campaigns import (
 from tests.system.messages import Recorder, deliver
 from tests.system.running import System, spin_until, stopped_when
 from tests.system.scheduler import Scheduler, states
-from tests.system.staging import leftovers
 
 RESULT_FIELDS = {
     "campaign_id",
@@ -346,7 +345,7 @@ def test_a_single_fork_starts_soon_while_a_campaign_of_ten_thousand_runs(
     scheduler.results.cancel("crowd")
     spin_until(lambda: scheduler.results.final("crowd"), "the end")
     assert statistics.median(waits) < FAIR, waits
-    assert leftovers(directory) == []
+    system.assert_left_nothing_in(directory, place)
 
 
 def test_two_campaigns_share_the_workers(system: System, scheduler: Scheduler, source: Path, fresh: Fresh) -> None:
