@@ -20,7 +20,7 @@ from typing import Protocol
 
 from tasks.copier import batch_record, syscalls, trees
 from tasks.copier.batch_record import Outcome, Record
-from tasks.copier.batch_trees import Tree, Trees, build
+from tasks.copier.batch_trees import Tree, Trees, build, snapshot_trees
 from tasks.copier.campaign_plan import Campaign
 from tasks.copier.chunk import MAX_TRIES, worker_lost
 from tasks.copier.clone import Cloner
@@ -231,21 +231,17 @@ class _Run:
         """Publish what earlier tries had completed, and remove what they had not."""
         for record in batch_record.read_all(self.staging, self.first):
             for index, name in record.trees.items():
-                if index not in record.inodes:
+                if index not in record.identities:
                     _discard(self.staging, name)
-                elif self._is_published(index, record.inodes[index]):
+                elif self._identity_at_destination(index) == record.identities[index]:
                     self.outcomes[index] = record.outcomes[index]
                 else:
                     self._publish(index, name, record.outcomes[index])
         if self.outcomes and self.campaign.spec.options.durability == "sync":
             os.fsync(self.ends.parent_fd)
 
-    def _is_published(self, index: int, inode: int) -> bool:
-        name = os.path.basename(self.forks[index].destination)
-        try:
-            return os.stat(name, dir_fd=self.ends.parent_fd, follow_symlinks=False).st_ino == inode
-        except FileNotFoundError:
-            return False
+    def _identity_at_destination(self, index: int) -> int | None:
+        return trees.identity_of(self.ends.parent_fd, os.path.basename(self.forks[index].destination))
 
     def _make_rest(self) -> None:
         """Make the forks that have no outcome yet."""
@@ -259,6 +255,8 @@ class _Run:
             try:
                 for index, name in names.items():
                     made.make(index, self.forks[index], name)
+                if self.campaign.plan.snapshot:
+                    snapshot_trees(made)
                 build(made)
                 self._publish_all(made, record)
             except ForkError as error:
@@ -269,19 +267,19 @@ class _Run:
             self.outcomes.setdefault(index, _failed(failure.spec, failure.error, failure.report))
 
     def _publish_all(self, made: Trees, record: Record) -> None:
-        if not made.alive:
+        if not made.complete:
             return
         sync = self.campaign.spec.options.durability == "sync"
         if sync:
-            syscalls.syncfs(made.alive[0].work.tree_fd)
-        for tree in made.alive:
+            syscalls.syncfs(made.complete[0].work.tree_fd)
+        for tree in made.complete:
             record.outcomes[tree.index] = self._succeeded(tree, made.cloner.fallback)
-            record.inodes[tree.index] = os.fstat(tree.work.tree_fd).st_ino
+            record.identities[tree.index] = trees.identity(tree.work.tree_fd)
         self.ticker.look_now()
         if not self._is_ours():
             raise ForkError(Code.IO_ERROR, "another process took the batch over", self.campaign.spec.source)
         batch_record.write(self.staging, self.first, self.attempt, record, sync=sync)
-        for tree in made.alive:
+        for tree in made.complete:
             self._publish(tree.index, tree.name, record.outcomes[tree.index])
         if sync:
             self._sync_parent(made)
@@ -307,7 +305,7 @@ class _Run:
         try:
             os.fsync(parent_fd)
         except OSError:
-            for tree in made.alive:
+            for tree in made.complete:
                 if self.outcomes.pop(tree.index).result["error"] is None:
                     name = os.path.basename(tree.spec.destination)
                     syscalls.rename_noreplace(parent_fd, name, parent_fd, tree.name)
@@ -317,7 +315,7 @@ class _Run:
         totals = tree.report.totals
         totals.fallback = (self.campaign.plan.fallback or fallback) if totals.copied else None
         clock = Clock(tree.spec.started, planned=tree.spec.started, cloned=time.time())
-        return Outcome(succeeded(tree.spec, totals, 1, clock), tree.report.close())
+        return Outcome(succeeded(tree.spec, totals, 1, clock, subvolume=tree.is_subvolume), tree.report.close())
 
 
 def _failed(spec: ForkSpec, error: ForkError, report: Report | None = None) -> Outcome:

@@ -41,8 +41,8 @@ class Record:
 
     #: Names of the trees, in the destinations' parent.
     trees: dict[int, str]
-    #: Inodes of the trees that are complete; from when they are written down, the renames may have happened.
-    inodes: dict[int, int] = field(default_factory=dict)
+    #: Of the trees that are complete, what `trees.identity` says; from then on the renames may have happened.
+    identities: dict[int, int] = field(default_factory=dict)
     #: What is true of each of these once it is published.
     outcomes: dict[int, Outcome] = field(default_factory=dict)
 
@@ -50,7 +50,7 @@ class Record:
         """As one file: lines of JSON, then the pages."""
         head = {
             "trees": self.trees,
-            "inodes": self.inodes,
+            "identities": self.identities,
             "pages": {index: [len(page) for page in outcome.pages] for index, outcome in self.outcomes.items()},
         }
         results = [outcome.as_json for outcome in self.outcomes.values()]
@@ -71,7 +71,7 @@ class Record:
                 pages.append(rest[at : at + length])
                 at += length
             outcomes[int(index)] = Outcome(json.loads(result), pages)
-        return cls(_by_index(head["trees"]), _by_index(head["inodes"]), outcomes)
+        return cls(_by_index(head["trees"]), _by_index(head["identities"]), outcomes)
 
 
 def write(staging: Staging, first: int, attempt: int, record: Record, *, sync: bool = False) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -22,8 +22,9 @@ from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.plan import Plan
 from tasks.copier.progress import Ticker
 from tasks.copier.report import FileResult, Report, failed
+from tasks.copier.snapshot import snapshot_tree
 from tasks.copier.spec import ForkSpec
-from tasks.copier.staging import Staging
+from tasks.copier.staging import SNAPSHOT, Staging
 from tasks.copier.walk import Block, Entry, Kind, join
 from tasks.copier.work import Work, on_this_host
 
@@ -37,6 +38,7 @@ class Tree:
     name: str
     work: Work
     report: Report = field(default_factory=Report)
+    is_subvolume: bool = False
 
 
 class Failure(NamedTuple):
@@ -59,7 +61,9 @@ class Trees:
     cloner: Cloner
     ticker: Ticker
     opened: ExitStack
+    #: Those that are still to be filled, and those that are.
     alive: list[Tree] = field(default_factory=list)
+    complete: list[Tree] = field(default_factory=list)
     failures: dict[int, Failure] = field(default_factory=dict)
 
     def make(self, index: int, spec: ForkSpec, name: str) -> None:
@@ -82,14 +86,14 @@ class Trees:
 
     def fail(self, tree: Tree, error: ForkError) -> None:
         """Give one tree up, and remove it."""
-        self.alive.remove(tree)
+        (self.alive if tree in self.alive else self.complete).remove(tree)
         self.failures[tree.index] = Failure(tree.spec, error, tree.report)
         with suppress(OSError):  # what cannot be removed now goes with the campaign's staging
             trees.remove(self.ends.parent_fd, tree.name)
 
     def fail_all(self, error: ForkError) -> None:
         """Give all trees up."""
-        for tree in list(self.alive):
+        for tree in [*self.alive, *self.complete]:
             self.fail(tree, error)
 
     def each(self, step: Callable[[Tree], None]) -> None:
@@ -112,7 +116,26 @@ def build(made: Trees) -> None:
     except ForkError as error:  # of the source: no tree can be completed
         if error.code is Code.CANCELLED:
             raise
-        made.fail_all(error)
+        for tree in list(made.alive):
+            made.fail(tree, error)
+    made.complete += made.alive
+    made.alive = []
+
+
+def snapshot_trees(made: Trees) -> None:
+    """Make trees finished snapshots of the source, as far as that is possible; see `snapshot`."""
+
+    def snapshot(tree: Tree) -> None:
+        report = snapshot_tree(tree.work, made.staging, tree.name, made.ticker, f"{SNAPSHOT}{tree.name}")
+        if report is not None:
+            tree_fd = made.staging.open_named_tree(tree.name)
+            made.opened.callback(os.close, tree_fd)
+            made.alive.remove(tree)
+            made.complete.append(
+                replace(tree, report=report, work=replace(tree.work, tree_fd=tree_fd), is_subvolume=True)
+            )
+
+    made.each(snapshot)
 
 
 def _blocks(made: Trees, *, closing: bool = False, backwards: bool = False) -> Iterable[Block]:

@@ -26,6 +26,7 @@ from tasks.copier.plan import Plan, make_plan
 from tasks.copier.progress import Ticker
 from tasks.copier.report import Fallback, Report, unpack_pages
 from tasks.copier.roots import Roots
+from tasks.copier.snapshot import is_wanted, is_whole_subvolume
 from tasks.copier.staging import Phase, Staging
 from tasks.copier.work import open_work
 
@@ -41,6 +42,8 @@ _MOST_LANES = 16
 #: What is reckoned for each entry, in seconds, and for each byte that is copied.
 _ENTRY_SECONDS = 60e-6
 _BYTE_SECONDS = 1e-9
+#: A snapshot costs a commit of the filesystem: forks that take less than so many seconds are cloned file by file.
+_SNAPSHOT_SECONDS = 20e-3
 #: The whole source at once: a campaign's forks are not cut into chunks.
 _WHOLE = Limits(inline_files=1 << 62, inline_bytes=1 << 62)
 
@@ -57,6 +60,8 @@ class CampaignPlan:
     #: Forks a batch, and batches in the queue at once.
     batch: int
     lanes: int
+    #: Whether each fork is to be a snapshot of the source, a btrfs subvolume.
+    snapshot: bool
 
     def to_data(self) -> dict[str, Any]:
         """As plain data for the journal."""
@@ -102,10 +107,11 @@ def plan_campaign(ends: Ends, staging: Staging, spec: CampaignSpec, paths: Itera
         staging.discard_tree(journal)
     _write_destinations(staging, paths)
     seconds = _expected_seconds(plan, report)
+    snapshot = seconds > _SNAPSHOT_SECONDS and is_wanted(spec.options) and is_whole_subvolume(ends.source_fd)
     batch = _batch_size(spec, seconds)
     parallel = spec.aims.max_parallel
     lanes = _MOST_LANES if parallel is None else min(_MOST_LANES, max(1, parallel // batch))
-    made = CampaignPlan(fork=plan, fallback=cloner.fallback, batch=batch, lanes=lanes)
+    made = CampaignPlan(fork=plan, fallback=cloner.fallback, batch=batch, lanes=lanes, snapshot=snapshot)
     staging.write_journal(replace(journal, phase=Phase.CLONING, plan=made.to_data(), planned_at=time.time()))
 
 
@@ -163,10 +169,12 @@ def _expected_seconds(plan: Plan, report: Report) -> float:
 
 
 def _batch_size(spec: CampaignSpec, seconds: float) -> int:
-    most = min(_MOST_IN_BATCH, -(-spec.aims.count // _LEAST_BATCHES))
-    if spec.aims.max_parallel is not None:
-        most = min(most, spec.aims.max_parallel)
-    return max(1, min(most, int(BATCH_SECONDS / max(seconds, 1e-9))))
+    """Forks a batch, so that there is an even number of batches where that makes no difference otherwise."""
+    count = spec.aims.count
+    most = min(_MOST_IN_BATCH, -(-count // _LEAST_BATCHES), spec.aims.max_parallel or count)
+    wanted = max(1, min(most, int(BATCH_SECONDS / max(seconds, 1e-9))))
+    pairs = -(-count // (2 * wanted))
+    return -(-count // (2 * pairs))
 
 
 # -- the list of destinations: the offset of each, and of the end; then all of them, one after the other

@@ -164,7 +164,7 @@ def _start_anew(
     journal = account.journal = staging.begin(spec.to_data(), account.journal)
     with open_work(ends, staging, spec.options, staging.make_tree(journal)) as work:
         began = time.time()
-        snapshot = snapshot_tree(work, journal, ticker)
+        snapshot = snapshot_tree(work, staging, staging.tree_name(journal), ticker)
         if snapshot is not None:
             account.reports["plan"] = snapshot
             account.clock.planned, account.clock.cloned = began, time.time()

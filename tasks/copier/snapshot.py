@@ -26,7 +26,7 @@ from tasks.copier.progress import Ticker
 from tasks.copier.reflink import Answer, meaning
 from tasks.copier.report import FileResult, Method, Report
 from tasks.copier.selection import Selection
-from tasks.copier.staging import SNAPSHOT, Journal
+from tasks.copier.staging import SNAPSHOT, Staging
 from tasks.copier.walk import Entry, Kind, Walk, entry_of, file_type, join
 from tasks.copier.work import Work, changed
 
@@ -50,19 +50,19 @@ class Unlike(Exception):
     """A snapshot would not be what cloning entry by entry gives, or could not be removed; the message says why."""
 
 
-def snapshot_tree(work: Work, journal: Journal, ticker: Ticker) -> Report | None:
+def snapshot_tree(work: Work, staging: Staging, tree: str, ticker: Ticker, name: str = SNAPSHOT) -> Report | None:
     """Make the fork's tree a finished snapshot of the source: what was done, or None with nothing changed.
 
     None where the source is no subvolume, where it may not be snapshotted, or where the outcome would be another than
-    that of a clone entry by entry. `work.tree_fd` is the empty tree still, which goes with the control directory.
-    Raises ForkError, and OSError; then nothing of the snapshot is left.
+    that of a clone entry by entry. `tree` is the tree's name, `work.tree_fd` the empty one, which is gone then; `name`
+    is the snapshot's while it is made. Raises ForkError, and OSError; then nothing of the snapshot is left.
     """
-    ends, staging, before = work.ends, work.staging, ticker.progress
+    ends, before = work.ends, ticker.progress
     if not is_wanted(work.options) or not is_whole_subvolume(ends.source_fd):
         return None
     ticker.enter("copy", 0, 0)  # what is to be done shows on the way
     try:
-        fd = take(ends.source_fd, ends.source, staging.fd, SNAPSHOT)
+        fd = take(ends.source_fd, ends.source, staging.fd, name)
         if fd is None:
             ticker.progress = before
             return None
@@ -71,18 +71,18 @@ def snapshot_tree(work: Work, journal: Journal, ticker: Ticker) -> Report | None
             os.fchmod(fd, 0o700)  # or an ordinary user could not move it
             report = complete(fd, top, ends, work.options, ticker)
             ticker.enter("publish", report.totals.total, report.totals.bytes_logical)
-            staging.exchange_tree(journal)
+            staging.exchange_tree(name, tree)
             os.fchmod(fd, stat.S_IMODE(top.mode))
             os.utime(fd, ns=(top.atime, top.mtime))
         finally:
             os.close(fd)
     except Unlike as unlike:
         log.debug("no snapshot of %r: %s", ends.source, unlike)
-        trees.remove(staging.fd, SNAPSHOT)
+        trees.remove(staging.fd, name)
         ticker.progress = before
         return None
     except BaseException:
-        trees.remove(staging.fd, SNAPSHOT)
+        trees.remove(staging.fd, name)
         raise
     return report
 

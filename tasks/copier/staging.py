@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import secrets
-import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -40,7 +39,7 @@ _JOURNAL = "journal"
 _MANIFEST = "manifest"
 _CLOSING = "closing"
 _STOP = "stop"
-#: A snapshot that is to become the tree, in the control directory: until it is 0700 itself, nobody else gets there.
+#: A snapshot that is to become a tree, in the control directory (of a campaign's trees: with their names behind it).
 SNAPSHOT = "snapshot"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -267,7 +266,7 @@ class Staging:
             # Counted first: what kills its process here, too, must come to an end.
             self.write_journal(replace(earlier, tries=earlier.tries + 1))
             self.discard_tree(earlier)
-        trees.remove(self.fd, SNAPSHOT)
+        self._discard_snapshots()
         for name in os.listdir(self.fd):
             if name not in (_LOCK, _JOURNAL):
                 os.unlink(name, dir_fd=self.fd)
@@ -309,16 +308,28 @@ class Staging:
         os.fchmod(fd, 0o700)  # a set-gid parent hands its bit down
         return fd
 
-    def exchange_tree(self, journal: Journal) -> None:
-        """Have the finished `SNAPSHOT` and the tree take each other's place, in one step.
+    def exchange_tree(self, snapshot: str, name: str) -> None:
+        """Put the finished `snapshot` of the control directory into the place of the empty tree `name`.
 
-        Raises FileNotFoundError when the tree was taken over: there is no moment without one.
+        It was made there, since nobody else gets there. Raises FileNotFoundError when the tree was taken over: there
+        is no moment without one.
         """
-        syscalls.rename_exchange(self.fd, SNAPSHOT, self.parent_fd, self.tree_name(journal))
+        syscalls.rename_exchange(self.fd, snapshot, self.parent_fd, name)
+        os.rmdir(snapshot, dir_fd=self.fd)
+
+    def _discard_snapshots(self) -> None:
+        """Remove the snapshots that did not come to be a tree."""
+        for name in os.listdir(self.fd):
+            if name.startswith(SNAPSHOT):
+                trees.remove(self.fd, name)
 
     def open_tree(self, journal: Journal) -> int:
         """Open the tree; the caller closes the descriptor. Raises FileNotFoundError."""
-        return os.open(self.tree_name(journal), _DIRECTORY, dir_fd=self.parent_fd)
+        return self.open_named_tree(self.tree_name(journal))
+
+    def open_named_tree(self, name: str) -> int:
+        """As `open_tree`, for a tree that `new_tree_name` named."""
+        return os.open(name, _DIRECTORY, dir_fd=self.parent_fd)
 
     def publish(self, journal: Journal, destination: str, *, sync: bool) -> None:
         """Rename the tree to `destination` (a name in the same parent); `sync`: and have that on the disk.
@@ -336,17 +347,7 @@ class Staging:
 
     def is_published(self, journal: Journal, destination: str) -> bool:
         """Whether what stands at `destination` is the tree whose identity the journal recorded."""
-        try:
-            status = os.stat(destination, dir_fd=self.parent_fd, follow_symlinks=False)
-            if status.st_ino != trees.SUBVOLUME_INODE or not stat.S_ISDIR(status.st_mode):
-                return journal.tree == status.st_ino
-            fd = os.open(destination, _DIRECTORY, dir_fd=self.parent_fd)
-        except FileNotFoundError:
-            return False
-        try:
-            return journal.tree == trees.identity(fd)
-        finally:
-            os.close(fd)
+        return journal.tree is not None and trees.identity_of(self.parent_fd, destination) == journal.tree
 
     def discard_tree(self, journal: Journal) -> None:
         """Remove the attempt's tree, if it stands."""
@@ -360,7 +361,8 @@ class Staging:
 
     def remove(self) -> None:
         """Remove the control directory, the last step of every fork. The tree must be gone or published."""
-        trees.remove(self.fd, SNAPSHOT)
+        with suppress(FileNotFoundError):  # gone already
+            self._discard_snapshots()
         trees.remove(self.parent_fd, self.name)
 
     # -- the manifest

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 
 from tasks.copier import syscalls
 
@@ -60,6 +61,21 @@ def identity(fd: int) -> int:
     The inode; of a btrfs subvolume its UUID, since the roots of all have one inode.
     """
     return int.from_bytes(syscalls.subvolume_uuid(fd), "big") if is_subvolume(fd) else os.fstat(fd).st_ino
+
+
+def identity_of(dir_fd: int, name: str) -> int | None:
+    """As `identity`, of what stands at `name` in `dir_fd`; None where nothing does."""
+    try:
+        status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        if status.st_ino != SUBVOLUME_INODE or not stat.S_ISDIR(status.st_mode):
+            return status.st_ino
+        fd = os.open(name, _DIRECTORY, dir_fd=dir_fd)
+    except FileNotFoundError:
+        return None
+    try:
+        return identity(fd)
+    finally:
+        os.close(fd)
 
 
 def remove(dir_fd: int, name: str) -> None:

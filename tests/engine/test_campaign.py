@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tasks.copier import campaign_plan
+from tasks.copier import campaign_plan, trees
 from tasks.copier.campaign import CampaignProgress, CampaignResult
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.progress import Progress
 from tests.engine.campaigning import campaign, campaign_with_books, destinations, spec_of
 from tests.engine.forking import assert_alike, leftovers
 from tests.engine.sources import make_everything
-from tests.fixtures.filesystems import Fresh, Kind, SmallTmpfs
+from tests.fixtures.filesystems import Fresh, Kind, SmallTmpfs, make_subvolume
 from tests.support.extents import sharing
 from tests.support.guests import MIB, SKIPPED_BY_DEFAULT, GuestSizes, make_guest, make_sparse_file
 from tests.support.tree import snapshot
@@ -512,3 +512,34 @@ def test_the_plan_of_a_campaign_outlives_its_journal() -> None:
     spec = spec_of(Path("/a"), 7, max_parallel=3, on_error="abort", deadline=9.5, verify="content")
 
     assert type(spec).from_data(spec.to_data()) == spec
+
+
+def test_the_forks_of_a_large_subvolume_are_snapshots(fresh: Fresh) -> None:
+    directory = fresh("btrfs")
+    source = make_subvolume(directory / "source")
+    make_guest(source, SIZES)
+    for n in range(1000):
+        (source / f"block-{n}").write_bytes(b"%d" % n)
+    forks = destinations(directory, 3)
+
+    result = campaign(source, forks)
+
+    assert counts(result) == (3, 0, 0)
+    for fork in forks:
+        assert fork.stat().st_ino == trees.SUBVOLUME_INODE
+        assert_alike(source, fork, SKIPPED_BY_DEFAULT)
+    assert len({os.stat(fork).st_dev for fork in [source, *forks]}) == 4
+    assert leftovers(directory) == []
+
+
+def test_the_forks_of_a_small_subvolume_are_cloned_file_by_file(fresh: Fresh) -> None:
+    directory = fresh("btrfs")
+    source = make_subvolume(directory / "source")
+    make_guest(source, SIZES)
+    forks = destinations(directory, 3)
+
+    assert counts(campaign(source, forks)) == (3, 0, 0)
+
+    assert trees.SUBVOLUME_INODE not in {fork.stat().st_ino for fork in forks}
+    for fork in forks:
+        assert_alike(source, fork, SKIPPED_BY_DEFAULT)

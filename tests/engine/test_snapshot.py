@@ -582,8 +582,10 @@ def test_a_paused_fork_that_is_taken_over_ends_without_a_trace(directory: Path, 
     by_snapshot(source, directory / "fork")
     before = snapshot(directory / "fork")
     os.write(resume, b"!")
-    with pytest.raises(AssertionError, match="Superseded"):
-        paused.result()
+    ended = paused.result()
+    assert ended["status"] == "failed"
+    assert ended["error"] is not None
+    assert ended["error"]["code"] == "io_error"
     assert snapshot(directory / "fork") == before
     assert leftovers(directory) == []
     for fd in (parent_fd, reader, writer, resumed, resume):
