@@ -57,8 +57,8 @@ def _start(context: Context, spec: ForkSpec) -> ForkResult | None:
         Staging.claim(ends.parent_fd, spec.fork_id, LOCK_WAIT) as staging,
     ):
         fresh = staging.journal() is None
-        known = context.results.result(spec.fork_id)  # settled by another delivery while this one waited
-        if known is not None or (fresh and context.results.is_cancelled(spec.fork_id)):
+        known, is_cancelled = context.results.standing(spec.fork_id)  # another delivery may have settled it meanwhile
+        if known is not None or (fresh and is_cancelled):
             if fresh:
                 staging.remove()
             return known or refuse(context, spec, cancelled(spec.destination))

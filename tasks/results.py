@@ -120,6 +120,12 @@ class Results:
         found = iter([_decoded(value) for value in cast("list[Any]", self.ask(lambda: self.redis.mget(keys)))])
         return [_final(kept, record) for kept, record in zip(found, found, strict=True)]
 
+    def standing(self, fork_id: str) -> tuple[ForkResult | None, bool]:
+        """The final ForkResult, or None while there is none; and whether an end was asked for. In one look."""
+        keys = [key_of(fork_id, "result"), self.state_key(fork_id), key_of(fork_id, "cancel")]
+        kept, record, cancelled = cast("list[Any]", self.ask(lambda: self.redis.mget(keys)))
+        return cast("ForkResult | None", _final(_decoded(kept), _decoded(record))), cancelled is not None
+
     def settle(self, job_id: str, result: Mapping[str, Any]) -> None:
         """Keep the final result; waits also while Redis is full: the job is over, and that must not be lost."""
         value = json.dumps(result)
@@ -194,13 +200,16 @@ class Results:
     def add_pages(self, pipe: Pipeline, fork_id: str, parts: dict[str, list[bytes]]) -> None:
         """As `keep_pages`, as a part of what `pipe` does."""
         index = key_of(fork_id, "pages")
+        scores: dict[str, int] = {}
         for part, pages in parts.items():
             first = _rank(part) * _PAGES_A_PART
             pipe.zremrangebyscore(index, first, first + _PAGES_A_PART - 1)  # there may have been more of them
             for number, page in enumerate(pages):
                 key = key_of(fork_id, f"page:{part}:{number}")
                 pipe.set(key, page, ex=self.expires)
-                pipe.zadd(index, {key: first + number})
+                scores[key] = first + number
+        if scores:
+            pipe.zadd(index, scores)
         pipe.expire(index, self.expires)
 
     def files(self, fork_id: str) -> Iterator[FileResult]:

@@ -93,6 +93,16 @@ def test_settled_result_is_read_back_as_it_was(results: Results, cause: ForkErro
     assert results.result("fork-2") is None
 
 
+def test_result_and_cancellation_are_looked_up_at_once(results: Results) -> None:
+    assert results.standing("fork-1") == (None, False)
+    result = _result("fork-2")
+    results.cancel("fork-1")
+    results.settle("fork-2", result)
+
+    assert results.standing("fork-1") == (None, True)
+    assert results.standing("fork-2") == (result, False)
+
+
 def test_what_is_stored_is_ascii_json_for_any_client(results: Results, redis: fakeredis.FakeRedis) -> None:
     results.settle("fork-1", _result())
 
