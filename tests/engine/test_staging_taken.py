@@ -1,0 +1,150 @@
+"""Somebody removes or replaces what a fork is made in, or takes its destination, while it is made."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tasks.copier.options import Limits
+from tasks.copier.progress import Progress
+from tests.engine.forking import assert_alike, fork, forked, leftovers
+from tests.faults.injecting import Traced
+from tests.fixtures.filesystems import Fresh
+from tests.fixtures.processes import wait_until
+from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
+from tests.support.requirements import require_command
+from tests.support.tree import snapshot
+from tests.system.staging import StagingView
+
+
+@pytest.fixture
+def yard(fresh: Fresh) -> Path:
+    yard = fresh("xfs")
+    make_guest(yard / "source")
+    (yard / "parent").mkdir()
+    make_guest(yard / "outside")
+    return yard
+
+
+def _control(parent: Path) -> Path:
+    return next(path for path in parent.glob(".forkvm-*") if path.name.count(".") == 1)
+
+
+def _tree(parent: Path) -> Path:
+    return next(parent.glob(".forkvm-*.*"))
+
+
+def _replace(path: Path, outside: Path) -> None:
+    shutil.rmtree(path)
+    path.symlink_to(outside)
+
+
+def _replace_parent(parent: Path, outside: Path) -> None:
+    parent.rename(parent.with_name("moved"))
+    parent.symlink_to(outside)
+
+
+#: What is done, given the destination's parent and a directory elsewhere.
+DEEDS: dict[str, Callable[[Path, Path], object]] = {
+    "the control directory removed": lambda parent, _: shutil.rmtree(_control(parent)),
+    "the control directory replaced by a symlink": lambda parent, outside: _replace(_control(parent), outside),
+    "the tree removed": lambda parent, _: shutil.rmtree(_tree(parent)),
+    "the tree replaced by a symlink": lambda parent, outside: _replace(_tree(parent), outside),
+    "the parent removed": lambda parent, _: shutil.rmtree(parent),
+}
+
+
+@pytest.mark.parametrize("phase", ["plan", "copy", "publish"])
+@pytest.mark.parametrize("deed", DEEDS)
+def test_a_fork_whose_staging_is_taken_fails_and_touches_nothing_else(
+    yard: Path,
+    deed: str,
+    phase: str,
+    limits: Limits,
+    every_beat: None,
+) -> None:
+    parent, outside = yard / "parent", yard / "outside"
+    before = snapshot(outside)
+    done: list[str] = []
+
+    def meddle(progress: Progress) -> None:
+        if progress["phase"] == phase and not done:
+            done.append(deed)
+            DEEDS[deed](parent, outside)
+
+    result = fork(yard / "source", parent / "fork", beat=meddle, limits=limits, reflink="never")
+
+    assert done
+    assert result["error"] is not None, "it succeeded"
+    assert result["error"]["code"] == "io_error"
+    assert "unexpected" not in result["error"]["message"]
+    assert snapshot(outside) == before
+    assert not (parent / "fork").exists()
+    shutil.rmtree(parent, ignore_errors=True)
+    parent.mkdir(exist_ok=True)
+    forked(yard / "source", parent / "fork")
+
+
+@pytest.mark.parametrize("phase", ["plan", "copy", "publish"])
+def test_a_fork_whose_parent_is_replaced_by_a_symlink_is_made_where_it_was_begun(
+    yard: Path,
+    phase: str,
+    limits: Limits,
+    every_beat: None,
+) -> None:
+    parent, outside = yard / "parent", yard / "outside"
+    before = snapshot(outside)
+    done: list[str] = []
+
+    def meddle(progress: Progress) -> None:
+        if progress["phase"] == phase and not done:
+            done.append(phase)
+            _replace_parent(parent, outside)
+
+    result = fork(yard / "source", parent / "fork", beat=meddle, limits=limits)
+
+    assert done
+    assert result["error"] is None
+    assert snapshot(outside) == before
+    assert_alike(yard / "source", yard / "moved" / "fork", SKIPPED_BY_DEFAULT)
+    assert leftovers(yard / "moved") == []
+
+
+@pytest.mark.parametrize("taken", ["a directory", "a file", "a dangling symlink"])
+def test_a_destination_that_is_taken_at_the_rename_stays_as_it_is(
+    yard: Path,
+    taken: str,
+    limits: Limits,
+    tmp_path: Path,
+) -> None:
+    """The call is held up in the kernel's door until the destination is there."""
+    strace = require_command("strace", "a system call that waits")
+    destination = yard / "parent" / "fork"
+    inject = ["renameat2:delay_enter=500000"]
+    traced = Traced(
+        strace,
+        tmp_path / "trace",
+        lambda: fork(yard / "source", destination, limits=limits),
+        calls="renameat2",
+        inject=inject,
+    )
+    staging = StagingView(yard / "parent", "fork-1")
+
+    traced.begin()
+    wait_until(lambda: staging.phase == "publishing", "the moment before the rename", timeout=10)
+    if taken == "a directory":
+        destination.mkdir()
+    elif taken == "a file":
+        destination.write_bytes(b"theirs")
+    else:
+        destination.symlink_to("nowhere")
+    before = destination.lstat()
+    result = traced.result()
+
+    assert result["error"] is not None
+    assert result["error"]["code"] == "destination_exists"
+    assert destination.lstat() == before
+    assert leftovers(yard / "parent") == []

@@ -1,0 +1,84 @@
+"""The worker's clock is set back and forward by an hour: nothing hangs, nothing is done twice."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from tests.engine.forking import assert_alike
+from tests.fixtures.filesystems import Fresh
+from tests.fixtures.processes import StartWorker, wait_until
+from tests.support.guests import MIB, SKIPPED_BY_DEFAULT, GuestSizes, make_guest
+from tests.support.requirements import require
+from tests.system.conftest import own_scheduler  # noqa: F401 - a fixture
+from tests.system.running import SMALL_LIMITS
+from tests.system.scheduler import Scheduler
+
+#: libfaketime 0.9.10 answers EINVAL to Python's sleep (clock_nanosleep to a point of a clock that it does not fake).
+_SLEEP = """
+import select, time
+time.sleep = lambda seconds: select.select([], [], [], seconds)
+"""
+_LIBRARIES = ("/usr/lib/x86_64-linux-gnu/faketime", "/usr/lib/aarch64-linux-gnu/faketime", "/usr/lib/faketime")
+
+
+class Clock:
+    """What the worker takes for the time, as an offset from the real one."""
+
+    def __init__(self, file: Path) -> None:
+        library = next((Path(path) / "libfaketimeMT.so.1" for path in _LIBRARIES if Path(path).is_dir()), None)
+        require(library is not None and library.exists(), "libfaketime (package faketime)", "a clock that is set")
+        self._file = file
+        self.set("+0")
+        site = file.with_name("site")
+        site.mkdir()
+        (site / "sitecustomize.py").write_text(_SLEEP)
+        self.environment = {
+            "LD_PRELOAD": str(library),
+            "FAKETIME_TIMESTAMP_FILE": str(file),
+            "FAKETIME_CACHE_DURATION": "1",  # seconds
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",  # the kernel's own does not jump either
+            "NO_FAKE_STAT": "1",
+            "PYTHONPATH": os.fspath(site),
+        }
+
+    def set(self, offset: str) -> None:
+        new = self._file.with_suffix(".new")
+        new.write_text(offset)
+        os.rename(new, self._file)
+
+
+def test_forks_end_once_and_well_while_the_clock_jumps(
+    own_scheduler: Scheduler,  # noqa: F811
+    start_worker: StartWorker,
+    mounts: Path,
+    fresh: Fresh,
+    tmp_path: Path,
+) -> None:
+    # Given a worker whose leases and queues hold times
+    clock = Clock(tmp_path / "clock")
+    directory = fresh("ext4")
+    source = make_guest(directory / "source", GuestSizes(overlay=8 * MIB, overlay_data=5 * MIB, memory=MIB))
+    worker = start_worker(mounts, 2, env=SMALL_LIMITS | clock.environment)
+    request = {"source": str(source), "reflink": "never"}
+    sent = []
+
+    for offset in ("-1h", "+1h", "+0"):
+        # When the clock jumps while a fork runs, and forks come after it
+        for n in range(2):
+            sent.append(own_scheduler.send({**request, "destination": str(directory / f"{offset}-{n}")}))
+        wait_until(lambda: any(directory.glob(".forkvm-*")), "a fork that runs")
+        clock.set(offset)
+        results = [own_scheduler.wait(one) for one in sent]
+
+    # Then
+    own_scheduler.wait_quiet()
+    for result in results:
+        assert result["status"] == "succeeded"
+        assert min(result["seconds"].values()) >= 0
+        assert_alike(source, Path(result["destination"]), SKIPPED_BY_DEFAULT)
+    assert worker.output().count(" succeeded: ") == len(sent)
+    hours = set(re.findall(r"^\[(\S+ \d\d):", worker.output(), re.MULTILINE))
+    assert len(hours) >= 3, "the clock did not jump"
+    assert list(directory.glob(".forkvm-*")) == []
