@@ -41,6 +41,8 @@ _MOST_LANES = 16
 #: What is reckoned for each entry, in seconds, and for each byte that is copied.
 _ENTRY_SECONDS = 60e-6
 _BYTE_SECONDS = 1e-9
+#: What a smaller file took tells more of that moment than of the file, in bytes.
+_TELLING_BYTES = 1 << 20
 #: The whole source at once: a campaign's forks are not cut into chunks.
 _WHOLE = Limits(inline_files=1 << 62, inline_bytes=1 << 62)
 
@@ -154,10 +156,10 @@ def find_home(roots: Roots, paths: Iterable[str]) -> str:
 
 
 def _expected_seconds(plan: Plan, report: Report) -> float:
-    """About how long one fork takes, in seconds. Reflinks are reckoned by that of the largest file."""
+    """About how long one fork takes, in seconds. Reflinks of large files are reckoned by that of the largest one."""
     seconds = plan.entries * _ENTRY_SECONDS
     probe = next(unpack_pages(report.close()), None)
-    if probe is None:
+    if probe is None or probe["bytes"] < _TELLING_BYTES:
         return seconds + plan.bytes * _BYTE_SECONDS
     return seconds + probe["seconds"] * plan.bytes / max(1, probe["bytes"])
 
