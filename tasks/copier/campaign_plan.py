@@ -42,8 +42,12 @@ _MOST_LANES = 16
 #: What is reckoned for each entry, in seconds, and for each byte that is copied.
 _ENTRY_SECONDS = 60e-6
 _BYTE_SECONDS = 1e-9
-#: A snapshot costs a commit of the filesystem: forks that take less than so many seconds are cloned file by file.
-_SNAPSHOT_SECONDS = 20e-3
+#: A snapshot costs a commit of the filesystem: smaller sources than these, in entries and in bytes, are cloned file by
+#: file.
+_SNAPSHOT_ENTRIES = 200
+_SNAPSHOT_BYTES = 256 << 20
+#: What a smaller file took tells more of that moment than of the file, in bytes.
+_TELLING_BYTES = 1 << 20
 #: The whole source at once: a campaign's forks are not cut into chunks.
 _WHOLE = Limits(inline_files=1 << 62, inline_bytes=1 << 62)
 
@@ -107,7 +111,8 @@ def plan_campaign(ends: Ends, staging: Staging, spec: CampaignSpec, paths: Itera
         staging.discard_tree(journal)
     _write_destinations(staging, paths)
     seconds = _expected_seconds(plan, report)
-    snapshot = seconds > _SNAPSHOT_SECONDS and is_wanted(spec.options) and is_whole_subvolume(ends.source_fd)
+    large = plan.entries >= _SNAPSHOT_ENTRIES or plan.bytes >= _SNAPSHOT_BYTES
+    snapshot = large and is_wanted(spec.options) and is_whole_subvolume(ends.source_fd)
     batch = _batch_size(spec, seconds)
     parallel = spec.aims.max_parallel
     lanes = _MOST_LANES if parallel is None else min(_MOST_LANES, max(1, parallel // batch))
@@ -160,10 +165,10 @@ def find_home(roots: Roots, paths: Iterable[str]) -> str:
 
 
 def _expected_seconds(plan: Plan, report: Report) -> float:
-    """About how long one fork takes, in seconds. Reflinks are reckoned by that of the largest file."""
+    """About how long one fork takes, in seconds. Reflinks of large files are reckoned by that of the largest one."""
     seconds = plan.entries * _ENTRY_SECONDS
     probe = next(unpack_pages(report.close()), None)
-    if probe is None:
+    if probe is None or probe["bytes"] < _TELLING_BYTES:
         return seconds + plan.bytes * _BYTE_SECONDS
     return seconds + probe["seconds"] * plan.bytes / max(1, probe["bytes"])
 

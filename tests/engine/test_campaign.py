@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tasks.copier import campaign_plan, trees
+from tasks.copier import campaign_plan, syscalls, trees
 from tasks.copier.campaign import CampaignProgress, CampaignResult
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.progress import Progress
-from tests.engine.campaigning import campaign, campaign_with_books, destinations, spec_of
+from tests.engine.campaigning import campaign, campaign_with_books, destinations, holding, plan, spec_of
 from tests.engine.forking import assert_alike, leftovers
 from tests.engine.sources import make_everything
 from tests.fixtures.filesystems import Fresh, Kind, SmallTmpfs, make_subvolume
@@ -506,6 +506,27 @@ def test_no_campaign_leaves_a_descriptor_or_a_child_behind(fresh: Fresh, directo
     assert set(os.listdir("/proc/self/fd")) == before
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
+
+
+def test_a_process_that_had_to_wait_while_it_planned_does_not_cut_small_forks_one_by_one(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ficlone = syscalls.ficlone
+
+    def late(dst_fd: int, src_fd: int) -> None:
+        time.sleep(0.1)  # as on a busy machine
+        ficlone(dst_fd, src_fd)
+
+    source, paths = directory / "source", destinations(directory, 400)
+    source.mkdir()
+    (source / "state").write_bytes(b"paused")
+    monkeypatch.setattr(syscalls, "ficlone", late)
+
+    plan(source, paths)
+
+    with holding(paths[0]) as found:
+        assert found.plan.batch == 50
+        found.staging.remove()
 
 
 def test_the_plan_of_a_campaign_outlives_its_journal() -> None:
