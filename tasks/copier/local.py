@@ -61,7 +61,12 @@ def _fork(ends: Ends, spec: ForkSpec, limits: Limits, processes: int, ticker: Ti
             plan = start(ends, staging, spec, limits, ticker, ledger, gather)
             if not isinstance(plan, Plan):
                 return plan
-            abort = _complete(ends, staging, spec, plan, crews[0] if crews else None, processes, ticker)
+            try:
+                abort = _complete(ends, staging, spec, plan, crews[0] if crews else None, processes, ticker)
+            except OSError:
+                for crew in crews:
+                    crew.dismiss()  # they hold the lock too, and the fork is to be given up
+                raise
             result = finish(ends, staging, ticker, ledger, abort)
             if result is None:
                 raise ForkError(Code.IO_ERROR, "chunks were left undone", spec.source)
