@@ -13,7 +13,7 @@ from celery.exceptions import Ignore
 from celery.worker.request import Request
 from celery.worker.state import task_ready
 from kombu.exceptions import OperationalError
-from redis.exceptions import RedisError
+from redis.exceptions import ConnectionError, OutOfMemoryError, RedisError, TimeoutError
 
 from tasks.contract import text_of
 from tasks.copier.chunk import MAX_TRIES
@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 #: So many processes may die of one message; then nothing of its fork is tried any more. What dies while it plans,
 #: clones or closes is counted in the staging and ends before that. This is for what dies before it can count.
 MAX_LOSSES = 3 * MAX_TRIES
+#: What Redis answers, or does not, for a while only; any other error would come again each time.
+_PASSING = (ConnectionError, TimeoutError, OutOfMemoryError, OperationalError)
 
 
 class Message(Request):
@@ -40,7 +42,7 @@ class Message(Request):
         too many processes died, none dies any more.
         """
         error = getattr(exc_info.exception, "exc", exc_info.exception)  # billiard's ExceptionWithTraceback around it
-        if isinstance(error, RedisError | OperationalError):
+        if isinstance(error, _PASSING):
             task_ready(self)
             log.warning("%s[%s] goes back to its queue: %s", self.name, self.id, error)
             return self.reject(requeue=True)

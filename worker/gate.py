@@ -19,12 +19,14 @@ import kombu.transport.redis
 from celery import Celery
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, StringConstraints, ValidationError
 
-from tasks.context import BURY_TASK, CHUNK_TASK, FINISH_TASK, SWEEP_TASK
+from tasks.context import BATCH_TASK, BURY_TASK, CHUNK_TASK, CONCLUDE_TASK, FINISH_TASK, SWEEP_TASK
 
 log = logging.getLogger(__name__)
 
-#: Longest body that is decoded, in characters: a request with every list at its limit has a tenth of it.
-_LONGEST_BODY = 16 << 20
+#: Longest body that is decoded, in characters: the list of a campaign of a million forks takes half of it.
+_LONGEST_BODY = 128 << 20
+#: Longest time between two sweeps, in seconds; Redis takes no TTL without a bound.
+_LONGEST_INTERVAL = 1_000_000_000
 #: Longest id that a client may give, in characters; those of a fork's chunks are longer.
 _LONGEST_ID = 512
 
@@ -78,28 +80,44 @@ class _Message(_Strict):
     properties: _Properties
 
 
-class _Chunk(BaseModel):
+class _Arguments(BaseModel):
+    """Types as they are, and nothing else."""
+
     model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class _Chunk(_Arguments):
     fork_id: _Word
     destination: InstanceOf[str]
     number: Annotated[int, Field(ge=0)]
 
 
-class _End(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+class _End(_Arguments):
     destination: InstanceOf[str]
 
 
-class _Sweep(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-    every: Annotated[int, Field(ge=2)]
+class _Batch(_Arguments):
+    campaign_id: _Word
+    home: InstanceOf[str]
+    first: Annotated[int, Field(ge=0)]
 
 
-#: The arguments of the tasks that this program sends itself; all by name. A fork tells its client what is wrong.
-_ARGUMENTS: dict[str, type[BaseModel]] = {
+class _Conclude(_Arguments):
+    home: InstanceOf[str]
+
+
+class _Sweep(_Arguments):
+    every: Annotated[int, Field(ge=2, le=_LONGEST_INTERVAL)]
+
+
+#: The arguments of the tasks that this program sends itself; all by name. Those of the contract tell their client what
+#: is wrong.
+_ARGUMENTS: dict[str, type[_Arguments]] = {
     CHUNK_TASK: _Chunk,
     FINISH_TASK: _End,
     BURY_TASK: _End,
+    BATCH_TASK: _Batch,
+    CONCLUDE_TASK: _Conclude,
     SWEEP_TASK: _Sweep,
 }
 

@@ -41,7 +41,7 @@ class Lease(bootsteps.StartStopStep):
     (kombu/transport/virtual/base.py, QoS), which a test holds against the installed version; a renewal that is missed
     costs a second delivery, which does no harm.
 
-    What a stopped child has (SIGSTOP, a debugger, a frozen cgroup) is not renewed: it is delivered again, and another
+    What a stopped child has (SIGSTOP, a debugger) is not renewed: it is delivered again, and another
     process takes the fork over.
     """
 

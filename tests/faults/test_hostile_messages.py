@@ -71,17 +71,20 @@ class Malice:
             self._strange_id,
         ]
         made = [self._dice.choice(kinds)() for _ in range(COUNT)]
-        return [*made, self._huge(), self._huge()]
+        return [*made, self._huge()]
 
     def _good(self) -> dict[str, Any]:
-        task = self._dice.choice(["forkvm.fork", "forkvm.chunk", "forkvm.finish", "forkvm.sweep"])
         destination = str(self._directory / "nowhere" / "b")
         arguments: dict[str, dict[str, Any]] = {
             "forkvm.fork": {"request": {"source": str(self._directory / "a"), "destination": destination}},
             "forkvm.chunk": {"fork_id": "x", "destination": destination, "number": 0},
             "forkvm.finish": {"destination": "/"},
             "forkvm.sweep": {"every": 5},
+            "forkvm.campaign": {"request": {"source": str(self._directory / "a"), "destinations": [destination]}},
+            "forkvm.batch": {"campaign_id": "x", "home": destination, "first": 0},
+            "forkvm.conclude": {"home": destination},
         }
+        task = self._dice.choice(sorted(arguments))
         return _message(task, [[], arguments[task], {}], f"hostile-{self._dice.randrange(10**9)}")
 
     def _any(self) -> Any:
@@ -176,7 +179,7 @@ class Malice:
         return json.dumps(message).encode()
 
     def _huge(self) -> bytes:
-        return self._body(b'[[], {"request": "' + b"x" * (32 << 20) + b'"}, {}]')
+        return self._body(b'[[], {"request": "' + b"x" * (128 << 20) + b'"}, {}]')
 
 
 def test_hostile_messages_are_refused_and_the_worker_serves_the_next_job(

@@ -15,6 +15,7 @@ import redis
 from celery import Celery
 from celery.result import AsyncResult
 
+from tasks.context import SWEEP_TASK
 from tasks.copier.report import FileResult
 from tasks.copier.spec import ForkResult
 from tasks.results import Results
@@ -93,9 +94,10 @@ class Scheduler:
         wait_until(quiet, "the end of all messages")
 
     def messages(self) -> dict[str, int]:
-        """How many messages each queue holds, and how many are not acknowledged."""
+        """How many messages each queue holds, and how many are not acknowledged, but for sweeps that are at work."""
         counts = {queue: int(self.redis.llen(queue)) for queue in QUEUES}
-        return counts | {UNACKED: int(self.redis.hlen(UNACKED))}
+        unacked = [message for message in self.redis.hvals(UNACKED) if SWEEP_TASK.encode() not in message]
+        return counts | {UNACKED: len(unacked)}
 
     @contextmanager
     def watching(self, fork_id: str) -> Iterator[list[dict[str, Any]]]:
