@@ -13,15 +13,13 @@ from tasks.campaign_request import campaign_of, refused_campaign, summary_of
 from tasks.campaign_results import CampaignResults
 from tasks.context import LOCK_WAIT, Again, Context
 from tasks.copier import takeover
-from tasks.copier.batch_record import Outcome
+from tasks.copier.batch import failed_outcome
 from tasks.copier.campaign import CampaignResult, CampaignSpec, campaign_result
 from tasks.copier.campaign_plan import Campaign, campaign_in, find_home, open_campaign, plan_campaign
 from tasks.copier.ends import open_ends
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.fork import Superseded
 from tasks.copier.progress import Beat, Progress, Ticker
-from tasks.copier.report import Totals
-from tasks.copier.spec import Clock, failed
 from tasks.copier.staging import Held, Staging
 from tasks.lanes import send_batches
 
@@ -145,10 +143,8 @@ def _refuse(results: CampaignResults, spec: CampaignSpec, paths: list[str], erro
     for first in range(0, len(paths), _SLICE):
         open_ones = results.without_result(range(first, min(first + _SLICE, len(paths))), spec)
         if open_ones:
-            results.settle(open_ones[0], [_refusal(spec, index, paths[index], error) for index in open_ones])
+            results.settle(
+                open_ones[0],
+                [failed_outcome(spec.fork(index, paths[index], spec.started), error) for index in open_ones],
+            )
     return settle(results, campaign_result(spec, results.sums(), results.failures(), error=error))
-
-
-def _refusal(spec: CampaignSpec, index: int, path: str, error: ForkError) -> Outcome:
-    fork = spec.fork(index, path, spec.started)
-    return Outcome(failed(fork, error, Totals(), 0, Clock(fork.started)), [])

@@ -71,9 +71,8 @@ def _conclude(
     campaign = campaign_in(staging)
     if campaign is None:
         error = results.ended(home)
-        if error is None:
-            _send_again(context, results.campaign_id)
-            return None
+        if _send_again(context, results.campaign_id) or error is None:
+            return None  # its own message plans it, or gives each of its forks its end
         result = _settle_unplanned(context, results, error)
     elif not is_over(results, campaign):
         send_batches(context, results, campaign, home)

@@ -120,7 +120,7 @@ def _make_run(
     forks = {first + n: campaign.spec.fork(first + n, path, began) for n, path in enumerate(destinations)}
 
     def refuse(error: ForkError) -> None:
-        ledger.settle(first, [_failed(fork, abort or error) for fork in forks.values()])
+        ledger.settle(first, [failed_outcome(fork, abort or error) for fork in forks.values()])
 
     try:
         with ExitStack() as opened:
@@ -221,7 +221,9 @@ class _Run:
             abort = abort or from_oserror(error, "working in the staging directory", self.ends.destination)
         if not self._is_ours():
             raise Superseded
-        return [self.outcomes.get(index) or _failed(spec, abort or _gone(spec)) for index, spec in self.forks.items()]
+        return [
+            self.outcomes.get(index) or failed_outcome(spec, abort or _gone(spec)) for index, spec in self.forks.items()
+        ]
 
     def _is_ours(self) -> bool:
         """Whether nobody has taken the batch from this process meanwhile."""
@@ -264,7 +266,7 @@ class _Run:
             except OSError as error:
                 made.fail_all(from_oserror(error, "working in the staging directory", self.ends.destination))
         for index, failure in made.failures.items():
-            self.outcomes.setdefault(index, _failed(failure.spec, failure.error, failure.report))
+            self.outcomes.setdefault(index, failed_outcome(failure.spec, failure.error, failure.report))
 
     def _publish_all(self, made: Trees, record: Record) -> None:
         if not made.complete:
@@ -296,7 +298,7 @@ class _Run:
             with suppress(OSError):
                 trees.remove(parent_fd, tree)
             cause = from_oserror(error, "publishing it", spec.destination)
-            outcome = _failed(spec, destination_exists(spec.destination) if exists else cause)
+            outcome = failed_outcome(spec, destination_exists(spec.destination) if exists else cause)
         self.outcomes[index] = outcome
 
     def _sync_parent(self, made: Trees) -> None:
@@ -318,7 +320,8 @@ class _Run:
         return Outcome(succeeded(tree.spec, totals, 1, clock, subvolume=tree.is_subvolume), tree.report.close())
 
 
-def _failed(spec: ForkSpec, error: ForkError, report: Report | None = None) -> Outcome:
+def failed_outcome(spec: ForkSpec, error: ForkError, report: Report | None = None) -> Outcome:
+    """The outcome of a fork that was given up; `report` is what had been done of it."""
     report = report or Report()
     return Outcome(failed(spec, error, report.totals, 1, Clock(spec.started)), report.close())
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache, partial
 
-from tasks.copier.batch import CampaignLedger, make_batch
+from tasks.copier.batch import CampaignLedger, failed_outcome, make_batch
 from tasks.copier.campaign_plan import Campaign
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.progress import Ticker
 from tasks.copier.roots import Roots
 from tasks.copier.staging import Held, Staging
 
+#: Forks that were not begun are settled so many at a time.
+_SETTLED_AT_ONCE = 500
 #: Destinations that are looked at at a time.
 _SLICE = 10_000
 
@@ -34,8 +38,40 @@ def end_rest(campaign: Campaign, roots: Roots, ticker: Ticker, ledger: CampaignL
 
     The control directory is held alone. Raises Held, OSError.
     """
+    unbegun: dict[int, str] = {}
+    begun = campaign.staging.begun_chunks()
+    is_home = cache(partial(_is_home, campaign, roots))
     for first in range(0, campaign.spec.aims.count, campaign.plan.batch):
-        make_batch(campaign, roots, first, ticker, ledger, error)
+        destinations = campaign.destinations(first, campaign.plan.batch)
+        if first in begun or ledger.is_settled(first) or not all(is_home(os.path.dirname(p)) for p in destinations):
+            make_batch(campaign, roots, first, ticker, ledger, error)
+            continue
+        unbegun |= {first + n: path for n, path in enumerate(destinations)}
+        if len(unbegun) >= _SETTLED_AT_ONCE:
+            settle_unbegun(campaign, ledger, unbegun, error)
+            unbegun = {}
+    settle_unbegun(campaign, ledger, unbegun, error)
+
+
+def settle_unbegun(campaign: Campaign, ledger: CampaignLedger, forks: dict[int, str], error: ForkError) -> None:
+    """Settle forks that nobody has begun (their destinations by index) with `error`."""
+    if forks:
+        now = time.time()
+        specs = [campaign.spec.fork(index, path, now) for index, path in forks.items()]
+        ledger.settle(min(forks), [failed_outcome(spec, error) for spec in specs])
+
+
+def _is_home(campaign: Campaign, roots: Roots, parent: str) -> bool:
+    """Whether the control directory that is held stands in `parent`; what lies elsewhere has books there."""
+    path = f"{parent}/any name"
+    try:
+        parent_fd, _ = roots.open_parent(path)
+    except ForkError:
+        return False
+    try:
+        return os.path.samestat(os.fstat(parent_fd), os.fstat(campaign.staging.parent_fd))
+    finally:
+        os.close(parent_fd)
 
 
 def remove_annexes(campaign: Campaign, roots: Roots) -> None:

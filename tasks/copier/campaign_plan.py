@@ -174,9 +174,9 @@ def _expected_seconds(plan: Plan, report: Report) -> float:
 
 
 def _batch_size(spec: CampaignSpec, seconds: float) -> int:
-    """Forks a batch, so that there is an even number of batches where that makes no difference otherwise."""
+    """Forks a batch: for two batches at once within `max_parallel`, and an even number of them if they are as good."""
     count = spec.aims.count
-    most = min(_MOST_IN_BATCH, -(-count // _LEAST_BATCHES), spec.aims.max_parallel or count)
+    most = min(_MOST_IN_BATCH, -(-count // _LEAST_BATCHES), max(1, (spec.aims.max_parallel or count) // 2))
     wanted = max(1, min(most, int(BATCH_SECONDS / max(seconds, 1e-9))))
     pairs = -(-count // (2 * wanted))
     return -(-count // (2 * pairs))

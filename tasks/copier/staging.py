@@ -405,6 +405,11 @@ class Staging:
         with suppress(FileNotFoundError):
             self.write_file(f"chunk-{number}", self.read_file(f"chunk-{number}"))
 
+    def begun_chunks(self) -> set[int]:
+        """The numbers of all chunks that were begun and not forgotten."""
+        names = [name.partition("-") for name in os.listdir(self.fd)]
+        return {int(number) for kind, _, number in names if kind == "chunk" and number.isdigit()}
+
     def forget_chunk(self, number: int) -> None:
         """Remove the lock of chunk `number`, which is done."""
         with suppress(FileNotFoundError):

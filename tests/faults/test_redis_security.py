@@ -36,6 +36,12 @@ def test_forks_run_over_tls_under_the_documented_rights_also_when_a_worker_dies_
     watched = run_forkvm("status", "lost", "--watch", "--json", env=environment)
     listed = run_forkvm("files", "one", "--json", env=environment)
     cancelled = run_forkvm("cancel", "one", "--json", env=environment)
+    taken = directory / "fork"  # one of the campaign's forks fails, so that failures are kept too
+    taken_and_free = f"{taken}\n{directory / 'second'}\n{directory / 'third'}\n"
+    campaign = run_forkvm(
+        "campaign", source, "--to-file", "-", "--id", "many", "--wait", "--json", env=environment, stdin=taken_and_free
+    )
+    forks = run_forkvm("forks", "many", "--json", env=environment)
 
     # Then
     assert _refusals(secure_redis) == []
@@ -45,7 +51,9 @@ def test_forks_run_over_tls_under_the_documented_rights_also_when_a_worker_dies_
     assert len(listed.stdout.splitlines()) == result["files"]["total"]
     assert json.loads(watched.stdout)["state"] == "SUCCESS"
     assert json.loads(cancelled.stdout)["result"]["status"] == "succeeded"
-    for fork in ("fork", "lost"):
+    assert json.loads(campaign.stdout)["forks"] == {"total": 3, "succeeded": 2, "failed": 1, "cancelled": 0}
+    assert len(forks.stdout.splitlines()) == 3
+    for fork in ("fork", "lost", "second", "third"):
         assert_alike(source, directory / fork, SKIPPED_BY_DEFAULT)
     worker.end()
     assert _refusals(secure_redis) == []

@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 from celery import states
 
@@ -26,7 +27,7 @@ class Books:
     """Each job's first final result, and what every worker's processes had open at most."""
 
     scheduler: Scheduler
-    results: dict[str, ForkResult] = field(default_factory=dict)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
     ends: Counter[str] = field(default_factory=Counter)
     most_files: int = 0
     most_memory: int = 0
@@ -36,23 +37,41 @@ class Books:
         """Check what became of a job, if it has ended: the result, and the disk. A good fork is removed then."""
         if self.scheduler.results.state(job.fork_id)["status"] not in states.READY_STATES:
             return False
-        result = self.scheduler.results.result(job.fork_id)
-        assert result is not None, f"{job.fork_id} ended without a ForkResult"
-        check_fork_result(result)
+        result = self.scheduler.results.final(job.fork_id)
+        assert result is not None, f"{job.fork_id} ended without a result"
         code = result["error"]["code"] if result["error"] is not None else None
         assert code in job.ends, f"{job.fork_id} ({job.kind}): {result['error']}"
-        check_books(result, self.scheduler.files(job.fork_id))
-        if code is None:
-            if job.source not in self._sources:
-                self._sources[job.source] = snapshot(job.source)
-            assert snapshot(job.destination) == self._sources[job.source], job.fork_id
-            shutil.rmtree(job.destination)
-        elif code == "destination_exists":
-            job.destination.unlink()
-        assert not os.path.lexists(job.destination), f"{job.fork_id} failed and left its destination"
+        forks = self._forks(job)
+        if job.forks:
+            ends: Counter[str] = Counter(fork["status"] for fork in forks)
+            assert result["forks"] == {"total": job.forks, **{end: ends[end] for end in _STATES}}
+            assert result["files"]["total"] == sum(fork["files"]["total"] for fork in forks)
+        for fork in forks:
+            self._close_fork(job, fork)
         self.results[job.fork_id] = result
         self.ends[code or "succeeded"] += 1
         return True
+
+    def _forks(self, job: Job) -> list[ForkResult]:
+        found = [self.scheduler.results.result(fork_id) for fork_id in job.destinations]
+        assert None not in found, f"a fork of {job.fork_id} ended without a ForkResult"
+        return cast(list[ForkResult], found)
+
+    def _close_fork(self, job: Job, result: ForkResult) -> None:
+        destination = job.destinations[result["fork_id"]]
+        check_fork_result(result)
+        check_books(result, self.scheduler.files(result["fork_id"]))
+        error = result["error"]
+        code = error["code"] if error is not None else None
+        assert code in job.ends, f"{result['fork_id']} ({job.kind}): {error}"
+        if code is None:
+            if job.source not in self._sources:
+                self._sources[job.source] = snapshot(job.source)
+            assert snapshot(destination) == self._sources[job.source], result["fork_id"]
+            shutil.rmtree(destination)
+        elif code == "destination_exists":
+            destination.unlink()
+        assert not os.path.lexists(destination), f"{result['fork_id']} failed and left its destination"
 
     def measure(self, pids: list[int]) -> None:
         """Look at what processes have open and how much memory they take."""
@@ -68,10 +87,11 @@ class Books:
         """No job has another result than its first one, and no late delivery made a fork again."""
         assert set(self.results) == {job.fork_id for job in jobs}
         for job in jobs:
-            assert self.scheduler.results.result(job.fork_id) == self.results[job.fork_id]
+            assert self.scheduler.results.final(job.fork_id) == self.results[job.fork_id]
             status = self.scheduler.results.state(job.fork_id)["status"]
             assert status == _STATES[self.results[job.fork_id]["status"]]
-            assert not os.path.lexists(job.destination), f"{job.fork_id} was made again"
+            for fork_id, destination in job.destinations.items():
+                assert not os.path.lexists(destination), f"{fork_id} was made again"
         assert self.most_files <= MOST_FILES
         assert self.most_memory <= MOST_MEMORY
 

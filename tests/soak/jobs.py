@@ -23,8 +23,14 @@ class Job:
     #: How many messages are sent at once, and after how many seconds someone asks for an end.
     copies: int = 1
     cancel_after: float | None = None
+    #: How many forks a campaign has; 0: it is a fork.
+    forks: int = 0
     #: How often it had to be sent, also since Redis was away.
     sent: int = field(default=0)
+
+    @property
+    def task(self) -> str:
+        return "forkvm.campaign" if self.forks else "forkvm.fork"
 
     @property
     def source(self) -> Path:
@@ -33,6 +39,14 @@ class Job:
     @property
     def destination(self) -> Path:
         return Path(self.request["destination"])
+
+    @property
+    def destinations(self) -> dict[str, Path]:
+        """Where each fork goes, by its id."""
+        if not self.forks:
+            return {self.fork_id: self.destination}
+        template = self.request["destinations"]["template"]
+        return {f"{self.fork_id}.{n}": Path(template.format(n=n)) for n in range(1, self.forks + 1)}
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,7 @@ def make_sources(reflink: Path, plain: Path) -> Sources:
     return Sources(small, reflinked, copied, unsupported)
 
 
-#: A kind of job: takes the sources, where forks go, an id and the dice. Campaigns are to be one more.
+#: A kind of job: takes the sources, where forks go, an id and the dice.
 Kind = Callable[[Sources, Path, Path, str, random.Random], Job]
 
 
@@ -114,12 +128,27 @@ def _taken(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: ran
     return job
 
 
+def _campaign(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
+    forks = dice.randint(2, 24)
+    destinations = {"template": f"{reflink / fork_id}-{{n}}", "count": forks}
+    request = {"source": str(dice.choice([sources.small, sources.reflinked])), "destinations": destinations}
+    return Job(fork_id, "campaign", request, frozenset({None}), forks=forks, copies=dice.choice([1, 1, 2]))
+
+
+def _cancelled_campaign(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
+    job = _campaign(sources, reflink, plain, fork_id, dice)
+    job.kind, job.cancel_after, job.ends = "cancelled campaign", dice.uniform(0.0, 0.5), frozenset({None, "cancelled"})
+    return job
+
+
 #: Each kind as often as it is here.
 KINDS: tuple[Kind, ...] = (
     *(_small,) * 5,
     *(_reflinked,) * 4,
     *(_copied,) * 2,
     *(_doubled,) * 2,
+    *(_campaign,) * 2,
+    _cancelled_campaign,
     _cancelled,
     _unsupported,
     _missing,

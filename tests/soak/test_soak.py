@@ -74,7 +74,7 @@ class Producer:
         while True:
             try:
                 self._app.send_task(
-                    "forkvm.fork", kwargs={"request": job.request}, task_id=job.fork_id, queue="forkvm", retry=False
+                    job.task, kwargs={"request": job.request}, task_id=job.fork_id, queue="forkvm", retry=False
                 )
                 job.sent += 1
                 return
