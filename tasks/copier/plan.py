@@ -132,6 +132,7 @@ def make_plan(
     try:
         with open_survey(work, limits) as survey:
             for _ in survey.walk(ticker):
+                ticker.enter("plan", survey.entries, survey.bytes)  # as far as they are known
                 if crew is None or survey.files <= limits.inline_files:
                     continue
                 if answer is None:
