@@ -42,6 +42,9 @@ class Books:
         code = result["error"]["code"] if result["error"] is not None else None
         assert code in job.ends, f"{job.fork_id} ({job.kind}): {result['error']}"
         forks = self._forks(job)
+        for fork in forks:  # all that Redis tells first: it may go away at any time, and then this is done again
+            check_fork_result(fork)
+            check_books(fork, self.scheduler.files(fork["fork_id"]))
         if job.forks:
             ends: Counter[str] = Counter(fork["status"] for fork in forks)
             assert result["forks"] == {"total": job.forks, **{end: ends[end] for end in _STATES}}
@@ -59,8 +62,6 @@ class Books:
 
     def _close_fork(self, job: Job, result: ForkResult) -> None:
         destination = job.destinations[result["fork_id"]]
-        check_fork_result(result)
-        check_books(result, self.scheduler.files(result["fork_id"]))
         error = result["error"]
         code = error["code"] if error is not None else None
         assert code in job.ends, f"{result['fork_id']} ({job.kind}): {error}"
