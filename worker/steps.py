@@ -14,6 +14,7 @@ from redis.exceptions import RedisError
 
 from tasks.app import inner_queue, results_of
 from tasks.context import SWEEP_TASK
+from tasks.copier.processes import is_stopped
 from worker.mending import put_unnoted_back
 
 #: How often the lease is renewed and the heartbeat file touched, in seconds.
@@ -71,7 +72,7 @@ class Lease(bootsteps.StartStopStep):
 
 def _held_up(children: list[int]) -> set[str]:
     """The delivery tags of what a stopped child has, or may have been given before it took it up."""
-    stopped = {pid for pid in children if _is_stopped(pid)}
+    stopped = {pid for pid in children if is_stopped(pid)}
     if not stopped:
         return set()
     return {
@@ -79,15 +80,6 @@ def _held_up(children: list[int]) -> set[str]:
         for request in list(state.reserved_requests)
         if request.worker_pid is None or request.worker_pid in stopped
     }
-
-
-def _is_stopped(pid: int) -> bool:
-    """Whether a process is in the state T, as proc(5) has it: "pid (name) state ..."."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:  # it has ended
-        return False
-    return status.rpartition(")")[2].split()[0] in ("T", "t")
 
 
 class Heartbeat(bootsteps.StartStopStep):

@@ -10,6 +10,7 @@ import select
 import signal
 import struct
 import sys
+import time
 import traceback
 from contextlib import suppress
 
@@ -17,6 +18,7 @@ from tasks.copier import syscalls
 from tasks.copier.chunk import run_held_chunk
 from tasks.copier.errors import Code, ForkError, from_errno, from_oserror
 from tasks.copier.plan import Chunk, Plan
+from tasks.copier.processes import is_stopped
 from tasks.copier.progress import Progress, Ticker
 from tasks.copier.work import Work
 
@@ -29,6 +31,8 @@ _PIPE_BYTES = 1 << 20
 _COUNTERS = struct.Struct("=qq")
 #: How often the parent looks at its children's counters.
 _LOOK_MILLISECONDS = 100
+#: A child that is stopped for longer than this, in seconds, is not waited for.
+_STOPPED_SECONDS = 10.0
 #: Exit code of a child that met an error in this program; errnos are smaller.
 _BUG = 255
 
@@ -45,6 +49,8 @@ class Children:
         self._ticker = ticker
         self._counters = mmap.mmap(-1, _COUNTERS.size * self._count)
         self._pids: list[int] = []
+        #: Children that are stopped, and when that was first seen, in seconds of the monotonic clock.
+        self._stopped_since: dict[int, float] = {}
         self._tokens = self._pipe = -1
         self._taken: set[int] = set()
 
@@ -101,6 +107,7 @@ class Children:
                 poll.unregister(fd)
                 os.close(fd)
                 running -= 1
+            self._end_stopped()
             try:
                 self._tell(done_before)
             except ForkError as error:
@@ -140,6 +147,15 @@ class Children:
         syscalls.release(self._tokens)
         self._pids, self._tokens = [], -1
         return codes
+
+    def _end_stopped(self) -> None:
+        """Kill a child that has been stopped for long: what it had in hand is done again, and nobody waits for it."""
+        now = time.monotonic()
+        for pid in self._pids:
+            if not is_stopped(pid):
+                self._stopped_since.pop(pid, None)
+            elif now - self._stopped_since.setdefault(pid, now) > _STOPPED_SECONDS:
+                os.kill(pid, signal.SIGKILL)  # ours, and not reaped yet: the pid is nobody else's
 
     def _tell(self, done_before: tuple[int, int]) -> None:
         files, count = done_before

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks.copier import children
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.options import Limits
 from tasks.copier.progress import Progress
@@ -125,6 +126,29 @@ def test_a_child_that_dies_has_its_chunk_done_by_another(directory: Path, every_
     result = forked(source, directory / "fork", beat=kill_one, limits=CHUNKED, reflink="never")
 
     assert killed
+    assert_alike(source, directory / "fork")
+    assert result["files"]["copied"] == 1
+
+
+def test_a_child_that_is_stopped_is_not_waited_for_and_its_chunk_is_done_by_another(
+    directory: Path, every_beat: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(children, "_STOPPED_SECONDS", 0.3)
+    source = directory / "source"
+    source.mkdir()
+    make_sparse_file(source / "disk.raw", 256 * MIB, 160 * MIB)
+    stopped: list[int] = []
+
+    def stop_one(progress: Progress) -> None:
+        pids = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        if progress["phase"] == "copy" and pids and not stopped:
+            stopped.append(int(pids[0]))
+            os.kill(stopped[0], signal.SIGSTOP)
+
+    result = forked(source, directory / "fork", beat=stop_one, limits=CHUNKED, reflink="never")
+
+    assert stopped
+    assert not Path(f"/proc/{stopped[0]}").exists()
     assert_alike(source, directory / "fork")
     assert result["files"]["copied"] == 1
 

@@ -1,0 +1,13 @@
+"""What the kernel tells of other processes (proc(5))."""
+
+from __future__ import annotations
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped: by SIGSTOP, a debugger or a frozen terminal. False for one that has ended."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            status = file.read()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] in ("T", "t")  # "pid (name) state ..."
