@@ -256,13 +256,27 @@ def _snapshot(plan: _Plan, root: Path, service: Service | None) -> list[Finding]
 
 
 def _singles(plan: _Plan, root: Path, service: Service | None) -> list[Finding]:
+    return _on_each_reflink(plan, root, service, singles.CASES, singles.measure_singles)
+
+
+def _campaigns(plan: _Plan, root: Path, service: Service | None) -> list[Finding]:
+    return _on_each_reflink(plan, root, service, campaigns.CASES, campaigns.measure_campaigns)
+
+
+def _on_each_reflink(
+    plan: _Plan,
+    root: Path,
+    service: Service | None,
+    cases: Sequence[Case],
+    measure: Callable[[Filesystem, Service], Iterator[Finding]],
+) -> list[Finding]:
     if service is None:
-        say("no messages without Redis")
+        say("nothing to measure without Redis")
         return []
     found: list[Finding] = []
     for kind in _REFLINK_KINDS:
-        with _filesystem(plan, kind, singles.CASES, root) as (filesystem, _):
-            found += singles.measure_singles(filesystem, service)
+        with _filesystem(plan, kind, cases, root) as (filesystem, _):
+            found += measure(filesystem, service)
     return found
 
 
@@ -277,17 +291,6 @@ def _on_one(
         if len(fitting) < len(cases):
             raise Unavailable("no room")
         return list(measure(filesystem))
-
-
-def _campaigns(plan: _Plan, root: Path, service: Service | None) -> list[Finding]:
-    if service is None:
-        say("no campaigns without Redis")
-        return []
-    found: list[Finding] = []
-    for kind in _REFLINK_KINDS:
-        with _filesystem(plan, kind, campaigns.CASES, root) as (filesystem, _):
-            found += campaigns.measure_campaigns(filesystem, service)
-    return found
 
 
 def _large_campaign(plan: _Plan, root: Path, service: Service | None) -> list[Finding]:

@@ -8,6 +8,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
+from typing import Any
+
+from celery.result import AsyncResult
 
 from benchmarks.cases import INST, MINI, ONE, Case
 from benchmarks.filesystems import Filesystem
@@ -31,6 +34,8 @@ _LEAST_PACE = 0.8
 #: What part of the forks, at the beginning and at the end, the pace is compared over.
 _PART = 0.2
 _LOOK_SECONDS = 0.25
+#: How long one campaign may take, in seconds.
+_PATIENCE = 600.0
 
 
 def measure_campaigns(filesystem: Filesystem, service: Service) -> Iterator[Finding]:
@@ -39,7 +44,7 @@ def measure_campaigns(filesystem: Filesystem, service: Service) -> Iterator[Find
         forks, most = _SIZES[case.name]
         seconds: dict[str, list[float]] = {"campaign": [], "cp": []}
         with built(case, filesystem) as source:
-            subjects: dict[str, Callable[[Path, Path, int], float]] = {"campaign": service_campaign(service), "cp": _cp}
+            subjects: dict[str, Callable[[Path, Path, int], float]] = {"campaign": _campaign(service), "cp": _cp}
             for number in range(_ROUNDS):
                 say(f"campaigns: {forks} forks of {case.name} on {filesystem.name}, round {number + 1} of {_ROUNDS}")
                 for name, run in subjects.items():
@@ -63,12 +68,7 @@ def measure_large_campaign(filesystem: Filesystem, service: Service) -> Iterator
     largest = 0
     with Watch(service.worker_pid) as watch:
         began = time.perf_counter()
-        campaign = service.client.send_task(
-            "forkvm.campaign",
-            kwargs={"request": _request(source, parent, _MANY)},
-            task_id=f"bench-{uuid.uuid4().hex}",
-            queue="forkvm",
-        )
+        campaign = _send(service, source, parent, _MANY)
         while not campaign.ready():
             if str(campaign.state) == "PROGRESS":
                 seen.append((time.perf_counter(), campaign.info["forks_done"]))
@@ -85,18 +85,12 @@ def measure_large_campaign(filesystem: Filesystem, service: Service) -> Iterator
     yield Finding(f"{where}: pace at the beginning by that at the end", pace, "", 1 / _LEAST_PACE)
 
 
-def service_campaign(service: Service) -> Callable[[Path, Path, int], float]:
+def _campaign(service: Service) -> Callable[[Path, Path, int], float]:
     """Makes a campaign through Redis; returns how long it took, in seconds. Raises SubjectFailed."""
 
     def run(source: Path, parent: Path, forks: int) -> float:
         began = time.perf_counter()
-        campaign = service.client.send_task(
-            "forkvm.campaign",
-            kwargs={"request": _request(source, parent, forks)},
-            task_id=f"bench-{uuid.uuid4().hex}",
-            queue="forkvm",
-        )
-        result = campaign.get(timeout=600)
+        result = _send(service, source, parent, forks).get(timeout=_PATIENCE)
         seconds = time.perf_counter() - began
         if result["status"] != "succeeded":
             raise SubjectFailed(f"the campaign ended as {result}")
@@ -105,8 +99,11 @@ def service_campaign(service: Service) -> Callable[[Path, Path, int], float]:
     return run
 
 
-def _request(source: Path, parent: Path, forks: int) -> dict[str, object]:
-    return {"source": str(source), "destinations": {"template": f"{parent}/{{n}}", "count": forks}}
+def _send(service: Service, source: Path, parent: Path, forks: int) -> AsyncResult[Any]:
+    request = {"source": str(source), "destinations": {"template": f"{parent}/{{n}}", "count": forks}}
+    return service.client.send_task(
+        "forkvm.campaign", kwargs={"request": request}, task_id=f"bench-{uuid.uuid4().hex}", queue="forkvm"
+    )
 
 
 def _cp(source: Path, parent: Path, forks: int) -> float:
