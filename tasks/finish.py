@@ -62,9 +62,10 @@ def known_result(context: Context, fork_id: str) -> ForkResult | None:
         parent_fd, _ = context.roots.open_parent(known["destination"])
         try:
             with Staging.attach(parent_fd, fork_id, 0, alone=True) as staging:
-                journal = staging.journal() if staging is not None else None
-                if staging is not None and journal is not None:
-                    staging.discard_tree(journal)  # one that was published has no such name any more
+                if staging is not None:
+                    journal = staging.journal()
+                    if journal is not None:  # else it died before it saw the result
+                        staging.discard_tree(journal)  # one that was published has no such name any more
                     staging.remove()
         finally:
             os.close(parent_fd)
