@@ -16,6 +16,9 @@ from tests.system.running import System, send
 from tests.system.scheduler import PATIENCE, Scheduler
 from tests.system.staging import leftovers
 
+#: One for each moment to stand still at, and some to do all else: also what comes again while the others stand.
+CHILDREN = len(MOMENTS) + 4
+
 
 class StartStruck(Protocol):
     def __call__(self, concurrency: int = 2, env: Mapping[str, str] | None = None) -> System: ...

@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tests.faults.fleet import Guests, StartStruck, Struck, assert_served_and_clean, go_on, stand_at
-from tests.faults.moments import MOMENTS, Moments
+from tests.faults.fleet import CHILDREN, Guests, StartStruck, Struck, assert_served_and_clean, go_on, stand_at
+from tests.faults.moments import Moments
 from tests.fixtures.processes import wait_until
 from tests.support.extents import fiemap
 from tests.support.tree import snapshot
@@ -20,7 +20,7 @@ from tests.system.running import System, send
 def test_child_killed_once_at_any_moment_costs_nothing_but_time(
     start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
 ) -> None:
-    system = start_struck(len(MOMENTS))
+    system = start_struck(CHILDREN)
     struck = stand_at(system, moments, guests, place)
 
     send([one.pid for one in struck], signal.SIGKILL)
@@ -34,7 +34,7 @@ def test_fork_of_a_stopped_child_is_made_by_another_and_the_sleeper_writes_nothi
     start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
 ) -> None:
     # Given a child that stopped at each moment, while its worker lives on
-    system = start_struck(len(MOMENTS) + 2)
+    system = start_struck(CHILDREN)
     struck = stand_at(system, moments, guests, place)
 
     # When the others have had the time to take the forks
@@ -55,7 +55,7 @@ def test_fork_of_a_stopped_child_is_made_by_another_and_the_sleeper_writes_nothi
 def test_child_that_hangs_longer_than_the_time_limit_is_killed_and_its_work_done_by_another(
     start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
 ) -> None:
-    system = start_struck(len(MOMENTS), {"FORKVM_TASK_TIME_LIMIT": "2", "FORKVM_VISIBILITY_TIMEOUT": "60"})
+    system = start_struck(CHILDREN, {"FORKVM_TASK_TIME_LIMIT": "2", "FORKVM_VISIBILITY_TIMEOUT": "60"})
     struck = stand_at(system, moments, guests, place)
 
     for one in struck:  # no lease lapses, no sweep comes so soon

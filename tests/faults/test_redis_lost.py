@@ -11,8 +11,8 @@ import pytest
 from redis.exceptions import OutOfMemoryError
 
 from tasks.copier.spec import ForkResult
-from tests.faults.fleet import Guests, StartStruck, Struck, assert_served_and_clean, go_on, stand_at
-from tests.faults.moments import MOMENTS, PUBLISHED, Moments
+from tests.faults.fleet import CHILDREN, Guests, StartStruck, Struck, assert_served_and_clean, go_on, stand_at
+from tests.faults.moments import PUBLISHED, Moments
 from tests.fixtures.processes import wait_until
 from tests.support.tree import snapshot
 from tests.system.running import send
@@ -34,7 +34,7 @@ def test_forks_whose_redis_goes_away_end_with_their_true_results(
     start_struck: StartStruck, moments: Moments, guests: Guests, place: Path, kill: bool, seconds: float
 ) -> None:
     # Given
-    system = start_struck(len(MOMENTS))
+    system = start_struck(CHILDREN)
     struck = stand_at(system, moments, guests, place)
 
     # When Redis is away while all of them go on
@@ -54,7 +54,7 @@ def test_redis_emptied_in_mid_fork_gives_no_false_success_and_its_staging_is_rea
     start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
 ) -> None:
     # Given forks at every moment, untouched for long, as far as their files tell
-    system = start_struck(len(MOMENTS))
+    system = start_struck(CHILDREN)
     struck = stand_at(system, moments, guests, place)
     for name in leftovers(place):
         if os.path.isdir(name):
@@ -90,7 +90,7 @@ def test_redis_emptied_in_mid_fork_gives_no_false_success_and_its_staging_is_rea
 def test_redis_emptied_while_forks_go_on_gives_no_false_success_and_the_ids_can_be_sent_again(
     start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
 ) -> None:
-    system = start_struck(len(MOMENTS))
+    system = start_struck(CHILDREN)
     struck = stand_at(system, moments, guests, place)
 
     system.scheduler.redis.flushall()
@@ -110,7 +110,7 @@ def test_full_redis_fails_forks_clearly_and_all_works_again_when_there_is_room(
     start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
 ) -> None:
     # Given
-    system = start_struck(len(MOMENTS))
+    system = start_struck(CHILDREN)
     struck = stand_at(system, moments, guests, place)
 
     # When

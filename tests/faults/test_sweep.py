@@ -14,8 +14,8 @@ from tasks.copier.options import Limits
 from tasks.copier.roots import Roots
 from tasks.results import Results
 from tasks.sweep import remove_abandoned, run_sweep
-from tests.faults.fleet import Guests, StartStruck, Struck, assert_served_and_clean, stand_at
-from tests.faults.moments import MOMENTS, Moments
+from tests.faults.fleet import CHILDREN, Guests, StartStruck, Struck, assert_served_and_clean, stand_at
+from tests.faults.moments import Moments
 from tests.fixtures.processes import RunForkvm, StartWorker
 from tests.system.running import System
 from tests.system.scheduler import QUEUE, QUEUES, UNACKED, Scheduler
@@ -28,7 +28,7 @@ def test_fork_whose_messages_are_lost_is_finished(
     start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
 ) -> None:
     # Given forks that stand at every moment
-    system = start_struck(len(MOMENTS))
+    system = start_struck(CHILDREN)
     redis = system.scheduler.redis
     struck = stand_at(system, moments, guests, place)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.fleet import Guests, StartStruck, assert_served_and_clean, go_on, stand_at
-from tests.faults.moments import MOMENTS, PUBLISHED, Moments
+from tests.faults.fleet import CHILDREN, Guests, StartStruck, assert_served_and_clean, go_on, stand_at
+from tests.faults.moments import PUBLISHED, Moments
 from tests.fixtures.processes import wait_until
 from tests.system.books import identity
 from tests.system.running import send
@@ -23,7 +23,7 @@ def test_forks_of_a_worker_that_died_with_its_machine_are_done_by_another_within
     start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
 ) -> None:
     # Given a worker with a fork at every moment, and another worker beside it
-    system = start_struck(len(MOMENTS))
+    system = start_struck(CHILDREN)
     struck = stand_at(system, moments, guests, place)
     other = start_struck()
     published = {one: identity(one.destination) for one in struck if one.moment in PUBLISHED}
@@ -51,7 +51,7 @@ def test_worker_that_is_told_to_end_hands_back_or_finishes_all_it_has(
     start_struck: StartStruck, moments: Moments, guests: Guests, place: Path, signals: list[signal.Signals]
 ) -> None:
     # Given
-    system = start_struck(len(MOMENTS))
+    system = start_struck(CHILDREN)
     struck = stand_at(system, moments, guests, place)
 
     # When
