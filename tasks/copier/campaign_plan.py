@@ -176,8 +176,11 @@ def _expected_seconds(plan: Plan, report: Report) -> float:
 def _batch_size(spec: CampaignSpec, seconds: float) -> int:
     """Forks a batch: for two batches at once within `max_parallel`, and an even number of them if they are as good."""
     count = spec.aims.count
-    most = min(_MOST_IN_BATCH, -(-count // _LEAST_BATCHES), max(1, (spec.aims.max_parallel or count) // 2))
+    parallel = spec.aims.max_parallel
+    most = min(_MOST_IN_BATCH, -(-count // _LEAST_BATCHES), count if parallel is None else max(1, parallel // 2))
     wanted = max(1, min(most, int(BATCH_SECONDS / max(seconds, 1e-9))))
+    if wanted >= count:
+        return count
     pairs = -(-count // (2 * wanted))
     return -(-count // (2 * pairs))
 

@@ -239,9 +239,13 @@ def _complete_and_publish(
 
 def _publish(ends: Ends, staging: Staging, journal: Journal) -> ForkResult:
     """Publish the complete tree unless that is done: the result that is true from then on."""
-    if not staging.is_published(journal, ends.name):
+    sync = journal.spec["options"]["durability"] == "sync"
+    if staging.is_published(journal, ends.name):
+        if sync:
+            os.fsync(ends.parent_fd)  # who renamed it may have died before
+    else:
         try:
-            staging.publish(journal, ends.name, sync=journal.spec["options"]["durability"] == "sync")
+            staging.publish(journal, ends.name, sync=sync)
         except FileExistsError:
             raise destination_exists(ends.destination) from None
         except FileNotFoundError as error:

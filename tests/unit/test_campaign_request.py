@@ -227,13 +227,23 @@ def test_all_that_a_single_fork_can_be_told_holds_for_every_fork() -> None:
     assert spec.aims.deadline == pytest.approx(spec.started + 60)
 
 
-def test_a_summary_is_small_and_tells_requests_apart() -> None:
+def test_a_summary_leaves_out_a_long_list_of_destinations() -> None:
+    request = {"source": "/a", "destinations": [f"/g/{n:040}" for n in range(10_000)], "reflink": "always"}
+    spec, _ = campaign_of(request, "c", owner="queue")
+
+    summary = summary_of(request, spec)
+
+    assert summary["kept"] == {"source": "/a", "reflink": "always"}
+    assert (summary["forks"], summary["start"]) == (10_000, 1)
+
+
+def test_a_summary_keeps_a_small_request_whole_and_tells_requests_apart() -> None:
     request = {"source": "/a", "destinations": {"template": "/g/{n}", "count": 100_000}, "labels": {"x": "y"}}
     spec, _ = campaign_of(request, "c", owner="queue")
 
     summary = summary_of(request, spec)
 
-    assert summary["kept"] == {"source": "/a", "labels": {"x": "y"}}
+    assert summary["kept"] == request
     assert (summary["forks"], summary["start"]) == (100_000, 1)
     assert summary == summary_of(dict(reversed(request.items())), spec)
     assert summary["sha256"] != summary_of(request | {"labels": {"x": "z"}}, spec)["sha256"]
