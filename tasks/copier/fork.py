@@ -9,6 +9,7 @@ the request finds either the one or the other.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
