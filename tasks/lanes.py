@@ -34,10 +34,11 @@ def send_batch(context: Context, campaign_id: str, home: str, first: int) -> Non
 def is_over(results: CampaignResults, campaign: Campaign) -> bool:
     """Whether no further fork is to be begun; notes why, where that is not known yet."""
     spec, sums = campaign.spec, results.sums()
-    if forks_done(sums) >= spec.aims.count:
+    all_ended = forks_done(sums) >= spec.aims.count
+    if all_ended and not sums.get("forks.cancelled"):
         return True
     if sums.get("forks.failed") and spec.aims.on_error == "abort":
         results.end_early(aborted(campaign))
     elif error := late(campaign):
         results.end_early(error)
-    return results.ended(campaign.spec.source) is not None
+    return all_ended or results.ended(campaign.spec.source) is not None

@@ -99,7 +99,7 @@ def _make_all(campaign: Campaign, roots: Roots, processes: int, beat: CampaignBe
         if staging.is_stopped() and failures:
             return from_record(failures[0]["error"])
         if forks_done(sums) == spec.aims.count or spec.is_late():
-            return late(campaign) if forks_done(sums) < spec.aims.count else None
+            return None if forks_done(sums) == spec.aims.count and not sums.get("forks.cancelled") else late(campaign)
     return ForkError(Code.WORKER_LOST, "the processes that worked on it died each time", spec.source)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from tests.engine.forking import assert_alike
 from tests.fixtures.filesystems import Fresh
-from tests.fixtures.processes import StartWorker, wait_until
+from tests.fixtures.processes import StartWorker, Worker, wait_until
 from tests.support.guests import MIB, SKIPPED_BY_DEFAULT, GuestSizes, make_guest
 from tests.support.requirements import require
 from tests.system.conftest import own_scheduler  # noqa: F401 - a fixture
@@ -64,12 +65,17 @@ def test_forks_end_once_and_well_while_the_clock_jumps(
     request = {"source": str(source), "reflink": "never"}
     sent = []
 
-    for offset in ("-1h", "+1h", "+0"):
+    for offset, hours in (("-1h", -1), ("+1h", 1), ("+0", 0)):
+        expected = (datetime.now(UTC) + timedelta(hours=hours)).strftime("%Y-%m-%d %H")
         # When the clock jumps while a fork runs, and forks come after it
         for n in range(2):
             sent.append(own_scheduler.send({**request, "destination": str(directory / f"{offset}-{n}")}))
         wait_until(lambda: any(directory.glob(".forkvm-*")), "a fork that runs")
         clock.set(offset)
+        while _hour(worker) != expected:
+            destination = directory / f"{offset}-{len(sent)}"
+            sent.append(own_scheduler.send({**request, "destination": str(destination)}))
+            own_scheduler.wait(sent[-1])
         results = [own_scheduler.wait(one) for one in sent]
 
     # Then
@@ -79,6 +85,9 @@ def test_forks_end_once_and_well_while_the_clock_jumps(
         assert min(result["seconds"].values()) >= 0
         assert_alike(source, Path(result["destination"]), SKIPPED_BY_DEFAULT)
     assert worker.output().count(" succeeded: ") == len(sent)
-    hours = set(re.findall(r"^\[(\S+ \d\d):", worker.output(), re.MULTILINE))
-    assert len(hours) >= 3, "the clock did not jump"
     assert list(directory.glob(".forkvm-*")) == []
+
+
+def _hour(worker: Worker) -> str:
+    """The hour that the worker takes it to be: that of the last line of its log."""
+    return str(re.findall(r"^\[(\S+ \d\d):", worker.output(), re.MULTILINE)[-1])
