@@ -58,7 +58,7 @@ def run_campaign(context: Context, campaign_id: str, request: object, queued: fl
         if refusal is not None:
             raise refusal
         _plan(context, results, spec, paths, claim["destination"])
-        return None
+        return results.result()
     except ForkError as error:
         return _refuse(results, spec, paths, error)
     except OSError as error:
@@ -100,6 +100,10 @@ def _plan(context: Context, results: CampaignResults, spec: CampaignSpec, paths:
         open_ends(context.roots, spec.source, home) as ends,
         Staging.claim(ends.parent_fd, spec.campaign_id, LOCK_WAIT) as staging,
     ):
+        if results.result() is not None:  # concluded while this delivery waited
+            if staging.journal() is None:
+                staging.remove()
+            return
         planned = campaign_in(staging)
         if planned is None or not _is_asked_for(planned, spec, paths):
             if planned is not None:
