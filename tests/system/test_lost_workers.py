@@ -78,3 +78,4 @@ def test_a_paused_worker_loses_its_fork_and_writes_nothing_into_the_published_on
     assert {path: path.stat().st_ctime_ns for path in (place / "vm-2").rglob("*")} == changes
     assert sorted(path.name for path in place.iterdir()) == ["vm-1", "vm-2"]
     assert foreign_client.AsyncResult("f1").get(timeout=5) == result
+    sleeper.kill()  # its warm shutdown takes as long as it is given
