@@ -12,11 +12,12 @@ from benchmarks.rounds import built, remove, settle
 from benchmarks.say import say
 from benchmarks.service import Message, Service
 from tasks.context import FORK_TASK
+from worker.gate import EMPTY_TASK
 
 CASES = (MINI,)
 
 #: A task that Celery itself gives every worker: it returns its arguments.
-_EMPTY = Message("celery.accumulate", {})
+_EMPTY = Message(EMPTY_TASK, {})
 _MESSAGES = 1_000
 _ROUNDS = 3
 _MOST_RATIO = 2.5

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from worker.gate import Refused, checked
+from worker.gate import EMPTY_TASK, Refused, checked
 
-TASKS = {"forkvm.fork", "forkvm.chunk", "forkvm.finish", "celery.backend_cleanup"}
+TASKS = {"forkvm.fork", "forkvm.chunk", "forkvm.finish", "celery.backend_cleanup", "celery.accumulate"}
 SECRET = "a-guest's-secret"
 
 
@@ -45,6 +45,10 @@ def test_message_of_a_client_is_taken_as_it_is_but_for_how_it_came() -> None:
     assert first["properties"]["delivery_info"] == {"exchange": "", "routing_key": "forkvm"}
     assert first["properties"]["delivery_tag"] != second["properties"]["delivery_tag"]
     assert {name: first[name] for name in ("body", "headers")} == {name: message[name] for name in ("body", "headers")}
+
+
+def test_the_empty_task_by_which_a_worker_is_measured_is_taken() -> None:
+    assert checked(_message("celery.accumulate", [[], {}, {}]), "forkvm", TASKS)["headers"]["task"] == EMPTY_TASK
 
 
 @pytest.mark.parametrize("name", ["delivery_tag", "delivery_info", "correlation_id", "delivery_mode"])
