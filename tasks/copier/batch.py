@@ -253,7 +253,8 @@ class _Run:
         plan, options = self.campaign.plan.fork, self.campaign.spec.options
         cloner = Cloner(options, {(src, dst): number for src, dst, number in plan.refused}, self.ticker.step)
         with ExitStack() as opened:
-            made = Trees(self.campaign.staging, self.staging, self.ends, plan, cloner, self.ticker, opened)
+            backwards = self.first // self.campaign.plan.batch % 2 == 1
+            made = Trees(self.campaign.staging, self.staging, self.ends, plan, cloner, self.ticker, opened, backwards)
             try:
                 for index, name in names.items():
                     made.make(index, self.forks[index], name)

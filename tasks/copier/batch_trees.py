@@ -61,6 +61,8 @@ class Trees:
     cloner: Cloner
     ticker: Ticker
     opened: ExitStack
+    #: Begin with the last file: who clones the same file as another process waits for it on the source's inode.
+    backwards: bool
     #: Those that are still to be filled, and those that are.
     alive: list[Tree] = field(default_factory=list)
     complete: list[Tree] = field(default_factory=list)
@@ -152,10 +154,10 @@ def _make_directories(made: Trees) -> None:
 
 
 def _clone_files(made: Trees) -> None:
-    for block in _blocks(made):
+    for block in _blocks(made, backwards=made.backwards):
         with ExitStack() as opened:
             places = _open_places(made, block.path, opened)
-            for entry in block.entries:
+            for entry in reversed(block.entries) if made.backwards else block.entries:
                 _clone_entry(made, places, entry)
 
 
