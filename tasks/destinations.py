@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from string import Formatter
 from typing import Annotated
@@ -54,8 +55,7 @@ def normal_paths(paths: Iterable[str]) -> list[str]:
     normal = [normal_path(path, "destinations") for path in paths]
     known = set(normal)
     if len(known) < len(normal):
-        seen: set[str] = set()
-        twice = next(path for path in normal if path in seen or seen.add(path))  # type: ignore[func-returns-value]
+        twice = next(path for path, times in Counter(normal).items() if times > 1)
         raise ForkError(Code.INVALID_REQUEST, "destinations: the same path twice", twice)
     parents: set[str] = set()  # most share theirs
     for path in normal:

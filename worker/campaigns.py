@@ -79,9 +79,7 @@ def campaign(
         answer_json({"id": campaign_id}) if as_json else answer(campaign_id)
         return
     with progress_bar() as show:
-        result = client.wait(campaign_id, show).result
-    if result is None:
-        raise ForkError(Code.IO_ERROR, "the campaign ended without a result; see the worker's log", campaign_id)
+        result = client.wait_for_result(campaign_id, show)
     _answer(cast(CampaignResult, result), as_json)
 
 

@@ -121,9 +121,7 @@ def submit(
         answer_json({"id": fork_id}) if as_json else answer(fork_id)
         return
     with progress_bar() as show:
-        result = client.wait(fork_id, show).result
-    if result is None:
-        raise ForkError(Code.IO_ERROR, "the fork ended without a result; see the worker's log", source)
+        result = client.wait_for_result(fork_id, show)
     _answer_result(cast(ForkResult, result), as_json)
 
 

@@ -16,6 +16,7 @@ from tasks.campaign_request import Summary
 from tasks.campaign_results import CampaignResults
 from tasks.context import CAMPAIGN_TASK, CONCLUDE_TASK, FINISH_TASK, FORK_TASK
 from tasks.copier.campaign import CampaignProgress, CampaignResult
+from tasks.copier.errors import Code, ForkError
 from tasks.copier.progress import Progress
 from tasks.copier.spec import ForkResult
 from tasks.results import Results, end_state
@@ -83,6 +84,13 @@ class Client:
             if status.state in states.READY_STATES or (deadline is not None and time.monotonic() > deadline):
                 return status
             time.sleep(_LOOK_SECONDS)
+
+    def wait_for_result(self, job_id: str, show: ShowProgress) -> ForkResult | CampaignResult:
+        """Wait until the fork or campaign has ended: its result. Raises ForkError where there is none."""
+        result = self.wait(job_id, show).result
+        if result is None:
+            raise ForkError(Code.IO_ERROR, "it ended without a result; see the worker's log", job_id)
+        return result
 
     def cancel(self, fork_id: str) -> None:
         """Ask for an end of the fork, and see that someone looks after it."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Concatenate, NamedTuple, ParamSpec
 
 from tasks.copier import trees
 from tasks.copier.changes import refuse_changes
@@ -27,6 +27,8 @@ from tasks.copier.spec import ForkSpec
 from tasks.copier.staging import SNAPSHOT, Staging
 from tasks.copier.walk import Block, Entry, Kind, join
 from tasks.copier.work import Work, on_this_host
+
+P = ParamSpec("P")
 
 
 @dataclass(eq=False)
@@ -98,11 +100,11 @@ class Trees:
         for tree in [*self.alive, *self.complete]:
             self.fail(tree, error)
 
-    def each(self, step: Callable[[Tree], None]) -> None:
+    def each(self, step: Callable[Concatenate[Tree, P], None], *args: P.args, **kwargs: P.kwargs) -> None:
         """Do one step of every tree. Raises ForkError cancelled; any other error is the one tree's own."""
         for tree in list(self.alive):
             try:
-                step(tree)
+                step(tree, *args, **kwargs)
             except ForkError as error:
                 if error.code is Code.CANCELLED:
                     raise
@@ -150,7 +152,11 @@ def _make_directories(made: Trees) -> None:
     for block in _blocks(made, closing=True):
         names = [entry.name for entry in block.entries if entry.kind == Kind.DIRECTORY]
         if names:
-            made.each(lambda tree, path=block.path, names=names: tree.work.make_directories(path, names))  # type: ignore[misc]
+            made.each(_make_directories_in, block.path, names)
+
+
+def _make_directories_in(tree: Tree, path: str, names: list[str]) -> None:
+    tree.work.make_directories(path, names)
 
 
 def _clone_files(made: Trees) -> None:
@@ -236,13 +242,9 @@ def _close(made: Trees) -> None:
     plan, cloner, ticker = made.plan, made.cloner, made.ticker
     touched: list[str] = []
     for block in _blocks(made, closing=True):
-        made.each(lambda tree, block=block: link_and_skip(tree.work, block, tree.report, ticker))  # type: ignore[misc]
+        made.each(_link_and_skip, block, ticker)
     for block in _blocks(made, closing=True, backwards=True):
-        made.each(
-            lambda tree, block=block: complete_directories(  # type: ignore[misc]
-                tree.work, block, cloner, tree.report, touched, ticker
-            )
-        )
+        made.each(_complete_directories, block, cloner, touched, ticker)
     if not made.alive:
         return
     work = made.alive[0].work
@@ -251,3 +253,11 @@ def _close(made: Trees) -> None:
     made.each(lambda tree: refuse_unbalanced(tree.work, plan, tree.report.totals.total))
     if made.alive:
         refuse_changes(work, plan, touched)
+
+
+def _link_and_skip(tree: Tree, block: Block, ticker: Ticker) -> None:
+    link_and_skip(tree.work, block, tree.report, ticker)
+
+
+def _complete_directories(tree: Tree, block: Block, cloner: Cloner, touched: list[str], ticker: Ticker) -> None:
+    complete_directories(tree.work, block, cloner, tree.report, touched, ticker)

@@ -48,12 +48,12 @@ def end_rest(campaign: Campaign, roots: Roots, ticker: Ticker, ledger: CampaignL
             continue
         unbegun |= {first + n: path for n, path in enumerate(destinations)}
         if len(unbegun) >= _SETTLED_AT_ONCE:
-            settle_unbegun(campaign, ledger, unbegun, error)
+            _settle_unbegun(campaign, ledger, unbegun, error)
             unbegun = {}
-    settle_unbegun(campaign, ledger, unbegun, error)
+    _settle_unbegun(campaign, ledger, unbegun, error)
 
 
-def settle_unbegun(campaign: Campaign, ledger: CampaignLedger, forks: dict[int, str], error: ForkError) -> None:
+def _settle_unbegun(campaign: Campaign, ledger: CampaignLedger, forks: dict[int, str], error: ForkError) -> None:
     """Settle forks that nobody has begun (their destinations by index) with `error`."""
     if forks:
         now = time.time()
