@@ -61,7 +61,8 @@ def known_result(context: Context, fork_id: str) -> ForkResult | None:
     with suppress(ForkError, OSError, Held):
         parent_fd, _ = context.roots.open_parent(known["destination"])
         try:
-            with Staging.attach(parent_fd, fork_id, 0, alone=True) as staging:
+            # Waits: a process that took too long is killed only after its message is back in the queue.
+            with Staging.attach(parent_fd, fork_id, LOCK_WAIT, alone=True) as staging:
                 if staging is not None:
                     journal = staging.journal()
                     if journal is not None:  # else it died before it saw the result
