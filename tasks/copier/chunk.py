@@ -94,7 +94,7 @@ def _clone_files(work: Work, plan: Plan, chunk: Chunk, cloner: Cloner, ticker: T
         done = plan.cloned_in(block.path)
         with work.place(block.path) as place:
             for entry in block.entries:
-                if entry.name == done:  # perhaps while the walk still went on: see `changes`
+                if entry.name in done:  # perhaps while the walk still went on: see `changes`
                     refuse_changed_files(work, Block(block.path, [entry]))
                     continue
                 try:

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
-from tasks.copier.clone import Cloner, ReflinkRefused
-from tasks.copier.errors import ForkError, from_oserror
+from tasks.copier.clone import Cloner
+from tasks.copier.errors import from_oserror
 from tasks.copier.manifest import Span
 from tasks.copier.options import Limits
+from tasks.copier.probe import Probed, probe
 from tasks.copier.progress import Ticker
-from tasks.copier.reflink import Answer, meaning
-from tasks.copier.report import Report, failed
+from tasks.copier.report import Report
 from tasks.copier.survey import Survey, Unit, open_survey
 from tasks.copier.walk import Entry, Kind, entry_of, join
 from tasks.copier.work import Work
@@ -53,17 +53,15 @@ class Plan:
     bytes: int
     #: The source directory itself.
     top: Entry
-    #: Relative path of the file that the planner cloned when it asked for a reflink, if one was.
-    cloned: str | None
+    #: Relative paths of the files that the planner cloned when it asked for a reflink.
+    cloned: tuple[str, ...]
     #: Pairs of devices that refused a reflink: (source, destination, errno).
     refused: list[tuple[int, int, int]]
 
-    def cloned_in(self, directory: str) -> str | None:
-        """The name of the file `cloned` if it is in `directory`."""
-        if self.cloned is None:
-            return None
-        path, _, name = self.cloned.rpartition("/")
-        return name if path == directory else None
+    def cloned_in(self, directory: str) -> set[str]:
+        """The names of those of the files `cloned` that are in `directory`."""
+        paths = (path.rpartition("/") for path in self.cloned)
+        return {name for parent, _, name in paths if parent == directory}
 
     def to_data(self) -> dict[str, Any]:
         """As plain data for the journal."""
@@ -77,6 +75,7 @@ class Plan:
                 **data,
                 "chunks": [Chunk(*chunk) for chunk in data["chunks"]],
                 "top": Entry(*data["top"]),
+                "cloned": tuple(data["cloned"]),
                 "refused": [(src, dst, number) for src, dst, number in data["refused"]],
             }
         )
@@ -95,16 +94,6 @@ class Crew(Protocol):
         """Stop all work; when this returns, nobody of the crew is at it."""
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """What the filesystems said when the largest files were to be reflinked."""
-
-    #: The file that was, if any.
-    cloned: str | None
-    #: Files that refused for themselves.
-    refused: frozenset[str] = frozenset()
-
-
 def make_plan(
     work: Work, limits: Limits, cloner: Cloner, ticker: Ticker, report: Report, crew: Crew | None = None
 ) -> Plan:
@@ -116,9 +105,9 @@ def make_plan(
     """
     top = entry_of("", "", Kind.DIRECTORY, os.fstat(work.ends.source_fd))  # before the walk: a later change shows
     chunks: list[Chunk] = []
-    answer: _Answer | None = None
+    probed: Probed | None = None
 
-    def plan(cloned: str | None, inline: bool) -> Plan:
+    def plan(cloned: tuple[str, ...], inline: bool) -> Plan:
         return Plan(
             chunks=chunks,
             inline=inline,
@@ -135,55 +124,26 @@ def make_plan(
                 ticker.enter("plan", survey.entries, survey.bytes)  # as far as they are known
                 if crew is None or survey.files <= limits.inline_files:
                     continue
-                if answer is None:
-                    answer = _probe(work, cloner, survey.largest(), ticker, report)
-                    if answer.cloned is None:
+                if probed is None:
+                    probed = probe(work, cloner, survey.largest(), ticker, report)
+                    if not probed.can_reflink:
                         survey.refuse_unsupported(ticker)  # before anything is copied
-                for chunk in _cut_early(survey, limits, len(chunks), reflinks=answer.cloned is not None):
+                for chunk in _cut_early(survey, limits, len(chunks), reflinks=probed.can_reflink):
                     chunks.append(chunk)
-                    crew.take(chunk, len(chunks) - 1, plan(answer.cloned, inline=False))
+                    crew.take(chunk, len(chunks) - 1, plan(probed.cloned, inline=False))
     except OSError as error:
         raise from_oserror(error, "writing the manifest", work.ends.destination) from None
     ticker.enter("copy", survey.entries, survey.bytes)
-    if answer is None:
-        answer = _probe(work, cloner, survey.largest(), ticker, report)
-    reflinks = answer.cloned is not None
+    if probed is None:
+        probed = probe(work, cloner, survey.largest(), ticker, report)
+    reflinks = probed.can_reflink
     if survey.files <= limits.inline_files and (reflinks or survey.data <= limits.inline_bytes):
         end = sum(unit.length for unit in survey.units)
         chunks += [Chunk("files", 0, end)] if end else []
-        return plan(answer.cloned, inline=True)
-    chunks += _cut(survey.units, limits, answer, limits.max_chunks - len(chunks))
+        return plan(probed.cloned, inline=True)
+    chunks += _cut(survey.units, limits, probed, limits.max_chunks - len(chunks))
     _create_ranged(work, cloner, survey.units, chunks)
-    return plan(answer.cloned, inline=False)
-
-
-# -- the question
-
-
-def _probe(work: Work, cloner: Cloner, largest: list[tuple[str, Entry]], ticker: Ticker, report: Report) -> _Answer:
-    """Reflink the largest file; its answer is the plan's.
-
-    A file may refuse for itself (NOCOW on btrfs); then the next largest is asked.
-    """
-    refused: set[str] = set()
-    if work.options.reflink == "never":
-        return _Answer(None)
-    for path, entry in largest:
-        directory = path.rpartition("/")[0]
-        with work.place(directory) as place:
-            try:
-                report.add(cloner.file(place, entry, may_copy=False))
-            except ReflinkRefused as refusal:
-                if meaning(refusal.refusal.errno) is Answer.PAIR_CANNOT and cloner.reflinker.refused:
-                    break
-                refused.add(path)
-                continue
-            except ForkError as error:
-                report.add(failed(path, entry, error))
-                raise
-        ticker(1, entry.size)
-        return _Answer(path, frozenset(refused))
-    return _Answer(None, frozenset(refused))
+    return plan(probed.cloned, inline=False)
 
 
 # -- the cut
@@ -214,12 +174,12 @@ def _cut_early(survey: Survey, limits: Limits, cut: int, *, reflinks: bool) -> I
             return
 
 
-def _cut(units: list[Unit], limits: Limits, answer: _Answer, most: int) -> list[Chunk]:
+def _cut(units: list[Unit], limits: Limits, probed: Probed, most: int) -> list[Chunk]:
     """Cut the work into at most `most` chunks of about equal time: by count of files, and by bytes too for copies."""
     files_each = _share(sum(unit.files for unit in units), limits.chunk_files)
     data_each = _share(sum(unit.data for unit in units), limits.chunk_bytes)
     while True:
-        chunks = list(_cut_evenly(units, files_each, data_each, answer))
+        chunks = list(_cut_evenly(units, files_each, data_each, probed))
         if len(chunks) <= most:
             # Side by side, ranges of different files: those of one file wait for each other's writes (inode lock).
             return sorted(chunks, key=lambda chunk: (chunk.kind == "files", chunk.start))
@@ -239,11 +199,11 @@ def _parts(amount: int, wanted: int) -> int:
     return max(1, math.ceil(amount / wanted - 0.1))
 
 
-def _cut_evenly(units: list[Unit], files_each: int, data_each: int, answer: _Answer) -> Iterator[Chunk]:
-    reflinks = answer.cloned is not None
+def _cut_evenly(units: list[Unit], files_each: int, data_each: int, probed: Probed) -> Iterator[Chunk]:
+    reflinks = probed.can_reflink
     run: Unit | None = None
     for unit in units:
-        ranges = _ranges(unit, data_each, answer)
+        ranges = _ranges(unit, data_each, probed)
         full = run is not None and (
             run.files + unit.files // 2 > files_each or (not reflinks and run.data + unit.data // 2 > data_each)
         )
@@ -260,7 +220,7 @@ def _cut_evenly(units: list[Unit], files_each: int, data_each: int, answer: _Ans
         yield Chunk("files", run.offset, run.length)
 
 
-def _ranges(unit: Unit, data_each: int, answer: _Answer) -> list[Chunk]:
+def _ranges(unit: Unit, data_each: int, probed: Probed) -> list[Chunk]:
     """Ranges of one large file, each with about `data_each` bytes of data if that is spread evenly.
 
     Empty where it is small enough for one, or is to be reflinked.
@@ -268,7 +228,7 @@ def _ranges(unit: Unit, data_each: int, answer: _Answer) -> list[Chunk]:
     if unit.large is None:
         return []
     directory, entry = unit.large
-    if answer.cloned is not None and join(directory, entry.name) not in answer.refused:
+    if probed.can_reflink and join(directory, entry.name) not in probed.refused:
         return []
     length = -(-entry.size // _parts(unit.data, data_each))
     length = -(-length // _RANGE_ALIGNMENT) * _RANGE_ALIGNMENT

@@ -37,6 +37,7 @@ PR_SET_PDEATHSIG = 1
 OVERLAYFS = 0x794C7630
 ZFS = 0x2FC12FC1
 BTRFS = 0x9123683E
+XFS = 0x58465342
 
 #: _IOW(0x94, 23, struct btrfs_ioctl_vol_args_v2), _IOW(0x94, 15, struct btrfs_ioctl_vol_args) and
 #: _IOR(0x94, 60, struct btrfs_ioctl_get_subvol_info_args).

@@ -186,7 +186,7 @@ def test_large_files_are_not_cut_where_they_can_be_reflinked(fresh: Fresh) -> No
     planned_ = planned(source, Limits(inline_files=0, chunk_bytes=MIB))
 
     assert {chunk.kind for chunk in planned_.plan.chunks} == {"files"}
-    assert planned_.plan.cloned == "large"
+    assert planned_.plan.cloned == ("large",)
     assert planned_.whole() == ["large", "other"]
 
 

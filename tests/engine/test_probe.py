@@ -1,0 +1,106 @@
+"""Two large files that are reflinked side by side on XFS: as if one came after the other, but sooner."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.engine.forking import MIB, assert_alike, leftovers
+from tests.engine.traced import Traced, in_tree, trace_fork
+from tests.fixtures.filesystems import Fresh
+from tests.support.requirements import require_command
+
+FICLONE = "FICLONE"
+#: The names of files, the largest first.
+LARGE = ("a", "b", "c")
+
+
+@pytest.fixture
+def strace() -> str:
+    return require_command("strace", "system calls that fail")
+
+
+def make_source(directory: Path) -> Path:
+    source = directory / "source"
+    source.mkdir()
+    for number, name in enumerate(LARGE):
+        with open(source / name, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, (68 - number) * MIB)
+            file.write(name.encode() * 9000)
+    (source / "small").write_bytes(b"small")
+    return source
+
+
+def threads(traced: Traced) -> dict[str, str]:
+    """Which thread reflinked which file."""
+    calls = [line.split(maxsplit=1) for line in traced.trace if FICLONE in line]
+    return {name: thread for thread, call in calls for name in (*LARGE, "small") if f"/{name}>" in call}
+
+
+def test_the_two_largest_files_are_reflinked_by_a_thread_each(fresh: Fresh, strace: str) -> None:
+    directory = fresh("xfs")
+    source = make_source(directory)
+
+    traced = trace_fork(strace, source, directory / "fork", calls="ioctl")
+
+    assert_alike(source, directory / "fork")
+    by = threads(traced)
+    assert traced.calls(FICLONE) == len(by) == 4
+    assert by["a"] != by["b"]
+    assert by["a"] == by["c"] == by["small"]
+
+
+def test_on_btrfs_one_follows_the_other(fresh: Fresh, strace: str) -> None:
+    directory = fresh("btrfs")
+
+    traced = trace_fork(strace, make_source(directory), directory / "fork", calls="ioctl")
+
+    assert len(threads(traced)) == 4
+    assert len(set(threads(traced).values())) == 1
+
+
+@pytest.mark.parametrize("refusing", [("b",), ("a",), ("a", "b")])
+def test_a_file_of_the_pair_that_refuses_is_copied_alone(fresh: Fresh, strace: str, refusing: tuple[str, ...]) -> None:
+    directory = fresh("xfs")
+    source, fork = make_source(directory), directory / "fork"
+
+    paths = [in_tree(fork, name) for name in refusing]
+    traced = trace_fork(strace, source, fork, calls="ioctl", inject=["ioctl:error=EINVAL"], paths=paths)
+
+    assert_alike(source, fork)
+    methods = {path: result["method"] for path, result in traced.files.items()}
+    assert methods == {name: "copy" if name in refusing else "reflink" for name in (*LARGE, "small")}
+    assert traced.result is not None
+    assert traced.result["fallback"] is not None
+    assert traced.result["fallback"]["path"] == refusing[0]
+
+
+@pytest.mark.parametrize("failing", ["a", "b"])
+def test_a_file_of_the_pair_that_fails_fails_the_fork(fresh: Fresh, strace: str, failing: str) -> None:
+    directory = fresh("xfs")
+    fork = directory / "fork"
+
+    paths = [in_tree(fork, failing)]
+    traced = trace_fork(strace, make_source(directory), fork, calls="ioctl", inject=["ioctl:error=EIO"], paths=paths)
+
+    assert traced.result is not None
+    assert traced.result["error"] is not None
+    assert traced.result["error"]["code"] == "io_error"
+    assert traced.result["error"]["path"] == str(fork / failing)
+    assert traced.files[failing]["error"] == traced.result["error"]
+    assert leftovers(directory) == []
+    assert not fork.exists()
+
+
+def test_a_pair_of_filesystems_that_cannot_is_asked_once_a_thread(fresh: Fresh, strace: str) -> None:
+    directory = fresh("xfs")
+    source, fork = make_source(directory), directory / "fork"
+
+    paths = [in_tree(fork, name) for name in (*LARGE, "small")]
+    traced = trace_fork(strace, source, fork, calls="ioctl", inject=["ioctl:error=EOPNOTSUPP"], paths=paths)
+
+    assert_alike(source, fork)
+    assert {result["method"] for result in traced.files.values()} == {"copy"}
+    assert traced.calls(FICLONE) == 2
