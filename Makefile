@@ -21,7 +21,8 @@ demo: ## the whole system on this machine: Redis, a worker, a guest directory, i
 test: ## ruff, mypy (strict) and every test
 	@scripts/setup.sh packages test
 	@$(MAKE) --no-print-directory lint
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n 3 --dist worksteal -m 'not alone'
+	$(BIN)/pytest -m alone
 
 soak: ## forks, workers and faults at random for five minutes, then the books; SOAK_ARGS='--seconds 1800 --seed 7'
 	@scripts/setup.sh packages test

@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.faults.fleet import CHILDREN, Guests, StartStruck, Struck, assert_served_and_clean, go_on, stand_at
 from tests.faults.moments import Moments
 from tests.fixtures.processes import wait_until
@@ -52,6 +54,7 @@ def test_fork_of_a_stopped_child_is_made_by_another_and_the_sleeper_writes_nothi
         assert system.scheduler.results.state(one.fork_id)["status"] == "SUCCESS"
 
 
+@pytest.mark.alone
 def test_child_that_hangs_longer_than_the_time_limit_is_killed_and_its_work_done_by_another(
     start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
 ) -> None:

@@ -19,6 +19,7 @@ from tests.system.scheduler import UNACKED
 TAKEN_OVER_SECONDS = 15.0
 
 
+@pytest.mark.alone
 def test_forks_of_a_worker_that_died_with_its_machine_are_done_by_another_within_seconds(
     start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
 ) -> None:

@@ -114,6 +114,7 @@ def _in_background(faults: Faults, dice: random.Random, until: float) -> Iterato
         thread.join()
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(plan.seconds() + 240)
 def test_every_job_has_one_true_end_whatever_strikes(
     redis_server: RedisServer, start_worker: StartWorker, mounts: Path, fresh: Fresh

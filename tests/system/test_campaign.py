@@ -188,6 +188,7 @@ def test_every_message_of_a_campaign_delivered_twice_and_again_later_makes_each_
     system.assert_left_nothing_in(place)
 
 
+@pytest.mark.alone
 def test_cancel_in_the_middle_keeps_what_is_published_and_leaves_nothing_else(
     system: System, scheduler: Scheduler, source: Path, place: Path
 ) -> None:
@@ -321,6 +322,7 @@ def test_what_cannot_be_begun_fails_with_every_fork(system: System, scheduler: S
     assert list(place.iterdir()) == []
 
 
+@pytest.mark.alone
 def test_a_single_fork_starts_soon_while_a_campaign_of_ten_thousand_runs(
     system: System, scheduler: Scheduler, place: Path, fresh: Fresh
 ) -> None:

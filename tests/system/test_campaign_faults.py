@@ -66,6 +66,7 @@ def test_a_child_killed_in_the_middle_costs_nothing_but_time(
     system.assert_left_nothing_in(place)
 
 
+@pytest.mark.alone
 def test_two_workers_of_a_domain_share_a_campaign_and_one_ends_it_when_the_other_is_killed(
     own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, source: Path, place: Path
 ) -> None:

@@ -31,6 +31,7 @@ def _assert_cancelled(scheduler: Scheduler, fork_id: str, destination: Path) -> 
     assert not destination.exists()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("moment", ["planning", "first chunk", "half done"])
 def test_flag_ends_a_large_fork_within_moments_and_nothing_is_left(
     system: System, scheduler: Scheduler, large_source: Path, place: Path, moment: str
