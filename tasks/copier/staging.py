@@ -21,16 +21,16 @@ import hashlib
 import json
 import os
 import secrets
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
 from tasks.copier import syscalls, trees
 from tasks.copier.metadata import drop_inherited_acls
+from tasks.copier.pulse import beating
 from tasks.copier.report import Report
 from tasks.copier.selection import STAGING_NAME
 
@@ -43,8 +43,6 @@ _STOP = "stop"
 SNAPSHOT = "snapshot"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-#: How often a holder gives a sign of life, in seconds.
-PULSE_SECONDS = 2.0
 #: Bytes read at a time.
 _PIECE = 1 << 20
 #: Pause between two tries of a lock, in seconds.
@@ -210,25 +208,9 @@ class Staging:
 
     # -- life signs
 
-    @contextmanager
-    def beating(self) -> Iterator[None]:
-        """Give a sign of life every `PULSE_SECONDS`, also within a system call that takes long.
-
-        A thread does it: a process that is stopped stops its threads, and one that dies lets go of the lock.
-        """
-        ended = threading.Event()
-
-        def beat() -> None:
-            while not ended.wait(PULSE_SECONDS):
-                os.utime(self._lock_fd)
-
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
+    def beating(self) -> AbstractContextManager[None]:
+        """Give a sign of life every `PULSE_SECONDS`, also within a system call that takes long."""
+        return beating(self._lock_fd)
 
     def pulse(self) -> int:
         """When whoever holds the staging last gave a sign of life; to be compared with an earlier one only."""
