@@ -59,10 +59,8 @@ def run_campaign(context: Context, campaign_id: str, request: object, queued: fl
             raise refusal
         _plan(context, results, spec, paths, claim["destination"])
         return results.result()
-    except ForkError as error:
+    except (ForkError, OSError) as error:
         return _refuse(results, spec, paths, error)
-    except OSError as error:
-        return _refuse(results, spec, paths, from_oserror(error, "making the staging directory", home))
     except Held as held:
         raise Again(held.pulse) from None
     except Superseded:
@@ -108,17 +106,18 @@ def _plan(context: Context, results: CampaignResults, spec: CampaignSpec, paths:
         if planned is None or not _is_asked_for(planned, spec, paths):
             if planned is not None:
                 results.forget()
-            elif results.sums():
+            elif results.sums() and results.ended(spec.source) is None:
                 raise ForkError(Code.IO_ERROR, "its staging directory was removed while it was made", home)
             try:
                 with staging.beating():
                     plan_campaign(ends, staging, spec, paths, Ticker(_look(results, spec)))
-            except Exception as error:
+            except (ForkError, OSError) as error:
                 if not staging.is_current():
                     raise Superseded from error
-                with suppress(OSError):
+                _refuse(results, spec, paths, error)
+                with suppress(OSError):  # after that: a second delivery finds either the one or the other
                     staging.remove()
-                raise
+                return
     with open_campaign(context.roots, home, spec.campaign_id, LOCK_WAIT) as campaign:
         if campaign is not None:
             results.tell(campaign.spec, results.sums(), campaign.planned_at)
@@ -142,8 +141,12 @@ def _look(results: CampaignResults, spec: CampaignSpec) -> Beat:
     return look
 
 
-def _refuse(results: CampaignResults, spec: CampaignSpec, paths: list[str], error: ForkError) -> CampaignResult:
+def _refuse(
+    results: CampaignResults, spec: CampaignSpec, paths: list[str], cause: ForkError | OSError
+) -> CampaignResult:
     """Settle a campaign that cannot be made, and each of its forks that has no result."""
+    error = cause if isinstance(cause, ForkError) else from_oserror(cause, "making the staging directory", paths[0])
+    results.end_early(error)  # who goes on with this, should this process die, ends it with the same error
     for first in range(0, len(paths), _SLICE):
         open_ones = results.without_result(range(first, min(first + _SLICE, len(paths))), spec)
         if open_ones:

@@ -1,18 +1,21 @@
-"""A campaign's own message that comes while the campaign is being concluded changes nothing of its result."""
+"""A campaign's own message that comes while the campaign is being ended changes nothing of its result."""
 
 from __future__ import annotations
 
 import os
 import threading
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import fakeredis
+import pytest
 
 from tasks.campaign import run_campaign
 from tasks.campaign_request import campaign_of
 from tasks.campaign_results import CampaignResults
-from tasks.context import Context
-from tasks.copier.campaign import campaign_result
+from tasks.context import LOCK_WAIT, Again, Context
+from tasks.copier.campaign import CampaignResult, campaign_result
 from tasks.copier.options import Limits
 from tasks.copier.roots import Roots
 from tasks.copier.staging import Staging
@@ -20,33 +23,129 @@ from tasks.results import Results
 from tests.fixtures.processes import wait_until
 
 
-def test_a_delivery_that_waited_for_the_conclusion_gives_its_result_and_makes_nothing(tmp_path: Path) -> None:
-    # Given a campaign that another process is about to conclude
+@dataclass
+class Yard:
+    """A campaign of two forks, its results, and the tasks that were sent for it."""
+
+    path: Path
+    request: dict[str, Any]
+    context: Context
+    sent: list[str]
+
+    @property
+    def results(self) -> Results:
+        return self.context.results
+
+    def deliver(self) -> CampaignResult | None:
+        return run_campaign(self.context, "c", self.request, 0.0)
+
+    def left(self) -> list[str]:
+        return sorted(path.name for path in self.path.iterdir())
+
+
+@pytest.fixture
+def yard(tmp_path: Path) -> Yard:
     (tmp_path / "source").mkdir()
     request = {"source": str(tmp_path / "source"), "destinations": [str(tmp_path / "a"), str(tmp_path / "b")]}
-    redis = fakeredis.FakeRedis()
-    results = Results(redis, 3600, lambda job_id: f"celery-task-meta-{job_id}")
+    results = Results(fakeredis.FakeRedis(), 3600, lambda job_id: f"celery-task-meta-{job_id}")
     sent: list[str] = []
-    context = Context(
-        Roots((str(tmp_path),)), Limits(), results, lambda task, kwargs, task_id: sent.append(task), "forkvm"
-    )
-    spec, _ = campaign_of(request, "c", owner="queue")
+    roots = Roots((str(tmp_path),))
+    context = Context(roots, Limits(), results, lambda task, kwargs, task_id: sent.append(task), "forkvm")
+    return Yard(tmp_path, request, context, sent)
+
+
+def test_a_delivery_that_waited_for_the_conclusion_gives_its_result_and_makes_nothing(yard: Yard) -> None:
+    # Given a campaign that another process is about to conclude
+    spec, _ = campaign_of(yard.request, "c", owner="queue")
     concluded = campaign_result(spec, {"forks.cancelled": 2}, [])
     answers: list[object] = []
-    late = threading.Thread(target=lambda: answers.append(run_campaign(context, "c", request, 0.0)))
-    parent_fd = os.open(tmp_path, os.O_RDONLY)
+    late = threading.Thread(target=lambda: answers.append(yard.deliver()))
+    parent_fd = os.open(yard.path, os.O_RDONLY)
 
     # When its own message comes before that is done
     with Staging.claim(parent_fd, "c", wait=0) as staging:
         late.start()
-        wait_until(lambda: results.claim_of("c") is not None, "the delivery")
-        CampaignResults(results, "c").settle_campaign(concluded)
+        wait_until(lambda: yard.results.claim_of("c") is not None, "the delivery")
+        CampaignResults(yard.results, "c").settle_campaign(concluded)
         staging.remove()
     late.join()
 
     # Then
     assert answers == [concluded]
-    assert results.final("c") == concluded
-    assert sent == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+    assert yard.results.final("c") == concluded
+    assert yard.sent == []
+    assert yard.left() == ["source"]
     os.close(parent_fd)
+
+
+def test_a_delivery_that_comes_while_the_first_one_ends_a_cancelled_campaign_waits_for_its_result(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a campaign that was cancelled, and whose forks are settled, but not yet itself
+    yard.results.cancel("c")
+    at_the_end, go_on = threading.Event(), threading.Event()
+    settle = CampaignResults.settle_campaign
+
+    def slowly(self: CampaignResults, result: CampaignResult) -> None:
+        at_the_end.set()
+        go_on.wait()
+        settle(self, result)
+
+    told: list[object] = []
+
+    def deliver_again() -> None:
+        try:
+            told.append(yard.deliver())
+        except Again:
+            told.append("again")
+
+    monkeypatch.setattr(CampaignResults, "settle_campaign", slowly)
+    answers: list[CampaignResult | None] = []
+    first = threading.Thread(target=lambda: answers.append(yard.deliver()), daemon=True)
+    first.start()
+    at_the_end.wait()
+
+    # When it is delivered again
+    again = threading.Thread(target=deliver_again, daemon=True)
+    again.start()
+    again.join(LOCK_WAIT + 5)
+    go_on.set()
+    first.join()
+
+    # Then
+    assert told == ["again"]
+    assert answers[0] is not None
+    assert answers[0]["status"] == "cancelled"
+    assert yard.deliver() == answers[0]
+    assert yard.left() == ["source"]
+
+
+def test_a_campaign_whose_refusal_was_cut_short_ends_with_the_same_error(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given one that was refused for its source, by a process that died before it had settled the whole
+    yard.request["source"] = str(yard.path / "missing")
+    with monkeypatch.context() as patch:
+        patch.setattr(CampaignResults, "settle_campaign", _die)
+        with pytest.raises(Died):
+            yard.deliver()
+    (yard.path / "missing").mkdir()
+
+    # When
+    result = yard.deliver()
+
+    # Then
+    assert result is not None
+    assert result["status"] == "failed"
+    assert result["error"] is not None
+    assert result["error"]["code"] == "source_not_found"
+    assert result["forks"]["failed"] == 2
+    assert yard.left() == ["missing", "source"]
+
+
+class Died(BaseException):
+    """Stands for a process that is killed."""
+
+
+def _die(self: CampaignResults, result: CampaignResult) -> None:
+    raise Died
