@@ -17,34 +17,24 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
 
-from celery import states
-from redis.client import Pipeline
 from redis.exceptions import OutOfMemoryError
 
+from tasks.campaign_settle import settle_run
 from tasks.context import cancelled
 from tasks.copier.batch_record import Outcome
 from tasks.copier.campaign import (
-    MOST_FAILURES,
     CampaignResult,
     CampaignSpec,
     Failure,
-    failures_of,
     progress_of,
-    sums_of,
 )
 from tasks.copier.chunk import worker_lost
-from tasks.copier.errors import ErrorRecord, ForkError, describe, from_record
+from tasks.copier.errors import ErrorRecord, ForkError, from_record
 from tasks.copier.spec import ForkResult
-from tasks.results import Results, key_of, state_json
+from tasks.results import Results, key_of
 
 #: ForkResults that are asked for at a time.
 _PAGE = 500
-#: How Celery writes down what a task raised.
-_RAISED = {
-    "failed": {"exc_type": "ForkFailed", "exc_module": "tasks.contract"},
-    "cancelled": {"exc_type": "TaskRevokedError", "exc_module": "celery.exceptions"},
-}
-_STATES = {"failed": states.FAILURE, "cancelled": states.REVOKED}
 
 
 @dataclass(frozen=True)
@@ -62,49 +52,12 @@ class CampaignResults:
 
     def settle(self, first: int, outcomes: list[Outcome]) -> None:
         """Keep the results of a run of forks, once. Waits while Redis is away or full: they must not be lost."""
-        results = [outcome.result for outcome in outcomes]
-        sums, failures = sums_of(results), [json.dumps(failure) for failure in failures_of(results)]
-
-        def fill(pipe: Pipeline) -> None:
-            if pipe.getbit(self._key("settled"), first):
-                return
-            pipe.multi()
-            for outcome in outcomes:
-                self._keep(pipe, outcome)
-            for name, value in sums.items():
-                pipe.hincrby(self._key("sums"), name, value)
-            pipe.setbit(self._key("settled"), first, 1)
-            if failures:
-                pipe.rpush(self._key("failures"), *failures)
-                pipe.ltrim(self._key("failures"), 0, MOST_FAILURES - 1)
-                pipe.expire(self._key("failures"), self.results.expires)
-            for name in ("sums", "settled"):
-                pipe.expire(self._key(name), self.results.expires)
-
-        # Watched: one who was paused after its look would count the run a second time.
-        self._ask(lambda: self.results.redis.transaction(fill, self._key("settled")), OutOfMemoryError)
+        self._ask(lambda: settle_run(self.results, self.campaign_id, first, outcomes), OutOfMemoryError)
 
     def forget(self) -> None:
         """Forget what is settled: batches of an earlier campaign of this id wrote it when Redis had been emptied."""
         names = ("sums", "settled", "batches", "failures")
         self._ask(lambda: self.results.redis.delete(*(self._key(name) for name in names)))
-
-    def _keep(self, pipe: Pipeline, outcome: Outcome) -> None:
-        result, expires = outcome.result, self.results.expires
-        fork_id, error = result["fork_id"], result["error"]
-        if error is None:
-            state = state_json(fork_id, states.SUCCESS, outcome.as_json)
-        else:
-            raised = {**_RAISED[result["status"]], "exc_message": [describe(error)]}
-            state = state_json(fork_id, _STATES[result["status"]], json.dumps(raised))
-            pipe.set(key_of(fork_id, "result"), outcome.as_json, ex=expires)
-        key = self.results.state_key(fork_id)
-        pipe.set(key, state, ex=expires)
-        pipe.publish(key, state)
-        if len(outcome.pages) == 1:
-            pipe.set(self.results.only_page(fork_id), outcome.pages[0], ex=expires)
-        elif outcome.pages:
-            self.results.add_pages(pipe, fork_id, {"0": outcome.pages})
 
     def without_result(self, indexes: range, spec: CampaignSpec) -> list[int]:
         """Those of these forks, by index, that have no result."""

@@ -10,11 +10,16 @@ from pathlib import Path
 import pytest
 from redis.exceptions import OutOfMemoryError
 
+from tasks.campaign_results import CampaignResults
+from tasks.context import cancelled
+from tasks.copier.batch import failed_outcome
+from tasks.copier.campaign import Aims, CampaignSpec
 from tasks.copier.spec import ForkResult
 from tests.faults.fleet import CHILDREN, Guests, StartStruck, Struck, assert_served_and_clean, go_on, stand_at
 from tests.faults.moments import PUBLISHED, Moments
 from tests.fixtures.processes import wait_until
 from tests.support.tree import snapshot
+from tests.system.conftest import own_scheduler  # noqa: F401 - a fixture
 from tests.system.running import send
 from tests.system.scheduler import Scheduler
 from tests.system.staging import leftovers
@@ -132,6 +137,22 @@ def test_full_redis_fails_forks_clearly_and_all_works_again_when_there_is_room(
             assert not one.destination.exists()
     assert system.worker.running
     assert_served_and_clean(system, guests, place)
+
+
+def test_full_redis_takes_nothing_of_the_forks_of_a_batch(own_scheduler: Scheduler) -> None:  # noqa: F811
+    redis, campaign = own_scheduler.redis, CampaignResults(own_scheduler.results, "c")
+    spec = CampaignSpec(campaign_id="c", source="/a", aims=Aims(count=3))
+    outcomes = [failed_outcome(spec.fork(n, f"/b-{n}", 0.0), cancelled("/b")) for n in range(3)]
+    redis.config_set("maxmemory", "1")
+
+    with pytest.raises(OutOfMemoryError):
+        campaign.settle(0, outcomes)
+
+    assert redis.dbsize() == 0
+    redis.config_set("maxmemory", "0")
+    campaign.settle(0, outcomes)
+    assert campaign.sums()["forks.cancelled"] == 3
+    assert [fork["fork_id"] for fork in campaign.forks(1, 3)] == ["c.1", "c.2", "c.3"]
 
 
 def _send_again(scheduler: Scheduler, one: Struck) -> None:

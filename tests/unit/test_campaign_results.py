@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
 
 import fakeredis
 import pytest
@@ -37,13 +36,18 @@ def spec_of(count: int) -> CampaignSpec:
     return CampaignSpec(campaign_id="c", source="/a", aims=Aims(count=count))
 
 
-def outcomes(first: int, count: int, code: Code | None = None, *, path: str = "/b") -> list[Outcome]:
-    """The outcomes of `count` forks from the index `first` on, of two entries each."""
+def outcomes(
+    first: int, count: int, code: Code | None = None, *, path: str = "/b", names: tuple[str, ...] = ("x", "y")
+) -> list[Outcome]:
+    """The outcomes of `count` forks from the index `first` on, each with entries of these names; "" ends a page."""
     made = []
     for index in range(first, first + count):
         fork = spec_of(0).fork(index, f"{path}-{index}", 1.0)
         report = Report()
-        for name in ("x", "y"):
+        for name in names:
+            if not name:
+                report.close()
+                continue
             report.add(
                 {
                     "path": name,
@@ -93,23 +97,14 @@ def test_a_run_is_settled_once_however_often_it_is_told(campaign: CampaignResult
     assert len(campaign.failures()) == 2
 
 
-def test_a_run_that_two_settle_at_the_same_time_is_counted_once(
-    campaign: CampaignResults, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One of them was paused between its look and its write, and the other one had the batch then."""
-    keep, kept = CampaignResults._keep, [0]
+def test_results_of_several_pages_are_read_back_in_order(campaign: CampaignResults) -> None:
+    long = [str(n) for n in range(12)]
+    names = tuple(part for name in long for part in (name, ""))
 
-    def paused(self: CampaignResults, pipe: Any, outcome: Outcome) -> None:
-        kept[0] += 1
-        if kept[0] == 1:
-            campaign.settle(0, outcomes(0, 3))
-        keep(self, pipe, outcome)
+    campaign.settle(0, [*outcomes(0, 1), *outcomes(1, 1, names=names), *outcomes(2, 1, names=names[:4])])
 
-    monkeypatch.setattr(CampaignResults, "_keep", paused)
-    campaign.settle(0, outcomes(0, 3))
-
-    assert kept[0] > 3
-    assert campaign.sums()["forks.succeeded"] == 3
+    found = [[file["path"] for file in campaign.results.files(f"c.{n}")] for n in (1, 2, 3)]
+    assert found == [["x", "y"], long, long[:2]]
 
 
 def test_forks_come_in_order_and_whole_over_every_page(campaign: CampaignResults) -> None:
