@@ -41,7 +41,7 @@ def trace(source: Path, directory: Path, tmp_path: Path, durability: str) -> lis
     strace = require_command("strace", "the order of system calls")
     script = (
         "from tasks.copier import campaign_plan; from tests.engine.campaigning import main; "
-        "campaign_plan._LEAST_BATCHES = 1; main()"
+        "campaign_plan._LEAST_BATCHES, campaign_plan.BATCH_SECONDS = 1, 60.0; main()"
     )
     command = [strace, "-f", "-y", "-o", str(tmp_path / "trace"), "-e", "trace=syncfs,fsync,rename,renameat,renameat2"]
     paths = map(str, destinations(directory, 3))

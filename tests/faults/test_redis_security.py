@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 from tests.engine.forking import assert_alike
@@ -10,7 +11,7 @@ from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import RunForkvm, StartWorker, wait_until
 from tests.fixtures.secure_redis import SecureRedis
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
-from tests.system.running import SMALL_LIMITS
+from tests.system.running import SMALL_LIMITS, send
 
 
 def _refusals(server: SecureRedis) -> list[str]:
@@ -28,8 +29,9 @@ def test_forks_run_over_tls_under_the_documented_rights_also_when_a_worker_dies_
     doomed = start_worker(mounts, 1, env=environment)
 
     # When the first worker dies with a fork in its hands, and another one comes
+    send(doomed.children, signal.SIGSTOP)
     run_forkvm("submit", source, directory / "lost", "--id", "lost", env=environment)
-    wait_until(lambda: any(directory.glob(".forkvm-*")), "the beginning of the fork")
+    wait_until(lambda: "Task forkvm.fork[lost] received" in doomed.output(), "the fork in its hands")
     doomed.kill()
     worker = start_worker(mounts, 2, env=environment)
     done = run_forkvm("submit", source, directory / "fork", "--id", "one", "--wait", "--json", env=environment)

@@ -350,6 +350,7 @@ def test_a_single_fork_starts_soon_while_a_campaign_of_ten_thousand_runs(
     system.assert_left_nothing_in(directory, place)
 
 
+@pytest.mark.alone
 def test_two_campaigns_share_the_workers(system: System, scheduler: Scheduler, source: Path, fresh: Fresh) -> None:
     places = {"left": fresh("xfs"), "right": fresh("xfs")}
 

@@ -315,7 +315,7 @@ def test_late_chunks_of_a_reflinked_fork_leave_every_extent_where_it_is(
     deliver(system.server, *recorder.of_task("forkvm.chunk"))
     scheduler.wait_quiet()
 
-    assert len(recorder.of_task("forkvm.chunk")) > 1
+    assert recorder.of_task("forkvm.chunk")
     assert identity(directory / "b") == published
     assert {path: fiemap(path) for path in extents} == extents
     system.assert_left_nothing_in(directory)
