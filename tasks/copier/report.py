@@ -209,12 +209,8 @@ def join_ranges(ranges: Iterable[RangeDone], reason: str | None) -> Iterator[Fil
     yield from files.values()
 
 
-def pack_page(results: Iterable[FileResult]) -> bytes:
-    """FileResults as zlib-compressed JSON: ASCII, with names that are not UTF-8 as surrogate escapes."""
-    return _pack([_as_json(result) for result in results])
-
-
 def _pack(lines: list[str]) -> bytes:
+    """A page: zlib-compressed JSON, ASCII, with names that are not UTF-8 as surrogate escapes."""
     return zlib.compress(f"[{','.join(lines)}]".encode("ascii"), _FASTEST)
 
 

@@ -19,10 +19,10 @@ from tasks.copier.report import (
     Report,
     Totals,
     join_ranges,
-    pack_page,
     unpack_pages,
 )
 from tasks.copier.spec import ForkSpec
+from tests.support.pages import page_of
 
 BROKEN: ErrorRecord = {"code": "io_error", "message": "it broke", "path": "/a", "errno": errno.EIO}
 
@@ -43,7 +43,7 @@ def result(path: str, method: Method = "copy", size: int = 10, error: ErrorRecor
 def test_a_page_carries_names_that_are_not_utf8_in_ascii_json() -> None:
     results = [result(os.fsdecode(bytes(range(1, 256)))), result("snö/日本")]
 
-    assert list(unpack_pages([pack_page(results)])) == results
+    assert list(unpack_pages([page_of(results)])) == results
 
 
 def test_results_are_cut_into_pages_and_read_in_order() -> None:

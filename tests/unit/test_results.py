@@ -11,9 +11,10 @@ import pytest
 
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.progress import Progress
-from tasks.copier.report import FileResult, Totals, pack_page
+from tasks.copier.report import FileResult, Totals
 from tasks.copier.spec import Clock, ForkResult, ForkSpec, failed, succeeded
 from tasks.results import Claim, Results
+from tests.support.pages import page_of
 
 EXPIRES = 3600
 STATE = "celery-task-meta-fork-1"
@@ -116,7 +117,7 @@ def test_what_is_stored_is_ascii_json_for_any_client(results: Results, redis: fa
 
 def test_pages_come_in_the_order_plan_chunks_close_whatever_order_they_were_kept_in(results: Results) -> None:
     for part in ("close", "10", "2", "0", "plan"):
-        results.keep_pages("fork-1", {part: [pack_page([_file(f"{part}-{n}")]) for n in range(2)]})
+        results.keep_pages("fork-1", {part: [page_of([_file(f"{part}-{n}")]) for n in range(2)]})
 
     paths = [file["path"] for file in results.files("fork-1")]
 
@@ -124,16 +125,16 @@ def test_pages_come_in_the_order_plan_chunks_close_whatever_order_they_were_kept
 
 
 def test_pages_kept_again_take_the_place_of_the_earlier_ones(results: Results) -> None:
-    results.keep_pages("fork-1", {"0": [pack_page([_file("a")]), pack_page([_file("b")])]})
-    results.keep_pages("fork-1", {"0": [pack_page([_file("c")]), pack_page([_file("d")])]})
+    results.keep_pages("fork-1", {"0": [page_of([_file("a")]), page_of([_file("b")])]})
+    results.keep_pages("fork-1", {"0": [page_of([_file("c")]), page_of([_file("d")])]})
 
     assert [file["path"] for file in results.files("fork-1")] == ["c", "d"]
 
 
 def test_fewer_pages_kept_again_leave_none_of_the_earlier_ones(results: Results) -> None:
     """A chunk that was killed and done again may have other pages than before."""
-    results.keep_pages("fork-1", {"0": [pack_page([_file("a")]), pack_page([_file("b")])]})
-    results.keep_pages("fork-1", {"0": [pack_page([_file("a"), _file("b")])]})
+    results.keep_pages("fork-1", {"0": [page_of([_file("a")]), page_of([_file("b")])]})
+    results.keep_pages("fork-1", {"0": [page_of([_file("a"), _file("b")])]})
 
     assert [file["path"] for file in results.files("fork-1")] == ["a", "b"]
 
@@ -143,16 +144,16 @@ def test_files_that_are_there_by_now_are_read_and_expired_pages_passed_over(
 ) -> None:
     assert list(results.files("fork-1")) == []
     results.keep_pages("fork-1", {"plan": []})
-    results.keep_pages("fork-1", {"0": [pack_page([_file("a\udcff")])]})
-    results.keep_pages("fork-1", {"1": [pack_page([_file("b")])]})
+    results.keep_pages("fork-1", {"0": [page_of([_file("a\udcff")])]})
+    results.keep_pages("fork-1", {"1": [page_of([_file("b")])]})
     redis.delete("forkvm:fork-1:page:1:0")
 
     assert list(results.files("fork-1")) == [_file("a\udcff")]
 
 
 def test_pages_of_two_forks_are_two(results: Results) -> None:
-    results.keep_pages("fork-1", {"0": [pack_page([_file("a")])]})
-    results.keep_pages("fork-2", {"0": [pack_page([_file("b")])]})
+    results.keep_pages("fork-1", {"0": [page_of([_file("a")])]})
+    results.keep_pages("fork-2", {"0": [page_of([_file("b")])]})
 
     assert [file["path"] for file in results.files("fork-1")] == ["a"]
 
