@@ -10,9 +10,10 @@ from tasks.copier.chunk import worker_lost
 from tasks.copier.ends import Ends
 from tasks.copier.errors import ForkError
 from tasks.copier.fork import Superseded, finish
+from tasks.copier.journal import Phase
 from tasks.copier.progress import Ticker
 from tasks.copier.spec import ForkResult, ForkSpec
-from tasks.copier.staging import Held, Phase, Staging
+from tasks.copier.staging import Held, Staging
 from tasks.finish import known_result, refuse
 from tasks.takeover import settle_published
 

@@ -10,11 +10,12 @@ from tasks.context import FINISH_TASK, LOCK_WAIT, Again, Context, ForkLedger
 from tasks.copier.chunk import fail_chunk, run_held_chunk
 from tasks.copier.ends import reopen_ends
 from tasks.copier.errors import Code, ForkError, from_oserror
+from tasks.copier.journal import Journal, Phase
 from tasks.copier.plan import Plan
 from tasks.copier.progress import Progress, Ticker
 from tasks.copier.report import Report
 from tasks.copier.spec import ForkSpec
-from tasks.copier.staging import Held, Journal, Phase, Staging
+from tasks.copier.staging import Held, Staging
 from tasks.copier.work import open_work
 from tasks.finish import end_with
 

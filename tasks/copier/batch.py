@@ -27,11 +27,12 @@ from tasks.copier.clone import Cloner
 from tasks.copier.ends import Ends, destination_exists, reopen_ends
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.fork import Superseded
+from tasks.copier.journal import Journal
 from tasks.copier.progress import Ticker
 from tasks.copier.report import Fallback, Report
 from tasks.copier.roots import Roots
 from tasks.copier.spec import Clock, ForkSpec, failed, succeeded
-from tasks.copier.staging import Held, Journal, Staging
+from tasks.copier.staging import Held, Staging
 
 #: How long a batch waits for the control directory in a further parent, in seconds: who makes it holds it shortly.
 _LOCK_WAIT = 5.0

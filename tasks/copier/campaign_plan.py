@@ -21,13 +21,14 @@ from tasks.copier.chunk import MAX_TRIES, worker_lost
 from tasks.copier.clone import Cloner
 from tasks.copier.ends import Ends
 from tasks.copier.errors import ForkError
+from tasks.copier.journal import Phase
 from tasks.copier.options import Limits
 from tasks.copier.plan import Plan, make_plan
 from tasks.copier.progress import Ticker
 from tasks.copier.report import Fallback, Report, unpack_pages
 from tasks.copier.roots import Roots
 from tasks.copier.snapshot import is_wanted, is_whole_subvolume
-from tasks.copier.staging import Phase, Staging
+from tasks.copier.staging import Staging
 from tasks.copier.work import open_work
 
 #: About how long one batch is to take, in seconds: short enough that a single fork does not wait for it.

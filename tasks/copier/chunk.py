@@ -10,10 +10,11 @@ from tasks.copier import manifest
 from tasks.copier.changes import refuse_changed_files
 from tasks.copier.clone import Cloner
 from tasks.copier.errors import Code, ForkError
+from tasks.copier.journal import Phase
 from tasks.copier.plan import Chunk, Plan
 from tasks.copier.progress import Ticker
 from tasks.copier.report import RangeDone, Report, failed
-from tasks.copier.staging import Phase, Staging
+from tasks.copier.staging import Staging
 from tasks.copier.walk import Block, join
 from tasks.copier.work import Work, on_this_host
 

@@ -23,13 +23,14 @@ from tasks.copier.clone import Cloner
 from tasks.copier.close import close_tree
 from tasks.copier.ends import Ends, destination_exists
 from tasks.copier.errors import Code, ForkError, from_oserror, from_record
+from tasks.copier.journal import Journal, Phase
 from tasks.copier.options import Limits
 from tasks.copier.plan import Crew, Plan, make_plan
 from tasks.copier.progress import Ticker
 from tasks.copier.report import Report, Totals
 from tasks.copier.snapshot import snapshot_tree
 from tasks.copier.spec import Clock, ForkResult, ForkSpec, failed, succeeded
-from tasks.copier.staging import Journal, Phase, Staging
+from tasks.copier.staging import Staging
 from tasks.copier.work import Work, open_work
 
 log = logging.getLogger(__name__)

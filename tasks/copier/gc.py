@@ -10,8 +10,9 @@ from typing import Literal
 
 from tasks.copier import trees
 from tasks.copier.errors import from_oserror
+from tasks.copier.journal import Journal
 from tasks.copier.selection import STAGING_NAME
-from tasks.copier.staging import Held, Journal, Staging, sign_of_life
+from tasks.copier.staging import Held, Staging, sign_of_life
 
 #: A control directory without a journal is left alone for so long, in seconds: its planner may be about to write one.
 _FRESH_SECONDS = 60.0

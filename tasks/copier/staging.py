@@ -18,17 +18,16 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import secrets
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import replace
 from typing import Any
 
 from tasks.copier import syscalls, trees
+from tasks.copier.journal import Journal
 from tasks.copier.metadata import drop_inherited_acls
 from tasks.copier.pulse import beating
 from tasks.copier.report import Report
@@ -47,51 +46,6 @@ _FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _PIECE = 1 << 20
 #: Pause between two tries of a lock, in seconds.
 _LOCK_PAUSE = 0.01
-
-
-class Phase(StrEnum):
-    """How far a fork is. Each change is one atomic write of the journal, under the exclusive lock."""
-
-    #: The source is walked; an inline fork is cloned in this phase too.
-    PLANNING = "planning"
-    #: The plan stands; chunks may work.
-    CLONING = "cloning"
-    #: The tree is complete and its identity written down: from here on the rename may have happened.
-    PUBLISHING = "publishing"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Journal:
-    """What any process needs to go on with a fork, or to end it."""
-
-    #: The fork that was asked for, as `ForkSpec.to_data` gives it.
-    spec: dict[str, Any]
-    #: Inode of the control directory: a copy of it that others made is not ours to touch.
-    control: int
-    #: Names the tree; new with each attempt, so that nothing of an earlier one can be taken for it.
-    attempt: str
-    phase: Phase = Phase.PLANNING
-    #: How often the fork was begun. Bounded, so that a fork which kills its worker ends as worker_lost.
-    tries: int = 0
-    #: How often closing it was begun; bounded too.
-    closings: int = 0
-    #: `trees.identity` of the finished tree. No device numbers, here and above: they change with a reboot or a host.
-    tree: int | None = None
-    #: What `plan` made, as plain data, and when (seconds since the epoch).
-    plan: dict[str, Any] | None = None
-    planned_at: float = 0.0
-    #: The ForkResult that the rename makes true.
-    result: dict[str, Any] | None = None
-
-    @property
-    def is_campaign(self) -> bool:
-        """Whether the control directory is a campaign's: it has many trees, which only go with it."""
-        return "campaign_id" in self.spec
-
-    @property
-    def job_id(self) -> str:
-        """The id of the fork or campaign."""
-        return str(self.spec["campaign_id"] if self.is_campaign else self.spec["fork_id"])
 
 
 class Held(Exception):
@@ -229,18 +183,13 @@ class Staging:
     def journal(self) -> Journal | None:
         """The journal, or None when whoever made the staging died before writing one."""
         try:
-            data = self.read_file(_JOURNAL)
+            return Journal.from_bytes(self.read_file(_JOURNAL))
         except FileNotFoundError:
-            return None
-        try:
-            fields = json.loads(data)
-            return Journal(**{**fields, "phase": Phase(fields["phase"])})
-        except (ValueError, TypeError, KeyError):  # half written when a machine lost power
             return None
 
     def write_journal(self, journal: Journal, *, sync: bool = False) -> None:
         """Replace the journal, in one step; `sync`: and have it on the disk."""
-        self.write_file(_JOURNAL, json.dumps(vars(journal)).encode("ascii"), sync=sync)
+        self.write_file(_JOURNAL, journal.to_bytes(), sync=sync)
 
     def begin(self, spec: dict[str, Any], earlier: Journal | None) -> Journal:
         """Write the journal of a new attempt; what an earlier one left in the staging goes."""

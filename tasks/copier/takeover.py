@@ -15,7 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from tasks.copier import syscalls, trees
-from tasks.copier.staging import Journal, Phase, Staging
+from tasks.copier.journal import Journal, Phase
+from tasks.copier.staging import Staging
 
 
 @dataclass(frozen=True)

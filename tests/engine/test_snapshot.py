@@ -17,10 +17,11 @@ from tasks.copier.ends import open_ends
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.fork import start
 from tasks.copier.gc import collect
+from tasks.copier.journal import Phase
 from tasks.copier.progress import Progress, Ticker
 from tasks.copier.roots import Roots
 from tasks.copier.spec import ForkResult
-from tasks.copier.staging import Phase, Staging, control_name
+from tasks.copier.staging import Staging, control_name
 from tasks.copier.takeover import take_over
 from tests.engine.children import NOBODY, Child, in_child
 from tests.engine.forking import (

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from tasks.copier.journal import Phase
 from tasks.copier.report import Report
-from tasks.copier.staging import Held, Phase, Staging, control_name
+from tasks.copier.staging import Held, Staging, control_name
 from tests.engine.children import Child
 from tests.engine.forking import leftovers
 from tests.fixtures.filesystems import Fresh
