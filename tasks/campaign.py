@@ -15,6 +15,7 @@ from tasks.context import LOCK_WAIT, Again, Context
 from tasks.copier import takeover
 from tasks.copier.batch import failed_outcome
 from tasks.copier.campaign import CampaignResult, CampaignSpec, campaign_result
+from tasks.copier.campaign_end import remove_annexes
 from tasks.copier.campaign_plan import Campaign, campaign_in, find_home, open_campaign, plan_campaign
 from tasks.copier.ends import open_ends
 from tasks.copier.errors import Code, ForkError, from_oserror
@@ -34,9 +35,9 @@ def run_campaign(context: Context, campaign_id: str, request: object, queued: fl
 
     `queued` is how long the request waited, in seconds. Raises Again while another process plans it.
     """
-    results = CampaignResults(context.results, campaign_id)
-    if (known := results.result()) is not None:
+    if (known := known_campaign(context, campaign_id)) is not None:
         return known
+    results = CampaignResults(context.results, campaign_id)
     refusal: ForkError | None = None
     spec, paths, home = CampaignSpec(campaign_id=campaign_id, source=""), list[str](), ""
     try:
@@ -65,6 +66,27 @@ def run_campaign(context: Context, campaign_id: str, request: object, queued: fl
         raise Again(held.pulse) from None
     except Superseded:
         return None
+
+
+def known_campaign(context: Context, campaign_id: str) -> CampaignResult | None:
+    """The result of a campaign that has ended; what a process left that died before it had removed all is removed."""
+    known = CampaignResults(context.results, campaign_id).result()
+    claim = context.results.claim_of(campaign_id) if known is not None else None
+    if claim is None:
+        return known
+    with suppress(ForkError, OSError, Held):
+        parent_fd, _ = context.roots.open_parent(claim["destination"])
+        try:
+            with Staging.attach(parent_fd, campaign_id, LOCK_WAIT, alone=True) as staging:
+                if staging is not None:
+                    campaign = campaign_in(staging)
+                    if campaign is not None:
+                        remove_annexes(campaign, context.roots)
+                    staging.discard_trees()
+                    staging.remove()
+        finally:
+            os.close(parent_fd)
+    return known
 
 
 def take_over_campaign(context: Context, campaign_id: str, pulse: int) -> None:

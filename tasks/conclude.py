@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 from typing import Any
 
-from tasks.campaign import settle
+from tasks.campaign import known_campaign, settle
 from tasks.campaign_results import CampaignResults
 from tasks.context import CAMPAIGN_TASK, GONE, LOCK_WAIT, Again, Context
 from tasks.copier.batch import seize_batch
@@ -26,9 +26,9 @@ def run_conclude(context: Context, campaign_id: str, home: str, *, seized: bool 
     None for one that is not over: what is to be done of it is sent again. Raises Again while batches are still made,
     and when nothing is found of it. `seized`: all its holders were seen to be paused, so their batches are taken first.
     """
-    results = CampaignResults(context.results, campaign_id)
-    if (known := results.result()) is not None:
+    if (known := known_campaign(context, campaign_id)) is not None:
         return known
+    results = CampaignResults(context.results, campaign_id)
     try:
         parent_fd, _ = context.roots.open_parent(home)
     except ForkError:

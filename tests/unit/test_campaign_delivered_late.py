@@ -14,6 +14,7 @@ import pytest
 from tasks.campaign import run_campaign
 from tasks.campaign_request import campaign_of
 from tasks.campaign_results import CampaignResults
+from tasks.conclude import run_conclude
 from tasks.context import LOCK_WAIT, Again, Context
 from tasks.copier.campaign import CampaignResult, campaign_result
 from tasks.copier.options import Limits
@@ -117,6 +118,24 @@ def test_a_delivery_that_comes_while_the_first_one_ends_a_cancelled_campaign_wai
     assert answers[0] is not None
     assert answers[0]["status"] == "cancelled"
     assert yard.deliver() == answers[0]
+    assert yard.left() == ["source"]
+
+
+@pytest.mark.parametrize("again", ["campaign", "conclude"])
+def test_what_a_process_left_that_died_after_the_result_goes_with_the_next_delivery(yard: Yard, again: str) -> None:
+    # Given a campaign that was cancelled, and what two more deliveries left that died at once, or after a look
+    yard.results.cancel("c")
+    result = yard.deliver()
+    parent_fd = os.open(yard.path, os.O_RDONLY)
+    with Staging.claim(parent_fd, "c", wait=0) as staging:
+        os.close(staging.make_named_tree(staging.new_tree_name()))
+    os.close(parent_fd)
+
+    # When
+    told = yard.deliver() if again == "campaign" else run_conclude(yard.context, "c", str(yard.path / "a"))
+
+    # Then
+    assert told == result
     assert yard.left() == ["source"]
 
 
