@@ -12,7 +12,7 @@ from celery import signals
 from tasks.app import inner_queues
 from worker.configuration import make_app
 from worker.gate import watch_the_gate
-from worker.mending import mend_books_of_messages, mend_closed_channels
+from worker.mending import mend_books_of_messages, mend_closed_channels, mend_end_of_children
 from worker.settings import NO_ROOTS, BadSettings, Settings, read_settings
 from worker.tls import refuse_untrusted
 
@@ -46,6 +46,11 @@ def _refuse_an_untrusted_broker(**_: Any) -> None:
 def _mend_kombu(**_: Any) -> None:
     mend_closed_channels()
     mend_books_of_messages()
+
+
+@signals.celeryd_init.connect
+def _mend_celery(**_: Any) -> None:
+    mend_end_of_children()
 
 
 @signals.celeryd_init.connect

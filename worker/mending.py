@@ -1,9 +1,17 @@
-"""Faults of kombu 5.7 that end a worker or lose a message when Redis goes away, mended until kombu does it."""
+"""Faults of kombu 5.7 and Celery 5.7, mended until they do it.
+
+Those of kombu end a worker or lose a message when Redis goes away; that of Celery holds up a worker that is to end.
+"""
 
 from __future__ import annotations
 
+from contextlib import suppress
+from multiprocessing.connection import wait
 from typing import Any
 
+import billiard.pool
+from billiard.pool import TERMINATE, WorkersJoined
+from celery.concurrency.asynpool import ResultHandler
 from kombu.transport import virtual
 from kombu.transport.redis import Channel, QoS
 from redis.exceptions import ConnectionError, OutOfMemoryError, RedisError
@@ -84,3 +92,41 @@ def put_unnoted_back(channel: Any) -> None:
         except RedisError as error:
             raise ConnectionError(f"a message could not be put back: {error}") from error
         _unnoted.pop()
+
+
+#: How often a worker that ends looks after children that ended without a word, in seconds.
+_LOOK_SECONDS = 0.1
+#: How often a child that ends looks whether its results were read, every 0.1 s; billiard's is 300 times.
+_CHILD_LOOKS = 20
+
+
+def mend_end_of_children() -> None:
+    """Have a worker that was told to end (SIGTERM) read what its children say until the last of them has ended.
+
+    Celery 5.7.0 reads on only for as long as it knows of a task at work, and forgets those that were given to a child
+    and of which it did not read yet that they were taken up (`AsynPool.flush`: when it ends, and when its connection is
+    lost). But a child of billiard 4.3.2 ends only when its last result was read, or after 30 s more
+    (`Worker._ensure_messages_consumed`), and the worker waits for its children. Where Celery does read, it waits half a
+    second at each child that says nothing, one after the other.
+
+    What was forgotten is done, and its message goes back to its queue: whoever takes it finds it done. After a loss of
+    the connection it can be that a result is never counted as read, for a reason not known. A child waits for that for
+    two seconds here: the wait guards nothing, since what it wrote is read also when it has ended.
+    """
+    billiard.pool.GUARANTEE_MESSAGE_CONSUMPTION_RETRY_LIMIT = _CHILD_LOOKS
+    handler: Any = ResultHandler
+    if hasattr(handler.on_stop_not_started, "is_mended"):
+        return
+
+    def read_to_the_end(self: Any) -> None:
+        unread = set(self.fileno_to_outq)
+        with suppress(WorkersJoined):
+            while unread and self._state != TERMINATE:
+                if self.check_timeouts is not None:
+                    self.check_timeouts()
+                for fd in wait(unread, _LOOK_SECONDS):
+                    self._flush_outqueue(fd, unread.discard, self.fileno_to_outq, self.on_state_change)
+                self.join_exited_workers(shutdown=True)
+
+    vars(read_to_the_end)["is_mended"] = True
+    handler.on_stop_not_started = read_to_the_end

@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from subprocess import TimeoutExpired
 
 from redis.exceptions import RedisError
 
@@ -22,7 +21,7 @@ Start = Callable[[], Worker]
 
 #: A line of a worker's log.
 _TAKEN = re.compile(r"Task forkvm\.(?:fork|chunk|finish|bury)\[.*\] received")
-#: Seconds that a worker has for its end, as service managers give it some, before it is killed.
+#: Seconds in which a worker that is told to end has ended: none of its tasks takes that long.
 _GRACE_SECONDS = 15.0
 
 
@@ -98,11 +97,7 @@ class Faults:
     def _end_worker(self) -> None:
         number = self._worker()
         self.workers[number].term()
-        try:
-            self.workers[number].wait(_GRACE_SECONDS)
-        except TimeoutExpired:  # Celery waits for ever for a child that died while it was told to end
-            self.counts["ended by force"] += 1
-            self.workers[number].kill()
+        self.workers[number].wait(_GRACE_SECONDS)
         self.workers[number] = self._start()
 
     def _kill_redis(self) -> None:

@@ -1,0 +1,60 @@
+"""How long a worker takes to end that is told to (SIGTERM) and has nothing to wait for."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import struct
+import termios
+from contextlib import closing, suppress
+from pathlib import Path
+from stat import S_ISFIFO
+
+from tests.fixtures.filesystems import Fresh
+from tests.fixtures.processes import StartWorker, Worker, wait_until
+from tests.support.guests import make_guest
+from tests.system.running import send
+from tests.system.scheduler import QUEUE, UNACKED, Scheduler
+
+#: Seconds for the end of a worker whose child has done its last task: far more than it takes.
+END_SECONDS = 10.0
+
+
+def test_worker_told_to_end_just_after_it_gave_a_child_a_task_ends_when_that_is_done(
+    own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, fresh: Fresh
+) -> None:
+    # Given a child that has been given a fork and did not say yet that it took it
+    directory = fresh("xfs")
+    make_guest(directory / "a")
+    worker = start_worker(mounts, 1)
+    children = worker.children
+    send(children, signal.SIGSTOP)
+    sent = own_scheduler.send({"source": str(directory / "a"), "destination": str(directory / "b")})
+    wait_until(lambda: _unread_bytes(worker) > 0, "a fork in the child's pipe")
+    given = _unread_bytes(worker)
+
+    # When the worker is told to end, and has told the child that there is no more
+    worker.term()
+    wait_until(lambda: _unread_bytes(worker) > given, "the word to the child that it ends")
+    send(children, signal.SIGCONT)
+
+    # Then
+    assert worker.wait(END_SECONDS) == 0
+    assert own_scheduler.wait(sent)["status"] == "succeeded"
+    assert own_scheduler.messages()[UNACKED] == 0
+    own_scheduler.redis.delete(QUEUE)  # what the worker handed back, since it did not hear in time that it is done
+
+
+def _unread_bytes(worker: Worker) -> int:
+    """How many bytes lie in the pipes of a worker's main process."""
+    unread = {}
+    for number in os.listdir(f"/proc/{worker.pid}/fd"):
+        with suppress(OSError):  # closed in the meantime
+            path = f"/proc/{worker.pid}/fd/{number}"
+            about = os.stat(path)
+            if S_ISFIFO(about.st_mode):
+                with closing(os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")) as pipe:
+                    answer = fcntl.ioctl(pipe, termios.FIONREAD, bytes(4))
+                    unread[about.st_ino] = struct.unpack("i", answer)[0]
+    return sum(unread.values())
