@@ -1,4 +1,4 @@
-"""Campaigns beside one cp for each fork, two at a time; and what a very large one takes."""
+"""Campaigns beside one cp for each fork, two at a time, and beside the limit; and what a very large one takes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from celery.result import AsyncResult
 
 from benchmarks.cases import INST, MINI, ONE, Case
 from benchmarks.filesystems import Filesystem
+from benchmarks.limit import clone_often
 from benchmarks.memory import Watch
 from benchmarks.report import Finding
 from benchmarks.rounds import built, remove, settle
@@ -24,7 +25,7 @@ from benchmarks.subjects import SubjectFailed
 
 CASES = (MINI, INST)
 
-_ROUNDS = 5
+_ROUNDS = 7
 #: Case → forks, and the campaign's time by that of the copies at most.
 _SIZES = {MINI.name: (1000, 0.40), INST.name: (200, 0.6)}
 #: The very large campaign, and its targets.
@@ -42,19 +43,25 @@ def measure_campaigns(filesystem: Filesystem, service: Service) -> Iterator[Find
     """Campaigns through Redis, from send_task to the result, by `seq N | xargs -P2 cp -a --reflink=always`."""
     for case in CASES:
         forks, most = _SIZES[case.name]
-        seconds: dict[str, list[float]] = {"campaign": [], "cp": []}
+        subjects: dict[str, Callable[[Path, Path, int], float]] = {
+            "campaign": _campaign(service),
+            "cp": _cp,
+            "limit": _limit,
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in subjects}
         with built(case, filesystem) as source:
-            subjects: dict[str, Callable[[Path, Path, int], float]] = {"campaign": _campaign(service), "cp": _cp}
             for number in range(_ROUNDS):
                 say(f"campaigns: {forks} forks of {case.name} on {filesystem.name}, round {number + 1} of {_ROUNDS}")
                 for name, run in subjects.items():
                     seconds[name].append(_once(filesystem, source, case, forks, run, checked=number == 0))
                     service.forget_results()
-        ours, theirs = median(seconds["campaign"]), median(seconds["cp"])
+        ours, theirs, least = (median(seconds[name]) for name in subjects)
         where = f"{filesystem.name}, {forks} forks of {case.name}"
         yield Finding(f"{where}: a campaign through Redis", ours * 1e3, "ms")
         yield Finding(f"{where}: xargs -P2 cp", theirs * 1e3, "ms")
+        yield Finding(f"{where}: the bare loop in two processes", least * 1e3, "ms")
         yield Finding(f"{where}: the campaign by the copies", ours / theirs, "", most)
+        yield Finding(f"{where}: the bare loop by the copies", least / theirs, "")
 
 
 def measure_large_campaign(filesystem: Filesystem, service: Service) -> Iterator[Finding]:
@@ -111,6 +118,12 @@ def _cp(source: Path, parent: Path, forks: int) -> float:
     command = ["xargs", "-P2", "-I@", "cp", "-a", "--reflink=always", str(source), f"{parent}/@"]
     began = time.perf_counter()
     subprocess.run(command, input=numbers, check=True)
+    return time.perf_counter() - began
+
+
+def _limit(source: Path, parent: Path, forks: int) -> float:
+    began = time.perf_counter()
+    clone_often(str(source), [f"{parent}/{n}" for n in range(1, forks + 1)])
     return time.perf_counter() - began
 
 
