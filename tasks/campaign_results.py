@@ -6,7 +6,7 @@
     forkvm:{id}:failures   a list: the first failures
 
 Of each fork there is Celery's own `celery-task-meta-{fork id}`, which holds the ForkResult of one that succeeded; one
-that did not has it where `results` keeps it. A fork's FileResults have no index where they are one page.
+that did not has it where `results` keeps it. A fork's pages have no count where there is one.
 """
 
 from __future__ import annotations

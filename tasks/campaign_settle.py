@@ -10,20 +10,20 @@ from celery import states
 from tasks.copier.batch_record import Outcome
 from tasks.copier.campaign import MOST_FAILURES, failures_of, sums_of
 from tasks.copier.errors import describe
-from tasks.results import Results, key_of, state_json
+from tasks.results import Results, key_of, page_key, state_json
 
 #: A script is one command: one who was paused after a look, and wrote then, would count the forks a second time. It
 #: takes half the time of a transaction, since it has one answer, and since a state is sent once to be kept and
 #: published. Full, Redis refuses the first write, and so the whole; before Redis 7 it puts a place in the script before
 #: the error's code.
 #:
-#: KEYS: settled, sums, failures; of each fork its state; others; indexes of pages.
-#: ARGV: first, TTL, most failures, how many states, others, sums and indexes; states; others; of each sum name and
-#: value; of each index how many keys there are before its pages', and how many pages; failures.
+#: KEYS: settled, sums, failures; of each fork its state; others; the counts of pages.
+#: ARGV: first, TTL, most failures, how many states, others, sums and counts; states; others; of each sum name and
+#: value; counts; failures.
 _SCRIPT = """
 local first, expires, most = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local states, others = tonumber(ARGV[4]), tonumber(ARGV[5])
-local sums, indexes = tonumber(ARGV[6]), tonumber(ARGV[7])
+local sums, counts = tonumber(ARGV[6]), tonumber(ARGV[7])
 if redis.call('GETBIT', KEYS[1], first) == 1 then return end
 local answer = redis.pcall('SETBIT', KEYS[1], first, 1)
 if type(answer) == 'table' and answer.err then
@@ -39,13 +39,11 @@ for n = 1, sums do
     redis.call('HINCRBY', KEYS[2], ARGV[at + 1], ARGV[at + 2])
     at = at + 2
 end
-for n = 1, indexes do
-    local before, pages = ARGV[at + 1], ARGV[at + 2]
-    redis.call('DEL', KEYS[key + n])
-    for page = 1, pages do redis.call('ZADD', KEYS[key + n], page, KEYS[before + page]) end
+for n = 1, counts do
+    redis.call('HSET', KEYS[key + n], '0', ARGV[at + n])
     redis.call('EXPIRE', KEYS[key + n], expires)
-    at = at + 2
 end
+at = at + counts
 for n = at + 1, #ARGV do redis.call('RPUSH', KEYS[3], ARGV[n]) end
 redis.call('LTRIM', KEYS[3], 0, most - 1)
 for n = 1, 3 do redis.call('EXPIRE', KEYS[n], expires) end
@@ -61,12 +59,12 @@ _STATES = {"failed": states.FAILURE, "cancelled": states.REVOKED}
 
 @dataclass
 class _Kept:
-    """What is kept of the forks: values by their keys, and where the pages of an index lie."""
+    """What is kept of the forks, by its keys."""
 
     states: dict[str, str] = field(default_factory=dict)
     others: dict[str, str | bytes] = field(default_factory=dict)
-    #: Of each index of pages, which of `others` is its first page, and how many there are.
-    indexes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    #: How many pages a fork has whose FileResults are more than one.
+    counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, results: Results, outcome: Outcome) -> None:
         """Take in one fork."""
@@ -77,8 +75,8 @@ class _Kept:
         if len(pages) == 1:
             self.others[results.only_page(fork_id)] = pages[0]
         elif pages:
-            self.indexes[key_of(fork_id, "pages")] = len(self.others), len(pages)
-            self.others |= {key_of(fork_id, f"page:0:{number}"): page for number, page in enumerate(pages)}
+            self.counts[key_of(fork_id, "pages")] = len(pages)
+            self.others |= {page_key(fork_id, "0", number): page for number, page in enumerate(pages)}
 
 
 def settle_run(results: Results, campaign_id: str, first: int, outcomes: list[Outcome]) -> None:
@@ -92,16 +90,15 @@ def settle_run(results: Results, campaign_id: str, first: int, outcomes: list[Ou
     forks = [outcome.result for outcome in outcomes]
     sums, failures = sums_of(forks), failures_of(forks)
     own = [key_of(campaign_id, name) for name in ("settled", "sums", "failures")]
-    before = len(own) + len(kept.states)
     results.redis.register_script(_SCRIPT)(
-        [*own, *kept.states, *kept.others, *kept.indexes],
+        [*own, *kept.states, *kept.others, *kept.counts],
         [
             *(first, results.expires, MOST_FAILURES),
-            *(len(kept.states), len(kept.others), len(sums), len(kept.indexes)),
+            *(len(kept.states), len(kept.others), len(sums), len(kept.counts)),
             *kept.states.values(),
             *kept.others.values(),
             *(word for item in sums.items() for word in item),
-            *(number for at, pages in kept.indexes.values() for number in (before + at, pages)),
+            *kept.counts.values(),
             *(json.dumps(failure) for failure in failures),
         ],
     )

@@ -2,7 +2,7 @@
 
     forkvm:{id}:claim      the request that holds this id
     forkvm:{id}:result     the final ForkResult, also of a failed fork
-    forkvm:{id}:pages      a sorted set of the page keys, in the order of the fork's parts
+    forkvm:{id}:pages      a hash: how many pages each part of the fork has; as small as the number of chunks is
     forkvm:{id}:page:…     FileResults: zlib-compressed JSON, at most `report.PAGE_RESULTS` a page
     forkvm:{id}:progress   a hash: what each part has done so far
     forkvm:{id}:cancel     someone asked for an end
@@ -39,8 +39,7 @@ log = logging.getLogger(__name__)
 
 #: Pause between two tries while Redis is away, in seconds.
 _PAUSE_SECONDS = 0.5
-#: Scores in the sorted set of pages: a part's rank times this, plus the page's number within it.
-_PAGES_A_PART = 1_000_000
+#: Where the parts that have no number stand among the others.
 _RANKS = {"plan": 0, "close": 1_000_000}
 _OPEN = "forkvm:open"
 #: No sweep has looked at the fork yet.
@@ -192,37 +191,28 @@ class Results:
 
         def write() -> None:
             with self.redis.pipeline(transaction=True) as pipe:
-                self.add_pages(pipe, fork_id, parts)
+                for part, pages in parts.items():
+                    for number, page in enumerate(pages):
+                        pipe.set(page_key(fork_id, part, number), page, ex=self.expires)
+                    pipe.hset(key_of(fork_id, "pages"), part, str(len(pages)))
+                pipe.expire(key_of(fork_id, "pages"), self.expires)
                 pipe.execute()
 
         self.ask(write)
 
-    def add_pages(self, pipe: Pipeline, fork_id: str, parts: dict[str, list[bytes]]) -> None:
-        """As `keep_pages`, as a part of what `pipe` does."""
-        index = key_of(fork_id, "pages")
-        scores: dict[str, int] = {}
-        for part, pages in parts.items():
-            first = _rank(part) * _PAGES_A_PART
-            pipe.zremrangebyscore(index, first, first + _PAGES_A_PART - 1)  # there may have been more of them
-            for number, page in enumerate(pages):
-                key = key_of(fork_id, f"page:{part}:{number}")
-                pipe.set(key, page, ex=self.expires)
-                scores[key] = first + number
-        if scores:
-            pipe.zadd(index, scores)
-        pipe.expire(index, self.expires)
-
     def files(self, fork_id: str) -> Iterator[FileResult]:
         """Yield the FileResults that are there by now, a page at a time, in the order of the manifest's parts."""
-        keys = cast("list[bytes]", self.redis.zrange(key_of(fork_id, "pages"), 0, -1))
-        for key in keys or [self.only_page(fork_id).encode()]:
+        counts = cast("dict[bytes, bytes]", self.redis.hgetall(key_of(fork_id, "pages")))
+        pages = {part.decode(): int(count) for part, count in counts.items()}
+        keys = [page_key(fork_id, part, n) for part in sorted(pages, key=_rank) for n in range(pages[part])]
+        for key in keys or [self.only_page(fork_id)]:
             page = cast("bytes | None", self.redis.get(key))
             if page is not None:
                 yield from unpack_pages([page])
 
     @staticmethod
     def only_page(fork_id: str) -> str:
-        """The key of the page of a fork that has one page and no index of pages: most forks of campaigns."""
+        """The key of the page of a fork that has one page and no count of pages: most forks of campaigns."""
         return key_of(fork_id, "page")
 
     # -- progress
@@ -305,6 +295,11 @@ def end_state(result: Mapping[str, Any]) -> str:
 def _rank(part: str) -> int:
     """Where a part stands among the parts of a fork."""
     return _RANKS[part] if part in _RANKS else int(part) + 1
+
+
+def page_key(fork_id: str, part: str, number: int) -> str:
+    """The key of one page of a part of a fork."""
+    return key_of(fork_id, f"page:{part}:{number}")
 
 
 def key_of(fork_id: str, what: str) -> str:

@@ -139,6 +139,13 @@ def test_fewer_pages_kept_again_leave_none_of_the_earlier_ones(results: Results)
     assert [file["path"] for file in results.files("fork-1")] == ["a", "b"]
 
 
+def test_what_tells_of_the_pages_does_not_grow_with_them(results: Results, redis: fakeredis.FakeRedis) -> None:
+    results.keep_pages("fork-1", {"0": [page_of([_file(str(n))]) for n in range(300)]})
+
+    assert redis.hgetall("forkvm:fork-1:pages") == {b"0": b"300"}
+    assert [file["path"] for file in results.files("fork-1")] == [str(n) for n in range(300)]
+
+
 def test_files_that_are_there_by_now_are_read_and_expired_pages_passed_over(
     results: Results, redis: fakeredis.FakeRedis
 ) -> None:
