@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
+from click.core import ParameterSource
 
 from tasks.campaign_request import Summary, campaign_of, refused_campaign
 from tasks.copier.campaign import CampaignResult
@@ -28,7 +29,11 @@ from worker.settings import read_settings, roots_of
 from worker.show import answer, answer_json, campaign_lines, fork_line, progress_bar, say
 
 if TYPE_CHECKING:
+    from tasks.results import Claim
     from worker.client import Client
+
+#: The parameters that say something of a retry, and not of what is to be done.
+_WITH_RETRY = frozenset({"earlier", "campaign_id", "domain", "local", "wait", "as_json"})
 
 
 @click.command()
@@ -60,13 +65,16 @@ def campaign(
     """Make many forks of SOURCE: enqueue them for the workers, or make them here."""
     settings = with_domain(read_settings(), domain)
     campaign_id = campaign_id or uuid.uuid4().hex
-    client = None
+    client = queue = None
     if earlier is not None:
+        _refuse_other_wishes()
         client = connect(settings)
-        request = _retry_of(client, earlier)
+        claim = _claim(client, earlier)
+        request = _retry_of(client, earlier, claim)
         if request is None:
             say(f"{earlier}: every fork of it has succeeded; there is nothing to do again")
             return
+        queue = claim["queue"] if domain is None else None  # its guests lie where its domain sees them
     else:
         request = _request(source, fields)
     if local:
@@ -74,7 +82,7 @@ def campaign(
         return
     campaign_of(request, campaign_id, owner="queue")  # what is wrong with it, the caller learns here
     client = client or connect(settings)
-    client.submit_campaign(request, campaign_id)
+    client.submit_campaign(request, campaign_id, queue)
     if not wait:
         answer_json({"id": campaign_id}) if as_json else answer(campaign_id)
         return
@@ -90,7 +98,7 @@ def campaign(
 def forks(campaign_id: str, failed: bool, as_json: bool) -> None:
     """The results of a campaign's forks, in order, as many as there are by now."""
     client = connect(read_settings())
-    for result in client.campaign_forks(campaign_id, _summary(client, campaign_id)):
+    for result in client.campaign_forks(campaign_id, _summary(_claim(client, campaign_id))):
         if failed and result["status"] == "succeeded":
             continue
         answer_json(result) if as_json else answer(fork_line(result))
@@ -124,17 +132,32 @@ def _lines_of(name: str) -> list[str]:
     return [line.decode(errors="surrogateescape") for line in data.splitlines() if line]
 
 
-def _summary(client: Client, campaign_id: str) -> Summary:
-    """What is kept of a campaign's request. Raises UsageError for an id that is no campaign's."""
+def _refuse_other_wishes() -> None:
+    """A retry asks for what the earlier campaign asked for. Raises UsageError for what it would leave unheard."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "") is not ParameterSource.DEFAULT
+        if given and parameter.name not in _WITH_RETRY:
+            name = parameter.opts[0] if isinstance(parameter, click.Option) else parameter.human_readable_name
+            raise click.UsageError(f"--retry does what the earlier campaign was to do; leave out {name}")
+
+
+def _claim(client: Client, campaign_id: str) -> Claim:
+    """What is kept of who has the id. Raises UsageError for an id that is no campaign's."""
     claim = client.results.claim_of(campaign_id)
     if claim is None or not claim.get("campaign"):
         raise click.UsageError(f"{campaign_id}: no campaign of this id was begun, or its results have expired")
+    return claim
+
+
+def _summary(claim: Claim) -> Summary:
+    """What is kept of a campaign's request."""
     return cast(Summary, claim["request"])
 
 
-def _retry_of(client: Client, campaign_id: str) -> dict[str, Any] | None:
+def _retry_of(client: Client, campaign_id: str, claim: Claim) -> dict[str, Any] | None:
     """The request for the forks of an earlier campaign that did not succeed; None where all did."""
-    summary = _summary(client, campaign_id)
+    summary = _summary(claim)
     if client.results.final(campaign_id) is None:
         raise click.UsageError(f"{campaign_id}: it has not ended yet")
     found = list(client.campaign_forks(campaign_id, summary))

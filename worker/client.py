@@ -57,9 +57,9 @@ class Client:
         """Enqueue a fork."""
         self._send(FORK_TASK, {"request": request}, fork_id, self._queue, {"sent_at": time.time()})
 
-    def submit_campaign(self, request: dict[str, Any], campaign_id: str) -> None:
-        """Enqueue a campaign."""
-        self._send(CAMPAIGN_TASK, {"request": request}, campaign_id, self._queue, {"sent_at": time.time()})
+    def submit_campaign(self, request: dict[str, Any], campaign_id: str, queue: str | None = None) -> None:
+        """Enqueue a campaign; into the settings' domain, unless `queue` is another's."""
+        self._send(CAMPAIGN_TASK, {"request": request}, campaign_id, queue or self._queue, {"sent_at": time.time()})
 
     def status(self, job_id: str) -> Status:
         """What is known of a fork or campaign."""

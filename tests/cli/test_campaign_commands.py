@@ -88,6 +88,52 @@ def test_a_bad_call_exits_with_2_in_one_line_and_makes_nothing(run_forkvm: RunFo
     assert forks_in(place) == []
 
 
+def test_a_retry_refuses_every_wish_that_it_would_not_hear(run_forkvm: RunForkvm, place: Path) -> None:
+    """No broker is asked: there is none here."""
+    wishes = {
+        "SOURCE": [f"{place}/vm"],
+        "--to": ["--to", f"{place}/vm-{{n}}"],
+        "--count": ["--count", "2"],
+        "--start": ["--start", "1"],
+        "--to-file": ["--to-file", "-"],
+        "--max-parallel": ["--max-parallel", "2"],
+        "--on-error": ["--on-error", "abort"],
+        "--deadline": ["--deadline", "9"],
+        "--reflink": ["--reflink", "never"],
+        "--no-exclude": ["--no-exclude"],
+        "--label": ["--label", "a=b"],
+    }
+
+    for name, wish in wishes.items():
+        done = run_forkvm("campaign", "--retry", "c1", *wish, env={"FORKVM_BROKER_URL": "redis+socket:///nobody"})
+        assert (done.returncode, done.stdout) == (2, ""), name
+        assert done.stderr.endswith(f"leave out {name}\n"), (name, done.stderr)
+
+
+def test_a_retry_goes_into_the_domain_that_is_named(
+    run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, redis_server: RedisServer
+) -> None:
+    # Given a campaign of the default domain in which one fork failed
+    environment = program_environment(redis_server, place)
+    start_worker(place, 1)
+    (place / "vm-1").mkdir()
+    send = ["campaign", str(place / "vm"), "--to", f"{place}/vm-{{n}}", "--count", "2", "--id", "c1", "--wait"]
+    assert run_forkvm(*send, env=environment).returncode == 1
+    retry = ["campaign", "--retry", "c1"]
+
+    # When
+    elsewhere = run_forkvm(*retry, "--id", "c2", "--domain", "nvme-b", env=environment)
+    at_home = run_forkvm(*retry, "--id", "c3", "--wait", env={**environment, "FORKVM_DOMAIN": "nvme-b"})
+
+    # Then
+    assert (elsewhere.returncode, at_home.returncode) == (0, 1)
+    assert "destination_exists" in at_home.stdout
+    with redis_server.client() as client:
+        (waiting,) = client.lrange("forkvm.nvme-b", 0, -1)
+        assert json.loads(waiting)["headers"]["id"] == "c2"
+        client.delete("forkvm.nvme-b")
+
+
 def test_an_id_that_is_no_campaigns_is_a_bad_call(run_forkvm: RunForkvm, redis_server: RedisServer) -> None:
     environment = program_environment(redis_server)
 
@@ -139,8 +185,8 @@ def test_a_campaign_is_sent_waited_for_listed_and_retried(
     identity = (place / "vm-1").stat().st_ino
     for n in (3, 7):
         (place / f"vm-{n}").rmdir()
-    retry = ["campaign", "--retry", "c1", "--id", "c2", "--domain", "nvme-a", "--wait", "--json"]
-    retried = run_forkvm(*retry, env=environment)
+    retry = ["campaign", "--retry", "c1", "--id", "c2", "--wait", "--json"]
+    retried = run_forkvm(*retry, env=environment)  # in the domain of the campaign that is retried
     nothing = run_forkvm("campaign", "--retry", "c2", "--wait", env=environment)
 
     # Then it alone was done
