@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,13 +14,15 @@ import click
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.options import DEFAULT_EXCLUDE
 from worker.settings import Settings, read_settings
-from worker.show import ShowProgress
+from worker.show import ShowProgress, progress_bar, say
 
 if TYPE_CHECKING:
     from worker.client import Client
 
 #: Exit codes.
 DONE, FAILED, BAD_CALL, NO_BROKER = 0, 1, 2, 3
+#: Ended by Ctrl-C, as a shell has it: 128 and the signal's number.
+INTERRUPTED = 128 + signal.SIGINT
 #: More processes than this gain nothing: the filesystem's own locks are the limit.
 _MOST_PROCESSES = 4
 
@@ -86,6 +89,17 @@ def connect(settings: Settings) -> Client:
     from worker.client import Client
 
     return Client(settings)
+
+
+@contextmanager
+def watching(job_id: str) -> Iterator[ShowProgress]:
+    """Show how a job of the queue gets on; Ctrl-C ends that and not the job, and says so."""
+    try:
+        with progress_bar() as show:
+            yield show
+    except KeyboardInterrupt:
+        say(f"{job_id} goes on without this command; to look at it: forkvm status {shlex.quote(job_id)}")
+        raise click.exceptions.Exit(INTERRUPTED) from None
 
 
 @contextmanager

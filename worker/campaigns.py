@@ -23,6 +23,7 @@ from worker.arguments import (
     fork_options,
     local_processes,
     request_of,
+    watching,
     with_domain,
 )
 from worker.settings import read_settings, roots_of
@@ -86,7 +87,7 @@ def campaign(
     if not wait:
         answer_json({"id": campaign_id}) if as_json else answer(campaign_id)
         return
-    with progress_bar() as show:
+    with watching(campaign_id) as show:
         result = client.wait_for_result(campaign_id, show)
     _answer(cast(CampaignResult, result), as_json)
 

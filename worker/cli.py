@@ -1,4 +1,4 @@
-"""The command line: `forkvm`. Exit codes: 0 done, 1 the fork failed, 2 a bad call, 3 no broker."""
+"""The command line: `forkvm`. Exit codes: 0 done, 1 the fork failed, 2 a bad call, 3 no broker, 130 Ctrl-C."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from worker.arguments import (
     BAD_CALL,
     DONE,
     FAILED,
+    INTERRUPTED,
     NO_BROKER,
     as_json,
     connect,
@@ -32,6 +33,7 @@ from worker.arguments import (
     fork_options,
     local_processes,
     request_of,
+    watching,
     with_domain,
 )
 from worker.campaigns import campaign, forks
@@ -67,8 +69,8 @@ def main() -> Never:
     except click.ClickException as error:
         error.show()
         sys.exit(BAD_CALL)
-    except click.Abort:
-        sys.exit(BAD_CALL)
+    except click.Abort:  # Ctrl-C where nothing else is said of it
+        sys.exit(INTERRUPTED)
     except BadSettings as error:
         say(str(error))
         sys.exit(BAD_CALL)
@@ -120,7 +122,7 @@ def submit(
     if not wait:
         answer_json({"id": fork_id}) if as_json else answer(fork_id)
         return
-    with progress_bar() as show:
+    with watching(fork_id) as show:
         result = client.wait_for_result(fork_id, show)
     _answer_result(cast(ForkResult, result), as_json)
 
@@ -133,7 +135,7 @@ def status(fork_id: str, watch: bool, as_json: bool) -> None:
     """The result of a fork or campaign, or its progress."""
     client = connect(read_settings())
     if watch:
-        with progress_bar() as show:
+        with watching(fork_id) as show:
             found = client.wait(fork_id, show)
     else:
         found = client.status(fork_id)

@@ -1,0 +1,82 @@
+"""Ctrl-C: who waits for a job of the queue goes, and the job goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.fixtures.processes import RunForkvm, forkvm_script, program_environment, wait_until
+from tests.fixtures.redis_server import RedisServer
+
+_SUBMIT = ["submit", "/guests/a", "/guests/b", "--id", "the job", "--wait"]
+_CAMPAIGN = ["campaign", "/guests/a", "--to", "/guests/b-{n}", "--count", "2", "--id", "the job", "--wait"]
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """What a shell started in the background ignores SIGINT, and so would all that it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def started(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [forkvm_script(), *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def looks(server: RedisServer) -> int:
+    """How often anyone has read keys, as a command that waits does again and again."""
+    with server.client() as client:
+        return int(client.info("commandstats").get("cmdstat_mget", {"calls": 0})["calls"])
+
+
+@pytest.mark.parametrize(
+    "command", [["status", "the job", "--watch"], _SUBMIT, _CAMPAIGN], ids=["status", "submit", "campaign"]
+)
+def test_ctrl_c_ends_the_waiting_and_says_that_the_job_goes_on(
+    command: list[str], run_forkvm: RunForkvm, redis_server: RedisServer
+) -> None:
+    # Given a job that no worker takes
+    environment = program_environment(redis_server)
+    before = looks(redis_server)
+    with started(command, environment) as process:
+        wait_until(lambda: looks(redis_server) > before + 1, "a command that waits")
+
+        # When
+        process.send_signal(signal.SIGINT)
+        told, said = process.communicate(timeout=30)
+
+    # Then
+    assert (process.returncode, told) == (130, "")
+    assert said == "forkvm: the job goes on without this command; to look at it: forkvm status 'the job'\n"
+    assert json.loads(run_forkvm("status", "the job", "--json", env=environment).stdout)["state"] == "PENDING"
+    with redis_server.client() as client:
+        sent = [json.loads(message)["headers"]["id"] for message in client.lrange("forkvm", 0, -1)]
+        client.delete("forkvm")
+    assert sent == ([] if command[0] == "status" else ["the job"])
+
+
+def test_ctrl_c_elsewhere_exits_with_130_and_no_traceback(redis_server: RedisServer) -> None:
+    """Where `cancel` waits for an end; what it asked for is asked for."""
+    with started(["cancel", "the job"], program_environment(redis_server)) as process:
+        wait_until(lambda: looks(redis_server) > 2, "a command that waits")
+
+        process.send_signal(signal.SIGINT)
+        told, said = process.communicate(timeout=30)
+
+    assert (process.returncode, told, said.strip()) == (130, "", "")
+    with redis_server.client() as client:
+        assert client.exists("forkvm:the job:cancel")
