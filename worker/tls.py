@@ -46,9 +46,12 @@ def refuse_untrusted(app: Celery, url: str) -> None:
 
 
 def without_password(url: str) -> str:
-    """A URL that may be shown."""
+    """A URL that may be shown; a password may stand before the host or among what follows a question mark."""
     scheme, _, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}"
+    place, _, query = rest.partition("?")
+    if "@" in query:  # part of a password, before or behind the host
+        return f"{scheme}://..."
+    return f"{scheme}://{place.rpartition('@')[2]}"
 
 
 def _refuse(message: str) -> NoReturn:
