@@ -37,6 +37,7 @@ from worker.arguments import (
     with_domain,
 )
 from worker.campaigns import campaign, forks
+from worker.doctor import doctor
 from worker.settings import NO_ROOTS, BadSettings, NoBroker, Settings, read_settings, roots_of
 from worker.show import (
     answer,
@@ -315,6 +316,7 @@ def _comparison(source: str, clone: str, found: Comparison) -> dict[str, Any]:
 
 cli.add_command(campaign)
 cli.add_command(forks)
+cli.add_command(doctor)
 
 if __name__ == "__main__":
     main()

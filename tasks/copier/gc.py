@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,6 +65,24 @@ def collect(directory: str, is_live: IsLive, silent: float = 0.0) -> Iterator[Fi
                 os.close(fd)
     finally:
         os.close(top)
+
+
+def silent_stagings(fd: int, silent: float) -> int:
+    """How many forks have staging right in the open directory in which nothing was done for `silent` seconds.
+
+    A look, which holds and asks nothing: `collect` says which of them are dead. Raises OSError.
+    """
+    count = 0
+    for name in _list(fd)[1]:
+        if "." in name.removeprefix("."):
+            continue  # a tree
+        with suppress(OSError):  # removed meanwhile, or not ours to read
+            control = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            try:
+                count += time.time() - sign_of_life(control) / 1000 >= silent
+            finally:
+                os.close(control)
+    return count
 
 
 def _list(fd: int) -> tuple[list[str], list[str]]:

@@ -1,0 +1,189 @@
+"""`forkvm doctor`: what it finds on real filesystems and a real Redis, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fixtures.filesystems import Fresh, bind_mounted
+from tests.fixtures.processes import RunForkvm, program_environment
+from tests.fixtures.redis_server import RedisServer
+from tests.fixtures.secure_redis import SecureRedis
+
+_NOBODY = 65534
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path) -> dict[str, str]:
+    """An environment without a Redis."""
+    return {"FORKVM_BROKER_URL": f"redis+socket://{tmp_path}/nobody?password=secret"}
+
+
+def found_in(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
+    """The checks of a document, by their subjects."""
+    assert "Traceback" not in done.stderr
+    return {check["subject"]: check for check in json.loads(done.stdout)["checks"]}
+
+
+def test_all_is_well_on_xfs_with_a_redis_as_it_should_be(
+    run_forkvm: RunForkvm, fresh: Fresh, redis_server: RedisServer
+) -> None:
+    place = fresh("xfs")
+
+    done = run_forkvm("doctor", "--json", env=program_environment(redis_server, place))
+
+    document = json.loads(done.stdout)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert set(document) == {"verdict", "checks"}
+    assert document["verdict"] == "ok"
+    assert all(set(check) == {"subject", "verdict", "found", "mend"} for check in document["checks"])
+    checks = found_in(done)
+    redis = f"Redis {redis_server.broker_url}"
+    assert {"kernel: openat2", "kernel: renameat2", "limit: open files", f"{redis}: memory"} <= set(checks)
+    assert checks[f"root {place}"]["found"].startswith("XFS, writable")
+    assert checks[f"root {place}: reflink"]["found"] == "works"
+    assert checks[redis]["found"] == "reached through a unix socket"
+    assert checks[f"{redis}: appendonly"]["found"] == "yes"
+    assert checks[f"{redis}: maxmemory-policy"]["found"] == "noeviction"
+    assert list(place.iterdir()) == []
+
+
+def test_a_person_reads_a_line_for_each_check_and_the_mend_below(
+    run_forkvm: RunForkvm, fresh: Fresh, redis_server: RedisServer
+) -> None:
+    place = fresh("ext4")
+
+    done = run_forkvm("doctor", env=program_environment(redis_server, place))
+
+    lines = done.stdout.splitlines()
+    warned = next(n for n, line in enumerate(lines) if line.startswith("warn"))
+    assert (done.returncode, done.stderr) == (0, "")  # a warning is no fault
+    assert {line[:5] for line in lines} == {"ok   ", "warn ", "     "}
+    assert lines[warned].startswith(f"warn root {place}: reflink: refused (EOPNOTSUPP")
+    assert "all bytes are copied" in lines[warned]
+    assert lines[warned + 1].startswith("     -> keep guests on XFS")
+    assert [line for line in lines if line.startswith("     ")] == [lines[warned + 1]]
+    assert list(place.iterdir()) == []
+
+
+def test_roots_that_cannot_be_served_are_bad_and_without_redis_the_exit_code_is_3(
+    run_forkvm: RunForkvm, tmp_path: Path, nowhere: dict[str, str], redis_server: RedisServer
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    roots = {"FORKVM_ROOTS": f"{tmp_path}/missing:{tmp_path}/file"}
+
+    with_redis = run_forkvm("doctor", "--json", env=program_environment(redis_server) | roots)
+    without = run_forkvm("doctor", "--json", env=nowhere | roots)
+    for_a_person = run_forkvm("doctor", env=nowhere)
+
+    assert (with_redis.returncode, without.returncode, for_a_person.returncode) == (1, 3, 3)
+    for done in (with_redis, without):
+        checks = found_in(done)
+        assert checks[f"root {tmp_path}/missing"]["verdict"] == "bad"
+        assert checks[f"root {tmp_path}/missing"]["found"] == "it does not exist"
+        assert checks[f"root {tmp_path}/file"]["found"] == "it is no directory"
+        assert json.loads(done.stdout)["verdict"] == "bad"
+        assert "secret" not in done.stdout
+    assert found_in(without)["Redis"]["found"].startswith("no broker at redis+socket://")
+    assert "warn roots: none\n     -> set FORKVM_ROOTS" in for_a_person.stdout
+    assert "bad  Redis: no broker at redis+socket://" in for_a_person.stdout
+    assert for_a_person.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://:se?cret@h:1/0", "redis://u:secret@h/abc", "redis://[secret", "amqp://secret@h"]
+)
+def test_what_is_no_url_of_a_redis_is_bad_and_its_password_is_not_shown(run_forkvm: RunForkvm, url: str) -> None:
+    done = run_forkvm("doctor", env={"FORKVM_BROKER_URL": url})
+
+    assert done.returncode == 1
+    assert "this is no URL of a Redis" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert "cret@" not in done.stdout
+
+
+def test_a_redis_that_may_lose_what_was_accepted_is_bad(run_forkvm: RunForkvm, redis_server: RedisServer) -> None:
+    with redis_server.client() as client:
+        client.config_set("appendonly", "no")
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        client.config_set("appendfsync", "no")
+        client.config_set("maxmemory", int(client.info()["used_memory"]))
+
+    done = run_forkvm("doctor", "--json", env=program_environment(redis_server))
+
+    checks, redis = found_in(done), f"Redis {redis_server.broker_url}"
+    assert done.returncode == 1
+    verdicts = {"appendonly": "bad", "maxmemory-policy": "bad", "appendfsync": "warn", "memory": "warn"}
+    for what, verdict in verdicts.items():
+        assert checks[f"{redis}: {what}"]["verdict"] == verdict
+        assert what in checks[f"{redis}: {what}"]["mend"]
+
+
+def test_the_user_that_security_md_describes_is_told_that_it_may_not_look_at_all(
+    run_forkvm: RunForkvm, secure_redis: SecureRedis
+) -> None:
+    may_ask = run_forkvm("doctor", "--json", env=secure_redis.environment())
+    with secure_redis.admin() as admin:
+        admin.execute_command("ACL", "SETUSER", "forkvm", "-info")
+    may_not = run_forkvm("doctor", "--json", env=secure_redis.environment())
+
+    redis = f"Redis rediss://localhost:{secure_redis.port}/0"
+    checks = found_in(may_ask)
+    assert checks[redis]["found"] == "reached over TLS, certificate and host name verified"
+    assert checks[f"{redis}: appendonly"]["verdict"] == "bad"  # as that server is
+    fsync = checks[f"{redis}: appendfsync"]
+    assert (fsync["verdict"], fsync["found"]) == ("warn", "CONFIG: not permitted to look")
+    settings = found_in(may_not)[f"{redis}: settings"]
+    assert (settings["verdict"], settings["found"]) == ("warn", "INFO: not permitted to look")
+    assert (may_ask.returncode, may_not.returncode) == (1, 0)
+    for done in (may_ask, may_not):
+        assert done.stderr == ""
+        assert secure_redis.password not in done.stdout
+
+
+def test_a_root_that_is_not_the_users_to_write_to_is_a_warning_and_nothing_is_left(
+    run_forkvm: RunForkvm, fresh: Fresh, nowhere: dict[str, str]
+) -> None:
+    place = fresh("xfs")
+    place.chmod(0o755)
+
+    done = run_forkvm("doctor", "--json", env=nowhere | {"FORKVM_ROOTS": str(place)}, user=_NOBODY)
+
+    check = found_in(done)[f"root {place}"]
+    assert check["verdict"] == "warn"
+    assert check["found"] == f"XFS, not writable for uid {_NOBODY}; reflink not tried"
+    assert list(place.iterdir()) == []
+
+
+def test_a_read_only_root_says_so(run_forkvm: RunForkvm, fresh: Fresh, tmp_path: Path, nowhere: dict[str, str]) -> None:
+    with bind_mounted(fresh("xfs"), tmp_path / "view") as view:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(view)], check=True)
+
+        done = run_forkvm("doctor", "--json", env=nowhere | {"FORKVM_ROOTS": str(view)})
+
+    check = found_in(done)[f"root {view}"]
+    assert (check["verdict"], check["found"]) == ("warn", "XFS, read-only; reflink not tried")
+
+
+def test_staging_without_a_sign_of_life_is_counted_and_left_to_gc(
+    run_forkvm: RunForkvm, fresh: Fresh, nowhere: dict[str, str]
+) -> None:
+    place = fresh("xfs")
+    for key, is_old in (("0" * 16, True), ("1" * 16, False)):
+        (place / f".forkvm-{key}").mkdir(mode=0o700)
+        (place / f".forkvm-{key}.00000000").mkdir()
+        if is_old:
+            os.utime(place / f".forkvm-{key}", (0, 0))
+    before = sorted(path.name for path in place.iterdir())
+
+    done = run_forkvm("doctor", "--json", env=nowhere | {"FORKVM_ROOTS": str(place)})
+
+    check = found_in(done)[f"root {place}: staging"]
+    assert (check["verdict"], check["found"][:2]) == ("warn", "1 ")
+    assert "forkvm gc" in check["mend"]
+    assert sorted(path.name for path in place.iterdir()) == before

@@ -1,0 +1,120 @@
+"""What `forkvm doctor` finds of the Redis of the settings. Its password is never part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+from redis import Redis
+from redis.exceptions import ConnectionError, RedisError, ResponseError, TimeoutError
+
+from worker.arguments import connect
+from worker.checks import LITTLE, Check
+from worker.settings import NoBroker, Settings
+from worker.tls import is_tls, without_password
+
+#: The oldest version that has all the commands that are used.
+_OLDEST = (6, 2)
+_SOCKET = "redis+socket"
+_SCHEMES = ("redis", "rediss", _SOCKET)
+_URL_MEND = f"write one of {', '.join(_SCHEMES)} before ://, and a password with its special characters as %XX"
+#: Hosts that no network lies before; None is what a URL without a host means.
+_HERE = ("localhost", "127.0.0.1", "::1", None)
+
+
+def redis_checks(settings: Settings) -> Iterator[Check]:
+    """Look at the broker's Redis, and at the results' where that is another. Raises NoBroker."""
+    for url in dict.fromkeys((settings.broker_url, settings.result_backend or settings.broker_url)):
+        subject = f"Redis {without_password(url)}"
+        try:
+            way = _way(subject, url)
+            redis = connect(settings.model_copy(update={"broker_url": url, "result_backend": url})).results.redis
+        except ValueError:  # its text may quote the password
+            yield Check(subject, "bad", "this is no URL of a Redis", _URL_MEND)
+            continue
+        yield way
+        try:
+            yield from _facts(subject, redis)
+            yield _config(subject, redis)
+        except (ConnectionError, TimeoutError) as error:
+            raise NoBroker(f"no broker at {without_password(url)}: {error}") from None
+        except RedisError as error:
+            yield Check(subject, "bad", f"it refuses a question: {error}", "look at its log, and at SECURITY.md")
+
+
+def _way(subject: str, url: str) -> Check:
+    """How it is reached; the name of the host alone tells whether a network lies between. Raises ValueError."""
+    parts = urlsplit(url)
+    if parts.scheme not in _SCHEMES:
+        raise ValueError("not a scheme of Redis")
+    if is_tls(url):
+        return Check(subject, "ok", "reached over TLS, certificate and host name verified")
+    if parts.scheme == _SOCKET:
+        return Check(subject, "ok", "reached through a unix socket")
+    if parts.hostname in _HERE:
+        return Check(subject, "ok", "reached without TLS, on this host")
+    return Check(subject, "warn", "reached over a network without TLS", "use rediss://, see SECURITY.md")
+
+
+def _facts(subject: str, redis: Redis) -> Iterator[Check]:
+    try:
+        info = redis.info()
+    except ResponseError:
+        mend = "allow +info, as the user in SECURITY.md has it"
+        yield Check(f"{subject}: settings", "warn", "INFO: not permitted to look", mend)
+        return
+    yield _version(subject, str(info.get("redis_version", "?")))
+    yield _append_only(subject, info.get("aof_enabled"))
+    yield _eviction(subject, str(info.get("maxmemory_policy", "?")))
+    yield _memory(subject, int(info.get("used_memory", 0)), int(info.get("maxmemory", 0)))
+
+
+def _version(subject: str, version: str) -> Check:
+    parts = [int(part) for part in version.split(".")[:2] if part.isdigit()]
+    if tuple(parts) < _OLDEST:
+        return Check(f"{subject}: version", "bad", version, "run Redis 6.2 or newer")
+    return Check(f"{subject}: version", "ok", version)
+
+
+def _append_only(subject: str, enabled: Any) -> Check:
+    if not enabled:
+        found = "no: what was accepted is lost with its process"
+        mend = "in redis.conf, and at once with redis-cli CONFIG SET: appendonly yes"
+        return Check(f"{subject}: appendonly", "bad", found, mend)
+    return Check(f"{subject}: appendonly", "ok", "yes")
+
+
+def _eviction(subject: str, policy: str) -> Check:
+    if policy != "noeviction":
+        mend = "in redis.conf, and at once with redis-cli CONFIG SET: maxmemory-policy noeviction"
+        return Check(f"{subject}: maxmemory-policy", "bad", f"{policy}: it may drop what was accepted", mend)
+    return Check(f"{subject}: maxmemory-policy", "ok", policy)
+
+
+def _memory(subject: str, used: int, most: int) -> Check:
+    mib = f"{used / (1 << 20):.1f} MiB used"
+    if not most:
+        return Check(f"{subject}: memory", "ok", f"{mib}, no maxmemory")
+    found = f"{mib} of {most / (1 << 20):.1f} MiB"
+    if most - used < LITTLE * most:
+        return Check(f"{subject}: memory", "warn", found, "raise maxmemory, or lower FORKVM_RESULT_EXPIRES")
+    return Check(f"{subject}: memory", "ok", found)
+
+
+def _config(subject: str, redis: Redis) -> Check:
+    """What only CONFIG tells; the user that SECURITY.md describes may not ask."""
+    subject = f"{subject}: appendfsync"
+    try:
+        config = cast("dict[str, Any]", redis.config_get("appendfsync"))
+    except ResponseError:
+        mend = "nothing, where its administrator knows that it is everysec or always"
+        return Check(subject, "warn", "CONFIG: not permitted to look", mend)
+    value = next(iter(config.values()), "?")
+    value = value.decode() if isinstance(value, bytes) else str(value)
+    if value == "no":
+        found = "no: a crash of its machine loses what the kernel had not yet written"
+        return Check(
+            subject, "warn", found, "in redis.conf, and at once with redis-cli CONFIG SET: appendfsync everysec"
+        )
+    return Check(subject, "ok", value)
