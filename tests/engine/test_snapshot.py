@@ -217,6 +217,27 @@ def test_the_result_of_a_verified_and_synced_snapshot(directory: Path, source: P
     assert_alike(source, directory / "fork", SKIPPED_BY_DEFAULT)
 
 
+def test_a_durable_snapshot_is_on_its_disk_before_it_is_published_and_its_name_before_it_is_done(
+    strace: str, directory: Path, source: Path
+) -> None:
+    traced = trace_fork(
+        strace, source, directory / "fork", calls="ioctl,syncfs,fsync,renameat,renameat2", durability="sync"
+    )
+
+    steps = []
+    for line in traced.trace:
+        if "SNAP_CREATE" in line:
+            steps.append("snapshot")
+        elif "syncfs(" in line:
+            steps.append("tree")
+        elif "renameat2(" in line:
+            steps.append("exchange" if "RENAME_EXCHANGE" in line else "publish")
+        elif "fsync(" in line:
+            steps.append("parent" if f"<{directory}>" in line else "journal")
+    assert steps == ["snapshot", "exchange", "tree", "journal", "journal", "publish", "parent"]
+    assert is_subvolume(directory / "fork")
+
+
 @pytest.mark.parametrize(("quietly", "code"), [(False, "source_changed"), (True, "verify_failed")])
 def test_verify_finds_what_differs_from_the_source(
     directory: Path, source: Path, quietly: bool, code: str, every_beat: None
