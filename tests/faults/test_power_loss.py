@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from tasks.copier.options import Limits
+from tests.engine.campaigning import campaign, destinations
 from tests.engine.forking import CHUNKED, INLINE, assert_alike, forked
-from tests.fixtures.filesystems import image_mounted
+from tests.fixtures.filesystems import image_mounted, make_subvolume
 from tests.support.guests import MIB, SKIPPED_BY_DEFAULT, GuestSizes, make_guest
 from tests.support.requirements import require_command
 
@@ -63,18 +64,65 @@ def test_a_durable_fork_is_whole_after_the_power_was_lost(
 ) -> None:
     point, pull_plug = disk
     source = make_guest(point / "source", SIZES)
-    pristine = tmp_path / "pristine"
-    shutil.copytree(
-        source, pristine, symlinks=True, ignore=shutil.ignore_patterns("*.sock", "*.socket", "*.tmp", "logs")
-    )
+    pristine = _copy_of(source, tmp_path)
     (point / "guests").mkdir()
 
     forked(source, point / "guests" / "fork", limits=limits, reflink=reflink, durability="sync")
-    (point / "written later").write_bytes(b"and not synced" * 1000)
-    after = pull_plug()
+    after = _without_power(point, pull_plug)
 
-    assert_alike(after / "source", after / "guests" / "fork", SKIPPED_BY_DEFAULT)
-    for path in (path for path in pristine.rglob("*") if path.is_file()):
-        assert (after / "guests" / "fork" / path.relative_to(pristine)).read_bytes() == path.read_bytes()
+    _assert_whole(after / "guests" / "fork", after / "source", pristine)
+
+
+@pytest.mark.parametrize("kind", ["btrfs"])
+def test_a_durable_fork_of_a_subvolume_is_whole_after_the_power_was_lost(
+    disk: tuple[Path, PullPlug], tmp_path: Path
+) -> None:
+    point, pull_plug = disk
+    source = make_guest(make_subvolume(point / "source"), SIZES)
+    pristine = _copy_of(source, tmp_path)
+    (point / "guests").mkdir()
+
+    result = forked(source, point / "guests" / "fork", durability="sync")
+    after = _without_power(point, pull_plug)
+
+    assert result["subvolume"]
+    _assert_whole(after / "guests" / "fork", after / "source", pristine)
+
+
+@pytest.mark.parametrize("kind", ["xfs"])
+def test_the_durable_forks_of_a_campaign_are_whole_after_the_power_was_lost(
+    disk: tuple[Path, PullPlug], tmp_path: Path
+) -> None:
+    point, pull_plug = disk
+    source = make_guest(point / "source", SIZES)
+    pristine = _copy_of(source, tmp_path)
+    (point / "guests").mkdir()
+
+    result = campaign(source, destinations(point / "guests", 3), durability="sync")
+    after = _without_power(point, pull_plug)
+
+    assert result["status"] == "succeeded"
+    for fork in destinations(after / "guests", 3):
+        _assert_whole(fork, after / "source", pristine)
+
+
+def _copy_of(source: Path, directory: Path) -> Path:
+    """What a fork of the source is to hold, on a disk that stays."""
+    left_out = shutil.ignore_patterns("*.sock", "*.socket", "*.tmp", "logs")
+    return Path(shutil.copytree(source, directory / "pristine", symlinks=True, ignore=left_out))
+
+
+def _without_power(point: Path, pull_plug: PullPlug) -> Path:
+    """The filesystem after the loss of power, which shows no more than its disk had."""
+    unsynced = b"and not synced" * 1000
+    (point / "written later").write_bytes(unsynced)
+    after = pull_plug()
     later = after / "written later"
-    assert not later.exists() or later.read_bytes() != b"and not synced" * 1000, "the copy shows more than the disk had"
+    assert not later.exists() or later.read_bytes() != unsynced, "the copy shows more than the disk had"
+    return after
+
+
+def _assert_whole(fork: Path, source: Path, pristine: Path) -> None:
+    assert_alike(source, fork, SKIPPED_BY_DEFAULT)
+    for path in (path for path in pristine.rglob("*") if path.is_file()):
+        assert (fork / path.relative_to(pristine)).read_bytes() == path.read_bytes()
