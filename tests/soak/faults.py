@@ -20,7 +20,7 @@ from tests.system.scheduler import QUEUES
 Start = Callable[[], Worker]
 
 #: A line of a worker's log.
-_TAKEN = re.compile(r"Task forkvm\.(?:fork|chunk|finish|bury)\[.*\] received")
+_TAKEN = re.compile(r"Task forkvm\.(?:fork|chunk|finish|bury|campaign|batch|conclude)\[.*\] received")
 #: Seconds in which a worker that is told to end has ended: none of its tasks takes that long.
 _GRACE_SECONDS = 15.0
 
@@ -58,7 +58,7 @@ class Faults:
         fault()
 
     def deliveries(self) -> int:
-        """How many messages of forks the workers took, in all."""
+        """How many messages of forks and campaigns the workers took, in all."""
         return sum(len(_TAKEN.findall(worker.output())) for worker in self.started)
 
     def _start(self) -> Worker:
