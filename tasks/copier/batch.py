@@ -158,8 +158,16 @@ def _open_both(campaign: Campaign, roots: Roots, destination: str) -> AbstractCo
 
 @contextmanager
 def _open_parent(campaign: Campaign, roots: Roots, destination: str) -> Iterator[Ends]:
-    """As `_open_both`, without a source: for what can only be taken up or given up. Raises ForkError."""
-    parent_fd, name = roots.open_parent(destination)
+    """As `_open_both`, without a source: for what can only be taken up or given up. Raises ForkError.
+
+    The home's parent is open already, also where its path leads somewhere else just now. Who gave a batch up for that
+    without a look into it would tell of forks that they failed which another process is about to publish.
+    """
+    parent, name = os.path.split(destination)
+    if parent == campaign.plan.parent:
+        parent_fd = os.dup(campaign.staging.parent_fd)
+    else:
+        parent_fd, name = roots.open_parent(destination)
     try:
         yield Ends(campaign.spec.source, destination, -1, parent_fd, name)
     finally:

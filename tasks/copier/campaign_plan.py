@@ -67,6 +67,8 @@ class CampaignPlan:
     lanes: int
     #: Whether each fork is to be a snapshot of the source, a btrfs subvolume.
     snapshot: bool
+    #: The home's parent, as the request names it.
+    parent: str
 
     def to_data(self) -> dict[str, Any]:
         """As plain data for the journal."""
@@ -117,7 +119,14 @@ def plan_campaign(ends: Ends, staging: Staging, spec: CampaignSpec, paths: Itera
     batch = _batch_size(spec, seconds)
     parallel = spec.aims.max_parallel
     lanes = _MOST_LANES if parallel is None else min(_MOST_LANES, max(1, parallel // batch))
-    made = CampaignPlan(fork=plan, fallback=cloner.fallback, batch=batch, lanes=lanes, snapshot=snapshot)
+    made = CampaignPlan(
+        fork=plan,
+        fallback=cloner.fallback,
+        batch=batch,
+        lanes=lanes,
+        snapshot=snapshot,
+        parent=os.path.dirname(ends.destination),
+    )
     staging.write_journal(replace(journal, phase=Phase.CLONING, plan=made.to_data(), planned_at=time.time()))
 
 

@@ -9,20 +9,24 @@ import os
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.engine.campaigning import campaign
 from tests.engine.forking import fork, leftovers
 from tests.fixtures.filesystems import Fresh
 from tests.support.tree import snapshot
 
 #: How often each swapper must have swapped before a test may end.
-SWAPS = 10_000
+SWAPS = 20_000
 #: Forks of each test at least.
 FORKS = 60
+#: Forks of one campaign.
+FANNED_OUT = 8
 #: A swapper rests after so many swaps for so long, in seconds: some forks meet it at work, some do not.
-SPRINT, REST = 500, 0.05
+SPRINT, REST = 1000, 0.05
 SECRET = b"a secret"
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -86,14 +90,23 @@ class Swapper:
 
 def _fork_while_swapped(yard: Path, swapped: str) -> Counter[str]:
     """Forks until enough of them met enough swaps; what became of them."""
+    source, destination = yard / "root" / "guests" / "source", yard / "root" / "forks" / "fork"
+
+    def one(number: int) -> Counter[str]:
+        result = fork(source, f"{destination}-{number}", roots=[yard / "root"])
+        return Counter([result["error"]["code"] if result["error"] else "succeeded"])
+
+    return _while_swapped(yard, swapped, one)
+
+
+def _while_swapped(yard: Path, swapped: str, make: Callable[[int], Counter[str]]) -> Counter[str]:
+    """Has forks made, of which so many were made before, until enough of them met enough swaps; what became of them."""
     outside = snapshot(yard / "outside")
     outcomes: Counter[str] = Counter()
-    source, destination = yard / "root" / "guests" / "source", yard / "root" / "forks" / "fork"
     swapper = Swapper(yard / "root" / swapped, yard / "outside" / swapped)
     try:
         while outcomes.total() < FORKS or swapper.swaps < SWAPS:
-            result = fork(source, f"{destination}-{outcomes.total()}", roots=[yard / "root"])
-            outcomes[result["error"]["code"] if result["error"] else "succeeded"] += 1
+            outcomes += make(outcomes.total())
     finally:
         swapper.end()
     assert snapshot(yard / "outside") == outside
@@ -116,3 +129,18 @@ def test_a_source_whose_directories_are_swapped_for_symlinks_leads_nobody_out(ya
 
 def test_a_destination_whose_parent_is_swapped_for_a_symlink_leads_nobody_out(yard: Path) -> None:
     assert set(_fork_while_swapped(yard, "forks")) == {"succeeded", "outside_roots"}
+
+
+def test_a_campaign_whose_destinations_parent_is_swapped_for_a_symlink_leads_nobody_out(yard: Path) -> None:
+    root = yard / "root"
+
+    def one(number: int) -> Counter[str]:
+        paths = [root / "forks" / f"fork-{number}-{n}" for n in range(FANNED_OUT)]
+        result = campaign(root / "guests" / "source", paths, roots=[root])
+        codes = Counter(failure["error"]["code"] for failure in result["failures"])
+        assert codes.total() == result["forks"]["failed"]
+        return codes + Counter(succeeded=result["forks"]["succeeded"])
+
+    outcomes = _while_swapped(yard, "forks", one)
+
+    assert set(outcomes) == {"succeeded", "outside_roots"}
