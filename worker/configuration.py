@@ -30,11 +30,12 @@ def make_app(settings: Settings) -> Celery:
         # A child that died in the middle: its message goes back at once. The tries are counted in the staging
         # journal, so that what kills its worker each time comes to an end all the same (chunk.MAX_TRIES).
         task_reject_on_worker_lost=True,
-        # Redis away for a while is no reason to lose what is done, to end, or to revoke what runs.
+        # Redis away or full for a while is no reason to lose what is done, to end, or to revoke what runs.
         result_backend_always_retry=True,
         task_publish_retry_policy={"max_retries": None, "interval_start": 0, "interval_step": 0.2, "interval_max": 1},
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        broker_channel_error_retry=True,  # what a full Redis answers to a worker that connects again
         worker_cancel_long_running_tasks_on_connection_loss=False,
         broker_transport_options={
             "visibility_timeout": settings.visibility_timeout,  # renewed by steps.Lease

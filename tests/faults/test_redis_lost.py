@@ -15,8 +15,9 @@ from tasks.context import cancelled
 from tasks.copier.batch import failed_outcome
 from tasks.copier.campaign import Aims, CampaignSpec
 from tasks.copier.spec import ForkResult
+from tasks.copier.staging import control_name
 from tests.faults.fleet import CHILDREN, Guests, StartStruck, Struck, assert_served_and_clean, go_on, stand_at
-from tests.faults.moments import PUBLISHED, Moments
+from tests.faults.moments import INLINE, PUBLISHED, Moments
 from tests.fixtures.processes import wait_until
 from tests.support.tree import snapshot
 from tests.system.conftest import own_scheduler  # noqa: F401 - a fixture
@@ -119,17 +120,21 @@ def test_full_redis_fails_forks_clearly_and_all_works_again_when_there_is_room(
     system = start_struck(CHILDREN)
     struck = stand_at(system, moments, guests, place)
 
-    # When
+    # When there is no room until those that must write FileResults have given up
     system.scheduler.redis.config_set("maxmemory", "1mb")
     go_on(struck)
     with pytest.raises(OutOfMemoryError):
         system.scheduler.redis.set("more", "x", ex=60)
-    time.sleep(3)
+    writers = [one for one in struck if one.moment in ("plan", INLINE)]
+    wait_until(lambda: not any(_trees(one) for one in writers), "the end of the trees whose results found no room")
+    assert not [one.moment for one in writers if one.destination.exists()]
+    time.sleep(1)
     system.scheduler.redis.config_set("maxmemory", "0")
 
     # Then each fork ends, as a success that is there, or as a failure that left nothing
     for one in struck:
         result = _wait_for_result(system.scheduler, one)
+        assert result["error"] is not None or one not in writers, f"{one.moment}: its results had no room"
         if result["error"] is None:
             one.wait_for_success(system.scheduler)
         else:
@@ -157,6 +162,11 @@ def test_full_redis_takes_nothing_of_the_forks_of_a_batch(own_scheduler: Schedul
 
 def _send_again(scheduler: Scheduler, one: Struck) -> None:
     scheduler.send({"source": str(one.source), "destination": str(one.destination)}, one.fork_id)
+
+
+def _trees(one: Struck) -> list[Path]:
+    """What stands of the fork while it is made; its control directory waits for the result to be kept."""
+    return list(one.destination.parent.glob(f"{control_name(one.fork_id)}.*"))
 
 
 def _wait_for_result(scheduler: Scheduler, one: Struck) -> ForkResult:

@@ -24,7 +24,7 @@ from tests.system.campaigns import (
     send,
     standing,
 )
-from tests.system.running import StartSystem, System, spin_until
+from tests.system.running import StartSystem, System, spin_until, stopped_when
 from tests.system.running import send as send_signal
 from tests.system.scheduler import UNACKED, Scheduler
 from tests.system.staging import leftovers
@@ -159,6 +159,37 @@ def test_a_campaign_whose_redis_is_killed_and_started_again_ends_with_its_true_r
     assert system.worker.running
     wait_until(lambda: not leftovers(place), "the end of all staging")
     scheduler.redis.delete(UNACKED, f"{UNACKED}_index", f"{UNACKED}_mutex")
+
+
+def test_a_campaign_whose_redis_is_full_ends_with_its_true_result_once_there_is_room(
+    start_system: StartSystem, source: Path, place: Path
+) -> None:
+    # Given
+    system = start_system(SHORT)
+    scheduler, count = system.scheduler, 600
+    send(scheduler, request_of(source, place, count), "full")
+
+    # When its batches find no room for their results
+    with stopped_when(system.worker, lambda: is_running(scheduler, "full", count), "a half done campaign"):
+        scheduler.redis.config_set("maxmemory", "1mb")
+        refused = _refused(scheduler)
+    wait_until(lambda: _refused(scheduler) > refused, "a result that Redis does not take")
+    standing_still = done(scheduler, "full")
+    time.sleep(2)
+    assert done(scheduler, "full") == standing_still
+    scheduler.redis.config_set("maxmemory", "0")
+
+    # Then
+    wait_for_end(scheduler, "full")
+    assert_all_are_whole(scheduler, result_of(scheduler, "full"), source, paths_of(place, count))
+    wait_until(lambda: scheduler.results.state("full")["status"] == "SUCCESS", "the campaign's state")
+    assert system.worker.running
+    system.assert_left_nothing_in(place)
+
+
+def _refused(scheduler: Scheduler) -> int:
+    """How many commands Redis refused since it was full."""
+    return int(scheduler.redis.info("errorstats").get("errorstat_OOM", {"count": 0})["count"])
 
 
 def test_a_redis_that_was_emptied_tells_no_false_success_and_the_id_works_again(
