@@ -44,6 +44,7 @@ def test_forks_of_a_worker_that_died_with_its_machine_are_done_by_another_within
 @pytest.mark.parametrize(
     "signals",
     [
+        pytest.param([signal.SIGTERM], id="SIGTERM"),
         pytest.param([signal.SIGTERM, signal.SIGTERM], id="SIGTERM and a second one"),
         pytest.param([signal.SIGQUIT], id="SIGQUIT"),
     ],
