@@ -176,8 +176,9 @@ def test_every_message_of_a_campaign_delivered_twice_and_again_later_makes_each_
     published = {path: identity(path) for path in paths}
 
     # When
-    deliver(system.server, *recorder.messages)
-    scheduler.wait_quiet()
+    for again in (recorder.messages, recorder.messages[::-1]):
+        deliver(system.server, *again)
+        scheduler.wait_quiet()
 
     # Then
     assert {message.task for message in recorder.messages} == {"forkvm.campaign", "forkvm.batch", "forkvm.conclude"}
@@ -185,6 +186,32 @@ def test_every_message_of_a_campaign_delivered_twice_and_again_later_makes_each_
     assert result_of(scheduler, "doubled") == result
     assert scheduler.results.state("doubled")["status"] == "SUCCESS"
     assert {path: identity(path) for path in paths} == published
+    system.assert_left_nothing_in(place)
+
+
+def test_messages_of_a_half_done_campaign_delivered_again_in_reverse_make_each_fork_once(
+    system: System, scheduler: Scheduler, source: Path, place: Path
+) -> None:
+    # Given a campaign that stands still, half done
+    paths = paths_of(place, 400)
+    with Recorder(system.server) as recorder:
+        sent = send(scheduler, request_of(source, place, 400), "reversed")
+        with stopped_when(system.worker, lambda: 0 < done(scheduler, "reversed") < 400, "a half done campaign"):
+            published = {path: identity(path) for path in paths if path.exists()}
+
+            # When all its messages come again, the done ones, those in work and those to come
+            again = recorder.messages[::-1]
+            deliver(system.server, *again)
+
+        result = sent.get(timeout=40)
+        scheduler.wait_quiet()
+
+    # Then
+    assert published
+    assert {message.task for message in again} == {"forkvm.campaign", "forkvm.batch"}
+    assert_all_are_whole(scheduler, result, source, paths)
+    assert result_of(scheduler, "reversed") == result
+    assert {path: identity(path) for path in published} == published
     system.assert_left_nothing_in(place)
 
 
