@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 from pathlib import Path
 
 from tests.engine.forking import assert_alike
@@ -11,7 +12,11 @@ from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import RunForkvm, StartWorker, wait_until
 from tests.fixtures.secure_redis import SecureRedis
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
+from tests.system.campaigns import make_source
 from tests.system.running import SMALL_LIMITS, send
+
+#: A file of a guest, and what it holds: neither is for any log.
+TELLING_NAME, TELLING_DATA = "a-telling-name.raw", b"what a guest knows"
 
 
 def _refusals(server: SecureRedis) -> list[str]:
@@ -25,6 +30,7 @@ def test_forks_run_over_tls_under_the_documented_rights_also_when_a_worker_dies_
     # Given
     directory = fresh("ext4")
     source = make_guest(directory / "source")
+    (source / TELLING_NAME).write_bytes(TELLING_DATA)
     environment = secure_redis.environment() | SMALL_LIMITS | {"FORKVM_VISIBILITY_TIMEOUT": "5"}
     doomed = start_worker(mounts, 1, env=environment)
 
@@ -51,6 +57,7 @@ def test_forks_run_over_tls_under_the_documented_rights_also_when_a_worker_dies_
     result = json.loads(done.stdout)
     assert result["chunks"] > 1
     assert len(listed.stdout.splitlines()) == result["files"]["total"]
+    assert TELLING_NAME in listed.stdout
     assert json.loads(watched.stdout)["state"] == "SUCCESS"
     assert json.loads(cancelled.stdout)["result"]["status"] == "succeeded"
     assert json.loads(campaign.stdout)["forks"] == {"total": 3, "succeeded": 2, "failed": 1, "cancelled": 0}
@@ -59,9 +66,57 @@ def test_forks_run_over_tls_under_the_documented_rights_also_when_a_worker_dies_
         assert_alike(source, directory / fork, SKIPPED_BY_DEFAULT)
     worker.end()
     assert _refusals(secure_redis) == []
+    pages = _pages(secure_redis)
+    assert pages
     for log in (doomed.output(), worker.output()):
         assert "Task forkvm.fork" in log
-        assert secure_redis.password not in log
+        for secret in (secure_redis.password, TELLING_NAME, TELLING_DATA.decode(), '"copied_bytes"', *pages):
+            assert secret not in log
+
+
+def test_running_campaigns_are_cancelled_and_retried_under_the_documented_rights(
+    secure_redis: SecureRedis, start_worker: StartWorker, run_forkvm: RunForkvm, fresh: Fresh, mounts: Path
+) -> None:
+    # Given a campaign that stands still, half done
+    directory = fresh("ext4")
+    source, environment = make_source(directory / "source"), secure_redis.environment() | SMALL_LIMITS
+    worker = start_worker(mounts, 2, env=environment)
+    aims = ("--to", f"{directory}/vm-{{n:04}}", "--count", "300")
+    run_forkvm("campaign", source, *aims, "--id", "many", env=environment)
+    wait_until((directory / "vm-0001").exists, "the first fork")
+    send(worker.children, signal.SIGSTOP)
+    go_on = threading.Timer(1.5, send, (worker.children, signal.SIGCONT))  # while `cancel` waits for the end
+    go_on.start()
+
+    # When
+    cancelled = run_forkvm("cancel", "many", "--json", env=environment)
+    go_on.join()
+    retried = run_forkvm("campaign", "--retry", "many", "--id", "rest", "--wait", "--json", env=environment)
+
+    # Then
+    assert _refusals(secure_redis) == []
+    assert cancelled.returncode == 0, cancelled.stderr
+    forks = json.loads(cancelled.stdout)["result"]["forks"]
+    assert forks["succeeded"] > 0
+    assert forks["cancelled"] > 0
+    assert retried.returncode == 0, retried.stderr
+    assert json.loads(retried.stdout)["forks"] == {
+        "total": forks["cancelled"],
+        "succeeded": forks["cancelled"],
+        "failed": 0,
+        "cancelled": 0,
+    }
+    assert len(list(directory.glob("vm-*"))) == 300
+    worker.end()
+    assert _refusals(secure_redis) == []
+
+
+def _pages(server: SecureRedis) -> list[str]:
+    """The FileResults that Redis keeps, each page as a log could have it."""
+    with server.admin(decode_responses=False) as admin:
+        keys = [key for key in admin.scan_iter(match=b"forkvm:*:page*") if admin.type(key) == b"string"]
+        pages = [page for page in admin.mget(keys) if page]
+    return [text for page in pages for text in (repr(page)[2:40], page.decode(errors="replace")[:40])]
 
 
 def test_rights_that_are_not_documented_are_not_given(secure_redis: SecureRedis) -> None:
