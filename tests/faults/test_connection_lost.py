@@ -9,16 +9,19 @@ from pathlib import Path
 from tests.faults.fleet import Guests, Struck, assert_served_and_clean
 from tests.faults.moments import INLINE
 from tests.faults.proxy import Proxy
-from tests.fixtures.processes import StartWorker
+from tests.fixtures.processes import StartWorker, wait_until
+from tests.system.campaigns import assert_books_balance, paths_of, request_of, result_of, send
 from tests.system.running import System
-from tests.system.scheduler import Scheduler
+from tests.system.scheduler import PATIENCE, Scheduler
 
 #: Forks that are sent, one a step; between two steps the connection suffers.
 FORKS = 24
+#: Forks of the campaign.
+FANNED_OUT = 200
 SEED = 3
 
 
-def test_forks_over_a_bad_connection_end_with_their_true_results(
+def test_forks_and_campaigns_over_a_bad_connection_end_with_their_true_results(
     own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, guests: Guests, place: Path
 ) -> None:
     dice = random.Random(SEED)
@@ -37,7 +40,10 @@ def test_forks_over_a_bad_connection_end_with_their_true_results(
         )
         system = System(own_scheduler.server, worker, own_scheduler)
 
-        # Given forks on their way, when the connection is bad
+        # Given a campaign in small batches and forks on their way, when the connection is bad
+        (place / "many").mkdir()
+        many = request_of(guests.small, place / "many", FANNED_OUT, max_parallel=4)
+        send(own_scheduler, many, "many")
         forks = []
         for n in range(FORKS):
             source = guests.large if n % 3 == 0 else guests.small
@@ -57,8 +63,15 @@ def test_forks_over_a_bad_connection_end_with_their_true_results(
         for fork in forks:
             if own_scheduler.results.claim_of(fork.fork_id) is None:
                 _send(system, fork)
+        if own_scheduler.results.claim_of("many") is None:
+            send(own_scheduler, many, "many")
         for fork in forks:
             fork.wait_for_success(own_scheduler)
+        wait_until(lambda: own_scheduler.results.final("many") is not None, "the campaign's result", PATIENCE)
+        made = assert_books_balance(
+            own_scheduler, result_of(own_scheduler, "many"), paths_of(place / "many", FANNED_OUT)
+        )
+        assert {fork["status"] for fork in made} == {"succeeded"}
         assert worker.running
         assert_served_and_clean(system, guests, place)
 
