@@ -41,6 +41,9 @@ def make_app(settings: Settings) -> Celery:
             "visibility_timeout": settings.visibility_timeout,  # renewed by steps.Lease
             "unacked_restore_interval": 2,
             "unacked_restore_throttle": 1,
+            # Who puts messages back holds a lock for it, and may die, or lose its connection, with it: kombu's own 300
+            # s would keep all workers from it for so long. Two at once do no harm: a message is moved in one step.
+            "unacked_mutex_expire": 3,
             "queue_order_strategy": "round_robin",
         },
         result_expires=settings.result_expires,

@@ -92,6 +92,7 @@ def test_a_fork_of_which_nothing_is_known_is_pending(run_forkvm: RunForkvm, redi
     assert json.loads(done.stdout) == {"id": "never-sent", "state": "PENDING", "progress": None, "result": None}
 
 
+@pytest.mark.alone
 def test_cancel_ends_a_running_fork_within_two_seconds_and_leaves_nothing(
     run_forkvm: RunForkvm, fresh: Fresh, start_worker: StartWorker, redis_server: RedisServer
 ) -> None:

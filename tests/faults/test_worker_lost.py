@@ -14,6 +14,8 @@ from tests.fixtures.processes import wait_until
 from tests.system.books import identity
 from tests.system.running import send
 from tests.system.scheduler import UNACKED
+from worker.configuration import make_app
+from worker.settings import read_settings
 
 #: Seconds for another worker to have done all that a dead one had begun; the visibility timeout is 5 s here.
 TAKEN_OVER_SECONDS = 15.0
@@ -69,3 +71,23 @@ def test_worker_that_is_told_to_end_hands_back_or_finishes_all_it_has(
     for one in struck:
         one.wait_for_success(next_worker.scheduler)
     assert_served_and_clean(next_worker, guests, place)
+
+
+def test_worker_that_died_while_it_put_messages_back_keeps_no_other_from_it(
+    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
+) -> None:
+    # Given a worker that died with a fork, and with kombu's lock, as its settings have it taken
+    doomed = start_struck(1)
+    struck = stand_at(doomed, moments, guests, place, ["plan"])
+    doomed.worker.kill()
+    settings = read_settings({"FORKVM_ROOTS": str(place), "FORKVM_BROKER_URL": doomed.server.broker_url})
+    options = make_app(settings).conf.broker_transport_options
+    assert doomed.scheduler.redis.lock("unacked_mutex", timeout=options["unacked_mutex_expire"]).acquire(blocking=False)
+
+    # When another one comes
+    other = start_struck()
+
+    # Then
+    for one in struck:
+        one.wait_for_success(other.scheduler, TAKEN_OVER_SECONDS)
+    assert_served_and_clean(other, guests, place)
