@@ -23,7 +23,7 @@ from tests.support.tree import snapshot
 from tests.system.conftest import own_scheduler  # noqa: F401 - a fixture
 from tests.system.running import send
 from tests.system.scheduler import Scheduler
-from tests.system.staging import leftovers
+from tests.system.staging import StagingView, leftovers
 
 #: Before the epoch's second day: long enough ago for any staging.
 LONG_AGO = (86_400, 86_400)
@@ -62,11 +62,10 @@ def test_redis_emptied_in_mid_fork_gives_no_false_success_and_its_staging_is_rea
     # Given forks at every moment, untouched for long, as far as their files tell
     system = start_struck(CHILDREN)
     struck = stand_at(system, moments, guests, place)
-    for name in leftovers(place):
-        if os.path.isdir(name):
-            for path in (name, f"{name}/lock"):
-                if os.path.exists(path):
-                    os.utime(path, LONG_AGO)
+    for one in struck:
+        control = StagingView(place, one.fork_id).control
+        for path in (control, control / "lock"):  # not the trees: theirs are the times of a fork to come
+            os.utime(path, LONG_AGO)
 
     # When Redis forgets all and their processes die
     system.scheduler.redis.flushall()
