@@ -6,6 +6,7 @@ import logging
 import os
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 from redis.exceptions import RedisError
 
@@ -21,8 +22,10 @@ from tasks.copier.ends import open_ends
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.fork import Superseded
 from tasks.copier.progress import Beat, Progress, Ticker
+from tasks.copier.roots import Roots
 from tasks.copier.staging import Held, Staging
 from tasks.lanes import send_batches
+from tasks.leftovers import remove_leftovers
 
 log = logging.getLogger(__name__)
 
@@ -72,21 +75,16 @@ def known_campaign(context: Context, campaign_id: str) -> CampaignResult | None:
     """The result of a campaign that has ended; what a process left that died before it had removed all is removed."""
     known = CampaignResults(context.results, campaign_id).result()
     claim = context.results.claim_of(campaign_id) if known is not None else None
-    if claim is None:
-        return known
-    with suppress(ForkError, OSError, Held):
-        parent_fd, _ = context.roots.open_parent(claim["destination"])
-        try:
-            with Staging.attach(parent_fd, campaign_id, LOCK_WAIT, alone=True) as staging:
-                if staging is not None:
-                    campaign = campaign_in(staging)
-                    if campaign is not None:
-                        remove_annexes(campaign, context.roots)
-                    staging.discard_trees()
-                    staging.remove()
-        finally:
-            os.close(parent_fd)
+    if claim is not None:
+        remove_leftovers(context, campaign_id, claim["destination"], partial(_discard_trees, context.roots))
     return known
+
+
+def _discard_trees(roots: Roots, staging: Staging) -> None:
+    campaign = campaign_in(staging)
+    if campaign is not None:
+        remove_annexes(campaign, roots)
+    staging.discard_trees()
 
 
 def take_over_campaign(context: Context, campaign_id: str, pulse: int) -> None:

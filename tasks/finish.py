@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 
 from tasks.context import GONE, LOCK_WAIT, Again, Context, ForkLedger, cancelled
 from tasks.copier.ends import Ends, reopen_ends
@@ -14,6 +13,7 @@ from tasks.copier.progress import Ticker
 from tasks.copier.report import Totals
 from tasks.copier.spec import Clock, ForkResult, ForkSpec, failed
 from tasks.copier.staging import Held, Staging
+from tasks.leftovers import remove_leftovers
 
 
 def run_finish(context: Context, fork_id: str, destination: str) -> ForkResult | None:
@@ -56,21 +56,15 @@ def run_finish(context: Context, fork_id: str, destination: str) -> ForkResult |
 def known_result(context: Context, fork_id: str) -> ForkResult | None:
     """The result of a fork that has ended; what a process left that died between the result and its end is removed."""
     known = context.results.result(fork_id)
-    if known is None:
-        return None
-    with suppress(ForkError, OSError, Held):
-        parent_fd, _ = context.roots.open_parent(known["destination"])
-        try:
-            # Waits: a process that took too long is killed only after its message is back in the queue.
-            with Staging.attach(parent_fd, fork_id, LOCK_WAIT, alone=True) as staging:
-                if staging is not None:
-                    journal = staging.journal()
-                    if journal is not None:  # else it died before it saw the result
-                        staging.discard_tree(journal)  # one that was published has no such name any more
-                    staging.remove()
-        finally:
-            os.close(parent_fd)
+    if known is not None:
+        remove_leftovers(context, fork_id, known["destination"], _discard_tree)
     return known
+
+
+def _discard_tree(staging: Staging) -> None:
+    journal = staging.journal()
+    if journal is not None:  # else its process died before it saw the result
+        staging.discard_tree(journal)  # one that was published has no such name any more
 
 
 def _finish(context: Context, fork_id: str, staging: Staging, ends: Ends, *, is_cancelled: bool) -> ForkResult | None:

@@ -19,6 +19,7 @@ pytest_plugins = (
     "tests.fixtures.redis_server",
     "tests.fixtures.processes",
     "tests.fixtures.secure_redis",
+    "tests.fixtures.scheduler",
 )
 
 #: What is shown of each log of a failed test.

@@ -75,11 +75,11 @@ def probe(work: Work, cloner: Cloner, largest: list[File], ticker: Ticker, repor
     try:
         for file in largest:
             path, entry = file
-            is_second = beside is not None and file is beside.file
-            if cloned and not is_second:
+            second = beside if beside is not None and file is beside.file else None
+            if cloned and second is None:
                 break
             try:
-                result = beside.result() if beside is not None and is_second else _clone(work, cloner, file)
+                result = second.result() if second is not None else _clone(work, cloner, file)
             except ReflinkRefused as refusal:
                 if meaning(refusal.refusal.errno) is Answer.PAIR_CANNOT and cloner.reflinker.refused:
                     break

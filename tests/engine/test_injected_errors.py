@@ -320,15 +320,7 @@ def test_a_durable_fork_is_on_its_disk_before_it_is_published_and_its_name_befor
 ) -> None:
     traced = trace_fork(strace, source, directory / "fork", calls="syncfs,fsync,renameat,renameat2", durability="sync")
 
-    steps = []
-    for line in traced.trace:
-        if "syncfs(" in line:
-            steps.append("tree")
-        elif "renameat2(" in line:
-            steps.append("publish")
-        elif "fsync(" in line:
-            steps.append("parent" if f"<{directory}>" in line else "journal")
-    assert steps == ["tree", "journal", "journal", "publish", "parent"]
+    assert traced.durable_steps(directory) == ["tree", "journal", "journal", "publish", "parent"]
     assert_alike(source, directory / "fork")
 
 

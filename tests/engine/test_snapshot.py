@@ -224,17 +224,8 @@ def test_a_durable_snapshot_is_on_its_disk_before_it_is_published_and_its_name_b
         strace, source, directory / "fork", calls="ioctl,syncfs,fsync,renameat,renameat2", durability="sync"
     )
 
-    steps = []
-    for line in traced.trace:
-        if "SNAP_CREATE" in line:
-            steps.append("snapshot")
-        elif "syncfs(" in line:
-            steps.append("tree")
-        elif "renameat2(" in line:
-            steps.append("exchange" if "RENAME_EXCHANGE" in line else "publish")
-        elif "fsync(" in line:
-            steps.append("parent" if f"<{directory}>" in line else "journal")
-    assert steps == ["snapshot", "exchange", "tree", "journal", "journal", "publish", "parent"]
+    steps = ["snapshot", "exchange", "tree", "journal", "journal", "publish", "parent"]
+    assert traced.durable_steps(directory) == steps
     assert is_subvolume(directory / "fork")
 
 

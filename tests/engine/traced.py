@@ -37,6 +37,20 @@ class Traced:
         """How many lines of the trace hold `words`."""
         return sum(words in line for line in self.trace)
 
+    def durable_steps(self, parent: Path) -> list[str]:
+        """What a durable fork in `parent` made, put on the disk and renamed, in order."""
+        steps = []
+        for line in self.trace:
+            if "SNAP_CREATE" in line:
+                steps.append("snapshot")
+            elif "syncfs(" in line:
+                steps.append("tree")
+            elif "renameat2(" in line:
+                steps.append("exchange" if "RENAME_EXCHANGE" in line else "publish")
+            elif "fsync(" in line:
+                steps.append("parent" if f"<{parent}>" in line else "journal")
+        return steps
+
 
 def in_tree(destination: Path, name: str = "") -> Path:
     """Where an entry of the fork stands while it is made."""

@@ -12,7 +12,6 @@ from tests.faults.moments import Moments, directory_of
 from tests.fixtures.filesystems import Fresh, fresh_directory
 from tests.fixtures.processes import StartWorker
 from tests.support.guests import MIB, make_sparse_file
-from tests.system.conftest import own_scheduler  # noqa: F401 - a fixture
 from tests.system.running import System
 from tests.system.scheduler import Scheduler
 
@@ -25,7 +24,7 @@ LIMITS = {
 
 
 @pytest.fixture
-def start_struck(own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path) -> StartStruck:  # noqa: F811
+def start_struck(own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path) -> StartStruck:
     """Starts a worker whose children strike themselves at the moments that are armed."""
 
     def start(concurrency: int = 2, env: Mapping[str, str] | None = None) -> System:
@@ -37,7 +36,7 @@ def start_struck(own_scheduler: Scheduler, start_worker: StartWorker, mounts: Pa
 
 
 @pytest.fixture
-def moments(own_scheduler: Scheduler) -> Moments:  # noqa: F811
+def moments(own_scheduler: Scheduler) -> Moments:
     return Moments(directory_of(own_scheduler.server.broker_url))
 
 

@@ -12,7 +12,6 @@ from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import StartWorker, Worker, wait_until
 from tests.support.guests import MIB, SKIPPED_BY_DEFAULT, GuestSizes, make_guest
 from tests.support.requirements import require
-from tests.system.conftest import own_scheduler  # noqa: F401 - a fixture
 from tests.system.running import SMALL_LIMITS
 from tests.system.scheduler import Scheduler
 
@@ -51,7 +50,7 @@ class Clock:
 
 
 def test_forks_end_once_and_well_while_the_clock_jumps(
-    own_scheduler: Scheduler,  # noqa: F811
+    own_scheduler: Scheduler,
     start_worker: StartWorker,
     mounts: Path,
     fresh: Fresh,

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import StartWorker
-from tests.system.conftest import own_scheduler  # noqa: F401 - a fixture
 from tests.system.scheduler import Scheduler
 
 FILES, DIRECTORIES = 20_000, 20
@@ -16,7 +15,7 @@ _MORE_BYTES = 96 << 20
 
 
 def test_a_large_fork_is_made_by_processes_with_little_memory(
-    own_scheduler: Scheduler,  # noqa: F811
+    own_scheduler: Scheduler,
     start_worker: StartWorker,
     mounts: Path,
     fresh: Fresh,

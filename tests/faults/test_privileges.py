@@ -17,7 +17,6 @@ from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import ROOT, PublicProgram, Worker, program_environment
 from tests.support.outcome import LOGS
 from tests.support.requirements import require_command
-from tests.system.conftest import own_scheduler  # noqa: F401 - a fixture
 from tests.system.running import SMALL_LIMITS
 from tests.system.scheduler import Scheduler
 
@@ -55,7 +54,7 @@ def source(fresh: Fresh) -> Path:
 
 
 def test_a_worker_with_the_documented_capabilities_forks_what_others_own_and_keeps_it_theirs(
-    own_scheduler: Scheduler,  # noqa: F811
+    own_scheduler: Scheduler,
     public_program: PublicProgram,
     source: Path,
     mounts: Path,

@@ -20,7 +20,6 @@ from tests.faults.fleet import CHILDREN, Guests, StartStruck, Struck, assert_ser
 from tests.faults.moments import INLINE, PUBLISHED, Moments
 from tests.fixtures.processes import wait_until
 from tests.support.tree import snapshot
-from tests.system.conftest import own_scheduler  # noqa: F401 - a fixture
 from tests.system.running import send
 from tests.system.scheduler import Scheduler
 from tests.system.staging import StagingView, leftovers
@@ -143,7 +142,7 @@ def test_full_redis_fails_forks_clearly_and_all_works_again_when_there_is_room(
     assert_served_and_clean(system, guests, place)
 
 
-def test_full_redis_takes_nothing_of_the_forks_of_a_batch(own_scheduler: Scheduler) -> None:  # noqa: F811
+def test_full_redis_takes_nothing_of_the_forks_of_a_batch(own_scheduler: Scheduler) -> None:
     redis, campaign = own_scheduler.redis, CampaignResults(own_scheduler.results, "c")
     spec = CampaignSpec(campaign_id="c", source="/a", aims=Aims(count=3))
     outcomes = [failed_outcome(spec.fork(n, f"/b-{n}", 0.0), cancelled("/b")) for n in range(3)]

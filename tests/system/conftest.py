@@ -85,14 +85,6 @@ def scheduler(system: System) -> Scheduler:
 
 
 @pytest.fixture
-def own_scheduler(redis_server: RedisServer, foreign_client: Celery) -> Iterator[Scheduler]:
-    """A scheduler on a Redis of the test's own; workers come from `start_worker`."""
-    scheduler = Scheduler(foreign_client, redis_server)
-    yield scheduler
-    scheduler.close()
-
-
-@pytest.fixture
 def start_system(own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path) -> StartSystem:
     """Starts a system of the test's own, for what would harm others; further workers come from `start_worker`."""
 

@@ -1,0 +1,28 @@
+"""What is left of a job that has ended, by a process that died between its result and its end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+
+from tasks.context import LOCK_WAIT, Context
+from tasks.copier.errors import ForkError
+from tasks.copier.staging import Held, Staging
+
+
+def remove_leftovers(context: Context, job_id: str, destination: str, discard: Callable[[Staging], None]) -> None:
+    """Remove the staging of a fork or campaign that has its result, after `discard` removed the trees.
+
+    What cannot be removed now, `gc` removes later.
+    """
+    with suppress(ForkError, OSError, Held):
+        parent_fd, _ = context.roots.open_parent(destination)
+        try:
+            # Waits: a process that took too long is killed only after its message is back in the queue.
+            with Staging.attach(parent_fd, job_id, LOCK_WAIT, alone=True) as staging:
+                if staging is not None:
+                    discard(staging)
+                    staging.remove()
+        finally:
+            os.close(parent_fd)
