@@ -6,9 +6,13 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 
-from tasks.context import LOCK_WAIT, Context
+from tasks.context import Context
 from tasks.copier.errors import ForkError
 from tasks.copier.staging import Held, Staging
+
+#: How long to wait for a process that holds the staging, in seconds. One that took too long is killed only after its
+#: message is back in the queue, and billiard takes 0.1 s for each of those that did at one time.
+_HELD_WAIT = 5.0
 
 
 def remove_leftovers(context: Context, job_id: str, destination: str, discard: Callable[[Staging], None]) -> None:
@@ -19,8 +23,7 @@ def remove_leftovers(context: Context, job_id: str, destination: str, discard: C
     with suppress(ForkError, OSError, Held):
         parent_fd, _ = context.roots.open_parent(destination)
         try:
-            # Waits: a process that took too long is killed only after its message is back in the queue.
-            with Staging.attach(parent_fd, job_id, LOCK_WAIT, alone=True) as staging:
+            with Staging.attach(parent_fd, job_id, _HELD_WAIT, alone=True) as staging:
                 if staging is not None:
                     discard(staging)
                     staging.remove()

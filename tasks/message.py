@@ -59,6 +59,10 @@ class Message(Request):
                     exc_info = _info(Ignore())
         return super().on_failure(exc_info, *args, **kwargs)
 
+    def _success_was_stored(self) -> bool:
+        """Deny it: Celery would take the message for done, but whoever gets it again removes what the lost one left."""
+        return False
+
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """A line in the log; `on_failure` does the rest, where Celery would call the task failed."""
         log.error("%s[%s] took more than %s s; its process is killed", self.name, self.id, timeout)

@@ -68,6 +68,23 @@ def test_child_that_hangs_longer_than_the_time_limit_is_killed_and_its_work_done
     assert_served_and_clean(system, guests, place)
 
 
+def test_what_a_child_leaves_that_hangs_after_the_result_is_removed_also_when_another_told_the_result(
+    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
+) -> None:
+    # Given a fork that a second delivery found done while the process that made it hung
+    system = start_struck(4, {"FORKVM_TASK_TIME_LIMIT": "12", "FORKVM_VISIBILITY_TIMEOUT": "60"})
+    [one] = stand_at(system, moments, guests, place, ["settled"])
+    system.scheduler.send({"source": str(one.source), "destination": str(one.destination)}, one.fork_id)
+    one.wait_for_success(system.scheduler)
+    assert "took more than" not in system.worker.output()
+
+    # When that process is killed
+    wait_until(lambda: "took more than 12 s" in system.worker.output(), "the end of the process")
+
+    # Then
+    assert_served_and_clean(system, guests, place)
+
+
 def _picture(system: System, one: Struck) -> tuple[Any, ...]:
     """All of a fork that a late writer could change: inodes, times, contents, where the bytes lie, its results."""
     root = one.destination
