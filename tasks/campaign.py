@@ -6,7 +6,6 @@ import logging
 import os
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 
 from redis.exceptions import RedisError
 
@@ -16,13 +15,11 @@ from tasks.context import LOCK_WAIT, Again, Context
 from tasks.copier import takeover
 from tasks.copier.batch import failed_outcome
 from tasks.copier.campaign import CampaignResult, CampaignSpec, campaign_result
-from tasks.copier.campaign_end import remove_annexes
 from tasks.copier.campaign_plan import Campaign, campaign_in, find_home, open_campaign, plan_campaign
 from tasks.copier.ends import open_ends
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.fork import Superseded
 from tasks.copier.progress import Beat, Progress, Ticker
-from tasks.copier.roots import Roots
 from tasks.copier.staging import Held, Staging
 from tasks.lanes import send_batches
 from tasks.leftovers import remove_leftovers
@@ -76,15 +73,8 @@ def known_campaign(context: Context, campaign_id: str) -> CampaignResult | None:
     known = CampaignResults(context.results, campaign_id).result()
     claim = context.results.claim_of(campaign_id) if known is not None else None
     if claim is not None:
-        remove_leftovers(context, campaign_id, claim["destination"], partial(_discard_trees, context.roots))
+        remove_leftovers(context, campaign_id, claim["destination"])
     return known
-
-
-def _discard_trees(roots: Roots, staging: Staging) -> None:
-    campaign = campaign_in(staging)
-    if campaign is not None:
-        remove_annexes(campaign, roots)
-    staging.discard_trees()
 
 
 def take_over_campaign(context: Context, campaign_id: str, pulse: int) -> None:

@@ -57,14 +57,8 @@ def known_result(context: Context, fork_id: str) -> ForkResult | None:
     """The result of a fork that has ended; what a process left that died between the result and its end is removed."""
     known = context.results.result(fork_id)
     if known is not None:
-        remove_leftovers(context, fork_id, known["destination"], _discard_tree)
+        remove_leftovers(context, fork_id, known["destination"])
     return known
-
-
-def _discard_tree(staging: Staging) -> None:
-    journal = staging.journal()
-    if journal is not None:  # else its process died before it saw the result
-        staging.discard_tree(journal)  # one that was published has no such name any more
 
 
 def _finish(context: Context, fork_id: str, staging: Staging, ends: Ends, *, is_cancelled: bool) -> ForkResult | None:

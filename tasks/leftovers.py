@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import suppress
 
 from tasks.context import Context
+from tasks.copier.campaign_end import remove_annexes
+from tasks.copier.campaign_plan import campaign_in
 from tasks.copier.errors import ForkError
 from tasks.copier.staging import Held, Staging
 
@@ -15,17 +16,20 @@ from tasks.copier.staging import Held, Staging
 _HELD_WAIT = 5.0
 
 
-def remove_leftovers(context: Context, job_id: str, destination: str, discard: Callable[[Staging], None]) -> None:
-    """Remove the staging of a fork or campaign that has its result, after `discard` removed the trees.
+def remove_leftovers(context: Context, job_id: str, destination: str) -> None:
+    """Remove the staging of a fork or campaign that has its result, with all trees that were not published.
 
-    What cannot be removed now, `gc` removes later.
+    Waits for whoever holds it, for seconds. What cannot be removed then, `gc` removes later.
     """
     with suppress(ForkError, OSError, Held):
         parent_fd, _ = context.roots.open_parent(destination)
         try:
             with Staging.attach(parent_fd, job_id, _HELD_WAIT, alone=True) as staging:
                 if staging is not None:
-                    discard(staging)
+                    campaign = campaign_in(staging)
+                    if campaign is not None:
+                        remove_annexes(campaign, context.roots)
+                    staging.discard_trees()
                     staging.remove()
         finally:
             os.close(parent_fd)

@@ -60,7 +60,7 @@ class Message(Request):
         return super().on_failure(exc_info, *args, **kwargs)
 
     def _success_was_stored(self) -> bool:
-        """Deny it: Celery would take the message for done, but whoever gets it again removes what the lost one left."""
+        """No: Celery 5.7 would take the message for done, and who gets it again removes what the lost process left."""
         return False
 
     def on_timeout(self, soft: bool, timeout: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from pathlib import Path
@@ -23,9 +22,6 @@ from tests.support.tree import snapshot
 from tests.system.running import send
 from tests.system.scheduler import Scheduler
 from tests.system.staging import StagingView, leftovers
-
-#: Before the epoch's second day: long enough ago for any staging.
-LONG_AGO = (86_400, 86_400)
 
 
 @pytest.mark.parametrize(
@@ -62,9 +58,7 @@ def test_redis_emptied_in_mid_fork_gives_no_false_success_and_its_staging_is_rea
     system = start_struck(CHILDREN)
     struck = stand_at(system, moments, guests, place)
     for one in struck:
-        control = StagingView(place, one.fork_id).control
-        for path in (control, control / "lock"):  # not the trees: theirs are the times of a fork to come
-            os.utime(path, LONG_AGO)
+        StagingView(place, one.fork_id).grow_old()
 
     # When Redis forgets all and their processes die
     system.scheduler.redis.flushall()

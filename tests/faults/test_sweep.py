@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +19,6 @@ from tests.fixtures.processes import RunForkvm, StartWorker
 from tests.system.running import System
 from tests.system.scheduler import QUEUE, QUEUES, UNACKED, Scheduler
 from tests.system.staging import StagingView, leftovers
-
-LONG_AGO = (86_400, 86_400)
 
 
 def test_fork_whose_messages_are_lost_is_finished(
@@ -110,18 +107,18 @@ def test_staging_that_no_queue_knows_goes_when_it_is_old_and_that_of_an_open_for
     redis = system.scheduler.redis
     redis.delete("forkvm:middle:claim")
     context = _context(system.scheduler.results, place)
-    forgotten, known = (StagingView(place, name).control for name in ("middle", "finish"))
+    forgotten, known = (StagingView(place, name) for name in ("middle", "finish"))
 
     # When
     remove_abandoned(context)
-    assert forgotten.exists()
-    for path in (forgotten, forgotten / "lock", known, known / "lock"):
-        os.utime(path, LONG_AGO)
+    assert forgotten.control.exists()
+    forgotten.grow_old()
+    known.grow_old()
     remove_abandoned(context)
 
     # Then
-    assert not forgotten.exists()
-    assert known.exists()
+    assert not forgotten.control.exists()
+    assert known.control.exists()
     redis.flushall()
     remove_abandoned(context)
     assert leftovers(place) == []
