@@ -19,10 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.limit import clone_tree, copy_tree
+from tasks.copier.kernel.roots import Roots
 from tasks.copier.local import fork_here
 from tasks.copier.options import Limits
 from tasks.copier.progress import Progress
-from tasks.copier.roots import Roots
 from tasks.copier.spec import ForkSpec
 
 #: As many as `forkvm fork` uses on two cores.

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.copier.syscalls import ficlone
+from tasks.copier.kernel.syscalls import ficlone
 
 _CLONE_NEWNS = 0x00020000  # <linux/sched.h>
 _MS_REC, _MS_PRIVATE = 1 << 14, 1 << 18  # <linux/mount.h>

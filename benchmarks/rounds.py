@@ -15,7 +15,7 @@ from benchmarks.filesystems import Filesystem
 from benchmarks.same import Differs, check_same
 from benchmarks.say import say
 from benchmarks.subjects import Run, Subject, SubjectFailed
-from tasks.copier.syscalls import syncfs
+from tasks.copier.kernel.syscalls import syncfs
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from tasks.context import (
 )
 from tasks.contract import ForkFailed, text_of
 from tasks.copier.errors import describe
+from tasks.copier.kernel.roots import Roots
 from tasks.copier.options import Limits
-from tasks.copier.roots import Roots
 from tasks.copier.spec import ForkResult
 from tasks.finish import run_finish
 from tasks.fork import run_fork

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 from redis.exceptions import RedisError, ResponseError
 
 from tasks.copier.errors import Code, ForkError, describe
+from tasks.copier.kernel.roots import Roots
 from tasks.copier.options import Limits
 from tasks.copier.progress import BEAT_SECONDS, Beat, Progress
-from tasks.copier.roots import Roots
 from tasks.copier.spec import ForkResult
 from tasks.results import Results
 

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, ValidationError
 
 from tasks.copier.errors import Code, ForkError
+from tasks.copier.kernel.roots import normal_path
 from tasks.copier.options import DEFAULT_EXCLUDE, PRESERVE_ALL, Durability, Options, Preserve, Reflink, Snapshot, Verify
 from tasks.copier.report import Totals
-from tasks.copier.roots import normal_path
 from tasks.copier.selection import Selection
 from tasks.copier.spec import Clock, ForkResult, ForkSpec, failed
 

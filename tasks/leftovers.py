@@ -6,8 +6,8 @@ import os
 from contextlib import suppress
 
 from tasks.context import Context
-from tasks.copier.campaign_end import remove_annexes
-from tasks.copier.campaign_plan import campaign_in
+from tasks.copier.campaigns.end import remove_annexes
+from tasks.copier.campaigns.plan import campaign_in
 from tasks.copier.errors import ForkError
 from tasks.copier.staging import Held, Staging
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 from click.core import ParameterSource
 
-from tasks.campaign_request import Summary, campaign_of, refused_campaign
-from tasks.copier.campaign import CampaignResult
-from tasks.copier.campaign_local import campaign_here
+from tasks.campaigns.request import Summary, campaign_of, refused_campaign
+from tasks.copier.campaigns.local import campaign_here
+from tasks.copier.campaigns.spec import CampaignResult
 from tasks.copier.errors import Code, ForkError, describe
 from worker.arguments import (
     BAD_CALL,

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from tasks.copier import syscalls
 from tasks.copier.errors import errno_name
 from tasks.copier.gc import silent_stagings
+from tasks.copier.kernel import syscalls
 from tasks.copier.trial import Trial, try_out
 
 Verdict = Literal["ok", "warn", "bad"]

@@ -15,10 +15,10 @@ from tasks import contract
 from tasks.copier.compare import Comparison, compare
 from tasks.copier.errors import Code, ForkError, describe
 from tasks.copier.gc import collect
+from tasks.copier.kernel.roots import normal_path
 from tasks.copier.local import fork_here
 from tasks.copier.options import DEFAULT_EXCLUDE
 from tasks.copier.progress import Beat
-from tasks.copier.roots import normal_path
 from tasks.copier.selection import Selection
 from tasks.copier.spec import ForkResult
 from worker.arguments import (

@@ -12,10 +12,10 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
 from tasks.app import inner_queue, results_of
-from tasks.campaign_request import Summary
-from tasks.campaign_results import CampaignResults
+from tasks.campaigns.request import Summary
+from tasks.campaigns.results import CampaignResults
 from tasks.context import CAMPAIGN_TASK, CONCLUDE_TASK, FINISH_TASK, FORK_TASK
-from tasks.copier.campaign import CampaignProgress, CampaignResult
+from tasks.copier.campaigns.spec import CampaignProgress, CampaignResult
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.progress import Progress
 from tasks.copier.spec import ForkResult

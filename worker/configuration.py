@@ -5,7 +5,7 @@ from __future__ import annotations
 from celery import Celery
 
 from tasks.app import register, surroundings
-from tasks.campaign_app import register_campaigns
+from tasks.campaigns.app import register_campaigns
 from worker.settings import Settings, roots_of
 from worker.steps import Heartbeat, Lease, PutBack, Sweeper
 from worker.tls import is_tls, tls_options

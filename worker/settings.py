@@ -8,8 +8,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from tasks.copier.kernel.roots import Roots
 from tasks.copier.options import Limits
-from tasks.copier.roots import Roots
 
 _PREFIX = "FORKVM_"
 #: Why a worker does not start.

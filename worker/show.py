@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from tasks.copier.campaign import CampaignProgress, CampaignResult
+from tasks.copier.campaigns.spec import CampaignProgress, CampaignResult
 from tasks.copier.errors import describe
 from tasks.copier.progress import Progress
 from tasks.copier.report import FileResult

@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 
 from tasks.app import inner_queue, results_of
 from tasks.context import SWEEP_TASK
-from tasks.copier.processes import is_stopped
+from tasks.copier.kernel.processes import is_stopped
 from worker.mending import put_unnoted_back
 
 #: How often the lease is renewed and the heartbeat file touched, in seconds.

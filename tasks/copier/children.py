@@ -14,11 +14,11 @@ import time
 import traceback
 from contextlib import suppress
 
-from tasks.copier import syscalls
 from tasks.copier.chunk import run_held_chunk
 from tasks.copier.errors import Code, ForkError, from_errno, from_oserror
+from tasks.copier.kernel import syscalls
+from tasks.copier.kernel.processes import is_stopped
 from tasks.copier.plan import Chunk, Plan
-from tasks.copier.processes import is_stopped
 from tasks.copier.progress import Progress, Ticker
 from tasks.copier.work import Work
 

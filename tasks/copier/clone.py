@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from tasks.copier.contents import first_difference
 from tasks.copier.errors import Code, ForkError, from_oserror, from_source
+from tasks.copier.kernel.contents import first_difference
+from tasks.copier.kernel.reflink import NOT_ASKED_FOR, Reflinker, Refusal
+from tasks.copier.kernel.sparse import SparseCopier, Step
 from tasks.copier.metadata import Metadata
 from tasks.copier.options import Options
-from tasks.copier.reflink import NOT_ASKED_FOR, Reflinker, Refusal
 from tasks.copier.report import Fallback, FileResult
-from tasks.copier.sparse import SparseCopier, Step
 from tasks.copier.walk import Entry, Kind, join
 
 #: O_NONBLOCK: a file swapped for a FIFO must not hang us.

@@ -9,9 +9,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tasks.copier import sharing, trees
-from tasks.copier.contents import first_difference
 from tasks.copier.errors import from_oserror
+from tasks.copier.kernel import sharing, trees
+from tasks.copier.kernel.contents import first_difference
 from tasks.copier.metadata import XFS_ACLS
 from tasks.copier.selection import Selection
 from tasks.copier.walk import Entry, Kind, Walk, file_type, join

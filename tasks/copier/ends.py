@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tasks.copier import syscalls
 from tasks.copier.errors import Code, ForkError
-from tasks.copier.roots import Roots, is_inside
+from tasks.copier.kernel import syscalls
+from tasks.copier.kernel.roots import Roots, is_inside
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, cast
 
-from tasks.copier import syscalls, trees
 from tasks.copier.chunk import MAX_TRIES, run_chunk, worker_lost
 from tasks.copier.clone import Cloner
 from tasks.copier.close import close_tree
 from tasks.copier.ends import Ends, destination_exists
 from tasks.copier.errors import Code, ForkError, from_oserror, from_record
 from tasks.copier.journal import Journal, Phase
+from tasks.copier.kernel import syscalls, trees
 from tasks.copier.options import Limits
 from tasks.copier.plan import Crew, Plan, make_plan
 from tasks.copier.progress import Ticker

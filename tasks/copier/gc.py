@@ -9,9 +9,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
-from tasks.copier import trees
 from tasks.copier.errors import from_oserror
 from tasks.copier.journal import Journal
+from tasks.copier.kernel import trees
 from tasks.copier.selection import STAGING_NAME
 from tasks.copier.staging import Held, Staging, sign_of_life
 

@@ -9,11 +9,11 @@ from tasks.copier.children import Children
 from tasks.copier.ends import Ends, open_ends
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.fork import Superseded, finish, start
+from tasks.copier.kernel.roots import Roots
 from tasks.copier.options import Limits
 from tasks.copier.plan import Plan
 from tasks.copier.progress import Beat, Ticker
 from tasks.copier.report import Totals
-from tasks.copier.roots import Roots
 from tasks.copier.spec import Clock, ForkResult, ForkSpec, failed
 from tasks.copier.staging import Held, Staging
 from tasks.copier.work import Work, open_work

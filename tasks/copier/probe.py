@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from threading import Thread
 
-from tasks.copier import syscalls
 from tasks.copier.clone import Cloner, ReflinkRefused
 from tasks.copier.errors import ForkError
+from tasks.copier.kernel import syscalls
+from tasks.copier.kernel.reflink import Answer, meaning
 from tasks.copier.progress import Ticker
-from tasks.copier.reflink import Answer, meaning
 from tasks.copier.report import FileResult, Report, failed
 from tasks.copier.walk import Entry
 from tasks.copier.work import Work

@@ -6,15 +6,15 @@ import os
 import secrets
 import stat
 
-from tasks.copier import syscalls, trees
 from tasks.copier.clone import Cloner, Place
 from tasks.copier.ends import destination_exists
 from tasks.copier.errors import Code, ForkError, from_oserror
+from tasks.copier.kernel import syscalls, trees
+from tasks.copier.kernel.roots import Roots, normal_path
 from tasks.copier.metadata import drop_inherited_acls
 from tasks.copier.options import Options
 from tasks.copier.progress import Beat, Ticker
 from tasks.copier.report import FileResult
-from tasks.copier.roots import Roots, normal_path
 from tasks.copier.staging import control_name
 from tasks.copier.walk import Entry, Kind, entry_of, file_type
 

@@ -17,13 +17,13 @@ import re
 import stat
 from contextlib import ExitStack
 
-from tasks.copier import syscalls, trees
-from tasks.copier.contents import first_difference
 from tasks.copier.ends import Ends
 from tasks.copier.errors import Code, ForkError, from_oserror, from_source
+from tasks.copier.kernel import syscalls, trees
+from tasks.copier.kernel.contents import first_difference
+from tasks.copier.kernel.reflink import Answer, meaning
 from tasks.copier.options import PRESERVE_ALL, Options
 from tasks.copier.progress import Ticker
-from tasks.copier.reflink import Answer, meaning
 from tasks.copier.report import FileResult, Method, Report
 from tasks.copier.selection import Selection
 from tasks.copier.staging import SNAPSHOT, Staging

@@ -26,8 +26,8 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-from tasks.copier import syscalls, trees
 from tasks.copier.journal import Journal
+from tasks.copier.kernel import syscalls, trees
 from tasks.copier.metadata import drop_inherited_acls
 from tasks.copier.pulse import beating
 from tasks.copier.report import Report

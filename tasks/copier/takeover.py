@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from tasks.copier import syscalls, trees
 from tasks.copier.journal import Journal, Phase
+from tasks.copier.kernel import syscalls, trees
 from tasks.copier.staging import Staging
 
 

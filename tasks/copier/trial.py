@@ -9,8 +9,8 @@ import os
 import uuid
 from dataclasses import dataclass
 
-from tasks.copier import syscalls
-from tasks.copier.reflink import Reflinker, Refusal
+from tasks.copier.kernel import syscalls
+from tasks.copier.kernel.reflink import Reflinker, Refusal
 from tasks.copier.staging import Staging
 
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

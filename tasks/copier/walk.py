@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
 
-from tasks.copier import trees
 from tasks.copier.errors import Code, ForkError, from_oserror, from_source
+from tasks.copier.kernel import trees
 from tasks.copier.selection import Selection
 
 #: Entries a block at most: bounds what is in memory while a directory of a million files is read.

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tasks.copier import manifest, syscalls, trees
+from tasks.copier import manifest
 from tasks.copier.clone import Place
 from tasks.copier.ends import Ends
 from tasks.copier.errors import Code, ForkError, from_oserror, from_source
+from tasks.copier.kernel import syscalls, trees
 from tasks.copier.manifest import Span
 from tasks.copier.options import Options
 from tasks.copier.staging import Staging

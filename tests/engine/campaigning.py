@@ -11,18 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks.copier.batch import make_batch
-from tasks.copier.batch_record import Outcome
-from tasks.copier.campaign import Aims, CampaignResult, CampaignSpec, OnError, campaign_result, failures_of, sums_of
-from tasks.copier.campaign_end import remove_annexes
-from tasks.copier.campaign_local import CampaignBeat, campaign_here
-from tasks.copier.campaign_plan import Campaign, find_home, open_campaign, plan_campaign
+from tasks.copier.campaigns.batch import make_batch
+from tasks.copier.campaigns.batch_record import Outcome
+from tasks.copier.campaigns.end import remove_annexes
+from tasks.copier.campaigns.local import CampaignBeat, campaign_here
+from tasks.copier.campaigns.plan import Campaign, find_home, open_campaign, plan_campaign
+from tasks.copier.campaigns.spec import (
+    Aims,
+    CampaignResult,
+    CampaignSpec,
+    OnError,
+    campaign_result,
+    failures_of,
+    sums_of,
+)
 from tasks.copier.ends import open_ends
 from tasks.copier.errors import ForkError
+from tasks.copier.kernel.roots import Roots
 from tasks.copier.options import Options
 from tasks.copier.progress import Beat, Ticker
 from tasks.copier.report import FileResult, unpack_pages
-from tasks.copier.roots import Roots
 from tasks.copier.spec import ForkResult
 from tasks.copier.staging import Staging
 from tests.engine.forking import go_on, leftovers

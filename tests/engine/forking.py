@@ -12,12 +12,12 @@ from tasks.copier.chunk import run_held_chunk
 from tasks.copier.ends import open_ends
 from tasks.copier.errors import ErrorRecord
 from tasks.copier.fork import finish, start
+from tasks.copier.kernel.roots import Roots
 from tasks.copier.local import fork_here
 from tasks.copier.options import Limits, Options
 from tasks.copier.plan import Plan
 from tasks.copier.progress import Beat, Progress, Ticker
 from tasks.copier.report import FileResult, unpack_pages
-from tasks.copier.roots import Roots
 from tasks.copier.spec import ForkResult, ForkSpec
 from tasks.copier.staging import Staging
 from tasks.copier.work import open_work

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tasks.copier import campaign_plan, syscalls, trees
-from tasks.copier.campaign import CampaignProgress, CampaignResult
+from tasks.copier.campaigns import plan as campaign_plan
+from tasks.copier.campaigns.spec import CampaignProgress, CampaignResult
 from tasks.copier.errors import Code, ForkError
+from tasks.copier.kernel import syscalls, trees
 from tasks.copier.progress import Progress
 from tests.engine.campaigning import campaign, campaign_with_books, destinations, holding, plan, spec_of
 from tests.engine.forking import assert_alike, leftovers

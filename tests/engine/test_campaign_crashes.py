@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 
-from tasks.copier import batch_record, campaign_plan, syscalls
-from tasks.copier.batch import seize_batch
+from tasks.copier.campaigns import batch_record
+from tasks.copier.campaigns import plan as campaign_plan
+from tasks.copier.campaigns.batch import seize_batch
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.fork import Superseded
 from tasks.copier.gc import collect
-from tasks.copier.roots import Roots
+from tasks.copier.kernel import syscalls
+from tasks.copier.kernel.roots import Roots
 from tasks.copier.staging import Held, Staging, control_name
 from tests.engine.campaigning import (
     ID,

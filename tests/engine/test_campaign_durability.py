@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tasks.copier import batch_record, campaign_plan, syscalls
-from tasks.copier.batch_record import Outcome
+from tasks.copier.campaigns import batch_record
+from tasks.copier.campaigns import plan as campaign_plan
+from tasks.copier.campaigns.batch_record import Outcome
+from tasks.copier.kernel import syscalls
 from tests.engine.campaigning import Books, campaign_with_books, destinations, holding, make_batches, plan
 from tests.engine.children import Child
 from tests.fixtures.filesystems import Fresh
@@ -40,7 +42,7 @@ def trace(source: Path, directory: Path, tmp_path: Path, durability: str) -> lis
     """The calls that put something on the disk or publish it, of a campaign of three forks, in order."""
     strace = require_command("strace", "the order of system calls")
     script = (
-        "from tasks.copier import campaign_plan; from tests.engine.campaigning import main; "
+        "from tasks.copier.campaigns import plan as campaign_plan; from tests.engine.campaigning import main; "
         "campaign_plan._LEAST_BATCHES, campaign_plan.BATCH_SECONDS = 1, 60.0; main()"
     )
     command = [strace, "-f", "-y", "-o", str(tmp_path / "trace"), "-e", "trace=syncfs,fsync,rename,renameat,renameat2"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.copier.reflink import Answer
+from tasks.copier.kernel.reflink import Answer
 from tests.engine.forking import assert_alike, forked, leftovers
 from tests.engine.forking import fork as fork_again
 from tests.engine.test_reflink_answers import TABLE

@@ -15,11 +15,11 @@ from tasks.copier import manifest
 from tasks.copier.clone import Cloner
 from tasks.copier.ends import open_ends
 from tasks.copier.errors import Code, ForkError
+from tasks.copier.kernel.roots import Roots
 from tasks.copier.options import Limits
 from tasks.copier.plan import Chunk, Plan, make_plan
 from tasks.copier.progress import Ticker
 from tasks.copier.report import Report
-from tasks.copier.roots import Roots
 from tasks.copier.staging import Staging
 from tasks.copier.work import open_work
 from tests.engine.forking import INLINE, MIB, assert_alike, fork_with_books, go_on, spec_of

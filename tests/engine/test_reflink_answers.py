@@ -6,8 +6,8 @@ import errno
 
 import pytest
 
-from tasks.copier import syscalls
-from tasks.copier.reflink import NOT_ASKED_FOR, Answer, Refusal, meaning
+from tasks.copier.kernel import syscalls
+from tasks.copier.kernel.reflink import NOT_ASKED_FOR, Answer, Refusal, meaning
 
 TABLE = {
     Answer.PAIR_CANNOT: ("EOPNOTSUPP", "ENOTTY", "ENOSYS", "EXDEV"),

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tasks.copier.errors import Code, ForkError
+from tasks.copier.kernel.roots import Roots
 from tasks.copier.options import Options
 from tasks.copier.progress import Progress
-from tasks.copier.roots import Roots
 from tasks.copier.single import clone_file
 from tests.fixtures.filesystems import Fresh
 from tests.support.extents import allocated_bytes, sharing

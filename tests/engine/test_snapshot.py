@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from tasks.copier import syscalls
 from tasks.copier.ends import open_ends
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.fork import start
 from tasks.copier.gc import collect
 from tasks.copier.journal import Phase
+from tasks.copier.kernel import syscalls
+from tasks.copier.kernel.roots import Roots
 from tasks.copier.progress import Progress, Ticker
-from tasks.copier.roots import Roots
 from tasks.copier.spec import ForkResult
 from tasks.copier.staging import Staging, control_name
 from tasks.copier.takeover import take_over

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks.copier import reflink
+from tasks.copier.kernel import reflink
 from tasks.copier.report import FileResult
 from tasks.copier.spec import ForkResult
 from tasks.copier.staging import control_name

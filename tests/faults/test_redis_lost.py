@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from redis.exceptions import OutOfMemoryError
 
-from tasks.campaign_results import CampaignResults
+from tasks.campaigns.results import CampaignResults
 from tasks.context import cancelled
-from tasks.copier.batch import failed_outcome
-from tasks.copier.campaign import Aims, CampaignSpec
+from tasks.copier.campaigns.batch import failed_outcome
+from tasks.copier.campaigns.spec import Aims, CampaignSpec
 from tasks.copier.spec import ForkResult
 from tasks.copier.staging import control_name
 from tests.faults.fleet import CHILDREN, Guests, StartStruck, Struck, assert_served_and_clean, go_on, stand_at

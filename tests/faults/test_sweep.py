@@ -9,8 +9,8 @@ from pathlib import Path
 from redis import Redis
 
 from tasks.context import Context
+from tasks.copier.kernel.roots import Roots
 from tasks.copier.options import Limits
-from tasks.copier.roots import Roots
 from tasks.results import Results
 from tasks.sweep import remove_abandoned, run_sweep
 from tests.faults.fleet import CHILDREN, Guests, StartStruck, Struck, assert_served_and_clean, stand_at

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tasks.copier import reflink
+from tasks.copier.kernel import reflink
 from tasks.copier.options import Limits
 from tasks.copier.spec import ForkResult
 from tests.engine.forking import CHUNKED, INLINE, MIB, assert_alike, fork, leftovers

@@ -9,8 +9,8 @@ from typing import Any, cast
 
 from celery.result import AsyncResult
 
-from tasks.campaign_results import CampaignResults
-from tasks.copier.campaign import CampaignResult
+from tasks.campaigns.results import CampaignResults
+from tasks.copier.campaigns.spec import CampaignResult
 from tasks.copier.spec import ForkResult
 from tests.support.tree import snapshot
 from tests.system.books import check_books, check_fork_result

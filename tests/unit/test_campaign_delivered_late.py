@@ -11,14 +11,14 @@ from typing import Any
 import fakeredis
 import pytest
 
-from tasks.campaign import run_campaign
-from tasks.campaign_request import campaign_of
-from tasks.campaign_results import CampaignResults
-from tasks.conclude import run_conclude
+from tasks.campaigns.campaign import run_campaign
+from tasks.campaigns.conclude import run_conclude
+from tasks.campaigns.request import campaign_of
+from tasks.campaigns.results import CampaignResults
 from tasks.context import LOCK_WAIT, Again, Context
-from tasks.copier.campaign import CampaignResult, campaign_result
+from tasks.copier.campaigns.spec import CampaignResult, campaign_result
+from tasks.copier.kernel.roots import Roots
 from tasks.copier.options import Limits
-from tasks.copier.roots import Roots
 from tasks.copier.staging import Staging
 from tasks.results import Results
 from tests.fixtures.processes import wait_until

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import fakeredis
 import pytest
 
-from tasks.campaign_results import CampaignResults
-from tasks.copier.batch_record import Outcome
-from tasks.copier.campaign import MOST_FAILURES, Aims, CampaignSpec, campaign_result
+from tasks.campaigns.results import CampaignResults
+from tasks.copier.campaigns.batch_record import Outcome
+from tasks.copier.campaigns.spec import MOST_FAILURES, Aims, CampaignSpec, campaign_result
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.report import Report
 from tasks.copier.spec import Clock, failed, succeeded

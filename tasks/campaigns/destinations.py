@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf
 
 from tasks.copier.errors import Code, ForkError
-from tasks.copier.roots import normal_path
+from tasks.copier.kernel.roots import normal_path
 
 #: Most forks of one campaign: what Redis keeps of each is about 1.5 KB.
 MOST_FORKS = 1_000_000

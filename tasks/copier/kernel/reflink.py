@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 
-from tasks.copier import syscalls
 from tasks.copier.errors import errno_name
+from tasks.copier.kernel import syscalls
 
 
 class Answer(Enum):

@@ -10,8 +10,8 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 
-from tasks.copier import syscalls
 from tasks.copier.errors import Code, ForkError, from_oserror
+from tasks.copier.kernel import syscalls
 
 #: One call copies at most so many bytes. The kernel's own cap is 2 GiB, past which corruption was seen
 #: (glibc 2.41); less lets a cancellation through within a fraction of a second.

@@ -6,8 +6,8 @@ import errno
 import os
 from dataclasses import dataclass
 
-from tasks.copier import syscalls
 from tasks.copier.errors import Code, ForkError, from_oserror
+from tasks.copier.kernel import syscalls
 
 #: PATH_MAX of the kernel, its closing NUL included: no longer path can be opened.
 PATH_MAX = 4096

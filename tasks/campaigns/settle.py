@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from celery import states
 
-from tasks.copier.batch_record import Outcome
-from tasks.copier.campaign import MOST_FAILURES, failures_of, sums_of
+from tasks.copier.campaigns.batch_record import Outcome
+from tasks.copier.campaigns.spec import MOST_FAILURES, failures_of, sums_of
 from tasks.copier.errors import describe
 from tasks.results import Results, key_of, page_key, state_json
 

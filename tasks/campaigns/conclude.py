@@ -7,17 +7,17 @@ import os
 from contextlib import suppress
 from typing import Any
 
-from tasks.campaign import known_campaign, settle
-from tasks.campaign_results import CampaignResults
+from tasks.campaigns.campaign import known_campaign, settle
+from tasks.campaigns.lanes import is_over, send_batches
+from tasks.campaigns.results import CampaignResults
 from tasks.context import CAMPAIGN_TASK, GONE, LOCK_WAIT, Again, Context
-from tasks.copier.batch import seize_batch
-from tasks.copier.campaign import Aims, CampaignResult, CampaignSpec, campaign_result, forks_done
-from tasks.copier.campaign_end import end_rest, remove_annexes
-from tasks.copier.campaign_plan import Campaign, campaign_in
+from tasks.copier.campaigns.batch import seize_batch
+from tasks.copier.campaigns.end import end_rest, remove_annexes
+from tasks.copier.campaigns.plan import Campaign, campaign_in
+from tasks.copier.campaigns.spec import Aims, CampaignResult, CampaignSpec, campaign_result, forks_done
 from tasks.copier.errors import Code, ForkError, from_record
 from tasks.copier.progress import Progress, Ticker
 from tasks.copier.staging import Held, Staging
-from tasks.lanes import is_over, send_batches
 
 
 def run_conclude(context: Context, campaign_id: str, home: str, *, seized: bool = False) -> CampaignResult | None:

@@ -6,16 +6,16 @@ from contextlib import suppress
 
 from redis.exceptions import RedisError
 
-from tasks.campaign_results import CampaignResults
+from tasks.campaigns.lanes import is_over, send_batch
+from tasks.campaigns.results import CampaignResults
 from tasks.context import CONCLUDE_TASK, LOCK_WAIT, Again, Context
-from tasks.copier.batch import make_batch, seize_batch
-from tasks.copier.campaign_end import late
-from tasks.copier.campaign_plan import Campaign, open_campaign
+from tasks.copier.campaigns.batch import make_batch, seize_batch
+from tasks.copier.campaigns.end import late
+from tasks.copier.campaigns.plan import Campaign, open_campaign
 from tasks.copier.errors import ForkError
 from tasks.copier.fork import Superseded
 from tasks.copier.progress import Beat, Progress, Ticker
 from tasks.copier.staging import Held
-from tasks.lanes import is_over, send_batch
 
 
 def run_batch(context: Context, campaign_id: str, home: str, first: int) -> None:

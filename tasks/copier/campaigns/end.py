@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache, partial
 
-from tasks.copier.batch import CampaignLedger, failed_outcome, make_batch
-from tasks.copier.campaign_plan import Campaign
+from tasks.copier.campaigns.batch import CampaignLedger, failed_outcome, make_batch
+from tasks.copier.campaigns.plan import Campaign
 from tasks.copier.errors import Code, ForkError
+from tasks.copier.kernel.roots import Roots
 from tasks.copier.progress import Ticker
-from tasks.copier.roots import Roots
 from tasks.copier.staging import Held, Staging
 
 #: Forks that were not begun are settled so many at a time.

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Concatenate, NamedTuple, ParamSpec
 
-from tasks.copier import trees
 from tasks.copier.changes import refuse_changes
 from tasks.copier.clone import Cloner, Place
 from tasks.copier.close import complete_directories, complete_directory, link_and_skip, refuse_unbalanced
 from tasks.copier.ends import Ends
 from tasks.copier.errors import Code, ForkError, from_oserror
+from tasks.copier.kernel import trees
 from tasks.copier.plan import Plan
 from tasks.copier.progress import Ticker
 from tasks.copier.report import FileResult, Report, failed

@@ -16,17 +16,17 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from tasks.copier.campaign import CampaignSpec
+from tasks.copier.campaigns.spec import CampaignSpec
 from tasks.copier.chunk import MAX_TRIES, worker_lost
 from tasks.copier.clone import Cloner
 from tasks.copier.ends import Ends
 from tasks.copier.errors import ForkError
 from tasks.copier.journal import Phase
+from tasks.copier.kernel.roots import Roots
 from tasks.copier.options import Limits
 from tasks.copier.plan import Plan, make_plan
 from tasks.copier.progress import Ticker
 from tasks.copier.report import Fallback, Report, unpack_pages
-from tasks.copier.roots import Roots
 from tasks.copier.snapshot import is_wanted, is_whole_subvolume
 from tasks.copier.staging import Staging
 from tasks.copier.work import open_work

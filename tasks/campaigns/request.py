@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal, TypedDict
 
 from pydantic import Discriminator, Field, InstanceOf, Tag
 
+from tasks.campaigns.destinations import MOST_FORKS, Template, normal_paths
 from tasks.contract import AnyRequest, parse_as, text_of
-from tasks.copier.campaign import Aims, CampaignResult, CampaignSpec, OnError, campaign_result
+from tasks.copier.campaigns.spec import Aims, CampaignResult, CampaignSpec, OnError, campaign_result
 from tasks.copier.errors import ForkError
-from tasks.destinations import MOST_FORKS, Template, normal_paths
 
 #: A list is counted from here, as a template is by default.
 _FIRST = 1

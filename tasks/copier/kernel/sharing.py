@@ -6,8 +6,8 @@ import errno
 import os
 from typing import NamedTuple
 
-from tasks.copier import syscalls
-from tasks.copier.syscalls import Extent
+from tasks.copier.kernel import syscalls
+from tasks.copier.kernel.syscalls import Extent
 
 _NO_FIEMAP = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL})
 #: Extents without blocks of their own: not yet written out, or within the filesystem's tree (small files on btrfs).

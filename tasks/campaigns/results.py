@@ -19,10 +19,10 @@ from typing import Any, cast
 
 from redis.exceptions import OutOfMemoryError
 
-from tasks.campaign_settle import settle_run
+from tasks.campaigns.settle import settle_run
 from tasks.context import cancelled
-from tasks.copier.batch_record import Outcome
-from tasks.copier.campaign import (
+from tasks.copier.campaigns.batch_record import Outcome
+from tasks.copier.campaigns.spec import (
     CampaignResult,
     CampaignSpec,
     Failure,

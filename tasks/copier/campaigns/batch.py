@@ -18,19 +18,20 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Protocol
 
-from tasks.copier import batch_record, syscalls, trees
-from tasks.copier.batch_record import Outcome, Record
-from tasks.copier.batch_trees import Tree, Trees, build, snapshot_trees
-from tasks.copier.campaign_plan import Campaign
+from tasks.copier.campaigns import batch_record
+from tasks.copier.campaigns.batch_record import Outcome, Record
+from tasks.copier.campaigns.batch_trees import Tree, Trees, build, snapshot_trees
+from tasks.copier.campaigns.plan import Campaign
 from tasks.copier.chunk import MAX_TRIES, worker_lost
 from tasks.copier.clone import Cloner
 from tasks.copier.ends import Ends, destination_exists, reopen_ends
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.fork import Superseded
 from tasks.copier.journal import Journal
+from tasks.copier.kernel import syscalls, trees
+from tasks.copier.kernel.roots import Roots
 from tasks.copier.progress import Ticker
 from tasks.copier.report import Fallback, Report
-from tasks.copier.roots import Roots
 from tasks.copier.spec import Clock, ForkSpec, failed, succeeded
 from tasks.copier.staging import Held, Staging
 

@@ -9,19 +9,19 @@ from dataclasses import replace
 
 from redis.exceptions import RedisError
 
-from tasks.campaign_request import campaign_of, refused_campaign, summary_of
-from tasks.campaign_results import CampaignResults
+from tasks.campaigns.lanes import send_batches
+from tasks.campaigns.request import campaign_of, refused_campaign, summary_of
+from tasks.campaigns.results import CampaignResults
 from tasks.context import LOCK_WAIT, Again, Context
 from tasks.copier import takeover
-from tasks.copier.batch import failed_outcome
-from tasks.copier.campaign import CampaignResult, CampaignSpec, campaign_result
-from tasks.copier.campaign_plan import Campaign, campaign_in, find_home, open_campaign, plan_campaign
+from tasks.copier.campaigns.batch import failed_outcome
+from tasks.copier.campaigns.plan import Campaign, campaign_in, find_home, open_campaign, plan_campaign
+from tasks.copier.campaigns.spec import CampaignResult, CampaignSpec, campaign_result
 from tasks.copier.ends import open_ends
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.fork import Superseded
 from tasks.copier.progress import Beat, Progress, Ticker
 from tasks.copier.staging import Held, Staging
-from tasks.lanes import send_batches
 from tasks.leftovers import remove_leftovers
 
 log = logging.getLogger(__name__)

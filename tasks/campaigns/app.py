@@ -21,13 +21,13 @@ from tasks.app import (
     results_of,
     seen_of,
 )
-from tasks.batch import run_batch, take_over_batch
-from tasks.campaign import run_campaign, take_over_campaign
-from tasks.campaign_results import CampaignResults
-from tasks.conclude import run_conclude, settle_gone
+from tasks.campaigns.batch import run_batch, take_over_batch
+from tasks.campaigns.campaign import run_campaign, take_over_campaign
+from tasks.campaigns.conclude import run_conclude, settle_gone
+from tasks.campaigns.results import CampaignResults
 from tasks.context import BATCH_TASK, CAMPAIGN_TASK, CONCLUDE_TASK, GONE, Again, Context
 from tasks.contract import ForkFailed, text_of
-from tasks.copier.campaign import CampaignResult
+from tasks.copier.campaigns.spec import CampaignResult
 from tasks.copier.errors import describe
 from tasks.message import Message
 from tasks.results import end_state

@@ -5,11 +5,11 @@ The batches of a lane follow one upon the other: who has made one sends the next
 
 from __future__ import annotations
 
-from tasks.campaign_results import CampaignResults
+from tasks.campaigns.results import CampaignResults
 from tasks.context import BATCH_TASK, CONCLUDE_TASK, Context
-from tasks.copier.campaign import forks_done
-from tasks.copier.campaign_end import aborted, late
-from tasks.copier.campaign_plan import Campaign
+from tasks.copier.campaigns.end import aborted, late
+from tasks.copier.campaigns.plan import Campaign
+from tasks.copier.campaigns.spec import forks_done
 
 
 def send_batches(context: Context, results: CampaignResults, campaign: Campaign, home: str) -> None:

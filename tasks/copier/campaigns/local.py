@@ -16,10 +16,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.copier import syscalls
-from tasks.copier.batch import make_batch
-from tasks.copier.batch_record import Outcome
-from tasks.copier.campaign import (
+from tasks.copier.campaigns.batch import make_batch
+from tasks.copier.campaigns.batch_record import Outcome
+from tasks.copier.campaigns.end import aborted, end_rest, late, remove_annexes
+from tasks.copier.campaigns.plan import Campaign, campaign_in, find_home, plan_campaign
+from tasks.copier.campaigns.spec import (
     MOST_FAILURES,
     CampaignProgress,
     CampaignResult,
@@ -31,13 +32,12 @@ from tasks.copier.campaign import (
     progress_of,
     sums_of,
 )
-from tasks.copier.campaign_end import aborted, end_rest, late, remove_annexes
-from tasks.copier.campaign_plan import Campaign, campaign_in, find_home, plan_campaign
 from tasks.copier.ends import Ends, open_ends
 from tasks.copier.errors import Code, ForkError, from_oserror, from_record
 from tasks.copier.fork import Superseded
+from tasks.copier.kernel import syscalls
+from tasks.copier.kernel.roots import Roots
 from tasks.copier.progress import Progress, Ticker
-from tasks.copier.roots import Roots
 from tasks.copier.staging import Held, Staging
 
 #: Forks done and failed by one child, in memory that the parent reads.
