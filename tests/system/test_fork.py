@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -169,6 +171,34 @@ def test_pages_are_readable_while_a_large_fork_runs(
     assert all(file in files for file in early)
     check_books(result, files)
     system.assert_left_nothing_in(place)
+
+
+def test_pages_are_read_from_redis_as_the_readme_tells(
+    system: System, scheduler: Scheduler, large_source: Path, place: Path
+) -> None:
+    result = scheduler.fork(large_source, place / "b", "fork-raw")
+    campaign = {"source": str(large_source), "destinations": [str(place / "c")]}
+    scheduler.app.send_task("forkvm.campaign", args=[campaign], task_id="campaign-raw", queue="forkvm").get(timeout=40)
+
+    # Then a chunked fork has pages of several parts, and its books balance
+    files = _files_by_the_readme(scheduler.redis, "fork-raw")
+    assert len(scheduler.redis.hkeys("forkvm:fork-raw:pages")) > 1
+    check_books(result, files)
+    assert files == scheduler.files("fork-raw")
+    # and so has one of a campaign
+    assert {file["path"] for file in _files_by_the_readme(scheduler.redis, "campaign-raw.1")} == {
+        file["path"] for file in files
+    }
+    system.assert_left_nothing_in(place)
+
+
+def _files_by_the_readme(server: Any, fork_id: str) -> list[Any]:
+    """The FileResults of a fork, as a client in any language reads them."""
+    counts = {part.decode(): int(count) for part, count in server.hgetall(f"forkvm:{fork_id}:pages").items()}
+    parts = ["plan", *sorted(filter(str.isdigit, counts), key=int), "close"]
+    keys = [f"forkvm:{fork_id}:page:{part}:{n}" for part in parts for n in range(counts.get(part, 0))]
+    pages = [server.get(key) for key in keys or [f"forkvm:{fork_id}:page"]]
+    return [file for page in pages for file in json.loads(zlib.decompress(page))]
 
 
 def test_every_key_of_a_fork_has_the_ttl_that_was_set(
