@@ -19,6 +19,9 @@ RSYNC, COPYTREE, XARGS = "rsync", "copytree", "xargs"
 #: The peers beside cp.
 PEERS = (RSYNC, COPYTREE, XARGS)
 
+#: So many lines of what a program complained of are told: cp has one for each file.
+_TOLD_LINES = 3
+
 _PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -88,12 +91,12 @@ def in_child(job: str, source: Path, destination: Path) -> Run:
             assert child.stdout is not None
             assert child.stderr is not None
             if child.stdout.readline().strip() != READY:
-                raise SubjectFailed(f"{job} did not start: {child.stderr.read().strip()}")
+                raise SubjectFailed(f"{job} did not start: {_last_lines(child.stderr.read())}")
             child.stdin.write(json.dumps({"source": str(source), "destination": str(destination)}) + "\n")
             child.stdin.flush()
             answer = child.stdout.readline()
             if not answer:
-                raise SubjectFailed(f"{job}: {child.stderr.read().strip()}")
+                raise SubjectFailed(f"{job}: {_last_lines(child.stderr.read())}")
             return Run(**json.loads(answer))
         except BaseException:
             child.kill()
@@ -123,5 +126,9 @@ def _command(*command: str) -> Run:
 
 def _checked(done: subprocess.CompletedProcess[bytes], began: float, ended: float) -> Run:
     if done.returncode:
-        raise SubjectFailed(f"{done.args[0]}: {done.stderr.decode(errors='replace').strip()}")
+        raise SubjectFailed(f"{done.args[0]}: {_last_lines(done.stderr.decode(errors='replace'))}")
     return Run(began, ended)
+
+
+def _last_lines(text: str) -> str:
+    return "\n".join(text.strip().splitlines()[-_TOLD_LINES:])
