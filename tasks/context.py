@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -95,11 +96,13 @@ class ForkLedger:
 
     def keep_pages(self, parts: dict[str, list[bytes]]) -> None:
         """Keep FileResults; see `Results.keep_pages`. Raises ForkError no_space when Redis takes no more."""
-        try:
+        with _no_space():
             self.results.keep_pages(self.fork_id, parts)
-        except ResponseError as error:
-            message = f"Redis does not take the results of the files: {error}"
-            raise ForkError(Code.NO_SPACE, message, "") from None
+
+    def replace_pages(self, parts: dict[str, list[bytes]]) -> None:
+        """Keep FileResults in place of all earlier ones; see `Results.replace_pages`. Raises ForkError no_space."""
+        with _no_space():
+            self.results.replace_pages(self.fork_id, parts)
 
     def settle(self, result: ForkResult) -> None:
         """Keep the final result, and put a line into the worker's log."""
@@ -111,6 +114,15 @@ class ForkLedger:
             log.info("fork %s succeeded: %s, %d entries in %.3f s", self.fork_id, ends, entries, seconds)
         else:
             log.warning("fork %s %s: %s: %r", self.fork_id, result["status"], ends, describe(error))
+
+
+@contextmanager
+def _no_space() -> Iterator[None]:
+    try:
+        yield
+    except ResponseError as error:
+        message = f"Redis does not take the results of the files: {error}"
+        raise ForkError(Code.NO_SPACE, message, "") from None
 
 
 def cancelled(destination: str) -> ForkError:

@@ -54,10 +54,14 @@ def run_finish(context: Context, fork_id: str, destination: str) -> ForkResult |
 
 
 def known_result(context: Context, fork_id: str) -> ForkResult | None:
-    """The result of a fork that has ended; what a process left that died between the result and its end is removed."""
+    """The result of a fork that has ended, or None: see `tell_again`."""
     known = context.results.result(fork_id)
-    if known is not None:
-        remove_leftovers(context, fork_id, known["destination"])
+    return tell_again(context, known) if known is not None else None
+
+
+def tell_again(context: Context, known: ForkResult) -> ForkResult:
+    """The result of a fork that has ended; what a process left that died between the result and its end is removed."""
+    remove_leftovers(context, known["fork_id"], known["destination"])
     return known
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import cast
 
 from tasks import contract
 from tasks.context import CHUNK_TASK, LOCK_WAIT, Again, Context, ForkLedger, cancelled
@@ -14,7 +15,8 @@ from tasks.copier.progress import Ticker
 from tasks.copier.spec import ForkResult, ForkSpec
 from tasks.copier.staging import Held, Staging
 from tasks.copier.vanguard import Vanguard
-from tasks.finish import end_with, known_result, refuse
+from tasks.finish import end_with, refuse, tell_again
+from tasks.results import Claim
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +26,12 @@ def run_fork(context: Context, fork_id: str, request: object, queued: float) -> 
 
     `queued` is how long the request waited, in seconds. Raises Again while another process holds the fork.
     """
-    known = known_result(context, fork_id)
-    if known is not None:
-        return known
     destination = contract.text_of(request, "destination")
-    claim = context.results.claim(fork_id, {"request": request, "destination": destination, "queue": context.queue})
-    if claim["request"] != request:
+    claim: Claim = {"request": request, "destination": destination, "queue": context.queue}
+    holder, known = context.results.claim(fork_id, claim)
+    if known is not None:
+        return tell_again(context, cast(ForkResult, known))
+    if holder["request"] != request:
         log.warning("another request has the id %s already; this one is dropped", fork_id)
         return None
     try:

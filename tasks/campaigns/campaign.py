@@ -46,7 +46,7 @@ def run_campaign(context: Context, campaign_id: str, request: object, queued: fl
         home = find_home(context.roots, paths)
     except ForkError as error:
         refusal = error
-    claim = context.results.claim(
+    claim, _ = context.results.claim(
         campaign_id,
         {"request": summary_of(request, spec), "destination": home, "queue": context.queue, "campaign": True},
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -52,6 +52,9 @@ class Ledger(Protocol):
     def keep_pages(self, parts: dict[str, list[bytes]]) -> None:
         """Keep the FileResults of parts of the fork (a chunk's number, `plan` or `close`). Raises ForkError."""
 
+    def replace_pages(self, parts: dict[str, list[bytes]]) -> None:
+        """As `keep_pages`, in place of all that was kept before, by an earlier attempt. Raises ForkError."""
+
     def settle(self, result: ForkResult) -> None:
         """Keep the final result. When this returns, a second delivery of the request will find it."""
 
@@ -68,6 +71,8 @@ class _Account:
     clock: Clock
     journal: Journal | None = None
     chunks: int = 0
+    #: Whether each part keeps its own FileResults, being done by a task of its own.
+    in_parts: bool = False
     reports: dict[str, Report] = field(default_factory=dict)
 
     def parts(self) -> list[str]:
@@ -131,7 +136,7 @@ def finish(
         else:
             plan = Plan.from_data(journal.plan) if journal.plan is not None else None
             if plan is not None:
-                account.chunks = len(plan.chunks)
+                account.chunks, account.in_parts = len(plan.chunks), True
                 account.reports = _reports(staging, plan)
                 account.clock.cloned = time.time()
             _raise_failure(account.reports)
@@ -182,7 +187,8 @@ def _start_anew(
             account.clock.planned = time.time()
             if not plan.inline:
                 _take_in_done(staging, account, crew)
-                _keep_pages(account.reports, ledger)
+                ledger.replace_pages({part: report.close() for part, report in account.reports.items()})
+                account.in_parts = True
                 staging.write_report("plan", planned)
                 staging.write_journal(
                     replace(journal, phase=Phase.CLONING, plan=plan.to_data(), planned_at=account.clock.planned)
@@ -222,7 +228,7 @@ def _complete_and_publish(
 ) -> ForkResult:
     """Publish the closed tree, after its results are kept and all that the rename makes true is in the journal."""
     spec, journal, staging = account.spec, cast(Journal, account.journal), work.staging
-    _keep_pages(account.reports, ledger)
+    _keep_pages(account, ledger)
     sync = spec.options.durability == "sync"
     if sync:
         syscalls.syncfs(work.tree_fd)
@@ -274,8 +280,7 @@ def _give_up(ends: Ends, staging: Staging, account: _Account, cause: Exception, 
     if account.journal is not None:
         _insist(partial(staging.discard_tree, account.journal))
     with suppress(ForkError):
-        ledger.keep_pages({part: [] for part in account.parts() if part not in account.reports})  # of who died
-        _keep_pages(account.reports, ledger)
+        _keep_pages(account, ledger, [part for part in account.parts() if part not in account.reports])  # of who died
     result = failed(account.spec, error, account.totals(), account.chunks, account.clock)
     ledger.settle(result)
     _insist(staging.remove)
@@ -300,9 +305,13 @@ def _insist(remove: Callable[[], None]) -> None:
             return
 
 
-def _keep_pages(reports: dict[str, Report], ledger: Ledger) -> None:
-    """Keep the FileResults of all parts that are not in the ledger yet."""
-    pages = {part: report.close() for part, report in reports.items() if report.has_pages()}
+def _keep_pages(account: _Account, ledger: Ledger, undone: Iterable[str] = ()) -> None:
+    """Keep the FileResults of all parts that are not in the ledger yet; parts that are `undone` have none."""
+    if not account.in_parts:
+        ledger.replace_pages({"0": Report.pages_of(account.reports.values())})
+        return
+    pages: dict[str, list[bytes]] = {part: [] for part in undone}
+    pages |= {part: report.close() for part, report in account.reports.items() if report.has_pages()}
     if pages:
         ledger.keep_pages(pages)
 

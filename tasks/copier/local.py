@@ -28,6 +28,9 @@ class _NoLedger:
     def keep_pages(self, parts: dict[str, list[bytes]]) -> None:
         """Nobody asks for them later."""
 
+    def replace_pages(self, parts: dict[str, list[bytes]]) -> None:
+        """Nobody asks for them later."""
+
     def settle(self, result: ForkResult) -> None:
         """The caller gets it."""
 

@@ -128,7 +128,9 @@ class Report:
     def add(self, result: FileResult) -> None:
         """Take in one FileResult."""
         self.totals.count(result)
-        line = _as_json(result)
+        self._take(_as_json(result))
+
+    def _take(self, line: str) -> None:
         if self._length + len(line) > PAGE_LENGTH or len(self._lines) == PAGE_RESULTS:
             self.close()
         self._lines.append(line)
@@ -140,6 +142,18 @@ class Report:
             self.pages.append(_pack(self._lines))
             self._lines, self._length = [], 0
         return self.pages
+
+    @classmethod
+    def pages_of(cls, reports: Iterable[Report]) -> list[bytes]:
+        """The pages of several reports, as if they were one."""
+        whole = cls()
+        for report in reports:
+            if report.pages:
+                whole.close()
+                whole.pages += report.pages
+            for line in report._lines:
+                whole._take(line)
+        return whole.close()
 
     def has_pages(self) -> bool:
         """Whether there are FileResults in it."""

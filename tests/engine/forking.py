@@ -106,6 +106,9 @@ class Books:
     def keep_pages(self, parts: dict[str, list[bytes]]) -> None:
         self.pages |= parts  # a part may be kept again: what it did is told whole each time
 
+    def replace_pages(self, parts: dict[str, list[bytes]]) -> None:
+        self.pages = dict(parts)
+
     def settle(self, result: ForkResult) -> None:
         self.settled.append(result)
 

@@ -73,11 +73,57 @@ def test_first_claim_holds_the_id(results: Results) -> None:
     second: Claim = {"request": None, "destination": "/c", "queue": "forkvm.rack-7"}
 
     assert results.claim_of("fork-1") is None
-    assert results.claim("fork-1", first) == first
-    assert results.claim("fork-1", second) == first
-    assert results.claim("fork-1", first) == first
+    assert results.claim("fork-1", first) == (first, None)
+    assert results.claim("fork-1", second) == (first, None)
+    assert results.claim("fork-1", first) == (first, None)
     assert results.claim_of("fork-1") == first
-    assert results.claim("fork-2", second) == second
+    assert results.claim("fork-2", second) == (second, None)
+
+
+def test_first_claim_alone_is_told_and_makes_the_fork_started_and_open(
+    results: Results, redis: fakeredis.FakeRedis
+) -> None:
+    client: Any = redis
+    with client.pubsub(ignore_subscribe_messages=True) as channel:
+        channel.subscribe(STATE)
+        channel.get_message()
+        for _ in range(2):
+            results.claim("fork-1", _claim())
+
+        told = [channel.get_message() for _ in range(2)]
+
+    assert [json.loads(message["data"])["status"] for message in told if message] == ["STARTED"]
+    assert results.state("fork-1")["status"] == "STARTED"
+    assert [fork.fork_id for fork in results.open_forks("forkvm")] == ["fork-1"]
+
+
+@pytest.mark.parametrize("cause", [None, ForkError(Code.NO_SPACE, "it is full", "/b-\udcff", 28)])
+def test_claim_on_an_id_whose_fork_has_ended_tells_the_result(results: Results, cause: ForkError | None) -> None:
+    results.claim("fork-1", _claim())
+    results.settle("fork-1", _result(cause=cause))
+
+    assert results.claim("fork-1", _claim("forkvm.other")) == (_claim(), results.result("fork-1"))
+
+
+def test_id_of_a_campaign_s_fork_cannot_be_claimed_once_it_has_succeeded(
+    results: Results, redis: fakeredis.FakeRedis
+) -> None:
+    """Its record is all that is kept of it; a claim would have the sweep look after it for ever."""
+    result = _result()
+    redis.set(STATE, json.dumps({"status": "SUCCESS", "result": result}), ex=EXPIRES)
+
+    assert results.claim("fork-1", _claim()).result == result
+
+    assert results.claim_of("fork-1") is None
+    assert results.open_forks("forkvm") == []
+
+
+def test_claim_keeps_the_state_of_one_whose_claim_was_lost(results: Results, redis: fakeredis.FakeRedis) -> None:
+    _store_state(redis, "PROGRESS")
+
+    assert results.claim("fork-1", _claim()) == (_claim(), None)
+
+    assert results.state("fork-1")["status"] == "PROGRESS"
 
 
 # -- the final result
@@ -129,6 +175,21 @@ def test_pages_kept_again_take_the_place_of_the_earlier_ones(results: Results) -
     results.keep_pages("fork-1", {"0": [page_of([_file("c")]), page_of([_file("d")])]})
 
     assert [file["path"] for file in results.files("fork-1")] == ["c", "d"]
+
+
+def test_replaced_pages_are_the_only_ones(results: Results, redis: fakeredis.FakeRedis) -> None:
+    """What an earlier attempt kept of parts that this one does not have would be counted too."""
+    results.keep_pages("fork-1", {"plan": [page_of([_file("a")])], "7": [page_of([_file("b")])]})
+    results.replace_pages("fork-1", {"plan": [page_of([_file("c")])], "0": [page_of([_file("d")])]})
+    assert [file["path"] for file in results.files("fork-1")] == ["c", "d"]
+
+    results.replace_pages("fork-1", {"0": [page_of([_file("e"), _file("f")])]})
+    assert [file["path"] for file in results.files("fork-1")] == ["e", "f"]
+    assert redis.exists("forkvm:fork-1:page")
+    assert not redis.exists("forkvm:fork-1:pages")
+
+    results.replace_pages("fork-1", {"0": []})
+    assert list(results.files("fork-1")) == []
 
 
 def test_fewer_pages_kept_again_leave_none_of_the_earlier_ones(results: Results) -> None:
