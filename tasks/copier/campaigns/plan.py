@@ -178,9 +178,11 @@ def _expected_seconds(plan: Plan, report: Report) -> float:
     """About how long one fork takes, in seconds. Reflinks of large files are reckoned by that of the largest one."""
     seconds = plan.entries * _ENTRY_SECONDS
     probe = next(unpack_pages(report.close()), None)
-    if probe is None or probe["bytes"] < _TELLING_BYTES:
-        return seconds + plan.bytes * _BYTE_SECONDS
-    return seconds + probe["seconds"] * plan.bytes / max(1, probe["bytes"])
+    if probe is not None and probe["bytes"] >= _TELLING_BYTES:
+        return seconds + probe["seconds"] * plan.bytes / probe["bytes"]
+    if probe is not None and probe["method"] == "reflink":
+        return seconds
+    return seconds + plan.bytes * _BYTE_SECONDS
 
 
 def _batch_size(spec: CampaignSpec, seconds: float) -> int:
