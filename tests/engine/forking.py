@@ -132,11 +132,20 @@ class Books:
 
 
 def fork_with_books(
-    source: Path, destination: Path, *, fork_id: str = "fork-1", limits: Limits = INLINE, **options: Any
+    source: Path,
+    destination: Path,
+    *,
+    fork_id: str = "fork-1",
+    limits: Limits = INLINE,
+    earlier: Mapping[str, list[bytes]] | None = None,
+    **options: Any,
 ) -> Books:
-    """One fork in this process, its chunks one after another as a single worker would do them, with its books."""
+    """One fork in this process, its chunks one after another as a single worker would do them, with its books.
+
+    `earlier`: pages that an earlier attempt left in them.
+    """
     spec = spec_of(source, destination, fork_id, **options)
-    books, ticker = Books(), Ticker(go_on)
+    books, ticker = Books(dict(earlier or {})), Ticker(go_on)
     with (
         open_ends(Roots(), spec.source, spec.destination) as ends,
         Staging.claim(ends.parent_fd, fork_id, wait=0) as staging,

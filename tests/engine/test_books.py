@@ -11,7 +11,7 @@ import pytest
 
 from tasks.copier.options import Limits
 from tasks.copier.progress import Progress
-from tests.engine.forking import MIB, Books, fork_with_books, forked, spec_of
+from tests.engine.forking import CHUNKED, MIB, Books, fork_with_books, forked, spec_of
 from tests.engine.sources import make_everything, make_images
 from tests.fixtures.filesystems import Fresh
 from tests.support.extents import data_extents
@@ -48,6 +48,16 @@ def assert_balanced(books: Books, entries: dict[bytes, Entry]) -> None:
         "copied": sum(one["copied_bytes"] for one in files.values()),
     }
     assert {one["error"] for one in files.values()} == {None}
+
+
+def test_what_an_earlier_attempt_kept_is_no_part_of_the_books(fs: Path, limits: Limits) -> None:
+    """It may have been cut into more parts, by a worker with other limits or before the source changed."""
+    source = make_guest(fs / "source")
+    pages = fork_with_books(source, fs / "earlier", fork_id="fork-0", limits=CHUNKED).pages
+
+    books = fork_with_books(source, fs / "fork", limits=limits, earlier={**pages, "99": pages["0"]})
+
+    assert_balanced(books, snapshot(source))
 
 
 @pytest.mark.parametrize("reflink", ["auto", "never"])
