@@ -274,7 +274,8 @@ def _on_each_reflink(
         say("nothing to measure without Redis")
         return []
     found: list[Finding] = []
-    for kind in _REFLINK_KINDS:
+    kinds = plan.kinds if plan.directory is not None else [kind for kind in _REFLINK_KINDS if kind in plan.kinds]
+    for kind in kinds:
         with _filesystem(plan, kind, cases, root) as (filesystem, _):
             found += measure(filesystem, service)
     return found
