@@ -94,15 +94,15 @@ class ForkLedger:
     results: Results
     fork_id: str
 
-    def keep_pages(self, parts: dict[str, list[bytes]]) -> None:
+    def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> None:
         """Keep FileResults; see `Results.keep_pages`. Raises ForkError no_space when Redis takes no more."""
         with _no_space():
-            self.results.keep_pages(self.fork_id, parts)
+            self.results.keep_pages(self.fork_id, parts, anew=anew)
 
-    def replace_pages(self, parts: dict[str, list[bytes]]) -> None:
-        """Keep FileResults in place of all earlier ones; see `Results.replace_pages`. Raises ForkError no_space."""
+    def keep_all_pages(self, pages: list[bytes]) -> None:
+        """Keep FileResults; see `Results.keep_all_pages`. Raises ForkError no_space when Redis takes no more."""
         with _no_space():
-            self.results.replace_pages(self.fork_id, parts)
+            self.results.keep_all_pages(self.fork_id, pages)
 
     def settle(self, result: ForkResult) -> None:
         """Keep the final result, and put a line into the worker's log."""

@@ -208,35 +208,38 @@ class Results:
 
     # -- FileResults
 
-    def keep_pages(self, fork_id: str, parts: dict[str, list[bytes]]) -> None:
-        """Keep the FileResults of parts of a fork (`plan`, a chunk's number, `close`), in place of earlier ones."""
-        self._keep_pages(fork_id, parts, ())
+    def keep_pages(self, fork_id: str, parts: dict[str, list[bytes]], *, anew: bool = False) -> None:
+        """Keep the FileResults of parts of a fork (`plan`, a chunk's number, `close`), in place of their earlier ones.
 
-    def replace_pages(self, fork_id: str, parts: dict[str, list[bytes]]) -> None:
-        """As `keep_pages`, in place of those of all parts: what an earlier attempt kept is of no attempt any more."""
-        self._keep_pages(fork_id, parts, (key_of(fork_id, "pages"), self.only_page(fork_id)))
-
-    def _keep_pages(self, fork_id: str, parts: dict[str, list[bytes]], outdated: tuple[str, ...]) -> None:
-        pages = [page for pages in parts.values() for page in pages]
+        `anew`: in place of those of all parts, since what an earlier attempt kept is of no attempt any more.
+        """
 
         def write() -> None:
             with self.redis.pipeline(transaction=True) as pipe:
-                if outdated:
-                    pipe.delete(*outdated)
-                if outdated and len(pages) == 1:
-                    pipe.set(self.only_page(fork_id), pages[0], ex=self.expires)
-                else:
-                    self._write_pages(pipe, fork_id, parts)
+                if anew:
+                    pipe.delete(key_of(fork_id, "pages"), self.only_page(fork_id))
+                for part, pages in parts.items():
+                    for number, page in enumerate(pages):
+                        pipe.set(page_key(fork_id, part, number), page, ex=self.expires)
+                    pipe.hset(key_of(fork_id, "pages"), part, str(len(pages)))
+                pipe.expire(key_of(fork_id, "pages"), self.expires)
                 pipe.execute()
 
         self.ask(write)
 
-    def _write_pages(self, pipe: Pipeline, fork_id: str, parts: dict[str, list[bytes]]) -> None:
-        for part, pages in parts.items():
-            for number, page in enumerate(pages):
-                pipe.set(page_key(fork_id, part, number), page, ex=self.expires)
-            pipe.hset(key_of(fork_id, "pages"), part, str(len(pages)))
-        pipe.expire(key_of(fork_id, "pages"), self.expires)
+    def keep_all_pages(self, fork_id: str, pages: list[bytes]) -> None:
+        """Keep the FileResults of a fork that has no parts, in place of all that earlier attempts kept."""
+        if len(pages) != 1:
+            self.keep_pages(fork_id, {"0": pages}, anew=True)
+            return
+
+        def write() -> None:
+            with self.redis.pipeline(transaction=True) as pipe:
+                pipe.delete(key_of(fork_id, "pages"))
+                pipe.set(self.only_page(fork_id), pages[0], ex=self.expires)
+                pipe.execute()
+
+        self.ask(write)
 
     def files(self, fork_id: str) -> Iterator[FileResult]:
         """Yield the FileResults that are there by now, a page at a time, in the order of the manifest's parts."""

@@ -49,11 +49,14 @@ class Superseded(Exception):
 class Ledger(Protocol):
     """Where a fork's results are kept for those who asked for it."""
 
-    def keep_pages(self, parts: dict[str, list[bytes]]) -> None:
-        """Keep the FileResults of parts of the fork (a chunk's number, `plan` or `close`). Raises ForkError."""
+    def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> None:
+        """Keep the FileResults of parts of the fork (a chunk's number, `plan` or `close`). Raises ForkError.
 
-    def replace_pages(self, parts: dict[str, list[bytes]]) -> None:
-        """As `keep_pages`, in place of all that was kept before, by an earlier attempt. Raises ForkError."""
+        `anew`: in place of all that was kept before, by an earlier attempt.
+        """
+
+    def keep_all_pages(self, pages: list[bytes]) -> None:
+        """Keep the FileResults of a fork without parts, in place of all that was kept before. Raises ForkError."""
 
     def settle(self, result: ForkResult) -> None:
         """Keep the final result. When this returns, a second delivery of the request will find it."""
@@ -187,7 +190,7 @@ def _start_anew(
             account.clock.planned = time.time()
             if not plan.inline:
                 _take_in_done(staging, account, crew)
-                ledger.replace_pages({part: report.close() for part, report in account.reports.items()})
+                ledger.keep_pages({part: report.close() for part, report in account.reports.items()}, anew=True)
                 account.in_parts = True
                 staging.write_report("plan", planned)
                 staging.write_journal(
@@ -308,7 +311,7 @@ def _insist(remove: Callable[[], None]) -> None:
 def _keep_pages(account: _Account, ledger: Ledger, undone: Iterable[str] = ()) -> None:
     """Keep the FileResults of all parts that are not in the ledger yet; parts that are `undone` have none."""
     if not account.in_parts:
-        ledger.replace_pages({"0": Report.pages_of(account.reports.values())})
+        ledger.keep_all_pages(Report.pages_of(account.reports.values()))
         return
     pages: dict[str, list[bytes]] = {part: [] for part in undone}
     pages |= {part: report.close() for part, report in account.reports.items() if report.has_pages()}

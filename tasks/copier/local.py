@@ -25,10 +25,10 @@ _FINER = 5
 class _NoLedger:
     """A local fork's results go to its caller alone."""
 
-    def keep_pages(self, parts: dict[str, list[bytes]]) -> None:
+    def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> None:
         """Nobody asks for them later."""
 
-    def replace_pages(self, parts: dict[str, list[bytes]]) -> None:
+    def keep_all_pages(self, pages: list[bytes]) -> None:
         """Nobody asks for them later."""
 
     def settle(self, result: ForkResult) -> None:

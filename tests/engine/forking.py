@@ -103,11 +103,12 @@ class Books:
     pages: dict[str, list[bytes]] = field(default_factory=dict)
     settled: list[ForkResult] = field(default_factory=list)
 
-    def keep_pages(self, parts: dict[str, list[bytes]]) -> None:
-        self.pages |= parts  # a part may be kept again: what it did is told whole each time
+    def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> None:
+        # A part may be kept again: what it did is told whole each time.
+        self.pages = dict(parts) if anew else self.pages | parts
 
-    def replace_pages(self, parts: dict[str, list[bytes]]) -> None:
-        self.pages = dict(parts)
+    def keep_all_pages(self, pages: list[bytes]) -> None:
+        self.pages = {"0": pages}
 
     def settle(self, result: ForkResult) -> None:
         self.settled.append(result)

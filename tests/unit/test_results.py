@@ -177,19 +177,30 @@ def test_pages_kept_again_take_the_place_of_the_earlier_ones(results: Results) -
     assert [file["path"] for file in results.files("fork-1")] == ["c", "d"]
 
 
-def test_replaced_pages_are_the_only_ones(results: Results, redis: fakeredis.FakeRedis) -> None:
+def test_pages_that_are_kept_anew_are_the_only_ones(results: Results) -> None:
     """What an earlier attempt kept of parts that this one does not have would be counted too."""
     results.keep_pages("fork-1", {"plan": [page_of([_file("a")])], "7": [page_of([_file("b")])]})
-    results.replace_pages("fork-1", {"plan": [page_of([_file("c")])], "0": [page_of([_file("d")])]})
+
+    results.keep_pages("fork-1", {"plan": [page_of([_file("c")])]}, anew=True)
+    results.keep_pages("fork-1", {"0": [page_of([_file("d")])]})
+
     assert [file["path"] for file in results.files("fork-1")] == ["c", "d"]
 
-    results.replace_pages("fork-1", {"0": [page_of([_file("e"), _file("f")])]})
-    assert [file["path"] for file in results.files("fork-1")] == ["e", "f"]
-    assert redis.exists("forkvm:fork-1:page")
-    assert not redis.exists("forkvm:fork-1:pages")
 
-    results.replace_pages("fork-1", {"0": []})
-    assert list(results.files("fork-1")) == []
+@pytest.mark.parametrize("paths", [[], [["e", "f"]], [["e", "f"], ["g"]]])
+def test_pages_of_a_fork_without_parts_are_the_only_ones(results: Results, paths: list[list[str]]) -> None:
+    results.keep_all_pages("fork-1", [page_of([_file("a")])])
+    results.keep_pages("fork-1", {"plan": [page_of([_file("b")])], "7": [page_of([_file("c")])]})
+
+    results.keep_all_pages("fork-1", [page_of([_file(path) for path in page]) for page in paths])
+
+    assert [file["path"] for file in results.files("fork-1")] == [path for page in paths for path in page]
+
+
+def test_only_page_of_a_fork_has_one_key(results: Results, redis: fakeredis.FakeRedis) -> None:
+    results.keep_all_pages("fork-1", [page_of([_file("a")])])
+
+    assert list(redis.scan_iter("forkvm:*")) == [b"forkvm:fork-1:page"]
 
 
 def test_fewer_pages_kept_again_leave_none_of_the_earlier_ones(results: Results) -> None:
