@@ -40,8 +40,10 @@ _LEAST_BATCHES = 8
 #: Most batches of one campaign that are in the queue at once: so many processes can work on it, and so little waits
 #: before the batches of others.
 _MOST_LANES = 16
-#: What is reckoned for each entry, in seconds, and for each byte that is copied.
-_ENTRY_SECONDS = 60e-6
+#: What is reckoned for each fork, for each entry of it, and for each byte that is copied, in seconds, where two
+#: processes work side by side.
+_FORK_SECONDS = 250e-6
+_ENTRY_SECONDS = 100e-6
 _BYTE_SECONDS = 1e-9
 #: A snapshot costs a commit of the filesystem: smaller sources than these, in entries and in bytes, are cloned file by
 #: file.
@@ -176,7 +178,7 @@ def find_home(roots: Roots, paths: Iterable[str]) -> str:
 
 def _expected_seconds(plan: Plan, report: Report) -> float:
     """About how long one fork takes, in seconds. Reflinks of large files are reckoned by that of the largest one."""
-    seconds = plan.entries * _ENTRY_SECONDS
+    seconds = _FORK_SECONDS + plan.entries * _ENTRY_SECONDS
     probe = next(unpack_pages(report.close()), None)
     if probe is not None and probe["bytes"] >= _TELLING_BYTES:
         return seconds + probe["seconds"] * plan.bytes / probe["bytes"]
@@ -190,7 +192,7 @@ def _batch_size(spec: CampaignSpec, seconds: float) -> int:
     count = spec.aims.count
     parallel = spec.aims.max_parallel
     most = min(_MOST_IN_BATCH, -(-count // _LEAST_BATCHES), count if parallel is None else max(1, parallel // 2))
-    wanted = max(1, min(most, int(BATCH_SECONDS / max(seconds, 1e-9))))
+    wanted = max(1, min(most, int(BATCH_SECONDS / seconds)))
     if wanted >= count:
         return count
     pairs = -(-count // (2 * wanted))
