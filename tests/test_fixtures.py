@@ -15,7 +15,7 @@ import pytest
 from celery import Celery
 
 from tests.fixtures.filesystems import Fresh, Kind, OverlayOver, SmallTmpfs, filesystem_type
-from tests.fixtures.processes import PublicProgram, RunForkvm, StartWorker
+from tests.fixtures.processes import PublicProgram, RunForkvm, StartWorker, end_group
 from tests.fixtures.redis_server import RedisServer
 from tests.support.extents import (
     allocated_bytes,
@@ -262,6 +262,34 @@ def test_worker_is_started_with_its_children_and_none_lives_after_a_kill(
 
     assert not worker.running
     assert worker.children == []
+
+
+#: A process that leaves a child behind, which has a second thread, much memory and a lock.
+_LEADER = """
+import fcntl, os, sys, threading, time
+if os.fork() == 0:
+    held = open(sys.argv[1], "w")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    threading.Thread(target=time.sleep, args=(100,), daemon=True).start()
+    memory = bytearray(100 << 20)
+    print("locked", flush=True)
+time.sleep(100)
+"""
+
+
+def test_nothing_of_a_group_that_was_ended_holds_a_lock_any_more(tmp_path: Path) -> None:
+    """A process whose main thread has ended is a zombie, also while its other threads still hold what it had open."""
+    for _ in range(20):
+        with subprocess.Popen(
+            [sys.executable, "-c", _LEADER, str(tmp_path / "lock")], stdout=subprocess.PIPE, start_new_session=True
+        ) as leader:
+            assert leader.stdout is not None
+            assert leader.stdout.readline() == b"locked\n"
+
+            end_group(leader)
+
+        with (tmp_path / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_command_line_runs_as_root_or_another_user(run_forkvm: RunForkvm, mounts: Path) -> None:
