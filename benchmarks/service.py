@@ -19,7 +19,7 @@ from typing import Any
 from celery import Celery
 from redis import Redis
 
-from benchmarks.subjects import QUEUE, Run, Subject, SubjectFailed
+from benchmarks.subjects import QUEUE, Run, Subject, SubjectFailed, last_lines
 from tasks.context import FORK_TASK
 
 _PROJECT = Path(__file__).resolve().parent.parent
@@ -97,7 +97,7 @@ class Service:
                 self.redis.unlink(key)
 
     def _log_end(self) -> str:
-        return "\n".join(self.worker_log.read_text(errors="replace").splitlines()[-20:])
+        return last_lines(self.worker_log.read_text(errors="replace"), 20)
 
 
 @contextmanager

@@ -19,9 +19,6 @@ RSYNC, COPYTREE, XARGS = "rsync", "copytree", "xargs"
 #: The peers beside cp.
 PEERS = (RSYNC, COPYTREE, XARGS)
 
-#: So many lines of what a program complained of are told: cp has one for each file.
-_TOLD_LINES = 3
-
 _PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -91,12 +88,12 @@ def in_child(job: str, source: Path, destination: Path) -> Run:
             assert child.stdout is not None
             assert child.stderr is not None
             if child.stdout.readline().strip() != READY:
-                raise SubjectFailed(f"{job} did not start: {_last_lines(child.stderr.read())}")
+                raise SubjectFailed(f"{job} did not start: {last_lines(child.stderr.read())}")
             child.stdin.write(json.dumps({"source": str(source), "destination": str(destination)}) + "\n")
             child.stdin.flush()
             answer = child.stdout.readline()
             if not answer:
-                raise SubjectFailed(f"{job}: {_last_lines(child.stderr.read())}")
+                raise SubjectFailed(f"{job}: {last_lines(child.stderr.read())}")
             return Run(**json.loads(answer))
         except BaseException:
             child.kill()
@@ -126,9 +123,10 @@ def _command(*command: str) -> Run:
 
 def _checked(done: subprocess.CompletedProcess[bytes], began: float, ended: float) -> Run:
     if done.returncode:
-        raise SubjectFailed(f"{done.args[0]}: {_last_lines(done.stderr.decode(errors='replace'))}")
+        raise SubjectFailed(f"{done.args[0]}: {last_lines(done.stderr.decode(errors='replace'))}")
     return Run(began, ended)
 
 
-def _last_lines(text: str) -> str:
-    return "\n".join(text.strip().splitlines()[-_TOLD_LINES:])
+def last_lines(text: str, count: int = 3) -> str:
+    """The last lines of what a program said; cp has one for each file that it could not copy."""
+    return "\n".join(text.strip().splitlines()[-count:])

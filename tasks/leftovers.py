@@ -29,7 +29,8 @@ def remove_leftovers(context: Context, job_id: str, destination: str) -> None:
                     campaign = campaign_in(staging)
                     if campaign is not None:
                         remove_annexes(campaign, context.roots)
-                    staging.discard_trees()
+                    else:
+                        staging.discard_trees()
                     staging.remove()
         finally:
             os.close(parent_fd)
