@@ -32,7 +32,7 @@ from tasks.copier.staging import Staging
 from tasks.copier.work import open_work
 
 #: About how long one batch is to take, in seconds: short enough that a single fork does not wait for it.
-BATCH_SECONDS = 0.1
+BATCH_SECONDS = 0.125
 #: Most forks a batch: each needs descriptors, of which a process has 1,024 by default.
 _MOST_IN_BATCH = 128
 #: A small campaign is cut into at least so many batches, so that all processes have a part of it.
