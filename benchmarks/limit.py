@@ -50,19 +50,13 @@ def clone_tree(source: str, destination: str) -> None:
 
 
 def clone_often(source: str, destinations: Sequence[str]) -> None:
-    """Reflink each file into each destination.
-
-    One process begins with the last file: two that clone one file wait for each other.
-    """
-    halves = [(path, False) for path in destinations[::2]], [(path, True) for path in destinations[1::2]]
-    _in_two_processes(halves, lambda part: _clone_into_each(source, part))
+    """Reflink each file into each destination."""
+    _in_two_processes((destinations[::2], destinations[1::2]), lambda part: _clone_into_each(source, part))
 
 
-def _clone_into_each(source: str, part: Sequence[tuple[str, bool]]) -> None:
-    for destination, backwards in part:
+def _clone_into_each(source: str, destinations: Sequence[str]) -> None:
+    for destination in destinations:
         found = [_Names(directory, [entry.name for entry in files]) for directory, files in _walk(source, destination)]
-        if backwards:
-            found = [_Names(directory, names[::-1]) for directory, names in found[::-1]]
         _clone(source, destination, found)
 
 

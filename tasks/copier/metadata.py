@@ -34,8 +34,8 @@ class Metadata:
         self.timestamps = "timestamps" in kept
         self.xattrs = "xattrs" in kept
         self._umask = 0 if self.mode else _current_umask()
-        self._named: Entry | None = None
-        self._names: list[str] = []
+        #: The names of the attributes of open source files, by their descriptors.
+        self._names: dict[int, tuple[Entry, list[str]]] = {}
 
     def apply(self, fd: int, fresh: os.stat_result, entry: Entry, src_fd: int) -> None:
         """Give the file or directory `fd`, whose status is `fresh`, the metadata of `entry`, open as `src_fd`.
@@ -77,13 +77,14 @@ class Metadata:
         return mode & _PERMISSIONS & ~(0 if owned else _SET_ID)
 
     def _names_of(self, entry: Entry, src_fd: int) -> list[str]:
-        """The names of the extended attributes of `entry`, which several clones in a row may ask for.
+        """The names of the extended attributes of `entry`, which several clones may ask for while it is open.
 
         Whoever changes them changes the entry's ctime, which is compared when the clones are made.
         """
-        if entry is not self._named:
-            self._named, self._names = entry, _xattr_names(src_fd, follow=True)
-        return self._names
+        known = self._names.get(src_fd)
+        if known is None or known[0] is not entry:
+            known = self._names[src_fd] = entry, _xattr_names(src_fd, follow=True)
+        return known[1]
 
     def _copy_xattrs(self, source: int | str, target: int | str, names: list[str], *, follow: bool) -> bool:
         """Copy the extended attributes of these names; whether there were any."""

@@ -337,6 +337,45 @@ def test_a_source_that_changes_in_the_middle_gives_no_torn_fork(
         check_books(fork, books.files(n))
 
 
+@pytest.mark.usefixtures("every_beat", "few_batches")
+def test_a_file_that_changes_while_it_is_cloned_is_named_by_every_fork(
+    directory: Path, source: Path, tmp_path: Path
+) -> None:
+    changed: list[bool] = []
+
+    def append(progress: Progress) -> None:
+        if progress["files_done"] == 8 and not changed:  # in the second of the trees
+            changed.append(True)
+            time.sleep(0.03)  # longer than a tick of the kernel's coarse clock
+            with (source / "config.ext4").open("ab") as file:
+                file.write(b"the machine goes on")
+
+    result, books = campaign_with_books(source, destinations(directory, 4), tmp_path / "books", beat=append)
+
+    assert counts(result) == (0, 4, 0)
+    for n in range(4):
+        assert [file["path"] for file in books.files(n) if file["error"]] == ["config.ext4"]
+
+
+@pytest.mark.usefixtures("few_batches")
+def test_the_largest_batch_needs_few_of_the_descriptors_that_a_process_has(directory: Path, tmp_path: Path) -> None:
+    # Given more directories than files that are open at once, so that each of these lies in one of its own
+    source = directory / "source"
+    for n in range(40):
+        (source / f"{n:02}").mkdir(parents=True)
+        (source / f"{n:02}" / "state").write_bytes(b"paused")
+    most = 0
+
+    def count(progress: Progress) -> None:
+        nonlocal most
+        most = max(most, len(os.listdir("/proc/self/fd")))
+
+    result, _ = campaign_with_books(source, destinations(directory, 128), tmp_path / "books", beat=count)
+
+    assert counts(result) == (128, 0, 0)
+    assert 128 < most < 256  # of 1,024
+
+
 @pytest.mark.parametrize("kind", ["xfs", "ext4"])
 def test_verify_and_sync_change_nothing_about_good_forks(fresh: Fresh, kind: Kind) -> None:
     directory = fresh(kind)

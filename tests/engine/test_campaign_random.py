@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tasks.copier.campaigns import batch_build
 from tasks.copier.campaigns import plan as campaign_plan
 from tests.engine.campaigning import campaign, campaign_with_books
 from tests.engine.forking import assert_alike, leftovers
@@ -26,13 +27,18 @@ EXAMPLES = settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow
     tree=trees,
     count=st.integers(1, 9),
     most=st.integers(1, 5),
+    open_files=st.integers(1, 4),
     children=st.booleans(),
     taken=st.sets(st.integers(0, 8), max_size=2),
 )
 def test_every_fork_of_any_tree_is_that_tree(
-    kind: Kind, fresh: Fresh, tree: Directory, count: int, most: int, children: bool, taken: set[int]
+    kind: Kind, fresh: Fresh, tree: Directory, count: int, most: int, open_files: int, children: bool, taken: set[int]
 ) -> None:
-    with fresh_directory(fresh(kind)) as directory, patch.object(campaign_plan, "_MOST_IN_BATCH", most):
+    with (
+        fresh_directory(fresh(kind)) as directory,
+        patch.object(campaign_plan, "_MOST_IN_BATCH", most),
+        patch.object(batch_build, "_OPEN_FILES", open_files),
+    ):
         source, books = directory / "source", directory / "books"
         make(os.fsencode(source), tree, [])
         paths = [directory / f"vm-{n}" for n in range(count)]

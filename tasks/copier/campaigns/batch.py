@@ -19,8 +19,9 @@ from itertools import groupby
 from typing import Protocol
 
 from tasks.copier.campaigns import batch_record
+from tasks.copier.campaigns.batch_build import build
 from tasks.copier.campaigns.batch_record import Outcome, Record
-from tasks.copier.campaigns.batch_trees import Tree, Trees, build, snapshot_trees
+from tasks.copier.campaigns.batch_trees import Tree, Trees, snapshot_trees
 from tasks.copier.campaigns.plan import Campaign
 from tasks.copier.chunk import MAX_TRIES, worker_lost
 from tasks.copier.clone import Cloner
@@ -263,8 +264,7 @@ class _Run:
         plan, options = self.campaign.plan.fork, self.campaign.spec.options
         cloner = Cloner(options, {(src, dst): number for src, dst, number in plan.refused}, self.ticker.step)
         with ExitStack() as opened:
-            backwards = self.first // self.campaign.plan.batch % 2 == 1
-            made = Trees(self.campaign.staging, self.staging, self.ends, plan, cloner, self.ticker, opened, backwards)
+            made = Trees(self.campaign.staging, self.staging, self.ends, plan, cloner, self.ticker, opened)
             try:
                 for index, name in names.items():
                     made.make(index, self.forks[index], name)
