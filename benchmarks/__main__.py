@@ -21,6 +21,7 @@ from benchmarks import (
     growth,
     memory,
     messages,
+    record,
     report,
     singles,
     snapshot,
@@ -85,8 +86,13 @@ class _Plan:
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Where the images of filesystems lie (default $TMPDIR).",
 )
-@click.option("--json", "json_path", metavar="FILE", help="All figures, as JSON; - is stdout.")
-@click.option("--svg", "svg_path", metavar="FILE", help="The table, as a picture.")
+@click.option(
+    "--json",
+    "json_path",
+    metavar="FILE",
+    help="All figures, as JSON; - is stdout. A file keeps what it holds and is not measured again.",
+)
+@click.option("--svg", "svg_path", metavar="FILE", help="The table, as a picture, with what the JSON file kept.")
 @click.option(
     "--measure", "extras", multiple=True, type=click.Choice(_EXTRAS), help="In place of the table; may be repeated."
 )
@@ -113,6 +119,10 @@ def main(
         directory=directory,
         images=directory or work_dir or Path(tempfile.gettempdir()),
     )
+    try:
+        kept = record.read(json_path)
+    except (OSError, ValueError) as error:
+        sys.exit(f"bench: {json_path}: {error}")
     # TERM ends it as Ctrl-C does: through every with block, and with a table of what was measured.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     began = time.monotonic()
@@ -140,13 +150,13 @@ def main(
         report.print_table(rows, plan.rounds, plan.peers)
     if findings:
         report.print_findings(findings)
-    if interrupted:
-        say("interrupted: the rest was not measured, and no file is written")
-        sys.exit(_INTERRUPTED)
     if json_path is not None:
-        report.write_json(json_path, report.as_data(rows, findings, plan.rounds))
+        rows = record.add_to(json_path, kept, rows, findings)
     if svg_path is not None:
-        Path(svg_path).write_text(draw(rows, plan.rounds, os.cpu_count() or 0), encoding="utf-8")
+        Path(svg_path).write_text(draw(rows, os.cpu_count() or 0), encoding="utf-8")
+    if interrupted:
+        say("interrupted: the rest was not measured")
+        sys.exit(_INTERRUPTED)
     say(f"done in {time.monotonic() - began:.0f} s")
     sys.exit(1 if failed else 0)
 

@@ -60,7 +60,7 @@ _STYLE = """
 """
 
 
-def draw(rows: Sequence[Row], rounds: int, cores: int) -> str:
+def draw(rows: Sequence[Row], cores: int) -> str:
     """The SVG's text: one group of bars a row, two groups side by side."""
     drawn = [row for row in rows if row.median(CP) is not None]
     parts: list[str] = []
@@ -70,7 +70,9 @@ def draw(rows: Sequence[Row], rounds: int, cores: int) -> str:
         for column, row in enumerate(line):
             parts += _group(row, _MARGIN + column * (_COLUMN + _GAP), y)
         y += max(_height(row) for row in line) + _BELOW
-    note = f"Medians of {rounds} rounds on {cores} cores; shorter is faster. Dashed: cp -a"
+    rounds = sorted({len(row.seconds[CP]) for row in drawn})
+    how_many = " to ".join(str(n) for n in dict.fromkeys([*rounds[:1], *rounds[-1:]]))
+    note = f"Medians of {how_many} rounds on {cores} cores; shorter is faster. Dashed: cp -a"
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{y}" viewBox="0 0 {_WIDTH} {y}">',

@@ -1,21 +1,16 @@
-"""The figures as one table, and as JSON."""
+"""The figures as tables."""
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from typing import Any
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.rounds import Row
+from benchmarks.rounds import Row, now
 from benchmarks.subjects import CP, ENGINE, LIMIT, QUEUE
 from benchmarks.targets import Target, targets
 
@@ -39,6 +34,7 @@ class Finding:
     unit: str
     #: At most so much; None where no target was set.
     most: float | None = None
+    measured_at: str = field(default_factory=now)
 
     @property
     def met(self) -> bool | None:
@@ -73,46 +69,6 @@ def print_findings(findings: Sequence[Finding]) -> None:
         verdict = _verdict(finding.most, finding.met, finding.unit)
         table.add_row(finding.what, f"{_number(finding.value)} {finding.unit}", verdict)
     _console().print(table)
-
-
-def as_data(rows: Sequence[Row], findings: Sequence[Finding], rounds: int) -> dict[str, Any]:
-    """Everything that was measured, as plain data; times are in milliseconds."""
-    return {
-        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {
-            "kernel": platform.release(),
-            "cores": os.cpu_count(),
-            "architecture": platform.machine(),
-            "python": platform.python_version(),
-        },
-        "rounds": rounds,
-        "rows": [
-            {
-                "filesystem": row.filesystem,
-                "case": row.case,
-                "reflink": row.reflink,
-                "median_ms": {name: round((row.median(name) or 0) * 1e3, 3) for name in row.seconds},
-                "rounds_ms": {name: [round(s * 1e3, 3) for s in seconds] for name, seconds in row.seconds.items()},
-                "ratio_to_cp": {name: _rounded(row.ratio(name, CP)) for name in row.seconds},
-                "targets": [
-                    {**asdict(target), "value": round(target.value, 4), "met": target.met} for target in targets(row)
-                ],
-                "failures": row.failures,
-            }
-            for row in rows
-        ],
-        "findings": [{**asdict(finding), "met": finding.met} for finding in findings],
-    }
-
-
-def write_json(path: str, data: dict[str, Any]) -> None:
-    """`-` is stdout."""
-    text = json.dumps(data, indent=1) + "\n"
-    if path == "-":
-        sys.stdout.write(text)
-    else:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
 
 
 def _cells(row: Row) -> list[Text]:
@@ -163,10 +119,6 @@ def _ratio(row: Row, subject: str) -> Text:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)
 
 
 def _console() -> Console:

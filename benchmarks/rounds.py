@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
@@ -16,6 +17,11 @@ from benchmarks.same import Differs, check_same
 from benchmarks.say import say
 from benchmarks.subjects import Run, Subject, SubjectFailed
 from tasks.copier.kernel.syscalls import syncfs
+
+
+def now() -> str:
+    """The time, UTC, as figures carry it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Row:
     seconds: dict[str, list[float]] = field(default_factory=dict)
     #: Why a subject has none.
     failures: dict[str, str] = field(default_factory=dict)
+    measured_at: str = field(default_factory=now)
 
     def median(self, subject: str) -> float | None:
         """Seconds; None for a subject that was not measured."""
