@@ -7,13 +7,14 @@ from dataclasses import replace
 
 from tasks.context import LOCK_WAIT, Again, Context, ForkLedger
 from tasks.copier.chunk import worker_lost
+from tasks.copier.control import Held
 from tasks.copier.ends import Ends
 from tasks.copier.errors import ForkError
 from tasks.copier.fork import Superseded, finish
 from tasks.copier.journal import Phase
 from tasks.copier.progress import Ticker
 from tasks.copier.spec import ForkResult, ForkSpec
-from tasks.copier.staging import Held, Staging
+from tasks.copier.staging import Staging
 from tasks.finish import known_result, refuse
 from tasks.takeover import settle_published
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from tasks.context import FINISH_TASK, LOCK_WAIT, Again, Context, ForkLedger
 from tasks.copier.chunk import fail_chunk, run_held_chunk
+from tasks.copier.control import Held
 from tasks.copier.ends import reopen_ends
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.journal import Journal, Phase
@@ -15,7 +16,7 @@ from tasks.copier.plan import Plan
 from tasks.copier.progress import Progress, Ticker
 from tasks.copier.report import Report
 from tasks.copier.spec import ForkSpec
-from tasks.copier.staging import Held, Staging
+from tasks.copier.staging import Staging
 from tasks.copier.work import open_work
 from tasks.finish import end_with
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from tasks.context import GONE, LOCK_WAIT, Again, Context, ForkLedger, cancelled
+from tasks.copier.control import Held
 from tasks.copier.ends import Ends, reopen_ends
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.fork import Superseded, finish
@@ -12,7 +13,7 @@ from tasks.copier.plan import Plan
 from tasks.copier.progress import Ticker
 from tasks.copier.report import Totals
 from tasks.copier.spec import Clock, ForkResult, ForkSpec, failed
-from tasks.copier.staging import Held, Staging
+from tasks.copier.staging import Staging
 from tasks.leftovers import remove_leftovers
 
 

@@ -7,13 +7,14 @@ from typing import cast
 
 from tasks import contract
 from tasks.context import CHUNK_TASK, LOCK_WAIT, Again, Context, ForkLedger, cancelled
+from tasks.copier.control import Held
 from tasks.copier.ends import open_ends
 from tasks.copier.errors import ForkError, from_oserror
 from tasks.copier.fork import Superseded, start
 from tasks.copier.plan import Plan
 from tasks.copier.progress import Ticker
 from tasks.copier.spec import ForkResult, ForkSpec
-from tasks.copier.staging import Held, Staging
+from tasks.copier.staging import Staging
 from tasks.copier.vanguard import Vanguard
 from tasks.finish import end_with, refuse, tell_again
 from tasks.results import Claim

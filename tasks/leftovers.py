@@ -8,8 +8,9 @@ from contextlib import suppress
 from tasks.context import Context
 from tasks.copier.campaigns.end import remove_annexes
 from tasks.copier.campaigns.plan import campaign_in
+from tasks.copier.control import Held
 from tasks.copier.errors import ForkError
-from tasks.copier.staging import Held, Staging
+from tasks.copier.staging import Staging
 
 #: How long to wait for a process that holds the staging, in seconds. One that took too long is killed only after its
 #: message is back in the queue, and billiard takes 0.1 s for each of those that did at one time.

@@ -72,7 +72,7 @@ return {result, state, ARGV[3]}
 
 
 class OpenFork(NamedTuple):
-    """A fork without an end: `sign` is what a sweep saw last of it; see `staging.sign_of_life`."""
+    """A fork without an end: `sign` is what a sweep saw last of it; see `control.sign_of_life`."""
 
     fork_id: str
     sign: int

@@ -17,9 +17,9 @@ import logging
 import os
 
 from tasks.context import CONCLUDE_TASK, FORK_TASK, Context
+from tasks.copier.control import last_sign_of_life
 from tasks.copier.errors import ForkError
 from tasks.copier.gc import YOUNG, collect
-from tasks.copier.staging import last_sign_of_life
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from tasks.context import CONCLUDE_TASK, LOCK_WAIT, Again, Context
 from tasks.copier.campaigns.batch import make_batch, seize_batch
 from tasks.copier.campaigns.end import late
 from tasks.copier.campaigns.plan import Campaign, open_campaign
+from tasks.copier.control import Held
 from tasks.copier.errors import ForkError
 from tasks.copier.fork import Superseded
 from tasks.copier.progress import Beat, Progress, Ticker
-from tasks.copier.staging import Held
 
 
 def run_batch(context: Context, campaign_id: str, home: str, first: int) -> None:

@@ -17,11 +17,12 @@ from tasks.copier import takeover
 from tasks.copier.campaigns.batch import failed_outcome
 from tasks.copier.campaigns.plan import Campaign, campaign_in, find_home, open_campaign, plan_campaign
 from tasks.copier.campaigns.spec import CampaignResult, CampaignSpec, campaign_result
+from tasks.copier.control import Held
 from tasks.copier.ends import open_ends
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.fork import Superseded
 from tasks.copier.progress import Beat, Progress, Ticker
-from tasks.copier.staging import Held, Staging
+from tasks.copier.staging import Staging
 from tasks.leftovers import remove_leftovers
 
 log = logging.getLogger(__name__)

@@ -15,9 +15,10 @@ from tasks.copier.campaigns.batch import seize_batch
 from tasks.copier.campaigns.end import end_rest, remove_annexes
 from tasks.copier.campaigns.plan import Campaign, campaign_in
 from tasks.copier.campaigns.spec import Aims, CampaignResult, CampaignSpec, campaign_result, forks_done
+from tasks.copier.control import Held
 from tasks.copier.errors import Code, ForkError, from_record
 from tasks.copier.progress import Progress, Ticker
-from tasks.copier.staging import Held, Staging
+from tasks.copier.staging import Staging
 
 
 def run_conclude(context: Context, campaign_id: str, home: str, *, seized: bool = False) -> CampaignResult | None:

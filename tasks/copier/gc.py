@@ -9,11 +9,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
+from tasks.copier.control import Held, sign_of_life
 from tasks.copier.errors import from_oserror
 from tasks.copier.journal import Journal
 from tasks.copier.kernel import trees
 from tasks.copier.selection import STAGING_NAME
-from tasks.copier.staging import Held, Staging, sign_of_life
+from tasks.copier.staging import Staging
 
 #: A control directory without a journal is left alone for so long, in seconds: its planner may be about to write one.
 _FRESH_SECONDS = 60.0

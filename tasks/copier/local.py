@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from tasks.copier.children import Children
+from tasks.copier.control import Held
 from tasks.copier.ends import Ends, open_ends
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.fork import Superseded, finish, start
@@ -15,7 +16,7 @@ from tasks.copier.plan import Plan
 from tasks.copier.progress import Beat, Ticker
 from tasks.copier.report import Totals
 from tasks.copier.spec import Clock, ForkResult, ForkSpec, failed
-from tasks.copier.staging import Held, Staging
+from tasks.copier.staging import Staging
 from tasks.copier.work import Work, open_work
 
 #: Without messages a chunk costs next to nothing: with so many in place of one, no child waits long for the last one.

@@ -7,6 +7,7 @@ import secrets
 import stat
 
 from tasks.copier.clone import Cloner, Place
+from tasks.copier.control import control_name
 from tasks.copier.ends import destination_exists
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.kernel import syscalls, trees
@@ -15,7 +16,6 @@ from tasks.copier.metadata import drop_inherited_acls
 from tasks.copier.options import Options
 from tasks.copier.progress import Beat, Ticker
 from tasks.copier.report import FileResult
-from tasks.copier.staging import control_name
 from tasks.copier.walk import Entry, Kind, entry_of, file_type
 
 

@@ -16,12 +16,13 @@ import pytest
 from tasks.copier.campaigns import batch_record
 from tasks.copier.campaigns import plan as campaign_plan
 from tasks.copier.campaigns.batch import seize_batch
+from tasks.copier.control import Held, control_name
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.fork import Superseded
 from tasks.copier.gc import collect
 from tasks.copier.kernel import syscalls
 from tasks.copier.kernel.roots import Roots
-from tasks.copier.staging import Held, Staging, control_name
+from tasks.copier.staging import Staging
 from tests.engine.campaigning import (
     ID,
     Books,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks.copier.control import control_name
 from tasks.copier.ends import open_ends
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.fork import start
@@ -21,7 +22,7 @@ from tasks.copier.kernel import syscalls
 from tasks.copier.kernel.roots import Roots
 from tasks.copier.progress import Progress, Ticker
 from tasks.copier.spec import ForkResult
-from tasks.copier.staging import Staging, control_name
+from tasks.copier.staging import Staging
 from tasks.copier.takeover import take_over
 from tests.engine.children import NOBODY, Child, in_child
 from tests.engine.forking import (

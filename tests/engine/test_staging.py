@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from tasks.copier.control import Held, control_name
 from tasks.copier.journal import Phase
 from tasks.copier.report import Report
-from tasks.copier.staging import Held, Staging, control_name
+from tasks.copier.staging import Staging
 from tests.engine.children import Child
 from tests.engine.forking import leftovers
 from tests.fixtures.filesystems import Fresh

@@ -13,8 +13,8 @@ from tasks.campaigns.results import CampaignResults
 from tasks.context import cancelled
 from tasks.copier.campaigns.batch import failed_outcome
 from tasks.copier.campaigns.spec import Aims, CampaignSpec
+from tasks.copier.control import control_name
 from tasks.copier.spec import ForkResult
-from tasks.copier.staging import control_name
 from tests.faults.fleet import CHILDREN, Guests, StartStruck, Struck, assert_served_and_clean, go_on, stand_at
 from tests.faults.moments import INLINE, PUBLISHED, Moments
 from tests.fixtures.processes import wait_until

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tasks.copier.staging import control_name
+from tasks.copier.control import control_name
 
 
 class StagingView:

@@ -25,6 +25,7 @@ from tasks.copier.campaigns.batch_trees import Tree, Trees, snapshot_trees
 from tasks.copier.campaigns.plan import Campaign
 from tasks.copier.chunk import MAX_TRIES, worker_lost
 from tasks.copier.clone import Cloner
+from tasks.copier.control import Held
 from tasks.copier.ends import Ends, destination_exists, reopen_ends
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.fork import Superseded
@@ -34,7 +35,7 @@ from tasks.copier.kernel.roots import Roots
 from tasks.copier.progress import Ticker
 from tasks.copier.report import Fallback, Report
 from tasks.copier.spec import Clock, ForkSpec, failed, succeeded
-from tasks.copier.staging import Held, Staging
+from tasks.copier.staging import Staging
 
 #: How long a batch waits for the control directory in a further parent, in seconds: who makes it holds it shortly.
 _LOCK_WAIT = 5.0

@@ -10,10 +10,11 @@ from functools import cache, partial
 
 from tasks.copier.campaigns.batch import CampaignLedger, failed_outcome, make_batch
 from tasks.copier.campaigns.plan import Campaign
+from tasks.copier.control import Held
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.kernel.roots import Roots
 from tasks.copier.progress import Ticker
-from tasks.copier.staging import Held, Staging
+from tasks.copier.staging import Staging
 
 #: Forks that were not begun are settled so many at a time.
 _SETTLED_AT_ONCE = 500

@@ -32,13 +32,14 @@ from tasks.copier.campaigns.spec import (
     progress_of,
     sums_of,
 )
+from tasks.copier.control import Held
 from tasks.copier.ends import Ends, open_ends
 from tasks.copier.errors import Code, ForkError, from_oserror, from_record
 from tasks.copier.fork import Superseded
 from tasks.copier.kernel import syscalls
 from tasks.copier.kernel.roots import Roots
 from tasks.copier.progress import Progress, Ticker
-from tasks.copier.staging import Held, Staging
+from tasks.copier.staging import Staging
 
 #: Forks done and failed by one child, in memory that the parent reads.
 _COUNTERS = struct.Struct("=qq")

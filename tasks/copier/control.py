@@ -1,0 +1,218 @@
+"""The control directory of a fork: made or found beside its destination, held by a lock, with files of its own.
+
+Whoever holds it gives signs of life; whoever finds it gone, or another in its place, holds nothing any more.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Self
+
+from tasks.copier.kernel import syscalls
+from tasks.copier.pulse import beating
+
+LOCK = "lock"
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+#: Bytes read at a time.
+_PIECE = 1 << 20
+#: Pause between two tries of a lock, in seconds.
+_LOCK_PAUSE = 0.01
+
+
+class Held(Exception):
+    """Others hold the staging; `pulse` is when one of them last gave a sign of life."""
+
+    def __init__(self, pulse: int) -> None:
+        super().__init__(pulse)
+        self.pulse = pulse
+
+
+class Control:
+    """A control directory, open. `claim` makes or finds it, `attach` only finds it."""
+
+    def __init__(self, parent_fd: int, name: str, fd: int, lock_fd: int) -> None:
+        self.parent_fd = parent_fd
+        self.name = name
+        self.fd = fd
+        self._lock_fd = lock_fd
+
+    # -- coming and going
+
+    @classmethod
+    @contextmanager
+    def claim(cls, parent_fd: int, fork_id: str, wait: float) -> Iterator[Self]:
+        """Make the fork's staging, or open what stands, and hold it exclusively.
+
+        Raises Held when others hold it for `wait` seconds, and OSError.
+        """
+        deadline = time.monotonic() + wait
+        name = control_name(fork_id)
+        while True:
+            with suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=parent_fd)
+            try:
+                staging = cls._open(parent_fd, name)
+            except OSError:  # full: what we made is still empty, and nobody would look for it
+                with suppress(OSError):
+                    os.rmdir(name, dir_fd=parent_fd)
+                raise
+            if staging is None:
+                continue
+            try:
+                staging._lock(fcntl.LOCK_EX, deadline)
+                if staging.is_current():
+                    yield staging
+                    return
+            finally:
+                staging._close()
+
+    @classmethod
+    @contextmanager
+    def attach(cls, parent_fd: int, fork_id: str, wait: float, *, alone: bool = False) -> Iterator[Self | None]:
+        """Hold the fork's staging, shared or `alone`; None where there is none (any more).
+
+        Raises Held when others hold it for `wait` seconds, and OSError.
+        """
+        with cls.hold(parent_fd, control_name(fork_id), wait, alone=alone) as staging:
+            yield staging
+
+    @classmethod
+    @contextmanager
+    def hold(cls, parent_fd: int, name: str, wait: float, *, alone: bool) -> Iterator[Self | None]:
+        """As `attach`, by the name of the control directory."""
+        staging = cls._open(parent_fd, name)
+        if staging is None:
+            yield None
+            return
+        try:
+            staging._lock(fcntl.LOCK_EX if alone else fcntl.LOCK_SH, time.monotonic() + wait)
+            yield staging if staging.is_current() else None
+        finally:
+            staging._close()
+
+    @classmethod
+    @contextmanager
+    def peek(cls, parent_fd: int, fork_id: str) -> Iterator[Self | None]:
+        """Open the fork's staging without holding it, for what paused holders must not hinder; None: there is none."""
+        staging = cls._open(parent_fd, control_name(fork_id))
+        try:
+            yield staging
+        finally:
+            if staging is not None:
+                staging._close()
+
+    @classmethod
+    def _open(cls, parent_fd: int, name: str) -> Self | None:
+        try:
+            fd = os.open(name, DIRECTORY, dir_fd=parent_fd)
+        except FileNotFoundError:
+            return None
+        try:
+            lock_fd = os.open(LOCK, FILE, 0o600, dir_fd=fd)
+        except FileNotFoundError:  # removed between the two calls
+            os.close(fd)
+            return None
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(parent_fd, name, fd, lock_fd)
+
+    def _close(self) -> None:
+        syscalls.release(self._lock_fd)
+        syscalls.release(self.fd)
+
+    def _lock(self, kind: int, deadline: float) -> None:
+        while True:
+            try:
+                fcntl.flock(self._lock_fd, kind | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise Held(self.pulse()) from None
+            time.sleep(_LOCK_PAUSE)
+
+    # -- life signs
+
+    def beating(self) -> AbstractContextManager[None]:
+        """Give a sign of life every `PULSE_SECONDS`, also within a system call that takes long."""
+        return beating(self._lock_fd)
+
+    def pulse(self) -> int:
+        """When whoever holds the staging last gave a sign of life; to be compared with an earlier one only."""
+        return os.fstat(self._lock_fd).st_mtime_ns
+
+    def is_current(self) -> bool:
+        """Whether the control directory still stands under its name; the lock of a removed one guards nothing."""
+        try:
+            status = os.stat(self.name, dir_fd=self.parent_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(status, os.fstat(self.fd))
+
+    # -- files
+
+    def has_file(self, name: str) -> bool:
+        """Whether the control directory has the file `name`. Raises OSError."""
+        try:
+            os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def open_file(self, name: str) -> int:
+        """Open the file `name` of the control directory for reading; the caller closes it. Raises FileNotFoundError."""
+        return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+
+    def read_file(self, name: str) -> bytes:
+        """The bytes of the file `name` of the control directory. Raises FileNotFoundError."""
+        fd = self.open_file(name)
+        try:
+            return b"".join(iter(lambda: os.read(fd, _PIECE), b""))
+        finally:
+            syscalls.release(fd)
+
+    def write_file(self, name: str, data: bytes, *, sync: bool = False) -> None:
+        """Replace the file `name` of the control directory, in one step; `sync`: and have it on the disk."""
+        new = f"{name}.new"
+        with open(os.open(new, FILE | os.O_TRUNC, 0o600, dir_fd=self.fd), "wb") as file:
+            file.write(data)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.rename(new, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        if sync:
+            os.fsync(self.fd)
+
+
+def control_name(fork_id: str) -> str:
+    """The name of the control directory of the fork `fork_id`."""
+    return f".forkvm-{hashlib.sha256(fork_id.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+
+
+def last_sign_of_life(parent_fd: int, fork_id: str) -> int:
+    """See `sign_of_life`; 0 where the fork has no staging."""
+    try:
+        fd = os.open(control_name(fork_id), DIRECTORY, dir_fd=parent_fd)
+    except FileNotFoundError:
+        return 0
+    try:
+        return sign_of_life(fd)
+    finally:
+        os.close(fd)
+
+
+def sign_of_life(control_fd: int) -> int:
+    """When anyone last did anything in a control directory, in milliseconds since the epoch.
+
+    Every step of a fork makes or renames a file in it, and within a step a holder touches the lock.
+    """
+    signs = [os.fstat(control_fd).st_mtime_ns]
+    with suppress(FileNotFoundError):
+        signs.append(os.stat(LOCK, dir_fd=control_fd, follow_symlinks=False).st_mtime_ns)
+    return max(signs) // 1_000_000
