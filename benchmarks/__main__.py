@@ -43,7 +43,7 @@ _ROUNDS = 7
 #: thousand small forks beside as many empty tasks; campaigns beside cp; a campaign of a hundred thousand forks.
 _EXTRAS = ("memory", "growth", "messages", "first-file", "snapshot", "singles", "campaigns", "large-campaign")
 #: What `--quick` leaves of it.
-_QUICK_ROUNDS = 3
+_QUICK_ROUNDS = 2
 _QUICK_CASES = ("inst", "tree")
 #: Exit code after Ctrl-C or TERM.
 _INTERRUPTED = 130
@@ -68,7 +68,7 @@ class _Plan:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--quick", is_flag=True, help="inst and tree, 3 rounds, no peers but cp: under two minutes.")
+@click.option("--quick", is_flag=True, help="inst and tree, 2 rounds, no peers but cp: under two minutes.")
 @click.option("--rounds", type=click.IntRange(1), help=f"How often each subject runs (default {_ROUNDS}).")
 @click.option("--case", "cases", multiple=True, type=click.Choice(list(CASES)), help="Only this; may be repeated.")
 @click.option("--filesystem", "kinds", multiple=True, type=click.Choice(KINDS), help="Only on this; may be repeated.")
