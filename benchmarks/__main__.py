@@ -68,7 +68,11 @@ class _Plan:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--quick", is_flag=True, help="inst and tree, 2 rounds, no peers but cp: under two minutes.")
+@click.option(
+    "--quick",
+    is_flag=True,
+    help=f"{' and '.join(_QUICK_CASES)}, {_QUICK_ROUNDS} rounds, no peers but cp: under two minutes.",
+)
 @click.option("--rounds", type=click.IntRange(1), help=f"How often each subject runs (default {_ROUNDS}).")
 @click.option("--case", "cases", multiple=True, type=click.Choice(list(CASES)), help="Only this; may be repeated.")
 @click.option("--filesystem", "kinds", multiple=True, type=click.Choice(KINDS), help="Only on this; may be repeated.")
@@ -90,7 +94,7 @@ class _Plan:
     "--json",
     "json_path",
     metavar="FILE",
-    help="All figures, as JSON; - is stdout. A file keeps what it holds and is not measured again.",
+    help="All figures, as JSON; - is stdout. A file keeps what it holds of this machine and is not measured again.",
 )
 @click.option("--svg", "svg_path", metavar="FILE", help="The table, as a picture, with what the JSON file kept.")
 @click.option(

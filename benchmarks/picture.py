@@ -70,8 +70,9 @@ def draw(rows: Sequence[Row], cores: int) -> str:
         for column, row in enumerate(line):
             parts += _group(row, _MARGIN + column * (_COLUMN + _GAP), y)
         y += max(_height(row) for row in line) + _BELOW
-    rounds = sorted({len(row.seconds[CP]) for row in drawn})
-    how_many = " to ".join(str(n) for n in dict.fromkeys([*rounds[:1], *rounds[-1:]]))
+    rounds = [len(row.seconds[CP]) for row in drawn]
+    fewest, most = min(rounds, default=0), max(rounds, default=0)
+    how_many = f"{most}" if fewest == most else f"{fewest} to {most}"
     note = f"Medians of {how_many} rounds on {cores} cores; shorter is faster. Dashed: cp -a"
     return "\n".join(
         [

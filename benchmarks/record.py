@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,10 @@ class Kept(NamedTuple):
 
 
 def read(path: str | None) -> Kept:
-    """What a file holds; nothing where there is none. Raises OSError, and ValueError where it is something else."""
+    """What a file holds of this machine; nothing where there is none, or where another machine measured it.
+
+    Raises OSError, and ValueError where the file holds something else.
+    """
     if path is None or path == _STDOUT or not os.path.exists(path):
         return Kept([], [])
     try:
@@ -46,8 +49,9 @@ def read(path: str | None) -> Kept:
             )
             for row in data["rows"]
         ]
-        names = ("what", "value", "unit", "most", "measured_at")
-        return Kept(rows, [Finding(**{name: finding[name] for name in names}) for finding in data["findings"]])
+        names = [field.name for field in fields(Finding)]
+        findings = [Finding(**{name: finding[name] for name in names}) for finding in data["findings"]]
+        return Kept(rows, findings) if data["machine"] == _machine() else Kept([], [])
     except (KeyError, TypeError) as error:
         raise ValueError(f"it holds something else than figures of this program: {error!r}") from None
 
@@ -80,12 +84,7 @@ def _place(row: Row) -> tuple[int, int, str]:
 def _as_data(rows: Sequence[Row], findings: Sequence[Finding]) -> dict[str, Any]:
     """Times are in milliseconds."""
     return {
-        "machine": {
-            "kernel": platform.release(),
-            "cores": os.cpu_count(),
-            "architecture": platform.machine(),
-            "python": platform.python_version(),
-        },
+        "machine": _machine(),
         "rows": [
             {
                 "filesystem": row.filesystem,
@@ -103,6 +102,15 @@ def _as_data(rows: Sequence[Row], findings: Sequence[Finding]) -> dict[str, Any]
             for row in rows
         ],
         "findings": [{**asdict(finding), "met": finding.met} for finding in findings],
+    }
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "kernel": platform.release(),
+        "cores": os.cpu_count(),
+        "architecture": platform.machine(),
+        "python": platform.python_version(),
     }
 
 

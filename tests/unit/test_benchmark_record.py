@@ -34,6 +34,16 @@ def test_a_run_replaces_what_it_measured_and_keeps_the_rest(tmp_path: Path) -> N
     assert json.loads(Path(path).read_text())["rows"][1]["ratio_to_cp"]["engine"] == 0.5
 
 
+def test_what_another_machine_measured_is_not_kept(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    record.add_to(str(path), record.read(None), [row("xfs", "tree", 1.0, FIRST)], [])
+    data = json.loads(path.read_text())
+
+    path.write_text(json.dumps({**data, "machine": {**data["machine"], "cores": 1024}}))
+
+    assert record.read(str(path)) == ([], [])
+
+
 @pytest.mark.parametrize("text", ["", "{}", '{"rows": 3}', '{"rows": [{}]}', "[]"])
 def test_a_file_that_holds_something_else_is_refused_and_left(tmp_path: Path, text: str) -> None:
     path = tmp_path / "figures.json"

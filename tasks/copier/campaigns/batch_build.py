@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 from tasks.copier.campaigns.batch_trees import Tree, Trees
@@ -56,11 +55,10 @@ def _make_directories_in(tree: Tree, path: str, names: list[str]) -> None:
 
 
 class _Source(NamedTuple):
-    """One file or symlink of the source, a file open for all trees, and what clones it into one of them."""
+    """One file of the source, open for all trees as `fd`; or a symlink, which has none."""
 
     entry: Entry
     fd: int | None
-    clone: Callable[[Place, Entry], FileResult]
 
 
 class _Directory(NamedTuple):
@@ -88,11 +86,11 @@ def _windows(blocks: Iterable[Block]) -> Iterator[list[Block]]:
     window: list[Block] = []
     room = _OPEN_FILES
     for block in blocks:
-        entries = block.entries
-        while entries:
-            some, entries = entries[:room], entries[room:]
+        at = 0
+        while at < len(block.entries):
+            some = block.entries[at : at + room]
             window.append(Block(block.path, some))
-            room -= len(some)
+            at, room = at + len(some), room - len(some)
             if not room:
                 yield window
                 window, room = [], _OPEN_FILES
@@ -105,7 +103,7 @@ def _clone_window(made: Trees, window: list[Block], opened: ExitStack) -> None:
     results: dict[Tree, list[FileResult]] = {tree: [] for tree in made.alive}
     try:
         directories = [_open_directory(made, block, results, opened) for block in window]
-        made.each(_clone_into, directories, results, made.ticker)
+        made.each(_clone_into, directories, results, made.cloner, made.ticker)
         _check_sources(made, directories, results)
     finally:
         for tree, reached in results.items():
@@ -122,7 +120,7 @@ def _open_directory(made: Trees, block: Block, results: dict[Tree, list[FileResu
     sources: list[_Source] = []
     for entry in block.entries:
         if entry.kind == Kind.SYMLINK:
-            sources.append(_Source(entry, None, cloner.entry))
+            sources.append(_Source(entry, None))
             continue
         try:
             fd = cloner.open_source(place, entry)
@@ -131,12 +129,16 @@ def _open_directory(made: Trees, block: Block, results: dict[Tree, list[FileResu
                 reached.append(failed(join(block.path, entry.name), entry, error))
             raise
         opened.callback(os.close, fd)
-        sources.append(_Source(entry, fd, partial(cloner.file_from, fd, check=False)))
+        sources.append(_Source(entry, fd))
     return _Directory(place, sources)
 
 
 def _clone_into(
-    tree: Tree, directories: list[_Directory], results: dict[Tree, list[FileResult]], ticker: Ticker
+    tree: Tree,
+    directories: list[_Directory],
+    results: dict[Tree, list[FileResult]],
+    cloner: Cloner,
+    ticker: Ticker,
 ) -> None:
     """Clone the sources into one tree. Raises ForkError."""
     work, reached = tree.work, results[tree]
@@ -145,9 +147,12 @@ def _clone_into(
         dst_fd = work.open_tree(path)
         try:
             place = replace(directory.place, dst_fd=dst_fd, destination=work.ends.destination)
-            for entry, _, clone in directory.sources:
+            for entry, fd in directory.sources:
                 try:
-                    result = clone(place, entry)
+                    if fd is None:
+                        result = cloner.entry(place, entry)
+                    else:
+                        result = cloner.file_from(fd, place, entry, check=False)
                 except ForkError as error:
                     if error.code is not Code.CANCELLED:
                         reached.append(failed(join(path, entry.name), entry, error))
@@ -162,7 +167,7 @@ def _check_sources(made: Trees, directories: list[_Directory], results: dict[Tre
     """Compare each file with what the walk saw. Raises ForkError, which is then the entry's in every tree."""
     number = 0
     for place, sources in directories:
-        for entry, fd, _ in sources:
+        for entry, fd in sources:
             try:
                 if fd is not None:
                     made.cloner.check_source(place, entry, fd)
