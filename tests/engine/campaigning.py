@@ -34,8 +34,11 @@ from tasks.copier.report import FileResult, unpack_pages
 from tasks.copier.spec import ForkResult
 from tasks.copier.staging import Staging
 from tests.engine.forking import go_on, leftovers
+from tests.support.guests import MIB, GuestSizes
 
 ID = "fan"
+SIZES = GuestSizes(overlay=8 * MIB, overlay_data=MIB, memory=4 * MIB, memory_data=MIB, config=64 << 10)
+_COUNTED = ("succeeded", "failed", "cancelled")
 
 
 def spec_of(
@@ -71,6 +74,18 @@ def campaign(
     names = [os.fspath(path) for path in paths]
     spec = spec_of(source, len(names), **wishes)
     return campaign_here(spec, names, Roots(tuple(map(os.fspath, roots))), processes, beat)
+
+
+def counts(result: CampaignResult) -> tuple[int, int, int]:
+    """How many forks succeeded, failed, and were cancelled; they are all there are."""
+    succeeded, failed, cancelled = (result["forks"][name] for name in _COUNTED)
+    assert result["forks"]["total"] == succeeded + failed + cancelled
+    return succeeded, failed, cancelled
+
+
+def codes(result: CampaignResult) -> dict[str, str]:
+    """The codes of the failures by destination."""
+    return {os.path.basename(failure["destination"]): failure["error"]["code"] for failure in result["failures"]}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tasks.copier import progress
+from tasks.copier.campaigns import plan as campaign_plan
 from tasks.copier.options import Limits
 from tests.engine.forking import WAYS
 
@@ -21,6 +22,13 @@ def limits(request: pytest.FixtureRequest) -> Limits:
 def every_beat(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beats come after every entry and every piece of a file, not four times a second: a test can act at each."""
     monkeypatch.setattr(progress, "BEAT_SECONDS", 0.0)
+
+
+@pytest.fixture
+def few_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small campaign is one batch, not eight."""
+    monkeypatch.setattr(campaign_plan, "_LEAST_BATCHES", 1)
+    monkeypatch.setattr(campaign_plan, "BATCH_SECONDS", 10.0)
 
 
 @pytest.fixture(scope="module")

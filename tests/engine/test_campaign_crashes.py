@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from tasks.copier.campaigns import batch_record
-from tasks.copier.campaigns import plan as campaign_plan
 from tasks.copier.campaigns.batch import seize_batch
 from tasks.copier.control import Held, control_name
 from tasks.copier.errors import Code, ForkError
@@ -61,10 +60,7 @@ STEPS: dict[str, tuple[Any, str, int]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(campaign_plan, "_LEAST_BATCHES", 1)
-    monkeypatch.setattr(campaign_plan, "BATCH_SECONDS", 10.0)
+pytestmark = pytest.mark.usefixtures("few_batches")
 
 
 @pytest.fixture

@@ -1,0 +1,315 @@
+"""Campaigns of which forks fail, or that are ended: what is published stays whole, and nothing of the rest is left."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tasks.copier.campaigns.spec import CampaignProgress
+from tasks.copier.errors import Code, ForkError
+from tasks.copier.progress import Progress
+from tests.engine.campaigning import (
+    SIZES,
+    campaign,
+    campaign_with_books,
+    codes,
+    counts,
+    destinations,
+)
+from tests.engine.forking import assert_alike, leftovers
+from tests.fixtures.filesystems import Fresh, SmallTmpfs
+from tests.support.guests import MIB, SKIPPED_BY_DEFAULT, make_guest, make_sparse_file
+from tests.system.books import check_books
+
+
+@pytest.fixture
+def directory(fresh: Fresh) -> Path:
+    return fresh("xfs")
+
+
+@pytest.fixture
+def source(directory: Path) -> Path:
+    return make_guest(directory / "source", SIZES)
+
+
+@pytest.mark.usefixtures("few_batches")
+def test_destinations_that_cannot_be_fail_alone_and_are_left_as_they_are(
+    fresh: Fresh, directory: Path, source: Path
+) -> None:
+    # Given every way in which a destination can be taken or out of reach
+    paths = destinations(directory, 12)
+    (directory / "vm-002").mkdir()
+    (directory / "vm-002" / "theirs").write_text("theirs")
+    (directory / "vm-004").write_text("a file")
+    (directory / "vm-006").symlink_to("nowhere")
+    paths[8] = directory / "missing" / "vm-008"
+    paths[10] = source / "vm-010"
+
+    # When
+    result = campaign(source, paths)
+
+    # Then
+    assert (result["status"], counts(result)) == ("partial", (7, 5, 0))
+    assert codes(result) == {
+        "vm-002": "destination_exists",
+        "vm-004": "destination_exists",
+        "vm-006": "destination_exists",
+        "vm-008": "invalid_request",
+        "vm-010": "destination_inside_source",
+    }
+    for n in (0, 1, 3, 5, 7, 9, 11):
+        assert_alike(source, paths[n], SKIPPED_BY_DEFAULT)
+    assert (directory / "vm-002" / "theirs").read_text() == "theirs"
+    assert (directory / "vm-004").read_text() == "a file"
+    assert os.readlink(directory / "vm-006") == "nowhere"
+    assert not (directory / "missing").exists()
+    assert leftovers(directory) == leftovers(source) == []
+
+
+def test_destinations_outside_the_roots_fail_alone(directory: Path, source: Path, tmp_path: Path) -> None:
+    (directory / "out").symlink_to(tmp_path)
+    paths = [directory / "vm-0", tmp_path / "vm-1", directory / "out" / "vm-2", directory / "vm-3"]
+
+    result = campaign(source, paths, roots=[directory])
+
+    assert counts(result) == (2, 2, 0)
+    assert codes(result) == {"vm-1": "outside_roots", "vm-2": "outside_roots"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_begun_fails_with_each_fork_and_makes_nothing(directory: Path, source: Path) -> None:
+    missing = campaign(directory / "missing", destinations(directory, 3))
+    parents = campaign(source, [directory / "no" / "vm-0", directory / "such" / "vm-1"])
+    inside = campaign(source, [source / "vm-0", source / "vm-1"])
+
+    for result, code in (
+        (missing, "source_not_found"),
+        (parents, "invalid_request"),
+        (inside, "destination_inside_source"),
+    ):
+        assert result["status"] == "failed"
+        assert result["error"] is not None
+        assert result["error"]["code"] == code
+        assert counts(result)[0] == 0
+        assert set(codes(result).values()) == {code}
+    assert [path.name for path in directory.iterdir()] == ["source"]
+    assert leftovers(source) == []
+
+
+def test_an_unsupported_file_ends_the_campaign_before_anything_is_cloned(directory: Path, source: Path) -> None:
+    os.mkfifo(source / "fifo")
+
+    result = campaign(source, destinations(directory, 5))
+
+    assert result["error"] is not None
+    assert (result["error"]["code"], result["error"]["path"]) == ("unsupported_file_type", str(source / "fifo"))
+    assert counts(result) == (0, 5, 0)
+    assert [path.name for path in directory.iterdir()] == ["source"]
+
+
+def test_reflink_always_across_filesystems_fails_every_fork(fresh: Fresh, source: Path) -> None:
+    elsewhere = fresh("ext4")
+
+    result = campaign(source, destinations(elsewhere, 4), reflink="always")
+
+    assert result["status"] == "failed"
+    assert set(codes(result).values()) == {"reflink_unsupported"}
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_reflink_always_fails_only_the_forks_that_lie_elsewhere(fresh: Fresh, directory: Path, source: Path) -> None:
+    elsewhere = fresh("ext4")
+    paths = [*destinations(directory, 4), elsewhere / "vm-a", elsewhere / "vm-b"]
+
+    result = campaign(source, paths, reflink="always")
+
+    assert counts(result) == (4, 2, 0)
+    assert codes(result) == {"vm-a": "reflink_unsupported", "vm-b": "reflink_unsupported"}
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.usefixtures("few_batches")
+def test_a_filesystem_that_gets_full_has_whole_forks_and_none_of_the_others(
+    fresh: Fresh, small_tmpfs: SmallTmpfs, processes: int
+) -> None:
+    # Given room for about three forks of ten
+    source = fresh("xfs") / "source"
+    source.mkdir()
+    for n in range(4):
+        make_sparse_file(source / f"disk-{n}", MIB, MIB, seed=n)
+    place = small_tmpfs(14 * MIB)
+
+    # When
+    result = campaign(source, destinations(place, 10), processes=processes)
+
+    # Then
+    succeeded, failed, cancelled = counts(result)
+    assert (succeeded + failed, cancelled) == (10, 0)
+    assert failed > 0
+    assert set(codes(result).values()) == {"no_space"}
+    assert {failure["error"]["errno"] for failure in result["failures"]} == {errno.ENOSPC}
+    standing = sorted(place.iterdir())
+    assert len(standing) == succeeded
+    for path in standing:
+        assert_alike(source, path)
+
+
+@pytest.mark.usefixtures("every_beat", "few_batches")
+@pytest.mark.parametrize("change", ["write", "truncate", "remove", "replace", "add", "rename the source"])
+def test_a_source_that_changes_in_the_middle_gives_no_torn_fork(
+    directory: Path, source: Path, tmp_path: Path, change: str
+) -> None:
+    # Given
+    done: list[bool] = []
+
+    def meddle(progress: Progress) -> None:
+        if progress["files_done"] < 5 or done:
+            return
+        done.append(True)
+        time.sleep(0.03)  # longer than a tick of the kernel's coarse clock
+        disk = source / "overlay.raw"
+        if change == "write":
+            with disk.open("r+b") as file:
+                file.write(b"the machine goes on")
+        elif change == "truncate":
+            os.truncate(disk, 4096)
+        elif change == "remove":
+            disk.unlink()
+        elif change == "replace":
+            make_sparse_file(source / "new", 8 * MIB, MIB)
+            (source / "new").rename(disk)
+        elif change == "add":
+            (source / "snapshots" / "new").touch()
+        else:
+            source.rename(directory / "moved")
+
+    # When
+    result, books = campaign_with_books(source, destinations(directory, 6), tmp_path / "books", beat=meddle)
+
+    # Then
+    assert done
+    if change == "rename the source":  # which takes nothing from who has it open: the forks are whole
+        source = directory / "moved"
+    standing = [path for path in destinations(directory, 6) if path.exists()]
+    assert len(standing) == counts(result)[0]
+    for path in standing:
+        assert_alike(source, path, SKIPPED_BY_DEFAULT)
+    if change != "rename the source":
+        assert counts(result) == (0, 6, 0)
+        assert set(codes(result).values()) == {"source_changed"}
+    for n, fork in enumerate(books.forks):
+        check_books(fork, books.files(n))
+
+
+@pytest.mark.usefixtures("every_beat", "few_batches")
+def test_a_file_that_changes_while_it_is_cloned_is_named_by_every_fork(
+    directory: Path, source: Path, tmp_path: Path
+) -> None:
+    changed: list[bool] = []
+
+    def append(progress: Progress) -> None:
+        if progress["files_done"] == 8 and not changed:  # in the second of the trees
+            changed.append(True)
+            time.sleep(0.03)  # longer than a tick of the kernel's coarse clock
+            with (source / "config.ext4").open("ab") as file:
+                file.write(b"the machine goes on")
+
+    result, books = campaign_with_books(source, destinations(directory, 4), tmp_path / "books", beat=append)
+
+    assert counts(result) == (0, 4, 0)
+    for n in range(4):
+        assert [file["path"] for file in books.files(n) if file["error"]] == ["config.ext4"]
+
+
+@pytest.mark.usefixtures("every_beat", "few_batches")
+def test_a_corruption_of_one_fork_is_found_by_verify_and_fails_it_alone(
+    directory: Path, source: Path, tmp_path: Path
+) -> None:
+    spoilt: list[str] = []
+
+    def corrupt(progress: Progress) -> None:
+        for path in sorted(directory.glob(".forkvm-*.*/config.ext4")):
+            if path.stat().st_blocks and (not spoilt or spoilt == [path.parent.name]):
+                spoilt[:] = [path.parent.name]
+                with path.open("r+b") as file:
+                    file.write(b"a flipped bit")
+
+    result, _ = campaign_with_books(
+        source, destinations(directory, 4), tmp_path / "books", beat=corrupt, reflink="never", verify="content"
+    )
+
+    assert spoilt
+    assert counts(result) == (3, 1, 0)
+    assert set(codes(result).values()) == {"verify_failed"}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_on_error_abort_ends_the_campaign_with_the_first_failure(directory: Path, source: Path, processes: int) -> None:
+    paths = destinations(directory, 80)
+    paths[10].mkdir()
+
+    result = campaign(source, paths, on_error="abort", processes=processes)
+
+    succeeded, failed, cancelled = counts(result)
+    assert result["status"] == "partial"
+    assert result["error"] is not None
+    assert result["error"]["code"] == "destination_exists"
+    assert failed == 1
+    assert cancelled > 0
+    assert succeeded == len(list(directory.glob("vm-*"))) - 1
+    assert leftovers(directory) == []
+
+
+def test_a_deadline_cancels_what_is_not_published_by_then(directory: Path, source: Path) -> None:
+    paths = destinations(directory, 400)
+
+    result = campaign(source, paths, deadline=time.time() + 0.15)
+
+    succeeded, failed, cancelled = counts(result)
+    assert result["status"] == "cancelled"
+    assert result["error"] is not None
+    assert "deadline" in result["error"]["message"]
+    assert (failed, cancelled) == (0, 400 - succeeded)
+    assert cancelled > 0
+    assert len(list(directory.glob("vm-*"))) == succeeded
+    assert leftovers(directory) == []
+    for path in sorted(directory.glob("vm-*"))[-3:]:
+        assert_alike(source, path, SKIPPED_BY_DEFAULT)
+
+
+def test_a_campaign_that_is_ended_keeps_what_is_published_and_leaves_nothing_else(
+    directory: Path, source: Path
+) -> None:
+    seen: list[CampaignProgress] = []
+
+    def end(progress: CampaignProgress) -> None:
+        seen.append(progress)
+        if any(directory.glob("vm-*")):
+            raise ForkError(Code.CANCELLED, "ended by SIGTERM")
+
+    result = campaign(source, destinations(directory, 600), beat=end)
+
+    succeeded, failed, cancelled = counts(result)
+    assert result["status"] == "cancelled"
+    assert (failed, cancelled > 0, succeeded > 0) == (0, True, True)
+    assert len(list(directory.glob("vm-*"))) == succeeded
+    assert leftovers(directory) == []
+    assert set(seen[-1]) == {"forks_done", "forks_total", "forks_failed", "eta_seconds"}
+
+
+@pytest.mark.usefixtures("every_beat")
+def test_a_campaign_that_is_ended_while_it_is_planned_has_made_nothing(directory: Path, source: Path) -> None:
+    def end(progress: CampaignProgress) -> None:
+        raise ForkError(Code.CANCELLED, "ended by SIGTERM")
+
+    result = campaign(source, destinations(directory, 500), beat=end)
+
+    assert result["status"] == "cancelled"
+    assert counts(result) == (0, 0, 500)
+    assert result["failures"] == []
+    assert [path.name for path in directory.iterdir()] == ["source"]
