@@ -63,8 +63,9 @@ class Client:
 
     def status(self, job_id: str) -> Status:
         """What is known of a fork or campaign."""
-        result = cast("ForkResult | CampaignResult | None", self.results.final(job_id))
+        # The state first: a job whose state is final had its result kept before.
         record = self.results.state(job_id)
+        result = cast("ForkResult | CampaignResult | None", self.results.final(job_id))
         if result is not None:
             return Status(end_state(result), None, result)
         progress = record["result"] if record["status"] == "PROGRESS" else None

@@ -1,0 +1,49 @@
+"""The command line's side of the queue, beside a job that ends at a bad moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from celery import states
+
+from tasks.copier.report import Totals
+from tasks.copier.spec import Clock, ForkSpec, succeeded
+from tasks.results import state_json
+from tests.fixtures.redis_server import RedisServer
+from worker.client import Client
+from worker.settings import Settings
+
+FORK_ID = "ends"
+
+
+@pytest.mark.parametrize("looks_before", range(3))
+def test_a_job_that_ends_while_it_is_looked_at_never_seems_to_have_ended_without_a_result(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, looks_before: int
+) -> None:
+    # Given a fork that a worker settles, and Celery then tells of, between two looks of `status` at Redis
+    client = Client(Settings(broker_url=redis_server.broker_url))
+    results = client.results
+    spec = ForkSpec(fork_id=FORK_ID, source="/a", destination="/b")
+    result = succeeded(spec, Totals(), 0, Clock(spec.started))
+    ask: Callable[..., Any] = results.redis.execute_command
+    looks = 0
+
+    def end_between(*command: Any, **options: Any) -> Any:
+        nonlocal looks
+        if looks == looks_before:
+            looks += 1
+            results.settle(FORK_ID, result)
+            results.redis.set(results.state_key(FORK_ID), state_json(FORK_ID, states.SUCCESS, "null"), ex=60)
+        looks += 1
+        return ask(*command, **options)
+
+    monkeypatch.setattr(results.redis, "execute_command", end_between)
+
+    # When
+    status = client.status(FORK_ID)
+
+    # Then
+    assert (status.state in states.READY_STATES) == (status.result is not None)
+    assert client.status(FORK_ID).result == result
