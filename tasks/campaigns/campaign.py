@@ -115,11 +115,11 @@ def _plan(context: Context, results: CampaignResults, spec: CampaignSpec, paths:
             return
         planned = campaign_in(staging)
         if planned is None or not _is_asked_for(planned, spec, paths):
-            if planned is not None:
-                results.forget()
-            elif results.sums() and results.ended(spec.source) is None:
-                raise ForkError(Code.IO_ERROR, "its staging directory was removed while it was made", home)
             try:
+                if planned is not None:
+                    results.forget()
+                elif results.sums() and results.ended(spec.source) is None:
+                    raise ForkError(Code.IO_ERROR, "its staging directory was removed while it was made", home)
                 with staging.beating():
                     plan_campaign(ends, staging, spec, paths, Ticker(_look(results, spec)))
             except (ForkError, OSError) as error:
