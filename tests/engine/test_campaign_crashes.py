@@ -33,7 +33,7 @@ from tests.engine.campaigning import (
     make_batches,
     plan,
 )
-from tests.engine.children import Child
+from tests.engine.children import Child, in_child
 from tests.engine.forking import assert_alike, leftovers
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import wait_until
@@ -200,6 +200,13 @@ def test_a_batch_that_is_killed_at_any_moment_and_often_has_every_fork_once(
     directory: Path, source: Path, tmp_path: Path
 ) -> None:
     dice, killed = random.Random(11), 0
+    (tmp_path / "whole").mkdir()
+    whole, paths = Books(tmp_path / "whole"), destinations(directory, FORKS)
+    plan(source, paths)
+    began = time.monotonic()
+    in_child(lambda: make_batches(paths[0], whole))
+    pace = time.monotonic() - began
+    end(paths[0], whole)
     for turn in range(8):
         (tmp_path / f"books-{turn}").mkdir()
         books = Books(tmp_path / f"books-{turn}")
@@ -207,7 +214,7 @@ def test_a_batch_that_is_killed_at_any_moment_and_often_has_every_fork_once(
         plan(source, paths)
         for _ in range(3):  # the fourth try is the last one
             child = Child(lambda: make_batches(paths[0], books))  # noqa: B023 - forked here and now
-            killed += not child.is_done(dice.uniform(0, 0.04))
+            killed += not child.is_done(dice.uniform(0, pace))
             child.kill()
         make_batches(paths[0], books)
 
