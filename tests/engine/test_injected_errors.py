@@ -13,7 +13,7 @@ from tests.engine.forking import assert_alike, forked, leftovers
 from tests.engine.forking import fork as fork_again
 from tests.engine.test_reflink_answers import TABLE
 from tests.engine.traced import Traced, control, in_tree, trace_fork
-from tests.fixtures.filesystems import Fresh
+from tests.fixtures.filesystems import Fresh, Kind
 from tests.support.guests import MIB, make_sparse_file
 from tests.support.requirements import require_command
 
@@ -215,6 +215,70 @@ def test_a_copy_file_range_that_copies_nothing_is_followed_by_reads_and_writes(s
 
     assert_alike(source, fork)
     assert traced.calls("preadv") > 0
+
+
+def make_three_extents(path: Path) -> None:
+    """Extents of 1 MiB, of 64 KiB and of 128 KiB and 5 bytes, and holes between them."""
+    with path.open("wb") as file:
+        for start, length in ((0, MIB), (2 * MIB, 64 << 10), (4 * MIB, (128 << 10) + 5)):
+            file.seek(start)
+            file.write(os.urandom(length))
+
+
+@pytest.mark.parametrize("reflink", ["auto", "never"])
+@pytest.mark.parametrize(("kind", "allocated"), [("ext4", 2), ("tmpfs", 0), ("xfs_noreflink", 0), ("btrfs", 0)])
+def test_large_extents_get_their_blocks_before_their_data_on_ext4(
+    strace: str, fresh: Fresh, kind: Kind, allocated: int, reflink: str
+) -> None:
+    directory = fresh(kind)
+    source, fork = directory / "source", directory / "fork"
+    source.mkdir()
+    make_three_extents(source / "a")
+
+    traced = trace_fork(strace, source, fork, calls="fallocate", reflink=reflink)
+
+    assert_alike(source, fork)
+    assert traced.calls("FALLOC_FL_KEEP_SIZE") == allocated
+    os.sync()
+    assert (fork / "a").stat().st_blocks == (source / "a").stat().st_blocks
+
+
+@pytest.mark.parametrize("name", ["EOPNOTSUPP", "ENOSYS", "EPERM"])
+def test_blocks_that_cannot_be_had_first_are_done_without(strace: str, fresh: Fresh, name: str) -> None:
+    """ext3, which the same driver serves, has no fallocate."""
+    directory = fresh("ext4")
+    source, fork = directory / "source", directory / "fork"
+    source.mkdir()
+    make_three_extents(source / "a")
+
+    traced = trace_fork(strace, source, fork, calls="fallocate", inject=[f"fallocate:error={name}"])
+
+    assert_alike(source, fork)
+    assert methods(traced) == {"a": "copy"}
+    assert traced.calls("INJECTED") == 1
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize(("name", "code"), [("ENOSPC", "no_space"), ("EDQUOT", "no_space"), ("EIO", "io_error")])
+def test_an_error_of_the_allocation_fails_the_fork(
+    strace: str, fresh: Fresh, name: str, code: str, chunked: bool
+) -> None:
+    directory = fresh("ext4")
+    source, fork = directory / "source", directory / "fork"
+    source.mkdir()
+    make_three_extents(source / "a")
+
+    traced = trace_fork(
+        strace,
+        source,
+        fork,
+        calls="fallocate",
+        inject=[f"fallocate:error={name}"],
+        chunked=chunked,
+        here=chunked,
+    )
+
+    assert_failed(traced, directory, code, name)
 
 
 @pytest.mark.parametrize("chunked", [False, True])

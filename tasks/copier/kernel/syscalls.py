@@ -1,6 +1,6 @@
 """The Linux system calls that Python does not offer: thin, typed, without policy.
 
-Each raises OSError with the kernel's errno. Sources: openat2(2), renameat2(2), syncfs(2), statfs(2),
+Each raises OSError with the kernel's errno. Sources: openat2(2), renameat2(2), syncfs(2), statfs(2), fallocate(2),
 ioctl_ficlone(2), prctl(2), statx(2), the kernel's Documentation/filesystems/fiemap.rst and include/uapi/linux/btrfs.h.
 """
 
@@ -31,6 +31,7 @@ RESOLVE_NO_SYMLINKS = 0x04
 RESOLVE_BENEATH = 0x08
 RENAME_NOREPLACE = 0x1
 RENAME_EXCHANGE = 0x2
+FALLOC_FL_KEEP_SIZE = 0x1
 PR_SET_PDEATHSIG = 1
 
 #: f_type of statfs(2), from include/uapi/linux/magic.h and OpenZFS.
@@ -38,6 +39,8 @@ OVERLAYFS = 0x794C7630
 ZFS = 0x2FC12FC1
 BTRFS = 0x9123683E
 XFS = 0x58465342
+#: ext2, ext3 and ext4.
+EXT4 = 0xEF53
 
 #: _IOW(0x94, 23, struct btrfs_ioctl_vol_args_v2), _IOW(0x94, 15, struct btrfs_ioctl_vol_args) and
 #: _IOR(0x94, 60, struct btrfs_ioctl_get_subvol_info_args).
@@ -62,6 +65,10 @@ _SYS_OPENAT2 = 437
 _OPENAT2_TRIES = 100
 
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+_fallocate = _libc.fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
 
 
 def _check(result: int) -> int:
@@ -123,6 +130,14 @@ def filesystem_type(fd: int) -> int:
     buffer = ctypes.create_string_buffer(256)
     _uninterrupted(_libc.fstatfs, fd, buffer)
     return int(struct.unpack_from("@l", buffer)[0]) & 0xFFFFFFFF
+
+
+def allocate(fd: int, start: int, length: int) -> None:
+    """Give a part of a file its blocks, which read as zeros until they are written; its size stays.
+
+    Not `os.posix_fallocate`, which writes zeros where the filesystem cannot.
+    """
+    _uninterrupted(_fallocate, fd, FALLOC_FL_KEEP_SIZE, start, length)
 
 
 def die_with_parent(signal: int) -> None:
