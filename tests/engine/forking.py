@@ -197,7 +197,7 @@ def assert_alike(source: Path, destination: Path, left_out: Iterable[bytes] = ()
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
-    """When an entry was last read (files only: nothing else can be opened with O_NOATIME), written and changed."""
+    """When an entry was last read (files only: this very look is written down in a directory), written and changed."""
 
     atime: int | None
     mtime: int

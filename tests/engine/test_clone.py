@@ -106,6 +106,18 @@ def test_reading_a_source_leaves_no_trace_in_its_files(fs: Path, limits: Limits)
     assert times(source) == before
 
 
+def test_listing_a_source_leaves_no_trace_in_its_directories(fs: Path, limits: Limits) -> None:
+    source = make_guest(fs / "source")
+    directories = [source, *(path for path in source.rglob("*") if path.is_dir())]
+    for path in directories:
+        os.utime(path, ns=(1, 10**18))
+
+    forked(source, fs / "fork", limits=limits)
+
+    assert len(directories) > 2
+    assert [path.stat().st_atime_ns for path in directories] == [1] * len(directories)
+
+
 @pytest.mark.parametrize("umask", [0o000, 0o077, 0o777])
 def test_no_umask_shows_in_a_fork(fs: Path, umask: int, limits: Limits) -> None:
     source = make_everything(fs / "source")

@@ -27,15 +27,25 @@ def open_below(dir_fd: int, path: str) -> int:
     Raises OSError: ENOENT, ENOTDIR; ELOOP for a symlink and EXDEV for a way out.
     """
     if len(path) * 4 < _STRETCH or len(os.fsencode(path)) < _STRETCH:
-        return syscalls.openat2(dir_fd, path or ".", _DIRECTORY, _BENEATH)
+        return _open(dir_fd, path or ".")
     here = os.dup(dir_fd)
     for stretch in _stretches(path):
         try:
-            below = syscalls.openat2(here, stretch, _DIRECTORY, _BENEATH)
+            below = _open(here, stretch)
         finally:
             os.close(here)
         here = below
     return here
+
+
+def _open(dir_fd: int, path: str) -> int:
+    """Open one stretch of a way, so that a look into the directory is not written down as its atime where possible."""
+    try:
+        return syscalls.openat2(dir_fd, path, _DIRECTORY | os.O_NOATIME, _BENEATH)
+    except OSError as error:
+        if error.errno != errno.EPERM:  # open(2): O_NOATIME is for the owner and the privileged
+            raise
+        return syscalls.openat2(dir_fd, path, _DIRECTORY, _BENEATH)
 
 
 def _stretches(path: str) -> list[str]:
