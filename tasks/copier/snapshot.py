@@ -56,6 +56,9 @@ def snapshot_tree(work: Work, staging: Staging, tree: str, ticker: Ticker, name:
     None where the source is no subvolume, where it may not be snapshotted, or where the outcome would be another than
     that of a clone entry by entry. `tree` is the tree's name, `work.tree_fd` the empty one, which is gone then; `name`
     is the snapshot's while it is made. Raises ForkError, and OSError; then nothing of the snapshot is left.
+
+    Nothing is written to the snapshot without need: at the first write btrfs copies a block that it shares, and counts
+    a reference to each extent that the block names, 3 to 4 ms for an image in pieces.
     """
     ends, before = work.ends, ticker.progress
     if not is_wanted(work.options) or not is_whole_subvolume(ends.source_fd):
@@ -68,12 +71,15 @@ def snapshot_tree(work: Work, staging: Staging, tree: str, ticker: Ticker, name:
             return None
         try:
             top = _top(fd)
-            os.fchmod(fd, 0o700)  # or an ordinary user could not move it
+            opened = top.mode & stat.S_IRWXU != stat.S_IRWXU
+            if opened:
+                os.fchmod(fd, 0o700)  # or an ordinary user could not walk through it, and move it
             report = complete(fd, top, ends, work.options, ticker)
             ticker.enter("publish", report.totals.total, report.totals.bytes_logical)
             staging.exchange_tree(name, tree)
-            os.fchmod(fd, stat.S_IMODE(top.mode))
-            os.utime(fd, ns=(top.atime, top.mtime))
+            if opened:
+                os.fchmod(fd, stat.S_IMODE(top.mode))
+            _restore_times(fd, top)
         finally:
             os.close(fd)
     except Unlike as unlike:
@@ -195,6 +201,13 @@ class _Likeness:
 # -- completing it
 
 
+def _restore_times(fd: int, directory: Entry) -> None:
+    """Give a directory of the snapshot its times again, where they differ: see `snapshot_tree`."""
+    now = os.fstat(fd)
+    if (now.st_atime_ns, now.st_mtime_ns) != (directory.atime, directory.mtime):
+        os.utime(fd, ns=(directory.atime, directory.mtime))
+
+
 def complete(fd: int, top: Entry, ends: Ends, options: Options, ticker: Ticker) -> Report:
     """Walk the snapshot `fd`, and make it the fork: what was done. `top` is its root as it was made.
 
@@ -230,9 +243,7 @@ class _Completion:
                     self._entry(fd, path, entry)
                     if entry.kind == Kind.DIRECTORY:
                         below.append((join(path, entry.name), entry))
-            now = os.fstat(fd)
-            if (now.st_atime_ns, now.st_mtime_ns) != (directory.atime, directory.mtime):
-                os.utime(fd, ns=(directory.atime, directory.mtime))
+            _restore_times(fd, directory)
         finally:
             os.close(fd)
         return below

@@ -41,11 +41,11 @@ from tests.engine.forking import (
 )
 from tests.engine.sources import ACCESS_ACL, DEFAULT_ACL, acl, age, make_everything
 from tests.engine.test_books import assert_balanced
-from tests.engine.traced import control, trace_fork
+from tests.engine.traced import control, in_tree, trace_fork
 from tests.fixtures.filesystems import Fresh, bind_mounted, make_subvolume
 from tests.fixtures.processes import wait_until
 from tests.support.extents import set_lock, set_nocow, sharing
-from tests.support.guests import SKIPPED_BY_DEFAULT, GuestSizes, make_guest
+from tests.support.guests import SKIPPED_BY_DEFAULT, GuestSizes, make_guest, make_sparse_file
 from tests.support.requirements import require_command
 from tests.support.tree import snapshot
 
@@ -377,6 +377,28 @@ def test_a_refused_snapshot_falls_down_the_ladder(strace: str, directory: Path, 
     assert leftovers(directory) == []
 
 
+def test_a_snapshot_is_not_written_to_without_need(strace: str, directory: Path) -> None:
+    source, fork = make_subvolume(directory / "source"), directory / "fork"
+    (source / "below").mkdir()
+    make_sparse_file(source / "below" / "disk.raw", 8 * MIB, MIB)
+    os.utime(source / "below", (86_400, 86_400))
+
+    traced = trace_fork(
+        strace,
+        source,
+        fork,
+        calls="fchmod,fchmodat,utimensat,fsetxattr,fchown",
+        paths=[control(fork, "snapshot"), control(fork, "snapshot") / "below", in_tree(fork)],
+    )
+
+    assert traced.result is not None
+    assert traced.result["subvolume"]
+    made, *written = [line for line in traced.trace if "exited" not in line]
+    assert "0700" in made  # the empty tree, whose place the snapshot takes
+    assert written == []
+    assert_alike(source, fork)
+
+
 @pytest.mark.parametrize(
     ("call", "when", "name", "code"),
     [
@@ -397,6 +419,8 @@ def test_an_error_on_the_way_fails_the_fork_and_leaves_nothing(
 ) -> None:
     fork = directory / "fork"
     control_directory = control(fork)
+    if call == "fchmod":
+        source.chmod(0o577)  # else it is not called
     traced = trace_fork(
         strace,
         source,
