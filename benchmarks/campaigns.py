@@ -6,6 +6,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,6 +22,7 @@ from benchmarks.rounds import built, remove, settle
 from benchmarks.same import check_same
 from benchmarks.say import say
 from benchmarks.service import Service
+from benchmarks.snapshot import built_as_subvolume
 from benchmarks.subjects import SubjectFailed
 
 CASES = (MINI, INST)
@@ -40,28 +42,43 @@ _PATIENCE = 600.0
 
 
 def measure_campaigns(filesystem: Filesystem, service: Service) -> Iterator[Finding]:
-    """Campaigns through Redis, from send_task to the result, by `seq N | xargs -P2 cp -a --reflink=always`."""
+    """Campaigns through Redis, from send_task to the result, by `seq N | xargs -P2 cp -a --reflink=always`.
+
+    And of a source that can be cloned whole: on btrfs a subvolume, of which each fork is one snapshot.
+    """
     for case in CASES:
-        forks, most = _SIZES[case.name]
-        subjects: dict[str, Callable[[Path, Path, int], float]] = {
-            "campaign": _campaign(service),
-            "cp": _cp,
-            "limit": _limit,
-        }
-        seconds: dict[str, list[float]] = {name: [] for name in subjects}
-        with built(case, filesystem) as source:
-            for number in range(_ROUNDS):
-                say(f"campaigns: {forks} forks of {case.name} on {filesystem.name}, round {number + 1} of {_ROUNDS}")
-                for name, run in subjects.items():
-                    seconds[name].append(_once(filesystem, source, case, forks, run, checked=number == 0))
-                    service.forget_results()
-        ours, theirs, least = (median(seconds[name]) for name in subjects)
-        where = f"{filesystem.name}, {forks} forks of {case.name}"
-        yield Finding(f"{where}: a campaign through Redis", ours * 1e3, "ms")
-        yield Finding(f"{where}: xargs -P2 cp", theirs * 1e3, "ms")
-        yield Finding(f"{where}: the bare loop in two processes", least * 1e3, "ms")
-        yield Finding(f"{where}: the campaign by the copies", ours / theirs, "", most)
-        yield Finding(f"{where}: the bare loop by the copies", least / theirs, "")
+        yield from _measure(filesystem, service, case, built, case.name)
+    if filesystem.name == "btrfs":
+        yield from _measure(filesystem, service, INST, built_as_subvolume, f"{INST.name} as a subvolume")
+
+
+def _measure(
+    filesystem: Filesystem,
+    service: Service,
+    case: Case,
+    build: Callable[[Case, Filesystem], AbstractContextManager[Path]],
+    name: str,
+) -> Iterator[Finding]:
+    forks, most = _SIZES[case.name]
+    subjects: dict[str, Callable[[Path, Path, int], float]] = {
+        "campaign": _campaign(service),
+        "cp": _cp,
+        "limit": _limit,
+    }
+    seconds: dict[str, list[float]] = {subject: [] for subject in subjects}
+    with build(case, filesystem) as source:
+        for number in range(_ROUNDS):
+            say(f"campaigns: {forks} forks of {name} on {filesystem.name}, round {number + 1} of {_ROUNDS}")
+            for subject, run in subjects.items():
+                seconds[subject].append(_once(filesystem, source, case, forks, run, checked=number == 0))
+                service.forget_results()
+    ours, theirs, least = (median(seconds[subject]) for subject in subjects)
+    where = f"{filesystem.name}, {forks} forks of {name}"
+    yield Finding(f"{where}: a campaign through Redis", ours * 1e3, "ms")
+    yield Finding(f"{where}: xargs -P2 cp", theirs * 1e3, "ms")
+    yield Finding(f"{where}: the bare loop in two processes", least * 1e3, "ms")
+    yield Finding(f"{where}: the campaign by the copies", ours / theirs, "", most)
+    yield Finding(f"{where}: the bare loop by the copies", least / theirs, "")
 
 
 def measure_large_campaign(filesystem: Filesystem, service: Service) -> Iterator[Finding]:

@@ -26,7 +26,7 @@ def measure_snapshot(filesystem: Filesystem, service: Service | None) -> Iterato
     subjects = [engine(), *([service.subject()] if service is not None else [])]
     for case in CASES:
         by_files = _milliseconds(case, built, filesystem, [*subjects, cp(filesystem.reflink)])
-        whole = _milliseconds(case, _built_as_subvolume, filesystem, subjects)
+        whole = _milliseconds(case, built_as_subvolume, filesystem, subjects)
         yield Finding(f"{filesystem.name}, {case.name}, cp: a reflink of each file", by_files["cp"], "ms")
         for subject in subjects:
             where = f"{filesystem.name}, {case.name}, {subject.name}"
@@ -52,7 +52,7 @@ def _milliseconds(
 
 
 @contextmanager
-def _built_as_subvolume(case: Case, filesystem: Filesystem) -> Iterator[Path]:
+def built_as_subvolume(case: Case, filesystem: Filesystem) -> Iterator[Path]:
     """As `rounds.built`; raises Unavailable where the filesystem knows no subvolumes."""
     source = filesystem.path / f"{case.name}-subvolume"
     done = subprocess.run(["btrfs", "subvolume", "create", str(source)], capture_output=True, text=True, check=False)
