@@ -19,6 +19,7 @@ from benchmarks.say import say
 from benchmarks.subjects import Run, Subject, SubjectFailed
 from tasks.copier.kernel.syscalls import syncfs
 
+#: Of the order of the rounds.
 _SEED = 7
 
 
@@ -75,7 +76,7 @@ def run_in_turn(
 
     `between` is called before each run. A subject that fails is left out of the rounds that follow. The order of a
     round is a matter of chance, the same in each benchmark: what a subject leaves behind, such as how fast the kernel
-    takes the disk to be, falls to all that come after it.
+    takes the disk to be, would fall to the same one each time.
     """
     row, dice = Row(case.name, filesystem.name, filesystem.reflink), random.Random(_SEED)
     with built(case, filesystem) as source:

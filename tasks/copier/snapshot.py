@@ -71,13 +71,13 @@ def snapshot_tree(work: Work, staging: Staging, tree: str, ticker: Ticker, name:
             return None
         try:
             top = _top(fd)
-            opened = top.mode & stat.S_IRWXU != stat.S_IRWXU
-            if opened:
+            keeps_out = top.mode & stat.S_IRWXU != stat.S_IRWXU
+            if keeps_out:
                 os.fchmod(fd, 0o700)  # or an ordinary user could not walk through it, and move it
             report = complete(fd, top, ends, work.options, ticker)
             ticker.enter("publish", report.totals.total, report.totals.bytes_logical)
             staging.exchange_tree(name, tree)
-            if opened:
+            if keeps_out:
                 os.fchmod(fd, stat.S_IMODE(top.mode))
             _restore_times(fd, top)
         finally:

@@ -121,6 +121,7 @@ class SparseCopier:
             self._step(done)
 
     def _allocate(self, dst_fd: int, start: int, end: int) -> None:
+        """Give [start, end) its blocks, where that makes the copy faster. Raises OSError."""
         if self._allocates is None:
             self._allocates = syscalls.filesystem_type(dst_fd) == syscalls.EXT4
         if not self._allocates:
@@ -130,7 +131,7 @@ class SparseCopier:
         except OSError as error:
             if error.errno not in _REFUSED:
                 raise
-            self._allocates = False  # ext3, say
+            self._allocates = False  # ext2 or ext3, whose files have no extents
 
     def _copy_piece(self, src_fd: int, dst_fd: int, at: int, end: int) -> int:
         if self._buffer is None:

@@ -67,10 +67,6 @@ _OPENAT2_TRIES = 100
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-_fallocate = _libc.fallocate
-_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
-
-
 def _check(result: int) -> int:
     if result < 0:
         number = ctypes.get_errno()
@@ -132,10 +128,14 @@ def filesystem_type(fd: int) -> int:
     return int(struct.unpack_from("@l", buffer)[0]) & 0xFFFFFFFF
 
 
-def allocate(fd: int, start: int, length: int) -> None:
-    """Give a part of a file its blocks, which read as zeros until they are written; its size stays.
+_fallocate = _libc.fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
 
-    Not `os.posix_fallocate`, which writes zeros where the filesystem cannot.
+
+def allocate(fd: int, start: int, length: int) -> None:
+    """Give `length` bytes of a file, from `start`, their blocks, which read as zeros until they are written.
+
+    Its size stays. Not `os.posix_fallocate`, which writes zeros where the filesystem cannot.
     """
     _uninterrupted(_fallocate, fd, FALLOC_FL_KEEP_SIZE, start, length)
 
