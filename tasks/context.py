@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from redis.exceptions import RedisError, ResponseError
 
-from tasks.copier.errors import Code, ForkError, describe
+from tasks.copier.errors import Code, ForkError, cancelled, describe
 from tasks.copier.kernel.roots import Roots
 from tasks.copier.options import Limits
 from tasks.copier.progress import BEAT_SECONDS, Beat, Progress
@@ -94,15 +94,15 @@ class ForkLedger:
     results: Results
     fork_id: str
 
-    def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> None:
+    def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> bool:
         """Keep FileResults; see `Results.keep_pages`. Raises ForkError no_space when Redis takes no more."""
         with _no_space():
-            self.results.keep_pages(self.fork_id, parts, anew=anew)
+            return self.results.keep_pages(self.fork_id, parts, anew=anew)
 
-    def keep_all_pages(self, pages: list[bytes]) -> None:
+    def keep_all_pages(self, pages: list[bytes]) -> bool:
         """Keep FileResults; see `Results.keep_all_pages`. Raises ForkError no_space when Redis takes no more."""
         with _no_space():
-            self.results.keep_all_pages(self.fork_id, pages)
+            return self.results.keep_all_pages(self.fork_id, pages)
 
     def settle(self, result: ForkResult) -> None:
         """Keep the final result, and put a line into the worker's log."""
@@ -123,8 +123,3 @@ def _no_space() -> Iterator[None]:
     except ResponseError as error:
         message = f"Redis does not take the results of the files: {error}"
         raise ForkError(Code.NO_SPACE, message, "") from None
-
-
-def cancelled(destination: str) -> ForkError:
-    """The error of a fork that someone ended."""
-    return ForkError(Code.CANCELLED, "someone asked for an end", destination)

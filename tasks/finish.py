@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 
-from tasks.context import GONE, LOCK_WAIT, Again, Context, ForkLedger, cancelled
+from tasks.context import GONE, LOCK_WAIT, Again, Context, ForkLedger
 from tasks.copier.control import Held
 from tasks.copier.ends import Ends, reopen_ends
-from tasks.copier.errors import Code, ForkError, from_oserror
+from tasks.copier.errors import Code, ForkError, cancelled, from_oserror
 from tasks.copier.fork import Superseded, finish
 from tasks.copier.plan import Plan
 from tasks.copier.progress import Ticker

@@ -6,10 +6,10 @@ import logging
 from typing import cast
 
 from tasks import contract
-from tasks.context import CHUNK_TASK, LOCK_WAIT, Again, Context, ForkLedger, cancelled
+from tasks.context import CHUNK_TASK, LOCK_WAIT, Again, Context, ForkLedger
 from tasks.copier.control import Held
 from tasks.copier.ends import open_ends
-from tasks.copier.errors import ForkError, from_oserror
+from tasks.copier.errors import ForkError, cancelled, from_oserror
 from tasks.copier.fork import Superseded, start
 from tasks.copier.plan import Plan
 from tasks.copier.progress import Ticker

@@ -208,13 +208,14 @@ class Results:
 
     # -- FileResults
 
-    def keep_pages(self, fork_id: str, parts: dict[str, list[bytes]], *, anew: bool = False) -> None:
+    def keep_pages(self, fork_id: str, parts: dict[str, list[bytes]], *, anew: bool = False) -> bool:
         """Keep the FileResults of parts of a fork (`plan`, a chunk's number, `close`), in place of their earlier ones.
 
-        `anew`: in place of those of all parts, since what an earlier attempt kept is of no attempt any more.
+        `anew`: in place of those of all parts, since what an earlier attempt kept is of no attempt any more. Returns
+        whether an end was asked for, which saves asking.
         """
 
-        def write() -> None:
+        def write() -> bool:
             with self.redis.pipeline(transaction=True) as pipe:
                 if anew:
                     pipe.delete(key_of(fork_id, "pages"), self.only_page(fork_id))
@@ -223,23 +224,24 @@ class Results:
                         pipe.set(page_key(fork_id, part, number), page, ex=self.expires)
                     pipe.hset(key_of(fork_id, "pages"), part, str(len(pages)))
                 pipe.expire(key_of(fork_id, "pages"), self.expires)
-                pipe.execute()
+                pipe.exists(key_of(fork_id, "cancel"))
+                return bool(pipe.execute()[-1])
 
-        self.ask(write)
+        return self.ask(write)
 
-    def keep_all_pages(self, fork_id: str, pages: list[bytes]) -> None:
-        """Keep the FileResults of a fork that has no parts, in place of all that earlier attempts kept."""
+    def keep_all_pages(self, fork_id: str, pages: list[bytes]) -> bool:
+        """As `keep_pages`, of a fork that has no parts: in place of all that earlier attempts kept."""
         if len(pages) != 1:
-            self.keep_pages(fork_id, {"0": pages}, anew=True)
-            return
+            return self.keep_pages(fork_id, {"0": pages}, anew=True)
 
-        def write() -> None:
+        def write() -> bool:
             with self.redis.pipeline(transaction=True) as pipe:
                 pipe.delete(key_of(fork_id, "pages"))
                 pipe.set(self.only_page(fork_id), pages[0], ex=self.expires)
-                pipe.execute()
+                pipe.exists(key_of(fork_id, "cancel"))
+                return bool(pipe.execute()[-1])
 
-        self.ask(write)
+        return self.ask(write)
 
     def files(self, fork_id: str) -> Iterator[FileResult]:
         """Yield the FileResults that are there by now, a page at a time, in the order of the manifest's parts."""

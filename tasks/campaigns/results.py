@@ -20,7 +20,6 @@ from typing import Any, cast
 from redis.exceptions import OutOfMemoryError
 
 from tasks.campaigns.settle import settle_run
-from tasks.context import cancelled
 from tasks.copier.campaigns.batch_record import Outcome
 from tasks.copier.campaigns.spec import (
     CampaignResult,
@@ -29,7 +28,7 @@ from tasks.copier.campaigns.spec import (
     progress_of,
 )
 from tasks.copier.chunk import worker_lost
-from tasks.copier.errors import ErrorRecord, ForkError, from_record
+from tasks.copier.errors import ErrorRecord, ForkError, cancelled, from_record
 from tasks.copier.spec import ForkResult
 from tasks.results import Results, key_of
 

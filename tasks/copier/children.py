@@ -47,8 +47,8 @@ class Children:
         self._work = work
         self._count = max(1, count)
         self._ticker = ticker
-        self._counters = mmap.mmap(-1, _COUNTERS.size * self._count)
         self._pids: list[int] = []
+        self._counters: mmap.mmap
         #: Children that are stopped, and when that was first seen, in seconds of the monotonic clock.
         self._stopped_since: dict[int, float] = {}
         self._tokens = self._pipe = -1
@@ -57,6 +57,7 @@ class Children:
     def take(self, chunk: Chunk, number: int, plan: Plan) -> None:
         """Have a child do `chunk`."""
         if not self._pids:
+            self._counters = mmap.mmap(-1, _COUNTERS.size * self._count)
             self._tokens, self._pipe = os.pipe()
             fcntl.fcntl(self._pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             self._pids = [self._spawn(n, plan) for n in range(self._count)]

@@ -117,3 +117,8 @@ def from_source(error: OSError, doing: str, path: str) -> ForkError:
     if error.errno in _GONE:
         return ForkError(Code.SOURCE_CHANGED, f"{doing}: it is no longer what the walk saw", path, error.errno)
     return from_oserror(error, doing, path)
+
+
+def cancelled(path: str) -> ForkError:
+    """The error of a fork or campaign that someone ended."""
+    return ForkError(Code.CANCELLED, "someone asked for an end", path)

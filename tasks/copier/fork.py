@@ -21,7 +21,7 @@ from tasks.copier.chunk import MAX_TRIES, run_chunk, worker_lost
 from tasks.copier.clone import Cloner
 from tasks.copier.close import close_tree
 from tasks.copier.ends import Ends, destination_exists
-from tasks.copier.errors import Code, ForkError, from_oserror, from_record
+from tasks.copier.errors import Code, ForkError, cancelled, from_oserror, from_record
 from tasks.copier.journal import Journal, Phase
 from tasks.copier.kernel import syscalls, trees
 from tasks.copier.options import Limits
@@ -49,14 +49,14 @@ class Superseded(Exception):
 class Ledger(Protocol):
     """Where a fork's results are kept for those who asked for it."""
 
-    def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> None:
+    def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> bool:
         """Keep the FileResults of parts of the fork (a chunk's number, `plan` or `close`). Raises ForkError.
 
-        `anew`: in place of all that was kept before, by an earlier attempt.
+        `anew`: in place of all that was kept before, by an earlier attempt. Returns whether someone asked for an end.
         """
 
-    def keep_all_pages(self, pages: list[bytes]) -> None:
-        """Keep the FileResults of a fork without parts, in place of all that was kept before. Raises ForkError."""
+    def keep_all_pages(self, pages: list[bytes]) -> bool:
+        """As `keep_pages`, of a fork without parts: in place of all that was kept before."""
 
     def settle(self, result: ForkResult) -> None:
         """Keep the final result. When this returns, a second delivery of the request will find it."""
@@ -231,7 +231,8 @@ def _complete_and_publish(
 ) -> ForkResult:
     """Publish the closed tree, after its results are kept and all that the rename makes true is in the journal."""
     spec, journal, staging = account.spec, cast(Journal, account.journal), work.staging
-    _keep_pages(account, ledger)
+    if _keep_pages(account, ledger):
+        raise cancelled(spec.destination)
     sync = spec.options.durability == "sync"
     if sync:
         syscalls.syncfs(work.tree_fd)
@@ -242,7 +243,7 @@ def _complete_and_publish(
         tree=trees.identity(work.tree_fd),
         result=cast(dict[str, Any], result),
     )
-    ticker.look_now()
+    ticker.look()
     staging.write_journal(journal, sync=sync)
     account.journal = journal
     return _publish(work.ends, staging, journal)
@@ -308,15 +309,16 @@ def _insist(remove: Callable[[], None]) -> None:
             return
 
 
-def _keep_pages(account: _Account, ledger: Ledger, undone: Iterable[str] = ()) -> None:
-    """Keep the FileResults of all parts that are not in the ledger yet; parts that are `undone` have none."""
+def _keep_pages(account: _Account, ledger: Ledger, undone: Iterable[str] = ()) -> bool:
+    """Keep the FileResults of all parts that are not in the ledger yet; parts that are `undone` have none.
+
+    Returns whether someone asked for an end of the fork.
+    """
     if not account.in_parts:
-        ledger.keep_all_pages(Report.pages_of(account.reports.values()))
-        return
+        return ledger.keep_all_pages(Report.pages_of(account.reports.values()))
     pages: dict[str, list[bytes]] = {part: [] for part in undone}
     pages |= {part: report.close() for part, report in account.reports.items() if report.has_pages()}
-    if pages:
-        ledger.keep_pages(pages)
+    return ledger.keep_pages(pages)
 
 
 def _reports(staging: Staging, plan: Plan) -> dict[str, Report]:

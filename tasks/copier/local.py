@@ -24,13 +24,15 @@ _FINER = 5
 
 
 class _NoLedger:
-    """A local fork's results go to its caller alone."""
+    """A local fork's results go to its caller alone, who ends it by what the beat raises."""
 
-    def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> None:
+    def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> bool:
         """Nobody asks for them later."""
+        return False
 
-    def keep_all_pages(self, pages: list[bytes]) -> None:
+    def keep_all_pages(self, pages: list[bytes]) -> bool:
         """Nobody asks for them later."""
+        return False
 
     def settle(self, result: ForkResult) -> None:
         """The caller gets it."""

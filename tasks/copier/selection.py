@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 #: Names that staging uses (see `staging`). They are never guest data: a fork into a directory of the source
 #: that runs at the same time must not end up in this one.
@@ -59,6 +60,7 @@ class Selection:
 _PART = re.compile(r"\*+|\?|\[!?\]?[^]/]*\]|.", re.DOTALL)
 
 
+@lru_cache
 def _compile(pattern: str) -> re.Pattern[str]:
     """A shell pattern as a regular expression over a whole name or path; no wildcard crosses a slash.
 

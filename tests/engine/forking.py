@@ -102,13 +102,17 @@ class Books:
 
     pages: dict[str, list[bytes]] = field(default_factory=dict)
     settled: list[ForkResult] = field(default_factory=list)
+    #: Whether someone has asked for an end of the fork.
+    ended: bool = False
 
-    def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> None:
+    def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> bool:
         # A part may be kept again: what it did is told whole each time.
         self.pages = dict(parts) if anew else self.pages | parts
+        return self.ended
 
-    def keep_all_pages(self, pages: list[bytes]) -> None:
+    def keep_all_pages(self, pages: list[bytes]) -> bool:
         self.pages = {"0": pages}
+        return self.ended
 
     def settle(self, result: ForkResult) -> None:
         self.settled.append(result)
@@ -139,14 +143,15 @@ def fork_with_books(
     fork_id: str = "fork-1",
     limits: Limits = INLINE,
     earlier: Mapping[str, list[bytes]] | None = None,
+    ended: bool = False,
     **options: Any,
 ) -> Books:
     """One fork in this process, its chunks one after another as a single worker would do them, with its books.
 
-    `earlier`: pages that an earlier attempt left in them.
+    `earlier`: pages that an earlier attempt left in them. `ended`: someone has asked for an end of it.
     """
     spec = spec_of(source, destination, fork_id, **options)
-    books, ticker = Books(dict(earlier or {})), Ticker(go_on)
+    books, ticker = Books(dict(earlier or {}), ended=ended), Ticker(go_on)
     with (
         open_ends(Roots(), spec.source, spec.destination) as ends,
         Staging.claim(ends.parent_fd, fork_id, wait=0) as staging,

@@ -16,7 +16,7 @@ from tasks.copier.options import Limits
 from tasks.copier.progress import Progress
 from tasks.copier.spec import ForkResult
 from tests.engine.children import Child
-from tests.engine.forking import CHUNKED, INLINE, MIB, assert_alike, fork, forked, leftovers
+from tests.engine.forking import CHUNKED, INLINE, MIB, assert_alike, fork, fork_with_books, forked, leftovers
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import wait_until
 from tests.support.guests import SKIPPED_BY_DEFAULT, GuestSizes, make_guest, make_sparse_file
@@ -228,6 +228,15 @@ def test_a_cancelled_fork_leaves_nothing(
     assert [path.name for path in directory.iterdir()] == ["source"]
     assert snapshot(source) == before
     forked(source, directory / "fork", limits=limits)
+
+
+def test_a_fork_that_is_cancelled_while_its_last_results_are_kept_leaves_nothing(
+    directory: Path, source: Path, limits: Limits
+) -> None:
+    books = fork_with_books(source, directory / "fork", limits=limits, ended=True)
+
+    assert books.result["status"] == "cancelled"
+    assert [path.name for path in directory.iterdir()] == ["source"]
 
 
 def test_a_fork_is_never_seen_in_part(directory: Path, source: Path, limits: Limits) -> None:

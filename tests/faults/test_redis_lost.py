@@ -10,10 +10,10 @@ import pytest
 from redis.exceptions import OutOfMemoryError
 
 from tasks.campaigns.results import CampaignResults
-from tasks.context import cancelled
 from tasks.copier.campaigns.batch import failed_outcome
 from tasks.copier.campaigns.spec import Aims, CampaignSpec
 from tasks.copier.control import control_name
+from tasks.copier.errors import cancelled
 from tasks.copier.spec import ForkResult
 from tests.faults.fleet import CHILDREN, Guests, StartStruck, Struck, assert_served_and_clean, go_on, stand_at
 from tests.faults.moments import INLINE, PUBLISHED, Moments

@@ -237,6 +237,18 @@ def test_pages_of_two_forks_are_two(results: Results) -> None:
     assert [file["path"] for file in results.files("fork-1")] == ["a"]
 
 
+def test_who_keeps_pages_learns_whether_an_end_was_asked_for(results: Results) -> None:
+    kept = [page_of([_file("a")])]
+    before = [results.keep_pages("fork-1", {"0": kept}), results.keep_pages("fork-1", {})]
+    before.append(results.keep_all_pages("fork-1", kept))
+
+    results.cancel("fork-1")
+
+    after = [results.keep_pages("fork-1", {"0": kept}), results.keep_pages("fork-1", {})]
+    after.append(results.keep_all_pages("fork-1", kept))
+    assert (before, after) == ([False] * 3, [True] * 3)
+
+
 # -- progress
 
 
