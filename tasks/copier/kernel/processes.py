@@ -6,8 +6,8 @@ from __future__ import annotations
 def is_stopped(pid: int) -> bool:
     """Whether a process is stopped: by SIGSTOP, a debugger or a frozen terminal. False for one that has ended."""
     try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+        with open(f"/proc/{pid}/stat", "rb") as file:
             status = file.read()
     except OSError:
         return False
-    return status.rpartition(")")[2].split()[0] in ("T", "t")  # "pid (name) state ..."
+    return status.rpartition(b")")[2].split()[0] in (b"T", b"t")  # "pid (name) state ..."
