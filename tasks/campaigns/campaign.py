@@ -14,7 +14,7 @@ from tasks.campaigns.request import campaign_of, refused_campaign, summary_of
 from tasks.campaigns.results import CampaignResults
 from tasks.context import LOCK_WAIT, Again, Context
 from tasks.copier import takeover
-from tasks.copier.campaigns.batch import failed_outcome
+from tasks.copier.campaigns.end import unbegun
 from tasks.copier.campaigns.plan import Campaign, campaign_in, find_home, open_campaign, plan_campaign
 from tasks.copier.campaigns.spec import CampaignResult, CampaignSpec, campaign_result
 from tasks.copier.control import Held
@@ -161,8 +161,6 @@ def _refuse(
     for first in range(0, len(paths), _SLICE):
         open_ones = results.without_result(range(first, min(first + _SLICE, len(paths))), spec)
         if open_ones:
-            results.settle(
-                open_ones[0],
-                [failed_outcome(spec.fork(index, paths[index], spec.started), error) for index in open_ones],
-            )
+            forks = {index: paths[index] for index in open_ones}
+            results.settle(open_ones[0], unbegun(spec, forks, spec.started, error))
     return settle(results, campaign_result(spec, results.sums(), results.failures(), error=error))

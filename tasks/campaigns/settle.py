@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from celery import states
 
@@ -110,5 +111,9 @@ def _state(outcome: Outcome) -> str:
     fork_id, error = result["fork_id"], result["error"]
     if error is None:
         return state_json(fork_id, states.SUCCESS, outcome.as_json)
-    raised = {**_RAISED[result["status"]], "exc_message": [describe(error)]}
-    return state_json(fork_id, _STATES[result["status"]], json.dumps(raised))
+    return state_json(fork_id, _STATES[result["status"]], _raised(result["status"], describe(error)))
+
+
+@lru_cache(maxsize=16)  # a campaign that is cancelled ends thousands of forks with the same words
+def _raised(status: str, message: str) -> str:
+    return json.dumps({**_RAISED[status], "exc_message": [message]})

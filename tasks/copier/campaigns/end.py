@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cache, partial
 
 from tasks.copier.campaigns.batch import CampaignLedger, failed_outcome, make_batch
+from tasks.copier.campaigns.batch_record import Outcome
 from tasks.copier.campaigns.plan import Campaign
+from tasks.copier.campaigns.spec import CampaignSpec
 from tasks.copier.control import Held
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.kernel.roots import Roots
@@ -57,9 +59,17 @@ def end_rest(campaign: Campaign, roots: Roots, ticker: Ticker, ledger: CampaignL
 def _settle_unbegun(campaign: Campaign, ledger: CampaignLedger, forks: dict[int, str], error: ForkError) -> None:
     """Settle forks that nobody has begun (their destinations by index) with `error`."""
     if forks:
-        now = time.time()
-        specs = [campaign.spec.fork(index, path, now) for index, path in forks.items()]
-        ledger.settle(min(forks), [failed_outcome(spec, error) for spec in specs])
+        ledger.settle(min(forks), unbegun(campaign.spec, forks, time.time(), error))
+
+
+def unbegun(spec: CampaignSpec, forks: Mapping[int, str], ended: float, error: ForkError) -> list[Outcome]:
+    """The outcomes of some forks that nobody has begun and that end with `error` (their destinations by index).
+
+    They differ by id and destination alone: there may be a hundred thousand. `ended`: seconds since the epoch.
+    """
+    index, destination = next(iter(forks.items()))
+    like = failed_outcome(spec.fork(index, destination, ended), error).result
+    return [Outcome({**like, "fork_id": spec.fork_id(n), "destination": path}, []) for n, path in forks.items()]
 
 
 def _is_home(campaign: Campaign, roots: Roots, parent: str) -> bool:
