@@ -19,7 +19,7 @@ from benchmarks.subjects import Subject, SubjectFailed, engine
 
 CASES = (INST, WIDE)
 
-_ROUNDS = 5
+_ROUNDS = 7
 _MOST_MILLISECONDS = 150.0
 #: Pause between two looks, in seconds.
 _LOOK_SECONDS = 0.001

@@ -19,7 +19,7 @@ CASES = (MINI,)
 #: A task that Celery itself gives every worker: it returns its arguments.
 _EMPTY = Message(EMPTY_TASK, {})
 _MESSAGES = 1_000
-_ROUNDS = 3
+_ROUNDS = 7
 _MOST_RATIO = 2.5
 
 
