@@ -19,6 +19,7 @@ from benchmarks import (
     filesystems,
     first_file,
     growth,
+    host,
     memory,
     messages,
     record,
@@ -127,6 +128,8 @@ def main(
         kept = record.read(json_path)
     except (OSError, ValueError) as error:
         sys.exit(f"bench: {json_path}: {error}")
+    if host.takes_memory_back():
+        say(host.ADVICE)
     # TERM ends it as Ctrl-C does: through every with block, and with a table of what was measured.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     began = time.monotonic()
