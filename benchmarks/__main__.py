@@ -129,7 +129,7 @@ def main(
     except (OSError, ValueError) as error:
         sys.exit(f"bench: {json_path}: {error}")
     if host.takes_memory_back():
-        say(host.ADVICE)
+        say(host.WARNING)
     # TERM ends it as Ctrl-C does: through every with block, and with a table of what was measured.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     began = time.monotonic()

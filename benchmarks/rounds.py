@@ -75,8 +75,8 @@ def run_in_turn(
     """Run each subject once a round. In the first round each copy is compared with its source.
 
     `between` is called before each run. A subject that fails is left out of the rounds that follow. The order of a
-    round is a matter of chance, the same in each benchmark: what a subject leaves behind, such as how fast the kernel
-    takes the disk to be, would fall to the same one each time.
+    round is a matter of chance, the same in each benchmark: what a subject leaves behind, such as memory that the
+    host takes back, would fall to the same one each time.
     """
     row, dice = Row(case.name, filesystem.name, filesystem.reflink), random.Random(_SEED)
     with built(case, filesystem) as source:

@@ -212,7 +212,7 @@ class Results:
         """Keep the FileResults of parts of a fork (`plan`, a chunk's number, `close`), in place of their earlier ones.
 
         `anew`: in place of those of all parts, since what an earlier attempt kept is of no attempt any more. Returns
-        whether an end was asked for, which saves asking.
+        whether an end of the fork was asked for, which saves a round trip.
         """
 
         def write() -> bool:

@@ -116,4 +116,5 @@ def _state(outcome: Outcome) -> str:
 
 @lru_cache(maxsize=16)  # a campaign that is cancelled ends thousands of forks with the same words
 def _raised(status: str, message: str) -> str:
+    """What a fork that ended so is said to have raised, as JSON."""
     return json.dumps({**_RAISED[status], "exc_message": [message]})

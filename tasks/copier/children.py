@@ -48,6 +48,7 @@ class Children:
         self._count = max(1, count)
         self._ticker = ticker
         self._pids: list[int] = []
+        #: `_COUNTERS` of each child; made with them.
         self._counters: mmap.mmap
         #: Children that are stopped, and when that was first seen, in seconds of the monotonic clock.
         self._stopped_since: dict[int, float] = {}

@@ -243,7 +243,7 @@ def _complete_and_publish(
         tree=trees.identity(work.tree_fd),
         result=cast(dict[str, Any], result),
     )
-    ticker.look()
+    ticker.look()  # a local fork's ledger tells of no end, and a sync takes its time
     staging.write_journal(journal, sync=sync)
     account.journal = journal
     return _publish(work.ends, staging, journal)

@@ -62,13 +62,13 @@ def _settle_unbegun(campaign: Campaign, ledger: CampaignLedger, forks: dict[int,
         ledger.settle(min(forks), unbegun(campaign.spec, forks, time.time(), error))
 
 
-def unbegun(spec: CampaignSpec, forks: Mapping[int, str], ended: float, error: ForkError) -> list[Outcome]:
-    """The outcomes of some forks that nobody has begun and that end with `error` (their destinations by index).
+def unbegun(spec: CampaignSpec, forks: Mapping[int, str], started: float, error: ForkError) -> list[Outcome]:
+    """The outcomes of forks that nobody has begun and that end with `error`: one or more destinations, by index.
 
-    They differ by id and destination alone: there may be a hundred thousand. `ended`: seconds since the epoch.
+    They differ by id and destination alone, since there may be a hundred thousand. `started`: see `CampaignSpec.fork`.
     """
     index, destination = next(iter(forks.items()))
-    like = failed_outcome(spec.fork(index, destination, ended), error).result
+    like = failed_outcome(spec.fork(index, destination, started), error).result
     return [Outcome({**like, "fork_id": spec.fork_id(n), "destination": path}, []) for n, path in forks.items()]
 
 
