@@ -208,7 +208,7 @@ def test_a_running_campaign_is_watched_with_a_bar_and_cancelled(
     # Given
     environment = program_environment(redis_server, place)
     start_worker(place, 1)
-    send = ["campaign", str(place / "vm"), "--to", f"{place}/vm-{{n}}", "--count", "6000", "--id", "c1"]
+    send = ["campaign", str(place / "vm"), "--to", f"{place}/vm-{{n}}", "--count", "40000", "--id", "c1"]
     sent = run_forkvm(*send, env=environment)
     wait_until((place / "vm-1").exists, "the first fork")
 
@@ -223,7 +223,7 @@ def test_a_running_campaign_is_watched_with_a_bar_and_cancelled(
     os.close(its_other_side)
     try:
         shown = b""
-        while b"/6000" not in shown:
+        while b"/40000" not in shown:
             shown += os.read(terminal, 4096)
         told = json.loads(run_forkvm("status", "c1", "--json", env=environment).stdout)
         retry = run_forkvm("campaign", "--retry", "c1", env=environment)
