@@ -12,7 +12,12 @@ from celery import signals
 from tasks.app import inner_queues
 from worker.configuration import make_app
 from worker.gate import watch_the_gate
-from worker.mending import mend_books_of_messages, mend_closed_channels, mend_end_of_children
+from worker.mending import (
+    mend_books_of_messages,
+    mend_closed_channels,
+    mend_connections_of_children,
+    mend_end_of_children,
+)
 from worker.settings import NO_ROOTS, BadSettings, Settings, read_settings
 from worker.tls import refuse_untrusted
 
@@ -45,6 +50,7 @@ def _refuse_an_untrusted_broker(**_: Any) -> None:
 @signals.celeryd_init.connect
 def _mend_kombu(**_: Any) -> None:
     mend_closed_channels()
+    mend_connections_of_children()
     mend_books_of_messages()
 
 

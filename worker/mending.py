@@ -1,6 +1,7 @@
 """Faults of kombu 5.7 and Celery 5.7, mended until they do it.
 
-Those of kombu end a worker or lose a message when Redis goes away; that of Celery holds up a worker that is to end.
+Those of kombu end a worker, hold it up or lose a message when a connection to Redis ends; that of Celery holds up a
+worker that is to end.
 """
 
 from __future__ import annotations
@@ -36,6 +37,33 @@ def mend_closed_channels() -> None:
 
     vars(connparams)["is_mended"] = True
     channel._connparams = connparams
+
+
+def mend_connections_of_children() -> None:
+    """Have no child keep the connections on which the worker waits for messages.
+
+    A child that is started after the worker has connected gets copies of their sockets. kombu means to close them, but
+    redis-py's pool, asked in another process, forgets its connections first. Two things come of it:
+
+    - Where the worker dies alone, the copy keeps the connection open, and Redis gives it the next message: to nobody.
+    - Where the worker closes the connection, epoll goes on to tell of it (epoll(7): a file is removed when its last
+      descriptor is closed). The worker's loop turns without a pause; and once the next connection has the same number,
+      it reads from that one though it asked for nothing, and waits for ever.
+    """
+    channel: Any = Channel  # the method is private
+    original = channel._after_fork
+    if hasattr(original, "is_mended"):
+        return
+
+    def after_fork(self: Any) -> None:
+        for client in ("client", "subclient"):
+            connection = getattr(vars(self).get(client), "connection", None)
+            if connection is not None:
+                connection.disconnect()  # in another process than its own it only closes the socket
+        original(self)
+
+    vars(after_fork)["is_mended"] = True
+    channel._after_fork = after_fork
 
 
 #: Messages, each with its exchange and routing key, that were taken from their queue and not noted as taken.

@@ -1,0 +1,72 @@
+"""A child that is started after its worker has connected to Redis has no part in the worker's connections."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from tests.faults.fleet import Guests
+from tests.fixtures.processes import StartWorker, Worker, wait_until
+from tests.system.running import send
+from tests.system.scheduler import Scheduler
+
+#: Far more than it takes until a worker that reads from the wrong connection waits for ever.
+FORKS = 100
+
+
+def test_worker_whose_idle_connection_is_closed_connects_again_and_goes_on(
+    own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, guests: Guests, place: Path
+) -> None:
+    # Given a worker whose one child is not its first
+    worker = start_worker(mounts, 1, args=["--without-mingle"])
+    wait_until(lambda: _waiting(own_scheduler) != [], "the worker to wait for messages")
+    first = worker.children
+    send(first, signal.SIGKILL)
+    wait_until(lambda: worker.children not in (first, []), "another child")
+    own_scheduler.fork(guests.small, place / "fork")
+
+    # When Redis closes the connection while the child has all that the worker may take
+    child = worker.children
+    send(child, signal.SIGSTOP)
+    held_up = own_scheduler.send({"source": str(guests.small), "destination": str(place / "held-up")})
+    wait_until(lambda: own_scheduler.messages()["unacked"] == 1, "the message to be taken")
+    before = _sockets(worker)
+    (idle,) = _waiting(own_scheduler)
+    own_scheduler.redis.client_kill_filter(_id=idle)
+    wait_until(lambda: _sockets(worker) < before, "the worker to close its end")
+
+    # Then the worker waits in peace, and takes all that comes after
+    busy = _busy_seconds(worker)
+    time.sleep(1)
+    assert _busy_seconds(worker) - busy < 0.5
+    send(child, signal.SIGCONT)
+    own_scheduler.wait(held_up)
+    sent = [
+        own_scheduler.send({"source": str(guests.small), "destination": str(place / f"fork-{n}")}) for n in range(FORKS)
+    ]
+    for fork in sent:
+        own_scheduler.wait(fork)
+    worker.term()
+    assert worker.wait(15) == 0
+
+
+def _waiting(scheduler: Scheduler) -> list[str]:
+    """The ids of the connections on which a worker waits for messages."""
+    return [client["id"] for client in scheduler.redis.client_list() if client["cmd"] == "brpop"]
+
+
+def _sockets(worker: Worker) -> int:
+    count = 0
+    for entry in Path(f"/proc/{worker.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            count += os.readlink(entry).startswith("socket:")
+    return count
+
+
+def _busy_seconds(worker: Worker) -> float:
+    """What the worker's main process took of a processor so far (proc(5): utime and stime in /proc/PID/stat)."""
+    after_the_name = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, after_the_name[11:13])) / os.sysconf("SC_CLK_TCK")
