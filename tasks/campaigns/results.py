@@ -79,8 +79,8 @@ class CampaignResults:
         return {name.decode(): int(value) for name, value in found.items()}
 
     def failures(self) -> list[Failure]:
-        """The first failures."""
-        found = cast("list[bytes]", self._ask(lambda: self.results.redis.lrange(self._key("failures"), 0, -1)))
+        """The first failures so far, in the order of the forks."""
+        found = cast("list[bytes]", self._ask(lambda: self.results.redis.zrange(self._key("failures"), 0, -1)))
         return [json.loads(failure) for failure in found]
 
     def result(self) -> CampaignResult | None:

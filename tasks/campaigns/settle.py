@@ -9,7 +9,7 @@ from functools import lru_cache
 from celery import states
 
 from tasks.copier.campaigns.batch_record import Outcome
-from tasks.copier.campaigns.spec import MOST_FAILURES, failures_of, sums_of
+from tasks.copier.campaigns.spec import MOST_FAILURES, Failure, failures_of, sums_of
 from tasks.copier.errors import describe
 from tasks.results import Results, key_of, page_key, state_json
 
@@ -20,7 +20,7 @@ from tasks.results import Results, key_of, page_key, state_json
 #:
 #: KEYS: settled, sums, failures; of each fork its state; others; the counts of pages.
 #: ARGV: first, TTL, most failures, how many states, others, sums and counts; states; others; of each sum name and
-#: value; counts; failures.
+#: value; counts; of each failure the fork's number and the failure.
 _SCRIPT = """
 local first, expires, most = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local states, others = tonumber(ARGV[4]), tonumber(ARGV[5])
@@ -45,8 +45,8 @@ for n = 1, counts do
     redis.call('EXPIRE', KEYS[key + n], expires)
 end
 at = at + counts
-for n = at + 1, #ARGV do redis.call('RPUSH', KEYS[3], ARGV[n]) end
-redis.call('LTRIM', KEYS[3], 0, most - 1)
+for n = at + 1, #ARGV, 2 do redis.call('ZADD', KEYS[3], ARGV[n], ARGV[n + 1]) end
+for _, later in ipairs(redis.call('ZRANGE', KEYS[3], most, -1)) do redis.call('ZREM', KEYS[3], later) end
 for n = 1, 3 do redis.call('EXPIRE', KEYS[n], expires) end
 """
 
@@ -89,7 +89,7 @@ def settle_run(results: Results, campaign_id: str, first: int, outcomes: list[Ou
     for outcome in outcomes:
         kept.add(results, outcome)
     forks = [outcome.result for outcome in outcomes]
-    sums, failures = sums_of(forks), failures_of(forks)
+    sums, failures = sums_of(forks), failures_of(forks)[:MOST_FAILURES]
     own = [key_of(campaign_id, name) for name in ("settled", "sums", "failures")]
     results.redis.register_script(_SCRIPT)(
         [*own, *kept.states, *kept.others, *kept.counts],
@@ -100,9 +100,14 @@ def settle_run(results: Results, campaign_id: str, first: int, outcomes: list[Ou
             *kept.others.values(),
             *(word for item in sums.items() for word in item),
             *kept.counts.values(),
-            *(json.dumps(failure) for failure in failures),
+            *(word for failure in failures for word in (_number(failure), json.dumps(failure))),
         ],
     )
+
+
+def _number(failure: Failure) -> str:
+    """The number of a fork in its campaign, by which the failures are in order."""
+    return failure["fork_id"].rpartition(".")[2]
 
 
 def _state(outcome: Outcome) -> str:

@@ -381,10 +381,11 @@ def test_a_single_fork_starts_soon_while_a_campaign_of_ten_thousand_runs(
 def test_two_campaigns_share_the_workers(system: System, scheduler: Scheduler, source: Path, fresh: Fresh) -> None:
     places = {"left": fresh("xfs"), "right": fresh("xfs")}
 
-    sent = [send(scheduler, request_of(source, place, 2_000), name) for name, place in places.items()]
+    # A campaign has up to 8 batches of up to 128 forks in the queue before the other's
+    sent = [send(scheduler, request_of(source, place, 6_000), name) for name, place in places.items()]
     for one in sent:
         assert one.get(timeout=40)["status"] == "succeeded"
 
-    ends = sorted((fork["finished_at"], name) for name in places for fork in forks_of(scheduler, name, 2_000))
+    ends = sorted((fork["finished_at"], name) for name in places for fork in forks_of(scheduler, name, 6_000))
     changes = sum(before[1] != after[1] for before, after in pairwise(ends))
     assert changes >= 6, "one was made after the other"
