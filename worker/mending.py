@@ -7,6 +7,7 @@ worker that is to end.
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import cache
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -18,6 +19,7 @@ from kombu.transport.redis import Channel, QoS
 from redis.exceptions import ConnectionError, OutOfMemoryError, RedisError
 
 
+@cache  # once a process
 def mend_closed_channels() -> None:
     """Have a channel whose connection is closed say so with a ConnectionError.
 
@@ -27,18 +29,16 @@ def mend_closed_channels() -> None:
     """
     channel: Any = Channel  # the method is private
     original = channel._connparams
-    if hasattr(original, "is_mended"):
-        return
 
     def connparams(self: Any, *args: Any, **kwargs: Any) -> Any:
         if getattr(self.connection, "client", None) is None:
             raise ConnectionError("the channel's connection is closed")
         return original(self, *args, **kwargs)
 
-    vars(connparams)["is_mended"] = True
     channel._connparams = connparams
 
 
+@cache  # once a process
 def mend_connections_of_children() -> None:
     """Have no child keep the connections on which the worker waits for messages.
 
@@ -52,17 +52,15 @@ def mend_connections_of_children() -> None:
     """
     channel: Any = Channel  # the method is private
     original = channel._after_fork
-    if hasattr(original, "is_mended"):
-        return
 
     def after_fork(self: Any) -> None:
+        made = vars(self)  # an attribute that is asked for is made
         for client in ("client", "subclient"):
-            connection = getattr(vars(self).get(client), "connection", None)
+            connection = getattr(made.get(client), "connection", None)
             if connection is not None:
                 connection.disconnect()  # in another process than its own it only closes the socket
         original(self)
 
-    vars(after_fork)["is_mended"] = True
     channel._after_fork = after_fork
 
 
@@ -70,6 +68,7 @@ def mend_connections_of_children() -> None:
 _unnoted: list[tuple[dict[str, Any], str, str]] = []
 
 
+@cache  # once a process
 def mend_books_of_messages() -> None:
     """Lose no message, and no slot for one, when Redis does not let it be noted as taken, done, or handed back.
 
@@ -80,8 +79,6 @@ def mend_books_of_messages() -> None:
     """
     books: Any = QoS
     append, ack, reject = books.append, books.ack, books.reject
-    if hasattr(append, "is_mended"):
-        return
 
     def append_or_keep(self: Any, message: Any, delivery_tag: str) -> None:
         try:
@@ -106,7 +103,6 @@ def mend_books_of_messages() -> None:
         except OutOfMemoryError:
             virtual.QoS.ack(self, delivery_tag)  # no longer renewed: it comes again when there is room
 
-    vars(append_or_keep)["is_mended"] = True
     books.append, books.ack, books.reject = append_or_keep, ack_also_when_full, reject_also_when_full
 
 
@@ -128,6 +124,7 @@ _LOOK_SECONDS = 0.1
 _CHILD_LOOKS = 20
 
 
+@cache  # once a process
 def mend_end_of_children() -> None:
     """Have a worker that was told to end (SIGTERM) read what its children say until the last of them has ended.
 
@@ -143,8 +140,6 @@ def mend_end_of_children() -> None:
     """
     billiard.pool.GUARANTEE_MESSAGE_CONSUMPTION_RETRY_LIMIT = _CHILD_LOOKS
     handler: Any = ResultHandler
-    if hasattr(handler.on_stop_not_started, "is_mended"):
-        return
 
     def read_to_the_end(self: Any) -> None:
         unread = set(self.fileno_to_outq)
@@ -156,5 +151,4 @@ def mend_end_of_children() -> None:
                     self._flush_outqueue(fd, unread.discard, self.fileno_to_outq, self.on_state_change)
                 self.join_exited_workers(shutdown=True)
 
-    vars(read_to_the_end)["is_mended"] = True
     handler.on_stop_not_started = read_to_the_end

@@ -80,7 +80,7 @@ class CampaignResults:
 
     def failures(self) -> list[Failure]:
         """The first failures so far, in the order of the forks."""
-        found = cast("list[bytes]", self._ask(lambda: self.results.redis.zrange(self._key("failures"), 0, -1)))
+        found = cast("list[bytes]", self._ask(lambda: self.results.redis.zrange(self._key("failed"), 0, -1)))
         return [json.loads(failure) for failure in found]
 
     def result(self) -> CampaignResult | None:

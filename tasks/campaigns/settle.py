@@ -18,7 +18,7 @@ from tasks.results import Results, key_of, page_key, state_json
 #: published. Full, Redis refuses the first write, and so the whole; before Redis 7 it puts a place in the script before
 #: the error's code.
 #:
-#: KEYS: settled, sums, failures; of each fork its state; others; the counts of pages.
+#: KEYS: settled, sums, failed; of each fork its state; others; the counts of pages.
 #: ARGV: first, TTL, most failures, how many states, others, sums and counts; states; others; of each sum name and
 #: value; counts; of each failure the fork's number and the failure.
 _SCRIPT = """
@@ -90,7 +90,7 @@ def settle_run(results: Results, campaign_id: str, first: int, outcomes: list[Ou
         kept.add(results, outcome)
     forks = [outcome.result for outcome in outcomes]
     sums, failures = sums_of(forks), failures_of(forks)[:MOST_FAILURES]
-    own = [key_of(campaign_id, name) for name in ("settled", "sums", "failures")]
+    own = [key_of(campaign_id, name) for name in ("settled", "sums", "failed")]
     results.redis.register_script(_SCRIPT)(
         [*own, *kept.states, *kept.others, *kept.counts],
         [
@@ -106,7 +106,7 @@ def settle_run(results: Results, campaign_id: str, first: int, outcomes: list[Ou
 
 
 def _number(failure: Failure) -> str:
-    """The number of a fork in its campaign, by which the failures are in order."""
+    """The fork's number in its campaign; forks that end unbegun are settled together, others may lie between them."""
     return failure["fork_id"].rpartition(".")[2]
 
 

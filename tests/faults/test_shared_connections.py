@@ -59,6 +59,7 @@ def _waiting(scheduler: Scheduler) -> list[str]:
 
 
 def _sockets(worker: Worker) -> int:
+    """How many sockets the worker's main process has open."""
     count = 0
     for entry in Path(f"/proc/{worker.pid}/fd").iterdir():
         with suppress(FileNotFoundError):

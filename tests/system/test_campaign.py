@@ -381,7 +381,7 @@ def test_a_single_fork_starts_soon_while_a_campaign_of_ten_thousand_runs(
 def test_two_campaigns_share_the_workers(system: System, scheduler: Scheduler, source: Path, fresh: Fresh) -> None:
     places = {"left": fresh("xfs"), "right": fresh("xfs")}
 
-    # A campaign has up to 8 batches of up to 128 forks in the queue before the other's
+    # Turns are of up to 8 batches, which a campaign may have in the queue at once, of up to 128 forks
     sent = [send(scheduler, request_of(source, place, 6_000), name) for name, place in places.items()]
     for one in sent:
         assert one.get(timeout=40)["status"] == "succeeded"

@@ -136,6 +136,14 @@ def test_failures_are_the_first_in_the_order_of_the_forks_and_bounded_in_bytes(c
     assert result["forks"] == {"total": 300, "succeeded": 0, "failed": 300, "cancelled": 0}
 
 
+def test_failures_that_are_settled_together_leave_room_for_those_between_them(campaign: CampaignResults) -> None:
+    campaign.settle(0, outcomes(0, 1, Code.IO_ERROR) + outcomes(9, 1, Code.IO_ERROR))
+    campaign.settle(4, outcomes(4, 2, Code.NO_SPACE))
+    campaign.settle(1, outcomes(1, 3, Code.NO_SPACE))
+
+    assert [failure["fork_id"] for failure in campaign.failures()] == [f"c.{n}" for n in (1, 2, 3, 4, 5, 6, 10)]
+
+
 def test_batches_are_done_once_they_are_told(campaign: CampaignResults) -> None:
     campaign.end_batch(128)
 
