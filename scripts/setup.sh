@@ -25,11 +25,11 @@ trap 'exit 143' TERM
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
-have() { command -v "$1" >/dev/null; }
+have() { command -v "$1" >/dev/null || [[ $1 == /* && -e $1 ]]; }
 can_install() { [[ $EUID -eq 0 ]] && have apt-get; }
 
-# need COMMAND PACKAGE SKIPPED: one row of the tables below. COMMAND comes from the Debian package
-# PACKAGE; SKIPPED says what does not happen without it.
+# need COMMAND PACKAGE SKIPPED: one row of the tables below. COMMAND, or the file of that path, comes
+# from the Debian package PACKAGE; SKIPPED says what does not happen without it.
 commands=() packages=() skipped=()
 need() {
     commands+=("$1") packages+=("$2") skipped+=("$3")
@@ -54,6 +54,11 @@ needs_of_test() {
     need strace       strace         "the tests that watch system calls"
     need unshare      util-linux     "the tests in namespaces of their own"
     need setpriv      util-linux     "the tests of a worker with few rights"
+    need bindfs       bindfs         "the tests on bindfs"
+    need fusermount3  fuse3          "the tests on FUSE"
+    need gcc          gcc            "the tests on FUSE, which build a filesystem of their own"
+    need pkg-config   pkg-config     "the tests on FUSE, which build a filesystem of their own"
+    need /usr/include/fuse3/fuse.h libfuse3-dev "the tests on FUSE, which build a filesystem of their own"
     need docker-compose docker-compose "the check of docker-compose.yml"
 }
 

@@ -16,6 +16,7 @@ from tests.support.requirements import in_ci
 
 pytest_plugins = (
     "tests.fixtures.filesystems",
+    "tests.fixtures.fuse",
     "tests.fixtures.redis_server",
     "tests.fixtures.processes",
     "tests.fixtures.secure_redis",

@@ -8,14 +8,17 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
 import pytest
 from celery import Celery
 
+from tasks.copier.kernel.syscalls import rename_noreplace
 from tests.fixtures.filesystems import Fresh, Kind, OverlayOver, SmallTmpfs, filesystem_type
-from tests.fixtures.processes import PublicProgram, RunForkvm, StartWorker, end_group
+from tests.fixtures.fuse import Bindfs, Passthrough
+from tests.fixtures.processes import PublicProgram, RunForkvm, StartWorker, end_group, wait_until
 from tests.fixtures.redis_server import RedisServer
 from tests.support.extents import (
     allocated_bytes,
@@ -92,6 +95,64 @@ def test_overlayfs_reflinks_what_was_copied_up_and_nothing_of_its_lower_layer(
 def test_small_tmpfs_can_be_filled(small_tmpfs: SmallTmpfs) -> None:
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
         make_sparse_file(small_tmpfs(MIB) / "a", 2 * MIB, 2 * MIB)
+
+
+def test_passthrough_shows_its_backing_directory_and_reports_all_bytes_as_data(
+    passthrough: Passthrough, fresh: Fresh
+) -> None:
+    backing = fresh("xfs")
+    make_guest(backing / "guest")
+    point = passthrough(backing)
+
+    assert filesystem_type(point).startswith("fuse")
+    assert snapshot(point / "guest") == snapshot(backing / "guest")
+    size = (point / "guest/overlay.raw").stat().st_size
+    assert data_extents(point / "guest/overlay.raw") == [(0, size)]
+    assert len(data_extents(backing / "guest/overlay.raw")) > 4
+
+
+def test_passthrough_that_folds_names_keeps_the_first_spelling(passthrough: Passthrough, fresh: Fresh) -> None:
+    point = passthrough(fresh("xfs"), "fold")
+    (point / "Logs").mkdir()
+    (point / "Logs/State").write_text("a")
+
+    (point / "LOGS/STATE").write_text("b")
+
+    assert (point / "Logs/State").read_text() == "b"
+    assert [path.name for path in point.iterdir()] == ["Logs"]
+    with pytest.raises(FileExistsError):
+        (point / "logs").mkdir()
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_passthrough_that_refuses_flags_can_only_rename_without(
+    refused: bool, passthrough: Passthrough, fresh: Fresh
+) -> None:
+    point = passthrough(fresh("xfs"), *(["refuse_flags"] if refused else []))
+    (point / "a").touch()
+
+    fd = os.open(point, os.O_RDONLY)
+    try:
+        with pytest.raises(OSError, match=os.strerror(errno.EINVAL)) if refused else nullcontext():
+            rename_noreplace(fd, "a", fd, "b")
+    finally:
+        os.close(fd)
+
+    assert [path.name for path in point.iterdir()] == (["a"] if refused else ["b"])
+
+
+def test_open_file_that_is_unlinked_on_fuse_gets_another_name(
+    passthrough: Passthrough, bindfs: Bindfs, fresh: Fresh
+) -> None:
+    for point, stays in (
+        (passthrough(fresh("xfs")), False),
+        (passthrough(fresh("xfs"), "silly"), True),
+        (bindfs(fresh("xfs")), True),
+    ):
+        with (point / "lock").open("w"):
+            (point / "lock").unlink()
+            assert [path.name[:12] for path in point.iterdir()] == ([".fuse_hidden"] if stays else [])
+        wait_until(lambda: not os.listdir(point), "the hidden name gone")  # noqa: B023 (called in this round)
 
 
 def test_mounts_are_seen_by_our_processes_and_by_nobody_else(xfs: Path) -> None:
