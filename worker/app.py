@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import sys
-import uuid
 from typing import Any
 
 from celery import signals
@@ -18,6 +17,7 @@ from worker.mending import (
     mend_connections_of_children,
     mend_end_of_children,
 )
+from worker.node_name import node_name
 from worker.settings import NO_ROOTS, BadSettings, Settings, read_settings
 from worker.tls import refuse_untrusted
 
@@ -31,9 +31,10 @@ def _settings() -> Settings:
 
 @signals.celeryd_init.connect
 def _name_the_node(instance: Any = None, **_: Any) -> None:
-    """Give a worker that was not named a name of its own, so that several run on one host."""
-    if instance is not None and instance.hostname == f"celery@{socket.gethostname()}":
-        instance.hostname = f"forkvm-{uuid.uuid4().hex[:8]}@{socket.gethostname()}"
+    """Replace Celery's default node name, which all workers of a host share. The option `-n` wins over FORKVM_NAME."""
+    host = socket.gethostname()
+    if instance is not None and instance.hostname == f"celery@{host}":
+        instance.hostname = node_name(_settings().name, host)
 
 
 @signals.celeryd_init.connect

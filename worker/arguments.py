@@ -13,6 +13,7 @@ import click
 
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.options import DEFAULT_EXCLUDE
+from worker.cpus import available_cpus
 from worker.settings import Settings, read_settings
 from worker.show import ShowProgress, progress_bar, say
 
@@ -81,7 +82,7 @@ def with_domain(settings: Settings, domain: str | None) -> Settings:
 
 def local_processes() -> int:
     """How many processes work on what is done without a broker."""
-    return min(_MOST_PROCESSES, len(os.sched_getaffinity(0)))
+    return min(_MOST_PROCESSES, available_cpus())
 
 
 def connect(settings: Settings) -> Client:

@@ -245,7 +245,11 @@ def gc(directories: tuple[str, ...], as_json: bool) -> None:
 
 @cli.command()
 @click.option("--domain", help="The domain to serve; FORKVM_DOMAIN by default.")
-@click.option("--concurrency", type=click.IntRange(1), help="Child processes; the number of CPUs by default.")
+@click.option(
+    "--concurrency",
+    type=click.IntRange(1),
+    help="Pool processes; FORKVM_CONCURRENCY, or as many as the worker may use CPUs, by default.",
+)
 @click.option("--loglevel", default="INFO", show_default=True)
 def worker(domain: str | None, concurrency: int | None, loglevel: str) -> None:
     """Serve a domain's queue until TERM, which lets running work end first."""

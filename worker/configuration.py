@@ -6,6 +6,7 @@ from celery import Celery
 
 from tasks.app import register, surroundings
 from tasks.campaigns.app import register_campaigns
+from worker.cpus import available_cpus
 from worker.settings import Settings, roots_of
 from worker.steps import Heartbeat, Lease, PutBack, Sweeper
 from worker.tls import is_tls, tls_options
@@ -49,6 +50,7 @@ def make_app(settings: Settings) -> Celery:
         result_expires=settings.result_expires,
         # A net under what hangs: its lease would be renewed for ever. Killed, it counts as a process that was lost.
         task_time_limit=settings.task_time_limit,
+        worker_concurrency=settings.concurrency or available_cpus(),
         # A net under leaks.
         worker_max_tasks_per_child=10_000,
         worker_hijack_root_logger=True,

@@ -48,6 +48,10 @@ class Settings(BaseModel):
     visibility_timeout: Annotated[int, Field(ge=5)] = 10
     #: A process that works on one task for so long is killed, and the task done again by another.
     task_time_limit: Annotated[int, Field(ge=1)] = 14_400
+    #: Pool processes of a worker; as many as it may use CPUs (`worker.cpus`) unless it is set.
+    concurrency: Annotated[int | None, Field(ge=1)] = None
+    #: A worker's name among Celery's nodes; see `worker.node_name`.
+    name: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9_.-]*$")] = ""
     #: See `tasks.copier.options.Limits`.
     inline_files: Annotated[int, Field(ge=0)] = Limits.inline_files
     inline_bytes: Annotated[int, Field(ge=0)] = Limits.inline_bytes

@@ -6,6 +6,7 @@ import base64
 import json
 import pickle
 import re
+import socket
 import subprocess
 import sys
 import uuid
@@ -61,6 +62,24 @@ def test_two_workers_of_one_host_have_names_of_their_own_and_both_serve(
     assert all(scheduler.wait(one)["status"] == "succeeded" for one in sent)
     assert all("Task forkvm.fork" in worker.output() for worker in workers)
     scheduler.wait_quiet()
+
+
+def test_workers_are_nodes_under_the_name_that_was_set_and_differ_where_two_have_it(
+    own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path
+) -> None:
+    host = socket.gethostname()
+    name = f"rack-{uuid.uuid4().hex[:8]}"
+    for _ in range(2):
+        start_worker(mounts, 1, command="forkvm", env={"FORKVM_NAME": name})
+    names: set[str] = set()
+
+    def both_answer() -> bool:
+        names.update(name for answer in own_scheduler.app.control.ping(timeout=1) or [] for name in answer)
+        return len(names) == 2
+
+    wait_until(both_answer, "two names")
+    assert f"{name}@{host}" in names
+    assert all(node.startswith(name) and node.endswith(f"@{host}") for node in names)
 
 
 def test_worker_without_roots_does_not_start_and_says_why_in_one_line(redis_server: RedisServer) -> None:
