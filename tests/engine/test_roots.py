@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,48 @@ def test_paths_that_name_nothing_for_sure_are_refused(path: str) -> None:
     assert refusal.value.code is Code.INVALID_REQUEST
     assert refusal.value.path == path
     assert refusal.value.message.startswith("source: ")
+
+
+KEY = "0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        f"/a/.forkvm-{KEY}",
+        f"/a/.forkvm-{KEY}.01234567",
+        f"/a/.forkvm-{KEY}/b",
+        f"/.forkvm-{KEY}.01234567/b/c",
+        f"/a//.forkvm-{KEY}/",
+        f"/a/.FORKVM-{KEY.upper()}",
+    ],
+)
+@pytest.mark.parametrize("field", ["source", "destination"])
+def test_paths_through_a_staging_name_are_refused(path: str, field: str) -> None:
+    with pytest.raises(ForkError, match="has the form of a staging name") as refusal:
+        normal_path(path, field)
+
+    assert refusal.value.code is Code.INVALID_REQUEST
+    assert refusal.value.message.startswith(f"{field}: .")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [f"/.forkvm-{KEY}0", f"/.forkvm-{KEY[1:]}", f"/.forkvm-{KEY}.1", f"/forkvm-{KEY}", f"/.forkvm-{KEY}.g1234567"],
+)
+def test_names_that_are_only_like_those_of_staging_are_taken(name: str) -> None:
+    assert normal_path(f"/{name}", "destination") == f"/{name}"
+
+
+def test_symlink_into_staging_is_refused_for_both_ends(yard: Path) -> None:
+    (yard / f"a/.forkvm-{KEY}/inner").mkdir(parents=True)
+    (yard / "a/link").symlink_to(f".forkvm-{KEY}")
+    (yard / "a/inner").symlink_to("link/inner")
+
+    for roots in (roots_of(yard), Roots()):
+        for path in (yard / "a/link", yard / "a/link/inner", yard / "a/inner"):
+            assert code_of(partial(roots.open_source, str(path))) is Code.INVALID_REQUEST
+            assert code_of(partial(roots.open_parent, str(path / "vm"))) is Code.INVALID_REQUEST
 
 
 @pytest.fixture

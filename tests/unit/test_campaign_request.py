@@ -247,3 +247,17 @@ def test_a_summary_keeps_a_small_request_whole_and_tells_requests_apart() -> Non
     assert (summary["forks"], summary["start"]) == (100_000, 1)
     assert summary == summary_of(dict(reversed(request.items())), spec)
     assert summary["sha256"] != summary_of(request | {"labels": {"x": "z"}}, spec)["sha256"]
+
+
+@pytest.mark.parametrize(
+    "destinations",
+    [
+        ["/g/vm-1", "/g/.forkvm-0123456789abcdef"],
+        ["/g/vm-1", "/g/.forkvm-0123456789abcdef.01234567/vm-2"],
+        {"template": "/g/.forkvm-{n:016}", "count": 1, "start": 7},
+        {"template": "/g/.forkvm-0123456789abcdef/vm-{n}", "count": 2},
+        {"template": "/g/.forkvm-012345678{n}", "count": 2, "start": 9999998},
+    ],
+)
+def test_destinations_through_a_staging_name_are_refused(destinations: object) -> None:
+    assert "has the form of a staging name" in refusal(destinations)

@@ -80,6 +80,14 @@ def test_path_that_cannot_be_opened_safely_is_refused(field: str, path: str) -> 
     assert field in error.message
 
 
+@pytest.mark.parametrize("field", ["source", "destination"])
+@pytest.mark.parametrize("path", ["/g/.forkvm-0123456789abcdef", "/g/.forkvm-0123456789abcdef.01234567/vm"])
+def test_path_through_a_staging_name_is_refused(field: str, path: str) -> None:
+    error = _refusal(GOOD | {field: path})
+
+    assert (error.path, field in error.message, "staging" in error.message) == (path, True, True)
+
+
 def test_longest_path_is_taken_and_one_byte_more_is_not() -> None:
     longest = "/" + "ä" * 2047  # 4095 bytes
     assert parse(GOOD | {"source": longest}).source == longest

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.kernel import syscalls
+from tasks.copier.selection import STAGING_NAME
 
 #: PATH_MAX of the kernel, its closing NUL included: no longer path can be opened.
 PATH_MAX = 4096
 _NAME_MAX = 255
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_STAGING_REFUSED = "{name} has the form of a staging name, which gc may remove; use another name"
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,12 @@ class Roots:
     def open_source(self, path: str) -> int:
         """Open the source directory; the caller closes the descriptor.
 
-        Raises ForkError: invalid_request, outside_roots, source_not_found, source_not_directory, permission_denied.
+        Raises ForkError: invalid_request (also for a way through staging), outside_roots, source_not_found,
+        source_not_directory, permission_denied.
         """
         path = normal_path(path, "source")
         try:
-            return self._open(path)
+            return _outside_staging(self._open(path), path, "source")
         except OSError as error:
             if error.errno == errno.ENOENT:
                 message = "the source does not exist"
@@ -41,7 +44,7 @@ class Roots:
     def open_parent(self, path: str) -> tuple[int, str]:
         """Open the directory that is to hold the destination: (descriptor, name of the destination in it).
 
-        Raises ForkError: invalid_request (also for a parent that does not exist), outside_roots,
+        Raises ForkError: invalid_request (also for a parent that does not exist or lies in staging), outside_roots,
         destination_exists (a root itself), permission_denied.
         """
         path = normal_path(path, "destination")
@@ -53,7 +56,7 @@ class Roots:
             message = f"the destination's name is longer than {_NAME_MAX} bytes"
             raise ForkError(Code.INVALID_REQUEST, message, path, errno.ENAMETOOLONG)
         try:
-            return self._open(parent), name
+            return _outside_staging(self._open(parent), path, "destination"), name
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR):
                 message = f"the directory that is to hold the destination does not exist; create {parent} first"
@@ -87,7 +90,8 @@ class Roots:
 def normal_path(path: str, field: str) -> str:
     """`path` without doubled slashes, `.` and a trailing slash. Touches no filesystem.
 
-    Raises ForkError invalid_request for a path that is not absolute, climbs with `..`, or that no kernel call takes.
+    Raises ForkError invalid_request for a path that is not absolute, climbs with `..`, that no kernel call takes, or
+    that has a component with the form of a staging name: `gc` would remove a fork that is published there.
     """
 
     def refuse(message: str) -> ForkError:
@@ -105,7 +109,29 @@ def normal_path(path: str, field: str) -> str:
         raise refuse("the path holds a surrogate that stands for no byte") from None
     if length >= PATH_MAX:
         raise refuse(f"the path has {length} bytes; the kernel takes less than {PATH_MAX}")
+    if (name := _staging_name_in(path)) is not None:
+        raise refuse(_STAGING_REFUSED.format(name=name))
     return "/" + "/".join(part for part in path.split("/") if part not in ("", "."))
+
+
+def _staging_name_in(path: str) -> str | None:
+    """The first component of `path` with the form of a staging name, in any case: some filesystems fold it."""
+    folded = path.lower()
+    if "/.forkvm-" not in folded:  # nearly every path; a campaign has up to a million
+        return None
+    return next((part for part in path.split("/") if STAGING_NAME.fullmatch(part.lower())), None)
+
+
+def _outside_staging(fd: int, path: str, field: str) -> int:
+    """`fd`, opened at `path`, unless a symlink on the way led into staging. Raises ForkError invalid_request."""
+    try:
+        name = _staging_name_in(os.readlink(f"/proc/self/fd/{fd}"))
+    except OSError:  # without /proc, the words of the path are all that is known
+        name = None
+    if name is None:
+        return fd
+    os.close(fd)
+    raise ForkError(Code.INVALID_REQUEST, f"{field}: {_STAGING_REFUSED.format(name=name)}", path)
 
 
 def is_inside(fd: int, directory: os.stat_result) -> bool:

@@ -1,0 +1,77 @@
+"""No fork is made under a name that staging uses: gc would remove it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from celery import Celery
+
+from tests.fixtures.filesystems import Fresh
+from tests.fixtures.processes import RunForkvm, StartWorker, program_environment
+from tests.fixtures.redis_server import RedisServer
+
+NAME = ".forkvm-0123456789abcdef"
+
+
+@pytest.fixture
+def place(fresh: Fresh) -> Path:
+    """A directory with a guest and with a directory whose name has the form of a staging name."""
+    place = fresh("tmpfs")
+    (place / "vm-1").mkdir()
+    (place / "vm-1/state").write_text("running")
+    (place / f"{NAME}.01234567").mkdir()
+    return place
+
+
+DESTINATIONS = [NAME, f"{NAME}.01234568", f"{NAME}.01234567/vm-2"]
+
+
+@pytest.mark.parametrize("name", DESTINATIONS)
+def test_local_fork_is_a_bad_call(name: str, run_forkvm: RunForkvm, place: Path) -> None:
+    before = sorted(place.rglob("*"))
+
+    done = run_forkvm("fork", place / "vm-1", place / name, "--json")
+
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["error"]["code"] == "invalid_request"
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", DESTINATIONS)
+def test_local_campaign_is_a_bad_call_before_any_fork(name: str, run_forkvm: RunForkvm, place: Path) -> None:
+    (place / "list").write_text(f"{place}/vm-2\n{place}/{name}\n")
+    before = sorted(place.rglob("*"))
+
+    by_list = run_forkvm("campaign", place / "vm-1", "--to-file", place / "list", "--local")
+    by_template = run_forkvm("campaign", place / "vm-1", "--to", place / name / "vm-{n}", "--count", "2", "--local")
+
+    assert (by_list.returncode, by_template.returncode) == (2, 2)
+    assert "has the form of a staging name" in by_list.stderr
+    assert sorted(place.rglob("*")) == before
+
+
+def test_worker_refuses_what_a_client_sends_unchecked(
+    start_worker: StartWorker,
+    redis_server: RedisServer,
+    foreign_client: Celery,
+    run_forkvm: RunForkvm,
+    place: Path,
+) -> None:
+    environment = program_environment(redis_server, place)
+    start_worker(place)
+    requests = {
+        "f1": ("forkvm.fork", {"source": f"{place}/vm-1", "destination": f"{place}/{NAME}"}),
+        "f2": ("forkvm.fork", {"source": f"{place}/{NAME}.01234567", "destination": f"{place}/vm-2"}),
+        "c1": ("forkvm.campaign", {"source": f"{place}/vm-1", "destinations": [f"{place}/vm-3", f"{place}/{NAME}"]}),
+    }
+    before = sorted(place.rglob("*"))
+
+    for job_id, (task, request) in requests.items():
+        foreign_client.send_task(task, kwargs={"request": request}, task_id=job_id, queue="forkvm")
+
+    for job_id in requests:
+        done = run_forkvm("status", job_id, "--watch", "--json", env=environment)
+        assert json.loads(done.stdout)["result"]["error"]["code"] == "invalid_request"
+    assert sorted(place.rglob("*")) == before
