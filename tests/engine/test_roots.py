@@ -66,8 +66,7 @@ def test_paths_through_a_staging_name_are_refused(path: str, field: str) -> None
 
 
 @pytest.mark.parametrize(
-    "path",
-    [f"/.forkvm-{KEY}0", f"/.forkvm-{KEY[1:]}", f"/.forkvm-{KEY}.1", f"/forkvm-{KEY}", f"/.forkvm-{KEY}.g1234567"],
+    "name", [f".forkvm-{KEY}0", f".forkvm-{KEY[1:]}", f".forkvm-{KEY}.1", f"forkvm-{KEY}", f".forkvm-{KEY}.g1234567"]
 )
 def test_names_that_are_only_like_those_of_staging_are_taken(name: str) -> None:
     assert normal_path(f"/{name}", "destination") == f"/{name}"
