@@ -23,6 +23,7 @@ LITTLE = 0.05
 #: Staging in which nothing was done for so many seconds is worth a look.
 _SILENT_SECONDS = 300.0
 _KERNEL_MEND = "run Linux 5.6 or newer, and let the container's seccomp filter pass the call"
+_RENAME_MEND = "no fork can be published here: keep guests on XFS, btrfs, ext4, tmpfs or OpenZFS 2.2"
 _TYPES = {
     syscalls.XFS: "XFS",
     syscalls.BTRFS: "btrfs",
@@ -141,7 +142,7 @@ def _not_writable(subject: str, kind: str, error: OSError) -> Check:
 def _publishing(subject: str, kind: str, trial: Trial) -> Check:
     if trial.rename_error is not None:
         found = f"{kind}, refuses RENAME_NOREPLACE: {_said(trial.rename_error)}"
-        return Check(subject, "bad", found, "keep guests on a filesystem that takes it: no fork can be published here")
+        return Check(subject, "bad", found, _RENAME_MEND)
     return Check(subject, "ok", f"{kind}, writable; RENAME_NOREPLACE works")
 
 

@@ -27,6 +27,7 @@ from tasks.copier.kernel import syscalls, trees
 from tasks.copier.options import Limits
 from tasks.copier.plan import Crew, Plan, make_plan
 from tasks.copier.progress import Ticker
+from tasks.copier.publishing import cannot_publish, require_noreplace
 from tasks.copier.report import Report, Totals
 from tasks.copier.snapshot import snapshot_tree
 from tasks.copier.spec import Clock, ForkResult, ForkSpec, failed, succeeded
@@ -172,6 +173,7 @@ def _start_anew(
         raise worker_lost(spec.source)
     ends.refuse_existing()
     journal = account.journal = staging.begin(spec.to_data(), account.journal)
+    require_noreplace(staging.fd, spec.destination)
     with open_work(ends, staging, spec.options, staging.make_tree(journal)) as work:
         began = time.time()
         snapshot = snapshot_tree(work, staging, staging.tree_name(journal), ticker)
@@ -263,6 +265,8 @@ def _publish(ends: Ends, staging: Staging, journal: Journal) -> ForkResult:
         except FileNotFoundError as error:
             message = "the finished fork is gone: it was moved or removed by someone else"
             raise ForkError(Code.IO_ERROR, message, ends.destination, error.errno) from None
+        except OSError as error:
+            raise cannot_publish(error, ends.destination) from None
     return cast(ForkResult, journal.result)
 
 

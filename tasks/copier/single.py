@@ -15,6 +15,7 @@ from tasks.copier.kernel.roots import Roots, normal_path
 from tasks.copier.metadata import drop_inherited_acls
 from tasks.copier.options import Options
 from tasks.copier.progress import Beat, Ticker
+from tasks.copier.publishing import require_noreplace
 from tasks.copier.report import FileResult
 from tasks.copier.walk import Entry, Kind, entry_of, file_type
 
@@ -49,6 +50,7 @@ def _clone(src_fd: int, source: str, parent_fd: int, destination: str, options: 
         try:
             staging_fd = trees.open_below(parent_fd, staging)
             try:
+                require_noreplace(staging_fd, destination)
                 drop_inherited_acls(staging_fd)
                 dst_dev = os.fstat(staging_fd).st_dev
                 place = Place(src_fd, staging_fd, dst_dev, "", src_dir, os.path.dirname(destination))

@@ -9,8 +9,8 @@ import os
 import uuid
 from dataclasses import dataclass
 
-from tasks.copier.kernel import syscalls
 from tasks.copier.kernel.reflink import Reflinker, Refusal
+from tasks.copier.publishing import try_noreplace
 from tasks.copier.staging import Staging
 
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -35,7 +35,7 @@ def try_out(directory_fd: int) -> Trial:
     """
     with Staging.claim(directory_fd, f"trial-{uuid.uuid4().hex}", 0) as staging:
         try:
-            return Trial(_reflink(staging.fd), _publish(staging.fd))
+            return Trial(_reflink(staging.fd), try_noreplace(staging.fd))
         finally:
             staging.remove()
 
@@ -52,11 +52,3 @@ def _reflink(fd: int) -> Refusal | None:
             os.close(clone)
     finally:
         os.close(source)
-
-
-def _publish(fd: int) -> OSError | None:
-    try:
-        syscalls.rename_noreplace(fd, "clone", fd, "published")
-    except OSError as error:
-        return error
-    return None

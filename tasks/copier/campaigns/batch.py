@@ -33,6 +33,7 @@ from tasks.copier.journal import Journal
 from tasks.copier.kernel import syscalls, trees
 from tasks.copier.kernel.roots import Roots
 from tasks.copier.progress import Ticker
+from tasks.copier.publishing import cannot_publish, noreplace_refusal
 from tasks.copier.report import Fallback, Report
 from tasks.copier.spec import Clock, ForkSpec, failed, succeeded
 from tasks.copier.staging import Staging
@@ -259,7 +260,13 @@ class _Run:
 
     def _make_rest(self) -> None:
         """Make the forks that have no outcome yet."""
-        names = {index: self.staging.new_tree_name() for index in self.forks if index not in self.outcomes}
+        missing = {index: spec for index, spec in self.forks.items() if index not in self.outcomes}
+        refusal = noreplace_refusal(self.staging.fd)
+        if refusal is not None:  # in this parent; the campaign may have others
+            for index, spec in missing.items():
+                self.outcomes[index] = failed_outcome(spec, cannot_publish(refusal, spec.destination))
+            return
+        names = {index: self.staging.new_tree_name() for index in missing}
         record = Record(names)
         batch_record.write(self.staging, self.first, self.attempt, record)
         plan, options = self.campaign.plan.fork, self.campaign.spec.options
@@ -309,7 +316,7 @@ class _Run:
             exists = error.errno == errno.EEXIST
             with suppress(OSError):
                 trees.remove(parent_fd, tree)
-            cause = from_oserror(error, "publishing it", spec.destination)
+            cause = cannot_publish(error, spec.destination)
             outcome = failed_outcome(spec, destination_exists(spec.destination) if exists else cause)
         self.outcomes[index] = outcome
 

@@ -1,0 +1,100 @@
+"""A filesystem that cannot publish a fork is found out before anything is copied."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from tasks.copier.errors import ErrorRecord, ForkError
+from tasks.copier.kernel.roots import Roots
+from tasks.copier.options import Limits, Options
+from tasks.copier.progress import Progress
+from tasks.copier.single import clone_file
+from tasks.copier.trial import try_out
+from tests.engine.campaigning import campaign, codes, counts, destinations
+from tests.engine.forking import fork, forked, leftovers
+from tests.fixtures.filesystems import Fresh
+from tests.fixtures.fuse import Passthrough
+from tests.support.guests import make_guest
+
+
+@pytest.fixture
+def refusing(passthrough: Passthrough, tmp_path: Path) -> Path:
+    """A directory on a filesystem that refuses every flag of renameat2(2)."""
+    (tmp_path / "backing").mkdir()
+    return passthrough(tmp_path / "backing", "refuse_flags")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return make_guest(tmp_path / "source")
+
+
+def assert_says_what_is_missing(error: ErrorRecord, directory: Path, destination: Path) -> None:
+    assert (error["code"], error["errno"], error["path"]) == ("io_error", errno.EINVAL, str(destination))
+    assert f"the filesystem of {directory} does not support renameat2(RENAME_NOREPLACE)" in error["message"]
+    assert "choose a destination on" in error["message"]
+
+
+def test_a_fork_fails_before_anything_is_copied(refusing: Path, source: Path, limits: Limits) -> None:
+    result = fork(source, refusing / "fork", limits=limits)
+
+    assert result["error"] is not None
+    assert_says_what_is_missing(result["error"], refusing, refusing / "fork")
+    assert (result["files"]["total"], result["bytes"]["copied"]) == (0, 0)
+    assert list(refusing.iterdir()) == []
+
+
+def test_one_file_is_not_copied_either(refusing: Path, source: Path) -> None:
+    def end(progress: Progress) -> None:
+        raise AssertionError("bytes were copied")
+
+    with pytest.raises(ForkError) as refused:
+        clone_file(str(source / "overlay.raw"), str(refusing / "clone"), Options(), Roots(), end)
+
+    assert_says_what_is_missing(refused.value.record(), refusing, refusing / "clone")
+    assert list(refusing.iterdir()) == []
+
+
+def test_a_campaign_fails_in_that_parent_alone(refusing: Path, source: Path, tmp_path: Path) -> None:
+    good = tmp_path / "good"
+    good.mkdir()
+    bad = destinations(refusing, 3)
+
+    result = campaign(source, [*bad, *destinations(good, 2)])
+
+    assert (result["status"], counts(result)) == ("partial", (2, 3, 0))
+    assert set(codes(result)) == {path.name for path in bad}
+    for failure, path in zip(result["failures"], bad, strict=True):
+        assert_says_what_is_missing(failure["error"], refusing, path)
+    assert list(refusing.iterdir()) == []
+    assert leftovers(good) == []
+
+
+def test_a_filesystem_that_is_not_known_is_tried_and_forked_to(
+    passthrough: Passthrough, source: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "backing").mkdir()
+    able = passthrough(tmp_path / "backing")
+
+    forked(source, able / "fork")
+
+
+def test_the_trial_of_doctor_finds_it_too(
+    refusing: Path, passthrough: Passthrough, tmp_path: Path, fresh: Fresh
+) -> None:
+    (tmp_path / "other").mkdir()
+    errnos = []
+    for directory in (refusing, passthrough(tmp_path / "other"), fresh("xfs")):
+        fd = os.open(directory, os.O_RDONLY)
+        try:
+            error = try_out(fd).rename_error
+        finally:
+            os.close(fd)
+        errnos.append(None if error is None else error.errno)
+        assert list(directory.iterdir()) == []
+
+    assert errnos == [errno.EINVAL, None, None]
