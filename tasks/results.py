@@ -18,8 +18,6 @@ and Celery's own `celery-task-meta-{id}`, which says STARTED, PROGRESS, and in t
 from __future__ import annotations
 
 import json
-import logging
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NotRequired, TypedDict, TypeVar, cast
@@ -27,18 +25,15 @@ from typing import Any, NamedTuple, NotRequired, TypedDict, TypeVar, cast
 from celery import states
 from redis import Redis
 from redis.client import Pipeline
-from redis.exceptions import ConnectionError, OutOfMemoryError, RedisError, TimeoutError
+from redis.exceptions import OutOfMemoryError, RedisError
 
 from tasks.copier.progress import Progress
 from tasks.copier.report import FileResult, unpack_pages
 from tasks.copier.spec import ForkResult
+from tasks.redis_errors import wait_out
 
 T = TypeVar("T")
 
-log = logging.getLogger(__name__)
-
-#: Pause between two tries while Redis is away, in seconds.
-_PAUSE_SECONDS = 0.5
 #: Where the parts that have no number stand among the others.
 _RANKS = {"plan": 0, "close": 1_000_000}
 _OPEN = "forkvm:open"
@@ -307,14 +302,8 @@ class Results:
         return bool(self.ask(lambda: self.redis.exists(key_of(fork_id, "cancel"))))
 
     def ask(self, call: Callable[[], T], *also: type[RedisError]) -> T:
-        """Ask Redis; the patient ask again while it is away, or answers with one of `also`."""
-        passing: tuple[type[RedisError], ...] = (ConnectionError, TimeoutError, *also) if self.patient else ()
-        while True:
-            try:
-                return call()
-            except passing as error:
-                log.warning("Redis does not answer; trying again: %s", error)
-                time.sleep(_PAUSE_SECONDS)
+        """Ask Redis; the patient ask again while it is away or refuses writes, or answers with one of `also`."""
+        return wait_out(call, *also) if self.patient else call()
 
 
 def state_json(job_id: str, status: str, result: str) -> str:

@@ -7,6 +7,8 @@ import sys
 from typing import Any
 
 from celery import signals
+from celery.worker.consumer.gossip import Gossip
+from celery.worker.consumer.mingle import Mingle
 
 from tasks.app import inner_queues
 from worker.configuration import make_app
@@ -46,6 +48,15 @@ def _require_roots(conf: Any = None, **_: Any) -> None:
 @signals.celeryd_init.connect
 def _refuse_an_untrusted_broker(**_: Any) -> None:
     refuse_untrusted(app, _settings().broker_url)
+
+
+@signals.celeryd_init.connect
+def _leave_other_workers_alone(**_: Any) -> None:
+    """Exchange no lists of revoked tasks and no events with other workers.
+
+    Celery does so with every worker of the Redis database, also with those of other applications.
+    """
+    Mingle.compatible_transports = Gossip.compatible_transports = set()
 
 
 @signals.celeryd_init.connect

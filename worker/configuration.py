@@ -10,6 +10,10 @@ from worker.cpus import available_cpus
 from worker.settings import Settings, roots_of
 from worker.steps import Heartbeat, Lease, PutBack, Sweeper
 from worker.tls import is_tls, tls_options
+from worker.upgrade import Inheritance
+
+#: Where kombu keeps the messages that were delivered and not acknowledged, of all domains; see `make_app`.
+UNACKED_KEY = "forkvm:unacked"
 
 
 def make_app(settings: Settings) -> Celery:
@@ -39,6 +43,11 @@ def make_app(settings: Settings) -> Celery:
         broker_channel_error_retry=True,  # what a full Redis answers to a worker that connects again
         worker_cancel_long_running_tasks_on_connection_loss=False,
         broker_transport_options={
+            # Not kombu's own keys: all Celery applications of a Redis database share those, and a short visibility
+            # timeout would deliver the other applications' messages again. No queue can have such a name.
+            "unacked_key": UNACKED_KEY,
+            "unacked_index_key": f"{UNACKED_KEY}_index",
+            "unacked_mutex_key": f"{UNACKED_KEY}_mutex",
             "visibility_timeout": settings.visibility_timeout,  # renewed by steps.Lease
             "unacked_restore_interval": 2,
             "unacked_restore_throttle": 1,
@@ -63,6 +72,7 @@ def make_app(settings: Settings) -> Celery:
     app.steps["consumer"] |= {
         Lease,
         PutBack,
+        type("Inheritance", (Inheritance,), {"visibility_timeout": settings.visibility_timeout}),
         type("Heartbeat", (Heartbeat,), {"path": settings.heartbeat_file}),
         type("Sweeper", (Sweeper,), {"interval": settings.visibility_timeout}),
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.faults.fleet import Guests
 from tests.fixtures.processes import StartWorker, Worker, wait_until
 from tests.system.running import send
-from tests.system.scheduler import Scheduler
+from tests.system.scheduler import UNACKED, Scheduler
 
 #: Far more than it takes until a worker that reads from the wrong connection waits for ever.
 FORKS = 100
@@ -32,7 +32,7 @@ def test_worker_whose_idle_connection_is_closed_connects_again_and_goes_on(
     child = worker.children
     send(child, signal.SIGSTOP)
     held_up = own_scheduler.send({"source": str(guests.small), "destination": str(place / "held-up")})
-    wait_until(lambda: own_scheduler.messages()["unacked"] == 1, "the message to be taken")
+    wait_until(lambda: own_scheduler.messages()[UNACKED] == 1, "the message to be taken")
     before = _sockets(worker)
     (idle,) = _waiting(own_scheduler)
     own_scheduler.redis.client_kill_filter(_id=idle)

@@ -82,7 +82,8 @@ def test_worker_that_died_while_it_put_messages_back_keeps_no_other_from_it(
     doomed.worker.kill()
     settings = read_settings({"FORKVM_ROOTS": str(place), "FORKVM_BROKER_URL": doomed.server.broker_url})
     options = make_app(settings).conf.broker_transport_options
-    assert doomed.scheduler.redis.lock("unacked_mutex", timeout=options["unacked_mutex_expire"]).acquire(blocking=False)
+    lock = doomed.scheduler.redis.lock(options["unacked_mutex_key"], timeout=options["unacked_mutex_expire"])
+    assert lock.acquire(blocking=False)
 
     # When another one comes
     other = start_struck()

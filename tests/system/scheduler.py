@@ -21,11 +21,12 @@ from tasks.copier.spec import ForkResult
 from tasks.results import Results
 from tests.fixtures.processes import wait_until
 from tests.fixtures.redis_server import RedisServer
+from worker.configuration import UNACKED_KEY
 
 QUEUE = "forkvm"
 #: All queues of the default domain, and kombu's books of what was delivered and not acknowledged.
 QUEUES = (QUEUE, f"{QUEUE}#chunk", f"{QUEUE}#finish", f"{QUEUE}#batch")
-UNACKED = "unacked"
+UNACKED = UNACKED_KEY
 #: Seconds for a fork of a test to end: far more than any takes.
 PATIENCE = 40.0
 #: How often in a row, 20 ms apart, nothing must be on its way.
