@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Never, cast
 import click
 
 from tasks import contract
-from tasks.copier.compare import Comparison, compare
+from tasks.copier.compare import compare
 from tasks.copier.errors import Code, ForkError, describe
 from tasks.copier.gc import collect
 from tasks.copier.kernel.roots import normal_path
@@ -43,12 +43,13 @@ from worker.show import (
     answer,
     answer_json,
     any_result_lines,
+    comparison_lines,
+    comparison_record,
     file_line,
     progress_bar,
     progress_line,
     result_lines,
     say,
-    size,
 )
 
 if TYPE_CHECKING:
@@ -190,25 +191,24 @@ def cancel(fork_id: str, as_json: bool) -> None:
 def verify(
     source: str, clone: str, skip: tuple[str, ...], exclude: tuple[str, ...], no_exclude: bool, as_json: bool
 ) -> None:
-    """Compare a directory with its clone, and tell how many bytes they share on disk."""
+    """Compare a directory with its clone, and print how many bytes they share on disk.
+
+    Exit code 1: they differ, or something could not be compared.
+    """
     roots = roots_of(read_settings())
     patterns = exclude or (() if no_exclude else DEFAULT_EXCLUDE)
     with ExitStack() as opened:
         source_fd = roots.open_source(source)
         opened.callback(os.close, source_fd)
-        clone_fd = roots.open_source(clone)
+        clone_fd = roots.open_source(clone, "clone")
         opened.callback(os.close, clone_fd)
-        found = compare(source_fd, source, clone_fd, clone, Selection(skip, patterns), lambda count: None)
+        found = compare(source_fd, clone_fd, Selection(skip, patterns))
     if as_json:
-        answer_json(_comparison(source, clone, found))
+        answer_json(comparison_record(source, clone, found))
     else:
-        for difference in found.differences:
-            answer(f"{difference.path}: {difference.what}")
-        unmapped = f" ({found.unmapped_files} files cannot tell)" if found.unmapped_files else ""
-        verdict = "differ" if found.differences else "are the same"
-        answer(f"{source} and {clone} {verdict}: {found.entries} entries, {size(found.bytes_logical)}")
-        answer(f"on disk: {size(found.bytes_mapped)}, of which {size(found.bytes_shared)} are shared{unmapped}")
-    if found.differences:
+        for line in comparison_lines(source, clone, found):
+            answer(line)
+    if not found.same:
         raise click.exceptions.Exit(FAILED)
 
 
@@ -304,18 +304,6 @@ def _answer_status(job_id: str, found: Status) -> None:
         answer(progress_line(job_id, found.progress))
     else:
         answer(f"{job_id}: {found.state} (waiting in the queue, or never sent)")
-
-
-def _comparison(source: str, clone: str, found: Comparison) -> dict[str, Any]:
-    return {
-        "source": source,
-        "clone": clone,
-        "same": not found.differences,
-        "entries": found.entries,
-        "differences": [{"path": difference.path, "what": difference.what} for difference in found.differences],
-        "bytes": {"logical": found.bytes_logical, "mapped": found.bytes_mapped, "shared": found.bytes_shared},
-        "unmapped_files": found.unmapped_files,
-    }
 
 
 cli.add_command(campaign)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from tasks.copier.campaigns.spec import CampaignProgress, CampaignResult
+from tasks.copier.compare import Comparison
 from tasks.copier.errors import describe
 from tasks.copier.progress import Progress
 from tasks.copier.report import FileResult
@@ -111,6 +112,37 @@ def campaign_lines(result: CampaignResult) -> Iterator[str]:
 def any_result_lines(result: ForkResult | CampaignResult) -> Iterator[str]:
     """The result of a fork or campaign for a person."""
     return campaign_lines(result) if "campaign_id" in result else result_lines(result)
+
+
+def comparison_lines(source: str, clone: str, found: Comparison) -> Iterator[str]:
+    """A Comparison for a person."""
+    for findings in (found.differences, found.unread):
+        for finding in findings.first:
+            yield f"{finding.path}: {finding.what}"
+        if findings.count > len(findings.first):
+            yield f"and {findings.count - len(findings.first)} more"
+    verdict = "differ" if found.differences.count else "are the same"
+    if found.unread.count:
+        verdict = f"{'differ, and ' if found.differences.count else ''}could not be compared completely"
+    yield f"{source} and {clone} {verdict}: {found.entries} entries, {size(found.bytes_logical)}"
+    unmapped = f" ({found.unmapped_files} files without a map of their blocks)" if found.unmapped_files else ""
+    yield f"on disk: {size(found.bytes_mapped)}, of which {size(found.bytes_shared)} are shared{unmapped}"
+
+
+def comparison_record(source: str, clone: str, found: Comparison) -> dict[str, Any]:
+    """A Comparison as plain data."""
+    return {
+        "source": source,
+        "clone": clone,
+        "same": found.same,
+        "entries": found.entries,
+        "differences": [finding._asdict() for finding in found.differences.first],
+        "differences_total": found.differences.count,
+        "unread": [finding._asdict() for finding in found.unread.first],
+        "unread_total": found.unread.count,
+        "bytes": {"logical": found.bytes_logical, "mapped": found.bytes_mapped, "shared": found.bytes_shared},
+        "unmapped_files": found.unmapped_files,
+    }
 
 
 def fork_line(result: ForkResult) -> str:

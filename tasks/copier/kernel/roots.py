@@ -23,21 +23,21 @@ class Roots:
 
     paths: tuple[str, ...] = ()
 
-    def open_source(self, path: str) -> int:
-        """Open the source directory; the caller closes the descriptor.
+    def open_source(self, path: str, what: str = "source") -> int:
+        """Open the source directory, or another one that messages call `what`; the caller closes the descriptor.
 
         Raises ForkError: invalid_request (also for a way through staging), outside_roots, source_not_found,
         source_not_directory, permission_denied.
         """
-        path = normal_path(path, "source")
+        path = normal_path(path, what)
         try:
             return _outside_staging(self._open(path), path, "source")
         except OSError as error:
             if error.errno == errno.ENOENT:
-                message = "the source does not exist"
+                message = f"the {what} does not exist"
                 raise ForkError(Code.SOURCE_NOT_FOUND, message, path, error.errno) from None
             if error.errno == errno.ENOTDIR:
-                message = "the source is not a directory"
+                message = f"the {what} is not a directory"
                 raise ForkError(Code.SOURCE_NOT_DIRECTORY, message, path, error.errno) from None
             raise _escape_or_fault(error, path) from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from tasks.copier.kernel import syscalls
@@ -27,17 +28,16 @@ def measure(source_fd: int, clone_fd: int) -> Blocks | None:
     Raises OSError.
     """
     try:
-        clone = _extents(clone_fd)
-        source = _extents(source_fd) if _is_one_filesystem(source_fd, clone_fd) else []
+        source = _extents(source_fd) if _is_one_filesystem(source_fd, clone_fd) else iter(())
+        return _overlap(source, _extents(clone_fd))
     except OSError as error:
         if error.errno in _NO_FIEMAP:
             return None
         raise
-    return Blocks(sum(extent.length for extent in clone), _overlap(source, clone))
 
 
-def _extents(fd: int) -> list[Extent]:
-    return [extent for extent in syscalls.fiemap(fd) if not extent.flags & syscalls.FIEMAP_EXTENT_UNWRITTEN]
+def _extents(fd: int) -> Iterator[Extent]:
+    return (extent for extent in syscalls.fiemap(fd) if not extent.flags & syscalls.FIEMAP_EXTENT_UNWRITTEN)
 
 
 def _is_one_filesystem(a_fd: int, b_fd: int) -> bool:
@@ -47,20 +47,29 @@ def _is_one_filesystem(a_fd: int, b_fd: int) -> bool:
     return syscalls.filesystem_type(a_fd) == syscalls.filesystem_type(b_fd) == syscalls.BTRFS
 
 
-def _overlap(source: list[Extent], clone: list[Extent]) -> int:
-    """Bytes at the same offset in both files that lie at the same place on disk."""
-    shared, n = 0, 0
+def _overlap(source: Iterator[Extent], clone: Iterator[Extent]) -> Blocks:
+    """All bytes of `clone`, and those at the same offset in both files that lie at the same place on disk.
+
+    Both iterators are in order of the offsets; one extent of each is in memory.
+    """
+    mapped = shared = 0
+    other = next(source, None)
     for extent in clone:
-        if extent.flags & _WITHOUT_BLOCKS:
-            continue
-        while n < len(source) and source[n].logical + source[n].length <= extent.logical:
-            n += 1
-        m = n
-        while m < len(source) and source[m].logical < extent.logical + extent.length:
-            other = source[m]
-            if not other.flags & _WITHOUT_BLOCKS and other.physical - other.logical == extent.physical - extent.logical:
-                start = max(extent.logical, other.logical)
-                end = min(extent.logical + extent.length, other.logical + other.length)
-                shared += end - start
-            m += 1
-    return shared
+        mapped += extent.length
+        end = extent.logical + extent.length
+        while other is not None and other.logical < end:
+            shared += _common(extent, other)
+            if other.logical + other.length > end:
+                break  # it reaches into the next extent of the clone
+            other = next(source, None)
+    return Blocks(mapped, shared)
+
+
+def _common(extent: Extent, other: Extent) -> int:
+    if (extent.flags | other.flags) & _WITHOUT_BLOCKS:
+        return 0
+    if other.physical - other.logical != extent.physical - extent.logical:
+        return 0
+    start = max(extent.logical, other.logical)
+    end = min(extent.logical + extent.length, other.logical + other.length)
+    return max(0, end - start)

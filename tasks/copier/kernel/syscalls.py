@@ -58,6 +58,7 @@ _SUBVOL_INFO_BYTES = 504
 
 STATX_ATTR_IMMUTABLE = 0x10
 STATX_ATTR_APPEND = 0x20
+STATX_ATTR_MOUNT_ROOT = 0x2000
 STATX_ATTR_VERITY = 0x100000
 _AT_SYMLINK_NOFOLLOW = 0x100
 #: The same number on every architecture (unlike renameat2, for which glibc has a function).
