@@ -61,8 +61,10 @@ def run_held_chunk(
         if begun > MAX_TRIES:
             return fail_chunk(staging, number, worker_lost(work.ends.source))
         journal = staging.journal()
-        cloner = Cloner(work.options, {(src, dst): refusal for src, dst, refusal in plan.refused}, ticker.step)
+        refused = {(src, dst): refusal for src, dst, refusal in plan.refused}
+        cloner = Cloner(work.options, refused, ticker.step, replaces=begun > 1)
         report = run_chunk(work, plan, chunk, cloner, ticker)
+        report.replaced = begun > 1
         report.during_walk = journal is None or journal.phase is Phase.PLANNING
         error = report.totals.error
         if error is None or error["code"] != Code.CANCELLED:  # who was told to stop is not the cause

@@ -5,18 +5,22 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 from tasks.copier.errors import Code, ForkError, from_oserror, from_source
 from tasks.copier.kernel.contents import first_difference
 from tasks.copier.kernel.reflink import NOT_ASKED_FOR, Reflinker, Refusal
 from tasks.copier.kernel.sparse import SparseCopier, Step
 from tasks.copier.metadata import Metadata
+from tasks.copier.names import name_taken
 from tasks.copier.options import Options
 from tasks.copier.report import Fallback, FileResult
 from tasks.copier.walk import Entry, Kind, join
+
+T = TypeVar("T")
 
 #: O_NONBLOCK: a file swapped for a FIFO must not hang us.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -66,12 +70,19 @@ class ReflinkRefused(Exception):
 class Cloner:
     """Clones entries of one fork; keeps what is learnt on the way: refused pairs, the first fallback, one buffer."""
 
-    def __init__(self, options: Options, refused: dict[tuple[int, int], int], step: Step) -> None:
-        """`step` is called with the bytes of each piece copied, and raises to stop."""
+    def __init__(
+        self, options: Options, refused: dict[tuple[int, int], int], step: Step, *, replaces: bool = False
+    ) -> None:
+        """`step` is called with the bytes of each piece copied, and raises to stop.
+
+        `replaces`: an earlier try of the same work may have left entries, which are replaced. Otherwise an entry that
+        exists is an error.
+        """
         self.reflinker = Reflinker(refused)
         self.metadata = Metadata(options.preserve)
         self.fallback: Fallback | None = None
         self._options = options
+        self._replaces = replaces
         self._sparse = SparseCopier(step, offload=options.reflink != "never")
         self._user, self._group = os.geteuid(), os.getegid()
         self._no_atime = os.O_NOATIME
@@ -144,7 +155,10 @@ class Cloner:
                 raise ForkError(Code.SOURCE_CHANGED, "it was replaced while it was cloned", source) from None
             raise from_source(error, "reading a symlink", source) from None
         try:
-            _make_symlink(target, entry.name, place.dst_fd)
+            try:
+                os.symlink(target, entry.name, dir_fd=place.dst_fd)
+            except FileExistsError:
+                self._make_again(place, entry, lambda: os.symlink(target, entry.name, dir_fd=place.dst_fd))
             self.metadata.apply_to_symlink(place.dst_fd, entry, place.src_fd)
         except OSError as error:
             raise from_oserror(error, "making a symlink", place.destination_of(entry.name)) from None
@@ -227,11 +241,21 @@ class Cloner:
             try:
                 return os.open(entry.name, _CREATE, mode, dir_fd=place.dst_fd)
             except FileExistsError:
-                # Left by a process that died in this chunk. A fresh inode, so that no old descriptor reaches it.
-                os.unlink(entry.name, dir_fd=place.dst_fd)
-                return os.open(entry.name, _CREATE, mode, dir_fd=place.dst_fd)
+                return self._make_again(place, entry, lambda: os.open(entry.name, _CREATE, mode, dir_fd=place.dst_fd))
         except OSError as error:
             raise from_oserror(error, "creating it", place.destination_of(entry.name)) from None
+
+    def _make_again(self, place: Place, entry: Entry, make: Callable[[], T]) -> T:
+        """What `make` returns, which makes a file or symlink, in place of the one that exists.
+
+        What an earlier try left is replaced by a fresh inode, so that no old descriptor reaches it. Raises ForkError
+        where it is not that, and OSError.
+        """
+        if self._replaces:
+            with suppress(FileExistsError, IsADirectoryError):  # another chunk's: this one never made a directory
+                os.unlink(entry.name, dir_fd=place.dst_fd)
+                return make()
+        raise name_taken(place.src_fd, place.dst_fd, entry.name, place.destination_of(entry.name))
 
     def _reflink(self, place: Place, entry: Entry, src_fd: int, dst_fd: int) -> Refusal | None:
         if self._options.reflink == "never":
@@ -306,11 +330,3 @@ def _verify(place: Place, entry: Entry, src_fd: int, dst_fd: int, start: int, en
     if at is not None:
         message = f"it differs from the source at byte {at}"
         raise ForkError(Code.VERIFY_FAILED, message, place.destination_of(entry.name))
-
-
-def _make_symlink(target: str, name: str, dir_fd: int) -> None:
-    try:
-        os.symlink(target, name, dir_fd=dir_fd)
-    except FileExistsError:  # left by a process that died in this chunk
-        os.unlink(name, dir_fd=dir_fd)
-        os.symlink(target, name, dir_fd=dir_fd)

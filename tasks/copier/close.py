@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Set
 from contextlib import ExitStack
 
 from tasks.copier import manifest
@@ -12,27 +13,42 @@ from tasks.copier.changes import refuse_changes
 from tasks.copier.clone import Cloner
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.manifest import Span
-from tasks.copier.plan import Plan
+from tasks.copier.names import entry_lost, names_in
+from tasks.copier.plan import Chunk, Plan
 from tasks.copier.progress import Ticker
 from tasks.copier.report import FileResult, Method, RangeDone, Report, Totals, join_ranges
 from tasks.copier.walk import Block, Entry, Kind, file_type, join
 from tasks.copier.work import Work, changed, on_this_host
 
+#: The names that FUSE and NFS give to an open file that is unlinked.
+_UNLINKED = (".fuse_hidden", ".nfs")
+#: What is made before a fork is closed.
+_MADE_BEFORE = frozenset({Kind.FILE, Kind.SYMLINK, Kind.DIRECTORY})
 
-def close_tree(work: Work, plan: Plan, reports: Mapping[str, Report], cloner: Cloner, ticker: Ticker) -> Report:
+
+def close_tree(
+    work: Work, plan: Plan, reports: Mapping[str, Report], cloner: Cloner, ticker: Ticker, *, replaces: bool
+) -> Report:
     """Complete the tree after all chunks are done, whose `reports` are known by their numbers; returns what closing
     did itself.
 
-    Raises ForkError; also when the FileResults of all parts are not one for each entry of the manifest.
+    `replaces`: an earlier closing may have left hard links, which are replaced. Raises ForkError; also when the
+    FileResults of all parts are not one for each entry of the manifest.
     """
     totals, ranges = Totals(), []
     for part in reports.values():
         totals.add(part.totals)
         ranges += part.ranges
     report = Report()
+    replaced = [chunk for n, chunk in enumerate(plan.chunks) if reports[str(n)].replaced]
+    refuse_lost_entries(work, plan, _directories(work, plan, replaced), _MADE_BEFORE)
     _complete_ranged_files(work, plan, ranges, cloner, report, totals, ticker)
+    linked_in: set[str] = set()
     for block in work.blocks(plan.top.dev, closing=True):
-        link_and_skip(work, block, report, ticker)
+        if link_and_skip(work, block, report, ticker, replaces=replaces):
+            linked_in.add(block.path)
+    if replaces:
+        refuse_lost_entries(work, plan, linked_in, _MADE_BEFORE | {Kind.HARDLINK})
     touched: list[str] = []
     for block in work.blocks(plan.top.dev, closing=True, backwards=True):
         complete_directories(work, block, cloner, report, touched, ticker)
@@ -70,20 +86,57 @@ def _complete_ranged_files(
                 ticker(1, 0)
 
 
-def link_and_skip(work: Work, block: Block, report: Report, ticker: Ticker) -> None:
-    """Make the further names of files that have several, and note what was left out."""
+def _directories(work: Work, plan: Plan, chunks: list[Chunk]) -> set[str]:
+    """The directories of the files of some chunks."""
+    return {block.path for chunk in chunks for block in work.blocks(plan.top.dev, span=chunk.span)}
+
+
+def refuse_lost_entries(work: Work, plan: Plan, directories: Collection[str], kinds: Set[Kind]) -> None:
+    """Raise ForkError where one of the directories has not all entries of these kinds that the manifest lists.
+
+    What replaces entries of an earlier try may have replaced one of another name, if both names are one to the
+    filesystem.
+    """
+    if not directories:
+        return
+    names: dict[str, set[str]] = {path: set() for path in directories}
+    for closing in (False, True):
+        for block in work.blocks(plan.top.dev, closing=closing):
+            if block.path in names:
+                names[block.path] |= {entry.name for entry in block.entries if entry.kind in kinds}
+    for path, wanted in names.items():
+        directory = join(work.ends.destination, path)
+        with work.place(path) as place:
+            try:
+                made = set(names_in(place.dst_fd))
+                lost = sorted(wanted - made)
+                # A filesystem may store a name in another form, and an open file that is unlinked under another name.
+                if len(lost) > sum(not name.startswith(_UNLINKED) for name in made - wanted):
+                    raise entry_lost(place.src_fd, place.dst_fd, lost, directory)
+            except OSError as error:
+                raise from_oserror(error, "listing it", directory) from None
+
+
+def link_and_skip(work: Work, block: Block, report: Report, ticker: Ticker, *, replaces: bool = False) -> bool:
+    """Make the further names of files that have several, and note what was left out; whether there were such names.
+
+    `replaces`: see `close_tree`.
+    """
+    linked = False
     for entry in block.entries:
         if entry.kind == Kind.HARDLINK:
             began = time.perf_counter()
-            _link(work, entry.note, block.path, entry.name)
+            _link(work, entry.note, block.path, entry.name, replaces=replaces)
+            linked = True
             report.add(_result(block.path, entry, "hardlink", time.perf_counter() - began))
             ticker(1, 0)
         elif entry.kind == Kind.SKIP:
             report.add(_result(block.path, entry, "skip", 0.0))
             ticker(1, 0)
+    return linked
 
 
-def _link(work: Work, first: str, directory: str, name: str) -> None:
+def _link(work: Work, first: str, directory: str, name: str, *, replaces: bool) -> None:
     first_directory, _, first_name = first.rpartition("/")
     with ExitStack() as opened:
         first_fd = work.open_tree(first_directory)
@@ -93,12 +146,24 @@ def _link(work: Work, first: str, directory: str, name: str) -> None:
         try:
             try:
                 os.link(first_name, name, src_dir_fd=first_fd, dst_dir_fd=fd, follow_symlinks=False)
-            except FileExistsError:  # made by a process that died while it closed this fork
-                os.unlink(name, dir_fd=fd)
-                os.link(first_name, name, src_dir_fd=first_fd, dst_dir_fd=fd, follow_symlinks=False)
+            except FileExistsError:
+                if not replaces:
+                    raise
+                _replace_link(first_name, name, first_fd, fd)
+        except FileExistsError:
+            raise work.name_taken(directory, name) from None
         except OSError as error:
             path = join(work.ends.destination, join(directory, name))
             raise from_oserror(error, "making a hard link", path) from None
+
+
+def _replace_link(first_name: str, name: str, first_fd: int, fd: int) -> None:
+    """Make a hard link in place of the one that an earlier closing left. Raises FileExistsError for another entry."""
+    try:
+        os.unlink(name, dir_fd=fd)
+        os.link(first_name, name, src_dir_fd=first_fd, dst_dir_fd=fd, follow_symlinks=False)
+    except (IsADirectoryError, FileNotFoundError):  # the first name went with it: both are one
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
 
 
 def complete_directories(

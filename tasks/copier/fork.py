@@ -224,7 +224,8 @@ def _close_and_publish(work: Work, plan: Plan, account: _Account, ticker: Ticker
     refused = {(src, dst): number for src, dst, number in plan.refused}
     cloner = Cloner(spec.options, refused, ticker.step)
     ticker.enter("publish", plan.entries, plan.bytes)
-    account.reports["close"] = close_tree(work, plan, account.reports, cloner, ticker)
+    again = account.journal is not None and account.journal.closings > 1
+    account.reports["close"] = close_tree(work, plan, account.reports, cloner, ticker, replaces=again)
     return _complete_and_publish(work, account, ticker, ledger)
 
 

@@ -121,6 +121,8 @@ class Report:
     ranges: list[RangeDone] = field(default_factory=list)
     #: Whether it was begun before the walk of the source had ended: see `changes`.
     during_walk: bool = False
+    #: Whether it replaced entries that exist, as an earlier try may have left them: see `close.refuse_lost_entries`.
+    replaced: bool = False
     #: The page that is being filled: a line of JSON for each FileResult, and their length in all.
     _lines: list[str] = field(default_factory=list)
     _length: int = 0
@@ -161,7 +163,7 @@ class Report:
 
     def without_pages(self) -> Report:
         """The sums alone."""
-        return Report(self.totals, [], self.ranges, self.during_walk)
+        return Report(self.totals, [], self.ranges, self.during_walk, self.replaced)
 
     def to_bytes(self) -> bytes:
         """The report as one file: a line of JSON, then the pages."""
@@ -170,6 +172,7 @@ class Report:
             "totals": vars(self.totals),
             "ranges": self.ranges,
             "during_walk": self.during_walk,
+            "replaced": self.replaced,
             "pages": [len(page) for page in self.pages],
         }
         return b"".join((json.dumps(head).encode("ascii"), b"\n", *self.pages))
@@ -183,7 +186,7 @@ class Report:
         for length in head["pages"]:
             pages.append(rest[at : at + length])
             at += length
-        return cls(Totals(**head["totals"]), pages, head["ranges"], head["during_walk"])
+        return cls(Totals(**head["totals"]), pages, head["ranges"], head["during_walk"], head["replaced"])
 
 
 def failed(path: str, entry: Entry, error: ForkError) -> FileResult:

@@ -175,14 +175,19 @@ class Staging(Control):
         Two who worked on one chunk at once would replace each other's files, and one of them could die half-way
         through a file that the other had already reported as done.
         """
-        fd = os.open(f"chunk-{number}", FILE, 0o600, dir_fd=self.fd)
+        name = f"chunk-{number}"
+        try:
+            fd, is_new = os.open(name, FILE | os.O_EXCL, 0o600, dir_fd=self.fd), True
+        except FileExistsError:
+            fd, is_new = os.open(name, FILE, 0o600, dir_fd=self.fd), False
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield None
                 return
-            begun = int(os.pread(fd, 16, 0) or b"0") + 1
+            # A power loss may leave the file without its count: what was begun is never taken for new.
+            begun = 1 if is_new else 1 + int(os.pread(fd, 16, 0) or b"1")
             os.pwrite(fd, b"%d" % begun, 0)
             yield begun
         finally:

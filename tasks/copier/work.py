@@ -13,6 +13,7 @@ from tasks.copier.ends import Ends
 from tasks.copier.errors import Code, ForkError, from_oserror, from_source
 from tasks.copier.kernel import syscalls, trees
 from tasks.copier.manifest import Span
+from tasks.copier.names import name_taken
 from tasks.copier.options import Options
 from tasks.copier.staging import Staging
 from tasks.copier.walk import Block, Entry, join
@@ -67,17 +68,28 @@ class Work:
             raise from_oserror(error, "opening a directory of the fork", name) from None
 
     def make_directories(self, path: str, names: list[str]) -> None:
-        """Make directories in the directory `path` of the tree, for us alone until the fork is closed."""
+        """Make directories in the directory `path` of the tree, for us alone until the fork is closed.
+
+        Raises ForkError, also where one exists: no earlier try made directories in this tree.
+        """
         if not names:
             return
         fd = self.open_tree(path)
+        name = ""
         try:
             for name in names:
                 os.mkdir(name, 0o700, dir_fd=fd)
+        except FileExistsError:
+            raise self.name_taken(path, name) from None
         except OSError as error:
             raise from_oserror(error, "making a directory", join(self.ends.destination, path)) from None
         finally:
             os.close(fd)
+
+    def name_taken(self, path: str, name: str) -> ForkError:
+        """The error for an entry `name` of the directory `path` that exists before it is made: see `names`."""
+        with self.place(path) as place:
+            return name_taken(place.src_fd, place.dst_fd, name, place.destination_of(name))
 
     def blocks(
         self, planned_dev: int, *, closing: bool = False, backwards: bool = False, span: Span | None = None
