@@ -1,22 +1,35 @@
-FROM python:3.11-slim-bookworm
+# Two stages, so that the image holds what runs and not what it was made from.
+FROM python:3.11-slim-bookworm AS build
 
-ENV PYTHONUNBUFFERED=1 \
-    PYTHONDONTWRITEBYTECODE=1 \
-    PIP_NO_CACHE_DIR=1 \
+ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore
 
-WORKDIR /app
+RUN apt-get update && apt-get install -y --no-install-recommends tini
+# Without pip: nothing is installed in a running container.
+RUN python3 -m venv --without-pip /opt/forkvm
+WORKDIR /build
 COPY LICENSE README.md constraints.txt pyproject.toml ./
 COPY tasks tasks
 COPY worker worker
-# The pins hold for what builds the package too: older versions of pip read the first variable
-# there, newer ones the second.
-RUN PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt pip install .
+# The pins hold for the build requirements of the wheel too: older versions of pip read the first
+# variable there, newer ones the second.
+RUN PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+    pip --python /opt/forkvm/bin/python install .
+
+
+FROM python:3.11-slim-bookworm
+
+LABEL org.opencontainers.image.title="forkvm" \
+      org.opencontainers.image.description="Worker that clones the directories of virtual machines by reflink or sparse copy" \
+      org.opencontainers.image.licenses="MIT"
+
+COPY --from=build /usr/bin/tini /usr/bin/tini
+COPY --from=build /opt/forkvm /opt/forkvm
 
 # A fixed uid, so that guest directories on the host can be given to it. A new volume on /guests
-# takes this owner over. The heartbeat's directory is for any uid, since the worker may be told to
-# run as the guests' owner instead.
+# gets the owner of this directory. The directory of the heartbeat is writable for any uid, since the
+# worker may run as the owner of the guests instead.
 RUN groupadd --gid 10001 forkvm \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin forkvm \
     && install -d -o forkvm -g forkvm -m 0755 /guests \
@@ -24,7 +37,17 @@ RUN groupadd --gid 10001 forkvm \
 USER 10001:10001
 WORKDIR /
 
-ENV FORKVM_ROOTS=/guests \
+ENV PATH=/opt/forkvm/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    FORKVM_ROOTS=/guests \
     FORKVM_HEARTBEAT_FILE=/run/forkvm/heartbeat
 VOLUME /guests
+# The worker touches the file every 2 s while it consumes. It is not there in commands other than the
+# worker, and those are not healthy either.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
+    CMD test -n "$(find "$FORKVM_HEARTBEAT_FILE" -newermt '30 seconds ago')"
+# PID 1 gets the orphans of killed processes. Celery does not reap them, tini does. `-s` keeps that so
+# below another init (`docker run --init`, a shared PID namespace).
+ENTRYPOINT ["tini", "-s", "--"]
 CMD ["forkvm", "worker"]

@@ -76,6 +76,25 @@ def test_guests_of_the_host_are_mounted_when_told_and_the_worker_takes_their_own
     assert worker["user"] == "1000:1001"
 
 
+def test_pool_size_and_node_name_are_passed_on_and_count_as_unset_when_they_are(compose: Compose) -> None:
+    unset = compose()["services"]["worker"]["environment"]
+    given = compose(FORKVM_CONCURRENCY="3", FORKVM_NAME="rack-7")["services"]["worker"]["environment"]
+
+    assert (unset["FORKVM_CONCURRENCY"], unset["FORKVM_NAME"]) == ("", "")
+    assert (given["FORKVM_CONCURRENCY"], given["FORKVM_NAME"]) == ("3", "rack-7")
+
+
+def test_worker_service_has_no_more_rights_than_security_md_names(compose: Compose) -> None:
+    worker = compose()["services"]["worker"]
+    security = (ROOT / "SECURITY.md").read_text()
+    (ambient,) = re.findall(r"^AmbientCapabilities=(.+)$", security, re.MULTILINE)
+
+    assert worker["read_only"] is True
+    assert worker["cap_drop"] == ["ALL"]
+    assert {f"CAP_{name}" for name in worker["cap_add"]} <= set(ambient.split())
+    assert worker["security_opt"] == ["no-new-privileges:true"]
+
+
 def test_redis_service_keeps_jobs_and_its_health_check_tells(
     compose: Compose, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -170,13 +189,16 @@ def test_worker_service_forks_and_its_health_check_tells_when_it_no_longer_consu
 
 def test_image_takes_only_what_is_there_and_does_not_run_as_root() -> None:
     lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
-    copied = {source for line in lines if line.startswith("COPY ") for source in line.split()[1:-1]}
+    # What a stage takes from another one is not in the build context.
+    copies = [line.split()[1:-1] for line in lines if line.startswith("COPY ") and "--from=" not in line]
+    copied = {source for sources in copies for source in sources}
     sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     (user,) = [line.split()[1] for line in lines if line.startswith("USER ")]
 
     assert copied == sent
     assert all((ROOT / source).exists() for source in copied)
     assert user == "10001:10001"
+    assert lines.index("USER 10001:10001") > max(n for n, line in enumerate(lines) if line.startswith("RUN "))
     assert _command_of_the_image() == ["forkvm", "worker"]
 
 
