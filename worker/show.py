@@ -76,6 +76,10 @@ def result_lines(result: ForkResult) -> Iterator[str]:
     )
     if result["fallback"] is not None:
         yield f"  fallback  {result['fallback']['reason']} (first at {result['fallback']['path']})"
+    if result["metadata_lost"]:
+        first, number = result["metadata_lost"][0], result["metadata_lost_total"]
+        where = f"first {first['what']} of {first['path']}"
+        yield f"  lost      {number} of metadata: the destination cannot hold them ({where})"
     steps = ", ".join(f"{name} {value:.3f}" for name, value in seconds.items() if name != "total")
     yield f"  seconds   {steps}; {result['chunks']} chunks"
 

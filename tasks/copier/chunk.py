@@ -33,6 +33,7 @@ def run_chunk(work: Work, plan: Plan, chunk: Chunk, cloner: Cloner, ticker: Tick
     except ForkError as error:
         report.totals.error = report.totals.error or error.record()
     report.totals.fallback = cloner.fallback
+    report.totals.move_losses_from(cloner.metadata.losses)
     return report
 
 

@@ -14,7 +14,7 @@ from tasks.copier.errors import Code, ForkError, from_oserror, from_source
 from tasks.copier.kernel.contents import first_difference
 from tasks.copier.kernel.reflink import NOT_ASKED_FOR, Reflinker, Refusal
 from tasks.copier.kernel.sparse import SparseCopier, Step
-from tasks.copier.metadata import Metadata
+from tasks.copier.metadata import Metadata, doing
 from tasks.copier.names import name_taken
 from tasks.copier.options import Options
 from tasks.copier.report import Fallback, FileResult
@@ -113,20 +113,20 @@ class Cloner:
         """
         began = time.perf_counter()
         copied, refusal = 0, None
-        dst_fd = self._create(place, entry)
+        dst_fd = self._create(place, entry, src_fd)
         try:
             refusal = self._reflink(place, entry, src_fd, dst_fd)
             if refusal is not None:
                 if not may_copy:
                     raise ReflinkRefused(refusal)
                 copied = self._copy(place, entry, src_fd, dst_fd, refusal)
-            if check:
-                self.check_source(place, entry, src_fd)
             self._complete(place, entry, src_fd, dst_fd)
+            if check:
+                self.check_source(place, entry, src_fd)  # after its attributes were read: they change ctime too
         except BaseException as error:
             with suppress(OSError):
                 os.unlink(entry.name, dir_fd=place.dst_fd)
-            if not check and isinstance(error, ForkError):
+            if isinstance(error, ForkError) and error.code is not Code.CANCELLED:
                 self.check_source(place, entry, src_fd)  # where it changed, that is the cause
             raise
         finally:
@@ -147,9 +147,6 @@ class Cloner:
         source = place.source_of(entry.name)
         try:
             target = os.readlink(entry.name, dir_fd=place.src_fd)
-            now = os.stat(entry.name, dir_fd=place.src_fd, follow_symlinks=False)
-            if not entry.is_still(now):
-                raise ForkError(Code.SOURCE_CHANGED, "it changed while it was cloned", source)
         except OSError as error:
             if error.errno == errno.EINVAL:  # no symlink any more (readlink(2))
                 raise ForkError(Code.SOURCE_CHANGED, "it was replaced while it was cloned", source) from None
@@ -159,9 +156,14 @@ class Cloner:
                 os.symlink(target, entry.name, dir_fd=place.dst_fd)
             except FileExistsError:
                 self._make_again(place, entry, lambda: os.symlink(target, entry.name, dir_fd=place.dst_fd))
-            self.metadata.apply_to_symlink(place.dst_fd, entry, place.src_fd)
         except OSError as error:
             raise from_oserror(error, "making a symlink", place.destination_of(entry.name)) from None
+        try:
+            self._complete_symlink(place, entry)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(entry.name, dir_fd=place.dst_fd)
+            raise
         return {
             "path": join(place.path, entry.name),
             "type": "symlink",
@@ -177,9 +179,12 @@ class Cloner:
 
     def create_for_ranges(self, place: Place, entry: Entry) -> None:
         """Make the file that ranges will fill: one hole of the final size. Raises ForkError."""
-        dst_fd = self._create(place, entry)
+        dst_fd = self._create(place, entry, None)
         try:
+            os.fchmod(dst_fd, 0o600)  # whatever the umask: other processes open it for their ranges
             self._set_size(place, entry, dst_fd, fresh=True)
+        except OSError as error:
+            raise from_oserror(error, "creating it", place.destination_of(entry.name)) from None
         finally:
             os.close(dst_fd)
 
@@ -202,6 +207,7 @@ class Cloner:
         with self._both(place, entry) as (src_fd, dst_fd):
             self.check_source(place, entry, src_fd)
             self._complete(place, entry, src_fd, dst_fd, verified=True)
+            self.check_source(place, entry, src_fd)  # after its attributes were read
 
     # -- the steps
 
@@ -232,11 +238,14 @@ class Cloner:
         except OSError as error:
             raise from_source(error, "opening it", place.source_of(entry.name)) from None
 
-    def _create(self, place: Place, entry: Entry) -> int:
-        # Until the owner is right, nobody but us gets in; and never more than the source's bits.
-        ours = entry.uid == self._user and entry.gid == self._group
-        # We get in: a read-only file takes no user.* attributes, and no second process to copy a range of it.
-        mode = entry.mode & (0o777 if ours else 0o700) | 0o600
+    def _create(self, place: Place, entry: Entry, src_fd: int | None) -> int:
+        mode = 0o600
+        if src_fd is not None:
+            ours = entry.uid == self._user and entry.gid == self._group
+            try:
+                mode = self.metadata.mode_to_create(entry, src_fd, ours=ours)
+            except OSError as error:
+                raise from_source(error, doing(error), place.source_of(entry.name)) from None
         try:
             try:
                 return os.open(entry.name, _CREATE, mode, dir_fd=place.dst_fd)
@@ -312,14 +321,30 @@ class Cloner:
         if self._options.verify == "content" and not verified:
             _verify(place, entry, src_fd, dst_fd, 0, entry.size)
         try:
-            self.metadata.apply(dst_fd, fresh, entry, src_fd)
+            self.metadata.apply(dst_fd, fresh, entry, src_fd, place.path)
         except OSError as error:
-            raise from_oserror(error, "setting its metadata", place.destination_of(entry.name)) from None
+            raise from_oserror(error, doing(error), place.destination_of(entry.name)) from None
 
     def check_source(self, place: Place, entry: Entry, src_fd: int) -> None:
         """Raise ForkError source_changed when the open source file is not what the walk saw."""
         if not entry.is_still(os.fstat(src_fd)):
             raise ForkError(Code.SOURCE_CHANGED, "it changed while it was cloned", place.source_of(entry.name))
+
+    def _complete_symlink(self, place: Place, entry: Entry) -> None:
+        """Give a symlink its metadata, then look whether it still is what the walk saw."""
+        source, failure = place.source_of(entry.name), None
+        try:
+            self.metadata.apply_to_symlink(place.dst_fd, entry, place.src_fd, place.path)
+        except OSError as error:
+            failure = from_oserror(error, doing(error), place.destination_of(entry.name))
+        try:
+            now = os.stat(entry.name, dir_fd=place.src_fd, follow_symlinks=False)
+        except OSError as error:
+            raise from_source(error, "looking at a symlink once more", source) from None
+        if not entry.is_still(now):
+            raise ForkError(Code.SOURCE_CHANGED, "it changed while it was cloned", source)
+        if failure is not None:
+            raise failure
 
 
 def _verify(place: Place, entry: Entry, src_fd: int, dst_fd: int, start: int, end: int) -> None:

@@ -9,10 +9,12 @@ from collections.abc import Collection, Iterator, Mapping, Set
 from contextlib import ExitStack
 
 from tasks.copier import manifest
-from tasks.copier.changes import refuse_changes
+from tasks.copier.changes import Touched, directory_now, refuse_changes
 from tasks.copier.clone import Cloner
 from tasks.copier.errors import Code, ForkError, from_oserror
+from tasks.copier.losses import Losses
 from tasks.copier.manifest import Span
+from tasks.copier.metadata import doing
 from tasks.copier.names import entry_lost, names_in
 from tasks.copier.plan import Chunk, Plan
 from tasks.copier.progress import Ticker
@@ -24,6 +26,8 @@ from tasks.copier.work import Work, changed, on_this_host
 _UNLINKED = (".fuse_hidden", ".nfs")
 #: What is made before a fork is closed.
 _MADE_BEFORE = frozenset({Kind.FILE, Kind.SYMLINK, Kind.DIRECTORY})
+#: How often a directory gets its metadata while entries come and go in the source's.
+_TRIES = 5
 
 
 def close_tree(
@@ -49,11 +53,11 @@ def close_tree(
             linked_in.add(block.path)
     if replaces:
         refuse_lost_entries(work, plan, linked_in, _MADE_BEFORE | {Kind.HARDLINK})
-    touched: list[str] = []
+    touched: Touched = {}
     for block in work.blocks(plan.top.dev, closing=True, backwards=True):
         complete_directories(work, block, cloner, report, touched, ticker)
     top = on_this_host(plan.top, plan.top.dev, work.source_dev)
-    complete_directory(work, "", top, cloner, touched)
+    complete_directory(work, "", top, cloner, report.totals, touched)
     early = [chunk.span for n, chunk in enumerate(plan.chunks) if reports[str(n)].during_walk]
     refuse_changes(work, plan, touched, early)
     refuse_unbalanced(work, plan, totals.total + report.totals.total)
@@ -82,6 +86,7 @@ def _complete_ranged_files(
                 entry = block.entries[0]
                 with work.place(block.path) as place:
                     cloner.complete_ranges(place, entry)
+                report.totals.move_losses_from(cloner.metadata.losses)
                 report.add(results[join(block.path, entry.name)])
                 ticker(1, 0)
 
@@ -167,29 +172,38 @@ def _replace_link(first_name: str, name: str, first_fd: int, fd: int) -> None:
 
 
 def complete_directories(
-    work: Work, block: Block, cloner: Cloner, report: Report, touched: list[str], ticker: Ticker
+    work: Work, block: Block, cloner: Cloner, report: Report, touched: Touched, ticker: Ticker
 ) -> None:
     """Give the directories of one block their metadata, after all below them have theirs."""
     for entry in block.entries:
         if entry.kind == Kind.DIRECTORY:
             began = time.perf_counter()
-            complete_directory(work, join(block.path, entry.name), entry, cloner, touched)
+            complete_directory(work, join(block.path, entry.name), entry, cloner, report.totals, touched)
             report.add(_result(block.path, entry, "mkdir", time.perf_counter() - began))
             ticker(1, 0)
 
 
-def complete_directory(work: Work, path: str, entry: Entry, cloner: Cloner, touched: list[str]) -> None:
-    source = join(work.ends.source, path)
+def complete_directory(work: Work, path: str, entry: Entry, cloner: Cloner, totals: Totals, touched: Touched) -> None:
+    """Give one directory the metadata of its source, which the walk saw as `entry`.
+
+    Where entries came or went in the source's directory since, the clone gets the times of now: its attributes are
+    read now, and the source never had these with the earlier times. Raises ForkError.
+    """
+    state = touched.get(path, entry)
     try:
         with work.place(path) as place:
-            now = os.fstat(place.src_fd)
-            if (now.st_dev, now.st_ino) != (entry.dev, entry.ino):
-                raise changed(source)
-            if (now.st_mtime_ns, now.st_ctime_ns) != (entry.mtime, entry.ctime):
-                touched.append(path)
-            cloner.metadata.apply(place.dst_fd, os.fstat(place.dst_fd), entry, place.src_fd)
+            for _ in range(_TRIES):
+                cloner.metadata.losses = Losses()
+                fresh = os.fstat(place.dst_fd)
+                cloner.metadata.apply(place.dst_fd, fresh, state, place.src_fd, path.rpartition("/")[0])
+                before, state = state, directory_now(state, os.fstat(place.src_fd), join(work.ends.source, path))
+                if state is before:
+                    totals.move_losses_from(cloner.metadata.losses)
+                    return
+                touched[path] = state
+            raise changed(join(work.ends.source, path))
     except OSError as error:
-        raise from_oserror(error, "setting its metadata", join(work.ends.destination, path)) from None
+        raise from_oserror(error, doing(error), join(work.ends.destination, path)) from None
 
 
 def _result(directory: str, entry: Entry, method: Method, seconds: float) -> FileResult:

@@ -15,10 +15,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from tasks.copier.attributes import XFS_ACLS
 from tasks.copier.errors import errno_name
 from tasks.copier.hardlinks import LinkNames
 from tasks.copier.kernel import contents, sharing, syscalls, trees
-from tasks.copier.metadata import XFS_ACLS
 from tasks.copier.selection import Selection
 from tasks.copier.walk import file_type, join
 

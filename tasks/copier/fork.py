@@ -188,6 +188,7 @@ def _start_anew(
         try:
             plan = make_plan(work, limits, cloner, ticker, planned, crew)
             planned.totals.fallback = cloner.fallback
+            planned.totals.move_losses_from(cloner.metadata.losses)
             account.chunks = len(plan.chunks)
             account.clock.planned = time.time()
             if not plan.inline:

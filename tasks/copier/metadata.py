@@ -2,6 +2,9 @@
 
 Order matters: chown clears set-uid bits and capabilities, so it comes first; a new ACL changes the group bits, so
 the mode follows it; everything touches ctime, and writing touches mtime, so the times come last.
+
+What the destination cannot hold is passed over where `cp -a` passes it over, and noted in `losses`. Rights are never
+wider for it: without its ACL a file gets no more than the ACL gave.
 """
 
 from __future__ import annotations
@@ -11,17 +14,38 @@ import os
 import stat
 from collections.abc import Iterable
 
+from tasks.copier import attributes
+from tasks.copier.acl import ACCESS_ACL, ACLS, DEFAULT_ACL, mode_without_acl
+from tasks.copier.attributes import XFS_ACLS, XattrError
+from tasks.copier.kernel import syscalls
+from tasks.copier.losses import Losses
 from tasks.copier.options import Preserve
-from tasks.copier.walk import Entry
+from tasks.copier.walk import Entry, join
 
 _PERMISSIONS = 0o7777
 _SET_ID = stat.S_ISUID | stat.S_ISGID
-_ACLS = ("system.posix_acl_access", "system.posix_acl_default")
-#: XFS shows root the same ACLs a second time, under the names it stores them by (attr's /etc/xattr.conf skips them).
-XFS_ACLS = ("trusted.SGI_ACL_FILE", "trusted.SGI_ACL_DEFAULT")
-#: Attributes that only a privileged caller may set, or that only some filesystems know: left out where refused.
-_MAY_BE_REFUSED = frozenset({errno.EPERM, errno.EACCES})
-_NOT_KNOWN_HERE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS})
+_OWNER_READS_AND_WRITES = stat.S_IRUSR | stat.S_IWUSR
+#: How a filesystem, or the kernel, says that this owner, mode or time cannot be set. EINVAL: an owner that has no
+#: number in this user namespace (user_namespaces(7)).
+_REFUSED = frozenset({errno.EPERM, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
+#: Filesystems that hold what they accept. Others (FUSE, CIFS, FAT) may accept an owner, a mode or a time and drop it.
+_FAITHFUL = frozenset(
+    {
+        syscalls.XFS,
+        syscalls.BTRFS,
+        syscalls.EXT4,
+        syscalls.ZFS,
+        syscalls.TMPFS,
+        syscalls.RAMFS,
+        syscalls.F2FS,
+        syscalls.OVERLAYFS,
+    }
+)
+#: A fresh file whose time is a multiple of so many nanoseconds may be on a filesystem that keeps no finer times.
+_COARSE = 100
+#: Times that every filesystem holds, in nanoseconds: others are cut to what 32 bits of seconds hold.
+_FIRST_TIME, _LAST_TIME = 0, (2**31 - 1) * 10**9
+_WHAT = {ACCESS_ACL: "acl", DEFAULT_ACL: "default acl"}
 
 
 class Metadata:
@@ -33,39 +57,81 @@ class Metadata:
         self.mode = "mode" in kept
         self.timestamps = "timestamps" in kept
         self.xattrs = "xattrs" in kept
+        #: What could not be held since somebody moved the losses from here.
+        self.losses = Losses()
         self._umask = 0 if self.mode else _current_umask()
-        #: The names of the attributes of open source files, by their descriptors.
-        self._names: dict[int, tuple[Entry, list[str]]] = {}
+        #: What is known of open source files, by their descriptors: the names of their attributes, and whether these
+        #: are all; their access ACLs.
+        self._names: dict[int, tuple[Entry, tuple[list[str], bool]]] = {}
+        self._acls: dict[int, tuple[Entry, bytes | None]] = {}
+        #: Whether the filesystem with this st_dev holds what it accepts.
+        self._faithful: dict[int, bool] = {}
 
-    def apply(self, fd: int, fresh: os.stat_result, entry: Entry, src_fd: int) -> None:
+    def mode_to_create(self, entry: Entry, src_fd: int, *, ours: bool) -> int:
+        """The permission bits that the clone of a file is created with; `ours`: its owner is this process.
+
+        Until owner and ACL are right, nobody but us gets in. We do: a read-only file takes no user.* attributes, and
+        no second process to copy a range of it. Raises OSError.
+        """
+        others = ours and self._acl_of(entry, src_fd) is None
+        return entry.mode & (0o777 if others else 0o700) | _OWNER_READS_AND_WRITES
+
+    def apply(self, fd: int, fresh: os.stat_result, entry: Entry, src_fd: int, directory: str) -> None:
         """Give the file or directory `fd`, whose status is `fresh`, the metadata of `entry`, open as `src_fd`.
 
-        Calls the kernel only for what differs from `fresh`. Raises OSError.
+        `directory` is the relative path of the directory that holds the entry. Calls the kernel only for what differs
+        from `fresh`. Raises OSError.
         """
+        path = directory, entry.name
         owned = fresh.st_uid == entry.uid and fresh.st_gid == entry.gid
         chowned = self.ownership and not owned
         if chowned:
-            owned = _chown(fd, entry.uid, entry.gid)
-        changed = chowned | (self.xattrs and self._copy_xattrs(src_fd, fd, self._names_of(entry, src_fd), follow=True))
+            owned = self._chown(fd, entry, path)
+        changed, has_acl = self._apply_attributes(fd, fresh, entry, src_fd, path)
         mode = self.final_mode(entry.mode, owned=owned)
-        if changed or stat.S_IMODE(fresh.st_mode) != mode:
-            os.fchmod(fd, mode)
-        if self.timestamps:
-            os.utime(fd, ns=(entry.atime, entry.mtime))
+        acl = None if has_acl else self._acl_of(entry, src_fd)
+        if acl is not None:
+            mode = mode_without_acl(mode, acl)
+        has_mode = True
+        if chowned or changed or stat.S_IMODE(fresh.st_mode) != mode:
+            has_mode = self._chmod(fd, mode, path)
+        if self.mode and not owned and entry.mode & _SET_ID:
+            self._lose_set_id(entry.mode & _SET_ID, path)
+        has_times = self.timestamps and self._set_times(fd, fresh, entry, path)
+        if not self._is_faithful(fresh.st_dev, fd):
+            now = os.fstat(fd)
+            if self.ownership and owned and (now.st_uid, now.st_gid) != (entry.uid, entry.gid):
+                self._lose(path, "ownership")
+            if self.mode and has_mode and stat.S_IMODE(now.st_mode) != mode:
+                self._lose(path, "mode")
+            if has_times and _times(now) != (entry.atime, entry.mtime):
+                self._lose(path, "timestamps")
 
-    def apply_to_symlink(self, dir_fd: int, entry: Entry, src_dir_fd: int) -> None:
-        """Give the symlink `entry.name` of `dir_fd` the owner, attributes and times of that in `src_dir_fd`."""
-        name = entry.name
+    def apply_to_symlink(self, dir_fd: int, entry: Entry, src_dir_fd: int, directory: str) -> None:
+        """Give the symlink `entry.name` of `dir_fd` the owner, attributes and times of that in `src_dir_fd`.
+
+        `directory` is the relative path of both directories. Raises OSError.
+        """
+        name, path = entry.name, (directory, entry.name)
         if self.ownership:
             status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-            if status.st_uid != entry.uid or status.st_gid != entry.gid:
-                _chown_symlink(dir_fd, name, entry.uid, entry.gid)
+            if (status.st_uid, status.st_gid) != (entry.uid, entry.gid):
+                self._chown_symlink(dir_fd, entry, path)
         if self.xattrs:
             # No *at call reaches a symlink's attributes; the magic link of the directory is race-free.
             source, target = f"/proc/self/fd/{src_dir_fd}/{name}", f"/proc/self/fd/{dir_fd}/{name}"
-            self._copy_xattrs(source, target, _xattr_names(source, follow=False), follow=False)
+            names, _ = attributes.names_of(source, follow=False)
+            for attribute in names:
+                # A symlink has no ACL: where they are named, it is for want of a list.
+                if attribute not in ACLS and not attributes.copy(source, target, attribute, follow=False):
+                    self._lose(path, f"xattr {attribute}")
         if self.timestamps:
-            os.utime(name, ns=(entry.atime, entry.mtime), dir_fd=dir_fd, follow_symlinks=False)
+            try:
+                os.utime(name, ns=(entry.atime, entry.mtime), dir_fd=dir_fd, follow_symlinks=False)
+            except OSError as error:
+                if error.errno not in _REFUSED:
+                    raise
+                self._lose(path, "timestamps")
 
     def final_mode(self, mode: int, *, owned: bool) -> int:
         """The permission bits that a clone of `mode` gets.
@@ -76,76 +142,148 @@ class Metadata:
             return mode & 0o777 & ~self._umask
         return mode & _PERMISSIONS & ~(0 if owned else _SET_ID)
 
-    def _names_of(self, entry: Entry, src_fd: int) -> list[str]:
+    # -- ACLs and other extended attributes
+
+    def _acl_of(self, entry: Entry, src_fd: int) -> bytes | None:
+        """The access ACL of the source file, or None: with one, the group bits of its mode are the ACL's mask.
+
+        Costs no call where the attributes are listed anyway and it has none, nor where the mode lets in nobody but
+        the owner. Raises OSError.
+        """
+        if self.xattrs:
+            if ACCESS_ACL not in self._names_of(entry, src_fd)[0]:
+                return None
+        elif not entry.mode & 0o077:
+            return None
+        known = self._acls.get(src_fd)
+        if known is None or known[0] is not entry:
+            known = self._acls[src_fd] = entry, attributes.access_acl(src_fd)
+        return known[1]
+
+    def _names_of(self, entry: Entry, src_fd: int) -> tuple[list[str], bool]:
         """The names of the extended attributes of `entry`, which several clones may ask for while it is open.
 
-        Whoever changes them changes the entry's ctime, which is compared when the clones are made.
+        A process that changes them changes the entry's ctime, which is compared when the clones are made.
         """
         known = self._names.get(src_fd)
         if known is None or known[0] is not entry:
-            known = self._names[src_fd] = entry, _xattr_names(src_fd, follow=True)
+            known = self._names[src_fd] = entry, attributes.names_of(src_fd, follow=True)
         return known[1]
 
-    def _copy_xattrs(self, source: int | str, target: int | str, names: list[str], *, follow: bool) -> bool:
-        """Copy the extended attributes of these names; whether there were any."""
+    def _apply_attributes(
+        self, fd: int, fresh: os.stat_result, entry: Entry, src_fd: int, path: _Path
+    ) -> tuple[bool, bool]:
+        """Copy the extended attributes: whether there were any, and whether the access ACL is among them."""
+        if not self.xattrs:
+            return False, False
+        names, complete = self._names_of(entry, src_fd)
+        if not complete:
+            self._lose(path, "xattrs")
+        if names and fresh.st_mode & _OWNER_READS_AND_WRITES != _OWNER_READS_AND_WRITES:
+            os.fchmod(fd, _OWNER_READS_AND_WRITES)  # the umask took it: it takes no user.* attributes like this
+        has_acl = False
         for name in names:
-            if name in XFS_ACLS or (name in _ACLS and not self.mode):
+            if name in XFS_ACLS or (name in ACLS and not self.mode):
                 continue
+            if not attributes.copy(src_fd, fd, name, follow=True):
+                self._lose(path, _WHAT.get(name, f"xattr {name}"))
+            elif name == ACCESS_ACL:
+                has_acl = True
+        return bool(names), has_acl
+
+    # -- owner, mode and times
+
+    def _chown(self, fd: int, entry: Entry, path: _Path) -> bool:
+        """Set owner and group; False where both may not be set (the group alone is tried, as cp does)."""
+        for uid in (entry.uid, -1):
             try:
-                value = os.getxattr(source, name, follow_symlinks=follow)
-                os.setxattr(target, name, value, follow_symlinks=follow)
+                os.fchown(fd, uid, entry.gid)
             except OSError as error:
-                if not (error.errno in _NOT_KNOWN_HERE or (_is_privileged(name) and error.errno in _MAY_BE_REFUSED)):
+                if error.errno not in _REFUSED:
                     raise
-        return bool(names)
+            else:
+                if uid != -1 or os.fstat(fd).st_uid == entry.uid:
+                    return True
+                break
+        self._lose(path, "ownership")
+        return False
 
+    def _chown_symlink(self, dir_fd: int, entry: Entry, path: _Path) -> None:
+        for uid in (entry.uid, -1):
+            try:
+                os.chown(entry.name, uid, entry.gid, dir_fd=dir_fd, follow_symlinks=False)
+            except OSError as error:
+                if error.errno not in _REFUSED:
+                    raise
+            else:
+                if uid != -1:
+                    return
+                break
+        status = os.stat(entry.name, dir_fd=dir_fd, follow_symlinks=False)
+        if (status.st_uid, status.st_gid) != (entry.uid, entry.gid):
+            self._lose(path, "ownership")
 
-def _xattr_names(source: int | str, *, follow: bool) -> list[str]:
-    try:
-        return os.listxattr(source, follow_symlinks=follow)
-    except OSError as error:
-        if error.errno in _NOT_KNOWN_HERE:
-            return []
-        raise
-
-
-def _is_privileged(name: str) -> bool:
-    return not name.startswith(("user.", *_ACLS))
-
-
-def drop_inherited_acls(fd: int) -> None:
-    """Take from a fresh directory the ACLs that its parent's default ACL gave it, so that its entries get none."""
-    try:
-        names = os.listxattr(fd)
-    except OSError as error:
-        if error.errno in _NOT_KNOWN_HERE:
-            return
-        raise
-    for name in names:
-        if name in _ACLS:
-            os.removexattr(fd, name)
-
-
-def _chown(fd: int, uid: int, gid: int) -> bool:
-    """Set owner and group; False where an ordinary user may not set both (the group alone is tried, as cp does)."""
-    try:
-        os.fchown(fd, uid, gid)
-    except PermissionError:
+    def _chmod(self, fd: int, mode: int, path: _Path) -> bool:
+        """Set the mode; False where that is refused. Raises OSError where that would leave the entry open to more."""
         try:
-            os.fchown(fd, -1, gid)
-        except PermissionError:
+            os.fchmod(fd, mode)
+        except OSError as error:
+            if error.errno not in _REFUSED or stat.S_IMODE(os.fstat(fd).st_mode) & ~mode:
+                raise
+            self._lose(path, "mode")
             return False
-        return os.fstat(fd).st_uid == uid
-    return True
+        if mode & _SET_ID:  # chmod(2): without CAP_FSETID and outside the group, set-gid goes without a word
+            lost = mode & _SET_ID & ~os.fstat(fd).st_mode
+            self._lose_set_id(lost, path)
+            return not lost
+        return True
 
+    def _lose_set_id(self, bits: int, path: _Path) -> None:
+        if bits & stat.S_ISUID:
+            self._lose(path, "mode: set-uid")
+        if bits & stat.S_ISGID:
+            self._lose(path, "mode: set-gid")
 
-def _chown_symlink(dir_fd: int, name: str, uid: int, gid: int) -> None:
-    for owner in (uid, -1):
+    def _set_times(self, fd: int, fresh: os.stat_result, entry: Entry, path: _Path) -> bool:
+        """Set the times; False where they are not held."""
+        held = True
         try:
-            os.chown(name, owner, gid, dir_fd=dir_fd, follow_symlinks=False)
-            return
-        except PermissionError:
-            continue
+            os.utime(fd, ns=(entry.atime, entry.mtime))
+        except OSError as error:
+            if error.errno not in _REFUSED:
+                raise
+            held = False
+        else:
+            exact = fresh.st_mtime_ns % _COARSE and min(entry.atime, entry.mtime) >= _FIRST_TIME
+            if not (exact and max(entry.atime, entry.mtime) <= _LAST_TIME):
+                held = _times(os.fstat(fd)) == (entry.atime, entry.mtime)
+        if not held:
+            self._lose(path, "timestamps")
+        return held
+
+    # -- filesystems that accept what they do not hold
+
+    def _is_faithful(self, dev: int, fd: int) -> bool:
+        known = self._faithful.get(dev)
+        if known is None:
+            known = self._faithful[dev] = syscalls.filesystem_type(fd) in _FAITHFUL
+        return known
+
+    def _lose(self, path: _Path, what: str) -> None:
+        self.losses.lose(join(*path), what)
+
+
+#: A directory's relative path and a name in it: joined only where a message needs it.
+_Path = tuple[str, str]
+
+
+def doing(error: OSError) -> str:
+    """What failed, for a message, where `apply` or `apply_to_symlink` raised `error`."""
+    return f"setting its attribute {error.attribute}" if isinstance(error, XattrError) else "setting its metadata"
+
+
+def _times(status: os.stat_result) -> tuple[int, int]:
+    return status.st_atime_ns, status.st_mtime_ns
 
 
 def _current_umask() -> int:

@@ -44,11 +44,13 @@ class _Beside(Thread):
         self.file = file
         self._work = work
         self._outcome: FileResult | ReflinkRefused | ForkError | None = None
+        #: A cloner of its own: it keeps what it learns, and threads share none of that.
+        self.cloner = Cloner(work.options, {}, lambda count: None)
 
     def run(self) -> None:
         """Reflink it."""
         try:
-            self._outcome = _clone(self._work, Cloner(self._work.options, {}, lambda count: None), self.file)
+            self._outcome = _clone(self._work, self.cloner, self.file)
         except (ReflinkRefused, ForkError) as error:
             self._outcome = error
 
@@ -89,6 +91,7 @@ def probe(work: Work, cloner: Cloner, largest: list[File], ticker: Ticker, repor
                 report.add(failed(path, entry, error))
                 raise
             report.add(result)
+            report.totals.move_losses_from((cloner if second is None else second.cloner).metadata.losses)
             ticker(1, entry.size)
             cloned.append(path)
     finally:

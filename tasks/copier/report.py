@@ -10,6 +10,7 @@ from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, Literal, TypedDict
 
 from tasks.copier.errors import ErrorRecord, ForkError
+from tasks.copier.losses import Losses
 from tasks.copier.walk import Entry, file_type
 
 Method = Literal["snapshot", "reflink", "copy", "hardlink", "symlink", "mkdir", "skip"]
@@ -53,8 +54,11 @@ _COUNTER = {
 
 
 @dataclass
-class Totals:
-    """Sums over FileResults. A failed entry counts as failed only; `total` is the number of FileResults."""
+class Totals(Losses):
+    """Sums over FileResults, and what the destination could not hold.
+
+    A failed entry counts as failed only; `total` is the number of FileResults.
+    """
 
     total: int = 0
     reflinked: int = 0
@@ -85,10 +89,11 @@ class Totals:
             self.bytes_reflinked += result["bytes"]
 
     def add(self, other: Totals) -> None:
-        """Add the sums of another part of the fork; of fallbacks and errors, this one's come first."""
+        """Add the sums of another part of the fork; of fallbacks, errors and losses, this one's come first."""
         for name, value in vars(other).items():
             if isinstance(value, int):
                 setattr(self, name, getattr(self, name) + value)
+        self.list_losses(other.metadata_lost)
         self.fallback = self.fallback or other.fallback
         self.error = self.error or other.error
 

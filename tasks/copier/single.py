@@ -6,13 +6,13 @@ import os
 import secrets
 import stat
 
+from tasks.copier.attributes import drop_inherited_acls
 from tasks.copier.clone import Cloner, Place
 from tasks.copier.control import control_name
 from tasks.copier.ends import destination_exists
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.kernel import syscalls, trees
 from tasks.copier.kernel.roots import Roots, normal_path
-from tasks.copier.metadata import drop_inherited_acls
 from tasks.copier.options import Options
 from tasks.copier.progress import Beat, Ticker
 from tasks.copier.publishing import require_noreplace

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal, TypedDict, final
 
 from tasks.copier.errors import Code, ErrorRecord, ForkError
+from tasks.copier.losses import Lost
 from tasks.copier.options import Options
 from tasks.copier.report import Fallback, Totals
 
@@ -58,6 +59,9 @@ class ForkResult(TypedDict):
     files: dict[str, int]
     bytes: dict[str, int]
     fallback: Fallback | None
+    #: What of `preserve` the destination could not hold: the first of it, and the number of all.
+    metadata_lost: list[Lost]
+    metadata_lost_total: int
     chunks: int
     seconds: dict[str, float]
     started_at: str
@@ -117,6 +121,8 @@ def _result(
         "files": totals.files(),
         "bytes": totals.bytes(),
         "fallback": totals.fallback,
+        "metadata_lost": totals.metadata_lost,
+        "metadata_lost_total": totals.metadata_lost_total,
         "chunks": chunks,
         "seconds": clock.seconds(spec.queued, now),
         "started_at": _timestamp(spec.started),

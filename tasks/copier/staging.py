@@ -24,10 +24,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
+from tasks.copier.attributes import drop_inherited_acls
 from tasks.copier.control import DIRECTORY, FILE, LOCK, Control
 from tasks.copier.journal import Journal
 from tasks.copier.kernel import syscalls, trees
-from tasks.copier.metadata import drop_inherited_acls
 from tasks.copier.report import Report
 from tasks.copier.selection import STAGING_NAME
 

@@ -77,8 +77,12 @@ class Work:
         fd = self.open_tree(path)
         name = ""
         try:
-            for name in names:
-                os.mkdir(name, 0o700, dir_fd=fd)
+            umask = os.umask(0o077)  # the caller's may take from the owner, and we have to get in
+            try:
+                for name in names:
+                    os.mkdir(name, 0o700, dir_fd=fd)
+            finally:
+                os.umask(umask)
         except FileExistsError:
             raise self.name_taken(path, name) from None
         except OSError as error:

@@ -21,6 +21,8 @@ FORK_FIELDS = {
     "files",
     "bytes",
     "fallback",
+    "metadata_lost",
+    "metadata_lost_total",
     "chunks",
     "seconds",
     "started_at",
@@ -58,6 +60,8 @@ def check_fork_result(result: ForkResult) -> None:
     assert set(result["bytes"]) == BYTES_FIELDS
     assert all(isinstance(count, int) for count in (*result["files"].values(), *result["bytes"].values()))
     assert result["fallback"] is None or set(result["fallback"]) == {"reason", "errno", "path"}
+    assert all(set(lost) == {"path", "what"} for lost in result["metadata_lost"])
+    assert len(result["metadata_lost"]) == min(result["metadata_lost_total"], 100)
     assert type(result["chunks"]) is int
     assert set(result["seconds"]) == SECONDS_FIELDS
     assert all(value >= 0 for value in result["seconds"].values())

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from tasks.copier.campaigns.batch_trees import Tree, Trees
-from tasks.copier.changes import refuse_changes
+from tasks.copier.changes import Touched, refuse_changes
 from tasks.copier.clone import Cloner, Place
 from tasks.copier.close import complete_directories, complete_directory, link_and_skip, refuse_unbalanced
 from tasks.copier.errors import Code, ForkError
@@ -160,6 +160,7 @@ def _clone_into(
                 reached.append(result)
                 ticker(1, result["bytes"] - result["copied_bytes"])
         finally:
+            tree.report.totals.move_losses_from(cloner.metadata.losses)
             os.close(dst_fd)
 
 
@@ -181,7 +182,7 @@ def _check_sources(made: Trees, directories: list[_Directory], results: dict[Tre
 def _close(made: Trees) -> None:
     """Hard links, the directories' metadata, a last look at the source, the books: see `close`."""
     plan, cloner, ticker = made.plan, made.cloner, made.ticker
-    touched: list[str] = []
+    touched: Touched = {}
     for block in _blocks(made, closing=True):
         made.each(_link_and_skip, block, ticker)
     for block in _blocks(made, closing=True, backwards=True):
@@ -190,7 +191,7 @@ def _close(made: Trees) -> None:
         return
     work = made.alive[0].work
     top = on_this_host(plan.top, plan.top.dev, work.source_dev)
-    made.each(lambda tree: complete_directory(tree.work, "", top, cloner, touched))
+    made.each(lambda tree: complete_directory(tree.work, "", top, cloner, tree.report.totals, touched))
     made.each(lambda tree: refuse_unbalanced(tree.work, plan, tree.report.totals.total))
     if made.alive:
         refuse_changes(work, plan, touched)
@@ -200,5 +201,5 @@ def _link_and_skip(tree: Tree, block: Block, ticker: Ticker) -> None:
     link_and_skip(tree.work, block, tree.report, ticker)
 
 
-def _complete_directories(tree: Tree, block: Block, cloner: Cloner, touched: list[str], ticker: Ticker) -> None:
+def _complete_directories(tree: Tree, block: Block, cloner: Cloner, touched: Touched, ticker: Ticker) -> None:
     complete_directories(tree.work, block, cloner, tree.report, touched, ticker)

@@ -42,6 +42,8 @@ XFS = 0x58465342
 #: ext2, ext3 and ext4.
 EXT4 = 0xEF53
 TMPFS = 0x01021994
+RAMFS = 0x858458F6
+F2FS = 0xF2F52010
 
 #: _IOW(0x94, 23, struct btrfs_ioctl_vol_args_v2), _IOW(0x94, 15, struct btrfs_ioctl_vol_args) and
 #: _IOR(0x94, 60, struct btrfs_ioctl_get_subvol_info_args).
