@@ -5,9 +5,11 @@ Whoever holds it gives signs of life; whoever finds it gone, or another in its p
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -21,6 +23,8 @@ DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 #: Bytes read at a time.
 _PIECE = 1 << 20
+#: What unlink(2) and rmdir(2) answer for what other processes keep: NFS says EBUSY for a file that is open.
+_KEPT_BY_OTHERS = frozenset({errno.ENOTEMPTY, errno.EBUSY, errno.EISDIR})
 #: Pause between two tries of a lock, in seconds.
 _LOCK_PAUSE = 0.01
 
@@ -41,6 +45,8 @@ class Control:
         self.name = name
         self.fd = fd
         self._lock_fd = lock_fd
+        #: See `retire`.
+        self.retired: str | None = None
 
     # -- coming and going
 
@@ -154,6 +160,51 @@ class Control:
         except FileNotFoundError:
             return False
         return os.path.samestat(status, os.fstat(self.fd))
+
+    def clear(self) -> bool:
+        """Remove the control directory with its files; False where something of other processes keeps it.
+
+        The lock goes last: a process that makes a new one before the directory is gone has claimed it, and then it
+        stays. Raises OSError.
+        """
+        if self._is_claimed_anew():
+            return True
+        try:
+            for name in sorted(os.listdir(self.fd), key=LOCK.__eq__):
+                with suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=self.fd)
+            os.rmdir(self.name, dir_fd=self.parent_fd)
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            if error.errno in _KEPT_BY_OTHERS:
+                return self._is_claimed_anew()
+            raise
+        return True
+
+    def _is_claimed_anew(self) -> bool:
+        with suppress(FileNotFoundError):
+            lock = os.stat(LOCK, dir_fd=self.fd, follow_symlinks=False)
+            return not os.path.samestat(lock, os.fstat(self._lock_fd))
+        return False
+
+    def retire(self) -> str | None:
+        """Give the control directory the name of a tree, and let go of its lock: that name, or None where it is gone.
+
+        Nobody finds it under its own name from then on. FUSE and NFS keep an unlinked file that is open in its
+        directory, so the lock file is closed, and other processes that wait for it find out and close it too. A process
+        that dies meanwhile leaves what `gc` removes. Raises OSError.
+        """
+        if self.retired is not None or not self.is_current():
+            return self.retired
+        away = f"{self.name}.{secrets.token_hex(4)}"
+        try:
+            os.rename(self.name, away, src_dir_fd=self.parent_fd, dst_dir_fd=self.parent_fd)
+        except FileNotFoundError:
+            return None
+        self.retired = away
+        os.dup2(self.fd, self._lock_fd, inheritable=False)  # its number stays in use until the end
+        return away
 
     # -- files
 

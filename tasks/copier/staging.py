@@ -155,10 +155,19 @@ class Staging(Control):
                 trees.remove(self.parent_fd, name)
 
     def remove(self) -> None:
-        """Remove the control directory, the last step of every fork. The tree must be gone or published."""
-        with suppress(FileNotFoundError):  # gone already
+        """Remove the control directory, the last step of every fork. The tree must be gone or published.
+
+        One that is gone, or that another process has in its place, is no error. Raises OSError.
+        """
+        if self.retired is None:
+            if not self.is_current():
+                return
             self._discard_snapshots()
-        trees.remove(self.parent_fd, self.name)
+            if self.clear():
+                return
+        away = self.retire()
+        if away is not None:
+            trees.remove(self.parent_fd, away)
 
     # -- the manifest
 

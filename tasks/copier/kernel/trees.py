@@ -1,7 +1,11 @@
-"""Directories below an opened one: opening them by relative path, telling them apart, removing them, at any depth.
+"""Directories below an opened one: opening them by relative path, identifying them, removing them, at any depth.
 
 Nothing here follows a symlink or recurses: a tree may be thousands of levels deep, and its paths longer than
 PATH_MAX.
+
+A removal enters no mount either (openat2(2): RESOLVE_NO_XDEV; a btrfs subvolume is no mount), and it ends: on FUSE and
+NFS an open file that is unlinked gets another name in the same directory until its last close (libfuse: .fuse_hidden…,
+NFS: .nfs…), so rmdir(2) may answer ENOTEMPTY however often the directory is emptied.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 
 from tasks.copier.kernel import syscalls
 
@@ -17,35 +22,45 @@ _BENEATH = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RE
 #: Longest relative path handed to the kernel in one call, in bytes; below PATH_MAX.
 _STRETCH = 4000
 
+#: How long a directory that does not become empty is emptied again and again, in seconds. A file that was open is gone
+#: some milliseconds after its last close; a process that writes there at that moment finds out that it may not.
+_PATIENCE_SECONDS = 1.0
+#: Pause between two passes, in seconds.
+_PAUSE_SECONDS = 0.01
+#: What goes away by itself when another process closes or removes something. NFS answers EBUSY for a .nfs… file.
+_PASSING = frozenset({errno.ENOTEMPTY, errno.EBUSY})
+
 #: Inode of the root of every btrfs subvolume, and of the empty directory that a snapshot has in place of one.
 SUBVOLUME_INODE, NESTED_SUBVOLUME_INODE = 256, 2
 
 
-def open_below(dir_fd: int, path: str) -> int:
+def open_below(dir_fd: int, path: str, *, cross_mounts: bool = True) -> int:
     """Open the directory at the relative `path` ("" is `dir_fd` itself, opened anew); the caller closes it.
 
-    Raises OSError: ENOENT, ENOTDIR; ELOOP for a symlink and EXDEV for a way out.
+    Raises OSError: ENOENT, ENOTDIR; ELOOP for a symlink, and EXDEV for a way out and for a mount that is not to be
+    crossed.
     """
+    resolve = _BENEATH if cross_mounts else _BENEATH | syscalls.RESOLVE_NO_XDEV
     if len(path) * 4 < _STRETCH or len(os.fsencode(path)) < _STRETCH:
-        return _open(dir_fd, path or ".")
+        return _open(dir_fd, path or ".", resolve)
     here = os.dup(dir_fd)
     for stretch in _stretches(path):
         try:
-            below = _open(here, stretch)
+            below = _open(here, stretch, resolve)
         finally:
             os.close(here)
         here = below
     return here
 
 
-def _open(dir_fd: int, path: str) -> int:
-    """Open one stretch of a way, so that a look into the directory is not written down as its atime where possible."""
+def _open(dir_fd: int, path: str, resolve: int) -> int:
+    """Open one stretch of a path; reading the directory changes no atime where this process may ask for that."""
     try:
-        return syscalls.openat2(dir_fd, path, _DIRECTORY | os.O_NOATIME, _BENEATH)
+        return syscalls.openat2(dir_fd, path, _DIRECTORY | os.O_NOATIME, resolve)
     except OSError as error:
         if error.errno != errno.EPERM:  # open(2): O_NOATIME is for the owner and the privileged
             raise
-        return syscalls.openat2(dir_fd, path, _DIRECTORY, _BENEATH)
+        return syscalls.openat2(dir_fd, path, _DIRECTORY, resolve)
 
 
 def _stretches(path: str) -> list[str]:
@@ -89,80 +104,139 @@ def identity_of(dir_fd: int, name: str) -> int | None:
 
 
 def remove(dir_fd: int, name: str) -> None:
-    """Remove the directory `name` of `dir_fd` with all below it; gone already is fine.
+    """Remove the directory `name` of `dir_fd` with all below it; one that is gone already is no error.
 
-    A btrfs subvolume goes in one step where that is allowed, else as a directory does (rmdir takes an empty one since
-    Linux 4.18). Someone may still be adding to it (a chunk that has not yet seen that its fork was given up): what
-    appears meanwhile is removed too.
+    All that can be removed is, also where something cannot. Raises OSError: the first one met, with the path below
+    `dir_fd` as its filename; EXDEV for a mount in it, ENOTEMPTY where a process keeps files in it open or adds some.
     """
+    try:
+        top = open_below(dir_fd, name, cross_mounts=False)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _named(error, name) from None
+    try:
+        if is_subvolume(top) and _destroyed(dir_fd, name):
+            return
+        _remove_opened(dir_fd, name, top)
+    finally:
+        os.close(top)
+
+
+def _remove_opened(dir_fd: int, name: str, top: int) -> None:
+    deadline: float | None = None
     while True:
+        error = _empty(top, name)
         try:
-            top = os.open(name, _DIRECTORY, dir_fd=dir_fd)
+            if error is None:
+                os.rmdir(name, dir_fd=dir_fd)
+                return
         except FileNotFoundError:
             return
-        try:
-            if is_subvolume(top) and _destroyed(dir_fd, name):
-                return
-            _empty(top)
-        finally:
-            os.close(top)
-        try:
-            os.rmdir(name, dir_fd=dir_fd)
-            return
-        except OSError as error:
-            if error.errno == errno.ENOENT:
-                return
-            if error.errno != errno.ENOTEMPTY:
-                raise
+        except OSError as failure:
+            error = _named(failure, name)
+        now = time.monotonic()
+        deadline = deadline or now + _PATIENCE_SECONDS
+        if error.errno not in _PASSING or now >= deadline:
+            raise error
+        time.sleep(_PAUSE_SECONDS)
 
 
 def _destroyed(dir_fd: int, name: str) -> bool:
+    """Remove a btrfs subvolume in one step; whether that was allowed. rmdir(2) takes an empty one since Linux 4.18."""
     try:
         syscalls.destroy_subvolume(dir_fd, name)
-    except OSError:  # not allowed, or another subvolume in it: what keeps it from going shows when it is emptied
+    except OSError:  # not allowed, or it holds another subvolume: emptying it finds out
         return False
     return True
 
 
-def _empty(top: int) -> None:
+def _empty(top: int, path: str) -> OSError | None:
+    """Remove all that can be removed below the open directory `top`; the first error, which names its path."""
+    errors: list[OSError] = []
     directories = [""]
     for directory in directories:  # grows while it is read: breadth first
         try:
-            fd = open_below(top, directory)
+            fd = _open_to_empty(top, directory)
         except FileNotFoundError:
             continue
+        except OSError as error:
+            errors.append(_named(error, _join(path, directory)))
+            continue
         try:
-            directories += [f"{directory}/{name}" if directory else name for name in _unlink_files(fd)]
+            directories += [_join(directory, name) for name in _unlink_files(fd, _join(path, directory), errors)]
         finally:
             os.close(fd)
     for directory in reversed(directories[1:]):
-        parent, _, name = directory.rpartition("/")
         try:
-            fd = open_below(top, parent)
-        except FileNotFoundError:
-            continue
-        try:
-            os.rmdir(name, dir_fd=fd)
+            _remove_empty(top, directory)
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
-                raise
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # what is in it has its own error, or is new
+                errors.append(_named(error, _join(path, directory)))
+    return errors[0] if errors else None
+
+
+def _remove_empty(top: int, directory: str) -> None:
+    parent, _, name = directory.rpartition("/")
+    fd = open_below(top, parent, cross_mounts=False)
+    try:
+        os.rmdir(name, dir_fd=fd)
+    finally:
+        os.close(fd)
+
+
+def _open_to_empty(top: int, directory: str) -> int:
+    """Open a directory below `top`; an ordinary user's own one that he may not read is made readable first."""
+    try:
+        return open_below(top, directory, cross_mounts=False)
+    except PermissionError:
+        parent, _, name = directory.rpartition("/")
+        parent_fd = open_below(top, parent, cross_mounts=False)
+        try:
+            _make_enterable(parent_fd, name)
         finally:
-            os.close(fd)
+            os.close(parent_fd)
+        return open_below(top, directory, cross_mounts=False)
 
 
-def _unlink_files(fd: int) -> list[str]:
-    """Unlink all but the directories in `fd`; returns the directories' names, each made enterable."""
-    names: list[str] = []
-    with os.scandir(fd) as entries:
-        listed = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
-    if listed and not os.fstat(fd).st_mode & 0o200:
-        os.fchmod(fd, 0o700)  # an ordinary user cannot empty the copy of a read-only directory otherwise
+def _make_enterable(parent_fd: int, name: str) -> None:
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
+    fd = syscalls.openat2(parent_fd, name, flags, _BENEATH | syscalls.RESOLVE_NO_XDEV)
+    try:
+        os.chmod(f"/proc/self/fd/{fd}", 0o700)  # fchmod(2) takes no O_PATH descriptor
+    finally:
+        os.close(fd)
+
+
+def _unlink_files(fd: int, path: str, errors: list[OSError]) -> list[str]:
+    """Unlink all but the directories in `fd`; returns the names of these. What fails is added to `errors`."""
+    try:
+        with os.scandir(fd) as entries:
+            listed = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+        if listed and os.fstat(fd).st_mode & 0o300 != 0o300:
+            os.fchmod(fd, 0o700)  # an ordinary user cannot empty the copy of a read-only directory otherwise
+    except OSError as error:
+        errors.append(_named(error, path))
+        return []
     for name, is_directory in listed:
-        if is_directory:
-            names.append(name)
-        else:
+        if not is_directory:
             try:
                 os.unlink(name, dir_fd=fd)
             except FileNotFoundError:
                 continue
-    return names
+            except OSError as error:
+                errors.append(_named(error, _join(path, name)))
+    return [name for name, is_directory in listed if is_directory]
+
+
+def _join(directory: str, name: str) -> str:
+    return f"{directory}/{name}" if directory and name else directory or name
+
+
+def _named(error: OSError, path: str) -> OSError:
+    """The same error with its path, and in words what the kernel's own do not say."""
+    if error.errno == errno.EXDEV:
+        return OSError(errno.EXDEV, "a filesystem is mounted there", path)
+    if error.errno == errno.ENOTEMPTY:
+        return OSError(errno.ENOTEMPTY, "a process keeps files in it open, or adds some", path)
+    return OSError(error.errno, error.strerror, path)
