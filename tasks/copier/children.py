@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import mmap
 import os
-import select
-import signal
 import struct
-import sys
-import time
-import traceback
+from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 
+from tasks.copier.child_processes import PROGRAM_ERROR, ChildProcesses
 from tasks.copier.chunk import run_held_chunk
-from tasks.copier.errors import Code, ForkError, from_errno, from_oserror
+from tasks.copier.errors import Code, ForkError, from_errno, from_oserror, from_record
 from tasks.copier.kernel import syscalls
-from tasks.copier.kernel.processes import is_stopped
 from tasks.copier.plan import Chunk, Plan
 from tasks.copier.progress import Progress, Ticker
 from tasks.copier.work import Work
@@ -25,51 +21,40 @@ from tasks.copier.work import Work
 #: A chunk in the pipe that all children read: its number, whether it is a range, offset, length, start, end.
 _TOKEN = struct.Struct("=IIqqqq")
 #: Room for the tokens of all chunks (FORKVM_MAX_CHUNKS is at most 10,000): a full pipe whose readers have died would
-#: hold the parent for ever. What an ordinary user may have by default (pipe(7)).
+#: block the parent forever. What an ordinary user may have by default (pipe(7)).
 _PIPE_BYTES = 1 << 20
 #: Entries and bytes done, of one child, in memory that the parent reads.
 _COUNTERS = struct.Struct("=qq")
-#: How often the parent looks at its children's counters.
-_LOOK_MILLISECONDS = 100
-#: A child that is stopped for longer than this, in seconds, is not waited for.
-_STOPPED_SECONDS = 10.0
-#: Exit code of a child that met an error in this program; errnos are smaller.
-_BUG = 255
 
 
 class Children:
-    """A crew of processes, spawned with the first chunk; each takes the next chunk as soon as it has done one.
+    """Processes that are started with the first chunk; each takes the next chunk as soon as it has done one.
 
-    They inherit the parent's descriptors and its hold on the staging, which lasts until the last of them has ended.
+    Where the system has no process to spare, the parent does the chunks itself.
     """
 
     def __init__(self, work: Work, count: int, ticker: Ticker) -> None:
         self._work = work
         self._count = max(1, count)
         self._ticker = ticker
-        self._pids: list[int] = []
+        self._processes = ChildProcesses()
         #: `_COUNTERS` of each child; made with them.
         self._counters: mmap.mmap
-        #: Children that are stopped, and when that was first seen, in seconds of the monotonic clock.
-        self._stopped_since: dict[int, float] = {}
         self._tokens = self._pipe = -1
         self._taken: set[int] = set()
 
     def take(self, chunk: Chunk, number: int, plan: Plan) -> None:
         """Have a child do `chunk`."""
-        if not self._pids:
-            self._counters = mmap.mmap(-1, _COUNTERS.size * self._count)
-            self._tokens, self._pipe = os.pipe()
-            fcntl.fcntl(self._pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-            self._pids = [self._spawn(n, plan) for n in range(self._count)]
+        if not self.is_at_work:
+            self._start(plan)
         self._taken.add(number)
         is_range = chunk.kind == "range"
         os.write(self._pipe, _TOKEN.pack(number, is_range, chunk.offset, chunk.length, chunk.start, chunk.end))
 
     @property
     def is_at_work(self) -> bool:
-        """Whether there are children."""
-        return bool(self._pids)
+        """Whether chunks were taken that are not known to be done."""
+        return self._tokens >= 0
 
     def complete(self, plan: Plan) -> None:
         """Have the chunks done that were not taken yet and have no report, and wait until all children have ended.
@@ -80,7 +65,7 @@ class Children:
             for number, chunk in enumerate(plan.chunks):
                 if number not in self._taken and not self._work.staging.has_report(str(number)):
                     self.take(chunk, number, plan)
-            self._wait()
+            self._wait(plan)
         except OSError as error:
             self.dismiss()
             raise from_oserror(error, "sharing the work among processes", self._work.ends.destination) from None
@@ -91,36 +76,36 @@ class Children:
 
     def dismiss(self) -> None:
         """Stop all work; when this returns, no child lives."""
-        if self._pids:
+        if self.is_at_work:
             self._stop()
-            self._reap()
+            self._processes.reap()
+            self._close()
 
-    def _wait(self) -> None:
-        done_before = self._ticker.progress["files_done"], self._ticker.progress["bytes_done"]
-        stopping: ForkError | None = None
+    def _start(self, plan: Plan) -> None:
+        self._counters = mmap.mmap(-1, _COUNTERS.size * self._count)
+        self._tokens, self._pipe = os.pipe()
+        fcntl.fcntl(self._pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        for index in range(self._count):
+            if not self._processes.spawn(partial(self._work_through, index, plan)):
+                break
+
+    def _wait(self, plan: Plan | None = None) -> None:
+        """Wait until all that was taken is done. `plan` is for chunks that no child is there to do."""
+        if not self.is_at_work:
+            return
         self._close_pipe()
-        pidfds = [os.pidfd_open(pid) for pid in self._pids]
-        poll = select.poll()
-        for fd in pidfds:
-            poll.register(fd, select.POLLIN)
-        running = len(pidfds)
-        while running:
-            for fd, _ in poll.poll(_LOOK_MILLISECONDS):
-                poll.unregister(fd)
-                os.close(fd)
-                running -= 1
-            self._end_stopped()
-            try:
-                self._tell(done_before)
-            except ForkError as error:
-                stopping = stopping or error
-                self._stop()
-        codes = self._reap()
-        if stopping is not None:
-            raise stopping
+        if not self._processes and plan is not None:
+            self._work_here(plan)
+        done_before = self._ticker.progress["files_done"], self._ticker.progress["bytes_done"]
+        try:
+            codes = self._processes.wait(partial(self._publish_progress, done_before))
+        except ForkError:
+            self.dismiss()
+            raise
+        self._close()
+        if PROGRAM_ERROR in codes:
+            raise ForkError(Code.IO_ERROR, "a child met an error in this program", self._work.ends.source)
         for code in codes:
-            if code == _BUG:
-                raise ForkError(Code.IO_ERROR, "a child met an error in this program", self._work.ends.source)
             if code > 0:
                 raise from_errno(code, "working in the staging directory", self._work.ends.destination)
 
@@ -130,11 +115,21 @@ class Children:
             syscalls.release(self._pipe)
             self._pipe = -1
 
+    def _close(self) -> None:
+        self._close_pipe()
+        syscalls.release(self._tokens)
+        self._tokens = -1
+
     def _take_back(self) -> set[int]:
         """Take the chunks out of the pipe that no child has begun; no others can be given from then on."""
         self._close_pipe()
-        tokens = iter(lambda: os.read(self._tokens, _TOKEN.size), b"")
-        return {_TOKEN.unpack(token)[0] for token in tokens}
+        return {number for number, _ in self._next_chunks()}
+
+    def _next_chunks(self) -> Iterator[tuple[int, Chunk]]:
+        """Yield chunks from the pipe, with their numbers, until it is empty and no more can come."""
+        while token := os.read(self._tokens, _TOKEN.size):
+            number, is_range, offset, length, start, end = _TOKEN.unpack(token)
+            yield number, Chunk("range" if is_range else "files", offset, length, start, end)
 
     def _stop(self) -> None:
         """Have the children end: within their chunk, or after it where the staging is too full to say so there."""
@@ -142,24 +137,7 @@ class Children:
         with suppress(OSError):
             self._work.staging.stop()
 
-    def _reap(self) -> list[int]:
-        """Wait for all children; their exit codes, negative for a signal."""
-        self._close_pipe()
-        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in self._pids]
-        syscalls.release(self._tokens)
-        self._pids, self._tokens = [], -1
-        return codes
-
-    def _end_stopped(self) -> None:
-        """Kill a child that has been stopped for long: what it had in hand is done again, and nobody waits for it."""
-        now = time.monotonic()
-        for pid in self._pids:
-            if not is_stopped(pid):
-                self._stopped_since.pop(pid, None)
-            elif now - self._stopped_since.setdefault(pid, now) > _STOPPED_SECONDS:
-                os.kill(pid, signal.SIGKILL)  # ours, and not reaped yet: the pid is nobody else's
-
-    def _tell(self, done_before: tuple[int, int]) -> None:
+    def _publish_progress(self, done_before: tuple[int, int]) -> None:
         files, count = done_before
         for n in range(self._count):
             child_files, child_count = _COUNTERS.unpack_from(self._counters, n * _COUNTERS.size)
@@ -167,45 +145,33 @@ class Children:
         self._ticker.progress["files_done"], self._ticker.progress["bytes_done"] = files, count
         self._ticker.look()
 
-    def _spawn(self, index: int, plan: Plan) -> int:
-        parent = os.getpid()
-        pid = os.fork()
-        if pid:
-            return pid
-        code = _BUG
-        try:
-            code = self._work_through(index, plan, parent)
-        except OSError as error:
-            code = error.errno or errno.EIO
-        except BaseException:
-            traceback.print_exc(file=sys.stderr)
-        finally:
-            os._exit(code)
+    def _work_here(self, plan: Plan) -> None:
+        """Do the chunks in this process. Raises ForkError: what the ticker raised."""
+        for number, chunk in self._next_chunks():
+            report = run_held_chunk(self._work, plan, chunk, number, self._ticker)
+            error = report.totals.error if report is not None else None
+            if error is not None and error["code"] == Code.CANCELLED:
+                raise from_record(error)
+            if error is not None:
+                return
 
-    def _work_through(self, index: int, plan: Plan, parent: int) -> int:
-        # The parent answers for the terminal and for TERM; a child left without it would hold the lock for ever.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        syscalls.die_with_parent(signal.SIGKILL)
-        if os.getppid() != parent:
-            return 0
+    def _work_through(self, index: int, plan: Plan) -> int:
+        """Do chunks in a child until there are none; its exit code."""
         os.close(self._pipe)  # the parent's end: while a child held it open, none would see the end of the work
 
-        def tell(progress: Progress) -> None:
+        def publish(progress: Progress) -> None:
             at = index * _COUNTERS.size
             _COUNTERS.pack_into(self._counters, at, progress["files_done"], progress["bytes_done"])
 
         def beat(progress: Progress) -> None:
-            tell(progress)
+            publish(progress)
             if self._work.staging.is_stopped():
                 raise ForkError(Code.CANCELLED, "another part of the fork failed or was cancelled", "")
 
         ticker = Ticker(beat)
-        while token := os.read(self._tokens, _TOKEN.size):
-            number, is_range, offset, length, start, end = _TOKEN.unpack(token)
-            chunk = Chunk("range" if is_range else "files", offset, length, start, end)
+        for number, chunk in self._next_chunks():
             report = run_held_chunk(self._work, plan, chunk, number, ticker)
             if report is None or report.totals.error is not None:
                 break
-            tell(ticker.progress)
+            publish(ticker.progress)
         return 0

@@ -118,5 +118,8 @@ def _begin_second(work: Work, largest: list[File]) -> _Beside | None:
     if work.tree_dev != work.source_dev or syscalls.filesystem_type(work.tree_fd) != syscalls.XFS:
         return None
     beside = _Beside(work, pair[1])
-    beside.start()
+    try:
+        beside.start()
+    except RuntimeError:  # the system has no thread to spare: one after the other, then
+        return None
     return beside

@@ -29,8 +29,10 @@ class _Heart:
         with self._guard:
             self._held.append(fd)
             if not self._beats:
-                threading.Thread(target=self._beat, name="pulse", daemon=True).start()
-                self._beats = True
+                # Without a thread to spare the work goes on; if it takes long, another process may take it over.
+                with suppress(RuntimeError):
+                    threading.Thread(target=self._beat, name="pulse", daemon=True).start()
+                    self._beats = True
 
     def let_go(self, fd: int) -> None:
         """When this returns, `fd` is not touched any more."""

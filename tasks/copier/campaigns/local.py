@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import select
-import signal
 import struct
-import sys
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from tasks.copier.campaigns.batch import make_batch
@@ -32,21 +30,18 @@ from tasks.copier.campaigns.spec import (
     progress_of,
     sums_of,
 )
+from tasks.copier.child_processes import PROGRAM_ERROR, ChildProcesses
+from tasks.copier.chunk import MAX_TRIES, worker_lost
 from tasks.copier.control import Held
 from tasks.copier.ends import Ends, open_ends
-from tasks.copier.errors import Code, ForkError, from_oserror, from_record
+from tasks.copier.errors import Code, ForkError, from_errno, from_oserror, from_record
 from tasks.copier.fork import Superseded
-from tasks.copier.kernel import syscalls
 from tasks.copier.kernel.roots import Roots
-from tasks.copier.progress import Progress, Ticker
+from tasks.copier.progress import Beat, Progress, Ticker
 from tasks.copier.staging import Staging
 
 #: Forks done and failed by one child, in memory that the parent reads.
 _COUNTERS = struct.Struct("=qq")
-#: How often the parent looks at its children.
-_LOOK_MILLISECONDS = 100
-#: How often children are begun anew for what dead ones left; each batch counts its own tries besides.
-_ROUNDS = 8
 _SETTLED = "settled-"
 
 #: Called about ten times a second with the progress; raises ForkError to end the campaign.
@@ -61,11 +56,14 @@ def campaign_here(
         home = find_home(roots, paths)
         with (
             open_ends(roots, spec.source, home) as ends,
-            # Held to the end, by the children too: what no process holds, `gc` takes for dead.
+            # Held to the end, by the children too: `gc` takes what no process holds for dead.
             Staging.claim(ends.parent_fd, spec.campaign_id, wait=0) as staging,
         ):
             campaign = _plan(ends, staging, spec, paths, beat)
-            error = _make_all(campaign, roots, processes, beat)
+            try:
+                error = _make_all(campaign, roots, processes, beat)
+            except OSError as fault:
+                error = from_oserror(fault, "working in the staging directory", home)
             return _end(campaign, roots, error)
     except Held:
         return _refused(spec, paths, ForkError(Code.IO_ERROR, "another process holds its staging", spec.source))
@@ -85,15 +83,17 @@ def _plan(ends: Ends, staging: Staging, spec: CampaignSpec, paths: list[str], be
 
 
 def _make_all(campaign: Campaign, roots: Roots, processes: int, beat: CampaignBeat) -> ForkError | None:
-    """Have children make all batches; what dead ones left is begun again. Returns why to give up, if so."""
+    """Have children make all batches; what dead ones left is begun again. Returns why to abandon the rest, if so.
+
+    Raises OSError. No child lives then, and none when this returns.
+    """
     spec, staging = campaign.spec, campaign.staging
-    for _ in range(_ROUNDS):
+    done, fruitless = 0, 0
+    while fruitless < MAX_TRIES:
         crew = _Crew(campaign, roots, min(processes, campaign.plan.lanes))
         try:
-            crew.wait(beat)
+            codes = crew.make(beat)
         except ForkError as error:
-            staging.stop()
-            crew.reap()
             return error
         _standing(campaign_in(staging), spec.source)
         sums, failures = _settled(staging)
@@ -101,17 +101,25 @@ def _make_all(campaign: Campaign, roots: Roots, processes: int, beat: CampaignBe
             return from_record(failures[0]["error"])
         if forks_done(sums) == spec.aims.count or spec.is_late():
             return None if forks_done(sums) == spec.aims.count and not sums.get("forks.cancelled") else late(campaign)
-    return ForkError(Code.WORKER_LOST, "the processes that worked on it died each time", spec.source)
+        if PROGRAM_ERROR in codes:
+            return ForkError(Code.IO_ERROR, "a child met an error in this program", spec.source)
+        for code in codes:
+            if code > 0:
+                return from_errno(code, "working in the staging directory", spec.source)
+        fruitless = fruitless + 1 if forks_done(sums) == done else 0
+        done = forks_done(sums)
+    return worker_lost(spec.source)
 
 
 def _end(campaign: Campaign, roots: Roots, error: ForkError | None) -> CampaignResult:
-    ledger = _Files(campaign.staging)
+    ledger = _Ending(campaign.staging)
     if error is not None:
         cause = aborted(campaign) if campaign.spec.aims.on_error == "abort" and error.code != Code.CANCELLED else error
-        end_rest(campaign, roots, Ticker(_go_on), ledger, cause)
-    sums, failures = _settled(campaign.staging)
+        end_rest(campaign, roots, Ticker(_continue), ledger, cause)
+    sums, failures = _settled(campaign.staging, ledger.settled)
     remove_annexes(campaign, roots)
-    campaign.staging.remove()
+    with suppress(OSError):  # all forks have ended; gc removes what cannot be removed now
+        campaign.staging.remove()
     return campaign_result(campaign.spec, sums, failures, planned_at=campaign.planned_at, error=error)
 
 
@@ -131,8 +139,12 @@ def _standing(campaign: Campaign | None, home: str) -> Campaign:
     return campaign
 
 
-def _go_on(progress: Progress) -> None:
-    """Nobody ends the end of a campaign."""
+def _continue(progress: Progress) -> None:
+    """Nothing stops the end of a campaign."""
+
+
+#: The sums and the first failures of one run of forks, as JSON has them.
+_Run = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -147,58 +159,75 @@ class _Files:
 
     def settle(self, first: int, outcomes: list[Outcome]) -> None:
         """See `CampaignLedger`."""
-        results = [outcome.result for outcome in outcomes]
-        data = {"sums": sums_of(results), "failures": failures_of(results)[:MOST_FAILURES]}
-        self.staging.write_file(f"{_SETTLED}{first}", json.dumps(data).encode("ascii"))
+        self.staging.write_file(f"{_SETTLED}{first}", json.dumps(_run_of(outcomes)).encode("ascii"))
 
 
-def _settled(staging: Staging) -> tuple[dict[str, int], list[Failure]]:
-    """What all children settled: the sums, and the first failures in the order of the forks."""
+@dataclass(frozen=True)
+class _Ending(_Files):
+    """As `_Files`, but keeps what it settles in memory: the campaign ends here, perhaps since the disk is full."""
+
+    settled: dict[int, _Run] = field(default_factory=dict)
+
+    def is_settled(self, first: int) -> bool:
+        """See `CampaignLedger`."""
+        return first in self.settled or super().is_settled(first)
+
+    def settle(self, first: int, outcomes: list[Outcome]) -> None:
+        """See `CampaignLedger`."""
+        self.settled[first] = _run_of(outcomes)
+
+
+def _run_of(outcomes: list[Outcome]) -> _Run:
+    results = [outcome.result for outcome in outcomes]
+    return {"sums": sums_of(results), "failures": failures_of(results)[:MOST_FAILURES]}
+
+
+def _settled(
+    staging: Staging, ended: Mapping[int, _Run] = MappingProxyType({})
+) -> tuple[dict[str, int], list[Failure]]:
+    """What was settled in files, and what `ended`: the sums, and the first failures in the order of the forks."""
     names = [name for name in os.listdir(staging.fd) if name.startswith(_SETTLED) and not name.endswith(".new")]
+    runs: dict[int, _Run] = {int(name.removeprefix(_SETTLED)): json.loads(staging.read_file(name)) for name in names}
+    runs |= ended
     sums: dict[str, int] = {}
     failures: list[Failure] = []
-    for name in sorted(names, key=lambda name: int(name.removeprefix(_SETTLED))):
-        data: dict[str, Any] = json.loads(staging.read_file(name))
-        for key, value in data["sums"].items():
+    for _, run in sorted(runs.items()):
+        for key, value in run["sums"].items():
             sums[key] = sums.get(key, 0) + value
-        failures += data["failures"][: MOST_FAILURES - len(failures)]
+        failures += run["failures"][: MOST_FAILURES - len(failures)]
     return sums, failures
 
 
 class _Crew:
-    """Child processes that share the batches of one campaign: each takes the next one that nobody holds."""
+    """Processes that share the batches of one campaign: each takes the next one that nobody holds.
+
+    Where the system has no process to spare, this one makes them itself.
+    """
 
     def __init__(self, campaign: Campaign, roots: Roots, count: int) -> None:
-        self._campaign, self._roots = campaign, roots
+        self._campaign, self._roots, self._count = campaign, roots, count
         self._counters = mmap.mmap(-1, _COUNTERS.size * count)
         self._began = time.time()
-        parent = os.getpid()
-        self._pids = {self._spawn(n, parent) for n in range(count)}
-        self._count = count
+        self._aborts = campaign.spec.aims.on_error == "abort"
 
-    def wait(self, beat: CampaignBeat) -> None:
-        """Wait until all children have ended, whatever their end. Raises ForkError, as `beat` does."""
-        poll = select.poll()
-        living = {os.pidfd_open(pid): pid for pid in self._pids}
-        for fd in living:
-            poll.register(fd, select.POLLIN)
+    def make(self, beat: CampaignBeat) -> list[int]:
+        """Make batches until there are none, or all children have ended: their exit codes.
+
+        Raises ForkError, as `beat` does, and OSError; no child lives then.
+        """
+        processes = ChildProcesses()
         try:
-            while living:
-                for fd, _ in poll.poll(_LOOK_MILLISECONDS):
-                    poll.unregister(fd)
-                    os.close(fd)
-                    pid = living.pop(fd)
-                    os.waitpid(pid, 0)
-                    self._pids.remove(pid)
-                beat(self._progress())
-        finally:
-            for fd in living:
-                os.close(fd)
-
-    def reap(self) -> None:
-        """Wait for the children that are left."""
-        for pid in self._pids:
-            os.waitpid(pid, 0)
+            for index in range(self._count):
+                if not processes.spawn(partial(self._work, index)):
+                    break
+            if not processes:
+                self._make_batches(0, self._campaign.staging, lambda progress: beat(self._progress()))
+            return processes.wait(lambda: beat(self._progress()))
+        except BaseException:
+            with suppress(OSError):
+                self._campaign.staging.stop()
+            processes.reap()
+            raise
 
     def _progress(self) -> CampaignProgress:
         done = failed = 0
@@ -207,30 +236,21 @@ class _Crew:
             done, failed = done + child_done, failed + child_failed
         return progress_of(self._campaign.spec, {"forks.succeeded": done - failed, "forks.failed": failed}, self._began)
 
-    def _spawn(self, index: int, parent: int) -> int:
-        pid = os.fork()
-        if pid:
-            return pid
-        try:
-            self._work(index, parent)
-        except BaseException:
-            traceback.print_exc(file=sys.stderr)
-        finally:
-            os._exit(0)
-
-    def _work(self, index: int, parent: int) -> None:
-        # The parent answers for the terminal and for TERM; a child left without it would hold the lock for ever.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        syscalls.die_with_parent(signal.SIGKILL)
-        if os.getppid() != parent:
-            return
-        campaign, staging = self._campaign, self._campaign.staging
+    def _work(self, index: int) -> int:
+        """Make batches in a child; its exit code."""
+        staging = self._campaign.staging
         # Of its own: processes that share a directory's descriptor share the place up to which it was listed.
         staging.fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=staging.fd)
-        ledger = _Counting(staging, self._counters, index, campaign.spec.aims.on_error == "abort")
+        with suppress(ForkError):  # the campaign was ended, which the parent knows
+            self._make_batches(index, staging, lambda progress: None)
+        return 0
+
+    def _make_batches(self, index: int, staging: Staging, beat: Beat) -> None:
+        campaign = self._campaign
+        ledger = _Counting(staging, self._counters, index, self._aborts)
 
         def look(progress: Progress) -> None:
+            beat(progress)
             if staging.is_stopped():
                 raise ForkError(Code.CANCELLED, "the campaign was ended", campaign.spec.source)
             if error := late(campaign):
@@ -240,13 +260,14 @@ class _Crew:
         for first in range(0, campaign.spec.aims.count, campaign.plan.batch):
             if staging.is_stopped() or campaign.spec.is_late():
                 return
+            ticker.look()
             with suppress(Held, Superseded):  # another child makes it
                 make_batch(campaign, self._roots, first, ticker, ledger)
 
 
 @dataclass(frozen=True)
 class _Counting(_Files):
-    """As `_Files`, and tells the parent; the first failure ends the campaign where that is asked for."""
+    """As `_Files`, and counts for the parent; the first failure ends the campaign where `on_error` is abort."""
 
     counters: mmap.mmap
     child: int

@@ -1,6 +1,14 @@
-"""What the kernel tells of other processes (proc(5))."""
+"""Processes, as the kernel sees them: their state, their signals, their open files."""
 
 from __future__ import annotations
+
+import os
+import resource
+import signal
+from contextlib import suppress
+
+#: Signals that ask a command to end: from a user, a service manager, a closed terminal.
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def is_stopped(pid: int) -> bool:
@@ -11,3 +19,28 @@ def is_stopped(pid: int) -> bool:
     except OSError:
         return False
     return status.rpartition(b")")[2].split()[:1] in ([b"T"], [b"t"])  # "pid (name) state ..."
+
+
+def ignore_ending_signals() -> None:
+    """Leave ending signals to the parent process: a terminal sends them to every process of the command."""
+    for number in ENDING_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def open_files_limit() -> int:
+    """How many files this process may have open at once (RLIMIT_NOFILE, getrlimit(2))."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def can_open(count: int) -> bool:
+    """Whether this process can open `count` more files now."""
+    taken: list[int] = []
+    try:
+        with suppress(OSError):
+            taken.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+            while len(taken) < count:
+                taken.append(os.dup(taken[0]))
+        return len(taken) == count
+    finally:
+        for fd in taken:
+            os.close(fd)
