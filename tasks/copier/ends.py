@@ -10,7 +10,13 @@ from dataclasses import dataclass
 
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.kernel import syscalls
+from tasks.copier.kernel.processes import can_open, open_files_limit
 from tasks.copier.kernel.roots import Roots, is_inside
+
+#: Files that one fork has open at once at most: 15 were counted, early chunks in child processes included.
+_FILES_OF_FORK = 20
+#: Only below this limit of open files is it worth a look whether they can be opened.
+_LOW_LIMIT = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +45,25 @@ def destination_exists(path: str) -> ForkError:
     return ForkError(Code.DESTINATION_EXISTS, message, path, errno.EEXIST)
 
 
+def refuse_too_few_files(destination: str) -> None:
+    """Raise ForkError io_error (EMFILE) where this process can open so few files that a fork would fail midway."""
+    if open_files_limit() < _LOW_LIMIT and not can_open(_FILES_OF_FORK):
+        message = (
+            f"this process can open fewer than {_FILES_OF_FORK} more files, which a fork needs; "
+            "raise its limit of open files (ulimit -n, LimitNOFILE=)"
+        )
+        raise ForkError(Code.IO_ERROR, message, destination, errno.EMFILE)
+
+
 @contextmanager
 def open_ends(roots: Roots, source: str, destination: str) -> Iterator[Ends]:
     """Open both ends within the roots.
 
     Raises ForkError: invalid_request, outside_roots, source_not_found, source_not_directory,
-    destination_inside_source, permission_denied.
+    destination_inside_source, permission_denied, and io_error (EMFILE) where too few files can be opened to make a
+    fork and to remove what is left of one that failed.
     """
+    refuse_too_few_files(destination)
     source_fd = roots.open_source(source)
     try:
         parent_fd, name = roots.open_parent(destination)

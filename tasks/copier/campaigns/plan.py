@@ -22,6 +22,7 @@ from tasks.copier.clone import Cloner
 from tasks.copier.ends import Ends
 from tasks.copier.errors import ForkError
 from tasks.copier.journal import Phase
+from tasks.copier.kernel.processes import open_files_limit
 from tasks.copier.kernel.roots import Roots
 from tasks.copier.options import Limits
 from tasks.copier.plan import Plan, make_plan
@@ -53,6 +54,10 @@ _SNAPSHOT_BYTES = 256 << 20
 _TELLING_BYTES = 1 << 20
 #: The whole source at once: a campaign's forks are not cut into chunks.
 _WHOLE = Limits(inline_files=1 << 62, inline_bytes=1 << 62)
+
+#: Files that a batch has open at once: of each of its trees, and beside them those of the process.
+_FILES_OF_TREE = 3
+_OTHER_FILES = 64
 
 _DESTINATIONS = "destinations"
 
@@ -191,7 +196,12 @@ def _batch_size(spec: CampaignSpec, seconds: float) -> int:
     """Forks a batch: for two batches at once within `max_parallel`, and an even number of them if they are as good."""
     count = spec.aims.count
     parallel = spec.aims.max_parallel
-    most = min(_MOST_IN_BATCH, -(-count // _LEAST_BATCHES), count if parallel is None else max(1, parallel // 2))
+    most = min(
+        _MOST_IN_BATCH,
+        -(-count // _LEAST_BATCHES),
+        count if parallel is None else max(1, parallel // 2),
+        (open_files_limit() - _OTHER_FILES) // _FILES_OF_TREE,
+    )
     wanted = max(1, min(most, int(BATCH_SECONDS / seconds)))
     if wanted >= count:
         return count

@@ -1,0 +1,106 @@
+"""The local commands where the system is short of processes or open files, and where /proc is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.filesystems import Fresh
+from tests.fixtures.processes import PublicProgram, forkvm_script
+
+#: A user of these tests alone: the limit of processes counts all that a user has.
+_USER = 54_321
+
+
+def with_files(count: int) -> Callable[[], None]:
+    """For a child: at most `count` open files."""
+    return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (count, count))
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.fixture
+def place(fresh: Fresh) -> Path:
+    """A source of three small files, and one of 2,500: too many for one process."""
+    place = fresh("tmpfs")
+    for name, count in (("small", 3), ("large", 2_500)):
+        (place / name).mkdir()
+        for number in range(count):
+            (place / name / f"{number}").write_text("x")
+    (place / "out").mkdir()
+    return place
+
+
+@pytest.mark.parametrize("source", ["small", "large"])
+@pytest.mark.parametrize("files", [6, 10, 14, 18, 22, 26, 30])
+def test_a_fork_with_few_open_files_is_whole_or_leaves_nothing(source: str, files: int, place: Path) -> None:
+    command = [forkvm_script(), "fork", str(place / source), str(place / "out" / "fork")]
+    done = subprocess.run(command, preexec_fn=with_files(files), capture_output=True, text=True, check=False)
+
+    assert "Traceback" not in done.stderr
+    if done.returncode:
+        assert "EMFILE" in done.stderr
+        assert "raise its limit of open files" in done.stderr
+        assert names(place / "out") == []
+    else:
+        assert len(names(place / "out" / "fork")) == len(names(place / source))
+    assert (done.returncode == 0) == (files > 23)
+
+
+def test_a_campaign_takes_no_more_open_files_than_there_are(place: Path) -> None:
+    command = [forkvm_script(), "campaign", str(place / "small"), "--to", str(place / "out" / "vm-{n}")]
+    command += ["--count", "200", "--local"]
+    done = subprocess.run(command, preexec_fn=with_files(48), capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(names(place / "out")) == 200
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("command", ["fork", "campaign"])
+def test_work_is_done_without_a_process_to_spare(
+    command: str, processes: int, place: Path, public_program: PublicProgram
+) -> None:
+    for path in (place, place / "out"):
+        os.chown(path, _USER, _USER)
+    calls = {
+        "fork": ["fork", str(place / "large"), str(place / "out" / "fork"), "--json"],
+        "campaign": ["campaign", str(place / "small"), "--to", f"{place}/out/vm-{{n}}", "--count", "40", "--local"],
+    }
+    done = subprocess.run(
+        ["prlimit", f"--nproc={processes}", *public_program.command, *calls[command]],
+        cwd=public_program.directory,
+        env=public_program.environment | {"PATH": os.environ["PATH"]},
+        user=_USER,
+        group=_USER,
+        extra_groups=[],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    if command == "fork":
+        assert json.loads(done.stdout)["files"]["total"] == 2_500
+    assert len(names(place / "out")) == (1 if command == "fork" else 40)
+
+
+@pytest.mark.skip
+def test_a_fork_needs_no_proc(place: Path) -> None:
+    (place / "small" / "link").symlink_to("0")
+    script = 'mount -t tmpfs none /proc && exec "$@"'
+    command = [forkvm_script(), "fork", str(place / "small"), str(place / "out" / "fork")]
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script, "sh", *command], capture_output=True, text=True, check=False
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert os.readlink(place / "out" / "fork" / "link") == "0"
