@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from tasks.copier.errors import Code, ForkError
+from tasks.copier.errors import Code, describe
 from tasks.copier.options import DEFAULT_EXCLUDE
+from tasks.copier.spec import ForkResult
 from worker.cpus import available_cpus
 from worker.settings import Settings, read_settings
-from worker.show import ShowProgress, progress_bar, say
+from worker.show import answer, answer_json, result_lines, say
 
 if TYPE_CHECKING:
     from worker.client import Client
 
 #: Exit codes.
 DONE, FAILED, BAD_CALL, NO_BROKER = 0, 1, 2, 3
+#: Nothing ended within the time that a command was to wait, as timeout(1) has it.
+TIMED_OUT = 124
 #: Ended by Ctrl-C, as a shell has it: 128 and the signal's number.
 INTERRUPTED = 128 + signal.SIGINT
 #: More processes than this gain nothing: the filesystem's own locks are the limit.
@@ -73,6 +74,23 @@ def request_of(ends: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     return request
 
 
+def absolute(path: str) -> str:
+    """`path` as an absolute path: a relative one begins at the working directory. Raises UsageError.
+
+    `..` is resolved as the kernel does it, through symlinks: a request may not hold any.
+    """
+    if path.startswith("/") or not path:
+        return path
+    try:
+        whole = os.path.join(os.getcwd(), path)
+    except FileNotFoundError:
+        raise click.UsageError("the working directory was removed; give absolute paths") from None
+    if ".." not in path.split("/"):
+        return whole
+    parent, name = os.path.split(whole.rstrip("/"))
+    return os.path.realpath(whole) if name in (".", "..") else os.path.join(os.path.realpath(parent), name)
+
+
 def with_domain(settings: Settings, domain: str | None) -> Settings:
     """The settings, with the domain that an option named instead of the environment's. Raises BadSettings."""
     if domain is None:
@@ -92,32 +110,14 @@ def connect(settings: Settings) -> Client:
     return Client(settings)
 
 
-@contextmanager
-def watching(job_id: str) -> Iterator[ShowProgress]:
-    """Show how a job of the queue gets on; Ctrl-C ends that and not the job, and says so."""
-    try:
-        with progress_bar() as show:
-            yield show
-    except KeyboardInterrupt:
-        say(f"{job_id} goes on without this command; to look at it: forkvm status {shlex.quote(job_id)}")
-        raise click.exceptions.Exit(INTERRUPTED) from None
-
-
-@contextmanager
-def ended_by_signals(show: ShowProgress) -> Iterator[Callable[[Any], None]]:
-    """A beat that shows progress, and ends the work when INT or TERM has come: cleanly, with nothing left."""
-    came: list[int] = []
-    handlers = {
-        number: signal.signal(number, lambda n, _: came.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-
-    def beat(progress: Any) -> None:
-        show(progress)
-        if came:
-            raise ForkError(Code.CANCELLED, f"ended by {signal.Signals(came[0]).name}", "")
-
-    try:
-        yield beat
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+def answer_result(result: ForkResult, as_json: bool) -> None:
+    """Print the result of a fork, and end the command as the fork ended."""
+    error = result["error"]
+    if as_json:
+        answer_json(result)
+    elif error is None:
+        for line in result_lines(result):
+            answer(line)
+    if error is not None:
+        say(describe(error))
+        raise click.exceptions.Exit(BAD_CALL if error["code"] == Code.INVALID_REQUEST else FAILED)

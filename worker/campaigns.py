@@ -17,24 +17,26 @@ from tasks.copier.errors import Code, ForkError, describe
 from worker.arguments import (
     BAD_CALL,
     FAILED,
+    absolute,
     as_json,
     connect,
-    ended_by_signals,
     fork_options,
     local_processes,
     request_of,
-    watching,
     with_domain,
 )
 from worker.settings import read_settings, roots_of
 from worker.show import answer, answer_json, campaign_lines, fork_line, progress_bar, say
+from worker.signals import ended_by_signals
+from worker.streams import reader_is_gone
+from worker.waiting import wait_for_result, wait_options
 
 if TYPE_CHECKING:
     from tasks.results import Claim
     from worker.client import Client
 
 #: The parameters that say something of a retry, and not of what is to be done.
-_WITH_RETRY = frozenset({"earlier", "campaign_id", "domain", "local", "wait", "as_json"})
+_WITH_RETRY = frozenset({"earlier", "campaign_id", "domain", "local", "wait", "timeout", "as_json"})
 
 
 @click.command()
@@ -50,7 +52,7 @@ _WITH_RETRY = frozenset({"earlier", "campaign_id", "domain", "local", "wait", "a
 @click.option("--on-error", help="continue (default) or abort, with the first fork that fails.")
 @click.option("--deadline", type=float, help="Seconds, after which what is not done is cancelled.")
 @click.option("--local", is_flag=True, help="Make it here, without a broker.")
-@click.option("--wait", is_flag=True, help="Wait for the result, and answer with it.")
+@wait_options
 @fork_options
 @as_json
 def campaign(
@@ -60,6 +62,7 @@ def campaign(
     domain: str | None,
     local: bool,
     wait: bool,
+    timeout: float | None,
     as_json: bool,
     **fields: Any,
 ) -> None:
@@ -87,9 +90,7 @@ def campaign(
     if not wait:
         answer_json({"id": campaign_id}) if as_json else answer(campaign_id)
         return
-    with watching(campaign_id) as show:
-        result = client.wait_for_result(campaign_id, show)
-    _answer(cast(CampaignResult, result), as_json)
+    _answer(cast(CampaignResult, wait_for_result(client, campaign_id, timeout, queue)), as_json)
 
 
 @click.command()
@@ -100,23 +101,24 @@ def forks(campaign_id: str, failed: bool, as_json: bool) -> None:
     """The results of a campaign's forks, in order, as many as there are by now."""
     client = connect(read_settings())
     for result in client.campaign_forks(campaign_id, _summary(_claim(client, campaign_id))):
-        if failed and result["status"] == "succeeded":
-            continue
-        answer_json(result) if as_json else answer(fork_line(result))
+        if reader_is_gone():
+            return
+        if not failed or result["status"] != "succeeded":
+            answer_json(result) if as_json else answer(fork_line(result))
 
 
 def _request(source: str | None, fields: dict[str, Any]) -> dict[str, Any]:
     if source is None:
         raise click.UsageError("name the SOURCE, or an earlier campaign with --retry")
-    ends: dict[str, Any] = {"source": source}
+    ends: dict[str, Any] = {"source": absolute(source)}
     if (fields["template"] is None) == (fields["list_file"] is None):
         raise click.UsageError("name the destinations: --to with --count, or --to-file")
     if fields["list_file"] is not None:
-        ends["destinations"] = _lines_of(fields["list_file"])
+        ends["destinations"] = [absolute(line) for line in _lines_of(fields["list_file"])]
     else:
         if fields["count"] is None:
             raise click.UsageError("--to wants --count")
-        ends["destinations"] = {"template": fields["template"], "count": fields["count"]}
+        ends["destinations"] = {"template": absolute(fields["template"]), "count": fields["count"]}
         if fields["start"] is not None:
             ends["destinations"]["start"] = fields["start"]
     for name in ("max_parallel", "on_error", "deadline"):

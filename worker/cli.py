@@ -7,7 +7,7 @@ import os
 import sys
 import uuid
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Never, cast
+from typing import TYPE_CHECKING, Any, Never
 
 import click
 
@@ -27,61 +27,71 @@ from worker.arguments import (
     FAILED,
     INTERRUPTED,
     NO_BROKER,
+    absolute,
+    answer_result,
     as_json,
     connect,
-    ended_by_signals,
     fork_options,
     local_processes,
     request_of,
-    watching,
     with_domain,
 )
 from worker.campaigns import campaign, forks
 from worker.doctor import doctor
+from worker.faults import FAULT, is_redis_fault, unexpected
+from worker.jobs import cancel, files, status, submit
 from worker.settings import NO_ROOTS, BadSettings, NoBroker, Settings, read_settings, roots_of
 from worker.show import (
     answer,
     answer_json,
-    any_result_lines,
     comparison_lines,
     comparison_record,
-    file_line,
     progress_bar,
-    progress_line,
-    result_lines,
     say,
+    say_usage,
 )
+from worker.signals import end_on_signals, ended_by_signals
+from worker.streams import close_streams, open_streams, use_utf8
 
 if TYPE_CHECKING:
-    from worker.client import Client, Status
-
-#: How long `cancel` waits to see the end, in seconds.
-_CANCEL_SECONDS = 10.0
+    from worker.client import Client
 
 
 def main() -> Never:
     """The entry point; turns what is known to go wrong into one line and an exit code."""
-    # Names that are not UTF-8 go out as they came in, and nothing that is printed can raise.
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    logging.getLogger("tasks").addHandler(logging.NullHandler())  # a worker's log has what goes unsaid here
+    use_utf8()
+    open_streams()
+    end_on_signals()
+    logging.getLogger("tasks").addHandler(logging.NullHandler())  # only a worker logs what it does
+    try:
+        code = _run()
+    finally:
+        close_streams()
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command; its exit code."""
     try:
         # Without its standalone mode, click returns the code of an Exit instead of ending the process.
-        sys.exit(cli(standalone_mode=False) or DONE)
+        return cli(standalone_mode=False) or DONE
     except click.ClickException as error:
-        error.show()
-        sys.exit(BAD_CALL)
-    except click.Abort:  # Ctrl-C where nothing else is said of it
-        sys.exit(INTERRUPTED)
+        say_usage(error)
+        return BAD_CALL
+    except click.Abort:  # Ctrl-C
+        return INTERRUPTED
     except BadSettings as error:
         say(str(error))
-        sys.exit(BAD_CALL)
+        return BAD_CALL
     except NoBroker as error:
         say(str(error))
-        sys.exit(NO_BROKER)
+        return NO_BROKER
     except ForkError as error:
         say(describe(error.record()))
-        sys.exit(BAD_CALL if error.code is Code.INVALID_REQUEST else FAILED)
+        return BAD_CALL if error.code is Code.INVALID_REQUEST else FAILED
+    except Exception as error:
+        say(unexpected(error))
+        return NO_BROKER if is_redis_fault(error) else FAULT
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -98,87 +108,10 @@ def cli() -> None:
 def fork(source: str, destination: str, as_json: bool, **fields: Any) -> None:
     """Make one fork here and now, without a broker."""
     settings = read_settings()
-    request = request_of({"source": source, "destination": destination}, fields)
+    request = request_of({"source": absolute(source), "destination": absolute(destination)}, fields)
     with progress_bar() as show, ended_by_signals(show) as beat:
         result = _fork_here(settings, request, beat)
-    _answer_result(result, as_json)
-
-
-@cli.command()
-@click.argument("source")
-@click.argument("destination")
-@click.option("--id", "fork_id", help="The fork's id, and its idempotency key; made up by default.")
-@click.option("--domain", help="The domain that is to make it.")
-@click.option("--wait", is_flag=True, help="Wait for the result, and answer with it.")
-@fork_options
-@as_json
-def submit(
-    source: str, destination: str, fork_id: str | None, domain: str | None, wait: bool, as_json: bool, **fields: Any
-) -> None:
-    """Enqueue a fork for a worker."""
-    request = request_of({"source": source, "destination": destination}, fields)
-    contract.parse(request)  # what is wrong with it, the caller learns here
-    client = connect(with_domain(read_settings(), domain))
-    fork_id = fork_id or uuid.uuid4().hex
-    client.submit(request, fork_id)
-    if not wait:
-        answer_json({"id": fork_id}) if as_json else answer(fork_id)
-        return
-    with watching(fork_id) as show:
-        result = client.wait_for_result(fork_id, show)
-    _answer_result(cast(ForkResult, result), as_json)
-
-
-@cli.command()
-@click.argument("fork_id", metavar="ID")
-@click.option("--watch", is_flag=True, help="Show the progress until the fork has ended.")
-@as_json
-def status(fork_id: str, watch: bool, as_json: bool) -> None:
-    """The result of a fork or campaign, or its progress."""
-    client = connect(read_settings())
-    if watch:
-        with watching(fork_id) as show:
-            found = client.wait(fork_id, show)
-    else:
-        found = client.status(fork_id)
-    if as_json:
-        answer_json({"id": fork_id, "state": found.state, "progress": found.progress, "result": found.result})
-    else:
-        _answer_status(fork_id, found)
-    if found.result is not None and found.result["status"] != "succeeded":
-        raise click.exceptions.Exit(FAILED)
-
-
-@cli.command()
-@click.argument("fork_id", metavar="ID")
-@click.option("--failed", is_flag=True, help="Only the entries that failed.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document a line.")
-def files(fork_id: str, failed: bool, as_json: bool) -> None:
-    """The results of a fork's entries, as many as there are by now."""
-    for result in connect(read_settings()).results.files(fork_id):
-        if failed and result["error"] is None:
-            continue
-        answer_json(result) if as_json else answer(file_line(result))
-
-
-@cli.command()
-@click.argument("fork_id", metavar="ID")
-@as_json
-def cancel(fork_id: str, as_json: bool) -> None:
-    """End a fork or campaign, and leave nothing that is not published."""
-    client = connect(read_settings())
-    found = client.status(fork_id)
-    if found.result is None:
-        client.cancel(fork_id)
-        found = client.wait(fork_id, lambda progress: None, _CANCEL_SECONDS)
-    if as_json:
-        answer_json({"id": fork_id, "state": found.state, "result": found.result})
-    elif found.result is None:
-        answer(f"{fork_id}: asked for; it ends when a worker comes to it")
-    else:
-        _answer_status(fork_id, found)
-    if found.result is not None and found.result["status"] != "cancelled":
-        raise click.exceptions.Exit(FAILED)
+    answer_result(result, as_json)
 
 
 @cli.command()
@@ -196,6 +129,7 @@ def verify(
     Exit code 1: they differ, or something could not be compared.
     """
     roots = roots_of(read_settings())
+    source, clone = absolute(source), absolute(clone)
     patterns = exclude or (() if no_exclude else DEFAULT_EXCLUDE)
     with ExitStack() as opened:
         source_fd = roots.open_source(source)
@@ -218,7 +152,7 @@ def verify(
 def gc(directories: tuple[str, ...], as_json: bool) -> None:
     """Remove the staging that a dead machine left below DIRECTORIES (default: the roots), never a live fork's."""
     settings = read_settings()
-    searched = [normal_path(directory, "directory") for directory in directories] or list(settings.roots)
+    searched = [normal_path(absolute(directory), "directory") for directory in directories] or list(settings.roots)
     if not searched:
         raise click.UsageError("nothing to search: name directories, or set FORKVM_ROOTS")
     client: list[Client | None] = []
@@ -284,31 +218,8 @@ def _fork_here(settings: Settings, request: dict[str, Any], beat: Beat) -> ForkR
     return fork_here(spec, roots_of(settings), settings.limits, local_processes(), beat)
 
 
-def _answer_result(result: ForkResult, as_json: bool) -> None:
-    error = result["error"]
-    if as_json:
-        answer_json(result)
-    elif error is None:
-        for line in result_lines(result):
-            answer(line)
-    if error is not None:
-        say(describe(error))
-        raise click.exceptions.Exit(BAD_CALL if error["code"] == Code.INVALID_REQUEST else FAILED)
-
-
-def _answer_status(job_id: str, found: Status) -> None:
-    if found.result is not None:
-        for line in any_result_lines(found.result):
-            answer(line)
-    elif found.progress is not None:
-        answer(progress_line(job_id, found.progress))
-    else:
-        answer(f"{job_id}: {found.state} (waiting in the queue, or never sent)")
-
-
-cli.add_command(campaign)
-cli.add_command(forks)
-cli.add_command(doctor)
+for _command in (submit, status, files, cancel, campaign, forks, doctor):
+    cli.add_command(_command)
 
 if __name__ == "__main__":
     main()

@@ -16,17 +16,21 @@ from tasks.campaigns.request import Summary
 from tasks.campaigns.results import CampaignResults
 from tasks.context import CAMPAIGN_TASK, CONCLUDE_TASK, FINISH_TASK, FORK_TASK
 from tasks.copier.campaigns.spec import CampaignProgress, CampaignResult
-from tasks.copier.errors import Code, ForkError
 from tasks.copier.progress import Progress
 from tasks.copier.spec import ForkResult
 from tasks.results import Results, end_state
+from tasks.waiting import is_waiting
 from worker.configuration import make_app
 from worker.settings import NoBroker, Settings
-from worker.show import ShowProgress
+from worker.show import ShowProgress, say
 from worker.tls import without_password
 
 #: How often a waiting command looks, in seconds.
 _LOOK_SECONDS = 0.1
+#: After so long, in seconds, a waiting command asks whether any worker serves the queue.
+_UNSERVED_SECONDS = 2.0
+#: How long workers have to answer that, in seconds.
+_ANSWER_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -75,23 +79,39 @@ class Client:
         """Yield the results of a campaign's forks that have ended by now, in order."""
         return CampaignResults(self.results, campaign_id).forks(summary["start"], summary["forks"])
 
-    def wait(self, fork_id: str, show: ShowProgress, timeout: float | None = None) -> Status:
-        """Wait until the fork has ended, for at most `timeout` seconds; returns its last status."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+    def is_known(self, job_id: str, status: Status) -> bool:
+        """Whether the job whose status is `status` was begun, has ended, or waits in the queue of the settings."""
+        if status.state != states.PENDING or self.results.claim_of(job_id) is not None:
+            return True
+        if is_waiting(self.results.redis, job_id, self._queue):
+            return True
+        return self.status(job_id).state != states.PENDING  # a worker took it between the two looks
+
+    def is_served(self, queue: str | None = None) -> bool:
+        """Whether a worker takes messages from `queue` (default: that of the settings); takes a second."""
+        inspect = self._app.control.inspect(timeout=_ANSWER_SECONDS)
+        queues = (inspect.active_queues() or {}).values()
+        return any(found["name"] == (queue or self._queue) for served in queues for found in served)
+
+    def wait(self, job_id: str, show: ShowProgress, timeout: float | None = None, queue: str | None = None) -> Status:
+        """Wait until the job has ended, for at most `timeout` seconds; returns its last status.
+
+        A line on stderr says so where no worker serves its `queue` (default: that of the settings).
+        """
+        began = time.monotonic()
+        asked = False
         while True:
-            status = self.status(fork_id)
+            status = self.status(job_id)
+            waited = time.monotonic() - began
             if status.progress is not None:
                 show(status.progress)
-            if status.state in states.READY_STATES or (deadline is not None and time.monotonic() > deadline):
+            if status.state in states.READY_STATES or (timeout is not None and waited > timeout):
                 return status
+            if status.state == states.PENDING and waited > _UNSERVED_SECONDS and not asked:
+                asked = True
+                if not self.is_served(queue):
+                    say(f"no worker serves the queue {queue or self._queue}; {job_id} waits until one does")
             time.sleep(_LOOK_SECONDS)
-
-    def wait_for_result(self, job_id: str, show: ShowProgress) -> ForkResult | CampaignResult:
-        """Wait until the fork or campaign has ended: its result. Raises ForkError where there is none."""
-        result = self.wait(job_id, show).result
-        if result is None:
-            raise ForkError(Code.IO_ERROR, "it ended without a result; see the worker's log", job_id)
-        return result
 
     def cancel(self, fork_id: str) -> None:
         """Ask for an end of the fork, and see that someone looks after it."""

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import click
+
 from tasks.copier.campaigns.spec import CampaignProgress, CampaignResult
 from tasks.copier.compare import Comparison
 from tasks.copier.errors import describe
@@ -35,6 +37,14 @@ def answer(text: str) -> None:
 def say(text: str) -> None:
     """Print one line that is no answer."""
     print(f"forkvm: {printable(text)}", file=sys.stderr)
+
+
+def say_usage(error: click.ClickException) -> None:
+    """Print what is wrong with a call, and how it is made. What the caller typed is escaped like any other text."""
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        print(error.ctx.get_usage(), file=sys.stderr)
+        print(f"Try '{error.ctx.command_path} --help' for help.\n", file=sys.stderr)
+    print(f"Error: {printable(error.format_message())}", file=sys.stderr)
 
 
 def answer_json(data: Any) -> None:

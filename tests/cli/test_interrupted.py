@@ -51,6 +51,8 @@ def test_ctrl_c_ends_the_waiting_and_says_that_the_job_goes_on(
 ) -> None:
     # Given a job that no worker takes
     environment = program_environment(redis_server)
+    if command[0] == "status":
+        assert run_forkvm("submit", "/guests/a", "/guests/b", "--id", "the job", env=environment).returncode == 0
     before = looks(redis_server)
     with started(command, environment) as process:
         wait_until(lambda: looks(redis_server) > before + 1, "a command that waits")
@@ -61,18 +63,22 @@ def test_ctrl_c_ends_the_waiting_and_says_that_the_job_goes_on(
 
     # Then
     assert (process.returncode, told) == (130, "")
-    assert said == "forkvm: the job goes on without this command; to look at it: forkvm status 'the job'\n"
+    ended = "forkvm: the job continues without this command; to see it: forkvm status 'the job'\n"
+    assert said.endswith(ended)
     assert json.loads(run_forkvm("status", "the job", "--json", env=environment).stdout)["state"] == "PENDING"
     with redis_server.client() as client:
         sent = [json.loads(message)["headers"]["id"] for message in client.lrange("forkvm", 0, -1)]
         client.delete("forkvm")
-    assert sent == ([] if command[0] == "status" else ["the job"])
+    assert sent == ["the job"]
 
 
-def test_ctrl_c_elsewhere_exits_with_130_and_no_traceback(redis_server: RedisServer) -> None:
-    """Where `cancel` waits for an end; what it asked for is asked for."""
-    with started(["cancel", "the job"], program_environment(redis_server)) as process:
-        wait_until(lambda: looks(redis_server) > 2, "a command that waits")
+def test_ctrl_c_elsewhere_exits_with_130_and_no_traceback(run_forkvm: RunForkvm, redis_server: RedisServer) -> None:
+    """Where `cancel` waits for an end; the cancellation stays requested."""
+    environment = program_environment(redis_server)
+    assert run_forkvm("submit", "/guests/a", "/guests/b", "--id", "the job", env=environment).returncode == 0
+    before = looks(redis_server)
+    with started(["cancel", "the job"], environment) as process:
+        wait_until(lambda: looks(redis_server) > before + 2, "a command that waits")
 
         process.send_signal(signal.SIGINT)
         told, said = process.communicate(timeout=30)
@@ -80,3 +86,19 @@ def test_ctrl_c_elsewhere_exits_with_130_and_no_traceback(redis_server: RedisSer
     assert (process.returncode, told, said.strip()) == (130, "", "")
     with redis_server.client() as client:
         assert client.exists("forkvm:the job:cancel")
+        client.delete("forkvm")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_other_signals_end_a_command_that_waits_in_order(number: signal.Signals, redis_server: RedisServer) -> None:
+    with started(_SUBMIT, program_environment(redis_server)) as process:
+        before = looks(redis_server)
+        wait_until(lambda: looks(redis_server) > before + 1, "a command that waits")
+
+        process.send_signal(number)
+        told, said = process.communicate(timeout=30)
+
+    assert (process.returncode, told) == (128 + number, "")
+    assert "Traceback" not in said
+    with redis_server.client() as client:
+        client.delete("forkvm")

@@ -8,7 +8,10 @@ import pty
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
+
+import pytest
 
 from tests.fixtures.filesystems import Fresh, make_subvolume
 from tests.fixtures.processes import RunForkvm, forkvm_script, wait_until
@@ -67,16 +70,16 @@ def test_a_failed_fork_still_prints_its_result_and_exits_with_1(run_forkvm: RunF
 
 
 def test_a_bad_call_exits_with_2_in_one_line(run_forkvm: RunForkvm, tmp_path: Path) -> None:
-    relative = run_forkvm("fork", "vm-1", tmp_path / "vm-2")
+    no_name = run_forkvm("fork", "", tmp_path / "vm-2")
     wrong_word = run_forkvm("fork", tmp_path, tmp_path / "vm-2", "--reflink", "maybe")
     no_argument = run_forkvm("fork", tmp_path)
     bad_setting = run_forkvm("fork", tmp_path, tmp_path / "vm-2", env={"FORKVM_CHUNK_FILES": "many"})
 
-    assert [done.returncode for done in (relative, wrong_word, no_argument, bad_setting)] == [2, 2, 2, 2]
-    assert "invalid_request: vm-1" in relative.stderr
+    assert [done.returncode for done in (no_name, wrong_word, no_argument, bad_setting)] == [2, 2, 2, 2]
+    assert "invalid_request: source: give an absolute path" in no_name.stderr
     assert "reflink" in wrong_word.stderr
     assert "FORKVM_CHUNK_FILES" in bad_setting.stderr
-    assert not any("Traceback" in done.stderr for done in (relative, wrong_word, no_argument, bad_setting))
+    assert not any("Traceback" in done.stderr for done in (no_name, wrong_word, no_argument, bad_setting))
 
 
 def test_roots_bind_the_local_commands_too(run_forkvm: RunForkvm, fresh: Fresh, tmp_path: Path) -> None:
@@ -103,16 +106,18 @@ def test_names_that_no_terminal_should_see_are_escaped(run_forkvm: RunForkvm, fr
     assert done.stderr.count("\n") == 1
 
 
-def test_an_interrupted_fork_leaves_nothing_and_says_so(fresh: Fresh) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_an_interrupted_fork_leaves_nothing_and_says_so(number: signal.Signals, fresh: Fresh) -> None:
     place = fresh("tmpfs")
     (place / "vm-1").mkdir()
     for n in range(4):
         make_slow_file(place / "vm-1" / f"disk-{n}")
     command = [forkvm_script(), "fork", str(place / "vm-1"), str(place / "vm-2")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    default = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=default)
     wait_until(lambda: any(path.name.startswith(".forkvm-") for path in place.iterdir()), "the staging")
 
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, said = process.communicate(timeout=30)
 
     assert process.returncode == 1
@@ -194,3 +199,31 @@ def test_a_copy_on_another_filesystem_shares_nothing(run_forkvm: RunForkvm, fres
     assert found["same"] is True
     assert found["bytes"]["shared"] == 0
     assert snapshot(source / "vm-1") == before
+
+
+def test_relative_paths_begin_at_the_working_directory(tmp_path: Path) -> None:
+    (tmp_path / "guests" / "vm-1").mkdir(parents=True)
+    (tmp_path / "below").symlink_to(tmp_path / "guests" / "vm-1")
+    calls = [
+        ["fork", "guests/vm-1", "guests/vm-2"],
+        ["fork", "./guests/vm-1/", "guests/../guests/vm-3"],
+        ["fork", "below/../vm-1", "below/../vm-4"],  # as the kernel resolves it, through the symlink
+        ["campaign", "guests/vm-1", "--to", "guests/many-{n}", "--count", "2", "--local"],
+        ["verify", "guests/vm-1", "guests/vm-2"],
+        ["gc", "."],
+    ]
+
+    codes = [subprocess.run([forkvm_script(), *call], cwd=tmp_path, check=False).returncode for call in calls]
+
+    assert codes == [0] * len(calls)
+    names = ["many-1", "many-2", "vm-1", "vm-2", "vm-3", "vm-4"]
+    assert sorted(path.name for path in (tmp_path / "guests").iterdir()) == names
+
+
+def test_a_working_directory_that_was_removed_is_a_bad_call(tmp_path: Path) -> None:
+    script = f"mkdir gone; cd gone; rmdir ../gone; {forkvm_script()} fork a /b"
+
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 2
+    assert "Error: the working directory was removed; give absolute paths" in done.stderr

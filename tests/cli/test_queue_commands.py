@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.fixtures.filesystems import Fresh
-from tests.fixtures.processes import RunForkvm, StartWorker, program_environment, wait_until
+from tests.fixtures.processes import RunForkvm, StartWorker, forkvm_script, program_environment, wait_until
 from tests.fixtures.redis_server import RedisServer
 from tests.support.guests import GuestSizes, make_guest, make_slow_file
 
@@ -69,7 +70,7 @@ def test_a_request_that_cannot_be_meant_is_refused_before_it_is_sent(
 ) -> None:
     environment = program_environment(redis_server, place)
 
-    done = run_forkvm("submit", place / "vm-1", "vm-2", env=environment)
+    done = run_forkvm("submit", place / "vm-1", place / "vm-2", "--reflink", "maybe", env=environment)
 
     assert done.returncode == 2
     assert "invalid_request" in done.stderr
@@ -86,10 +87,87 @@ def test_without_a_broker_every_queue_command_exits_with_3_in_one_line(run_forkv
         assert done.stderr.count("\n") == 1, command
 
 
-def test_a_fork_of_which_nothing_is_known_is_pending(run_forkvm: RunForkvm, redis_server: RedisServer) -> None:
+@pytest.mark.parametrize("command", ["status", "files", "cancel"])
+def test_an_unknown_id_is_reported_with_exit_code_1(
+    command: str, run_forkvm: RunForkvm, redis_server: RedisServer
+) -> None:
+    done = run_forkvm(command, "never-sent", env=program_environment(redis_server))
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("forkvm: never-sent: unknown id")
+    assert done.stderr.count("\n") == 1
+    with redis_server.client() as client:
+        assert client.keys("forkvm:never-sent*") == []
+
+
+def test_the_status_of_an_unknown_id_is_still_one_json_document(
+    run_forkvm: RunForkvm, redis_server: RedisServer
+) -> None:
     done = run_forkvm("status", "never-sent", "--json", env=program_environment(redis_server))
 
+    assert done.returncode == 1
     assert json.loads(done.stdout) == {"id": "never-sent", "state": "PENDING", "progress": None, "result": None}
+
+
+def test_a_fork_that_waits_in_the_queue_is_known_and_can_be_cancelled(
+    run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, redis_server: RedisServer
+) -> None:
+    # Given a fork that waits among others
+    environment = program_environment(redis_server, place)
+    for number in range(3):
+        run_forkvm("submit", place / "vm-1", place / f"vm-{number}0", "--id", f"f{number}", env=environment)
+
+    # When
+    waiting = run_forkvm("status", "f1", env=environment)
+    cancelled = run_forkvm("cancel", "f1", env=environment, timeout=60)
+    start_worker(place)
+    wait_until(lambda: run_forkvm("status", "f1", env=environment).returncode == 1, "the end of the fork")
+
+    # Then
+    assert (waiting.returncode, waiting.stdout) == (0, "f1: PENDING; it waits in the queue\n")
+    assert (cancelled.returncode, cancelled.stdout) == (0, "f1: cancellation requested; waiting for a worker\n")
+    assert run_forkvm("status", "f2", env=environment).stdout.startswith("succeeded")
+    assert "cancelled" in run_forkvm("status", "f1", env=environment).stdout
+    assert not (place / "vm-10").exists()
+
+
+def test_submit_that_waits_shows_its_id_and_says_when_no_worker_serves_the_queue(
+    run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, redis_server: RedisServer
+) -> None:
+    environment = program_environment(redis_server, place)
+    start_worker(place, command="forkvm", args=["--domain", "elsewhere"])
+
+    done = run_forkvm(
+        "submit", place / "vm-1", place / "vm-2", "--id", "f 1", "--wait", "--timeout", "4", env=environment
+    )
+
+    assert (done.returncode, done.stdout) == (124, "")
+    assert done.stderr.splitlines() == [
+        "forkvm: waiting for f 1",
+        "forkvm: no worker serves the queue forkvm; f 1 waits until one does",
+        "forkvm: f 1 has not ended within 4 s; it continues: forkvm status 'f 1'",
+    ]
+    with redis_server.client() as client:
+        client.delete("forkvm")
+
+
+def test_a_redis_that_goes_away_while_a_command_waits_is_one_line(
+    place: Path, redis_server: RedisServer, run_forkvm: RunForkvm
+) -> None:
+    environment = program_environment(redis_server, place)
+    command = [forkvm_script(), "submit", str(place / "vm-1"), str(place / "vm-2"), "--wait"]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("forkvm: waiting for ")
+
+    redis_server.stop()
+    said = process.communicate(timeout=60)[1]
+
+    assert (process.returncode, said.count("\n")) == (3, 1)
+    assert said.startswith("forkvm: Redis: ")
+    redis_server.start()
+    with redis_server.client() as client:
+        client.delete("forkvm")
 
 
 @pytest.mark.alone
@@ -131,6 +209,7 @@ def test_cancel_of_a_finished_fork_changes_nothing_and_exits_with_1(
 
     assert done.returncode == 1
     assert done.stdout.startswith("succeeded")
+    assert done.stderr == "forkvm: f1: nothing was cancelled: it has ended already (SUCCESS)\n"
     assert (place / "vm-2").is_dir()
 
 
