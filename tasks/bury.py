@@ -15,7 +15,7 @@ from tasks.copier.journal import Phase
 from tasks.copier.progress import Ticker
 from tasks.copier.spec import ForkResult, ForkSpec
 from tasks.copier.staging import Staging
-from tasks.finish import known_result, refuse
+from tasks.finish import is_asked_for, known_result, refuse
 from tasks.takeover import settle_published
 
 
@@ -36,6 +36,8 @@ def run_bury(context: Context, fork_id: str, destination: str) -> ForkResult | N
         with Staging.attach(parent_fd, fork_id, LOCK_WAIT, alone=True) as staging:
             if staging is None:
                 return context.results.result(fork_id) or refuse(context, unknown, worker_lost(destination))
+            if not is_asked_for(context, staging.own_journal(), fork_id, destination):
+                return refuse(context, unknown, worker_lost(destination))
             if settle_published(context, fork_id, destination):
                 return context.results.result(fork_id)
             ends = Ends("", destination, -1, parent_fd, name)
@@ -44,6 +46,8 @@ def run_bury(context: Context, fork_id: str, destination: str) -> ForkResult | N
         raise Again(held.pulse) from None
     except Superseded:
         return None
+    except (ForkError, OSError):  # what is there is not ours, or cannot be read
+        return refuse(context, unknown, worker_lost(destination))
     finally:
         os.close(parent_fd)
 

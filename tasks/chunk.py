@@ -18,7 +18,7 @@ from tasks.copier.report import Report
 from tasks.copier.spec import ForkSpec
 from tasks.copier.staging import Staging
 from tasks.copier.work import open_work
-from tasks.finish import end_with
+from tasks.finish import end_with, unknown_spec
 
 
 def run_chunk(context: Context, fork_id: str, destination: str, number: int) -> None:
@@ -28,7 +28,7 @@ def run_chunk(context: Context, fork_id: str, destination: str, number: int) -> 
     """
     try:
         with _staging(context, fork_id, destination) as staging:
-            journal = staging.journal() if staging is not None else None
+            journal = staging.own_journal() if staging is not None else None
             if staging is None:
                 _look_after(context, fork_id, destination)
                 return
@@ -47,9 +47,12 @@ def run_chunk(context: Context, fork_id: str, destination: str, number: int) -> 
     except FileNotFoundError:  # taken from this process while it was paused, or removed by someone
         _look_after(context, fork_id, destination)
         return
-    except OSError as error:  # the staging cannot be written, so the failure cannot be told there
+    except ForkError as error:  # what stands in the staging's place is not ours, or damaged
+        end_with(context, unknown_spec(context, fork_id, destination), error)
+        over = True
+    except OSError as error:  # the staging cannot be written, so the failure cannot be reported there
         failure = from_oserror(error, "working in the staging directory", destination)
-        end_with(context, ForkSpec(fork_id=fork_id, source="", destination=destination), failure)
+        end_with(context, unknown_spec(context, fork_id, destination), failure)
         over = True
     if over:
         context.send(FINISH_TASK, {"destination": destination}, fork_id)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
+from tasks import contract
 from tasks.context import GONE, LOCK_WAIT, Again, Context, ForkLedger
 from tasks.copier.control import Held
 from tasks.copier.ends import Ends, reopen_ends
 from tasks.copier.errors import Code, ForkError, cancelled, from_oserror
 from tasks.copier.fork import Superseded, finish
+from tasks.copier.journal import Journal
+from tasks.copier.kernel.roots import normal_path
 from tasks.copier.plan import Plan
 from tasks.copier.progress import Ticker
 from tasks.copier.report import Totals
@@ -30,6 +34,7 @@ def run_finish(context: Context, fork_id: str, destination: str) -> ForkResult |
         parent_fd, name = context.roots.open_parent(destination)
     except ForkError:
         raise Again(GONE) from None
+    is_cancelled = False
     try:
         is_cancelled = context.results.is_cancelled(fork_id)
         if is_cancelled:
@@ -43,9 +48,12 @@ def run_finish(context: Context, fork_id: str, destination: str) -> ForkResult |
         raise Again(held.pulse) from None
     except Superseded:
         return None
+    except ForkError as error:  # what stands in the staging's place is not ours, or damaged
+        failure = cancelled(destination) if is_cancelled else error
+        return end_with(context, unknown_spec(context, fork_id, destination), failure)
     except OSError as error:  # the staging cannot be read: perhaps it can for the end
         failure = from_oserror(error, "working in the staging directory", destination)
-        return end_with(context, ForkSpec(fork_id=fork_id, source="", destination=destination), failure)
+        return end_with(context, unknown_spec(context, fork_id, destination), failure)
     finally:
         os.close(parent_fd)
     known = context.results.result(fork_id)
@@ -76,6 +84,10 @@ def _finish(context: Context, fork_id: str, staging: Staging, ends: Ends, *, is_
     elif staging.is_stopped():  # a part that failed left its report, which goes first; this is for one that could not
         abort = ForkError(Code.IO_ERROR, "a part of it failed and could not say why", ends.destination)
     journal = staging.journal()
+    if not is_asked_for(context, journal, fork_id, ends.destination):
+        # Of an earlier request under this id, which Redis has forgotten: the one that it knows begins anew.
+        unknown = unknown_spec(context, fork_id, ends.destination)
+        return refuse(context, unknown, cancelled(ends.destination)) if is_cancelled else None
     if abort is None and journal is not None and journal.plan is not None:
         spec, plan = ForkSpec.from_data(journal.spec), Plan.from_data(journal.plan)
         try:
@@ -83,7 +95,37 @@ def _finish(context: Context, fork_id: str, staging: Staging, ends: Ends, *, is_
                 return finish(both, staging, ticker, ledger)
         except ForkError as error:
             abort = error
-    return finish(ends, staging, ticker, ledger, abort)
+    ended = finish(ends, staging, ticker, ledger, abort)
+    if ended is None and is_cancelled and journal is None:  # its planner died before it wrote anything
+        return refuse(context, unknown_spec(context, fork_id, ends.destination), cancelled(ends.destination))
+    return ended
+
+
+def unknown_spec(context: Context, fork_id: str, destination: str) -> ForkSpec:
+    """A fork of which the staging does not tell what it is: as the request says that holds the id, if one does."""
+    claim = context.results.claim_of(fork_id)
+    if claim is not None:
+        with suppress(ForkError):
+            return contract.spec_of(claim["request"], fork_id, owner="queue")
+    return ForkSpec(fork_id=fork_id, source="", destination=destination)
+
+
+def is_asked_for(context: Context, journal: Journal | None, fork_id: str, destination: str) -> bool:
+    """Whether a journal is of the request that holds the id, and for this destination; also where none is known.
+
+    After Redis has lost its data, a client may send an id again for another request. Raises ForkError.
+    """
+    if journal is None:
+        return True
+    if journal.is_campaign:
+        return False
+    spec = ForkSpec.from_data(journal.spec)
+    claim = context.results.claim_of(fork_id)
+    if claim is None:
+        return spec.destination == normal_path(destination, "destination")
+    with suppress(ForkError):
+        return contract.spec_of(claim["request"], fork_id, owner="queue").is_same_request(spec)
+    return False
 
 
 def end_with(context: Context, spec: ForkSpec, error: ForkError) -> ForkResult | None:
@@ -97,7 +139,7 @@ def end_with(context: Context, spec: ForkSpec, error: ForkError) -> ForkResult |
         return refuse(context, spec, error)
     try:
         with Staging.attach(parent_fd, spec.fork_id, LOCK_WAIT, alone=True) as staging:
-            if staging is not None:
+            if staging is not None and is_asked_for(context, staging.journal(), spec.fork_id, spec.destination):
                 ends = Ends(spec.source, spec.destination, -1, parent_fd, name)
                 ticker = Ticker(context.beat(spec.fork_id, "close", spec.destination))
                 ended = finish(ends, staging, ticker, ForkLedger(context.results, spec.fork_id), error)
@@ -106,8 +148,8 @@ def end_with(context: Context, spec: ForkSpec, error: ForkError) -> ForkResult |
         raise Again(held.pulse) from None
     except Superseded:
         return None
-    except OSError:
-        return refuse(context, spec, error)  # the parent is not ours to look into
+    except (ForkError, OSError):
+        return refuse(context, spec, error)  # what is there is not ours, or cannot be read
     finally:
         os.close(parent_fd)
     return context.results.result(spec.fork_id) or refuse(context, spec, error)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from typing import Any, cast
+from contextlib import suppress
+from typing import Any
 
 from tasks.context import Context, ForkLedger
 from tasks.copier import takeover
-from tasks.copier.errors import Code, ForkError
-from tasks.copier.spec import ForkResult, ForkSpec
-from tasks.finish import refuse
+from tasks.copier.errors import Code, ForkError, cancelled
+from tasks.copier.spec import ForkResult, ForkSpec, result_of
+from tasks.finish import is_asked_for, refuse, unknown_spec
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ def take_over(context: Context, fork_id: str, destination: str, pulse: int) -> d
         return None
     try:
         taken = takeover.take_over(parent_fd, fork_id, pulse)
+    except (ForkError, OSError):  # not ours: its next delivery says so
+        return None
     finally:
         os.close(parent_fd)
     if taken is None:
@@ -37,8 +40,11 @@ def take_over(context: Context, fork_id: str, destination: str, pulse: int) -> d
     log.warning("fork %s was taken from a process that has been paused for %.0f s", fork_id, STALE_SECONDS)
     claim = context.results.claim_of(fork_id)
     if claim is not None:
-        return cast("dict[str, Any]", claim["request"])
-    return ForkSpec.from_data(taken.journal.spec).request() if taken.journal is not None else None
+        request: dict[str, Any] = claim["request"]
+        return request
+    with suppress(ForkError):
+        return ForkSpec.from_data(taken.journal.spec).request() if taken.journal is not None else None
+    return None
 
 
 def settle_published(context: Context, fork_id: str, destination: str) -> bool:
@@ -49,10 +55,13 @@ def settle_published(context: Context, fork_id: str, destination: str) -> bool:
         return False
     try:
         with takeover.published(parent_fd, fork_id, name) as journal:
-            if journal is None:
+            if journal is None or not is_asked_for(context, journal, fork_id, destination):
                 return False
-            ForkLedger(context.results, fork_id).settle(cast(ForkResult, journal.result))
+            result = result_of(journal.result, ForkSpec.from_data(journal.spec))
+            ForkLedger(context.results, fork_id).settle(result)
             return True
+    except (ForkError, OSError):  # not ours: its next delivery says so
+        return False
     finally:
         os.close(parent_fd)
 
@@ -60,4 +69,6 @@ def settle_published(context: Context, fork_id: str, destination: str) -> bool:
 def settle_lost(context: Context, fork_id: str, destination: str) -> ForkResult:
     """Settle a fork whose staging someone removed."""
     error = ForkError(Code.IO_ERROR, "its staging directory is gone", destination, errno.ENOENT)
-    return refuse(context, ForkSpec(fork_id=fork_id, source="", destination=destination), error)
+    if context.results.is_cancelled(fork_id):
+        error = cancelled(destination)
+    return refuse(context, unknown_spec(context, fork_id, destination), error)

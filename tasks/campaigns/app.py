@@ -84,7 +84,10 @@ def register_campaigns(app: Celery, context: Callable[[AnyTask], Context]) -> No
             if is_stale(seen) and again.pulse == GONE:
                 return _answer(self, settle_gone(context(self), job_id(self)))
             if is_stale(seen):
-                return _answer(self, run_conclude(context(self), job_id(self), home, seized=True))
+                try:
+                    return _answer(self, run_conclude(context(self), job_id(self), home, seized=True))
+                except Again:  # held alone: by a planner, or by what is none of the worker's processes
+                    take_over_campaign(context(self), job_id(self), again.pulse)
             go_back(self, context(self), seen, {"home": home})
 
 

@@ -47,7 +47,7 @@ def take_over_batch(context: Context, campaign_id: str, home: str, first: int) -
                 return False
             seize_batch(campaign, context.roots, first)
             return True
-    except (Held, ForkError):
+    except (Held, ForkError, OSError):
         return False
 
 

@@ -86,7 +86,7 @@ def take_over_campaign(context: Context, campaign_id: str, pulse: int) -> None:
     claim = context.results.claim_of(campaign_id)
     if claim is None:
         return
-    with suppress(ForkError):
+    with suppress(ForkError, OSError):
         parent_fd, _ = context.roots.open_parent(claim["destination"])
         try:
             takeover.take_over(parent_fd, campaign_id, pulse)
@@ -126,7 +126,7 @@ def _plan(context: Context, results: CampaignResults, spec: CampaignSpec, paths:
                 if not staging.is_current():
                     raise Superseded from error
                 _refuse(results, spec, paths, error)
-                with suppress(OSError):  # after that: a second delivery finds either the one or the other
+                with suppress(OSError, ForkError):  # after that: a second delivery finds either the one or the other
                     staging.remove()
                 return
     with open_campaign(context.roots, home, spec.campaign_id, LOCK_WAIT) as campaign:
@@ -139,7 +139,9 @@ def _is_asked_for(planned: Campaign, spec: CampaignSpec, paths: list[str]) -> bo
     """Whether what stands is the campaign that is asked for, and not an earlier one that Redis has forgotten."""
     aims = replace(planned.spec.aims, deadline=spec.aims.deadline)
     same = replace(planned.spec, queued=spec.queued, started=spec.started, aims=aims) == spec
-    return same and planned.destinations(0, spec.aims.count) == paths
+    with suppress(ForkError):  # of a list that is damaged
+        return same and planned.destinations(0, spec.aims.count) == paths
+    return False
 
 
 def _look(results: CampaignResults, spec: CampaignSpec) -> Beat:

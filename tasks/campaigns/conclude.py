@@ -18,6 +18,7 @@ from tasks.copier.campaigns.spec import Aims, CampaignResult, CampaignSpec, camp
 from tasks.copier.control import Held
 from tasks.copier.errors import Code, ForkError, from_record
 from tasks.copier.progress import Progress, Ticker
+from tasks.copier.proof import NotOurs
 from tasks.copier.staging import Staging
 
 
@@ -41,6 +42,8 @@ def run_conclude(context: Context, campaign_id: str, home: str, *, seized: bool 
                     return _conclude(context, results, staging, home, seized=seized)
     except Held as held:
         raise Again(held.pulse) from None
+    except NotOurs as error:  # the campaign's own message gives each of its forks its end
+        return None if _send_again(context, campaign_id) else _settle_unplanned(context, results, error)
     finally:
         os.close(parent_fd)
     if (known := results.result()) is None and not _send_again(context, campaign_id):
@@ -82,7 +85,7 @@ def _conclude(
         _end_rest(context, results, campaign, seized=seized)
         result = settle(results, _result(results, campaign))
         remove_annexes(campaign, context.roots)
-    with suppress(OSError):
+    with suppress(OSError, ForkError):
         staging.remove()
     return result
 

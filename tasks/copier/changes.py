@@ -66,10 +66,11 @@ def directory_now(seen: Entry, now: os.stat_result, source: str) -> Entry:
     """
     if (now.st_dev, now.st_ino) != (seen.dev, seen.ino):
         raise changed(source)
-    if (now.st_mtime_ns, now.st_ctime_ns) == (seen.mtime, seen.ctime):
+    is_same = (now.st_mode, now.st_uid, now.st_gid) == (seen.mode, seen.uid, seen.gid)
+    if is_same and (now.st_mtime_ns, now.st_ctime_ns) == (seen.mtime, seen.ctime):
         return seen
     has_new_entries = seen.mtime != now.st_mtime_ns == now.st_ctime_ns
-    if not has_new_entries or (now.st_mode, now.st_uid, now.st_gid) != (seen.mode, seen.uid, seen.gid):
+    if not has_new_entries or not is_same:
         raise ForkError(Code.SOURCE_CHANGED, "its metadata changed while the source was cloned", source)
     return seen._replace(mtime=now.st_mtime_ns, ctime=now.st_ctime_ns)
 

@@ -10,6 +10,7 @@ from tasks.copier import manifest
 from tasks.copier.changes import refuse_changed_files
 from tasks.copier.clone import Cloner
 from tasks.copier.errors import Code, ForkError
+from tasks.copier.fields import Malformed
 from tasks.copier.journal import Phase
 from tasks.copier.plan import Chunk, Plan
 from tasks.copier.progress import Ticker
@@ -115,6 +116,8 @@ def _copy_range(work: Work, plan: Plan, chunk: Chunk, cloner: Cloner, ticker: Ti
     began = time.perf_counter()
     block = next(_blocks(work, plan, chunk))
     entry = block.entries[0]
+    if chunk.end > entry.size:
+        raise Malformed(f"a range ends at {chunk.end}, and its file at {entry.size}")
     done: RangeDone = {
         "path": join(block.path, entry.name),
         "size": entry.size,

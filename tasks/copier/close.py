@@ -192,6 +192,10 @@ def complete_directory(work: Work, path: str, entry: Entry, cloner: Cloner, tota
     state = touched.get(path, entry)
     try:
         with work.place(path) as place:
+            # Before anything is applied, so that no clone ever has what the manifest alone says of owner and mode.
+            before, state = state, directory_now(state, os.fstat(place.src_fd), join(work.ends.source, path))
+            if state is not before:
+                touched[path] = state
             for _ in range(_TRIES):
                 cloner.metadata.losses = Losses()
                 fresh = os.fstat(place.dst_fd)

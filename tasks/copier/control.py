@@ -1,6 +1,7 @@
 """The control directory of a fork: made or found beside its destination, held by a lock, with files of its own.
 
-Whoever holds it gives signs of life; whoever finds it gone, or another in its place, holds nothing any more.
+Each process that opens it proves first that it is the worker's own (see `proof`). A holder touches the lock file every
+few seconds. A process that finds the directory gone, or another one in its place, holds nothing any more.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Self
 
+from tasks.copier import proof
+from tasks.copier.errors import ForkError
 from tasks.copier.kernel import syscalls
+from tasks.copier.proof import NotOurs, open_directory
 from tasks.copier.pulse import beating
 
 LOCK = "lock"
-DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_RDWR | os.O_CREAT
+#: How often a control directory is made that is gone again before it is opened: others who end forks remove theirs.
+_MAKE_TRIES = 1000
 #: Bytes read at a time.
 _PIECE = 1 << 20
 #: What unlink(2) and rmdir(2) answer for what other processes keep: NFS says EBUSY for a file that is open.
@@ -53,18 +58,19 @@ class Control:
     @classmethod
     @contextmanager
     def claim(cls, parent_fd: int, fork_id: str, wait: float) -> Iterator[Self]:
-        """Make the fork's staging, or open what stands, and hold it exclusively.
+        """Make the fork's staging, or open the one that exists, and hold it exclusively.
 
-        Raises Held when others hold it for `wait` seconds, and OSError.
+        Raises Held when others hold it for `wait` seconds, NotOurs (a ForkError) for what is not the worker's own at
+        its path, and OSError.
         """
         deadline = time.monotonic() + wait
         name = control_name(fork_id)
-        while True:
+        for _ in range(_MAKE_TRIES):
             with suppress(FileExistsError):
                 os.mkdir(name, 0o700, dir_fd=parent_fd)
             try:
                 staging = cls._open(parent_fd, name)
-            except OSError:  # full: what we made is still empty, and nobody would look for it
+            except OSError:  # full: the new directory is still empty, and no later delivery would look for it
                 with suppress(OSError):
                     os.rmdir(name, dir_fd=parent_fd)
                 raise
@@ -77,13 +83,14 @@ class Control:
                     return
             finally:
                 staging._close()
+        raise NotOurs(proof.path_of(parent_fd, name), "another process removes it as often as it is made")
 
     @classmethod
     @contextmanager
     def attach(cls, parent_fd: int, fork_id: str, wait: float, *, alone: bool = False) -> Iterator[Self | None]:
         """Hold the fork's staging, shared or `alone`; None where there is none (any more).
 
-        Raises Held when others hold it for `wait` seconds, and OSError.
+        Raises Held when others hold it for `wait` seconds, NotOurs (a ForkError), and OSError.
         """
         with cls.hold(parent_fd, control_name(fork_id), wait, alone=alone) as staging:
             yield staging
@@ -105,7 +112,10 @@ class Control:
     @classmethod
     @contextmanager
     def peek(cls, parent_fd: int, fork_id: str) -> Iterator[Self | None]:
-        """Open the fork's staging without holding it, for what paused holders must not hinder; None: there is none."""
+        """Open the fork's staging without holding it, for what paused holders must not hinder; None: there is none.
+
+        Raises NotOurs (a ForkError), and OSError.
+        """
         staging = cls._open(parent_fd, control_name(fork_id))
         try:
             yield staging
@@ -116,11 +126,11 @@ class Control:
     @classmethod
     def _open(cls, parent_fd: int, name: str) -> Self | None:
         try:
-            fd = os.open(name, DIRECTORY, dir_fd=parent_fd)
+            fd = open_directory(parent_fd, name)
         except FileNotFoundError:
             return None
         try:
-            lock_fd = os.open(LOCK, FILE, 0o600, dir_fd=fd)
+            lock_fd = proof.open_file(fd, LOCK, _FILE)
         except FileNotFoundError:  # removed between the two calls
             os.close(fd)
             return None
@@ -206,6 +216,17 @@ class Control:
         os.dup2(self.fd, self._lock_fd, inheritable=False)  # its number stays in use until the end
         return away
 
+    # -- notes: lines behind the lock, in its file, which is open already
+
+    def note(self, lines: bytes) -> None:
+        """Add lines to the notes, in one step whoever else does (pwritev2(2))."""
+        os.pwritev(self._lock_fd, [lines], 0, os.RWF_APPEND)
+
+    def notes(self) -> bytes:
+        """All lines that were noted."""
+        size = 0 if self.retired is not None else min(os.fstat(self._lock_fd).st_size, proof.most_bytes(LOCK))
+        return os.pread(self._lock_fd, size, 0) if size else b""
+
     # -- files
 
     def has_file(self, name: str) -> bool:
@@ -216,12 +237,15 @@ class Control:
             return False
         return True
 
-    def open_file(self, name: str) -> int:
-        """Open the file `name` of the control directory for reading; the caller closes it. Raises FileNotFoundError."""
-        return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+    def open_file(self, name: str, *, create: bool = False) -> int:
+        """Open the file `name` of the control directory, for writing too where it may be made; the caller closes it.
+
+        Raises FileNotFoundError, NotOurs, and OSError.
+        """
+        return proof.open_file(self.fd, name, _FILE if create else os.O_RDONLY)
 
     def read_file(self, name: str) -> bytes:
-        """The bytes of the file `name` of the control directory. Raises FileNotFoundError."""
+        """The bytes of the file `name` of the control directory. Raises FileNotFoundError, NotOurs, and OSError."""
         fd = self.open_file(name)
         try:
             return b"".join(iter(lambda: os.read(fd, _PIECE), b""))
@@ -229,9 +253,14 @@ class Control:
             syscalls.release(fd)
 
     def write_file(self, name: str, data: bytes, *, sync: bool = False) -> None:
-        """Replace the file `name` of the control directory, in one step; `sync`: and have it on the disk."""
+        """Replace the file `name` of the control directory, in one step; `sync`: and have it on the disk.
+
+        Raises OSError: EFBIG for more than such a file may have, since nobody would read it back.
+        """
+        if len(data) > proof.most_bytes(name):
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), name)
         new = f"{name}.new"
-        with open(os.open(new, FILE | os.O_TRUNC, 0o600, dir_fd=self.fd), "wb") as file:
+        with open(self._new_file(new), "wb") as file:
             file.write(data)
             if sync:
                 file.flush()
@@ -240,6 +269,19 @@ class Control:
         if sync:
             os.fsync(self.fd)
 
+    def create_file(self, name: str) -> int:
+        """Make the file `name` of the control directory; the caller closes it. Raises FileExistsError, and OSError."""
+        return proof.open_file(self.fd, name, _FILE | os.O_EXCL)
+
+    def _new_file(self, name: str) -> int:
+        """Make a file, in place of what a process left that died before it had renamed it."""
+        try:
+            return self.create_file(name)
+        except FileExistsError:
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=self.fd)
+            return self.create_file(name)
+
 
 def control_name(fork_id: str) -> str:
     """The name of the control directory of the fork `fork_id`."""
@@ -247,10 +289,10 @@ def control_name(fork_id: str) -> str:
 
 
 def last_sign_of_life(parent_fd: int, fork_id: str) -> int:
-    """See `sign_of_life`; 0 where the fork has no staging."""
+    """See `sign_of_life`; 0 where the fork has no staging that is the worker's own."""
     try:
-        fd = os.open(control_name(fork_id), DIRECTORY, dir_fd=parent_fd)
-    except FileNotFoundError:
+        fd = open_directory(parent_fd, control_name(fork_id))
+    except (ForkError, OSError):
         return 0
     try:
         return sign_of_life(fd)

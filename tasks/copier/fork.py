@@ -27,10 +27,11 @@ from tasks.copier.kernel import syscalls, trees
 from tasks.copier.options import Limits
 from tasks.copier.plan import Crew, Plan, make_plan
 from tasks.copier.progress import Ticker
+from tasks.copier.proof import NotOurs
 from tasks.copier.publishing import cannot_publish, require_noreplace
 from tasks.copier.report import Report, Totals
 from tasks.copier.snapshot import snapshot_tree
-from tasks.copier.spec import Clock, ForkResult, ForkSpec, failed, succeeded
+from tasks.copier.spec import Clock, ForkResult, ForkSpec, failed, result_of, succeeded
 from tasks.copier.staging import Staging
 from tasks.copier.work import Work, open_work
 
@@ -106,12 +107,12 @@ def start(
     `gather` makes a crew that begins with chunks while the source is still being walked. Never raises ForkError: a
     failure is a result.
     """
-    account = _Account(spec, Clock(spec.started), staging.journal())
+    account = _Account(spec, Clock(spec.started))
     outcome: ForkResult | Plan
     try:
-        journal = account.journal
+        journal = account.journal = _journal_of(staging, spec)
         if journal is not None and journal.phase is Phase.PUBLISHING:
-            outcome = _publish(ends, staging, journal)
+            outcome = _publish_again(ends, staging, journal, spec)
         elif journal is None or journal.plan is None:
             outcome = _start_anew(ends, staging, account, limits, ticker, ledger, gather)
         else:
@@ -126,17 +127,23 @@ def finish(
 ) -> ForkResult | None:
     """Close and publish a fork whose chunks are done, or give it up: its result, or None while chunks are missing.
 
-    `abort` gives it up in any case, unless it is published. Never raises ForkError: a failure is a result.
+    `abort` gives it up in any case, unless it is published. A failure is a result; raises ForkError only where the
+    staging does not tell which fork it is of.
     """
-    journal = staging.journal()
+    journal = staging.own_journal()
     if journal is None:
         staging.remove()  # its planner died before it wrote anything
         return None
-    spec = ForkSpec.from_data(journal.spec)
+    try:
+        spec = ForkSpec.from_data(journal.spec)
+    except ForkError:
+        _insist(partial(staging.discard_tree, journal))
+        _insist(staging.remove)
+        raise
     account = _Account(spec, Clock(spec.started, planned=journal.planned_at), journal)
     try:
         if journal.phase is Phase.PUBLISHING:
-            result = _publish(ends, staging, journal)
+            result = _publish_again(ends, staging, journal, spec)
         else:
             plan = Plan.from_data(journal.plan) if journal.plan is not None else None
             if plan is not None:
@@ -159,6 +166,23 @@ def finish(
     return _settle(staging, result, ledger)
 
 
+def _journal_of(staging: Staging, spec: ForkSpec) -> Journal | None:
+    """The journal of this very request, or None: what another request under its id left is removed.
+
+    A client may send an id again, for another request, after Redis has lost its data. A fork that was published for the
+    earlier one stays where it is.
+    """
+    journal = staging.own_journal()
+    if journal is None:
+        return None
+    with suppress(ForkError):
+        if not journal.is_campaign and ForkSpec.from_data(journal.spec).is_same_request(spec):
+            return journal
+    log.warning("the staging of %r is of another request under its id; it is begun anew", spec.destination)
+    staging.discard_all_of(journal)
+    return None
+
+
 def _start_anew(
     ends: Ends,
     staging: Staging,
@@ -178,9 +202,9 @@ def _start_anew(
         began = time.time()
         snapshot = snapshot_tree(work, staging, staging.tree_name(journal), ticker)
         if snapshot is not None:
-            account.reports["plan"] = snapshot
+            account.reports["plan"] = snapshot.report
             account.clock.planned, account.clock.cloned = began, time.time()
-            with open_work(ends, staging, spec.options, staging.open_tree(journal)) as work:
+            with open_work(ends, staging, spec.options, snapshot.fd) as work:
                 return _complete_and_publish(work, account, ticker, ledger, subvolume=True)
         cloner = Cloner(spec.options, {}, ticker.step)
         planned = account.reports["plan"] = Report()
@@ -197,7 +221,13 @@ def _start_anew(
                 account.in_parts = True
                 staging.write_report("plan", planned)
                 staging.write_journal(
-                    replace(journal, phase=Phase.CLONING, plan=plan.to_data(), planned_at=account.clock.planned)
+                    replace(
+                        journal,
+                        phase=Phase.CLONING,
+                        tree=trees.identity(work.tree_fd),
+                        plan=plan.to_data(),
+                        planned_at=account.clock.planned,
+                    )
                 )
                 return plan
         except BaseException:
@@ -250,12 +280,17 @@ def _complete_and_publish(
     ticker.look()  # a local fork's ledger tells of no end, and a sync takes its time
     staging.write_journal(journal, sync=sync)
     account.journal = journal
-    return _publish(work.ends, staging, journal)
+    return _publish(work.ends, staging, journal, spec, result)
 
 
-def _publish(ends: Ends, staging: Staging, journal: Journal) -> ForkResult:
+def _publish_again(ends: Ends, staging: Staging, journal: Journal, spec: ForkSpec) -> ForkResult:
+    """Publish the complete tree that the journal tells of, unless that is done: its result. Raises ForkError."""
+    return _publish(ends, staging, journal, spec, result_of(journal.result, spec))
+
+
+def _publish(ends: Ends, staging: Staging, journal: Journal, spec: ForkSpec, result: ForkResult) -> ForkResult:
     """Publish the complete tree unless that is done: the result that is true from then on."""
-    sync = journal.spec["options"]["durability"] == "sync"
+    sync = spec.options.durability == "sync"
     if staging.is_published(journal, ends.name):
         if sync:
             os.fsync(ends.parent_fd)  # who renamed it may have died before
@@ -269,7 +304,7 @@ def _publish(ends: Ends, staging: Staging, journal: Journal) -> ForkResult:
             raise ForkError(Code.IO_ERROR, message, ends.destination, error.errno) from None
         except OSError as error:
             raise cannot_publish(error, ends.destination) from None
-    return cast(ForkResult, journal.result)
+    return result
 
 
 def _settle(staging: Staging, result: ForkResult, ledger: Ledger) -> ForkResult:
@@ -293,7 +328,8 @@ def _give_up(ends: Ends, staging: Staging, account: _Account, cause: Exception, 
         _keep_pages(account, ledger, [part for part in account.parts() if part not in account.reports])  # of who died
     result = failed(account.spec, error, account.totals(), account.chunks, account.clock)
     ledger.settle(result)
-    _insist(staging.remove)
+    if account.journal is not None or not isinstance(cause, NotOurs):
+        _insist(staging.remove)
     return result
 
 
@@ -310,7 +346,7 @@ def _as_fork_error(cause: Exception, ends: Ends) -> ForkError:
 def _insist(remove: Callable[[], None]) -> None:
     """Remove what a fork that is over leaves; what cannot be removed in a few tries, gc removes later."""
     for _ in range(_REMOVE_TRIES):
-        with suppress(OSError):
+        with suppress(OSError, ForkError):
             remove()
             return
 

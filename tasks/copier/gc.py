@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tasks.copier.control import Held, sign_of_life
-from tasks.copier.errors import from_oserror
+from tasks.copier.errors import ForkError, from_oserror
 from tasks.copier.journal import Journal
 from tasks.copier.kernel import trees
 from tasks.copier.selection import STAGING_NAME
@@ -106,6 +106,8 @@ def _visit(parent_fd: int, name: str, path: str, is_live: IsLive, silent: float)
             return None if staging is None else _visit_control(staging, path, is_live, silent)
     except Held:
         return None if attempt else Finding(path, "", "kept", "a process is working on it")
+    except ForkError as error:  # not proved ours
+        return None if attempt else Finding(path, "", "kept", error.message)
 
 
 def _visit_tree(parent_fd: int, name: str, path: str, attempt: str, staging: Staging | None) -> Finding | None:

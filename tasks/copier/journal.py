@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any
+
+from tasks.copier import fields
 
 
 class Phase(StrEnum):
@@ -58,9 +62,38 @@ class Journal:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Journal | None:
-        """What `to_bytes` gave; None for what was half written when a machine lost power."""
+        """What `to_bytes` gave; None for what was half written when a machine lost power, or is no journal at all."""
         try:
-            fields = json.loads(data)
-            return cls(**{**fields, "phase": Phase(fields["phase"])})
-        except (ValueError, TypeError, KeyError):
+            with fields.reading("the journal"):
+                return cls(**_checked(fields.record(fields.load(data))))
+        except fields.Malformed:
             return None
+
+
+_ATTEMPT = re.compile(r"[0-9a-f]{8}")
+#: More tries than any fork has.
+_MOST_TRIES = 1_000_000
+
+
+def _checked(data: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a journal. Raises Malformed, and others: see `fields.reading`."""
+    spec = fields.record(data["spec"])
+    if ("fork_id" in spec) == ("campaign_id" in spec):
+        raise fields.Malformed("it is neither a fork's nor a campaign's")
+    fields.text(spec.get("fork_id", spec.get("campaign_id")))
+    if not _ATTEMPT.fullmatch(data["attempt"]):
+        raise fields.Malformed("its attempt is not named by eight hexadecimal digits")
+    checked = {
+        **data,
+        "control": fields.number(data["control"], fields.U64),
+        "phase": Phase(data["phase"]),
+        "tries": fields.number(data["tries"], _MOST_TRIES),
+        "closings": fields.number(data["closings"], _MOST_TRIES),
+        "tree": fields.optional(data["tree"], partial(fields.number, end=fields.IDENTITY)),
+        "plan": fields.optional(data["plan"], fields.record),
+        "planned_at": fields.real(data["planned_at"]),
+        "result": fields.optional(data["result"], fields.record),
+    }
+    if checked["phase"] is Phase.PUBLISHING and (checked["tree"] is None or checked["result"] is None):
+        raise fields.Malformed("it publishes no tree")
+    return checked

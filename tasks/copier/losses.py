@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
+
+from tasks.copier import fields
 
 #: At most so many losses are listed in one result.
 MOST_LISTED = 100
@@ -49,3 +51,13 @@ class Losses:
             listed = sum(len(one["path"]) + len(one["what"]) for one in self.metadata_lost)
             if listed + len(lost["path"]) + len(lost["what"]) <= _MOST_CHARACTERS:
                 self.metadata_lost.append(lost)
+
+
+def lost_of(value: Any) -> list[Lost]:
+    """A list of losses out of plain data. Raises ForkError (Malformed) for anything else."""
+    return fields.items(value, _one_of, MOST_LISTED)
+
+
+def _one_of(value: Any) -> Lost:
+    data = fields.record(value)
+    return {"path": fields.text(data["path"]), "what": fields.text(data["what"])}

@@ -9,18 +9,34 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, BinaryIO, NamedTuple
 
-from tasks.copier.walk import Block, Entry
+from tasks.copier.fields import NANOSECONDS, S63, U32, U64, Malformed, number, reading, relative_path
+from tasks.copier.walk import BLOCK_ENTRIES, Block, Entry, Kind
 
 #: Lengths in bytes of path, names, notes, numbers; count of entries.
 _HEADER = struct.Struct("=IIIII")
 #: An entry of its fields, without the check of their number that `Entry._make` would do a million times.
 _make_entry: Callable[[Iterable[Any]], Entry] = partial(tuple.__new__, Entry)
+
+
+#: What may follow in each column after names and notes, as `fields.number` takes it: end and start.
+_TIME = (NANOSECONDS, -NANOSECONDS)
+_COLUMNS = [(S63, 0), *[(U32, 0)] * 3, *[(U64, 0)] * 3, *[(S63, 0)] * 2, *[_TIME] * 3]
+#: Columns before the first signed one (the times), and those up to the last of 32 bits (mode, uid, gid after the kind).
+_UNSIGNED, _SMALL = 9, 4
+#: In a number of 64 bits as it lies in memory here: its highest byte, and the bytes of its upper half.
+_TOP_BYTE, _UPPER_HALF = (7, range(4, 8)) if sys.byteorder == "little" else (0, range(4))
+_WITHOUT_SIGN = bytes(range(0x80))
+_KINDS, _HARDLINK = frozenset(map(int, Kind)), int(Kind.HARDLINK)
+_NO_NAMES = frozenset({"", ".", ".."})
+#: Far above any block: paths and notes of thousands of levels, once for each of its entries.
+_MOST_BLOCK_BYTES = 256 << 20
 
 
 class Span(NamedTuple):
@@ -56,7 +72,11 @@ class Writer:
 
 
 def read(fd: int, span: Span) -> Iterator[Block]:
-    """Yield the blocks that lie in `span` of the manifest file `fd`."""
+    """Yield the blocks that lie in `span` of the manifest file `fd`.
+
+    Raises ForkError (Malformed) for what no Writer wrote: every name is one that a directory of the source may have,
+    and every path leads down from the source.
+    """
     offset, end = span.offset, span.offset + span.length
     while offset < end:
         block, offset = _read_block(fd, offset)
@@ -72,21 +92,53 @@ def spans(fd: int) -> Iterator[Span]:
     """Where each block of the manifest file `fd` lies, in order."""
     offset, end = whole(fd)
     while offset < end:
-        *lengths, _ = _HEADER.unpack(os.pread(fd, _HEADER.size, offset))
+        lengths, _ = _read_header(fd, offset)
         length = _HEADER.size + sum(lengths)
         yield Span(offset, length)
         offset += length
 
 
+def _read_header(fd: int, offset: int) -> tuple[list[int], int]:
+    """The lengths of a block's parts, and its count of entries. Raises ForkError (Malformed)."""
+    header = os.pread(fd, _HEADER.size, offset)
+    with reading("the manifest"):
+        if len(header) < _HEADER.size:
+            raise Malformed("it ends within a block")
+        *lengths, count = _HEADER.unpack(header)
+        if not 0 < count <= BLOCK_ENTRIES or sum(lengths) > _MOST_BLOCK_BYTES:
+            raise Malformed(f"a block of {count} entries and {sum(lengths)} bytes")
+        return lengths, count
+
+
 def _read_block(fd: int, offset: int) -> tuple[Block, int]:
-    *lengths, count = _HEADER.unpack(os.pread(fd, _HEADER.size, offset))
+    lengths, count = _read_header(fd, offset)
     offset += _HEADER.size
     body = os.pread(fd, sum(lengths), offset)
-    path, names, notes, packed = _split(body, lengths)
-    numbers = _unpack(packed)
+    with reading("the manifest"):
+        if len(body) != sum(lengths):
+            raise Malformed("it ends within a block")
+        path, names, notes, packed = _split(body, lengths)
+        block = Block(relative_path(os.fsdecode(path)), _entries_of(names, notes, packed, count))
+    return block, offset + len(body)
+
+
+def _entries_of(names: bytes, notes: bytes, packed: bytes, count: int) -> list[Entry]:
+    """The entries of a block, checked by column, since there may be thousands. Raises Malformed, and ValueError."""
+    numbers = _unpack(packed, count)
+    if len(numbers) != count * len(_COLUMNS):
+        raise Malformed(f"{len(numbers)} numbers for {count} entries")
     columns = [numbers[at : at + count] for at in range(0, len(numbers), count)]
-    fields = zip(os.fsdecode(names).split("\0"), os.fsdecode(notes).split("\0"), *columns, strict=True)
-    return Block(os.fsdecode(path), list(map(_make_entry, fields))), offset + len(body)
+    name_list, note_list = os.fsdecode(names).split("\0"), os.fsdecode(notes).split("\0")
+    if b"/" in names or not _NO_NAMES.isdisjoint(name_list):
+        raise Malformed("a name that no entry has")
+    kinds = columns[0]
+    if not _KINDS.issuperset(kinds):
+        raise Malformed("a kind that no entry has")
+    if _HARDLINK in kinds:
+        for kind, note in zip(kinds, note_list, strict=True):
+            if kind == _HARDLINK and not relative_path(note):
+                raise Malformed("a link to nothing")
+    return list(map(_make_entry, zip(name_list, note_list, *columns, strict=True)))
 
 
 def _split(body: bytes, lengths: list[int]) -> list[bytes]:
@@ -108,9 +160,16 @@ def _pack(numbers: list[int]) -> bytes:
         return b"t" + " ".join(map(str, numbers)).encode("ascii")
 
 
-def _unpack(packed: bytes) -> Sequence[int]:
+def _unpack(packed: bytes, count: int) -> Sequence[int]:
+    """The numbers of `count` entries, column by column. Raises Malformed for one that is none of its column's."""
     if packed[:1] == b"t":
-        return [int(number) for number in packed[1:].split()]
+        texts = packed[1:].split()
+        return [number(int(text), *_COLUMNS[at // count]) for at, text in enumerate(texts)]
     numbers = array("q")
     numbers.frombytes(packed[1:])
+    # No number but a time is negative, and no mode or id has more than 32 bits: seen by the upper bytes of each number.
+    upper = packed[1 + _TOP_BYTE : 1 + 8 * _UNSIGNED * count : 8]
+    small = [packed[1 + 8 * count + byte : 1 + 8 * _SMALL * count : 8] for byte in _UPPER_HALF]
+    if upper.translate(None, _WITHOUT_SIGN) or any(half.strip(b"\0") for half in small):
+        raise Malformed("a number that no entry has")
     return numbers

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from tasks.copier import fields
 
 Reflink = Literal["auto", "always", "never"]
 Snapshot = Literal["auto", "never"]
@@ -40,9 +42,29 @@ class Options:
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Options:
-        """From what `to_data` gave."""
-        lists = {"skip": tuple(data["skip"]), "exclude": tuple(data["exclude"])}
-        return cls(**{**data, **lists, "preserve": frozenset(data["preserve"])})
+        """From what `to_data` gave. Raises ForkError (Malformed) for anything else."""
+        with fields.reading("the options"):
+            return cls(
+                **{
+                    **data,
+                    "reflink": fields.word(data["reflink"], get_args(Reflink)),
+                    "snapshot": fields.word(data["snapshot"], get_args(Snapshot)),
+                    "skip": tuple(fields.items(data["skip"], fields.text, _MOST)),
+                    "exclude": tuple(fields.items(data["exclude"], fields.text, _MOST)),
+                    "preserve": frozenset(fields.items(data["preserve"], _preserved, _MOST)),
+                    "durability": fields.word(data["durability"], get_args(Durability)),
+                    "verify": fields.word(data["verify"], get_args(Verify)),
+                }
+            )
+
+
+#: Items of a list of a request, at most; the contract's bound.
+_MOST = 10_000
+
+
+def _preserved(value: Any) -> Preserve:
+    preserved: Preserve = fields.word(value, get_args(Preserve))
+    return preserved
 
 
 @dataclass(frozen=True, kw_only=True)

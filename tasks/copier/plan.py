@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
+from tasks.copier import fields
 from tasks.copier.clone import Cloner
 from tasks.copier.errors import from_oserror
 from tasks.copier.manifest import Span
@@ -15,7 +16,7 @@ from tasks.copier.options import Limits
 from tasks.copier.probe import Probed, probe
 from tasks.copier.progress import Ticker
 from tasks.copier.report import Report
-from tasks.copier.survey import Survey, Unit, open_survey
+from tasks.copier.survey import LARGEST, Survey, Unit, open_survey
 from tasks.copier.walk import Entry, Kind, entry_of, join
 from tasks.copier.work import Work
 
@@ -69,16 +70,49 @@ class Plan:
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Plan:
-        """From what `to_data` gave."""
-        return cls(
-            **{
-                **data,
-                "chunks": [Chunk(*chunk) for chunk in data["chunks"]],
-                "top": Entry(*data["top"]),
-                "cloned": tuple(data["cloned"]),
-                "refused": [(src, dst, number) for src, dst, number in data["refused"]],
-            }
-        )
+        """From what `to_data` gave. Raises ForkError (Malformed) for anything else."""
+        with fields.reading("the plan"):
+            return cls(
+                **{
+                    **data,
+                    "chunks": fields.items(data["chunks"], _chunk_of, _MOST_CHUNKS),
+                    "inline": fields.flag(data["inline"]),
+                    "entries": fields.number(data["entries"]),
+                    "bytes": fields.number(data["bytes"]),
+                    "top": _top_of(data["top"]),
+                    "cloned": tuple(fields.items(data["cloned"], fields.relative_path, LARGEST)),
+                    "refused": fields.items(data["refused"], _refused_of, _MOST_REFUSED),
+                }
+            )
+
+
+#: Chunks of a plan (a setting may have 10,000, of which some are cut during the walk), and refused pairs of devices.
+_MOST_CHUNKS, _MOST_REFUSED = 100_000, 10_000
+
+
+def _chunk_of(value: Any) -> Chunk:
+    kind, *numbers = value
+    chunk = Chunk(fields.word(kind, ("files", "range")), *map(fields.number, numbers))
+    if chunk.kind == "range" and not chunk.start < chunk.end:
+        raise fields.Malformed(f"{chunk} is no range")
+    return chunk
+
+
+def _top_of(value: Any) -> Entry:
+    """The source directory itself."""
+    name, note, kind, *numbers, atime, mtime, ctime = value
+    if (name, note, kind) != ("", "", Kind.DIRECTORY):
+        raise fields.Malformed(f"{(name, note, kind)!r:.80} is not the source directory")
+    for number in numbers:
+        fields.number(number, fields.U64)
+    for time in (atime, mtime, ctime):
+        fields.number(time, fields.NANOSECONDS, -fields.NANOSECONDS)
+    return Entry(*value)
+
+
+def _refused_of(value: Any) -> tuple[int, int, int]:
+    source, destination, errno = value
+    return fields.number(source, fields.U64), fields.number(destination, fields.U64), fields.errno_number(errno)
 
 
 class Crew(Protocol):

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, Literal, TypedDict
 
+from tasks.copier import fields
 from tasks.copier.errors import ErrorRecord, ForkError
-from tasks.copier.losses import Losses
+from tasks.copier.losses import Losses, lost_of
 from tasks.copier.walk import Entry, file_type
 
 Method = Literal["snapshot", "reflink", "copy", "hardlink", "symlink", "mkdir", "skip"]
@@ -184,14 +185,61 @@ class Report:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Report:
-        """The report that `to_bytes` wrote."""
+        """The report that `to_bytes` wrote. Raises ForkError (Malformed) for anything else."""
         line, _, rest = data.partition(b"\n")
-        head = json.loads(line)
-        pages, at = [], 0
-        for length in head["pages"]:
-            pages.append(rest[at : at + length])
-            at += length
-        return cls(Totals(**head["totals"]), pages, head["ranges"], head["during_walk"], head["replaced"])
+        with fields.reading("a report"):
+            head = fields.record(fields.load(line))
+            pages = pages_in(rest, head["pages"])
+            ranges = fields.items(head["ranges"], _range_of, _MOST_RANGES)
+            during_walk, replaced = fields.flag(head["during_walk"]), fields.flag(head.get("replaced", False))
+            return cls(_totals_of(fields.record(head["totals"])), pages, ranges, during_walk, replaced)
+
+
+#: Ranges that one chunk reports, at most, and pages that a file of staging has; both far above what is ever written.
+_MOST_RANGES, _MOST_PAGES = 100_000, 1_000_000
+#: Bytes of a page once it is unpacked: far above PAGE_LENGTH, which a single FileResult may pass.
+_MOST_PAGE_BYTES = 64 << 20
+
+
+def pages_in(data: bytes, lengths: Any) -> list[bytes]:
+    """The pages of these lengths that `data` consists of. Raises ForkError (Malformed) where it does not."""
+    pages, at = [], 0
+    for length in fields.items(lengths, fields.number, _MOST_PAGES):
+        pages.append(data[at : at + length])
+        at += length
+    if at != len(data):
+        raise fields.Malformed(f"its pages have {len(data)} bytes in place of {at}")
+    return pages
+
+
+def fallback_of(value: Any) -> Fallback | None:
+    """The first refused reflink, out of plain data."""
+    if value is None:
+        return None
+    data = fields.record(value)
+    errno = fields.errno_number(data["errno"])
+    return {"reason": fields.text(data["reason"]), "errno": errno, "path": fields.text(data["path"])}
+
+
+def _totals_of(data: dict[str, Any]) -> Totals:
+    others = ("fallback", "error", "metadata_lost")
+    totals = Totals(fallback=fallback_of(data["fallback"]), error=fields.optional(data["error"], fields.error_record))
+    totals.metadata_lost = lost_of(data.get("metadata_lost", []))
+    for name, value in data.items():
+        if name not in others and name in vars(totals):
+            setattr(totals, name, fields.number(value))
+    return totals
+
+
+def _range_of(value: Any) -> RangeDone:
+    data = fields.record(value)
+    return {
+        "path": fields.relative_path(data["path"]),
+        "size": fields.number(data["size"]),
+        "copied_bytes": fields.number(data["copied_bytes"]),
+        "seconds": fields.real(data["seconds"]),
+        "error": fields.optional(data["error"], fields.error_record),
+    }
 
 
 def failed(path: str, entry: Entry, error: ForkError) -> FileResult:
@@ -250,4 +298,5 @@ def _as_json(result: FileResult) -> str:
 def unpack_pages(pages: Iterable[bytes]) -> Iterator[FileResult]:
     """The FileResults of some pages, in order."""
     for page in pages:
-        yield from json.loads(zlib.decompress(page))
+        unpacked = zlib.decompressobj().decompress(page, _MOST_PAGE_BYTES)
+        yield from json.loads(unpacked)

@@ -16,6 +16,7 @@ import os
 import re
 import stat
 from contextlib import ExitStack
+from typing import NamedTuple
 
 from tasks.copier.ends import Ends
 from tasks.copier.errors import Code, ForkError, from_oserror, from_source
@@ -50,7 +51,14 @@ class Unlike(Exception):
     """A snapshot would not be what cloning entry by entry gives, or could not be removed; the message says why."""
 
 
-def snapshot_tree(work: Work, staging: Staging, tree: str, ticker: Ticker, name: str = SNAPSHOT) -> Report | None:
+class Snapshot(NamedTuple):
+    """A finished snapshot in the tree's place: its descriptor, which the caller closes, and what was done."""
+
+    fd: int
+    report: Report
+
+
+def snapshot_tree(work: Work, staging: Staging, tree: str, ticker: Ticker, name: str = SNAPSHOT) -> Snapshot | None:
     """Make the fork's tree a finished snapshot of the source: what was done, or None with nothing changed.
 
     None where the source is no subvolume, where it may not be snapshotted, or where the outcome would be another than
@@ -80,8 +88,9 @@ def snapshot_tree(work: Work, staging: Staging, tree: str, ticker: Ticker, name:
             if keeps_out:
                 os.fchmod(fd, stat.S_IMODE(top.mode))
             _restore_times(fd, top)
-        finally:
+        except BaseException:
             os.close(fd)
+            raise
     except Unlike as unlike:
         log.debug("no snapshot of %r: %s", ends.source, unlike)
         trees.remove(staging.fd, name)
@@ -90,7 +99,7 @@ def snapshot_tree(work: Work, staging: Staging, tree: str, ticker: Ticker, name:
     except BaseException:
         trees.remove(staging.fd, name)
         raise
-    return report
+    return Snapshot(fd, report)
 
 
 # -- whether

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Literal, TypedDict, final
+from typing import Any, Literal, TypedDict, cast, final
 
+from tasks.copier import fields
 from tasks.copier.errors import Code, ErrorRecord, ForkError
-from tasks.copier.losses import Lost
+from tasks.copier.losses import Lost, lost_of
 from tasks.copier.options import Options
-from tasks.copier.report import Fallback, Totals
+from tasks.copier.report import Fallback, Totals, fallback_of
 
 Labels = dict[str, str] | list[str]
 
@@ -41,8 +42,25 @@ class ForkSpec:
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> ForkSpec:
-        """From what `to_data` gave."""
-        return cls(**{**data, "options": Options.from_data(data["options"])})
+        """From what `to_data` gave. Raises ForkError (Malformed) for anything else."""
+        with fields.reading("the fork's request"):
+            return cls(
+                **{
+                    **data,
+                    "fork_id": fields.text(data["fork_id"]),
+                    "source": fields.absolute_path(data["source"]),
+                    "destination": fields.absolute_path(data["destination"]),
+                    "options": Options.from_data(data["options"]),
+                    "labels": fields.labels(data["labels"]),
+                    "owner": fields.word(data["owner"], ("queue", "local")),
+                    "queued": fields.real(data["queued"]),
+                    "started": fields.real(data["started"]),
+                }
+            )
+
+    def is_same_request(self, other: ForkSpec) -> bool:
+        """Whether the other one asks for the very same fork; when, and how long it waited, is no part of that."""
+        return replace(self, owner=other.owner, queued=other.queued, started=other.started) == other
 
 
 @final
@@ -67,6 +85,30 @@ class ForkResult(TypedDict):
     started_at: str
     finished_at: str
     labels: Labels
+
+
+def result_of(data: dict[str, Any] | None, spec: ForkSpec) -> ForkResult:
+    """The ForkResult of a fork that is complete, out of its journal. Raises ForkError (Malformed) for anything else."""
+    with fields.reading("the fork's result"):
+        result = fields.record(data)
+        if any(result[name] != getattr(spec, name) for name in ("fork_id", "source", "destination")):
+            raise fields.Malformed("it is another fork's")
+        if result["status"] != "succeeded" or result["error"] is not None:
+            raise fields.Malformed("it is not that of a success")
+        for name in ("files", "bytes"):
+            for value in fields.record(result[name]).values():
+                fields.number(value)
+        for seconds in fields.record(result["seconds"]).values():
+            fields.real(seconds)
+        fields.number(result["chunks"])
+        for name in ("started_at", "finished_at"):
+            datetime.fromisoformat(fields.text(result[name]))
+        fields.labels(result["labels"])
+        fields.flag(result["subvolume"])
+        fallback_of(result["fallback"])
+        lost_of(result.get("metadata_lost", []))
+        fields.number(result.get("metadata_lost_total", 0))
+        return cast(ForkResult, result)
 
 
 @dataclass

@@ -17,24 +17,40 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
+import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
+from tasks.copier import proof
 from tasks.copier.attributes import drop_inherited_acls
-from tasks.copier.control import DIRECTORY, FILE, LOCK, Control
+from tasks.copier.control import LOCK, Control, control_name
 from tasks.copier.journal import Journal
 from tasks.copier.kernel import syscalls, trees
+from tasks.copier.proof import NotOurs
 from tasks.copier.report import Report
 from tasks.copier.selection import STAGING_NAME
+
+log = logging.getLogger(__name__)
 
 _JOURNAL = "journal"
 _MANIFEST = "manifest"
 _CLOSING = "closing"
 _STOP = "stop"
+#: What a control directory may hold; `source` and `clone` are those of a trial of the filesystem (see `trial`).
+_KNOWN_NAME = re.compile(
+    r"(lock|journal|manifest|closing|stop|destinations|source|clone|(mode|rename)-[0-9a-f]+(\.done)?"
+    r"|(chunk|settled)-\d+|report-(plan|\d+)|batch-\d+-\d+)(\.new)?|snapshot[.0-9a-z-]*",
+    re.ASCII,
+)
+#: Digits of the number of tries of a chunk, at most.
+_COUNT_DIGITS = 6
+#: One line of the notes: which directory a tree is.
+_NOTED_TREE = re.compile(rb"^tree (\.[0-9a-f]{8}) (\d{1,39})$", re.MULTILINE)
 #: A snapshot that is to become a tree, in the control directory (of a campaign's trees: with their names behind it).
 SNAPSHOT = "snapshot"
 
@@ -45,11 +61,24 @@ class Staging(Control):
     # -- the journal
 
     def journal(self) -> Journal | None:
-        """The journal, or None when whoever made the staging died before writing one."""
+        """The journal, or None when the process that made the staging died before it had written one whole.
+
+        Raises NotOurs for the journal of another job.
+        """
         try:
-            return Journal.from_bytes(self.read_file(_JOURNAL))
+            journal = Journal.from_bytes(self.read_file(_JOURNAL))
         except FileNotFoundError:
             return None
+        if journal is not None and control_name(journal.job_id) != self.name:
+            raise NotOurs(proof.path_of(self.fd), "its journal is another fork's")
+        return journal
+
+    def own_journal(self) -> Journal | None:
+        """As `journal`, and raises NotOurs too for a copy that somebody made of a control directory."""
+        journal = self.journal()
+        if journal is not None and journal.control != os.fstat(self.fd).st_ino:
+            raise NotOurs(proof.path_of(self.fd), "it is a copy of a staging directory")
+        return journal
 
     def write_journal(self, journal: Journal, *, sync: bool = False) -> None:
         """Replace the journal, in one step; `sync`: and have it on the disk."""
@@ -60,7 +89,8 @@ class Staging(Control):
         if earlier is not None:
             # Counted first: what kills its process here, too, must come to an end.
             self.write_journal(replace(earlier, tries=earlier.tries + 1))
-            self.discard_tree(earlier)
+            self.discard_all_of(earlier)
+        self._require_known_names()
         self._discard_snapshots()
         for name in os.listdir(self.fd):
             if name not in (LOCK, _JOURNAL):
@@ -85,7 +115,14 @@ class Staging(Control):
 
         Raises FileNotFoundError when the fork was taken over meanwhile.
         """
-        return self.make_named_tree(self.tree_name(journal))
+        name = self.tree_name(journal)
+        fd = self.make_named_tree(name)
+        try:
+            self.note_trees({name: trees.identity(fd)})
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
     def new_tree_name(self) -> str:
         """A name for one of the trees of a campaign, which no other tree has."""
@@ -98,19 +135,50 @@ class Staging(Control):
             with suppress(FileNotFoundError):
                 os.rmdir(name, dir_fd=self.parent_fd)
             raise FileNotFoundError(errno.ENOENT, "the fork was taken over", self.name)
-        fd = os.open(name, DIRECTORY, dir_fd=self.parent_fd)
-        drop_inherited_acls(fd)
-        os.fchmod(fd, 0o700)  # a set-gid parent hands its bit down
+        fd = proof.open_directory(self.parent_fd, name)
+        try:
+            if os.listdir(fd):
+                raise self._replaced(name)
+            drop_inherited_acls(fd)
+            os.fchmod(fd, 0o700)  # without the bits that a set-gid parent adds
+        except BaseException:
+            os.close(fd)
+            raise
         return fd
+
+    def note_trees(self, identities: Mapping[str, int]) -> None:
+        """Write down which directories the trees of these names are, before anything is put into them.
+
+        What stands under such a name later and is another one was put there by somebody else.
+        """
+        lines = [f"tree {name.removeprefix(self.name)} {identity}\n" for name, identity in identities.items()]
+        self.note("".join(lines).encode("ascii"))
+
+    def _noted(self) -> dict[str, set[int]]:
+        """The identities that were written down of each tree, by its name."""
+        noted: dict[str, set[int]] = {}
+        for attempt, identity in _NOTED_TREE.findall(self.notes()):
+            noted.setdefault(self.name + attempt.decode("ascii"), set()).add(int(identity))
+        return noted
+
+    def _replaced(self, name: str) -> NotOurs:
+        return NotOurs(proof.path_of(self.parent_fd, name), "it is not the directory that this fork was made in")
 
     def exchange_tree(self, snapshot: str, name: str) -> None:
         """Put the finished `snapshot` of the control directory into the place of the empty tree `name`.
 
-        It was made there, since nobody else gets there. Raises FileNotFoundError when the tree was taken over: there
-        is no moment without one.
+        It was made there, since nobody else can reach it there. Raises FileNotFoundError when the tree was taken over
+        (there is no moment without one), and NotOurs when somebody put another directory in its place.
         """
+        identity = trees.identity_of(self.fd, snapshot)
+        if identity is not None:
+            self.note_trees({name: identity})
         syscalls.rename_exchange(self.fd, snapshot, self.parent_fd, name)
-        os.rmdir(snapshot, dir_fd=self.fd)
+        try:
+            os.rmdir(snapshot, dir_fd=self.fd)  # the empty tree
+        except OSError:
+            syscalls.rename_exchange(self.fd, snapshot, self.parent_fd, name)
+            raise self._replaced(name) from None
 
     def _discard_snapshots(self) -> None:
         """Remove the snapshots that did not come to be a tree."""
@@ -119,20 +187,21 @@ class Staging(Control):
                 trees.remove(self.fd, name)
 
     def open_tree(self, journal: Journal) -> int:
-        """Open the tree; the caller closes the descriptor. Raises FileNotFoundError."""
-        return self.open_named_tree(self.tree_name(journal))
-
-    def open_named_tree(self, name: str) -> int:
-        """As `open_tree`, for a tree that `new_tree_name` named."""
-        return os.open(name, DIRECTORY, dir_fd=self.parent_fd)
+        """Open the tree; the caller closes the descriptor. Raises FileNotFoundError, and NotOurs for another one."""
+        name = self.tree_name(journal)
+        fd = proof.open_plain_directory(self.parent_fd, name)
+        if trees.identity(fd) not in {journal.tree, *self._noted().get(name, ())}:
+            os.close(fd)
+            raise self._replaced(name)
+        return fd
 
     def publish(self, journal: Journal, destination: str, *, sync: bool) -> None:
         """Rename the tree to `destination` (a name in the same parent); `sync`: and have that on the disk.
 
-        Raises FileExistsError, FileNotFoundError, OSError; then nothing of ours stands at `destination`.
+        Raises FileExistsError, FileNotFoundError, NotOurs, OSError; then nothing of ours stands at `destination`.
         """
         tree = self.tree_name(journal)
-        syscalls.rename_noreplace(self.parent_fd, tree, self.parent_fd, destination)
+        self.publish_tree(tree, destination, journal.tree)
         if sync:
             try:
                 os.fsync(self.parent_fd)
@@ -140,40 +209,102 @@ class Staging(Control):
                 syscalls.rename_noreplace(self.parent_fd, destination, self.parent_fd, tree)
                 raise
 
+    def publish_tree(self, tree: str, destination: str, identity: int | None) -> None:
+        """Rename the tree of this name and identity to `destination`, and nothing else. Raises as `publish` does.
+
+        Whoever may write in the parent can put another directory in the tree's place, also between two calls: so what
+        was renamed is looked at once more, and put back if it is not the tree.
+        """
+        standing = trees.identity_of(self.parent_fd, tree)
+        if identity is not None and standing not in (identity, None):
+            raise self._replaced(tree)
+        syscalls.rename_noreplace(self.parent_fd, tree, self.parent_fd, destination)
+        if identity is not None and trees.identity_of(self.parent_fd, destination) != identity:
+            with suppress(OSError):
+                syscalls.rename_noreplace(self.parent_fd, destination, self.parent_fd, tree)
+            raise self._replaced(tree)
+
     def is_published(self, journal: Journal, destination: str) -> bool:
         """Whether what stands at `destination` is the tree whose identity the journal recorded."""
         return journal.tree is not None and trees.identity_of(self.parent_fd, destination) == journal.tree
 
     def discard_tree(self, journal: Journal) -> None:
         """Remove the attempt's tree, if it stands."""
-        trees.remove(self.parent_fd, self.tree_name(journal))
+        self.discard_named_tree(self.tree_name(journal), journal.tree)
+
+    def discard_all_of(self, journal: Journal) -> None:
+        """Remove all trees of an earlier attempt, which may have been a campaign's."""
+        if journal.is_campaign:
+            self.discard_trees()
+        else:
+            self.discard_tree(journal)
+
+    def discard_named_tree(self, name: str, identity: int | None = None, *, made_as: str | None = None) -> None:
+        """Remove the tree of this name if it is the directory of this identity, or the one that was written down.
+
+        `made_as` is the name that it had when it was made. What somebody else put in its place stays.
+        """
+        self._discard(name, self._noted().get(made_as or name, set()), identity)
+
+    def _discard(self, name: str, noted: set[int], identity: int | None) -> None:
+        standing = trees.identity_of(self.parent_fd, name)
+        if standing is None:
+            return
+        unknown = not noted and identity is None  # made by an earlier version, which noted nothing
+        if standing in noted or standing == identity or (unknown and proof.is_private(self.parent_fd, name)):
+            trees.remove(self.parent_fd, name)
+            return
+        try:
+            os.rmdir(name, dir_fd=self.parent_fd)  # made by a process that died before it wrote down which it is
+        except OSError:
+            log.warning("%r is left as it is: %s", name, self._replaced(name))
 
     def discard_trees(self) -> None:
         """Remove all trees that belong to this control directory; a campaign has many."""
+        noted = self._noted()
+        journal = self.journal()
+        identity = journal.tree if journal is not None else None
         for name in os.listdir(self.parent_fd):
             if name.startswith(f"{self.name}.") and STAGING_NAME.fullmatch(name):
-                trees.remove(self.parent_fd, name)
+                self._discard(name, noted.get(name, set()), identity)
 
     def remove(self) -> None:
         """Remove the control directory, the last step of every fork. The tree must be gone or published.
 
-        One that is gone, or that another process has in its place, is no error. Raises OSError.
+        One that is gone, or that another process has in its place, is no error. Raises NotOurs when it holds what no
+        control directory does, and OSError.
         """
         if self.retired is None:
             if not self.is_current():
                 return
+            self._require_known_names()
             self._discard_snapshots()
             if self.clear():
                 return
         away = self.retire()
         if away is not None:
-            trees.remove(self.parent_fd, away)
+            self._remove_as(away)
+
+    def remove_taken(self, name: str) -> None:
+        """As `remove`, of a control directory that was taken from its holder by a rename to `name`."""
+        self._require_known_names()
+        self._remove_as(name)
+
+    def _remove_as(self, name: str) -> None:
+        if trees.identity_of(self.parent_fd, name) == os.fstat(self.fd).st_ino:
+            trees.remove(self.parent_fd, name)
+
+    def _require_known_names(self) -> None:
+        """Raise NotOurs when the directory holds something else than staging: somebody moved a directory here."""
+        for name in os.listdir(self.fd):
+            if not _KNOWN_NAME.fullmatch(name):
+                raise NotOurs(proof.path_of(self.fd), f"it holds {name!r}, which is not of forkvm")
 
     # -- the manifest
 
     def manifest(self, *, closing: bool = False) -> int:
         """Open the manifest of what chunks clone, or of what closes the fork; the caller closes the descriptor."""
-        return os.open(_CLOSING if closing else _MANIFEST, FILE, 0o600, dir_fd=self.fd)
+        return self.open_file(_CLOSING if closing else _MANIFEST, create=True)
 
     # -- chunks
 
@@ -186,9 +317,9 @@ class Staging(Control):
         """
         name = f"chunk-{number}"
         try:
-            fd, is_new = os.open(name, FILE | os.O_EXCL, 0o600, dir_fd=self.fd), True
+            fd, is_new = self.create_file(name), True
         except FileExistsError:
-            fd, is_new = os.open(name, FILE, 0o600, dir_fd=self.fd), False
+            fd, is_new = self.open_file(name, create=True), False
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -196,7 +327,8 @@ class Staging(Control):
                 yield None
                 return
             # A power loss may leave the file without its count: what was begun is never taken for new.
-            begun = 1 if is_new else 1 + int(os.pread(fd, 16, 0) or b"1")
+            count = os.pread(fd, _COUNT_DIGITS, 0)
+            begun = 1 if is_new else 1 + int(count if count.isdigit() else b"1")
             os.pwrite(fd, b"%d" % begun, 0)
             yield begun
         finally:
@@ -217,7 +349,7 @@ class Staging(Control):
     def begun_chunks(self) -> set[int]:
         """The numbers of all chunks that were begun and not forgotten."""
         names = [name.partition("-") for name in os.listdir(self.fd)]
-        return {int(number) for kind, _, number in names if kind == "chunk" and number.isdigit()}
+        return {int(number) for kind, _, number in names if kind == "chunk" and number.isascii() and number.isdigit()}
 
     def forget_chunk(self, number: int) -> None:
         """Remove the lock of chunk `number`, which is done."""
@@ -247,7 +379,7 @@ class Staging(Control):
 
     def stop(self) -> None:
         """Tell the chunks of this fork that their work is no longer wanted."""
-        os.close(os.open(_STOP, FILE, 0o600, dir_fd=self.fd))
+        os.close(self.open_file(_STOP, create=True))
 
     def is_stopped(self) -> bool:
         """Whether someone called `stop`. Raises OSError."""

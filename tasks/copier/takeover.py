@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from tasks.copier.errors import ForkError
 from tasks.copier.journal import Journal, Phase
-from tasks.copier.kernel import syscalls, trees
+from tasks.copier.kernel import syscalls
+from tasks.copier.spec import ForkSpec
 from tasks.copier.staging import Staging
 
 
@@ -36,21 +38,24 @@ def take_over(parent_fd: int, fork_id: str, pulse: int) -> Taken | None:
         if staging is None or staging.pulse() != pulse or not staging.is_current():
             return None
         control = _unused_name(staging)
-        away = [control]
+        away: list[str] = []
         try:
             if not _take_tree(staging, away) and _is_publishing(staging):
                 return None
             os.rename(staging.name, control, src_dir_fd=parent_fd, dst_dir_fd=parent_fd)
         except FileNotFoundError:
             return None
-        if not _take_tree(staging, away) and len(away) == 1 and _is_publishing(staging):
+        if not _take_tree(staging, away) and not away and _is_publishing(staging):
             # Its holder woke, made the tree and published it, all of it between two lines of this function.
             syscalls.rename_noreplace(parent_fd, control, parent_fd, staging.name)
             return None
         journal = staging.journal()
-    for name in away:
-        with suppress(OSError):  # a tree of no attempt: gc removes what is left of it
-            trees.remove(parent_fd, name)
+        if journal is not None:
+            for name in away:
+                with suppress(OSError):  # a tree of no attempt: gc removes what is left of it
+                    staging.discard_named_tree(name, journal.tree, made_as=staging.tree_name(journal))
+        with suppress(OSError, ForkError):
+            staging.remove_taken(control)
     return Taken(journal)
 
 
@@ -58,18 +63,20 @@ def take_over(parent_fd: int, fork_id: str, pulse: int) -> Taken | None:
 def published(parent_fd: int, fork_id: str, destination: str) -> Iterator[Journal | None]:
     """The journal of a fork that stands at `destination` (a name) although its staging does, too; else None.
 
+    Raises ForkError for staging that is not ours, or damaged.
+
     Its holder died or was paused before it could tell. From the rename on nobody changes anything of the fork, so
     anyone may tell its result; at the end the staging is removed.
     """
     with Staging.peek(parent_fd, fork_id) as staging:
-        journal = staging.journal() if staging is not None else None
+        journal = staging.own_journal() if staging is not None else None
         if staging is None or journal is None or not _stands(staging, journal, destination):
             yield None
             return
-        if journal.spec["options"]["durability"] == "sync":
+        if ForkSpec.from_data(journal.spec).options.durability == "sync":
             os.fsync(parent_fd)
         yield journal
-        with suppress(OSError):  # gc removes what is left
+        with suppress(OSError, ForkError):  # gc removes what is left
             staging.remove()
 
 

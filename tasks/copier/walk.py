@@ -49,13 +49,20 @@ class Entry(NamedTuple):
     ctime: int
 
     def is_still(self, status: os.stat_result) -> bool:
-        """Whether `status`, read later, is that of the same, unchanged entry."""
+        """Whether `status`, read later, is that of the same, unchanged entry.
+
+        Owner and mode are compared although a change of them moves ctime: this entry may come from a manifest that
+        somebody else wrote, and what a clone gets of them is then what the source has.
+        """
         return (
             status.st_ctime_ns == self.ctime
             and status.st_mtime_ns == self.mtime
             and status.st_size == self.size
             and status.st_ino == self.ino
             and status.st_dev == self.dev
+            and status.st_mode == self.mode
+            and status.st_uid == self.uid
+            and status.st_gid == self.gid
         )
 
 

@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.copier import manifest
+from tasks.copier.errors import ForkError
 from tasks.copier.manifest import Span
 from tasks.copier.walk import BLOCK_ENTRIES, Block, Entry, Kind
 
 _NUMBERS = len(Entry._fields) - 2
 
+_U32, _S63, _U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**63 - 1), st.integers(0, 2**64 - 1)
+_TIME = st.integers(-(2**63), 2**63 - 1)
+
 texts = st.binary(max_size=40).map(lambda data: os.fsdecode(data.replace(b"\0", b"-")))
+names = texts.map(lambda text: text.replace("/", "-")).filter(lambda name: name not in ("", ".", ".."))
+paths = st.lists(names, max_size=4).map("/".join)
 entries = st.builds(
-    lambda name, note, numbers: Entry(name, note, *numbers),
+    lambda name, note, numbers: Entry(name, note, int(Kind.SKIP), *numbers),
+    names,
     texts,
-    texts,
-    st.lists(st.integers(-(2**63), 2**63 - 1), min_size=_NUMBERS, max_size=_NUMBERS),
+    st.tuples(_U32, _U32, _U32, _U64, _U64, _U64, _S63, _S63, _TIME, _TIME, _TIME),
 )
-blocks = st.builds(Block, texts, st.lists(entries, min_size=1, max_size=5))
+links = st.builds(
+    lambda entry, path, name: entry._replace(kind=Kind.HARDLINK, note=f"{path}/{name}".lstrip("/")),
+    entries,
+    paths,
+    names,
+)
+blocks = st.builds(Block, paths, st.lists(st.one_of(entries, links), min_size=1, max_size=5))
 
 
 def entry(name: str, note: str = "", kind: int = Kind.FILE, number: int = 0) -> Entry:
@@ -86,6 +100,62 @@ def test_a_full_block_with_long_notes_comes_back(tmp_path: Path) -> None:
     write(tmp_path / "manifest", wanted)
 
     assert read(tmp_path / "manifest") == [wanted]
+
+
+GOOD = entry("file")
+#: What no walk of a source writes, and would lead out of it or break the reader.
+HOSTILE: dict[str, Block] = {
+    "a name with a slash": Block("", [GOOD, entry("../../outside/shadow")]),
+    "the way up as a name": Block("", [entry("..")]),
+    "the directory itself as a name": Block("", [entry(".")]),
+    "no name": Block("", [entry("")]),
+    "a path that leads up": Block("a/../../outside", [GOOD]),
+    "an absolute path": Block("/etc", [GOOD]),
+    "a path with an empty part": Block("a//b", [GOOD]),
+    "a link to what lies outside": Block("", [entry("link", "../outside", Kind.HARDLINK)]),
+    "a link to an absolute path": Block("", [GOOD, entry("link", "/etc/shadow", Kind.HARDLINK)]),
+    "a link to nothing": Block("", [entry("link", "", Kind.HARDLINK)]),
+    "an unknown kind": Block("", [entry("file", "", 9)]),
+    "a negative kind": Block("", [entry("file", "", -1)]),
+    "a mode of more than 32 bits": Block("", [GOOD._replace(mode=1 << 32)]),
+    "an owner of more than 32 bits": Block("", [GOOD._replace(uid=1 << 40)]),
+    "a group of more than 32 bits": Block("", [GOOD._replace(gid=1 << 62)]),
+    "a negative owner": Block("", [GOOD._replace(uid=-1)]),
+    "a negative size": Block("", [GOOD, GOOD._replace(size=-1)]),
+    "a size of 64 bits": Block("", [GOOD._replace(size=1 << 63)]),
+    "a negative size beside a number of 64 bits": Block("", [GOOD._replace(ino=2**64 - 1, size=-5)]),
+    "a number of 1,000 bits": Block("", [GOOD._replace(ino=1 << 1000)]),
+    "a time that no call takes": Block("", [GOOD._replace(atime=1 << 120)]),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_what_no_walk_writes_is_refused(tmp_path: Path, what: str) -> None:
+    write(tmp_path / "manifest", HOSTILE[what])
+
+    with pytest.raises(ForkError, match="damaged"):
+        read(tmp_path / "manifest")
+
+
+@pytest.mark.parametrize("header", [(0, 0, 0, 0, 0), (0, 1, 0, 1, 2**32 - 1), (2**32 - 1, 2**32 - 1, 0, 0, 1)])
+def test_a_block_of_a_size_that_none_has_is_refused_before_it_is_read(tmp_path: Path, header: tuple[int, ...]) -> None:
+    with (tmp_path / "manifest").open("wb") as file:
+        file.write(struct.pack("=IIIII", *header))
+        file.truncate(1 << 40)
+
+    with pytest.raises(ForkError, match="damaged"), (tmp_path / "manifest").open("rb") as file:
+        next(manifest.spans(file.fileno()))
+    with pytest.raises(ForkError, match="damaged"):
+        read(tmp_path / "manifest")
+
+
+@pytest.mark.parametrize("kept", [1, 20, 30, 100])
+def test_a_manifest_that_ends_within_a_block_is_refused(tmp_path: Path, kept: int) -> None:
+    write(tmp_path / "manifest", Block("directory", [entry("file")]))
+    os.truncate(tmp_path / "manifest", kept)
+
+    with pytest.raises(ForkError, match="damaged"):
+        read(tmp_path / "manifest", Span(0, 1000))
 
 
 def test_an_empty_manifest_has_no_blocks(tmp_path: Path) -> None:

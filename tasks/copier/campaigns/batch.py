@@ -23,11 +23,13 @@ from tasks.copier.campaigns.batch_build import build
 from tasks.copier.campaigns.batch_record import Outcome, Record
 from tasks.copier.campaigns.batch_trees import Tree, Trees, snapshot_trees
 from tasks.copier.campaigns.plan import Campaign
+from tasks.copier.campaigns.spec import CampaignSpec
 from tasks.copier.chunk import MAX_TRIES, worker_lost
 from tasks.copier.clone import Cloner
 from tasks.copier.control import Held
 from tasks.copier.ends import Ends, destination_exists, reopen_ends
 from tasks.copier.errors import Code, ForkError, from_oserror
+from tasks.copier.fields import Malformed
 from tasks.copier.fork import Superseded
 from tasks.copier.journal import Journal
 from tasks.copier.kernel import syscalls, trees
@@ -35,7 +37,7 @@ from tasks.copier.kernel.roots import Roots
 from tasks.copier.progress import Ticker
 from tasks.copier.publishing import cannot_publish, noreplace_refusal
 from tasks.copier.report import Fallback, Report
-from tasks.copier.spec import Clock, ForkSpec, failed, succeeded
+from tasks.copier.spec import Clock, ForkSpec, failed, result_of, succeeded
 from tasks.copier.staging import Staging
 
 #: How long a batch waits for the control directory in a further parent, in seconds: who makes it holds it shortly.
@@ -100,7 +102,7 @@ def _discard(staging: Staging, name: str) -> None:
     away = staging.new_tree_name()
     with suppress(FileNotFoundError):
         os.rename(name, away, src_dir_fd=staging.parent_fd, dst_dir_fd=staging.parent_fd)
-        trees.remove(staging.parent_fd, away)
+        staging.discard_named_tree(away, made_as=name)
 
 
 def _runs(campaign: Campaign, first: int) -> Iterator[tuple[int, list[str]]]:
@@ -202,7 +204,9 @@ def _control(campaign: Campaign, parent_fd: int, *, make: bool = True) -> Iterat
 
 def _is_of(campaign: Campaign, journal: Journal | None) -> bool:
     """Whether a control directory is this campaign's, and not what a dead one of the same id left."""
-    return journal is not None and journal.spec.get("started") == campaign.spec.started
+    with suppress(Malformed):
+        return journal is not None and journal.is_campaign and CampaignSpec.from_data(journal.spec) == campaign.spec
+    return False
 
 
 @dataclass
@@ -246,14 +250,25 @@ class _Run:
         """Publish what earlier tries had completed, and remove what they had not."""
         for record in batch_record.read_all(self.staging, self.first):
             for index, name in record.trees.items():
-                if index not in record.identities:
+                outcome = self._outcome_of(record, index)
+                if outcome is None:
                     _discard(self.staging, name)
                 elif self._identity_at_destination(index) == record.identities[index]:
-                    self.outcomes[index] = record.outcomes[index]
+                    self.outcomes[index] = outcome
                 else:
-                    self._publish(index, name, record.outcomes[index])
+                    self._publish(index, name, record.identities[index], outcome)
         if self.outcomes and self.campaign.spec.options.durability == "sync":
             os.fsync(self.ends.parent_fd)
+
+    def _outcome_of(self, record: Record, index: int) -> Outcome | None:
+        """What the record says that a complete tree is, if it is one of this run's forks."""
+        outcome, spec = record.outcomes.get(index), self.forks.get(index)
+        if outcome is None or spec is None:
+            return None
+        with suppress(Malformed):
+            result_of(dict(outcome.result), spec)
+            return outcome
+        return None
 
     def _identity_at_destination(self, index: int) -> int | None:
         return trees.identity_of(self.ends.parent_fd, os.path.basename(self.forks[index].destination))
@@ -276,6 +291,7 @@ class _Run:
             try:
                 for index, name in names.items():
                     made.make(index, self.forks[index], name)
+                made.note()
                 if self.campaign.plan.snapshot:
                     snapshot_trees(made)
                 build(made)
@@ -301,21 +317,23 @@ class _Run:
             raise ForkError(Code.IO_ERROR, "another process took the batch over", self.campaign.spec.source)
         batch_record.write(self.staging, self.first, self.attempt, record, sync=sync)
         for tree in made.complete:
-            self._publish(tree.index, tree.name, record.outcomes[tree.index])
+            self._publish(tree.index, tree.name, record.identities[tree.index], record.outcomes[tree.index])
         if sync:
             self._sync_parent(made)
 
-    def _publish(self, index: int, tree: str, outcome: Outcome) -> None:
+    def _publish(self, index: int, tree: str, identity: int, outcome: Outcome) -> None:
         """Rename a complete tree to its destination; the outcome is what the fork came to."""
-        spec, parent_fd = self.forks[index], self.ends.parent_fd
+        spec = self.forks[index]
         try:
-            syscalls.rename_noreplace(parent_fd, tree, parent_fd, os.path.basename(spec.destination))
+            self.staging.publish_tree(tree, os.path.basename(spec.destination), identity)
         except FileNotFoundError:
             return  # somebody removed the tree, or took it from us while we were paused
+        except ForkError as error:
+            outcome = failed_outcome(spec, ForkError(error.code, error.message, spec.destination))
         except OSError as error:
             exists = error.errno == errno.EEXIST
             with suppress(OSError):
-                trees.remove(parent_fd, tree)
+                self.staging.discard_named_tree(tree, identity)
             cause = cannot_publish(error, spec.destination)
             outcome = failed_outcome(spec, destination_exists(spec.destination) if exists else cause)
         self.outcomes[index] = outcome

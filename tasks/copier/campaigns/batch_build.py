@@ -124,11 +124,12 @@ def _open_directory(made: Trees, block: Block, results: dict[Tree, list[FileResu
             continue
         try:
             fd = cloner.open_source(place, entry)
+            opened.callback(os.close, fd)
+            cloner.check_source(place, entry, fd)  # before a clone gets the owner and the mode that `entry` tells
         except ForkError as error:
             for reached in results.values():
                 reached.append(failed(join(block.path, entry.name), entry, error))
             raise
-        opened.callback(os.close, fd)
         sources.append(_Source(entry, fd))
     return _Directory(place, sources)
 

@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TypeVar
+from functools import cached_property, partial
+from typing import Any, TypeVar, cast
 
+from tasks.copier import fields
+from tasks.copier.report import pages_in
+from tasks.copier.selection import STAGING_NAME
 from tasks.copier.spec import ForkResult
 from tasks.copier.staging import Staging
 
 T = TypeVar("T")
 
+#: An index of a fork, or the number of a try.
+_NUMBER = re.compile(r"[0-9]{1,18}")
+#: Pages of one fork, at most; far above what is ever written.
+_MOST_PAGES = 1_000_000
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -59,19 +67,24 @@ class Record:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Record:
-        """The record that `to_bytes` wrote."""
+        """The record that `to_bytes` wrote. Raises ForkError (Malformed) for anything else."""
         line, _, rest = data.partition(b"\n")
-        head = json.loads(line)
-        *results, rest = rest.split(b"\n", len(head["pages"]))
-        outcomes: dict[int, Outcome] = {}
-        at = 0
-        for (index, lengths), result in zip(head["pages"].items(), results, strict=True):
-            pages = []
-            for length in lengths:
-                pages.append(rest[at : at + length])
-                at += length
-            outcomes[int(index)] = Outcome(json.loads(result), pages)
-        return cls(_by_index(head["trees"]), _by_index(head["identities"]), outcomes)
+        with fields.reading("the record of a batch"):
+            head = fields.record(fields.load(line))
+            names = _by_index(head["trees"], _tree_name)
+            identities = _by_index(head["identities"], partial(fields.number, end=fields.IDENTITY))
+            lengths = _by_index(head["pages"], lambda value: fields.items(value, fields.number, _MOST_PAGES))
+            if not identities.keys() == lengths.keys() <= names.keys():
+                raise fields.Malformed("it does not tell of each complete tree what it is")
+            *results, rest = rest.split(b"\n", len(lengths))
+            pages = pages_in(rest, [length for some in lengths.values() for length in some])
+            outcomes: dict[int, Outcome] = {}
+            at = 0
+            for (index, some), result in zip(lengths.items(), results, strict=True):
+                checked = cast(ForkResult, fields.record(fields.load(result)))
+                outcomes[index] = Outcome(checked, pages[at : at + len(some)])
+                at += len(some)
+            return cls(names, identities, outcomes)
 
 
 def write(staging: Staging, first: int, attempt: int, record: Record, *, sync: bool = False) -> None:
@@ -83,9 +96,11 @@ def read_all(staging: Staging, first: int) -> Iterator[Record]:
     """The records of all tries at a batch, the latest first."""
     for name in reversed(_names(staging, first)):
         try:
-            yield Record.from_bytes(staging.read_file(name))
-        except (ValueError, KeyError):  # half written when a machine lost power: nothing of it was published
+            record = Record.from_bytes(staging.read_file(name))
+        except fields.Malformed:  # half written when a machine lost power: nothing of it was published
             continue
+        if all(name.startswith(f"{staging.name}.") for name in record.trees.values()):
+            yield record
 
 
 def has_any(staging: Staging, first: int) -> bool:
@@ -106,9 +121,21 @@ def _name(first: int, attempt: int) -> str:
 
 def _names(staging: Staging, first: int) -> list[str]:
     prefix = f"batch-{first}-"
-    names = [name for name in os.listdir(staging.fd) if name.startswith(prefix) and name[len(prefix) :].isdigit()]
-    return sorted(names, key=lambda name: int(name.rpartition("-")[2]))
+    tries = [name.removeprefix(prefix) for name in os.listdir(staging.fd) if name.startswith(prefix)]
+    return [f"{prefix}{number}" for number in sorted(map(int, filter(_NUMBER.fullmatch, tries)))]
 
 
-def _by_index(data: dict[str, T]) -> dict[int, T]:
-    return {int(index): value for index, value in data.items()}
+def _by_index(data: Any, check: Callable[[Any], T]) -> dict[int, T]:
+    checked: dict[int, T] = {}
+    for index, value in fields.record(data).items():
+        if not _NUMBER.fullmatch(index):
+            raise fields.Malformed(f"{index!r:.80} is no index of a fork")
+        checked[int(index)] = check(value)
+    return checked
+
+
+def _tree_name(value: Any) -> str:
+    name = fields.text(value)
+    if "." not in name.removeprefix(".") or not STAGING_NAME.fullmatch(name):
+        raise fields.Malformed(f"{name!r:.80} is no tree's name")
+    return name

@@ -78,12 +78,16 @@ class Trees:
         devices = os.fstat(source_fd).st_dev, os.fstat(tree_fd).st_dev
         self.alive.append(Tree(index, spec, name, Work(ends, self.source, spec.options, tree_fd, *devices)))
 
+    def note(self) -> None:
+        """Write down which directories the trees are, before anything is put into them. Raises OSError."""
+        self.staging.note_trees({tree.name: trees.identity(tree.work.tree_fd) for tree in self.alive})
+
     def fail(self, tree: Tree, error: ForkError) -> None:
         """Give one tree up, and remove it."""
         (self.alive if tree in self.alive else self.complete).remove(tree)
         self.failures[tree.index] = Failure(tree.spec, error, tree.report)
         with suppress(OSError):  # what cannot be removed now goes with the campaign's staging
-            trees.remove(self.ends.parent_fd, tree.name)
+            self.staging.discard_named_tree(tree.name)
 
     def fail_all(self, error: ForkError) -> None:
         """Give all trees up."""
@@ -105,13 +109,11 @@ def snapshot_trees(made: Trees) -> None:
     """Make trees finished snapshots of the source, as far as that is possible; see `snapshot`."""
 
     def snapshot(tree: Tree) -> None:
-        report = snapshot_tree(tree.work, made.staging, tree.name, made.ticker, f"{SNAPSHOT}{tree.name}")
-        if report is not None:
-            tree_fd = made.staging.open_named_tree(tree.name)
-            made.opened.callback(os.close, tree_fd)
+        snapshot = snapshot_tree(tree.work, made.staging, tree.name, made.ticker, f"{SNAPSHOT}{tree.name}")
+        if snapshot is not None:
+            made.opened.callback(os.close, snapshot.fd)
             made.alive.remove(tree)
-            made.complete.append(
-                replace(tree, report=report, work=replace(tree.work, tree_fd=tree_fd), is_subvolume=True)
-            )
+            work = replace(tree.work, tree_fd=snapshot.fd)
+            made.complete.append(replace(tree, report=snapshot.report, work=work, is_subvolume=True))
 
     made.each(snapshot)

@@ -101,12 +101,12 @@ def remove_annexes(campaign: Campaign, roots: Roots) -> None:
                 _remove(parent_fd, campaign.spec.campaign_id)
         finally:
             os.close(parent_fd)
-    with suppress(OSError):
+    with suppress(OSError, ForkError):
         campaign.staging.discard_trees()
 
 
 def _remove(parent_fd: int, campaign_id: str) -> None:
-    with suppress(OSError, Held), Staging.attach(parent_fd, campaign_id, 0, alone=True) as annex:
+    with suppress(OSError, ForkError, Held), Staging.attach(parent_fd, campaign_id, 0, alone=True) as annex:
         if annex is not None:
             annex.discard_trees()
             annex.remove()

@@ -14,6 +14,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
+from tasks.copier import fields
 from tasks.copier.campaigns.batch import make_batch
 from tasks.copier.campaigns.batch_record import Outcome
 from tasks.copier.campaigns.end import aborted, end_rest, late, remove_annexes
@@ -186,8 +187,8 @@ def _settled(
     staging: Staging, ended: Mapping[int, _Run] = MappingProxyType({})
 ) -> tuple[dict[str, int], list[Failure]]:
     """What was settled in files, and what `ended`: the sums, and the first failures in the order of the forks."""
-    names = [name for name in os.listdir(staging.fd) if name.startswith(_SETTLED) and not name.endswith(".new")]
-    runs: dict[int, _Run] = {int(name.removeprefix(_SETTLED)): json.loads(staging.read_file(name)) for name in names}
+    numbers = [name.removeprefix(_SETTLED) for name in os.listdir(staging.fd) if name.startswith(_SETTLED)]
+    runs = {int(number): _read_run(staging, number) for number in numbers if number.isascii() and number.isdigit()}
     runs |= ended
     sums: dict[str, int] = {}
     failures: list[Failure] = []
@@ -196,6 +197,22 @@ def _settled(
             sums[key] = sums.get(key, 0) + value
         failures += run["failures"][: MOST_FAILURES - len(failures)]
     return sums, failures
+
+
+def _read_run(staging: Staging, number: str) -> _Run:
+    with fields.reading("the sums of a batch"):
+        data = fields.record(fields.load(staging.read_file(f"{_SETTLED}{number}")))
+        sums = {key: fields.number(value) for key, value in fields.record(data["sums"]).items()}
+        return {"sums": sums, "failures": fields.items(data["failures"], _failure_of, MOST_FAILURES)}
+
+
+def _failure_of(value: Any) -> Failure:
+    data = fields.record(value)
+    return {
+        "fork_id": fields.text(data["fork_id"]),
+        "destination": fields.text(data["destination"]),
+        "error": fields.error_record(data["error"]),
+    }
 
 
 class _Crew:

@@ -7,6 +7,7 @@ making has one beside it.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from array import array
@@ -16,6 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from tasks.copier import fields
 from tasks.copier.campaigns.spec import CampaignSpec
 from tasks.copier.chunk import MAX_TRIES, worker_lost
 from tasks.copier.clone import Cloner
@@ -23,14 +25,16 @@ from tasks.copier.ends import Ends
 from tasks.copier.errors import ForkError
 from tasks.copier.journal import Phase
 from tasks.copier.kernel.processes import open_files_limit
-from tasks.copier.kernel.roots import Roots
+from tasks.copier.kernel.roots import PATH_MAX, Roots, normal_path
 from tasks.copier.options import Limits
 from tasks.copier.plan import Plan, make_plan
 from tasks.copier.progress import Ticker
-from tasks.copier.report import Fallback, Report, unpack_pages
+from tasks.copier.report import Fallback, Report, fallback_of, unpack_pages
 from tasks.copier.snapshot import is_wanted, is_whole_subvolume
 from tasks.copier.staging import Staging
 from tasks.copier.work import open_work
+
+log = logging.getLogger(__name__)
 
 #: About how long one batch is to take, in seconds: short enough that a single fork does not wait for it.
 BATCH_SECONDS = 0.125
@@ -83,8 +87,19 @@ class CampaignPlan:
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> CampaignPlan:
-        """From what `to_data` gave."""
-        return cls(**{**data, "fork": Plan.from_data(data["fork"])})
+        """From what `to_data` gave. Raises ForkError (Malformed) for anything else."""
+        with fields.reading("the campaign's plan"):
+            return cls(
+                **{
+                    **data,
+                    "fork": Plan.from_data(data["fork"]),
+                    "fallback": fallback_of(data["fallback"]),
+                    "batch": fields.number(data["batch"], start=1),
+                    "lanes": fields.number(data["lanes"], start=1),
+                    "snapshot": fields.flag(data["snapshot"]),
+                    "parent": fields.absolute_path(data["parent"]),
+                }
+            )
 
 
 @dataclass(frozen=True)
@@ -154,11 +169,18 @@ def open_campaign(
 
 
 def campaign_in(staging: Staging) -> Campaign | None:
-    """The campaign whose control directory is held; None while it is not planned."""
-    journal = staging.journal()
+    """The campaign whose control directory is held; None while it is not planned, or what was planned is damaged.
+
+    Raises NotOurs (a ForkError), and OSError.
+    """
+    journal = staging.own_journal()
     if journal is None or not journal.is_campaign or journal.phase is not Phase.CLONING or journal.plan is None:
         return None
-    spec, plan = CampaignSpec.from_data(journal.spec), CampaignPlan.from_data(journal.plan)
+    try:
+        spec, plan = CampaignSpec.from_data(journal.spec), CampaignPlan.from_data(journal.plan)
+    except fields.Malformed as error:
+        log.warning("the campaign %r is planned anew: %s", journal.job_id, error)
+        return None
     return Campaign(staging, spec, plan, journal.planned_at)
 
 
@@ -221,13 +243,24 @@ def _write_destinations(staging: Staging, paths: Iterable[str]) -> None:
 
 
 def _read_destinations(staging: Staging, total: int, first: int, count: int) -> list[str]:
+    """Some of the destinations. Raises ForkError (Malformed) for a list that `_write_destinations` did not write."""
+    count = max(0, min(count, total - first))
     fd = staging.open_file(_DESTINATIONS)
     try:
-        offsets = array("Q")
-        count = min(count, total - first)
-        offsets.frombytes(os.pread(fd, (count + 1) * 8, first * 8))
-        names = os.pread(fd, offsets[-1] - offsets[0], (total + 1) * 8 + offsets[0])
+        with fields.reading("the list of destinations"):
+            offsets = array("Q")
+            offsets.frombytes(os.pread(fd, (count + 1) * 8, first * 8))
+            at, length = offsets[0], offsets[-1] - offsets[0]
+            if len(offsets) <= count or not 0 <= length <= count * PATH_MAX:
+                raise fields.Malformed(f"{count} paths from number {first} on have no place in it")
+            names = os.pread(fd, length, (total + 1) * 8 + at)
+            return [_destination_of(names[start - at : end - at]) for start, end in pairwise(offsets)]
     finally:
         os.close(fd)
-    at = offsets[0]
-    return [os.fsdecode(names[start - at : end - at]) for start, end in pairwise(offsets)]
+
+
+def _destination_of(path: bytes) -> str:
+    destination = os.fsdecode(path)
+    if normal_path(destination, "destination") != destination:
+        raise fields.Malformed(f"{destination!r:.80} is no destination")
+    return destination

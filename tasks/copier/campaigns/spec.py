@@ -6,8 +6,9 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict, final
+from typing import Any, Literal, TypedDict, final, get_args
 
+from tasks.copier import fields
 from tasks.copier.errors import Code, ErrorRecord, ForkError
 from tasks.copier.options import Options
 from tasks.copier.spec import ForkResult, ForkSpec, Labels
@@ -15,6 +16,8 @@ from tasks.copier.spec import ForkResult, ForkSpec, Labels
 OnError = Literal["continue", "abort"]
 Status = Literal["succeeded", "partial", "failed", "cancelled"]
 
+#: More forks than any campaign has.
+_MOST_FORKS = 10_000_000
 #: Failures that a CampaignResult tells; all are in the forks' own results.
 MOST_FAILURES = 100
 #: Bytes of them at most, since a path may have 4 KiB: no value in Redis is to pass 1 MiB.
@@ -34,6 +37,20 @@ class Aims:
     on_error: OnError = "continue"
     #: When what is not published is cancelled, in seconds since the epoch; None: never.
     deadline: float | None = None
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> Aims:
+        """From its fields as plain data. Raises ForkError (Malformed) for anything else."""
+        return cls(
+            **{
+                **data,
+                "count": fields.number(data["count"], _MOST_FORKS),
+                "start": fields.number(data["start"]),
+                "max_parallel": fields.optional(data["max_parallel"], fields.number),
+                "on_error": fields.word(data["on_error"], get_args(OnError)),
+                "deadline": fields.optional(data["deadline"], fields.real),
+            }
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +74,21 @@ class CampaignSpec:
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> CampaignSpec:
-        """From what `to_data` gave."""
-        return cls(**{**data, "options": Options.from_data(data["options"]), "aims": Aims(**data["aims"])})
+        """From what `to_data` gave. Raises ForkError (Malformed) for anything else."""
+        with fields.reading("the campaign's request"):
+            return cls(
+                **{
+                    **data,
+                    "campaign_id": fields.text(data["campaign_id"]),
+                    "source": fields.absolute_path(data["source"]),
+                    "options": Options.from_data(data["options"]),
+                    "labels": fields.labels(data["labels"]),
+                    "owner": fields.word(data["owner"], ("queue", "local")),
+                    "queued": fields.real(data["queued"]),
+                    "started": fields.real(data["started"]),
+                    "aims": Aims.from_data(fields.record(data["aims"])),
+                }
+            )
 
     def fork_id(self, index: int) -> str:
         """The id of the fork at `index`, counted from 0."""
