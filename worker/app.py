@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from celery import signals
 from celery.worker.consumer.gossip import Gossip
@@ -28,7 +28,13 @@ def _settings() -> Settings:
     try:
         return read_settings()
     except BadSettings as error:
-        sys.exit(f"forkvm: {error}")
+        _refuse(str(error))
+
+
+def _refuse(message: str) -> NoReturn:
+    """End with one line and the exit code of a bad call."""
+    print(f"forkvm: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 @signals.celeryd_init.connect
@@ -42,12 +48,12 @@ def _name_the_node(instance: Any = None, **_: Any) -> None:
 @signals.celeryd_init.connect
 def _require_roots(conf: Any = None, **_: Any) -> None:
     if not _settings().roots:
-        sys.exit(f"forkvm: {NO_ROOTS}")
+        _refuse(NO_ROOTS)
 
 
 @signals.celeryd_init.connect
 def _refuse_an_untrusted_broker(**_: Any) -> None:
-    refuse_untrusted(app, _settings().broker_url)
+    refuse_untrusted(app, _settings().broker)
 
 
 @signals.celeryd_init.connect

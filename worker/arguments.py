@@ -95,7 +95,7 @@ def with_domain(settings: Settings, domain: str | None) -> Settings:
     """The settings, with the domain that an option named instead of the environment's. Raises BadSettings."""
     if domain is None:
         return settings
-    return read_settings({**os.environ, "FORKVM_DOMAIN": domain})
+    return read_settings(domain=domain)
 
 
 def local_processes() -> int:

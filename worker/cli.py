@@ -38,6 +38,7 @@ from worker.arguments import (
 )
 from worker.campaigns import campaign, forks
 from worker.doctor import doctor
+from worker.environment import remove_celery_variables
 from worker.faults import FAULT, is_redis_fault, unexpected
 from worker.jobs import cancel, files, status, submit
 from worker.settings import NO_ROOTS, BadSettings, NoBroker, Settings, read_settings, roots_of
@@ -62,6 +63,7 @@ def main() -> Never:
     use_utf8()
     open_streams()
     end_on_signals()
+    remove_celery_variables()
     logging.getLogger("tasks").addHandler(logging.NullHandler())  # only a worker logs what it does
     try:
         code = _run()

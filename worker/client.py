@@ -23,7 +23,6 @@ from tasks.waiting import is_waiting
 from worker.configuration import make_app
 from worker.settings import NoBroker, Settings
 from worker.show import ShowProgress, say
-from worker.tls import without_password
 
 #: How often a waiting command looks, in seconds.
 _LOOK_SECONDS = 0.1
@@ -55,7 +54,7 @@ class Client:
                 connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
             self.results.redis.ping()
         except (OperationalError, RedisError, OSError) as error:
-            raise NoBroker(f"no broker at {without_password(settings.broker_url)}: {error}") from None
+            raise NoBroker(f"no broker at {settings.broker.shown()}: {error}") from None
 
     def submit(self, request: dict[str, Any], fork_id: str) -> None:
         """Enqueue a fork."""

@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from celery import Celery
 
 from tasks.app import register, surroundings
 from tasks.campaigns.app import register_campaigns
 from worker.cpus import available_cpus
+from worker.environment import remove_celery_variables
+from worker.redis_url import SENTINEL, RedisUrl
 from worker.settings import Settings, roots_of
 from worker.steps import Heartbeat, Lease, PutBack, Sweeper
-from worker.tls import is_tls, tls_options
+from worker.tls import tls_options
 from worker.upgrade import Inheritance
 
 #: Where kombu keeps the messages that were delivered and not acknowledged, of all domains; see `make_app`.
 UNACKED_KEY = "forkvm:unacked"
 
+#: Celery's own for an app; named, or CELERY_LOADER would be asked.
+_LOADER = "celery.loaders.app:AppLoader"
+#: A sentinel that does not answer for so long is passed over for the next.
+_SENTINEL_SECONDS = 2.0
+
 
 def make_app(settings: Settings) -> Celery:
-    """The app for some settings; connects to nothing."""
-    backend = settings.result_backend or settings.broker_url
-    app = Celery("forkvm", broker=settings.broker_url, backend=backend)
+    """The app for some settings, which alone decide: Celery's own variables leave this process's environment.
+
+    Connects to nothing.
+    """
+    remove_celery_variables()
+    broker, backend = settings.broker, settings.backend
+    app = Celery(
+        "forkvm",
+        broker=broker.render(settings.redis_password),
+        backend=backend.render(settings.redis_password),
+        loader=_LOADER,
+        fixups=[],  # Celery's own is for Django: it would read another application's settings
+    )
     app.conf.update(
-        broker_use_ssl=tls_options(settings.redis_ca) if is_tls(settings.broker_url) else None,
-        redis_backend_use_ssl=tls_options(settings.redis_ca) if is_tls(backend) else None,
+        broker_use_ssl=tls_options(broker, settings.redis_ca),
+        redis_backend_use_ssl=tls_options(backend, settings.redis_ca),
+        result_backend_transport_options=_sentinel_options(backend, settings),
         # JSON and nothing else, in both directions.
         task_serializer="json",
         result_serializer="json",
@@ -48,6 +68,7 @@ def make_app(settings: Settings) -> Celery:
             "unacked_key": UNACKED_KEY,
             "unacked_index_key": f"{UNACKED_KEY}_index",
             "unacked_mutex_key": f"{UNACKED_KEY}_mutex",
+            **_sentinel_options(broker, settings),
             "visibility_timeout": settings.visibility_timeout,  # renewed by steps.Lease
             "unacked_restore_interval": 2,
             "unacked_restore_throttle": 1,
@@ -77,3 +98,18 @@ def make_app(settings: Settings) -> Celery:
         type("Sweeper", (Sweeper,), {"interval": settings.visibility_timeout}),
     }
     return app
+
+
+def _sentinel_options(url: RedisUrl, settings: Settings) -> dict[str, Any]:
+    """What kombu and Celery take beside a `sentinel://` URL; nothing for any other."""
+    if url.scheme != SENTINEL:
+        return {}
+    password = {"password": settings.sentinel_password} if settings.sentinel_password else {}
+    return {
+        "master_name": url.master or settings.sentinel_master,
+        "sentinel_kwargs": {
+            "socket_timeout": _SENTINEL_SECONDS,
+            "socket_connect_timeout": _SENTINEL_SECONDS,
+            **password,
+        },
+    }

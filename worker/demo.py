@@ -48,7 +48,7 @@ def run_demo(directory: str | None) -> None:
         _step("a fork, sent by name as any Celery client would")
         fork_id = f"demo-{os.getpid()}"
         _send(redis, str(source), str(destination), fork_id)
-        client = Client(read_settings(settings))
+        client = Client(read_settings(broker_url=redis, result_backend="", domain="", roots=str(guests)))
         with progress_bar() as show:
             status = client.wait(fork_id, show, timeout=300)
         if status.result is None:

@@ -4,56 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 from redis import Redis
 from redis.exceptions import ConnectionError, RedisError, ResponseError, TimeoutError
 
 from worker.arguments import connect
 from worker.checks import LITTLE, Check
+from worker.redis_url import SENTINEL, SOCKET, RedisUrl, read_redis_url
 from worker.settings import NoBroker, Settings
-from worker.tls import is_tls, without_password
 
 #: The oldest version that has all the commands that are used.
 _OLDEST = (6, 2)
-_SOCKET = "redis+socket"
-_SCHEMES = ("redis", "rediss", _SOCKET)
-_URL_MEND = f"write one of {', '.join(_SCHEMES)} before ://, and a password with its special characters as %XX"
-#: Hosts that no network lies before; None is what a URL without a host means.
-_HERE = ("localhost", "127.0.0.1", "::1", None)
+#: Hosts that no network lies before.
+_HERE = ("localhost", "127.0.0.1", "::1")
 
 
 def redis_checks(settings: Settings) -> Iterator[Check]:
     """Look at the broker's Redis, and at the results' where that is another. Raises NoBroker."""
     for url in dict.fromkeys((settings.broker_url, settings.result_backend or settings.broker_url)):
-        subject = f"Redis {without_password(url)}"
-        try:
-            way = _way(subject, url)
-            redis = connect(settings.model_copy(update={"broker_url": url, "result_backend": url})).results.redis
-        except ValueError:  # its text may quote the password
-            yield Check(subject, "bad", "this is no URL of a Redis", _URL_MEND)
-            continue
-        yield way
+        read = read_redis_url(url)
+        subject = f"Redis {read.shown()}"
+        redis = connect(settings.model_copy(update={"broker_url": url, "result_backend": url})).results.redis
+        yield _way(subject, read)
         try:
             yield from _facts(subject, redis)
             yield _config(subject, redis)
         except (ConnectionError, TimeoutError) as error:
-            raise NoBroker(f"no broker at {without_password(url)}: {error}") from None
+            raise NoBroker(f"no broker at {read.shown()}: {error}") from None
         except RedisError as error:
             yield Check(subject, "bad", f"it refuses a question: {error}", "look at its log, and at SECURITY.md")
 
 
-def _way(subject: str, url: str) -> Check:
-    """How it is reached; the name of the host alone tells whether a network lies between. Raises ValueError."""
-    parts = urlsplit(url)
-    if parts.scheme not in _SCHEMES:
-        raise ValueError("not a scheme of Redis")
-    if is_tls(url):
+def _way(subject: str, url: RedisUrl) -> Check:
+    """How it is reached; the name of the host alone says whether a network lies between."""
+    if url.is_tls:
         return Check(subject, "ok", "reached over TLS, certificate and host name verified")
-    if parts.scheme == _SOCKET:
+    if url.scheme == SOCKET:
         return Check(subject, "ok", "reached through a unix socket")
-    if parts.hostname in _HERE:
+    if all(host in _HERE for host, _ in url.hosts):
         return Check(subject, "ok", "reached without TLS, on this host")
+    if url.scheme == SENTINEL:
+        return Check(subject, "warn", "reached over a network without TLS", "keep that network private")
     return Check(subject, "warn", "reached over a network without TLS", "use rediss://, see SECURITY.md")
 
 

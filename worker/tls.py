@@ -1,4 +1,4 @@
-"""TLS to Redis: a `rediss://` URL is verified, certificate and host name, and what fails that is refused."""
+"""TLS to Redis: the server's certificate and host name are verified, and a server that fails that is refused."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import Any, NoReturn
 from celery import Celery
 from kombu.exceptions import OperationalError
 
+from worker.redis_url import RedisUrl
+
 #: Exit code of what finds no broker that it may talk to.
 NO_BROKER = 3
 
 
-def is_tls(url: str) -> bool:
-    """Whether a Redis URL asks for TLS."""
-    return url.startswith("rediss://")
+def tls_options(url: RedisUrl, ca: str) -> dict[str, Any] | None:
+    """redis-py's options for a connection to `url`, None where it is without TLS.
 
-
-def tls_options(ca: str) -> dict[str, Any]:
-    """What redis-py is told for a connection over TLS; `ca` is a file of trusted authorities, "" for the system's."""
+    `ca` is a file of trusted authorities, "" for the system's.
+    """
+    if not url.is_tls:
+        return None
     options: dict[str, Any] = {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True}
-    return options | {"ssl_ca_certs": ca} if ca else options
+    return options | ({"ssl_ca_certs": ca} if ca else {}) | dict(url.tls_files)
 
 
 def is_untrusted(error: BaseException | None) -> bool:
@@ -33,25 +35,16 @@ def is_untrusted(error: BaseException | None) -> bool:
     return False
 
 
-def refuse_untrusted(app: Celery, url: str) -> None:
-    """End a worker whose broker is not to be trusted: unlike one that is away, it will not mend itself."""
-    if not is_tls(url):
+def refuse_untrusted(app: Celery, url: RedisUrl) -> None:
+    """End a worker whose broker cannot be verified: unlike a broker that is away, waiting does not help."""
+    if not url.is_tls:
         return
     try:
         with app.connection_for_read() as connection:
             connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
     except (OperationalError, OSError) as error:
         if is_untrusted(error):
-            _refuse(f"the broker at {without_password(url)} is not to be trusted: {error}")
-
-
-def without_password(url: str) -> str:
-    """A URL that may be shown; a password may stand before the host or among what follows a question mark."""
-    scheme, _, rest = url.partition("://")
-    place, _, query = rest.partition("?")
-    if "@" in query:  # part of a password, before or behind the host
-        return f"{scheme}://..."
-    return f"{scheme}://{place.rpartition('@')[2]}"
+            _refuse(f"the broker at {url.shown()} is not to be trusted: {error}")
 
 
 def _refuse(message: str) -> NoReturn:

@@ -98,13 +98,13 @@ def test_roots_that_cannot_be_served_are_bad_and_without_redis_the_exit_code_is_
 @pytest.mark.parametrize(
     "url", ["redis://:se?cret@h:1/0", "redis://u:secret@h/abc", "redis://[secret", "amqp://secret@h"]
 )
-def test_what_is_no_url_of_a_redis_is_bad_and_its_password_is_not_shown(run_forkvm: RunForkvm, url: str) -> None:
+def test_url_that_cannot_be_meant_is_refused_and_its_password_is_not_shown(run_forkvm: RunForkvm, url: str) -> None:
     done = run_forkvm("doctor", env={"FORKVM_BROKER_URL": url})
 
-    assert done.returncode == 1
-    assert "this is no URL of a Redis" in done.stdout
-    assert "Traceback" not in done.stderr
-    assert "cret@" not in done.stdout
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("forkvm: FORKVM_BROKER_URL: ")
+    assert "cret@" not in line
 
 
 def test_a_redis_that_may_lose_what_was_accepted_is_bad(run_forkvm: RunForkvm, redis_server: RedisServer) -> None:

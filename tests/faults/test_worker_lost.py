@@ -80,7 +80,7 @@ def test_worker_that_died_while_it_put_messages_back_keeps_no_other_from_it(
     doomed = start_struck(1)
     struck = stand_at(doomed, moments, guests, place, ["plan"])
     doomed.worker.kill()
-    settings = read_settings({"FORKVM_ROOTS": str(place), "FORKVM_BROKER_URL": doomed.server.broker_url})
+    settings = read_settings(roots=str(place), broker_url=doomed.server.broker_url)
     options = make_app(settings).conf.broker_transport_options
     lock = doomed.scheduler.redis.lock(options["unacked_mutex_key"], timeout=options["unacked_mutex_expire"])
     assert lock.acquire(blocking=False)

@@ -99,7 +99,6 @@ def test_worker_without_roots_does_not_start_and_says_why_in_one_line(redis_serv
         ("FORKVM_RESULT_EXPIRES", "-1"),
         ("FORKVM_DOMAIN", "a b"),
         ("FORKVM_ROOTS", "guests"),
-        ("FORKVM_COLOUR", "blue"),
     ],
 )
 def test_worker_with_a_setting_that_cannot_be_meant_does_not_start_and_names_it(

@@ -21,7 +21,7 @@ COUNT = """
 from worker.configuration import make_app
 from worker.cpus import available_cpus
 from worker.settings import read_settings
-print(available_cpus(), make_app(read_settings({})).conf.worker_concurrency)
+print(available_cpus(), make_app(read_settings()).conf.worker_concurrency)
 """
 
 
@@ -127,8 +127,8 @@ def cpu_group() -> Iterator[Path]:
 
 
 def test_pool_has_as_many_processes_as_there_are_cpus_unless_one_says_how_many() -> None:
-    assert make_app(read_settings({})).conf.worker_concurrency == available_cpus()
-    assert make_app(read_settings({"FORKVM_CONCURRENCY": "7"})).conf.worker_concurrency == 7
+    assert make_app(read_settings()).conf.worker_concurrency == available_cpus()
+    assert make_app(read_settings(concurrency="7")).conf.worker_concurrency == 7
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_pool_has_as_many_processes_as_there_are_cpus_unless_one_says_how_many()
 )
 def test_concurrency_and_name_that_cannot_be_meant_are_refused(name: str, value: str) -> None:
     with pytest.raises(BadSettings, match=f"^FORKVM_{name}: "):
-        read_settings({f"FORKVM_{name}": value})
+        read_settings(**{name.lower(): value})
 
 
 def test_node_has_the_name_that_was_set_and_a_second_of_that_name_gets_another() -> None:

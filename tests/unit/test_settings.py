@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 from tasks.copier.options import Limits
-from worker.settings import BadSettings, read_settings, roots_of
+from worker.settings import BadSettings, Settings, read_settings, roots_of
+
+Read = Callable[[dict[str, str]], Settings]
 
 
-def test_without_any_variable_all_have_their_defaults() -> None:
-    settings = read_settings({})
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> Read:
+    """Reads the settings of an environment that holds nothing else."""
+
+    def read_environment(environment: dict[str, str]) -> Settings:
+        for name in os.environ:
+            monkeypatch.delenv(name)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return read_settings()
+
+    return read_environment
+
+
+def test_without_any_variable_all_have_their_defaults(read: Read) -> None:
+    settings = read({})
 
     assert settings.broker_url == "redis://localhost:6379/0"
     assert settings.result_backend == ""
@@ -19,8 +39,8 @@ def test_without_any_variable_all_have_their_defaults() -> None:
     assert settings.limits == Limits()
 
 
-def test_each_variable_is_taken() -> None:
-    settings = read_settings(
+def test_each_variable_is_taken(read: Read) -> None:
+    settings = read(
         {
             "FORKVM_BROKER_URL": "redis://a:1/2",
             "FORKVM_RESULT_BACKEND": "redis://b:1/2",
@@ -55,19 +75,19 @@ def test_each_variable_is_taken() -> None:
         ("/", ("/",)),
     ],
 )
-def test_roots_are_separated_by_colons_and_made_normal(value: str, roots: tuple[str, ...]) -> None:
-    settings = read_settings({"FORKVM_ROOTS": value})
+def test_roots_are_separated_by_colons_and_made_normal(read: Read, value: str, roots: tuple[str, ...]) -> None:
+    settings = read({"FORKVM_ROOTS": value})
 
     assert settings.roots == roots
     assert roots_of(settings).paths == roots
 
 
-def test_empty_variable_counts_as_unset() -> None:
-    assert read_settings({"FORKVM_ROOTS": "", "FORKVM_RESULT_EXPIRES": ""}) == read_settings({})
+def test_empty_variable_counts_as_unset(read: Read) -> None:
+    assert read({"FORKVM_ROOTS": "", "FORKVM_RESULT_EXPIRES": ""}) == read({})
 
 
-def test_variables_of_others_are_left_alone() -> None:
-    assert read_settings({"PATH": "/bin", "CELERY_BROKER_URL": "x", "XFORKVM_DOMAIN": "y"}) == read_settings({})
+def test_variables_of_others_are_left_alone(read: Read) -> None:
+    assert read({"PATH": "/bin", "CELERY_BROKER_URL": "x", "XFORKVM_DOMAIN": "y"}) == read({})
 
 
 @pytest.mark.parametrize(
@@ -83,19 +103,78 @@ def test_variables_of_others_are_left_alone() -> None:
         ("FORKVM_DOMAIN", "a/b"),
         ("FORKVM_DOMAIN", "a#b"),
         ("FORKVM_ROOTS", "/guests:relative"),
-        ("FORKVM_NO_SUCH", "1"),
     ],
 )
-def test_value_that_cannot_be_meant_is_refused_by_name(name: str, value: str) -> None:
+def test_value_that_cannot_be_meant_is_refused_by_name(read: Read, name: str, value: str) -> None:
     with pytest.raises(BadSettings, match=name):
-        read_settings({name: value})
+        read({name: value})
 
 
-def test_all_that_is_wrong_is_told_at_once_in_one_line() -> None:
+def test_all_that_is_wrong_is_told_at_once_in_one_line(read: Read) -> None:
     with pytest.raises(BadSettings) as raised:
-        read_settings({"FORKVM_CHUNK_FILES": "x", "FORKVM_MAX_CHUNKS": "y"})
+        read({"FORKVM_CHUNK_FILES": "x", "FORKVM_MAX_CHUNKS": "y"})
 
     message = str(raised.value)
     assert "FORKVM_CHUNK_FILES" in message
     assert "FORKVM_MAX_CHUNKS" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        # Kubernetes, for a Service that is called forkvm, forkvm-redis or forkvm-name.
+        {"FORKVM_SERVICE_HOST": "10.0.0.1", "FORKVM_SERVICE_PORT": "80", "FORKVM_SERVICE_PORT_HTTP": "80"},
+        {"FORKVM_PORT": "tcp://10.0.0.1:80", "FORKVM_PORT_80_TCP": "tcp://10.0.0.1:80"},
+        {"FORKVM_PORT_80_TCP_PROTO": "tcp", "FORKVM_PORT_80_TCP_PORT": "80", "FORKVM_PORT_80_TCP_ADDR": "10.0.0.1"},
+        {"FORKVM_REDIS_SERVICE_HOST": "10.0.0.1", "FORKVM_REDIS_PORT": "tcp://10.0.0.1:6379"},
+        {"FORKVM_REDIS_PORT_6379_UDP": "udp://10.0.0.1:6379", "FORKVM_REDIS_PORT_6379_SCTP_ADDR": "10.0.0.1"},
+        {"FORKVM_NAME_SERVICE_HOST": "10.0.0.1", "FORKVM_NAME_PORT": "tcp://[fd00::1]:80"},
+        # docker-compose.yml's own.
+        {"FORKVM_GUESTS": "/srv/guests", "FORKVM_USER": "0:0"},
+        # What has no value.
+        {"FORKVM_COLOUR": ""},
+    ],
+)
+def test_variables_that_others_set_are_ignored_without_a_word(
+    read: Read, capsys: pytest.CaptureFixture[str], others: dict[str, str]
+) -> None:
+    assert read(others) == read({})
+    assert capsys.readouterr() == ("", "")
+
+
+def test_unknown_variable_is_ignored_with_one_warning_a_process_and_a_suggestion(
+    read: Read, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment = {"FORKVM_DOMIAN": "rack-7", "FORKVM_PORT": "6379", "FORKVM_\x1b[2J": "x"}
+
+    assert read(environment) == read(environment) == read({})
+
+    assert sorted(capsys.readouterr().err.splitlines()) == [
+        "forkvm: FORKVM_DOMIAN is no setting and is ignored; FORKVM_DOMAIN may be meant",
+        "forkvm: FORKVM_PORT is no setting and is ignored",
+        "forkvm: FORKVM_\\x1b[2J is no setting and is ignored",
+    ]
+
+
+def test_secret_file_gives_a_setting_unless_a_variable_does(read: Read, tmp_path: Path) -> None:
+    (tmp_path / "forkvm_broker_url").write_text("redis://:secret@a:1/2\n")
+    (tmp_path / "forkvm_domain").write_text("rack-7")
+    (tmp_path / "another_secret").write_bytes(b"\xff")
+    secrets = {"FORKVM_SECRETS_DIR": str(tmp_path)}
+
+    assert read(secrets).broker_url == "redis://:secret@a:1/2"
+    assert read(secrets).domain == "rack-7"
+    assert read(secrets | {"FORKVM_DOMAIN": "rack-8"}).domain == "rack-8"
+    assert read_settings(domain="rack-9").domain == "rack-9"
+
+
+def test_secret_that_cannot_be_read_or_meant_is_refused_without_a_word_of_it(read: Read, tmp_path: Path) -> None:
+    secrets = {"FORKVM_SECRETS_DIR": str(tmp_path)}
+    for content in (b"redis://:s3cret\xff@a", b"redis://:s3cret/@a"):
+        (tmp_path / "forkvm_broker_url").write_bytes(content)
+        with pytest.raises(BadSettings, match=r"FORKVM_(SECRETS_DIR|BROKER_URL): ") as raised:
+            read(secrets)
+        assert "s3cret" not in str(raised.value)
+    with pytest.raises(BadSettings, match="FORKVM_SECRETS_DIR"):
+        read({"FORKVM_SECRETS_DIR": str(tmp_path / "none")})
