@@ -117,5 +117,6 @@ def _is_too_large(target: Target, name: str, value: bytes, follow: bool) -> bool
     if held + len(name) + len(value) <= _SMALL_BYTES:
         return False
     status = os.statvfs(target if isinstance(target, int) else os.path.dirname(target))
-    blocks, inodes = (status.f_bavail, status.f_favail) if os.geteuid() else (status.f_bfree, status.f_ffree)
-    return blocks * status.f_frsize >= _ROOM_BYTES and (status.f_files == 0 or inodes >= _ROOM_INODES)
+    # Not f_bfree for root: ext4 counts blocks in it that it keeps for itself (statvfs(3)).
+    has_inodes = status.f_files == 0 or status.f_favail >= _ROOM_INODES
+    return has_inodes and status.f_bavail * status.f_frsize >= _ROOM_BYTES

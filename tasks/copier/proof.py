@@ -21,6 +21,8 @@ from tasks.copier.errors import Code, ForkError
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _SAFE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _PRIVATE = 0o700
+#: The mode of the files in it.
+_OWNER_USES = 0o600
 _OTHERS = 0o077
 #: What open(2) answers for something else than a directory, and for a symlink.
 _OTHER_KIND = frozenset({errno.ENOTDIR, errno.ELOOP})
@@ -190,6 +192,8 @@ def _prove_file(fd: int, dir_fd: int, name: str) -> None:
     if status.st_size > most_bytes(name):
         what = f"it has {status.st_size} bytes, and no such file has more than {most_bytes(name)}"
         raise NotOurs(path_of(dir_fd, name), what)
+    if status.st_mode & _OWNER_USES != _OWNER_USES:  # a umask took it from a new file, which is opened again later
+        os.fchmod(fd, _OWNER_USES)
 
 
 def most_bytes(name: str) -> int:

@@ -15,6 +15,7 @@ from tasks.copier.kernel import syscalls, trees
 from tasks.copier.kernel.roots import Roots, normal_path
 from tasks.copier.options import Options
 from tasks.copier.progress import Beat, Ticker
+from tasks.copier.proof import open_directory
 from tasks.copier.publishing import require_noreplace
 from tasks.copier.report import FileResult
 from tasks.copier.walk import Entry, Kind, entry_of, file_type
@@ -48,7 +49,7 @@ def _clone(src_fd: int, source: str, parent_fd: int, destination: str, options: 
     try:
         os.mkdir(staging, 0o700, dir_fd=parent_fd)
         try:
-            staging_fd = trees.open_below(parent_fd, staging)
+            staging_fd = open_directory(parent_fd, staging)
             try:
                 require_noreplace(staging_fd, destination)
                 drop_inherited_acls(staging_fd)

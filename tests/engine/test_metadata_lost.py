@@ -1,0 +1,390 @@
+"""What a destination cannot hold of the metadata is listed in the result, and nobody gets a right by it."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.copier.options import Limits
+from tasks.copier.spec import ForkResult
+from tests.engine import campaigning
+from tests.engine.children import NOBODY, in_child
+from tests.engine.forking import CHUNKED, MIB, assert_alike, fork, forked, leftovers
+from tests.engine.sources import ACCESS_ACL, CAPABILITY, CAPABILITY_TO_BIND, DEFAULT_ACL, acl, age
+from tests.engine.traced import in_tree, trace_fork
+from tests.fixtures.filesystems import Fresh, SmallExt4
+from tests.fixtures.fuse import Passthrough
+from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest, make_sparse_file
+from tests.support.requirements import require_command
+
+_CLONE_NEWUSER = 0x10000000  # <linux/sched.h>
+#: Not `NOBODY`: every owner that a user namespace does not know is shown as that.
+_USER = 1000
+
+
+def lost(result: ForkResult) -> set[tuple[str, str]]:
+    """The losses of a fork; each is listed once, and counted."""
+    pairs = [(one["path"], one["what"]) for one in result["metadata_lost"]]
+    assert len(set(pairs)) == len(pairs) == result["metadata_lost_total"]
+    return set(pairs)
+
+
+def enter_user_namespace() -> None:
+    """Put this process into a user namespace that knows its own user and group alone (user_namespaces(7))."""
+    user, group = os.getuid(), os.getgid()
+    assert ctypes.CDLL(None).unshare(_CLONE_NEWUSER) == 0
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
+    Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
+
+
+def modes(root: Path) -> dict[str, int]:
+    """The permission bits of all entries but symlinks, by path."""
+    paths = [path for path in [root, *root.rglob("*")] if not path.is_symlink()]
+    return {str(path.relative_to(root)): path.stat().st_mode & 0o7777 for path in paths}
+
+
+@pytest.fixture
+def guarded(fresh: Fresh) -> Path:
+    """A source in which a user is let in by ACLs and the group by nothing."""
+    source = fresh("xfs") / "source"
+    (source / "below").mkdir(parents=True)
+    (source / "key").write_bytes(b"secret")
+    make_sparse_file(source / "disk.raw", 4 * MIB, 3 * MIB)
+    (source / "plain").write_bytes(b"x")
+    (source / "plain").chmod(0o640)
+    for path in (source, source / "below", source / "key", source / "disk.raw"):
+        bits = 7 if path.is_dir() else 6
+        os.setxattr(path, ACCESS_ACL, acl(bits, 0, 0, users=[(1000, bits)]))
+    os.setxattr(source / "below", DEFAULT_ACL, acl(7, 0, 0, users=[(1000, 7)]))
+    os.setxattr(source / "key", "user.origin", b"here")
+    return source
+
+
+WITHOUT_ACLS = {".": 0o700, "below": 0o700, "key": 0o600, "disk.raw": 0o600, "plain": 0o640}
+ACLS_LOST = {(".", "acl"), ("below", "acl"), ("below", "default acl"), ("key", "acl"), ("disk.raw", "acl")}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0])
+def test_a_destination_without_acls_gives_nobody_more_than_the_acls_gave(
+    guarded: Path, ramfs: Path, limits: Limits, umask: int
+) -> None:
+    result = in_child(lambda: forked(guarded, ramfs / "fork", limits=limits), umask=umask)
+
+    assert modes(ramfs / "fork") == WITHOUT_ACLS
+    assert lost(result) == ACLS_LOST | {("key", "xattr user.origin")}
+
+
+@pytest.mark.usefixtures("every_beat")
+def test_a_file_in_the_making_is_not_open_to_its_acls_mask(guarded: Path, ramfs: Path) -> None:
+    seen: set[int] = set()
+
+    def look(progress: object) -> None:
+        seen.update(path.lstat().st_mode & 0o777 for path in ramfs.glob(".forkvm-*.*/disk.raw"))
+
+    in_child(lambda: forked(guarded, ramfs / "fork", beat=look), umask=0)
+    forked(guarded, ramfs / "fork-2", beat=look)
+
+    assert seen == {0o600}
+
+
+@pytest.mark.parametrize("preserve", [{"mode"}, {"mode", "ownership"}, {"ownership", "xattrs"}, set()])
+def test_a_fork_that_is_to_be_without_acls_gives_nobody_more_than_they_gave(
+    guarded: Path, limits: Limits, preserve: set[Any]
+) -> None:
+    place = guarded.parent
+
+    result = in_child(lambda: forked(guarded, place / "fork", limits=limits, preserve=frozenset(preserve)), umask=0)
+
+    assert modes(place / "fork") == WITHOUT_ACLS
+    assert lost(result) == set()  # nobody asked for them
+
+
+def test_each_fork_of_a_campaign_lists_its_losses(guarded: Path, ramfs: Path, tmp_path: Path) -> None:
+    paths = campaigning.destinations(ramfs, 3)
+
+    _, books = campaigning.campaign_with_books(guarded, paths, tmp_path / "books")
+
+    assert [modes(path) for path in paths] == [WITHOUT_ACLS] * 3
+    assert [lost(result) for result in books.forks] == [ACLS_LOST | {("key", "xattr user.origin")}] * 3
+
+
+@pytest.mark.parametrize("limits", [Limits(), CHUNKED], ids=["inline", "chunked"])
+def test_the_first_hundred_losses_are_listed_and_all_are_counted(fresh: Fresh, ramfs: Path, limits: Limits) -> None:
+    source = fresh("xfs") / "source"
+    source.mkdir()
+    for number in range(150):
+        (source / f"{number:03}").write_bytes(b"x")
+        os.setxattr(source / f"{number:03}", "user.origin", b"here")
+
+    result = forked(source, ramfs / "fork", limits=limits)
+
+    assert result["metadata_lost_total"] == 150
+    assert len({one["path"] for one in result["metadata_lost"]}) == 100
+    assert {one["what"] for one in result["metadata_lost"]} == {"xattr user.origin"}
+
+
+def test_a_fork_that_keeps_all_has_lost_nothing(fs: Path, limits: Limits) -> None:
+    source = make_guest(fs / "source")
+    os.chown(source / "state", 1234, 5678)
+    os.setxattr(source / "state", "user.origin", b"here")
+    os.setxattr(source / "state", ACCESS_ACL, acl(6, 4, 0, users=[(1000, 6)]))
+    (source / "config.json").chmod(0o6755)
+    age(source)
+
+    result = forked(source, fs / "fork", limits=limits)
+
+    assert (result["metadata_lost"], result["metadata_lost_total"]) == ([], 0)
+
+
+def test_what_an_ordinary_user_may_not_keep_is_listed(fresh: Fresh, limits: Limits) -> None:
+    home = fresh("xfs")
+    os.chown(home, NOBODY, NOBODY)
+    source = home / "source"
+    source.mkdir()
+    for name in ("set-id", "capable", "directory"):
+        (source / name).mkdir() if name == "directory" else (source / name).write_bytes(b"x")
+    (source / "set-id").chmod(0o6755)
+    os.setxattr(source / "capable", CAPABILITY, CAPABILITY_TO_BIND)
+    (source / "link").symlink_to("nowhere")
+    (source / "own").write_bytes(b"x")
+    os.chown(source / "own", NOBODY, NOBODY)
+
+    result = in_child(lambda: forked(source, home / "fork", limits=limits), user=NOBODY)
+
+    others = {(path, "ownership") for path in (".", "set-id", "capable", "directory", "link")}
+    special = {("set-id", "mode: set-uid"), ("set-id", "mode: set-gid"), ("capable", f"xattr {CAPABILITY}")}
+    assert lost(result) == others | special
+
+
+def test_an_owner_that_a_user_namespace_does_not_know_is_passed_over(fresh: Fresh, limits: Limits) -> None:
+    home = fresh("xfs")
+    source = make_guest(home / "source")
+    (source / "theirs").write_bytes(b"x")
+    (source / "link").symlink_to("nowhere")
+    for path in [home, source, *source.rglob("*")]:
+        os.chown(path, _USER, _USER, follow_symlinks=False)
+    for name in ("theirs", "link"):
+        os.chown(source / name, 4242, 4242, follow_symlinks=False)
+    os.setxattr(source / "state", ACCESS_ACL, acl(6, 0, 0, users=[(4321, 6)]))
+
+    def fork_in_namespace() -> ForkResult:
+        enter_user_namespace()
+        return forked(source, home / "fork", limits=limits)
+
+    result = in_child(fork_in_namespace, user=_USER)
+
+    assert lost(result) == {("theirs", "ownership"), ("link", "ownership"), ("state", "acl")}
+    assert (home / "fork" / "state").stat().st_mode & 0o777 == 0o600
+
+
+def test_an_attribute_that_the_destination_refuses_is_passed_over(fresh: Fresh, limits: Limits) -> None:
+    """btrfs takes no compression in a directory whose files are not to be copied on write."""
+    place = fresh("btrfs")
+    source, machines = place / "source", place / "machines"
+    source.mkdir()
+    machines.mkdir()
+    subprocess.run([require_command("chattr", "NOCOW files"), "+C", machines], check=True)
+    make_sparse_file(source / "disk.raw", 4 * MIB, 3 * MIB)
+    os.setxattr(source / "disk.raw", "btrfs.compression", b"zstd")
+    os.setxattr(source / "disk.raw", "user.origin", b"here")
+
+    result = forked(source, machines / "fork", limits=limits)
+
+    assert lost(result) == {("disk.raw", "xattr btrfs.compression")}
+    assert os.getxattr(machines / "fork" / "disk.raw", "user.origin") == b"here"
+
+
+def test_attributes_that_are_too_large_for_the_destination_are_passed_over(fresh: Fresh, limits: Limits) -> None:
+    source, place = fresh("xfs") / "source", fresh("ext4")
+    source.mkdir()
+    (source / "file").write_bytes(b"x")
+    os.setxattr(source / "file", "user.large", b"x" * 60_000)
+    os.setxattr(source / "file", "user.small", b"here")
+    for number in range(4):  # each fits, and not all of them
+        os.setxattr(source, f"user.{number}", b"x" * 1500)
+
+    result = forked(source, place / "fork", limits=limits)
+
+    assert os.getxattr(place / "fork" / "file", "user.small") == b"here"
+    kept = {name for name in os.listxattr(place / "fork") if name.startswith("user.")}
+    assert len(kept) == 2
+    missing = {(".", f"xattr user.{number}") for number in range(4) if f"user.{number}" not in kept}
+    assert lost(result) == missing | {("file", "xattr user.large")}
+
+
+def test_an_attribute_for_which_a_full_filesystem_has_no_room_is_no_space(fresh: Fresh, small_ext4: SmallExt4) -> None:
+    source, place = fresh("xfs") / "source", small_ext4("-m", "0", "-O", "ea_inode")
+    source.mkdir()
+    (source / "file").write_bytes(b"")
+    os.setxattr(source / "file", "user.origin", b"x" * 60_000)
+    filling = place / "filling"
+    with filling.open("wb") as file:
+        status = os.statvfs(place)
+        os.posix_fallocate(file.fileno(), 0, (status.f_bavail - 1) * status.f_frsize)
+
+    for _ in range(40):  # until there is room for the staging and none for the attribute
+        error = fork(source, place / "fork")["error"]
+        if error is None:
+            break
+        assert (error["code"], error["errno"]) == ("no_space", errno.ENOSPC)
+        if "user.origin" in error["message"]:
+            assert error["path"] == str(place / "fork" / "file")
+            return
+        os.truncate(filling, filling.stat().st_size - status.f_frsize)
+    pytest.fail("at no amount of room was it the attribute that found none")
+
+
+@pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EIO", "ENOMEM", "EROFS"])
+def test_a_failing_or_full_disk_is_an_error_that_names_the_attribute(fresh: Fresh, name: str) -> None:
+    strace = require_command("strace", "the injection of errors")
+    place = fresh("xfs")
+    source = place / "source"
+    source.mkdir()
+    (source / "file").write_bytes(b"x")
+    os.setxattr(source / "file", "user.origin", b"here")
+
+    traced = trace_fork(strace, source, place / "fork", calls="fsetxattr", inject=[f"fsetxattr:error={name}"])
+
+    assert traced.result is not None
+    error = traced.result["error"]
+    assert error is not None
+    code = "no_space" if name in ("ENOSPC", "EDQUOT") else "io_error"
+    assert (error["code"], error["errno"]) == (code, getattr(errno, name))
+    assert (error["path"], "user.origin" in error["message"]) == (str(place / "fork" / "file"), True)
+    assert leftovers(place) == []
+
+
+@pytest.mark.parametrize("name", ["EPERM", "EACCES", "EOPNOTSUPP", "EINVAL", "E2BIG", "ERANGE", "ENAMETOOLONG"])
+def test_a_refused_attribute_is_listed_and_the_others_are_kept(fresh: Fresh, name: str) -> None:
+    strace = require_command("strace", "the injection of errors")
+    place = fresh("xfs")
+    source = place / "source"
+    source.mkdir()
+    (source / "file").write_bytes(b"x")
+    for attribute in ("user.a", "user.b"):
+        os.setxattr(source / "file", attribute, b"here")
+
+    traced = trace_fork(strace, source, place / "fork", calls="fsetxattr", inject=[f"fsetxattr:error={name}:when=1"])
+
+    assert traced.result is not None
+    assert traced.result["status"] == "succeeded"
+    (kept,) = os.listxattr(place / "fork" / "file")
+    assert lost(traced.result) == {("file", "xattr user.a"), ("file", "xattr user.b")} - {("file", f"xattr {kept}")}
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_an_attribute_that_is_removed_after_it_was_listed_is_a_change_of_the_source(
+    fresh: Fresh, chunked: bool
+) -> None:
+    strace = require_command("strace", "the injection of errors")
+    place = fresh("xfs")
+    source = place / "source"
+    source.mkdir()
+    (source / "file").write_bytes(b"x")
+    os.setxattr(source / "file", "user.origin", b"here")
+    clone = in_tree(place / "fork", "file")
+    script = f"until [ -e {clone} ]; do :; done; sleep 0.1; setfattr -x user.origin {source / 'file'}"
+    remover = subprocess.Popen(["sh", "-c", script])
+
+    traced = trace_fork(
+        strace,
+        source,
+        place / "fork",
+        calls="fgetxattr",
+        inject=["fgetxattr:delay_enter=500000"],
+        chunked=chunked,
+    )
+    assert remover.wait() == 0
+
+    assert traced.result is not None
+    assert traced.result["error"] is not None
+    assert (traced.result["error"]["code"], traced.result["error"]["path"]) == ("source_changed", str(source / "file"))
+
+
+def test_an_attribute_that_is_listed_and_is_not_there_is_passed_over(fresh: Fresh) -> None:
+    strace = require_command("strace", "the injection of errors")
+    place = fresh("xfs")
+    source = place / "source"
+    source.mkdir()
+    (source / "file").write_bytes(b"x")
+    os.setxattr(source / "file", "user.origin", b"here")
+
+    traced = trace_fork(strace, source, place / "fork", calls="fgetxattr", inject=["fgetxattr:error=ENODATA"])
+
+    assert traced.result is not None
+    assert (traced.result["status"], traced.result["metadata_lost"]) == ("succeeded", [])
+
+
+def test_times_that_the_destination_rounds_are_listed(fresh: Fresh, small_ext4: SmallExt4, limits: Limits) -> None:
+    source, place = fresh("xfs") / "source", small_ext4("-I", "128")
+    source.mkdir()
+    for name in ("fine", "whole"):
+        (source / name).write_bytes(b"x")
+    os.utime(source / "fine", ns=(1_500_000_000 * 10**9 + 1, 1_400_000_000 * 10**9 + 1))
+    os.utime(source / "whole", ns=(1_500_000_000 * 10**9, 1_400_000_000 * 10**9))
+    os.utime(source, ns=(1_500_000_000 * 10**9, 1_400_000_000 * 10**9))
+
+    result = forked(source, place / "fork", limits=limits)
+
+    assert lost(result) == {("fine", "timestamps")}
+
+
+def test_a_time_that_the_destination_does_not_reach_is_listed(fresh: Fresh, small_ext4: SmallExt4) -> None:
+    source, place = fresh("btrfs") / "source", small_ext4("-I", "128")
+    source.mkdir()
+    (source / "file").write_bytes(b"x")
+    os.utime(source / "file", ns=(10**9 << 32, 10**9 << 32))
+    os.utime(source, ns=(10**9, 10**9))
+
+    assert lost(forked(source, place / "fork")) == {("file", "timestamps")}
+
+
+def test_what_a_filesystem_accepts_and_drops_is_listed(fresh: Fresh, passthrough: Passthrough, limits: Limits) -> None:
+    source, backing = fresh("xfs") / "source", fresh("ext4")
+    source.mkdir()
+    (source / "file").write_bytes(b"x")
+    (source / "file").chmod(0o751)
+    os.chown(source / "file", 1234, 5678)
+    place = passthrough(backing, "drop_metadata")
+
+    result = forked(source, place / "fork", limits=limits)
+
+    top = {(".", "mode"), (".", "timestamps")}
+    assert lost(result) == top | {("file", "ownership"), ("file", "mode"), ("file", "timestamps")}
+
+
+@pytest.mark.parametrize("umask", [0o177, 0o777])
+def test_a_umask_that_takes_from_the_owner_takes_nothing_from_a_fork(fs: Path, limits: Limits, umask: int) -> None:
+    home = fs / "home"
+    home.mkdir()
+    source = make_guest(home / "source")
+    (source / "below").mkdir()
+    os.setxattr(source / "state", "user.origin", b"here")
+    make_sparse_file(source / "large", 8 * MIB, 4 * MIB)
+    for path in [home, source, *source.rglob("*")]:
+        os.chown(path, NOBODY, NOBODY)
+
+    in_child(lambda: forked(source, home / "fork", limits=limits), user=NOBODY, umask=umask)
+
+    assert_alike(source, home / "fork", SKIPPED_BY_DEFAULT)
+
+
+@pytest.mark.parametrize("bits", [5, 0])
+def test_a_default_acl_that_takes_from_the_owner_takes_nothing_from_a_fork(fs: Path, limits: Limits, bits: int) -> None:
+    home = fs / "home"
+    home.mkdir()
+    source = make_guest(home / "source")
+    for path in [home, source, *source.rglob("*")]:
+        os.chown(path, NOBODY, NOBODY)
+    os.setxattr(home, DEFAULT_ACL, acl(bits, 5, 0, users=[(1000, 7)]))
+
+    in_child(lambda: forked(source, home / "fork", limits=limits), user=NOBODY)
+
+    assert_alike(source, home / "fork", SKIPPED_BY_DEFAULT)
