@@ -59,6 +59,7 @@ needs_of_test() {
     need gcc          gcc            "the tests on FUSE, which build a filesystem of their own"
     need pkg-config   pkg-config     "the tests on FUSE, which build a filesystem of their own"
     need /usr/include/fuse3/fuse.h libfuse3-dev "the tests on FUSE, which build a filesystem of their own"
+    need systemd-analyze systemd     "the check of the systemd unit"
     need docker-compose docker-compose "the check of docker-compose.yml"
 }
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from worker.own_packages import prefer_own_packages
+
+prefer_own_packages()  # `celery -A` imports `worker` first, and then this with the working directory first once more
+
+import os
 import socket
 import sys
+import tempfile
 from typing import Any, NoReturn
 
 from celery import signals
@@ -22,6 +28,9 @@ from worker.mending import (
 from worker.node_name import node_name
 from worker.settings import NO_ROOTS, BadSettings, Settings, read_settings
 from worker.tls import refuse_untrusted
+
+#: What a system without a writable file system still has (ProtectSystem=strict, a read-only container).
+_SHARED_MEMORY = "/dev/shm"
 
 
 def _settings() -> Settings:
@@ -49,6 +58,17 @@ def _name_the_node(instance: Any = None, **_: Any) -> None:
 def _require_roots(conf: Any = None, **_: Any) -> None:
     if not _settings().roots:
         _refuse(NO_ROOTS)
+
+
+@signals.celeryd_init.connect
+def _require_a_temporary_directory(**_: Any) -> None:
+    """Let billiard have its files (the memory that pool processes share) where no usual directory can be written to."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        if not os.access(_SHARED_MEMORY, os.W_OK):
+            _refuse("no temporary directory can be written to: name one in TMPDIR")
+        tempfile.tempdir = _SHARED_MEMORY
 
 
 @signals.celeryd_init.connect

@@ -194,12 +194,16 @@ def worker(domain: str | None, concurrency: int | None, loglevel: str) -> None:
         raise click.UsageError(NO_ROOTS)
     if domain is not None:
         os.environ["FORKVM_DOMAIN"] = domain
+    from celery.bin.celery import celery
+
     from worker.app import app  # the settings above are its own
 
     arguments = ["worker", "-Q", settings.queue, "--loglevel", loglevel]
     if concurrency is not None:
         arguments += ["--concurrency", str(concurrency)]
-    app.worker_main(arguments)
+    # What Celery.worker_main does, but for the exit code, which that drops.
+    celery.params[0].default = app
+    sys.exit(celery.main(args=arguments, standalone_mode=False) or DONE)
 
 
 @cli.command()

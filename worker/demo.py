@@ -147,15 +147,18 @@ def _worker(private: Path, settings: dict[str, str]) -> Iterator[None]:
     with log.open("wb") as output:
         worker = _forkvm(["worker", "--concurrency", "2"], settings, output=output.fileno())
         with _ending(worker):
-            _wait_for(lambda: b" ready." in log.read_bytes(), f"the worker did not start; its log is {log}")
+            _wait_for(lambda: b" ready." in log.read_bytes() or worker.poll() is not None, "the worker did not start")
+            if worker.poll() is not None:
+                lines = log.read_text(errors="backslashreplace").splitlines()
+                sys.exit(f"forkvm: the worker did not start; the end of its log: {lines[-1] if lines else 'empty'}")
             _step("a worker with two children: forkvm worker --concurrency 2")
             yield
 
 
 def _forkvm(arguments: list[str], settings: dict[str, str], output: int | None = None) -> subprocess.Popen[bytes]:
-    """This program's command line as a process of its own."""
+    """This program's command line as a process of its own; -P, so that nothing is imported from here."""
     return subprocess.Popen(
-        [sys.executable, "-m", "worker.cli", *arguments],
+        [sys.executable, "-P", "-m", "worker.cli", *arguments],
         env={**os.environ, **settings},
         stdout=output,
         stderr=output,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
-from tests.fixtures.processes import RunForkvm
+from tests.fixtures.processes import RunForkvm, forkvm_script
+from tests.support.foreign_modules import make_foreign_modules
 from tests.support.requirements import require_command
 
 
@@ -14,10 +17,14 @@ def leftovers() -> list[str]:
     return [line for line in mounts.splitlines() if "forkvm-demo" in line]
 
 
-def test_the_demo_shows_a_reflinked_fork_and_cleans_up(run_forkvm: RunForkvm, mounts: Path, tmp_path: Path) -> None:
+def test_the_demo_shows_a_reflinked_fork_and_cleans_up_also_beside_a_tasks_py(mounts: Path, tmp_path: Path) -> None:
     require_command("mkfs.xfs", "the demo on an XFS of its own")
+    here = make_foreign_modules(mounts / "demo-directory", with_worker=True)
 
-    done = run_forkvm("demo", env={"TMPDIR": str(tmp_path)})
+    environment = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)}
+    command = [forkvm_script(), "demo"]
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=120)
+    shutil.rmtree(here)
 
     assert done.returncode == 0, done.stderr
     assert "reflink       1.0 GiB  overlay.raw" in done.stdout

@@ -1,0 +1,134 @@
+"""The systemd unit: it is one that systemd takes, and the worker lives with what it forbids."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.filesystems import Fresh
+from tests.fixtures.processes import (
+    ROOT,
+    RunForkvm,
+    StartWorker,
+    end_group,
+    forkvm_script,
+    program_environment,
+    wait_until,
+)
+from tests.fixtures.redis_server import RedisServer
+from tests.support.guests import make_guest
+from tests.support.outcome import LOGS
+from tests.support.requirements import require, require_command
+
+UNIT = ROOT / "deploy" / "systemd" / "forkvm-worker@.service"
+
+
+def _lines() -> dict[str, str]:
+    return dict(line.partition("=")[::2] for line in UNIT.read_text().splitlines() if line[:1] not in ("", "#", "["))
+
+
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    command = require_command("systemd-analyze", "the check of the unit")
+    unit = tmp_path / "forkvm-worker@rack-7.service"
+    unit.write_text(UNIT.read_text().replace("/opt/forkvm/bin/forkvm", forkvm_script()))
+
+    done = subprocess.run([command, "verify", str(unit)], capture_output=True, text=True, timeout=60)
+
+    assert done.returncode == 0, done.stderr
+    assert "forkvm" not in done.stderr  # no warning of it either
+
+
+def test_sigterm_of_the_unit_reaches_the_worker_alone_and_a_failed_worker_is_started_again() -> None:
+    lines = _lines()
+
+    assert lines["KillMode"] == "mixed"
+    assert lines["Restart"] == "on-failure"
+    assert int(lines["TimeoutStopSec"]) >= 60
+    assert lines["ExecStart"].endswith("forkvm worker")
+
+
+#: All is read-only but what systemd leaves under ProtectSystem=strict: /dev, /proc, /sys and the guests.
+_READ_ONLY = """
+set -e
+mount --make-rprivate /
+mount --bind "$1" "$1"
+for place in $(awk '{print $2}' /proc/mounts); do
+    case $place in /dev*|/proc*|/sys*|"$1"*) ;; *) mount -o remount,ro,bind "$place" 2>/dev/null || true ;; esac
+done
+[ -z "$NO_SHM" ] || mount -t tmpfs -o ro tmpfs /dev/shm
+cd /
+shift
+exec "$@"
+"""
+
+
+@pytest.fixture
+def guests(fresh: Fresh) -> Path:
+    require(os.geteuid() == 0, "root", "mounts of its own")
+    guests = fresh("xfs")
+    make_guest(guests / "a")
+    return guests
+
+
+def _read_only(guests: Path) -> list[str]:
+    return [require_command("unshare", "mounts of its own"), "-m", "sh", "-c", _READ_ONLY, "sh", str(guests)]
+
+
+def test_worker_serves_where_only_the_guests_can_be_written_to_and_ends_on_term(
+    guests: Path, redis_server: RedisServer, run_forkvm: RunForkvm, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    log = tmp_path / "worker.log"
+    request.node.stash[LOGS].append(log)
+    environment = program_environment(redis_server, guests)
+    with log.open("wb") as output:
+        worker = subprocess.Popen(
+            [*_read_only(guests), forkvm_script(), "worker", "--concurrency", "1"],
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        wait_until(lambda: " ready." in log.read_text() or worker.poll() is not None, "the worker")
+
+        done = run_forkvm("submit", guests / "a", guests / "b", "--wait", env=environment)
+        worker.send_signal(signal.SIGTERM)
+
+        assert done.returncode == 0, done.stderr
+        assert worker.wait(30) == 0
+    finally:
+        end_group(worker)
+
+
+def test_worker_without_any_place_for_temporary_files_says_so_and_ends(guests: Path, redis_server: RedisServer) -> None:
+    done = subprocess.run(
+        [*_read_only(guests), forkvm_script(), "worker", "--concurrency", "1"],
+        env=program_environment(redis_server, guests) | {"NO_SHM": "1"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "forkvm: no temporary directory can be written to: name one in TMPDIR"
+
+
+@pytest.mark.parametrize("command", ["forkvm", "celery"])
+def test_worker_that_cannot_go_on_ends_with_an_error_code(
+    start_worker: StartWorker, tmp_path: Path, command: str
+) -> None:
+    """Its pool cannot be made: too few open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (24, hard))
+    try:
+        worker = start_worker(tmp_path, 8, command="forkvm" if command == "forkvm" else "celery", wait=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    assert worker.wait() == 1
+    assert "Too many open files" in worker.output()
