@@ -40,7 +40,7 @@ def run_chunk(context: Context, fork_id: str, destination: str, number: int) -> 
             with staging.beating():
                 report = _do(context, staging, journal, plan, number)
                 if report is None:
-                    raise Again(staging.pulse())
+                    raise Again(staging.heartbeat())
                 over = staging.is_stopped() or all(staging.has_report(str(n)) for n in range(len(plan.chunks)))
     except Held as held:
         raise Again(held.pulse) from None

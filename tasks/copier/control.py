@@ -20,9 +20,12 @@ from tasks.copier import proof
 from tasks.copier.errors import ForkError
 from tasks.copier.kernel import syscalls
 from tasks.copier.proof import NotOurs, open_directory
-from tasks.copier.pulse import beating
+from tasks.copier.pulse import beating, names_living_holder
 
 LOCK = "lock"
+#: Stands for the pulse of what is held by no process that is known to be a worker's: it never changes, whatever the
+#: time of the lock file. A holder that began a moment ago is known with its first heartbeat.
+NO_HOLDER = 1
 _FILE = os.O_RDWR | os.O_CREAT
 #: How often a control directory is made that is gone again before it is opened: others who end forks remove theirs.
 _MAKE_TRIES = 1000
@@ -150,7 +153,7 @@ class Control:
                 return
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    raise Held(self.pulse()) from None
+                    raise Held(self.heartbeat()) from None
             time.sleep(_LOCK_PAUSE)
 
     # -- life signs
@@ -162,6 +165,10 @@ class Control:
     def pulse(self) -> int:
         """When whoever holds the staging last gave a sign of life; to be compared with an earlier one only."""
         return os.fstat(self._lock_fd).st_mtime_ns
+
+    def heartbeat(self) -> int:
+        """As `pulse`, or NO_HOLDER while no process that may be a holder has written its name into the lock file."""
+        return self.pulse() if names_living_holder(self.notes()) else NO_HOLDER
 
     def is_current(self) -> bool:
         """Whether the control directory still stands under its name; the lock of a removed one guards nothing."""

@@ -35,7 +35,7 @@ def take_over(parent_fd: int, fork_id: str, pulse: int) -> Taken | None:
     published is not taken; see `published`.
     """
     with Staging.peek(parent_fd, fork_id) as staging:
-        if staging is None or staging.pulse() != pulse or not staging.is_current():
+        if staging is None or pulse not in (staging.pulse(), staging.heartbeat()) or not staging.is_current():
             return None
         control = _unused_name(staging)
         away: list[str] = []

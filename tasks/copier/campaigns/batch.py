@@ -142,7 +142,7 @@ def _make_run(
             try:
                 with staging.hold_chunk(first) as begun:
                     if begun is None:
-                        raise Held(campaign.staging.pulse())
+                        raise Held(campaign.staging.heartbeat())
                     if not ledger.is_settled(first):  # it may have been, before the lock was ours
                         run = _Run(campaign, staging, ends, first, begun, forks, ticker)
                         ledger.settle(first, run.make(abort))
@@ -150,7 +150,7 @@ def _make_run(
                     staging.forget_chunk(first)
             except OSError as error:
                 if batch_record.has_any(staging, first):  # an earlier try may have published some: not to be refused
-                    raise Held(campaign.staging.pulse()) from None
+                    raise Held(campaign.staging.heartbeat()) from None
                 refuse(from_oserror(error, "working in the staging directory", destinations[0]))
     except ForkError as error:  # nothing can be made here
         refuse(error)

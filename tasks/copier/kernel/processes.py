@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 from contextlib import suppress
+from functools import cache
 
 #: Signals that ask a command to end: from a user, a service manager, a closed terminal.
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -44,3 +45,26 @@ def can_open(count: int) -> bool:
     finally:
         for fd in taken:
             os.close(fd)
+
+
+def start_time(pid: int) -> int:
+    """When a process started, in clock ticks since the boot; 0 for one that has ended."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            status = file.read()
+    except OSError:
+        return 0
+    return int(status.rpartition(b")")[2].split()[19])  # field 22; the first two are left out
+
+
+@cache
+def boot_id() -> str:
+    """The random id of the running kernel (random(4)). Raises OSError without /proc."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
+@cache
+def pid_namespace() -> int:
+    """The number of this process's pid namespace (pid_namespaces(7)). Raises OSError without /proc."""
+    return os.stat("/proc/self/ns/pid").st_ino

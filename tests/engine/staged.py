@@ -1,0 +1,112 @@
+"""Forks that stand half done in their staging, and what becomes of them when a worker goes on with them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tasks.copier import manifest
+from tasks.copier.chunk import run_held_chunk
+from tasks.copier.control import control_name
+from tasks.copier.ends import Ends, open_ends
+from tasks.copier.errors import Code, ForkError, cancelled
+from tasks.copier.fork import finish, start
+from tasks.copier.journal import Phase
+from tasks.copier.kernel.roots import Roots
+from tasks.copier.plan import Plan
+from tasks.copier.progress import Ticker
+from tasks.copier.spec import ForkSpec
+from tasks.copier.staging import Staging
+from tasks.copier.walk import Block
+from tasks.copier.work import open_work
+from tests.engine.forking import CHUNKED, Books, go_on, spec_of
+
+ID = "fork-1"
+
+
+def begin(source: Path, destination: Path) -> tuple[Path, dict[str, Any]]:
+    """Plan a fork in chunks, and do the first of them: its control directory, and its journal."""
+    spec = spec_of(source, destination, ID, reflink="never")
+    with (
+        open_ends(Roots(), spec.source, spec.destination) as ends,
+        Staging.claim(ends.parent_fd, ID, wait=0) as staging,
+    ):
+        plan = start(ends, staging, spec, CHUNKED, Ticker(go_on), Books())
+        assert isinstance(plan, Plan)
+        assert len(plan.chunks) > 2
+        _do_chunks(ends, staging, plan, 1)
+    control = destination.parent / control_name(ID)
+    return control, json.loads((control / "journal").read_bytes())
+
+
+def go_on_with(source: Path, destination: Path, books: Books | None = None) -> str:
+    """Have another process's worker do the rest, as its tasks do: "succeeded", or what the fork failed with."""
+    books = books or Books()
+    spec = spec_of(source, destination, ID, reflink="never")
+    try:
+        with open_ends(Roots(), spec.source, spec.destination) as ends, _held(ends) as staging:
+            journal = staging.own_journal()
+            if journal is None or journal.plan is None:
+                return _outcome(_delivered(ends, staging, spec))
+            try:
+                if journal.phase is Phase.CLONING:
+                    _do_chunks(ends, staging, Plan.from_data(journal.plan), None)
+            except (ForkError, OSError) as error:
+                abort = error if isinstance(error, ForkError) else ForkError(Code.IO_ERROR, str(error))
+                return _outcome(finish(ends, staging, Ticker(go_on), books, abort)) + str(abort)
+            return _outcome(finish(ends, staging, Ticker(go_on), books))
+    except ForkError as error:
+        return str(error)
+
+
+def cancel(source: Path, destination: Path) -> str:
+    """Have a worker end the fork: "succeeded", or what it ended with."""
+    try:
+        with open_ends(Roots(), os.fspath(source), os.fspath(destination)) as ends, _held(ends) as staging:
+            return _outcome(finish(ends, staging, Ticker(go_on), Books(), cancelled(ends.destination)))
+    except ForkError as error:
+        return str(error)
+
+
+def change_manifest(path: Path, fields: dict[str, Any]) -> None:
+    """Have every entry of a manifest on disk say something else."""
+    with path.open("rb") as file:
+        blocks = list(manifest.read(file.fileno(), manifest.whole(file.fileno())))
+    with path.open("r+b") as file:
+        writer = manifest.Writer(file)
+        for block in blocks:
+            writer.append(Block(block.path, [entry._replace(**fields) for entry in block.entries]))
+
+
+@contextmanager
+def _held(ends: Ends) -> Iterator[Staging]:
+    with Staging.attach(ends.parent_fd, ID, wait=0, alone=True) as staging:
+        assert staging is not None
+        yield staging
+
+
+def _delivered(ends: Ends, staging: Staging, spec: ForkSpec) -> Any:
+    outcome = start(ends, staging, spec, CHUNKED, Ticker(go_on), Books())
+    if isinstance(outcome, Plan):
+        _do_chunks(ends, staging, outcome, None)
+        return finish(ends, staging, Ticker(go_on), Books())
+    return outcome
+
+
+def _do_chunks(ends: Ends, staging: Staging, plan: Plan, count: int | None) -> None:
+    journal = staging.own_journal()
+    assert journal is not None
+    options = ForkSpec.from_data(journal.spec).options
+    with open_work(ends, staging, options, staging.open_tree(journal)) as work:
+        for number, chunk in list(enumerate(plan.chunks))[:count]:
+            run_held_chunk(work, plan, chunk, number, Ticker(go_on))
+
+
+def _outcome(result: Any) -> str:
+    if result is None:
+        return "nothing"
+    return "succeeded" if result["error"] is None else str(result["error"])

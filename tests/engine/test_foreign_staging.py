@@ -1,0 +1,353 @@
+"""Somebody who may write in the destination's parent makes, or moves there, what a fork would take for its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.copier.control import control_name
+from tasks.copier.errors import ForkError
+from tasks.copier.spec import ForkResult
+from tasks.copier.staging import Staging
+from tests.engine import staged
+from tests.engine.children import NOBODY, in_child
+from tests.engine.forking import CHUNKED, assert_alike, fork_with_books, leftovers
+from tests.fixtures.filesystems import Fresh
+from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
+from tests.support.tree import snapshot
+
+ATTACKER = 1000
+NAME = control_name("fork-1")
+
+
+@pytest.fixture
+def yard(fresh: Fresh) -> Path:
+    """A source, a directory elsewhere that is not to be touched, and a parent where everybody may write."""
+    yard = fresh("xfs")
+    yard.chmod(0o755)
+    make_guest(yard / "source")
+    make_guest(yard / "outside")
+    (yard / "parent").mkdir()
+    (yard / "parent").chmod(0o777)
+    return yard
+
+
+def deliver(yard: Path) -> ForkResult:
+    """The request comes to a worker, which does all chunks itself: what it settles."""
+    return fork_with_books(yard / "source", yard / "parent" / "fork", limits=CHUNKED).result
+
+
+def begun(yard: Path) -> tuple[Path, dict[str, Any]]:
+    return staged.begin(yard / "source", yard / "parent" / "fork")
+
+
+def go_on_with(yard: Path) -> str:
+    return staged.go_on_with(yard / "source", yard / "parent" / "fork")
+
+
+# -- what somebody made in the control directory's place
+
+
+def _directory(path: Path, mode: int = 0o700) -> None:
+    path.mkdir()
+    path.chmod(mode)
+    journal = {"spec": {"fork_id": "fork-1"}, "control": path.stat().st_ino, "attempt": "d/../../outside"}
+    (path / "journal").write_text(json.dumps(journal))
+    (path / "lock").touch()
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(os.fspath(path))
+
+
+PLANTED: dict[str, Callable[[Path], object]] = {
+    "a directory of another user": _directory,
+    "a directory that all may enter": lambda path: _directory(path, 0o777),
+    "a file": lambda path: path.write_text("theirs"),
+    "a FIFO": os.mkfifo,
+    "a socket": _socket,
+    "a symlink to a directory": lambda path: path.symlink_to("../outside"),
+    "a dangling symlink": lambda path: path.symlink_to("nowhere"),
+    "a symlink to itself": lambda path: path.symlink_to(path.name),
+}
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_what_another_user_made_fails_the_fork_at_once_and_stays(yard: Path, what: str) -> None:
+    path = yard / "parent" / NAME
+    in_child(lambda: PLANTED[what](path), user=ATTACKER)
+    before = snapshot(yard / "outside"), path.lstat(), snapshot(yard / "parent")
+    began = time.monotonic()
+
+    with pytest.raises(ForkError, match="not usable as staging") as raised:
+        deliver(yard)
+
+    assert time.monotonic() - began < 5
+    assert os.fspath(path) in str(raised.value)
+    assert "remove it" in str(raised.value)
+    assert (snapshot(yard / "outside"), path.lstat(), snapshot(yard / "parent")) == before
+
+
+def test_a_directory_of_ours_that_others_may_enter_is_no_staging(yard: Path) -> None:
+    (yard / "parent" / NAME).mkdir()
+    (yard / "parent" / NAME).chmod(0o770)
+
+    with pytest.raises(ForkError, match="its mode is 0770 and not 0700"):
+        deliver(yard)
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o500, 0o2700])
+def test_a_directory_whose_maker_died_before_it_had_its_mode_is_gone_on_with(yard: Path, mode: int) -> None:
+    (yard / "parent" / NAME).mkdir()
+    (yard / "parent" / NAME).chmod(mode)
+
+    assert deliver(yard)["status"] == "succeeded"
+
+    assert_alike(yard / "source", yard / "parent" / "fork", SKIPPED_BY_DEFAULT)
+    assert leftovers(yard / "parent") == []
+
+
+def test_a_fork_of_ours_that_was_moved_to_the_control_directory_is_not_emptied(yard: Path) -> None:
+    """An ordinary worker owns all forks; who may write in their parent may rename them."""
+    moved = yard / "parent" / NAME
+    make_guest(moved)
+    moved.chmod(0o700)
+    before = snapshot(moved)
+
+    result = deliver(yard)
+
+    assert result["error"] is not None
+    assert "which is not of forkvm" in result["error"]["message"]
+    (moved / "lock").unlink()  # made to look at it
+    after = snapshot(moved)
+    assert {path for path in before if path != b"."} == {path for path in after if path != b"."}
+    assert all(after[path] == before[path] for path in before if path != b".")
+
+
+# -- files of the control directory that are not what a worker wrote
+
+
+def _link(path: Path, target: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.hardlink_to(target)
+
+
+def _symlink(path: Path, target: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
+
+
+def _fifo(path: Path, target: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def _foreign(path: Path, target: Path) -> None:
+    path.touch()
+    os.chown(path, ATTACKER, ATTACKER)
+
+
+def _huge(path: Path, target: Path) -> None:
+    path.touch()
+    os.truncate(path, 6 << 40)
+
+
+FILES: dict[str, Callable[[Path, Path], None]] = {
+    "a hard link": _link,
+    "a symlink": _symlink,
+    "a FIFO": _fifo,
+    "another user's": _foreign,
+    "huge": _huge,
+}
+
+
+@pytest.mark.parametrize("name", ["lock", "journal", "manifest", "closing", "report-plan", "report-0", "chunk-0"])
+@pytest.mark.parametrize("deed", FILES)
+def test_a_file_that_is_not_proved_ends_the_fork_within_seconds(yard: Path, deed: str, name: str) -> None:
+    victim = yard / "outside" / "metadata.json"
+    staging, _ = begun(yard)
+    before = snapshot(yard / "outside")
+    FILES[deed](staging / name, victim)
+    began = time.monotonic()
+
+    outcome = go_on_with(yard)
+
+    assert time.monotonic() - began < 5
+    assert "not usable as staging" in outcome, outcome
+    assert not (yard / "parent" / "fork").exists()
+    (staging / name).unlink(missing_ok=True)  # a further name of the victim changes its ctime
+    assert snapshot(yard / "outside").keys() == before.keys()
+    assert victim.read_bytes() == (yard / "source" / "metadata.json").read_bytes()
+
+
+# -- fields
+
+
+def _with(**fields: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda journal: journal.update(fields)
+
+
+def _in(key: str, **fields: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda journal: journal[key].update(fields)
+
+
+HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "an attempt that leads out": _with(attempt="d/../../outside"),
+    "an attempt of another length": _with(attempt="0"),
+    "an attempt that is a number": _with(attempt=12345678),
+    "an unknown phase": _with(phase="done"),
+    "a negative count of tries": _with(tries=-1),
+    "a count that is no integer": _with(closings=True),
+    "no control directory": _with(control=None),
+    "a plan that is a list": _with(plan=[]),
+    "a published tree without a result": _with(phase="publishing", tree=1),
+    "a chunk before the manifest": lambda journal: journal["plan"].update(chunks=[["files", -1, 10, 0, 0]]),
+    "a chunk behind the manifest": lambda journal: journal["plan"].update(chunks=[["files", 1 << 50, 10, 0, 0]]),
+    "a chunk of an unknown kind": lambda journal: journal["plan"].update(chunks=[["dance", 0, 10, 0, 0]]),
+    "a chunk that is a text": lambda journal: journal["plan"].update(chunks=["files"]),
+    "too many chunks": lambda journal: journal["plan"].update(chunks=[["files", 0, 1, 0, 0]] * 100_001),
+    "cloned files outside": lambda journal: journal["plan"].update(cloned=["../../outside/disk"]),
+    "a refused errno that is none": lambda journal: journal["plan"].update(refused=[[0, 0, 99_999]]),
+    "a source that is a file": lambda journal: journal["plan"].update(top=["", "", 0, *[0] * 11]),
+    "entries beyond all bounds": lambda journal: journal["plan"].update(entries=10**30),
+    "a request without a source": lambda journal: journal["spec"].pop("source"),
+    "a relative destination": _in("spec", destination="fork"),
+    "options of another shape": _in("spec", options={"reflink": []}),
+    "an owner that is none": _in("spec", owner="root"),
+    "a request and a campaign": _in("spec", campaign_id="fork-1"),
+    "a start at no time": _in("spec", started=float("nan")),
+    "an unknown field": _with(more="of it"),
+}
+RAW: dict[str, bytes] = {
+    "null": b"null",
+    "nothing": b"",
+    "deep": b"[" * 1_000_000,
+    "a number of a million digits": b"1" * 1_000_000,
+    "no text": b"\xff\xfe\x00",
+    "infinite": b'{"tries": 1e999}',
+}
+
+
+@pytest.mark.parametrize("what", [*HOSTILE, *RAW])
+@pytest.mark.parametrize("cancels", [False, True])
+def test_a_journal_that_no_worker_wrote_never_leads_out_nor_on_and_on(yard: Path, what: str, cancels: bool) -> None:
+    """It is begun anew, or it fails; then the same request can be made."""
+    staging, journal = begun(yard)
+    before = snapshot(yard / "outside")
+    if what in RAW:
+        data = RAW[what]
+    else:
+        HOSTILE[what](journal)
+        data = json.dumps(journal).encode()
+    (staging / "journal").write_bytes(data)
+
+    outcome = staged.cancel(yard / "source", yard / "parent" / "fork") if cancels else go_on_with(yard)
+
+    assert "unexpected" not in outcome
+    assert snapshot(yard / "outside") == before
+    if not (yard / "parent" / "fork").exists():
+        assert deliver(yard)["status"] == "succeeded"
+    assert_alike(yard / "source", yard / "parent" / "fork", SKIPPED_BY_DEFAULT)
+
+
+@pytest.mark.parametrize("name", ["manifest", "closing", "report-plan", "report-0", "chunk-0"])
+@pytest.mark.parametrize("data", [b"", b"null\n", b"{}\n", b"\xff" * 4096, b"[" * 100_000 + b"\n", b"0" * 4000])
+def test_a_file_that_no_worker_wrote_fails_the_fork_or_changes_nothing(yard: Path, name: str, data: bytes) -> None:
+    staging, _ = begun(yard)
+    (staging / name).write_bytes(data)
+
+    outcome = go_on_with(yard)
+
+    assert "unexpected" not in outcome
+    if (yard / "parent" / "fork").exists():
+        assert_alike(yard / "source", yard / "parent" / "fork", SKIPPED_BY_DEFAULT)
+    assert leftovers(yard / "parent") == []
+
+
+def test_the_journal_of_another_fork_is_not_taken_up(yard: Path) -> None:
+    staging, journal = begun(yard)
+    journal["spec"]["fork_id"] = "fork-2"
+    (staging / "journal").write_text(json.dumps(journal))
+
+    assert "its journal is another fork's" in go_on_with(yard)
+    assert "its journal is another fork's" in staged.cancel(yard / "source", yard / "parent" / "fork")
+
+
+def test_a_copy_of_a_control_directory_is_not_taken_up(yard: Path) -> None:
+    staging, _ = begun(yard)
+    staging.rename(yard / "parent" / "aside")
+    shutil.copytree(yard / "parent" / "aside", staging)
+    staging.chmod(0o700)
+
+    assert "it is a copy of a staging directory" in go_on_with(yard)
+    assert "it is a copy of a staging directory" in staged.cancel(yard / "source", yard / "parent" / "fork")
+
+
+# -- the tree
+
+
+def _swap_tree(yard: Path, staging: Path) -> None:
+    """Has another directory stand in the tree's place, as who may write in the parent can."""
+    journal = json.loads((staging / "journal").read_bytes())
+    tree = staging.with_name(f"{NAME}.{journal['attempt']}")
+
+    def swap() -> None:
+        tree.rename(yard / "parent" / "aside")
+        tree.mkdir()
+        (tree / "theirs").touch()
+
+    in_child(swap, user=ATTACKER)
+
+
+def test_a_tree_that_was_replaced_between_two_chunks_fails_the_fork_and_stays(yard: Path) -> None:
+    staging, journal = begun(yard)
+    _swap_tree(yard, staging)
+
+    outcome = go_on_with(yard)
+
+    assert "it is not the directory that this fork was made in" in outcome
+    assert not (yard / "parent" / "fork").exists()
+    assert os.listdir(yard / "parent" / f"{NAME}.{journal['attempt']}") == ["theirs"]
+
+
+def test_a_tree_that_was_replaced_before_its_rename_is_never_reported_as_the_fork(yard: Path) -> None:
+    staging, _ = begun(yard)
+    parent_fd = os.open(yard / "parent", os.O_RDONLY)
+    with Staging.attach(parent_fd, "fork-1", wait=0, alone=True) as held:
+        assert held is not None
+        journal = held.journal()
+        assert journal is not None
+        _swap_tree(yard, staging)
+        tree = held.tree_name(journal)
+
+        with pytest.raises(ForkError, match="it is not the directory"):
+            held.publish(journal, "fork", sync=False)
+
+    os.close(parent_fd)
+    assert not (yard / "parent" / "fork").exists()
+    assert os.listdir(yard / "parent" / tree) == ["theirs"]
+
+
+@pytest.mark.parametrize("bits", [{"uid": 0, "mode": 0o104755}, {"uid": NOBODY}, {"gid": 0}, {"mode": 0o102777}])
+def test_owner_and_mode_of_a_clone_are_those_of_the_source_whatever_the_manifest_says(
+    yard: Path, bits: dict[str, int]
+) -> None:
+    for path in (yard / "source").rglob("*"):
+        os.chown(path, ATTACKER, ATTACKER, follow_symlinks=False)
+    staging, _ = begun(yard)
+    staged.change_manifest(staging / "manifest", bits)
+
+    outcome = go_on_with(yard)
+
+    assert "source_changed" in outcome
+    assert not (yard / "parent" / "fork").exists()
+    assert leftovers(yard / "parent") == []
