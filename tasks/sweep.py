@@ -20,6 +20,7 @@ from tasks.context import CONCLUDE_TASK, FORK_TASK, Context
 from tasks.copier.control import last_sign_of_life
 from tasks.copier.errors import ForkError
 from tasks.copier.gc import YOUNG, collect
+from tasks.results import OpenFork
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,15 @@ WALK_SECONDS = 3600
 #: How long nothing must have moved in a staging that Redis does not know before it is removed, in seconds: a worker of
 #: another deployment on the same disks may be about to go on with it. What is younger is looked at again after so long.
 SILENT_SECONDS = 300
+
+#: What the claim or the staging of one fork may cause; a Redis that does not answer ends the sweep.
+_OF_ONE_FORK = (OSError, ForkError, ValueError, TypeError, LookupError, AttributeError)
+#: How each verdict of a search is logged.
+_LOGGED = {
+    "removed": (logging.WARNING, "removed staging of fork %r: %r: %s"),
+    "kept": (logging.INFO, "kept staging of fork %r: %r: %s"),
+    "failed": (logging.WARNING, "could not look after staging of fork %r: %r: %s"),
+}
 
 
 def run_sweep(context: Context, every: int) -> None:
@@ -40,38 +50,54 @@ def run_sweep(context: Context, every: int) -> None:
 
 
 def sweep_forks(context: Context) -> None:
-    """Send the requests of forks and campaigns that stand still again."""
+    """Send again the requests of forks and campaigns in which nothing moves.
+
+    One that cannot be judged is logged and passed over.
+    """
     for fork in context.results.open_forks(context.queue):
-        sign = _sign_of_life(context, fork.fork_id, fork.claim["destination"])
-        if sign != fork.sign:
-            context.results.note_sign(fork.fork_id, sign)
-            continue
-        log.warning("%s stands still: its message was lost, or its process is paused; sent again", fork.fork_id)
-        if fork.claim.get("campaign"):  # not over: what is left of it is sent again
-            context.send(CONCLUDE_TASK, {"home": fork.claim["destination"]}, fork.fork_id)
-        else:
-            context.send(FORK_TASK, {"request": fork.claim["request"]}, fork.fork_id)
+        try:
+            _look_after(context, fork)
+        except _OF_ONE_FORK as error:
+            log.warning("%r is passed over: %s: %s", fork.fork_id, type(error).__name__, error)
+
+
+def _look_after(context: Context, fork: OpenFork) -> None:
+    sign = _sign_of_life(context, fork.fork_id, fork.claim["destination"])
+    if sign != fork.sign:
+        context.results.note_sign(fork.fork_id, sign)
+        return
+    log.warning("nothing moves in %s: its message was lost, or its process is paused; it is sent again", fork.fork_id)
+    if fork.claim.get("campaign"):  # not over: what is left of it is sent again
+        context.send(CONCLUDE_TASK, {"home": fork.claim["destination"]}, fork.fork_id)
+    else:
+        context.send(FORK_TASK, {"request": fork.claim["request"]}, fork.fork_id)
 
 
 def remove_abandoned(context: Context) -> None:
-    """Remove the staging below the roots that no process holds and whose fork has ended, or is not known any more."""
+    """Remove the staging below the roots that no process holds and whose fork has ended, or is not known any more.
+
+    What is kept or cannot be removed is logged, and does not end the search.
+    """
     for root in context.roots.paths:
         try:
             for finding in collect(root, context.results.is_open, SILENT_SECONDS):
-                if finding.verdict == "removed":
-                    log.warning("removed staging of fork %r: %r: %s", finding.fork_id, finding.path, finding.reason)
-                elif finding.reason == YOUNG:
+                level, line = _LOGGED[finding.verdict]
+                log.log(level, line, finding.fork_id, finding.path, finding.reason)
+                if finding.reason == YOUNG:
                     context.results.shorten_turn("walk", context.queue, SILENT_SECONDS)
-        except ForkError as error:
+        except (ForkError, OSError) as error:
             log.warning("abandoned staging was not looked for: %s", error)
 
 
 def _sign_of_life(context: Context, fork_id: str, destination: str) -> int:
+    """When anything last moved in a fork's staging; 0 where it has none, or none that can be looked at."""
     try:
         parent_fd, _ = context.roots.open_parent(destination)
     except ForkError:
         return 0
     try:
         return last_sign_of_life(parent_fd, fork_id)
+    except OSError:
+        return 0  # sent again, it ends with the error that its worker meets
     finally:
         os.close(parent_fd)

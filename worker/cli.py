@@ -7,15 +7,13 @@ import os
 import sys
 import uuid
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Never
+from typing import Any, Never
 
 import click
 
 from tasks import contract
 from tasks.copier.compare import compare
 from tasks.copier.errors import Code, ForkError, describe
-from tasks.copier.gc import collect
-from tasks.copier.kernel.roots import normal_path
 from tasks.copier.local import fork_here
 from tasks.copier.options import DEFAULT_EXCLUDE
 from tasks.copier.progress import Beat
@@ -30,7 +28,6 @@ from worker.arguments import (
     absolute,
     answer_result,
     as_json,
-    connect,
     fork_options,
     local_processes,
     request_of,
@@ -40,6 +37,7 @@ from worker.campaigns import campaign, forks
 from worker.doctor import doctor
 from worker.environment import remove_celery_variables
 from worker.faults import FAULT, is_redis_fault, unexpected
+from worker.garbage import gc
 from worker.jobs import cancel, files, status, submit
 from worker.settings import NO_ROOTS, BadSettings, NoBroker, Settings, read_settings, roots_of
 from worker.show import (
@@ -53,9 +51,6 @@ from worker.show import (
 )
 from worker.signals import end_on_signals, ended_by_signals
 from worker.streams import close_streams, open_streams, use_utf8
-
-if TYPE_CHECKING:
-    from worker.client import Client
 
 
 def main() -> Never:
@@ -149,37 +144,6 @@ def verify(
 
 
 @cli.command()
-@click.argument("directories", nargs=-1)
-@as_json
-def gc(directories: tuple[str, ...], as_json: bool) -> None:
-    """Remove the staging that a dead machine left below DIRECTORIES (default: the roots), never a live fork's."""
-    settings = read_settings()
-    searched = [normal_path(absolute(directory), "directory") for directory in directories] or list(settings.roots)
-    if not searched:
-        raise click.UsageError("nothing to search: name directories, or set FORKVM_ROOTS")
-    client: list[Client | None] = []
-
-    def is_live(fork_id: str) -> bool | None:
-        if not client:  # asked only when there is something to ask about
-            try:
-                client.append(connect(settings))
-            except NoBroker as error:
-                say(str(error))
-                client.append(None)
-        return None if client[0] is None else client[0].results.is_open(fork_id)
-
-    findings = [finding for directory in searched for finding in collect(directory, is_live)]
-    if as_json:
-        answer_json([vars(finding) for finding in findings])
-        return
-    for finding in findings:
-        fork = f" (fork {finding.fork_id})" if finding.fork_id else ""
-        answer(f"{finding.verdict} {finding.path}{fork}: {finding.reason}")
-    removed = sum(finding.verdict == "removed" for finding in findings)
-    answer(f"{removed} removed, {len(findings) - removed} kept")
-
-
-@cli.command()
 @click.option("--domain", help="The domain to serve; FORKVM_DOMAIN by default.")
 @click.option(
     "--concurrency",
@@ -224,7 +188,7 @@ def _fork_here(settings: Settings, request: dict[str, Any], beat: Beat) -> ForkR
     return fork_here(spec, roots_of(settings), settings.limits, local_processes(), beat)
 
 
-for _command in (submit, status, files, cancel, campaign, forks, doctor):
+for _command in (submit, status, files, cancel, campaign, forks, doctor, gc):
     cli.add_command(_command)
 
 if __name__ == "__main__":

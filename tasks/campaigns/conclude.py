@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from contextlib import suppress
 from typing import Any
@@ -20,6 +21,8 @@ from tasks.copier.errors import Code, ForkError, from_record
 from tasks.copier.progress import Progress, Ticker
 from tasks.copier.proof import NotOurs
 from tasks.copier.staging import Staging
+
+log = logging.getLogger(__name__)
 
 
 def run_conclude(context: Context, campaign_id: str, home: str, *, seized: bool = False) -> CampaignResult | None:
@@ -44,6 +47,9 @@ def run_conclude(context: Context, campaign_id: str, home: str, *, seized: bool 
         raise Again(held.pulse) from None
     except NotOurs as error:  # the campaign's own message gives each of its forks its end
         return None if _send_again(context, campaign_id) else _settle_unplanned(context, results, error)
+    except OSError as error:  # perhaps it can be read in a moment; where it never can, `settle_gone` ends the campaign
+        log.warning("the staging of campaign %s cannot be read: %s", campaign_id, error)
+        raise Again(GONE) from None
     finally:
         os.close(parent_fd)
     if (known := results.result()) is None and not _send_again(context, campaign_id):
@@ -62,10 +68,9 @@ def _send_again(context: Context, campaign_id: str) -> bool:
 
 
 def settle_gone(context: Context, campaign_id: str) -> CampaignResult:
-    """Settle a campaign whose staging someone removed."""
-    error = ForkError(
-        Code.IO_ERROR, "its staging directory is gone", _spec_of(context, campaign_id).source, errno.ENOENT
-    )
+    """Settle a campaign whose staging was removed by others, or cannot be read."""
+    message = "its staging directory is gone or cannot be read"
+    error = ForkError(Code.IO_ERROR, message, _spec_of(context, campaign_id).source, errno.ENOENT)
     return _settle_unplanned(context, CampaignResults(context.results, campaign_id), error)
 
 
@@ -97,7 +102,8 @@ def _end_rest(context: Context, results: CampaignResults, campaign: Campaign, *,
     if seized:
         for first in range(0, count, batch):
             if not results.is_batch_done(first):
-                seize_batch(campaign, context.roots, first)
+                with suppress(ForkError, OSError, Held):  # one that cannot be taken is refused or waited for below
+                    seize_batch(campaign, context.roots, first)
     error = results.ended(campaign.spec.source)
     if error is not None:
         end_rest(campaign, context.roots, Ticker(_go_on), results, error)

@@ -58,6 +58,7 @@ class NotOurs(ForkError):
     """What stands at a staging path is not this worker's own, or not what the worker left: it is left as it is."""
 
     def __init__(self, path: str, what: str) -> None:
+        self.what = what
         super().__init__(Code.IO_ERROR, f"not usable as staging: {what}; remove it, and send the fork again", path)
 
 

@@ -41,10 +41,12 @@ _JOURNAL = "journal"
 _MANIFEST = "manifest"
 _CLOSING = "closing"
 _STOP = "stop"
-#: What a control directory may hold; `source` and `clone` are those of a trial of the filesystem (see `trial`).
+#: What a control directory may hold; `source` and `clone` are those of a trial of the filesystem (see `trial`), the
+#: last two are open files that were unlinked on FUSE and NFS.
 _KNOWN_NAME = re.compile(
     r"(lock|journal|manifest|closing|stop|destinations|source|clone|(mode|rename)-[0-9a-f]+(\.done)?"
-    r"|(chunk|settled)-\d+|report-(plan|\d+)|batch-\d+-\d+)(\.new)?|snapshot[.0-9a-z-]*",
+    r"|(chunk|settled)-\d+|report-(plan|\d+)|batch-\d+-\d+)(\.new)?|snapshot[.0-9a-z-]*"
+    r"|\.fuse_hidden[0-9a-f]+|\.nfs[0-9a-f]+",
     re.ASCII,
 )
 #: Digits of the number of tries of a chunk, at most.
@@ -260,13 +262,22 @@ class Staging(Control):
             log.warning("%r is left as it is: %s", name, self._replaced(name))
 
     def discard_trees(self) -> None:
-        """Remove all trees that belong to this control directory; a campaign has many."""
+        """Remove all trees that belong to this control directory; a campaign has many.
+
+        All that can be removed are, also where one cannot. Raises OSError: the first one met.
+        """
         noted = self._noted()
         journal = self.journal()
         identity = journal.tree if journal is not None else None
+        errors: list[OSError] = []
         for name in os.listdir(self.parent_fd):
             if name.startswith(f"{self.name}.") and STAGING_NAME.fullmatch(name):
-                self._discard(name, noted.get(name, set()), identity)
+                try:
+                    self._discard(name, noted.get(name, set()), identity)
+                except OSError as error:
+                    errors.append(error)
+        if errors:
+            raise errors[0]
 
     def remove(self) -> None:
         """Remove the control directory, the last step of every fork. The tree must be gone or published.
@@ -291,7 +302,8 @@ class Staging(Control):
         self._remove_as(name)
 
     def _remove_as(self, name: str) -> None:
-        if trees.identity_of(self.parent_fd, name) == os.fstat(self.fd).st_ino:
+        standing = trees.identity_of(self.parent_fd, name)
+        if standing is not None and standing == os.fstat(self.fd).st_ino:
             trees.remove(self.parent_fd, name)
 
     def _require_known_names(self) -> None:

@@ -1,0 +1,316 @@
+"""`forkvm gc` among damaged, foreign and unreadable entries: each is judged alone, and everything else goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tasks.copier.control import control_name
+from tasks.copier.spec import ForkSpec
+from tasks.copier.staging import Staging
+from tests.fixtures.filesystems import Fresh, bind_mounted
+from tests.fixtures.fuse import Passthrough
+from tests.fixtures.processes import PublicProgram, RunForkvm, forkvm_script
+from tests.support.requirements import require_command
+
+OTHER = 1000
+OLD = (86_400, 86_400)
+
+
+@pytest.fixture
+def place(fresh: Fresh) -> Path:
+    return fresh("xfs")
+
+
+def make_dead(parent: Path, fork_id: str) -> Path:
+    """The staging of a local fork whose process died; its control directory."""
+    parent.mkdir(exist_ok=True)
+    fd = os.open(parent, os.O_RDONLY)
+    try:
+        with Staging.claim(fd, fork_id, wait=0) as staging:
+            spec = ForkSpec(fork_id=fork_id, source="/guests/a", destination=f"{parent}/{fork_id}")
+            journal = staging.begin(spec.to_data(), None)
+            os.close(staging.make_tree(journal))
+    finally:
+        os.close(fd)
+    (parent / f"{control_name(fork_id)}.{journal.attempt}" / "disk").write_text("half")
+    return parent / control_name(fork_id)
+
+
+def stagings(directory: Path) -> set[Path]:
+    return {path for path in directory.rglob("*") if path.name.startswith(".forkvm-")}
+
+
+def replaced(path: Path, make: Callable[[Path], object]) -> None:
+    path.unlink()
+    make(path)
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        here = os.getcwd()
+        os.chdir(path.parent)  # a socket's path is short
+        try:
+            listening.bind(path.name)
+        finally:
+            os.chdir(here)
+
+
+def make_huge(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+
+
+#: What is wrong with the files of a control directory that is ours, and what is said of it.
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "journal is a FIFO": (lambda control: replaced(control / "journal", os.mkfifo), "FIFO"),
+    "journal is a socket": (lambda control: replaced(control / "journal", make_socket), "socket"),
+    "journal is a directory": (lambda control: replaced(control / "journal", os.mkdir), "directory"),
+    "journal is a symlink": (
+        lambda control: replaced(control / "journal", lambda path: path.symlink_to("/etc/passwd")),
+        "symlink",
+    ),
+    "journal has two names": (lambda control: os.link(control / "journal", control / "stop"), "2 names"),
+    "journal is huge": (lambda control: replaced(control / "journal", make_huge), "bytes"),
+    "journal is another user's": (lambda control: os.chown(control / "journal", OTHER, OTHER), "user 1000"),
+    "journal is another fork's": (
+        lambda control: (control / "journal").write_bytes(
+            (control / "journal").read_bytes().replace(b'"fork_id": "', b'"fork_id": "x')
+        ),
+        "another fork's",
+    ),
+    "lock is a FIFO": (lambda control: replaced(control / "lock", os.mkfifo), "FIFO"),
+    "lock is a symlink": (
+        lambda control: replaced(control / "lock", lambda path: path.symlink_to("journal")),
+        "symlink",
+    ),
+    "others may enter it": (lambda control: control.chmod(0o777), "0777"),
+    "another user's": (lambda control: os.chown(control, OTHER, OTHER), "user 1000"),
+}
+
+#: What stands in the place of a control directory or a tree.
+IN_THE_WAY: dict[str, Callable[[Path], object]] = {
+    "file": lambda path: path.write_text("precious"),
+    "FIFO": os.mkfifo,
+    "socket": make_socket,
+    "symlink": lambda path: path.symlink_to("/etc"),
+}
+
+
+def found_by_gc(run_forkvm: RunForkvm, place: Path, *, code: int = 0) -> dict[str, dict[str, str]]:
+    done = run_forkvm("gc", place, "--json", timeout=30)
+    assert done.returncode == code, done.stderr
+    assert done.stderr == ""
+    return {finding["path"]: finding for finding in json.loads(done.stdout)}
+
+
+def test_all_bad_entries_are_reported_and_everything_else_goes(run_forkvm: RunForkvm, place: Path) -> None:
+    # Given all bad entries, with dead staging before, between and behind them
+    kept: dict[Path, str] = {}
+    dead: set[Path] = set()
+    for n, (what, (damage, reason)) in enumerate(DAMAGE.items()):
+        dead.add(make_dead(place, f"dead-{n}"))
+        control = make_dead(place, f"bad-{n}")
+        damage(control)
+        kept[control] = reason
+        assert what
+    for n, (kind, make) in enumerate(IN_THE_WAY.items()):
+        for name in (f".forkvm-{n:016x}", f".forkvm-{n + 16:016x}.{n:08x}"):
+            make(place / name)
+            kept[place / name] = kind
+    theirs = place / f".forkvm-{99:016x}.01234567"
+    theirs.mkdir(mode=0o700)
+    (theirs / "disk").write_text("theirs")
+    os.chown(theirs, OTHER, OTHER)
+    kept[theirs] = "user 1000"
+    dead |= {make_dead(place / os.fsdecode(b"not-utf8-\xff"), "deep"), make_dead(place / "last", "last")}
+
+    # When
+    found = found_by_gc(run_forkvm, place)
+
+    # Then
+    for path, reason in kept.items():
+        assert found[str(path)]["verdict"] == "kept", found[str(path)]
+        assert reason in found[str(path)]["reason"]
+        assert os.path.lexists(path)
+    removed = {path for path, finding in found.items() if finding["verdict"] == "removed"}
+    assert removed == {str(path) for path in dead}
+    assert not any(path.exists() for path in dead)
+    assert (theirs / "disk").read_text() == "theirs"
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"null", b"[]", b"{}", b"[" * 1_000_000, b"1" * 100_000, b'{"spec": {}}', b"\xff"]
+)
+def test_staging_of_ours_whose_journal_is_none_goes_when_it_is_old(
+    data: bytes, run_forkvm: RunForkvm, place: Path
+) -> None:
+    control, other = make_dead(place, "damaged"), make_dead(place, "other")
+    (control / "journal").write_bytes(data)
+
+    fresh = found_by_gc(run_forkvm, place)
+    for path in (control / "lock", control):
+        os.utime(path, OLD)
+    old = found_by_gc(run_forkvm, place)
+
+    assert (fresh[str(control)]["verdict"], fresh[str(other)]["verdict"]) == ("kept", "removed")
+    assert old[str(control)]["verdict"] == "removed"
+    assert stagings(place) == set()
+
+
+def test_control_directory_that_holds_what_is_no_staging_is_kept(run_forkvm: RunForkvm, place: Path) -> None:
+    control = place / f".forkvm-{7:016x}"
+    control.mkdir(mode=0o700)
+    (control / "vm.raw").write_text("precious")
+    found_by_gc(run_forkvm, place)
+    os.utime(control, OLD)
+
+    found = found_by_gc(run_forkvm, place)
+
+    assert found[str(control)]["verdict"] == "kept"
+    assert "vm.raw" in found[str(control)]["reason"]
+    assert (control / "vm.raw").read_text() == "precious"
+
+
+def test_tree_that_was_replaced_by_another_directory_is_kept(run_forkvm: RunForkvm, place: Path) -> None:
+    control = make_dead(place, "f1")
+    (tree,) = place.glob(f"{control.name}.*")
+    tree.rename(place / "vm-2")
+    tree.mkdir()
+    (tree / "precious").write_text("theirs")
+
+    found_by_gc(run_forkvm, place)
+
+    assert (tree / "precious").read_text() == "theirs"
+    assert (place / "vm-2/disk").read_text() == "half"
+
+
+@pytest.fixture
+def immutable() -> Iterator[Callable[[Path], None]]:
+    """Makes files immutable for the time of a test."""
+    chattr = require_command("chattr", "immutable files")
+    paths: list[Path] = []
+
+    def make(path: Path) -> None:
+        subprocess.run([chattr, "+i", path], check=True)
+        paths.append(path)
+
+    yield make
+    for path in paths:
+        subprocess.run([chattr, "-i", path], check=True)
+
+
+@pytest.mark.parametrize("what", ["", "journal", "tree"])
+def test_immutable_staging_is_a_failure_and_the_rest_goes(
+    what: str, run_forkvm: RunForkvm, place: Path, immutable: Callable[[Path], None]
+) -> None:
+    control, others = make_dead(place, "f1"), {make_dead(place, f"other-{n}") for n in range(5)}
+    (tree,) = place.glob(f"{control.name}.*")
+    immutable(tree / "disk" if what == "tree" else control / what)
+
+    found = found_by_gc(run_forkvm, place, code=1)
+
+    assert found[str(control)]["verdict"] == "failed"
+    assert "EPERM" in found[str(control)]["reason"]
+    assert {path for path, finding in found.items() if finding["verdict"] == "removed"} == {str(o) for o in others}
+
+
+def test_mount_in_a_tree_is_a_failure_and_what_is_mounted_stays(
+    run_forkvm: RunForkvm, place: Path, fresh: Fresh
+) -> None:
+    control, other = make_dead(place, "f1"), make_dead(place, "other")
+    (tree,) = place.glob(f"{control.name}.*")
+    precious = fresh("ext4")
+    (precious / "disk").write_text("theirs")
+
+    with bind_mounted(precious, tree / "mounted"):
+        found = found_by_gc(run_forkvm, place, code=1)
+
+    assert found[str(control)]["verdict"] == "failed"
+    assert "mounted" in found[str(control)]["reason"]
+    assert (precious / "disk").read_text() == "theirs"
+    assert not other.exists()
+
+
+def test_staging_with_a_file_that_is_held_open_on_fuse_is_a_failure_and_ends(
+    run_forkvm: RunForkvm, passthrough: Passthrough, place: Path
+) -> None:
+    place = passthrough(place, "silly")
+    control, other = make_dead(place, "f1"), make_dead(place, "other")
+    (tree,) = place.glob(f"{control.name}.*")
+
+    with (tree / "disk").open():
+        busy = found_by_gc(run_forkvm, place, code=1)
+    free = found_by_gc(run_forkvm, place)
+
+    assert (busy[str(control)]["verdict"], busy[str(other)]["verdict"]) == ("failed", "removed")
+    assert "keeps files in it open" in busy[str(control)]["reason"]
+    assert free[str(control)]["verdict"] == "removed"
+    assert stagings(place) == set()
+
+
+def test_ordinary_user_is_told_what_is_not_readable_and_removes_the_own(
+    run_forkvm: RunForkvm, public_program: PublicProgram, place: Path
+) -> None:
+    theirs, closed = make_dead(place, "theirs"), place / "closed"
+    closed.mkdir(mode=0o700)
+    own = make_dead(place, "own")
+    for path in (own, *own.iterdir(), *place.glob(f"{own.name}.*"), *place.glob(f"{own.name}.*/*")):
+        os.chown(path, 65534, 65534)
+    place.chmod(0o1777)
+
+    done = run_forkvm("gc", place, "--json", user=65534)
+
+    found = {finding["path"]: finding for finding in json.loads(done.stdout)}
+    assert done.returncode == 1  # a directory was not searched
+    assert (found[str(own)]["verdict"], found[str(theirs)]["verdict"]) == ("removed", "kept")
+    assert found[str(closed)]["verdict"] == "failed"
+    assert "EACCES" in found[str(closed)]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("path", "inject", "verdict"),
+    [
+        ("{control}", "getdents64:error=EIO", "failed"),
+        ("{sub}", "getdents64:error=EIO", "failed"),
+        ("{sub}", "getdents64:error=ENOENT", None),
+    ],
+)
+def test_error_of_the_disk_is_a_failure_of_one_entry(path: str, inject: str, verdict: str | None, place: Path) -> None:
+    strace = require_command("strace", "the injection of errors")
+    control, other, last = make_dead(place, "f1"), make_dead(place, "other"), make_dead(place / "last", "last")
+    make_dead(place / "sub", "sub")
+    bad = path.format(control=control, sub=place / "sub")
+
+    tracing = ["-o", "/dev/null", "-e", "trace=getdents64", "-e", f"inject={inject}", "-P", bad]
+    done = subprocess.run(
+        [strace, *tracing, forkvm_script(), "gc", place, "--json"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+    found = {finding["path"]: finding for finding in json.loads(done.stdout)}
+    assert done.returncode == (1 if verdict == "failed" else 0)
+    if verdict is not None:
+        assert found[bad]["verdict"] == verdict
+        assert "EIO" in found[bad]["reason"]
+    assert not other.exists()
+    assert not last.exists()
+
+
+def test_root_that_cannot_be_opened_does_not_end_the_search_of_the_others(run_forkvm: RunForkvm, place: Path) -> None:
+    dead = make_dead(place / "b", "f1")
+
+    done = run_forkvm("gc", place / "a", place / "b")
+
+    assert done.returncode == 1
+    assert f"failed {place}/a: " in done.stdout
+    assert "1 removed, 0 kept, 1 failed" in done.stdout
+    assert not dead.exists()
