@@ -10,7 +10,7 @@ SOURCES := worker tasks tests benchmarks
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test soak bench bench-quick lint format venv constraints clean
+.PHONY: help demo test test-deploy soak bench bench-quick lint format venv constraints clean
 
 help: ## these lines
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,11 @@ test: ## ruff, mypy (strict) and every test
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/pytest -n 3 --dist worksteal -m 'not alone'
 	$(BIN)/pytest -m alone
+
+test-deploy: ## the image and docker-compose.yml in real containers, with a dockerd of its own; as root
+	@scripts/setup.sh packages deploy
+	@$(MAKE) --no-print-directory --silent venv
+	$(BIN)/python -m tests.deploy
 
 soak: ## forks, workers and faults at random for five minutes, then the books; SOAK_ARGS='--seconds 1800 --seed 7'
 	@scripts/setup.sh packages test

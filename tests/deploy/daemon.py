@@ -1,0 +1,182 @@
+"""A dockerd of this test's own, in namespaces of its own: its end leaves no network, no rule and no mount."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+#: Seconds for dockerd to answer, and to end.
+_PATIENCE = 60.0
+
+# Becomes PID 1 of the namespaces. /run is hidden, because containerd and the network namespaces of containers have
+# fixed paths in it. The forwarding that dockerd turns on is that of the new network namespace.
+_INSIDE = """
+cd "$1"
+mount -t tmpfs -o mode=755 tmpfs /run
+mount -o loop,discard data.img data
+mount -o loop,discard guests.img guests
+ip link set lo up
+exec tini -- dockerd --data-root "$1/data" --exec-root /run/docker --pidfile /run/docker.pid \
+    --host "unix://$1/docker.sock" --storage-driver overlay2 --cgroup-parent "$2" \
+    --exec-opt native.cgroupdriver=cgroupfs
+"""
+
+
+class Daemon:
+    """A running dockerd. `directory` holds its socket and log; `guests` is an XFS, by its path inside and outside."""
+
+    def __init__(self, directory: Path, init: int) -> None:
+        self.directory = directory
+        #: The path of the XFS for `docker run -v` and compose.
+        self.guests = directory / "guests"
+        #: The same directory for this process, which is in another mount namespace.
+        self.guests_seen_here = Path(f"/proc/{init}/root{self.guests}")
+        self._init = init
+        home = directory / "home"
+        home.mkdir()
+        #: Nothing of the user's own configuration of docker counts. The classic builder is in every release.
+        self.environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(home),
+            "DOCKER_CONFIG": str(home),
+            "DOCKER_HOST": f"unix://{directory}/docker.sock",
+            "DOCKER_BUILDKIT": "0",
+            "COMPOSE_DOCKER_CLI_BUILD": "0",
+        }
+
+    def docker(self, *arguments: str, stdin: str | None = None, timeout: float = 600, check: bool = True) -> str:
+        """What `docker ARGUMENTS` prints on stdout; CalledProcessError with its stderr where it fails."""
+        return self.run(["docker", *arguments], stdin=stdin, timeout=timeout, check=check)
+
+    def run(
+        self,
+        command: list[str],
+        *,
+        cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        stdin: str | None = None,
+        timeout: float = 600,
+        check: bool = True,
+    ) -> str:
+        """What a command that talks to this daemon prints on stdout."""
+        done = subprocess.run(
+            command,
+            cwd=cwd,
+            env=self.environment | dict(environment or {}),
+            input=stdin,
+            stdin=subprocess.DEVNULL if stdin is None else None,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+        )
+        if check and done.returncode != 0:
+            raise CommandFailed(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    def kill(self, pid: str) -> None:
+        """SIGKILL to a process of a container, by the pid that `docker inspect` reports."""
+        subprocess.run(["nsenter", "--target", str(self._init), "--pid", "--mount", "kill", "-KILL", pid], check=True)
+
+
+class CommandFailed(Exception):
+    """A command ended with an error; the message holds it with its output."""
+
+
+@contextlib.contextmanager
+def running_daemon() -> Iterator[Daemon]:
+    """A daemon with nothing in it. Whatever ends this process, the daemon and all of its containers end with it."""
+    group = f"/forkvm-deploy-{os.getpid()}"
+    directory = Path(tempfile.mkdtemp(prefix="forkvm-deploy-", dir="/var/tmp"))
+    try:
+        _make_filesystem(directory, "data", 24, ["mkfs.ext4", "-q", "-F", "-E", "nodiscard,lazy_itable_init=1"])
+        _make_filesystem(directory, "guests", 12, ["mkfs.xfs", "-q", "-m", "reflink=1"])
+        with (directory / "dockerd.log").open("wb") as log:
+            process = subprocess.Popen(
+                [
+                    *("setpriv", "--pdeathsig", "KILL"),
+                    *("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
+                    *("sh", "-euc", _INSIDE, "dockerd", str(directory), group),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is this test's alone: it stops the daemon in order
+            )
+        try:
+            yield Daemon(directory, _wait_until_it_answers(process, directory))
+        finally:
+            _end(process)
+    finally:
+        _remove_groups(group)
+        shutil.rmtree(directory)
+
+
+def _make_filesystem(directory: Path, name: str, gibibytes: int, mkfs: list[str]) -> None:
+    """A sparse image and an empty directory to mount it on."""
+    image = directory / f"{name}.img"
+    with image.open("wb") as file:
+        file.truncate(gibibytes << 30)
+    subprocess.run([*mkfs, str(image)], check=True, stdout=subprocess.DEVNULL)
+    (directory / name).mkdir()
+
+
+def _wait_until_it_answers(process: subprocess.Popen[bytes], directory: Path) -> int:
+    """The pid of the namespaces' init, as soon as the daemon answers."""
+    log = directory / "dockerd.log"
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        answer = subprocess.run(
+            ["docker", "--host", f"unix://{directory}/docker.sock", "version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+        )
+        init = _child(process.pid)
+        if answer.returncode == 0 and init is not None:
+            return init
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise CommandFailed(f"dockerd does not answer; its log:\n{log.read_text(errors='replace')[-4000:]}")
+        time.sleep(0.2)
+
+
+def _child(pid: int) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+    return None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """TERM to dockerd, which stops its containers; after the patience, KILL to all processes of the namespace."""
+    init = _child(process.pid)
+    if init is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(init, signal.SIGTERM)
+    try:
+        process.wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    if init is not None:
+        _wait_until_gone(init)
+
+
+def _wait_until_gone(pid: int) -> None:
+    """The kernel ends a PID namespace after its init; the mounts go with its last process."""
+    deadline = time.monotonic() + _PATIENCE
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _remove_groups(group: str) -> None:
+    """The empty control groups that remain of the containers, in each hierarchy."""
+    for top in (Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()):
+        for directory, _, _ in os.walk(f"{top}{group}", topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(directory)
