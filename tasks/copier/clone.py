@@ -13,7 +13,7 @@ from typing import TypeVar
 from tasks.copier.errors import Code, ForkError, from_oserror, from_source
 from tasks.copier.kernel.contents import first_difference
 from tasks.copier.kernel.reflink import NOT_ASKED_FOR, Reflinker, Refusal
-from tasks.copier.kernel.sparse import SparseCopier, Step
+from tasks.copier.kernel.sparse import Part, SparseCopier, Step
 from tasks.copier.metadata import Metadata, doing
 from tasks.copier.names import name_taken
 from tasks.copier.options import Options
@@ -296,7 +296,8 @@ class Cloner:
         return copied
 
     def _copy_data(self, place: Place, entry: Entry, src_fd: int, dst_fd: int, start: int, end: int) -> int:
-        return self._sparse.copy(src_fd, entry.dev, dst_fd, start, end, lambda: place.paths_of(entry.name))
+        part = Part(start, end, entry.size, entry.data)
+        return self._sparse.copy(src_fd, entry.dev, dst_fd, part, lambda: place.paths_of(entry.name))
 
     def _set_size(self, place: Place, entry: Entry, dst_fd: int, *, fresh: bool) -> None:
         """Give the file its final size, as a hole after what it holds; `fresh`: no clone was tried on it.

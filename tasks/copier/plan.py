@@ -210,8 +210,10 @@ def _cut_early(survey: Survey, limits: Limits, cut: int, *, reflinks: bool) -> I
 
 def _cut(units: list[Unit], limits: Limits, probed: Probed, most: int) -> list[Chunk]:
     """Cut the work into at most `most` chunks of about equal time: by count of files, and by bytes too for copies."""
-    files_each = _share(sum(unit.files for unit in units), limits.chunk_files)
-    data_each = _share(sum(unit.data for unit in units), limits.chunk_bytes)
+    files, data = sum(unit.files for unit in units), sum(unit.data for unit in units)
+    # No more from the start, or a file of some exbibytes would be cut into chunks that fill the memory.
+    files_each = _share(files, max(limits.chunk_files, files // max(1, most)))
+    data_each = _share(data, max(limits.chunk_bytes, data // max(1, most)))
     while True:
         chunks = list(_cut_evenly(units, files_each, data_each, probed))
         if len(chunks) <= most:

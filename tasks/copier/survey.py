@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tasks.copier import manifest
+from tasks.copier.kernel.sparse import reports_holes
 from tasks.copier.manifest import Span
 from tasks.copier.options import Limits
 from tasks.copier.progress import Ticker
@@ -52,13 +53,15 @@ class Survey:
         self._files, self._closing = files, closing
         self.units: list[Unit] = []
         self.entries = 0
-        #: Files and symlinks; logical bytes; bytes of data.
+        #: Files and symlinks; logical bytes; bytes of data, to be read for a copy.
         self.files = 0
         self.bytes = 0
         self.data = 0
         self._heap: list[tuple[int, str, Entry]] = []
         #: Size of the smallest of the largest.
         self._least = -1
+        #: Whether holes cost nothing; where they are found by reading, the work is the whole file.
+        self._skips_holes = reports_holes(work.ends.source_fd)
 
     def largest(self) -> list[tuple[str, Entry]]:
         """Paths and entries of the largest files, the largest first."""
@@ -95,10 +98,11 @@ class Survey:
                 size += entry.size
                 if entry.size > self._least:
                     self._keep_large(block.path, entry)
-                if entry.data > self._limits.chunk_bytes:
-                    self._add_large(block.path, entry)
+                amount = entry.data if self._skips_holes else max(entry.data, entry.size)
+                if amount > self._limits.chunk_bytes:
+                    self._add_large(block.path, entry, amount)
                     continue
-                data += entry.data
+                data += amount
             elif kind != _SYMLINK:
                 others.append(entry)
                 continue
@@ -112,11 +116,11 @@ class Survey:
             self._closing.append(Block(block.path, others))
             self._work.make_directories(block.path, [entry.name for entry in others if entry.kind == Kind.DIRECTORY])
 
-    def _add_large(self, directory: str, entry: Entry) -> None:
+    def _add_large(self, directory: str, entry: Entry, amount: int) -> None:
         """Make one file with more data than a chunk may have a block and a unit of its own."""
         span = self._files.append(Block(directory, [entry]))
-        self.units.append(Unit(*span, 1, entry.data, (directory, entry)))
-        self.data += entry.data
+        self.units.append(Unit(*span, 1, amount, (directory, entry)))
+        self.data += amount
 
     def _add_to_last(self, span: Span, files: int, data: int) -> None:
         """Join a block to the unit before it while that is small: there may be a hundred thousand small directories."""

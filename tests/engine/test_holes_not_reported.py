@@ -1,0 +1,121 @@
+"""A source whose filesystem reports every byte as data, although it keeps holes: they are found by reading."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tasks.copier.errors import Code, ForkError
+from tasks.copier.options import Limits
+from tasks.copier.progress import Progress
+from tests.engine.campaigning import campaign_with_books, destinations
+from tests.engine.forking import CHUNKED, MIB, assert_alike, fork, fork_with_books, forked, leftovers
+from tests.engine.sources import make_images
+from tests.fixtures.filesystems import Fresh, Kind
+from tests.fixtures.fuse import Bindfs, Passthrough
+from tests.support.extents import allocated_bytes, data_extents
+
+
+@pytest.fixture
+def images(fresh: Fresh, bindfs: Bindfs) -> tuple[Path, Path]:
+    """A directory of sparse images as bindfs shows it, and as it is."""
+    backing = fresh("ext4")
+    (backing / "source").mkdir()
+    make_images(backing / "source")
+    shown = bindfs(backing) / "source"
+    assert data_extents(shown / "all-hole.raw") == [(0, 64 * MIB + 1)]
+    return shown, backing / "source"
+
+
+def data_of(path: Path) -> int:
+    return sum(end - start for start, end in data_extents(path))
+
+
+@pytest.mark.parametrize("kind", ["xfs", "ext4", "btrfs", "tmpfs"])
+@pytest.mark.parametrize("reflink", ["auto", "never"])
+def test_holes_stay_holes_and_the_books_have_what_was_written(
+    images: tuple[Path, Path], fresh: Fresh, kind: Kind, reflink: str, limits: Limits
+) -> None:
+    source, backing = images
+    destination = fresh(kind) / "fork"
+
+    books = fork_with_books(source, destination, limits=limits, reflink=reflink, verify="content")
+
+    assert books.result["status"] == "succeeded", books.result["error"]
+    assert_alike(source, destination)
+    for name, result in books.files.items():
+        clone = destination / name
+        assert allocated_bytes(clone) <= allocated_bytes(backing / name) + MIB, name
+        assert result["copied_bytes"] == data_of(clone), name
+        assert result["copied_bytes"] <= data_of(backing / name), name
+    assert data_extents(destination / "all-hole.raw") == []
+    assert books.result["bytes"]["copied"] == sum(result["copied_bytes"] for result in books.files.values())
+    assert leftovers(destination.parent) == []
+
+
+def test_a_file_in_ranges_keeps_its_holes(fresh: Fresh, passthrough: Passthrough, tmp_path: Path) -> None:
+    backing = fresh("ext4")
+    (backing / "source").mkdir()
+    with (backing / "source" / "disk.raw").open("wb") as disk:
+        os.truncate(disk.fileno(), 200 * MIB)
+        for at in (0, 50 * MIB, 199 * MIB):
+            os.pwrite(disk.fileno(), os.urandom(MIB), at)
+    source, destination = passthrough(backing) / "source", fresh("xfs") / "fork"
+
+    books = fork_with_books(source, destination, limits=CHUNKED)
+
+    assert books.result["chunks"] > 8  # by its size, which is to be read
+    assert books.result["bytes"]["copied"] == 3 * MIB
+    assert data_extents(destination / "disk.raw") == [(at * MIB, (at + 1) * MIB) for at in (0, 50, 199)]
+    assert_alike(source, destination)
+
+
+def test_a_file_without_holes_is_copied_with_its_zeros(fresh: Fresh, passthrough: Passthrough, limits: Limits) -> None:
+    backing = fresh("ext4")
+    (backing / "source").mkdir()
+    (backing / "source" / "zeros.raw").write_bytes(bytes(3 * MIB))
+    destination = fresh("xfs") / "fork"
+
+    result = forked(passthrough(backing) / "source", destination, limits=limits)
+
+    assert result["bytes"]["copied"] == 3 * MIB
+    assert data_of(destination / "zeros.raw") == 3 * MIB
+
+
+def test_a_campaign_keeps_the_holes_too(images: tuple[Path, Path], fresh: Fresh, tmp_path: Path) -> None:
+    source, backing = images
+    place = fresh("xfs")
+
+    result, _ = campaign_with_books(source, destinations(place, 2), tmp_path / "books")
+
+    assert result["status"] == "succeeded"
+    for path in destinations(place, 2):
+        assert_alike(source, path)
+        for name in os.listdir(source):
+            assert allocated_bytes(path / name) <= allocated_bytes(backing / name) + MIB, name
+    assert result["bytes"]["copied"] <= 2 * sum(map(data_of, backing.iterdir()))
+
+
+def test_reading_a_hole_ends_when_the_fork_is_cancelled(
+    fresh: Fresh, passthrough: Passthrough, limits: Limits, every_beat: None
+) -> None:
+    backing = fresh("xfs")
+    (backing / "source").mkdir()
+    (backing / "source" / "disk.raw").touch()
+    os.truncate(backing / "source" / "disk.raw", 1 << 62)
+    destination = fresh("xfs") / "fork"
+    seen: list[Progress] = []
+
+    def cancel(progress: Progress) -> None:
+        seen.append(progress.copy())
+        if len(seen) > 20:
+            raise ForkError(Code.CANCELLED, "enough", "")
+
+    result = fork(passthrough(backing) / "source", destination, limits=limits, beat=cancel, reflink="never")
+
+    assert result["status"] == "cancelled"
+    assert "copy" in {progress["phase"] for progress in seen}
+    assert not destination.exists()
+    assert leftovers(destination.parent) == []
