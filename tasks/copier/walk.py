@@ -94,8 +94,8 @@ def entry_of(name: str, note: str, kind: int, status: os.stat_result) -> Entry:
 
 
 def join(directory: str, name: str) -> str:
-    """The relative path of `name` in `directory`."""
-    return f"{directory}/{name}" if directory else name
+    """The path of `name`, which may be a relative path, in `directory`; either may be "", for its top."""
+    return f"{directory}/{name}" if directory and name else directory or name
 
 
 #: S_IFMT of stat(2).

@@ -1,0 +1,168 @@
+"""A directory whose own metadata changes while the fork is made fails it; entries that are left out may change."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tasks.copier.options import Limits
+from tasks.copier.progress import Progress
+from tests.engine import campaigning
+from tests.engine.forking import forked, refused
+from tests.engine.sources import ACCESS_ACL, DEFAULT_ACL, OLD_NS, acl
+from tests.engine.test_source_changes import Meddler, closing, copying
+from tests.fixtures.filesystems import Fresh
+from tests.support.guests import make_guest
+
+pytestmark = pytest.mark.usefixtures("every_beat")
+
+#: Longer than a tick of the kernel's coarse clock: a change within the same tick has the same ctime.
+_TICK_SECONDS = 0.03
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "its mode": lambda path: path.chmod(0o2711),
+    "its owner": lambda path: os.chown(path, 1234, -1),
+    "its group": lambda path: os.chown(path, -1, 1234),
+    "its times": lambda path: os.utime(path, ns=(OLD_NS, OLD_NS)),
+    "a new attribute": lambda path: os.setxattr(path, "user.new", b"1"),
+    "another value of an attribute": lambda path: os.setxattr(path, "user.origin", b"there"),
+    "a removed attribute": lambda path: os.removexattr(path, "user.origin"),
+    "an ACL of the same mode": lambda path: os.setxattr(path, ACCESS_ACL, acl(7, 5, 5, users=[(1000, 7)])),
+    "a default ACL": lambda path: os.setxattr(path, DEFAULT_ACL, acl(7, 5, 0, users=[(1000, 7)])),
+}
+
+
+@pytest.fixture
+def directory(fresh: Fresh) -> Path:
+    return fresh("xfs")
+
+
+@pytest.fixture
+def source(directory: Path) -> Path:
+    source = make_guest(directory / "source")
+    for path in (source, source / "snapshots"):
+        os.setxattr(path, "user.origin", b"here")
+        os.setxattr(path, ACCESS_ACL, acl(7, 5, 5))
+    time.sleep(_TICK_SECONDS)
+    return source
+
+
+@pytest.mark.parametrize("name", ["", "snapshots", "snapshots/snapshot-latest"])
+@pytest.mark.parametrize("when", [copying, closing])
+@pytest.mark.parametrize("change", ["its mode", "its times", "a new attribute"])
+def test_a_directory_whose_metadata_changes_is_a_change_of_the_source(
+    directory: Path, source: Path, name: str, when: Callable[[Progress], bool], change: str, limits: Limits
+) -> None:
+    meddler = Meddler(lambda: CHANGES[change](source / name), when)
+
+    error = refused(source, directory / "fork", beat=meddler, limits=limits)
+
+    assert meddler.done
+    assert (error["code"], error["path"]) == ("source_changed", str(source / name))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_each_kind_of_metadata_of_a_directory_is_watched(directory: Path, source: Path, change: str) -> None:
+    meddler = Meddler(lambda: CHANGES[change](source / "snapshots"), copying)
+
+    error = refused(source, directory / "fork", beat=meddler)
+
+    assert meddler.done
+    assert (error["code"], error["path"]) == ("source_changed", str(source / "snapshots"))
+
+
+@pytest.mark.parametrize("change", ["its mode", "its owner", "a new attribute"])
+def test_a_change_is_seen_also_where_entries_that_are_left_out_came_before_it(
+    directory: Path, source: Path, change: str
+) -> None:
+    def meddle() -> None:
+        (source / "new.sock").touch()
+        time.sleep(_TICK_SECONDS)
+        CHANGES[change](source)
+
+    assert refused(source, directory / "fork", beat=Meddler(meddle, copying))["code"] == "source_changed"
+
+
+@pytest.mark.parametrize("change", ["its mode", "its owner"])
+def test_a_change_is_seen_also_where_entries_that_are_left_out_come_after_it(
+    directory: Path, source: Path, change: str
+) -> None:
+    def meddle() -> None:
+        CHANGES[change](source)
+        time.sleep(_TICK_SECONDS)
+        (source / "new.sock").touch()
+
+    assert refused(source, directory / "fork", beat=Meddler(meddle, copying))["code"] == "source_changed"
+
+
+def test_a_directory_that_is_published_is_one_that_the_source_had(directory: Path, source: Path) -> None:
+    """An attribute and then a left-out entry: the clone has the attribute, and the times that go with it."""
+
+    def meddle() -> None:
+        os.setxattr(source, "user.new", b"1")
+        time.sleep(_TICK_SECONDS)
+        (source / "new.sock").touch()
+
+    forked(source, directory / "fork", beat=Meddler(meddle, copying))
+
+    assert os.getxattr(directory / "fork", "user.new") == b"1"
+    assert (directory / "fork").stat().st_mtime_ns == source.stat().st_mtime_ns
+
+
+@pytest.mark.parametrize("when", [copying, closing])
+def test_entries_that_are_left_out_come_and_go_on_every_filesystem(
+    fs: Path, when: Callable[[Progress], bool], limits: Limits
+) -> None:
+    source = make_guest(fs / "source")
+    time.sleep(_TICK_SECONDS)
+
+    def live() -> None:
+        (source / "vsock.sock").unlink(missing_ok=True)
+        (source / "new.sock").touch()
+        (source / "state.zst.tmp").touch()
+        (source / "state.zst.tmp").rename(source / "snapshots" / "state.zst.tmp")
+
+    meddler = Meddler(live, when)
+    forked(source, fs / "fork", beat=meddler, limits=limits)
+
+    assert meddler.done
+
+
+@pytest.mark.parametrize("name", ["", "snapshots"])
+@pytest.mark.parametrize("change", ["its mode", "its owner", "its times", "a new attribute"])
+def test_a_campaign_makes_no_fork_of_a_directory_whose_metadata_changes(
+    directory: Path, source: Path, tmp_path: Path, name: str, change: str
+) -> None:
+    paths = campaigning.destinations(directory, 3)
+    campaigning.plan(source, paths)
+    time.sleep(_TICK_SECONDS)
+    CHANGES[change](source / name)
+    books = campaigning.Books(tmp_path)
+
+    campaigning.make_batches(paths[0], books)
+    campaigning.end(paths[0], books)
+
+    errors = [result["error"] for result in books.forks]
+    assert [error and (error["code"], error["path"]) for error in errors] == [
+        ("source_changed", str(source / name))
+    ] * 3
+    assert not any(path.exists() for path in paths)
+
+
+def test_a_campaign_goes_on_while_entries_that_are_left_out_come_and_go(
+    directory: Path, source: Path, tmp_path: Path
+) -> None:
+    paths = campaigning.destinations(directory, 3)
+    campaigning.plan(source, paths)
+    time.sleep(_TICK_SECONDS)
+    (source / "new.sock").touch()
+    books = campaigning.Books(tmp_path)
+
+    campaigning.make_batches(paths[0], books)
+    campaigning.end(paths[0], books)
+
+    assert [result["status"] for result in books.forks] == ["succeeded"] * 3
