@@ -13,6 +13,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 
 from tasks.copier import attributes
 from tasks.copier.acl import ACCESS_ACL, ACLS, DEFAULT_ACL, mode_without_acl
@@ -22,6 +23,8 @@ from tasks.copier.losses import Losses
 from tasks.copier.options import Preserve
 from tasks.copier.walk import Entry, join
 
+#: Where this process finds its own descriptors as paths (proc(5)).
+_DESCRIPTORS = "/proc/self/fd"
 _PERMISSIONS = 0o7777
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 _OWNER_READS_AND_WRITES = stat.S_IRUSR | stat.S_IWUSR
@@ -118,13 +121,7 @@ class Metadata:
             if (status.st_uid, status.st_gid) != (entry.uid, entry.gid):
                 self._chown_symlink(dir_fd, entry, path)
         if self.xattrs:
-            # No *at call reaches a symlink's attributes; the magic link of the directory is race-free.
-            source, target = f"/proc/self/fd/{src_dir_fd}/{name}", f"/proc/self/fd/{dir_fd}/{name}"
-            names, _ = attributes.names_of(source, follow=False)
-            for attribute in names:
-                # A symlink has no ACL: where they are named, it is for want of a list.
-                if attribute not in ACLS and not attributes.copy(source, target, attribute, follow=False):
-                    self._lose(path, f"xattr {attribute}")
+            self._copy_symlink_attributes(dir_fd, name, src_dir_fd, path)
         if self.timestamps:
             try:
                 os.utime(name, ns=(entry.atime, entry.mtime), dir_fd=dir_fd, follow_symlinks=False)
@@ -132,6 +129,21 @@ class Metadata:
                 if error.errno not in _REFUSED:
                     raise
                 self._lose(path, "timestamps")
+
+    def _copy_symlink_attributes(self, dir_fd: int, name: str, src_dir_fd: int, path: _Path) -> None:
+        # No *at call reaches a symlink's attributes; the magic link of the directory is race-free.
+        source, target = f"{_DESCRIPTORS}/{src_dir_fd}/{name}", f"{_DESCRIPTORS}/{dir_fd}/{name}"
+        try:
+            names, _ = attributes.names_of(source, follow=False)
+        except FileNotFoundError:
+            if os.path.exists(_DESCRIPTORS):
+                raise
+            self._lose(path, "xattrs: without /proc those of a symlink are out of reach")
+            return
+        for attribute in names:
+            # A symlink has no ACL: where they are named, it is for want of a list.
+            if attribute not in ACLS and not attributes.copy(source, target, attribute, follow=False):
+                self._lose(path, f"xattr {attribute}")
 
     def final_mode(self, mode: int, *, owned: bool) -> int:
         """The permission bits that a clone of `mode` gets.
@@ -287,9 +299,11 @@ def _times(status: os.stat_result) -> tuple[int, int]:
 
 
 def _current_umask() -> int:
-    """This process's umask, without setting it (proc(5), status)."""
-    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+    """This process's umask: from proc(5), status, or, where that is missing, by setting it for a moment."""
+    with suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as status:
         for line in status:
             if line.startswith("Umask:"):
                 return int(line.split()[1], 8)
-    return 0o022
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask

@@ -122,9 +122,12 @@ _OCTAL = re.compile(rb"\\([0-7]{3})")
 
 
 def _holds_mounts(fd: int) -> bool:
-    top = os.readlink(b"/proc/self/fd/%d" % fd).rstrip(b"/") + b"/"
-    with open("/proc/self/mountinfo", "rb") as mounts:
-        points = [line.split(b" ", 5)[4] for line in mounts]
+    try:
+        top = os.readlink(b"/proc/self/fd/%d" % fd).rstrip(b"/") + b"/"
+        with open("/proc/self/mountinfo", "rb") as mounts:
+            points = [line.split(b" ", 5)[4] for line in mounts]
+    except OSError:  # without /proc nobody can know
+        return True
     return any(_OCTAL.sub(lambda match: bytes([int(match[1], 8)]), point).startswith(top) for point in points)
 
 

@@ -8,12 +8,15 @@ import resource
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.fixtures.filesystems import Fresh
+from tests.fixtures.filesystems import Fresh, make_subvolume
 from tests.fixtures.processes import PublicProgram, forkvm_script
+from tests.support.guests import GuestSizes, make_guest
 
+SMALL = GuestSizes(overlay=8 << 20, overlay_data=1 << 20, memory=8 << 20, memory_data=1 << 20)
 #: A user of these tests alone: the limit of processes counts all that a user has.
 _USER = 54_321
 
@@ -93,14 +96,30 @@ def test_work_is_done_without_a_process_to_spare(
     assert len(names(place / "out")) == (1 if command == "fork" else 40)
 
 
-@pytest.mark.skip
-def test_a_fork_needs_no_proc(place: Path) -> None:
+@pytest.mark.parametrize("preserve", ["mode,ownership,timestamps,xattrs,hardlinks", "timestamps"])
+def test_a_fork_needs_no_proc(preserve: str, place: Path) -> None:
     (place / "small" / "link").symlink_to("0")
-    script = 'mount -t tmpfs none /proc && exec "$@"'
-    command = [forkvm_script(), "fork", str(place / "small"), str(place / "out" / "fork")]
-    done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", script, "sh", *command], capture_output=True, text=True, check=False
-    )
 
-    assert (done.returncode, done.stderr) == (0, "")
+    result = without_proc("fork", str(place / "small"), str(place / "out" / "fork"), "--preserve", preserve)
+
     assert os.readlink(place / "out" / "fork" / "link") == "0"
+    lost = [{"path": "link", "what": "xattrs: without /proc those of a symlink are out of reach"}]
+    assert result["metadata_lost"] == (lost if "xattrs" in preserve else [])
+
+
+def test_a_subvolume_is_cloned_file_by_file_without_proc(fresh: Fresh) -> None:
+    place = fresh("btrfs")
+    make_guest(make_subvolume(place / "vm-1"), SMALL)
+
+    result = without_proc("fork", str(place / "vm-1"), str(place / "vm-2"))
+
+    assert (result["status"], result["subvolume"]) == ("succeeded", False)
+
+
+def without_proc(*call: str) -> dict[str, Any]:
+    """What a command answers where /proc is an empty directory."""
+    command = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh", forkvm_script()]
+    done = subprocess.run([*command, *call, "--json"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
