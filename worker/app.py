@@ -6,10 +6,12 @@ from worker.own_packages import prefer_own_packages
 
 prefer_own_packages()  # `celery -A` imports `worker` first, and then this with the working directory first once more
 
+import logging
 import os
 import socket
 import sys
 import tempfile
+from contextlib import ExitStack
 from typing import Any, NoReturn
 
 from celery import signals
@@ -18,6 +20,7 @@ from celery.worker.consumer.mingle import Mingle
 
 from tasks.app import inner_queues
 from worker.configuration import make_app
+from worker.fence import Unfenced, raise_fence
 from worker.gate import watch_the_gate
 from worker.mending import (
     mend_books_of_messages,
@@ -31,6 +34,11 @@ from worker.tls import refuse_untrusted
 
 #: What a system without a writable file system still has (ProtectSystem=strict, a read-only container).
 _SHARED_MEMORY = "/dev/shm"
+log = logging.getLogger(__name__)
+
+#: This worker's markers on filesystems that other hosts may use, and what is to be logged of them.
+_fence = ExitStack()
+_fence_warnings: list[str] = []
 
 
 def _settings() -> Settings:
@@ -74,6 +82,26 @@ def _require_a_temporary_directory(**_: Any) -> None:
 @signals.celeryd_init.connect
 def _refuse_an_untrusted_broker(**_: Any) -> None:
     refuse_untrusted(app, _settings().broker)
+
+
+@signals.celeryd_init.connect
+def _refuse_to_share_a_filesystem_without_locks(**_: Any) -> None:
+    try:
+        _fence_warnings.extend(raise_fence(_settings().roots, _fence))
+    except Unfenced as error:
+        _fence.close()
+        sys.exit(f"forkvm: {error}")
+
+
+@signals.celeryd_after_setup.connect
+def _log_what_the_fence_lacks(**_: Any) -> None:
+    for warning in _fence_warnings:
+        log.warning("%s", warning)
+
+
+@signals.worker_shutdown.connect
+def _take_the_markers_away(**_: Any) -> None:
+    _fence.close()
 
 
 @signals.celeryd_init.connect

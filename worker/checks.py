@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ from tasks.copier.errors import errno_name
 from tasks.copier.gc import silent_stagings
 from tasks.copier.kernel import syscalls
 from tasks.copier.trial import Trial, try_out
+from worker.fence import REMEDY, shared_directories, try_locks
 
 Verdict = Literal["ok", "warn", "bad"]
 
@@ -58,6 +60,7 @@ def host_checks(roots: tuple[str, ...]) -> Iterator[Check]:
         yield Check("roots", "warn", "none", "set FORKVM_ROOTS where a worker is to run: it does not start without")
     for root in roots:
         yield from _root(root)
+    yield from _locks(roots)
 
 
 def _openat2() -> Check:
@@ -170,6 +173,21 @@ def _room(subject: str, fd: int) -> Iterator[Check]:
             found = f"{share:.0%} free"
             little = share < LITTLE
             yield Check(f"{subject}: {what}", "warn" if little else "ok", found, "remove what is not needed" * little)
+
+
+def _locks(roots: tuple[str, ...]) -> Iterator[Check]:
+    """Whether hosts that use one filesystem share its locks; nothing where no other host can use it."""
+    for path in shared_directories(roots):
+        with ExitStack() as held:
+            locks = try_locks(path, held)
+        subject = f"locks in {path}"
+        if locks.shared:
+            yield Check(subject, "ok", locks.found)
+        elif locks.shared is False:
+            yield Check(subject, "bad", locks.found, REMEDY)
+        else:
+            remedy = "run doctor again while a worker of another host runs, or have one host serve this domain"
+            yield Check(subject, "warn", locks.found, remedy)
 
 
 def _said(error: OSError) -> str:

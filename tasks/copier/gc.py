@@ -15,6 +15,7 @@ from typing import Literal
 
 from tasks.copier.control import Held, sign_of_life
 from tasks.copier.errors import ForkError, errno_name, from_oserror
+from tasks.copier.fence import remove_dead_markers
 from tasks.copier.journal import Journal
 from tasks.copier.kernel import trees
 from tasks.copier.proof import NotOurs, open_directory
@@ -118,6 +119,8 @@ def _search(top: int, directory: str, path: str, pending: list[str], search: _Se
             finding = _judge(fd, name, os.path.join(full, name), search)
             if finding is not None:
                 yield finding
+        for name in remove_dead_markers(fd):
+            yield Finding(os.path.join(full, name), "", "removed", "its worker ended")
     finally:
         os.close(fd)
 

@@ -9,6 +9,8 @@ from functools import lru_cache
 #: Names that staging uses (see `staging`). They are never guest data: a fork into a directory of the source
 #: that runs at the same time must not end up in this one.
 STAGING_NAME = re.compile(r"\.forkvm-[0-9a-f]{16}(\.[0-9a-f]{8})?")
+#: Files by which workers on several hosts try each other's locks (see `fence`).
+MARKER_NAME = re.compile(r"\.forkvm-worker-[0-9a-f]{16}")
 
 
 class Selection:
@@ -20,7 +22,7 @@ class Selection:
 
     def __init__(self, skip: Iterable[str], exclude: Iterable[str]) -> None:
         self._skip = frozenset(path.strip("/") for path in skip)
-        names: list[str] = []
+        names: list[str] = [MARKER_NAME.pattern + r"\Z"]
         self._paths: list[tuple[re.Pattern[str], bool, str]] = []
         self._names: list[tuple[re.Pattern[str], bool, str]] = []
         #: Whether the path of a file has to be looked at, beside its name.
@@ -36,11 +38,13 @@ class Selection:
                 self._names.append(rule)
                 names.append(rule[0].pattern)
         # One match decides nearly every name; only a name that some pattern takes pays for finding which.
-        self._any_name = re.compile("|".join(names)) if names else None
+        self._any_name = re.compile("|".join(names))
 
     def reason(self, directory: str, name: str, is_directory: bool) -> str | None:
         """Why the entry `name` of `directory` (relative, "" for the top) is left out, or None to take it."""
-        if self._any_name is not None and self._any_name.match(name):
+        if self._any_name.match(name):
+            if MARKER_NAME.fullmatch(name):
+                return "marker of a worker"
             for rule, only_directories, pattern in self._names:
                 if rule.match(name) and (is_directory or not only_directories):
                     return f"excluded by {pattern}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.kernel import syscalls
-from tasks.copier.selection import STAGING_NAME
+from tasks.copier.selection import MARKER_NAME, STAGING_NAME
 
 #: PATH_MAX of the kernel, its closing NUL included: no longer path can be opened.
 PATH_MAX = 4096
@@ -119,7 +119,8 @@ def _staging_name_in(path: str) -> str | None:
     folded = path.lower()
     if "/.forkvm-" not in folded:  # nearly every path; a campaign has up to a million
         return None
-    return next((part for part in path.split("/") if STAGING_NAME.fullmatch(part.lower())), None)
+    parts = ((part, part.lower()) for part in path.split("/"))
+    return next((part for part, low in parts if STAGING_NAME.fullmatch(low) or MARKER_NAME.fullmatch(low)), None)
 
 
 def _outside_staging(fd: int, path: str, field: str) -> int:
