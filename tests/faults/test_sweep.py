@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from redis import Redis
 
-from tasks.context import Context
+from tasks.campaigns.request import campaign_of, summary_of
+from tasks.campaigns.results import CampaignResults
+from tasks.context import CONCLUDE_TASK, Context, Send
+from tasks.copier.control import control_name
 from tasks.copier.kernel.roots import Roots
 from tasks.copier.options import Limits
-from tasks.results import Results
-from tasks.sweep import remove_abandoned, run_sweep
+from tasks.copier.spec import ForkSpec
+from tasks.copier.staging import Staging
+from tasks.results import Claim, Results
+from tasks.sweep import remove_abandoned, run_sweep, sweep_forks
 from tests.faults.fleet import CHILDREN, Guests, StartStruck, Struck, assert_served_and_clean, stand_at
 from tests.faults.moments import Moments
-from tests.fixtures.processes import RunForkvm, StartWorker
+from tests.fixtures.processes import RunForkvm, StartWorker, wait_until
 from tests.system.running import System
 from tests.system.scheduler import QUEUE, QUEUES, UNACKED, Scheduler
 from tests.system.staging import StagingView, leftovers
@@ -122,3 +129,97 @@ def test_staging_that_no_queue_knows_goes_when_it_is_old_and_that_of_an_open_for
     redis.flushall()
     remove_abandoned(context)
     assert leftovers(place) == []
+
+
+def plant(place: Path, fork_id: str, what: str) -> None:
+    """Something else than staging of ours where the control directory of a fork belongs."""
+    control = place / control_name(fork_id)
+    if what == "file":
+        control.write_text("in the way")
+    elif what == "FIFO":
+        os.mkfifo(control)
+    elif what == "symlink":
+        control.symlink_to(control.name)
+    else:
+        control.mkdir(mode=0o700)
+        os.mkfifo(control / "journal")
+        if what == "foreign":
+            os.chown(control, 1000, 1000)
+
+
+PLANTED = ("file", "FIFO", "symlink", "FIFO as journal", "foreign")
+
+
+def test_sweep_passes_over_what_is_in_the_way_of_one_fork(own_scheduler: Scheduler, place: Path) -> None:
+    # Given forks whose messages are lost, some with something else in the place of their staging or of its parent
+    sent: list[str] = []
+    send: Send = lambda task, kwargs, task_id: sent.append(task_id)  # noqa: E731
+    context = Context(Roots((str(place),)), Limits(), own_scheduler.results, send, QUEUE)
+    (place / "file").touch()
+    (place / "loop").symlink_to("loop")
+    for n, what in enumerate(PLANTED):
+        plant(place, f"planted-{n}", what)
+    parents = {f"planted-{n}": "." for n in range(len(PLANTED))}
+    parents |= {"in-file": "file", "in-loop": "loop", "outside": "..", "last": "."}
+    for fork_id, parent in parents.items():
+        destination = f"{place}/{parent}/{fork_id}"
+        request = {"source": f"{place}/none", "destination": destination}
+        own_scheduler.results.claim(fork_id, {"request": request, "destination": destination, "queue": QUEUE})
+
+    # When
+    sweep_forks(context)
+    sweep_forks(context)
+
+    # Then
+    assert set(sent) == set(parents)
+
+
+def test_search_of_a_worker_passes_over_bad_entries(own_scheduler: Scheduler, place: Path) -> None:
+    for n, what in enumerate(PLANTED):
+        plant(place, f"planted-{n}", what)
+    place.joinpath("below").mkdir()
+    fd = os.open(place / "below", os.O_RDONLY)
+    with Staging.claim(fd, "dead", wait=0) as staging:
+        staging.begin(ForkSpec(fork_id="dead", source="/a", destination="/b").to_data(), None)
+    os.close(fd)
+    missing = Context(
+        Roots((str(place / "missing"), str(place))), Limits(), own_scheduler.results, lambda *_, **__: None, QUEUE
+    )
+
+    remove_abandoned(missing)
+
+    assert not any((place / "below").iterdir())
+    assert len(leftovers(place)) == len(PLANTED)
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_campaign_whose_staging_was_replaced_ends_and_others_are_served(
+    what: str, start_struck: StartStruck, guests: Guests, place: Path
+) -> None:
+    # Given a campaign that was claimed, whose message is lost, and whose staging is none of ours any more
+    system = start_struck(2)
+    destinations = [str(place / f"vm-{n}") for n in range(3)]
+    request = {"source": str(guests.small), "destinations": destinations}
+    spec, _ = campaign_of(request, "c1", owner="queue")
+    plant(place, "c1", what)
+    claim: Claim = {
+        "request": summary_of(request, spec),
+        "destination": destinations[0],
+        "queue": QUEUE,
+        "campaign": True,
+    }
+    system.scheduler.results.claim("c1", claim)
+
+    # When a sweep sends it again
+    system.scheduler.app.send_task(
+        CONCLUDE_TASK, kwargs={"home": destinations[0]}, task_id="c1", queue=f"{QUEUE}#finish"
+    )
+
+    # Then it ends, with nothing made, and the worker serves another fork
+    ended = ("SUCCESS", "FAILURE", "REVOKED")
+    wait_until(lambda: system.scheduler.results.state("c1")["status"] in ended, "the end of the campaign")
+    result = CampaignResults(system.scheduler.results, "c1").result()
+    assert result is not None
+    assert (result["status"], result["forks"]["failed"]) == ("failed", 3)
+    assert not any((place / f"vm-{n}").exists() for n in range(3))
+    system.scheduler.fork(guests.small, place / "next", "next")
