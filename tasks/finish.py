@@ -149,7 +149,8 @@ def end_with(context: Context, spec: ForkSpec, error: ForkError) -> ForkResult |
     except Superseded:
         return None
     except (ForkError, OSError):
-        return refuse(context, spec, error)  # what is there is not ours, or cannot be read
+        # What is there is not ours, or cannot be read; another chunk may have settled the fork for that.
+        return context.results.result(spec.fork_id) or refuse(context, spec, error)
     finally:
         os.close(parent_fd)
     return context.results.result(spec.fork_id) or refuse(context, spec, error)

@@ -13,27 +13,11 @@ import pytest
 from tests.engine.children import NOBODY
 from tests.engine.forking import assert_alike
 from tests.engine.sources import make_metadata
+from tests.faults.rights import as_ordinary_user, documented_capabilities, worker_of_few_rights
 from tests.fixtures.filesystems import Fresh
-from tests.fixtures.processes import ROOT, PublicProgram, Worker, program_environment
+from tests.fixtures.processes import PublicProgram
 from tests.support.outcome import LOGS
-from tests.support.requirements import require_command
-from tests.system.running import SMALL_LIMITS
 from tests.system.scheduler import Scheduler
-
-
-def _documented_capabilities() -> str:
-    """What SECURITY.md's unit asks for."""
-    found = re.search(r"^AmbientCapabilities=(.*)$", (ROOT / "SECURITY.md").read_text(), re.MULTILINE)
-    assert found is not None
-    return ",".join("+" + name.removeprefix("CAP_").lower() for name in found[1].split())
-
-
-def _as_ordinary_user(capabilities: str) -> list[str]:
-    """A command's beginning: as nobody, in no group, with these capabilities and no way to more."""
-    setpriv = require_command("setpriv", "a process with few rights")
-    who = [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--no-new-privs"]
-    keep = f"-all,{capabilities}" if capabilities else "-all"
-    return [setpriv, *who, f"--inh-caps={keep}", f"--ambient-caps={keep}", f"--bounding-set={keep}"]
 
 
 @pytest.fixture
@@ -61,34 +45,19 @@ def test_a_worker_with_the_documented_capabilities_forks_what_others_own_and_kee
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
-    capabilities = _documented_capabilities()
-    environment = program_environment(own_scheduler.server, mounts) | SMALL_LIMITS | public_program.environment
     log = tmp_path / "worker.log"
     request.node.stash[LOGS].append(log)
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*_as_ordinary_user(capabilities), *public_program.command, "worker", "--concurrency", "2"],
-            cwd=public_program.directory,
-            env=environment | {"FORKVM_INLINE_FILES": "0", "FORKVM_CHUNK_FILES": "5"},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    worker = Worker(process, log)
-    try:
-        worker.wait_until_ready()
+    env = {"FORKVM_INLINE_FILES": "0", "FORKVM_CHUNK_FILES": "5"}
+    with worker_of_few_rights(own_scheduler.server, public_program, mounts, log, env) as worker:
         status = Path(f"/proc/{worker.pid}/status").read_text()
         reflinked = own_scheduler.fork(source, source.parent / "reflinked")
         copied = own_scheduler.fork(source, source.parent / "copied", reflink="never")
         own_scheduler.wait_quiet()
-    finally:
-        worker.end()
 
     assert re.search(rf"^Uid:\s+{NOBODY}\s", status, re.MULTILINE)
     effective = re.search(r"^CapEff:\s+(\w+)$", status, re.MULTILINE)
     assert effective is not None
-    assert int(effective[1], 16).bit_count() == len(capabilities.split(","))
+    assert int(effective[1], 16).bit_count() == len(documented_capabilities().split(","))
     assert min(reflinked["chunks"], copied["chunks"]) > 1
     assert_alike(source, source.parent / "reflinked")
     assert_alike(source, source.parent / "copied")
@@ -96,7 +65,7 @@ def test_a_worker_with_the_documented_capabilities_forks_what_others_own_and_kee
 
 def test_without_them_what_others_own_is_out_of_reach(public_program: PublicProgram, source: Path) -> None:
     done = subprocess.run(
-        [*_as_ordinary_user(""), *public_program.command, "fork", source, source.parent / "fork", "--json"],
+        [*as_ordinary_user(""), *public_program.command, "fork", source, source.parent / "fork", "--json"],
         cwd=public_program.directory,
         env={"PATH": os.environ["PATH"], **public_program.environment},
         capture_output=True,

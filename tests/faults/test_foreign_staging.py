@@ -1,0 +1,206 @@
+"""A worker of the documented rights, and another user who may write in the destination's parent."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tasks.copier.control import control_name
+from tests.engine.children import NOBODY, Child, in_child
+from tests.engine.forking import assert_alike
+from tests.faults.rights import worker_of_few_rights
+from tests.fixtures.filesystems import Fresh
+from tests.fixtures.processes import PublicProgram, RunForkvm, Worker, program_environment
+from tests.support.guests import MIB, SKIPPED_BY_DEFAULT, make_guest, make_sparse_file
+from tests.support.outcome import LOGS
+from tests.support.tree import snapshot
+from tests.system.running import stopped_in_the_middle
+from tests.system.scheduler import Scheduler
+from tests.system.staging import StagingView
+
+ATTACKER = 1000
+#: Seconds within which a fork or its cancellation must end. A holder is taken for paused after 10 s.
+SOON = 30.0
+
+
+@pytest.fixture
+def yard(fresh: Fresh) -> Path:
+    """The guests of root, a file that only root reads, and a parent where everybody may write."""
+    yard = fresh("xfs_noreflink")
+    yard.chmod(0o755)
+    make_guest(yard / "source")
+    make_sparse_file(yard / "source" / "disk.raw", 64 * MIB, 32 * MIB, seed=9)
+    make_guest(yard / "outside")
+    (yard / "outside" / "shadow").write_text("secret")
+    (yard / "outside" / "shadow").chmod(0o600)
+    (yard / "parent").mkdir()
+    (yard / "parent").chmod(0o777)
+    return yard
+
+
+@pytest.fixture
+def worker(
+    own_scheduler: Scheduler,
+    public_program: PublicProgram,
+    mounts: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> Iterator[Worker]:
+    log = tmp_path / "worker.log"
+    request.node.stash[LOGS].append(log)
+    with worker_of_few_rights(own_scheduler.server, public_program, mounts, log, {"FORKVM_INLINE_FILES": "0"}) as it:
+        yield it
+        own_scheduler.wait_quiet()
+
+
+def plant_directory(control: Path, program: Path) -> None:
+    """A whole staging, with a journal that leads out; its lock is held and touched by `hold`."""
+    control.mkdir(mode=0o700)
+    (control / "lock").touch()
+    journal = {"spec": {"fork_id": "x"}, "control": control.stat().st_ino, "attempt": "d/../../outside"}
+    (control / "journal").write_text(json.dumps(journal))
+
+
+PLANTED: dict[str, Callable[[Path, Path], object]] = {
+    "directory": plant_directory,
+    "file": lambda control, _: control.write_text("theirs"),
+    "fifo": lambda control, _: os.mkfifo(control),
+    "symlink": lambda control, outside: control.symlink_to(outside),
+    "loop": lambda control, _: control.symlink_to(control.name),
+}
+
+
+@contextmanager
+def holding(lock: Path, user: int) -> Iterator[None]:
+    """Another process of `user` holds a lock file alone, and touches it again and again."""
+    reader, writer = os.pipe()
+
+    def hold() -> None:
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        os.write(writer, b"!")
+        while True:
+            os.utime(fd)
+            time.sleep(0.1)
+
+    child = Child(hold, user=user)
+    try:
+        assert os.read(reader, 1) == b"!"
+        yield
+    finally:
+        child.kill()
+        os.close(reader)
+        os.close(writer)
+
+
+def test_what_another_user_planted_ends_forks_and_campaigns_at_once_and_stays(
+    worker: Worker, own_scheduler: Scheduler, yard: Path
+) -> None:
+    parent, outside = yard / "parent", yard / "outside"
+    for kind, plant in PLANTED.items():
+        for job in ("fork", "campaign"):
+            control = parent / control_name(f"{job}-{kind}")
+            in_child(lambda plant=plant, control=control: plant(control, outside), user=ATTACKER)  # type: ignore[misc]
+    before, planted = snapshot(outside), snapshot(parent)
+    began = time.monotonic()
+
+    with holding(parent / control_name("fork-directory") / "lock", ATTACKER):
+        forks = [
+            own_scheduler.send({"source": str(yard / "source"), "destination": str(parent / kind)}, f"fork-{kind}")
+            for kind in PLANTED
+        ]
+        campaigns = [
+            own_scheduler.app.send_task(
+                "forkvm.campaign",
+                kwargs={
+                    "request": {"source": str(yard / "source"), "destinations": [str(parent / f"c-{kind}")]},
+                },
+                task_id=f"campaign-{kind}",
+                queue="forkvm",
+            )
+            for kind in PLANTED
+        ]
+        for sent in forks:
+            message, result = own_scheduler.wait_failed(sent, SOON)
+            assert "not usable as staging" in message
+            assert result["status"] == "failed"
+        for sent in campaigns:
+            with pytest.raises(Exception, match="not usable as staging"):
+                sent.get(timeout=SOON)
+
+    assert time.monotonic() - began < SOON
+    assert snapshot(outside) == before
+    after = snapshot(parent)
+    assert after.keys() == planted.keys()
+    assert all(after[path].sha256 == planted[path].sha256 for path in planted)
+
+
+@pytest.mark.parametrize("cancels", [False, True])
+def test_a_lock_that_another_program_of_the_workers_user_holds_is_taken_from_it(
+    worker: Worker, own_scheduler: Scheduler, yard: Path, cancels: bool, run_forkvm: RunForkvm, mounts: Path
+) -> None:
+    control = yard / "parent" / control_name("held")
+
+    def plant() -> None:
+        control.mkdir(mode=0o700)
+
+    in_child(plant, user=NOBODY)
+    with holding(control / "lock", NOBODY):
+        sent = own_scheduler.send(
+            {"source": str(yard / "source"), "destination": str(yard / "parent" / "fork")}, "held"
+        )
+        if cancels:
+            done = run_forkvm("cancel", "held", env=program_environment(own_scheduler.server, mounts))
+            assert done.returncode == 0, done.stderr
+            _, result = own_scheduler.wait_failed(sent, SOON)
+            assert result["status"] == "cancelled"
+            assert not (yard / "parent" / "fork").exists()
+        else:
+            assert own_scheduler.wait(sent, SOON)["status"] == "succeeded"
+            assert_alike(yard / "source", yard / "parent" / "fork", SKIPPED_BY_DEFAULT)
+
+
+@pytest.mark.parametrize("deed", ["the control directory", "the tree", "a copy of the control directory"])
+def test_staging_that_another_user_moved_aside_between_two_chunks_fails_the_fork(
+    worker: Worker, own_scheduler: Scheduler, yard: Path, deed: str
+) -> None:
+    parent, outside = yard / "parent", yard / "outside"
+    before = snapshot(outside)
+    view = StagingView(parent, "moved")
+    sent = own_scheduler.send({"source": str(yard / "source"), "destination": str(parent / "fork")}, "moved")
+
+    with stopped_in_the_middle(worker, view):
+        journal = view.journal()
+        tree = parent / f"{view.control.name}.{journal['attempt']}"
+
+        def move() -> None:
+            moved = tree if deed == "the tree" else view.control
+            moved.rename(parent / "aside")
+            moved.mkdir(mode=0o700)
+            (moved / "theirs").touch()
+            if deed != "the tree":
+                (moved / "journal").write_text(json.dumps({**journal, "attempt": "d/../../outside"}))
+
+        if deed == "a copy of the control directory":
+            view.control.rename(parent / "aside")
+            shutil.copytree(parent / "aside", view.control)
+            for path in (view.control, *view.control.iterdir()):
+                os.chown(path, NOBODY, NOBODY)
+        else:
+            in_child(move, user=ATTACKER)
+
+    _, result = own_scheduler.wait_failed(sent, SOON)
+    assert result["status"] == "failed"
+    assert result["error"] is not None
+    assert result["error"]["code"] == "io_error"
+    assert not (parent / "fork").exists()
+    assert snapshot(outside) == before
+    assert (parent / "aside").exists()
