@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.fixtures.filesystems import Fresh, bind_mounted
+from tests.fixtures.fuse import Passthrough
 from tests.fixtures.processes import RunForkvm, program_environment
 from tests.fixtures.redis_server import RedisServer
 from tests.fixtures.secure_redis import SecureRedis
@@ -187,3 +188,16 @@ def test_staging_without_a_sign_of_life_is_counted_and_left_to_gc(
     assert (check["verdict"], check["found"][:2]) == ("warn", "1 ")
     assert "forkvm gc" in check["mend"]
     assert sorted(path.name for path in place.iterdir()) == before
+
+
+def test_a_root_where_no_fork_can_be_published_is_bad(
+    run_forkvm: RunForkvm, passthrough: Passthrough, fresh: Fresh, nowhere: dict[str, str]
+) -> None:
+    place = passthrough(fresh("xfs"), "refuse_flags")
+
+    done = run_forkvm("doctor", "--json", env=nowhere | {"FORKVM_ROOTS": str(place)})
+
+    check = found_in(done)[f"root {place}"]
+    assert (check["verdict"], check["found"]) == ("bad", "FUSE, refuses RENAME_NOREPLACE: EINVAL: Invalid argument")
+    assert "no fork can be published here" in check["mend"]
+    assert list(place.iterdir()) == []
