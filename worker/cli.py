@@ -36,7 +36,7 @@ from worker.arguments import (
 from worker.campaigns import campaign, forks
 from worker.doctor import doctor
 from worker.environment import remove_celery_variables
-from worker.faults import FAULT, is_redis_fault, unexpected
+from worker.faults import exit_code, unexpected
 from worker.garbage import gc
 from worker.jobs import cancel, files, status, submit
 from worker.settings import NO_ROOTS, BadSettings, NoBroker, Settings, read_settings, roots_of
@@ -88,7 +88,7 @@ def _run() -> int:
         return BAD_CALL if error.code is Code.INVALID_REQUEST else FAILED
     except Exception as error:
         say(unexpected(error))
-        return NO_BROKER if is_redis_fault(error) else FAULT
+        return exit_code(error)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -13,10 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 from celery import Celery
 
-from tasks.context import FORK_TASK
+from tasks.context import CAMPAIGN_TASK, FORK_TASK
+from tasks.copier.kernel import syscalls
+from tasks.copier.spec import ForkResult
 from worker.client import Client
 from worker.settings import read_settings
 from worker.show import answer, any_result_lines, file_line, progress_bar, say
@@ -28,6 +31,9 @@ _PIECES = 160
 #: The filesystem that is made where that is allowed: large enough for the guest and its fork, sparse.
 _FILESYSTEM_BYTES = 8 << 30
 _READY_SECONDS = 30.0
+#: How long a fork or campaign may take, in seconds.
+_JOB_SECONDS = 300.0
+_CAMPAIGN_FORKS = 100
 _QUEUE = "forkvm"
 
 
@@ -45,25 +51,73 @@ def run_demo(directory: str | None) -> None:
         source, destination = guests / "vm-1", guests / "vm-2"
         _step(f"a guest directory: {source}")
         make_guest(source)
-        _step("a fork, sent by name as any Celery client would")
-        fork_id = f"demo-{os.getpid()}"
-        _send(redis, str(source), str(destination), fork_id)
+        _write_out(source)
         client = Client(read_settings(broker_url=redis, result_backend="", domain="", roots=str(guests)))
-        with progress_bar() as show:
-            status = client.wait(fork_id, show, timeout=300)
-        if status.result is None:
-            sys.exit(f"forkvm: the fork did not end; the worker's log:\n{(private / 'worker.log').read_text()}")
-        for result in client.results.files(fork_id):
-            answer(f"  {file_line(result)}")
-        for line in any_result_lines(status.result):
-            answer(line)
-        if status.result["error"] is not None:
-            sys.exit(1)
+        _step("a fork, sent by name as any Celery client would")
+        result = _fork(client, redis, {"source": str(source), "destination": str(destination)}, private)
         _step(f"forkvm verify {source} {destination}")
-        verified = _forkvm(["verify", str(source), str(destination)], settings)
-        if verified.wait():
+        if _forkvm(["verify", str(source), str(destination)], settings).wait():
             sys.exit("forkvm: the fork differs from its source")
+        _step("the same with cp")
+        for option in ("auto", "never"):
+            _copy(source, guests / "copy", option)
+        if result["files"]["reflinked"]:
+            _step(f"a campaign of {_CAMPAIGN_FORKS} forks, sent as one request")
+            template = {"template": f"{guests}/many-{{n}}", "count": _CAMPAIGN_FORKS}
+            _campaign(client, redis, {"source": str(source), "destinations": template})
+        else:
+            _step("no campaign: without reflinks each of its forks would copy all data")
     _step("cleaned up")
+
+
+def _fork(client: Client, redis: str, request: dict[str, Any], private: Path) -> ForkResult:
+    """Send a fork, wait for it, and print its results. Exits where it fails."""
+    fork_id = f"demo-{os.getpid()}"
+    _send(redis, FORK_TASK, request, fork_id)
+    with progress_bar() as show:
+        result = cast("ForkResult | None", client.wait(fork_id, show, timeout=_JOB_SECONDS).result)
+    if result is None:
+        sys.exit(f"forkvm: the fork did not end; the worker's log:\n{(private / 'worker.log').read_text()}")
+    for entry in client.results.files(fork_id):
+        answer(f"  {file_line(entry)}")
+    for line in any_result_lines(result):
+        answer(line)
+    if result["error"] is not None:
+        sys.exit(1)
+    return result
+
+
+def _campaign(client: Client, redis: str, request: dict[str, Any]) -> None:
+    """Send a campaign, wait for it, and print its result. Exits where it fails."""
+    campaign_id = f"demo-campaign-{os.getpid()}"
+    _send(redis, CAMPAIGN_TASK, request, campaign_id)
+    with progress_bar() as show:
+        result = client.wait(campaign_id, show, timeout=_JOB_SECONDS).result
+    for line in any_result_lines(result) if result is not None else ():
+        answer(line)
+    if result is None or result["status"] != "succeeded":
+        sys.exit("forkvm: the campaign failed")
+
+
+def _copy(source: Path, copy: Path, reflink: str) -> None:
+    """Print how long `cp` takes for the same directory, where there is one that knows the option (GNU coreutils)."""
+    command = ["cp", "-a", f"--reflink={reflink}", str(source), str(copy)]
+    if shutil.which("cp") is None:
+        return
+    began = time.monotonic()
+    done = subprocess.run(command, capture_output=True, check=False)
+    if done.returncode == 0:
+        answer(f"{' '.join(command[:3])}: {time.monotonic() - began:.3f} s")
+    shutil.rmtree(copy, ignore_errors=True)
+
+
+def _write_out(directory: Path) -> None:
+    """Have the fresh guest on the disk: the first reflink of it would otherwise wait for that."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        syscalls.syncfs(fd)
+    finally:
+        os.close(fd)
 
 
 def make_guest(path: Path) -> None:
@@ -82,11 +136,10 @@ def make_guest(path: Path) -> None:
         (path / name).write_bytes(rng.randbytes(16 << 10))
 
 
-def _send(redis: str, source: str, destination: str, fork_id: str) -> None:
+def _send(redis: str, task: str, request: dict[str, Any], job_id: str) -> None:
     """What a scheduler does: Celery, two URLs, a name."""
     scheduler = Celery(broker=redis, backend=redis)
-    request = {"source": source, "destination": destination}
-    scheduler.send_task(FORK_TASK, kwargs={"request": request}, task_id=fork_id, queue=_QUEUE)
+    scheduler.send_task(task, kwargs={"request": request}, task_id=job_id, queue=_QUEUE)
 
 
 @contextmanager
@@ -196,3 +249,4 @@ def _run(*command: str) -> None:
 
 def _step(text: str) -> None:
     answer(f"== {text}")
+    sys.stdout.flush()  # before what child processes print

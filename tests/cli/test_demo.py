@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -31,6 +32,25 @@ def test_the_demo_shows_a_reflinked_fork_and_cleans_up_also_beside_a_tasks_py(mo
     assert "skip          0 bytes  logs" in done.stdout
     assert "are the same" in done.stdout
     assert "320.1 MiB, of which 320.1 MiB are shared" in done.stdout
+    assert "cp -a --reflink=auto: " in done.stdout
+    assert "cp -a --reflink=never: " in done.stdout
+    assert "forks     100 succeeded" in done.stdout
+    assert leftovers() == []
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_demo_that_is_ended_by_a_signal_cleans_up(tmp_path: Path) -> None:
+    require_command("mkfs.xfs", "the demo on an XFS of its own")
+    environment = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen([forkvm_script(), "demo"], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    while not (line := process.stdout.readline()).startswith("== a guest directory"):
+        assert line, "the demo ended"
+
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=60)
+
+    assert process.returncode == 128 + signal.SIGHUP
     assert leftovers() == []
     assert os.listdir(tmp_path) == []
 
@@ -52,4 +72,5 @@ def test_the_demo_of_an_ordinary_user_copies_sparsely_with_any_redis_at_hand(
     assert "no XFS can be made here" in done.stderr
     assert "copy          1.0 GiB, 160.0 MiB copied  overlay.raw" in done.stdout
     assert "are the same" in done.stdout
+    assert "no campaign: without reflinks" in done.stdout
     assert os.listdir(directory) == []
