@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
@@ -54,6 +55,8 @@ def try_locks(path: str, held: ExitStack) -> Locks:
         options = mounts.local_lock_options(fd)
         proof = prove(held.enter_context(marked(fd)))
     except OSError as error:
+        if error.errno == errno.EROFS:
+            return Locks(True, "read-only here: no fork is made in it, and no lock is needed")
         why = f"{error.strerror or error} ({errno_name(error.errno or 0)})"
         return Locks(None, f"other hosts may use this filesystem, and no lock (flock) can be tried here: {why}")
     if proof.unfenced:

@@ -21,9 +21,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
+from tasks.copier.control import Control, sign_of_life
 from tasks.copier.kernel.mounts import may_be_shared
 from tasks.copier.kernel.syscalls import release
-from tasks.copier.pulse import PULSE_SECONDS, beating
+from tasks.copier.pulse import PULSE_SECONDS, beating, names_living_holder
 from tasks.copier.selection import MARKER_NAME
 
 #: How long a marker whose lock was granted is watched, in seconds: three times the interval at which it is touched.
@@ -136,6 +137,27 @@ def remove_dead_markers(directory_fd: int) -> list[str]:
     except OSError:
         return []
     return [name for name in names if _remove_if_dead(directory_fd, name)]
+
+
+def is_held_elsewhere(staging: Control) -> bool:
+    """Whether a process works in a staging whose exclusive lock was granted here: then locks are not shared with it.
+
+    Takes up to 3 s, and no time where no other host can use the filesystem, where the holders that the staging names
+    have ended, or where nothing was done for a minute. Raises OSError.
+    """
+    if not may_be_shared(staging.parent_fd):
+        return False
+    notes = staging.notes()
+    sign = sign_of_life(staging.fd)
+    have_ended = b"holder " in notes and not names_living_holder(notes)
+    if have_ended or time.time() - sign / 1000 > _DEAD_SECONDS:
+        return False
+    deadline = time.monotonic() + PULSE_SECONDS + 1
+    while time.monotonic() < deadline:
+        time.sleep(_WATCH_PAUSE)
+        if sign_of_life(staging.fd) != sign:
+            return True
+    return False
 
 
 def _remove_if_dead(directory_fd: int, name: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from tasks.copier.control import Held, sign_of_life
 from tasks.copier.errors import ForkError, errno_name, from_oserror
-from tasks.copier.fence import remove_dead_markers
+from tasks.copier.fence import is_held_elsewhere, remove_dead_markers
 from tasks.copier.journal import Journal
 from tasks.copier.kernel import trees
 from tasks.copier.proof import NotOurs, open_directory
@@ -167,6 +167,8 @@ def _visit(parent_fd: int, name: str, path: str, search: _Search) -> Finding | N
         with Staging.hold(parent_fd, f".{control}", 0, alone=True) as staging:
             if staging is None:
                 return _visit_orphan(parent_fd, name, path) if attempt else None
+            if not attempt and is_held_elsewhere(staging):
+                return Finding(path, "", "kept", "a process that does not share locks with this host is working on it")
             return _visit_tree(staging, name, path, attempt) if attempt else _visit_control(staging, path, search)
     except Held:
         return None if attempt else Finding(path, "", "kept", "a process is working on it")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from typing import Any
 import pytest
 
 from tasks.copier.fence import marked, prove
+from tasks.copier.staging import Staging
 from tests.engine.forking import forked
 from tests.fixtures.filesystems import Fresh
-from tests.fixtures.fuse import Bindfs
+from tests.fixtures.fuse import Bindfs, Passthrough
 from tests.fixtures.processes import RunForkvm, StartWorker, program_environment, wait_until
 from tests.fixtures.redis_server import RedisServer
+from tests.support.requirements import require_command
 from tests.support.tree import snapshot
 
 FORWARDED = ("--multithreaded", "--enable-lock-forwarding")
@@ -236,9 +239,41 @@ def test_gc_removes_the_marker_of_a_worker_that_ended_and_no_other(
 def test_where_no_marker_can_be_made_the_worker_starts_and_says_so(
     start_worker: StartWorker, run_forkvm: RunForkvm, redis_server: RedisServer, fresh: Fresh, bindfs: Bindfs
 ) -> None:
+    backing = fresh("ext4")
+    point = bindfs(backing)
+    chattr = require_command("chattr", "a directory in which nothing can be made")
+    subprocess.run([chattr, "+i", backing], check=True)
+    try:
+        worker = start_worker(point, 1)
+
+        assert "no lock (flock) can be tried here: Operation not permitted (EPERM)" in worker.output()
+        assert checks(run_forkvm, redis_server, point)[f"locks in {point}"]["verdict"] == "warn"
+    finally:
+        subprocess.run([chattr, "-i", backing], check=True)
+
+
+def test_a_read_only_filesystem_needs_no_locks(
+    run_forkvm: RunForkvm, redis_server: RedisServer, fresh: Fresh, bindfs: Bindfs
+) -> None:
     point = bindfs(fresh("ext4"), "-r")
 
-    worker = start_worker(point, 1)
+    assert checks(run_forkvm, redis_server, point)[f"locks in {point}"]["verdict"] == "ok"
 
-    assert "no lock (flock) can be tried here: Read-only file system (EROFS)" in worker.output()
-    assert checks(run_forkvm, redis_server, point)[f"locks in {point}"]["verdict"] == "warn"
+
+def test_gc_keeps_the_staging_of_a_host_that_does_not_share_its_locks(
+    run_forkvm: RunForkvm, redis_server: RedisServer, fresh: Fresh, passthrough: Passthrough
+) -> None:
+    backing = fresh("ext4")
+    one, other = passthrough(backing), passthrough(backing)
+    fd = os.open(one, os.O_RDONLY)
+    with Staging.claim(fd, "a fork", 0) as staging, staging.beating():
+        os.utime(backing / staging.name, (0, 0))  # its lock alone is touched from now on
+
+        live = run_forkvm("gc", other, env=program_environment(redis_server))
+
+    os.utime(backing / staging.name, (0, 0))
+    dead = run_forkvm("gc", other, env=program_environment(redis_server))
+    os.close(fd)
+    assert live.stdout.startswith(f"kept {other}/{staging.name}: a process that does not share locks with this host")
+    assert dead.stdout.startswith(f"removed {other}/{staging.name}")
+    assert list(backing.iterdir()) == []
