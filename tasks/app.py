@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import Any, NoReturn, cast
 
 from celery import Celery, Task, states
 from celery.backends.redis import RedisBackend
 from celery.exceptions import Ignore, TaskRevokedError
 from kombu.utils.encoding import bytes_to_str
+from redis.exceptions import OutOfMemoryError
 
 from tasks.bury import run_bury
+from tasks.cancel import cancel_job
 from tasks.chunk import run_chunk
 from tasks.context import (
     AGAIN_SECONDS,
-    BATCH_TASK,
     BURY_TASK,
-    CAMPAIGN_TASK,
     CHUNK_TASK,
-    CONCLUDE_TASK,
     FINISH_TASK,
     FORK_TASK,
     GONE,
@@ -35,36 +35,15 @@ from tasks.copier.spec import ForkResult
 from tasks.finish import run_finish
 from tasks.fork import run_fork
 from tasks.message import Message
+from tasks.queues import inner_queue
+from tasks.redis_errors import wait_out
 from tasks.results import Results
 from tasks.sweep import run_sweep
 from tasks.takeover import STALE_SECONDS, settle_lost, settle_published, take_over
 
-#: Queues beside the one that clients use: a finish must not wait behind chunks, nor a new fork behind either. What
-#: this program sends again of a job goes past all that no worker has begun; a sweep goes behind all chunks.
-_INNER_QUEUES = {
-    CHUNK_TASK: "#chunk",
-    BATCH_TASK: "#batch",
-    FINISH_TASK: "#finish",
-    CONCLUDE_TASK: "#finish",
-    FORK_TASK: "#finish",
-    CAMPAIGN_TASK: "#finish",
-    BURY_TASK: "#finish",
-    SWEEP_TASK: "#chunk",
-}
-
 AnyTask = Task[Any, Any]
 #: See `seen_of`.
 Seen = tuple[int, float]
-
-
-def inner_queue(queue: str, task: str) -> str:
-    """Where this program itself sends a task in the domain whose own queue is `queue`."""
-    return queue + _INNER_QUEUES[task]
-
-
-def inner_queues(queue: str) -> list[str]:
-    """The queues that a worker of the domain queue `queue` consumes beside it."""
-    return sorted({inner_queue(queue, task) for task in _INNER_QUEUES})
 
 
 def results_of(app: Celery, *, patient: bool) -> Results:
@@ -85,11 +64,16 @@ def surroundings(app: Celery, roots: Roots, limits: Limits) -> Callable[[AnyTask
         queue = _queue(task)
 
         def send(task: str, kwargs: dict[str, Any], task_id: str) -> None:
-            app.send_task(task, kwargs=kwargs, task_id=task_id, queue=inner_queue(queue, task))
+            send_patiently(app, task, kwargs, task_id, inner_queue(queue, task))
 
         return Context(roots, limits, results_of(app, patient=True), send, queue)
 
     return context
+
+
+def send_patiently(app: Celery, task: str, kwargs: dict[str, Any], task_id: str, queue: str, **options: Any) -> None:
+    """Send a task; waits while Redis is away, refuses writes, or is full."""
+    wait_out(lambda: app.send_task(task, kwargs=kwargs, task_id=task_id, queue=queue, **options), OutOfMemoryError)
 
 
 def options_of(message: type[Message]) -> dict[str, Any]:
@@ -112,9 +96,12 @@ def register(app: Celery, context: Callable[[AnyTask], Context]) -> None:
         def count_loss(self) -> int:
             return results_of(app, patient=False).count_loss(str(self.id))
 
-        def bury(self, fork_id: str, destination: str) -> None:
+        def bury(self, job_id: str, destination: str) -> None:
             queue = inner_queue(domain_queue(self), BURY_TASK)
-            app.send_task(BURY_TASK, kwargs={"destination": destination}, task_id=fork_id, queue=queue, retry=False)
+            app.send_task(BURY_TASK, kwargs={"destination": destination}, task_id=job_id, queue=queue, retry=False)
+
+        def cancel_job(self) -> None:
+            cancel_job(app, results_of(app, patient=False), self.job_id)
 
     common = options_of(ForkMessage)
 
@@ -123,7 +110,7 @@ def register(app: Celery, context: Callable[[AnyTask], Context]) -> None:
         """One fork; the contract's entry. Its one argument is `request`; anything else is no request."""
         request = given_request(args, kwargs)
         try:
-            return _answer(self, run_fork(context(self), job_id(self), request, queued(self)))
+            return _answer(self, run_fork(context(self), job_id(self), request, queued(self), expired=is_expired(self)))
         except Again as again:
             destination = text_of(request, "destination")
             return _wait(self, context(self), job_id(self), destination, again, {"request": request})
@@ -191,9 +178,7 @@ def is_stale(seen: Seen) -> bool:
 def go_back(task: AnyTask, context: Context, seen: Seen, kwargs: dict[str, Any]) -> NoReturn:
     """Send the task to its queue again, under the same id, and end this run of it without a trace."""
     queue, headers = inner_queue(context.queue, task.name), {"seen": list(seen)}
-    task.app.send_task(
-        task.name, kwargs=kwargs, task_id=job_id(task), queue=queue, headers=headers, countdown=AGAIN_SECONDS
-    )
+    send_patiently(task.app, task.name, kwargs, job_id(task), queue, headers=headers, countdown=AGAIN_SECONDS)
     raise Ignore
 
 
@@ -225,6 +210,15 @@ def _queue(task: AnyTask) -> str:
     """The domain's queue, out of the one that the message came from."""
     delivery: Mapping[str, Any] = task.request.delivery_info or {}
     return str(delivery["routing_key"]).partition("#")[0]
+
+
+def is_expired(task: AnyTask) -> bool:
+    """Whether the time has passed until which the client wanted the job to be begun (its message's `expires`)."""
+    expires: Any = task.request.expires
+    if expires is None:
+        return False
+    moment = datetime.fromisoformat(expires)
+    return datetime.now(UTC) > (moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC))
 
 
 def queued(task: AnyTask) -> float:

@@ -17,22 +17,25 @@ from tasks.copier.spec import ForkResult, ForkSpec
 from tasks.copier.staging import Staging
 from tasks.copier.vanguard import Vanguard
 from tasks.finish import end_with, refuse, tell_again
-from tasks.results import Claim
+from tasks.results import Claim, unwanted
 
 log = logging.getLogger(__name__)
 
 
-def run_fork(context: Context, fork_id: str, request: object, queued: float) -> ForkResult | None:
-    """Begin a fork, or go on with one that was delivered before: its result, or None where other tasks will give it.
+def run_fork(
+    context: Context, fork_id: str, request: object, queued: float, *, expired: bool = False
+) -> ForkResult | None:
+    """Begin a fork, or continue one that was delivered before: its result, or None where other tasks will give it.
 
-    `queued` is how long the request waited, in seconds. Raises Again while another process holds the fork.
+    `queued` is how long the request waited, in seconds. `expired`: it is not to be begun any more, but continued where
+    it was begun. Raises Again while another process holds the fork.
     """
     destination = contract.text_of(request, "destination")
     claim: Claim = {"request": request, "destination": destination, "queue": context.queue}
-    holder, known = context.results.claim(fork_id, claim)
-    if known is not None:
-        return tell_again(context, cast(ForkResult, known))
-    if holder["request"] != request:
+    claimed = context.results.claim(fork_id, claim)
+    if claimed.result is not None:
+        return tell_again(context, cast(ForkResult, claimed.result))
+    if claimed.holder["request"] != request:
         log.warning("another request has the id %s already; this one is dropped", fork_id)
         return None
     try:
@@ -41,6 +44,8 @@ def run_fork(context: Context, fork_id: str, request: object, queued: float) -> 
         result = contract.refused(request, fork_id, error)
         ForkLedger(context.results, fork_id).settle(result)
         return result
+    if (refusal := unwanted(claimed, spec.destination, expired=expired)) is not None:
+        return refuse(context, spec, refusal)
     try:
         return _start(context, spec)
     except ForkError as error:

@@ -27,6 +27,7 @@ from redis import Redis
 from redis.client import Pipeline
 from redis.exceptions import OutOfMemoryError, RedisError
 
+from tasks.copier.errors import Code, ForkError, cancelled
 from tasks.copier.progress import Progress
 from tasks.copier.report import FileResult, unpack_pages
 from tasks.copier.spec import ForkResult
@@ -49,11 +50,11 @@ _OPEN_PAGE = 500
 #: own: its record alone tells. About `pcall` see `campaigns.settle`.
 #:
 #: KEYS: result, state, claim, open. ARGV: id, TTL, claim, the state STARTED, the sign of what was never seen.
-#: Answers with the result, the state and the claim as they are then.
+#: Answers with the result and the state as they were, the claim as it is then, and whether it was taken just now.
 _CLAIM = """
 local result, state, holder = unpack(redis.call('MGET', KEYS[1], KEYS[2], KEYS[3]))
 local over = result or state and string.find(state, '^{"status": ?"SUCCESS"')
-if holder or over then return {result, state, holder} end
+if holder or over then return {result, state, holder, 0} end
 local answer = redis.pcall('SET', KEYS[3], ARGV[3], 'EX', ARGV[2])
 if answer.err then return redis.error_reply(string.match(answer.err, 'OOM .*') or answer.err) end
 if not state then
@@ -62,7 +63,7 @@ if not state then
 end
 redis.call('ZADD', KEYS[4], 'NX', ARGV[5], ARGV[1])
 redis.call('EXPIRE', KEYS[4], ARGV[2])
-return {result, state, ARGV[3]}
+return {result, state, ARGV[3], 1}
 """
 
 
@@ -89,6 +90,10 @@ class Claimed(NamedTuple):
 
     holder: Claim
     result: dict[str, Any] | None
+    #: Whether the id was taken just now: no worker has begun with it before.
+    is_new: bool = False
+    #: The final state that the id has although nothing is kept of its result: Celery gave it, or it was kept longer.
+    ended: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,11 @@ class Results:
         started = state_json(job_id, states.STARTED, "null")
         values: list[str | int] = [job_id, self.expires, json.dumps(claim), started, _NEVER_SEEN]
         take = self.redis.register_script(_CLAIM)
-        kept, record, holder = map(_decoded, self.ask(lambda: take(keys, values)))
-        return Claimed(holder or claim, _final(kept, record))
+        *found, is_new = self.ask(lambda: take(keys, values))
+        kept, record, holder = map(_decoded, found)
+        result = _final(kept, record)
+        ended = record["status"] if record and result is None and record["status"] in states.READY_STATES else None
+        return Claimed(holder or claim, result, bool(is_new), ended)
 
     def claim_of(self, fork_id: str) -> Claim | None:
         """The claim on an id; None before a worker has begun with it."""
@@ -166,7 +174,7 @@ class Results:
         results = self._many(key_of(fork_id, "result") for fork_id in ids)
         records = self._many(self.state_key(fork_id) for fork_id in ids)
         over = [
-            claim is None or (result is not None and record is not None and record["status"] == end_state(result))
+            claim is None or (result is not None and record is not None and record["status"] in states.READY_STATES)
             for claim, result, record in zip(claims, results, records, strict=True)
         ]
         if any(over):
@@ -322,6 +330,20 @@ def end_state(result: Mapping[str, Any]) -> str:
     if "campaign_id" in result and (result["status"] == "partial" or result["error"] is None):
         return states.SUCCESS
     return _END[result["status"]]
+
+
+def unwanted(claimed: Claimed, path: str, *, expired: bool) -> ForkError | None:
+    """Why a job is not to be begun, although its id was claimed for it; None if it is.
+
+    `expired`: its message's time had passed. That counts only before a worker has begun with it.
+    """
+    if claimed.ended == states.REVOKED:
+        return cancelled(path)
+    if claimed.ended is not None:
+        return ForkError(Code.IO_ERROR, f"a task of this id ended as {claimed.ended} before", path)
+    if expired and claimed.is_new:
+        return ForkError(Code.CANCELLED, "its message expired before a worker began with it", path)
+    return None
 
 
 def _rank(part: str) -> int:

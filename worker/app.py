@@ -18,17 +18,19 @@ from celery import signals
 from celery.worker.consumer.gossip import Gossip
 from celery.worker.consumer.mingle import Mingle
 
-from tasks.app import inner_queues
+from tasks.queues import inner_queues
 from worker.configuration import make_app
 from worker.fence import Unfenced, raise_fence
 from worker.gate import watch_the_gate
 from worker.mending import (
+    ignore_soft_time_limits,
     mend_books_of_messages,
     mend_closed_channels,
     mend_connections_of_children,
     mend_end_of_children,
 )
 from worker.node_name import node_name
+from worker.remote_control import register_remote_control
 from worker.settings import NO_ROOTS, BadSettings, Settings, read_settings
 from worker.tls import refuse_untrusted
 
@@ -123,6 +125,8 @@ def _mend_kombu(**_: Any) -> None:
 @signals.celeryd_init.connect
 def _mend_celery(**_: Any) -> None:
     mend_end_of_children()
+    ignore_soft_time_limits()
+    register_remote_control()
 
 
 @signals.celeryd_init.connect

@@ -11,10 +11,11 @@ from celery import Celery, states
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
-from tasks.app import inner_queue, results_of
+from tasks.app import results_of
 from tasks.campaigns.request import Summary
 from tasks.campaigns.results import CampaignResults
-from tasks.context import CAMPAIGN_TASK, CONCLUDE_TASK, FINISH_TASK, FORK_TASK
+from tasks.cancel import cancel_job
+from tasks.context import CAMPAIGN_TASK, FORK_TASK
 from tasks.copier.campaigns.spec import CampaignProgress, CampaignResult
 from tasks.copier.progress import Progress
 from tasks.copier.spec import ForkResult
@@ -114,14 +115,10 @@ class Client:
 
     def cancel(self, fork_id: str) -> None:
         """Ask for an end of the fork, and see that someone looks after it."""
-        self.results.cancel(fork_id)
-        claim = self.results.claim_of(fork_id)
-        if claim is not None and claim.get("campaign"):
-            queue = inner_queue(claim["queue"], CONCLUDE_TASK)
-            self._send(CONCLUDE_TASK, {"home": claim["destination"]}, fork_id, queue, {})
-        elif claim is not None:
-            queue = inner_queue(claim["queue"], FINISH_TASK)
-            self._send(FINISH_TASK, {"destination": claim["destination"]}, fork_id, queue, {})
+        try:
+            cancel_job(self._app, self.results, fork_id)
+        except (OperationalError, RedisError) as error:
+            raise NoBroker(f"the broker did not take the cancellation: {error}") from None
 
     def _send(self, task: str, kwargs: dict[str, Any], fork_id: str, queue: str, headers: dict[str, Any]) -> None:
         try:

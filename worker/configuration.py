@@ -7,6 +7,7 @@ from typing import Any
 from celery import Celery
 
 from tasks.app import register, surroundings
+from tasks.backend import BACKENDS
 from tasks.campaigns.app import register_campaigns
 from worker.cpus import available_cpus
 from worker.environment import remove_celery_variables
@@ -39,6 +40,7 @@ def make_app(settings: Settings) -> Celery:
         loader=_LOADER,
         fixups=[],  # Celery's own is for Django: it would read another application's settings
     )
+    app.loader.override_backends = BACKENDS
     app.conf.update(
         broker_use_ssl=tls_options(broker, settings.redis_ca),
         redis_backend_use_ssl=tls_options(backend, settings.redis_ca),

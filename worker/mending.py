@@ -6,6 +6,8 @@ worker that is to end.
 
 from __future__ import annotations
 
+import logging
+import signal
 from contextlib import suppress
 from functools import cache
 from multiprocessing.connection import wait
@@ -13,10 +15,15 @@ from typing import Any
 
 import billiard.pool
 from billiard.pool import TERMINATE, WorkersJoined
+from celery import signals
 from celery.concurrency.asynpool import ResultHandler
 from kombu.transport import virtual
 from kombu.transport.redis import Channel, QoS
-from redis.exceptions import ConnectionError, OutOfMemoryError, RedisError
+from redis.exceptions import ConnectionError, OutOfMemoryError, RedisError, ResponseError
+
+from tasks.redis_errors import is_passing
+
+log = logging.getLogger(__name__)
 
 
 @cache  # once a process
@@ -96,14 +103,24 @@ def mend_books_of_messages() -> None:
                 client.zrem(self.unacked_index_key, delivery_tag)
                 client.hdel(self.unacked_key, delivery_tag)
             virtual.QoS.ack(self, delivery_tag)
+        except ResponseError as error:
+            _give_back(self, delivery_tag, error)
 
     def reject_also_when_full(self: Any, delivery_tag: str, requeue: bool = False) -> None:
         try:
             reject(self, delivery_tag, requeue)
-        except OutOfMemoryError:
-            virtual.QoS.ack(self, delivery_tag)  # no longer renewed: it comes again when there is room
+        except ResponseError as error:
+            _give_back(self, delivery_tag, error)
 
     books.append, books.ack, books.reject = append_or_keep, ack_also_when_full, reject_also_when_full
+
+
+def _give_back(books: Any, delivery_tag: str, error: ResponseError) -> None:
+    """Stop renewing a message where Redis refuses writes for a while: it is delivered again, which does no harm."""
+    if not isinstance(error, OutOfMemoryError) and not is_passing(error):
+        raise error
+    log.warning("a message is delivered again, since Redis refused a write: %s", error)
+    virtual.QoS.ack(books, delivery_tag)
 
 
 def put_unnoted_back(channel: Any) -> None:
@@ -116,6 +133,22 @@ def put_unnoted_back(channel: Any) -> None:
         except RedisError as error:
             raise ConnectionError(f"a message could not be put back: {error}") from error
         _unnoted.pop()
+
+
+@cache  # once a process
+def ignore_soft_time_limits() -> None:
+    """Let SIGUSR1 do nothing in children.
+
+    billiard raises SoftTimeLimitExceeded at it, in the middle of whatever the child does: it would be an error of the
+    fork. A client's soft limit is its only limit here (`tasks.message.Message`).
+    """
+    pool: Any = billiard.pool  # it has None where there is no such signal
+    pool.SIG_SOFT_TIMEOUT = None
+    signals.worker_process_init.connect(_ignore_sigusr1)
+
+
+def _ignore_sigusr1(**_: Any) -> None:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 #: How often a worker that ends looks after children that ended without a word, in seconds.

@@ -10,11 +10,13 @@ from typing import Any
 from celery import bootsteps
 from celery.worker import state
 from kombu.exceptions import OperationalError
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
-from tasks.app import inner_queue, results_of
+from tasks.app import results_of
 from tasks.context import SWEEP_TASK
 from tasks.copier.kernel.processes import is_stopped
+from tasks.queues import inner_queue
+from tasks.redis_errors import is_passing
 from worker.mending import put_unnoted_back
 
 #: How often the lease is renewed and the heartbeat file touched, in seconds.
@@ -68,6 +70,9 @@ class Lease(bootsteps.StartStopStep):
                 client.zadd(channel.qos.unacked_index_key, taken, xx=True)
         except (*channel.connection_errors, OSError):
             return  # the consumer's loop meets the same, and reconnects
+        except ResponseError as error:
+            if not is_passing(error):
+                raise  # the next renewal comes in time
 
 
 def _held_up(children: list[int]) -> set[str]:

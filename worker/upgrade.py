@@ -16,7 +16,7 @@ from celery import bootsteps
 from redis import Redis
 from redis.exceptions import RedisError
 
-from tasks.app import inner_queues
+from tasks.queues import inner_queues
 from tasks.redis_errors import is_passing
 
 #: kombu's default keys: a hash of messages by delivery tag, and a sorted set of when each was taken.

@@ -13,7 +13,7 @@ from tasks.app import (
     domain_queue,
     given_request,
     go_back,
-    inner_queue,
+    is_expired,
     is_stale,
     job_id,
     options_of,
@@ -25,11 +25,13 @@ from tasks.campaigns.batch import run_batch, take_over_batch
 from tasks.campaigns.campaign import run_campaign, take_over_campaign
 from tasks.campaigns.conclude import run_conclude, settle_gone
 from tasks.campaigns.results import CampaignResults
+from tasks.cancel import cancel_job
 from tasks.context import BATCH_TASK, CAMPAIGN_TASK, CONCLUDE_TASK, GONE, Again, Context
-from tasks.contract import ForkFailed, text_of
+from tasks.contract import ForkFailed
 from tasks.copier.campaigns.spec import CampaignResult
 from tasks.copier.errors import describe
 from tasks.message import Message
+from tasks.queues import inner_queue
 from tasks.results import end_state
 
 
@@ -42,12 +44,14 @@ def register_campaigns(app: Celery, context: Callable[[AnyTask], Context]) -> No
         def count_loss(self) -> int:
             return results_of(app, patient=False).count_loss(str(self.id))
 
-        def bury(self, fork_id: str, destination: str) -> None:
-            campaign_id = text_of(self.kwargs, "campaign_id") or str(self.id)
-            results = CampaignResults(results_of(app, patient=False), campaign_id)
+        def bury(self, job_id: str, destination: str) -> None:
+            results = CampaignResults(results_of(app, patient=False), job_id)
             home = results.bury()
             queue = inner_queue(domain_queue(self), CONCLUDE_TASK)
-            app.send_task(CONCLUDE_TASK, kwargs={"home": home}, task_id=campaign_id, queue=queue, retry=False)
+            app.send_task(CONCLUDE_TASK, kwargs={"home": home}, task_id=job_id, queue=queue, retry=False)
+
+        def cancel_job(self) -> None:
+            cancel_job(app, results_of(app, patient=False), self.job_id)
 
     common = options_of(CampaignMessage)
 
@@ -56,7 +60,9 @@ def register_campaigns(app: Celery, context: Callable[[AnyTask], Context]) -> No
         """Many forks of one source; the contract's entry. Its one argument is `request`."""
         request = given_request(args, kwargs)
         try:
-            return _answer(self, run_campaign(context(self), job_id(self), request, queued(self)))
+            return _answer(
+                self, run_campaign(context(self), job_id(self), request, queued(self), expired=is_expired(self))
+            )
         except Again as again:
             seen = seen_of(self, again)
             if is_stale(seen):

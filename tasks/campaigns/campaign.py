@@ -24,6 +24,7 @@ from tasks.copier.fork import Superseded
 from tasks.copier.progress import Beat, Progress, Ticker
 from tasks.copier.staging import Staging
 from tasks.leftovers import remove_leftovers
+from tasks.results import unwanted
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +32,13 @@ log = logging.getLogger(__name__)
 _SLICE = 500
 
 
-def run_campaign(context: Context, campaign_id: str, request: object, queued: float) -> CampaignResult | None:
-    """Begin a campaign, or go on with one that was delivered before: its result, or None where other tasks give it.
+def run_campaign(
+    context: Context, campaign_id: str, request: object, queued: float, *, expired: bool = False
+) -> CampaignResult | None:
+    """Begin a campaign, or continue one that was delivered before: its result, or None where other tasks give it.
 
-    `queued` is how long the request waited, in seconds. Raises Again while another process plans it.
+    `queued` is how long the request waited, in seconds. `expired`: it is not to be begun any more, but continued where
+    it was begun. Raises Again while another process plans it.
     """
     if (known := known_campaign(context, campaign_id)) is not None:
         return known
@@ -47,16 +51,18 @@ def run_campaign(context: Context, campaign_id: str, request: object, queued: fl
         home = find_home(context.roots, paths)
     except ForkError as error:
         refusal = error
-    claim, _ = context.results.claim(
+    claimed = context.results.claim(
         campaign_id,
         {"request": summary_of(request, spec), "destination": home, "queue": context.queue, "campaign": True},
     )
+    claim = claimed.holder
     if claim["request"] != summary_of(request, spec):
         log.warning("another request has the id %s already; this one is dropped", campaign_id)
         return None
     if not paths and refusal is not None:
         return settle(results, refused_campaign(request, campaign_id, refusal))
     try:
+        refusal = refusal or unwanted(claimed, spec.source, expired=expired)
         if refusal is not None:
             raise refusal
         _plan(context, results, spec, paths, claim["destination"])

@@ -73,11 +73,11 @@ def test_first_claim_holds_the_id(results: Results) -> None:
     second: Claim = {"request": None, "destination": "/c", "queue": "forkvm.rack-7"}
 
     assert results.claim_of("fork-1") is None
-    assert results.claim("fork-1", first) == (first, None)
-    assert results.claim("fork-1", second) == (first, None)
-    assert results.claim("fork-1", first) == (first, None)
+    assert results.claim("fork-1", first)[:2] == (first, None)
+    assert results.claim("fork-1", second)[:2] == (first, None)
+    assert results.claim("fork-1", first)[:2] == (first, None)
     assert results.claim_of("fork-1") == first
-    assert results.claim("fork-2", second) == (second, None)
+    assert results.claim("fork-2", second)[:2] == (second, None)
 
 
 def test_first_claim_alone_is_told_and_makes_the_fork_started_and_open(
@@ -102,7 +102,7 @@ def test_claim_on_an_id_whose_fork_has_ended_tells_the_result(results: Results, 
     results.claim("fork-1", _claim())
     results.settle("fork-1", _result(cause=cause))
 
-    assert results.claim("fork-1", _claim("forkvm.other")) == (_claim(), results.result("fork-1"))
+    assert results.claim("fork-1", _claim("forkvm.other"))[:2] == (_claim(), results.result("fork-1"))
 
 
 def test_id_of_a_campaign_s_fork_cannot_be_claimed_once_it_has_succeeded(
@@ -121,7 +121,7 @@ def test_id_of_a_campaign_s_fork_cannot_be_claimed_once_it_has_succeeded(
 def test_claim_keeps_the_state_of_one_whose_claim_was_lost(results: Results, redis: fakeredis.FakeRedis) -> None:
     _store_state(redis, "PROGRESS")
 
-    assert results.claim("fork-1", _claim()) == (_claim(), None)
+    assert results.claim("fork-1", _claim())[:2] == (_claim(), None)
 
     assert results.state("fork-1")["status"] == "PROGRESS"
 
@@ -364,8 +364,6 @@ def test_fork_is_open_from_its_claim_until_its_result_and_its_state_are_there(
     assert [fork.fork_id for fork in results.open_forks("forkvm.rack-7")] == ["fork-2"]
     results.settle("fork-1", _result())
     assert [fork.claim for fork in results.open_forks("forkvm")] == [_claim()]
-    _store_state(redis, "FAILURE")  # of a task that could not store its success
-    assert len(results.open_forks("forkvm")) == 1
     _store_state(redis, "SUCCESS")
     assert results.open_forks("forkvm") == []
     assert redis.zrange("forkvm:open", 0, -1) == [b"fork-2"]

@@ -1,0 +1,23 @@
+"""Asking for the end of a job, by the command line or by Celery's `revoke`."""
+
+from __future__ import annotations
+
+from celery import Celery
+
+from tasks.context import CONCLUDE_TASK, FINISH_TASK
+from tasks.queues import inner_queue
+from tasks.results import Results
+
+
+def cancel_job(app: Celery, results: Results, job_id: str) -> None:
+    """Ask for the end of a fork or campaign, also of one that no worker has begun, and send the task that ends it.
+
+    Raises RedisError, OperationalError.
+    """
+    results.cancel(job_id)
+    claim = results.claim_of(job_id)
+    if claim is None:
+        return
+    task, place = (CONCLUDE_TASK, "home") if claim.get("campaign") else (FINISH_TASK, "destination")
+    queue = inner_queue(claim["queue"], task)
+    app.send_task(task, kwargs={place: claim["destination"]}, task_id=job_id, queue=queue, retry=False)

@@ -1,0 +1,71 @@
+"""Redis refuses writes for a while, as in a failover: everybody waits, and no state goes back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from redis import Redis
+from redis.exceptions import ResponseError
+
+from tests.faults.fleet import CHILDREN, Guests, StartStruck, assert_served_and_clean, go_on, stand_at
+from tests.faults.moments import Moments
+from tests.fixtures.processes import wait_until
+from tests.system.scheduler import Scheduler, states
+
+
+class Refusal(NamedTuple):
+    begin: Callable[[Scheduler], object]
+    end: Callable[[Redis], object]
+
+
+def _break_saving(scheduler: Scheduler) -> None:
+    """Kill the child that saves; Redis then refuses writes until a save succeeds."""
+    redis, server = scheduler.redis, scheduler.server.pid
+    redis.config_set("save", "3600 1")
+    redis.config_set("rdb-key-save-delay", 10_000_000)  # microseconds
+    redis.bgsave()
+    for child in Path(f"/proc/{server}/task/{server}/children").read_text().split():
+        os.kill(int(child), signal.SIGKILL)
+    wait_until(lambda: redis.info("persistence")["rdb_last_bgsave_status"] == "err", "the save to fail")
+
+
+REFUSALS = {
+    "READONLY": Refusal(lambda s: s.redis.replicaof("127.0.0.1", "1"), lambda redis: redis.replicaof("NO", "ONE")),
+    "NOREPLICAS": Refusal(
+        lambda s: s.redis.config_set("min-replicas-to-write", 1),
+        lambda redis: redis.config_set("min-replicas-to-write", 0),
+    ),
+    "MISCONF": Refusal(_break_saving, lambda redis: redis.config_set("stop-writes-on-bgsave-error", "no")),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_forks_wait_while_redis_refuses_writes_and_no_state_goes_back(
+    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path, kind: str
+) -> None:
+    # Given a fork at every moment
+    system = start_struck(CHILDREN)
+    struck = stand_at(system, moments, guests, place)
+    with system.scheduler.watching(struck[0].fork_id) as first, system.scheduler.watching(struck[-1].fork_id) as last:
+        # When Redis refuses writes while all of them go on
+        REFUSALS[kind].begin(system.scheduler)
+        with pytest.raises(ResponseError):
+            system.scheduler.redis.set("more", "x", ex=60)
+        go_on(struck)
+        time.sleep(2)
+        assert not [one.moment for one in struck if system.scheduler.results.state(one.fork_id)["status"] == "FAILURE"]
+        REFUSALS[kind].end(system.scheduler.redis)
+
+        # Then
+        for one in struck:
+            one.wait_for_success(system.scheduler)
+    for records in (first, last):
+        assert "FAILURE" not in states(records)
+    assert system.worker.running
+    assert_served_and_clean(system, guests, place)

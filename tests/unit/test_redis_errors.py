@@ -1,0 +1,86 @@
+"""What passes by itself and is waited out, and what is not."""
+
+from __future__ import annotations
+
+import pytest
+from kombu.exceptions import OperationalError
+from redis.exceptions import (
+    BusyLoadingError,
+    ClusterDownError,
+    ConnectionError,
+    ExecAbortError,
+    MasterDownError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+    TimeoutError,
+    TryAgainError,
+    WatchError,
+)
+
+from tasks.redis_errors import is_passing, wait_out
+
+PASSING = [
+    ConnectionError("Connection refused"),
+    TimeoutError("Timeout reading from socket"),
+    BusyLoadingError("Redis is loading the dataset in memory"),
+    OperationalError("Connection refused"),
+    ReadOnlyError("You can't write against a read only replica."),
+    TryAgainError("Multiple keys request during rehashing of slot"),
+    ClusterDownError("The cluster is down"),
+    MasterDownError("Link with MASTER is down and replica-serve-stale-data is set to 'no'."),
+    ResponseError("NOREPLICAS Not enough good replicas to write."),
+    ResponseError("MISCONF Redis is configured to save RDB snapshots, but it's currently unable to persist to disk."),
+    ResponseError("BUSY Redis is busy running a script."),
+    ResponseError("UNBLOCKED force unblock from blocking operation, instance state changed (master -> replica?)"),
+    # from a script, before Redis 7 and since
+    ResponseError("Error running script (call to f_0): @user_script:8: @user_script: 8: -READONLY You can't write"),
+    ResponseError("MISCONF Redis is unable to persist to disk script: 0, on @user_script:1."),
+    # from MULTI, as redis-py words it
+    ReadOnlyError("Command # 1 (SET a b) of pipeline caused error: You can't write against a read only replica."),
+    ExecAbortError("EXECABORT Transaction discarded because of previous errors: NOREPLICAS"),
+]
+LASTING = [
+    OutOfMemoryError("command not allowed when used memory > 'maxmemory'."),
+    NoPermissionError("this user has no permissions to run the 'set' command"),
+    ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value"),
+    WatchError("Watched variable changed."),
+    OSError("no descriptors"),
+    ValueError("READONLY"),
+]
+
+
+@pytest.mark.parametrize("error", PASSING, ids=str)
+def test_what_passes_is_waited_out(error: Exception) -> None:
+    answers: list[Exception | str] = [error, "answer"]
+
+    def call() -> str:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert is_passing(error)
+    assert wait_out(call) == "answer"
+
+
+@pytest.mark.parametrize("error", LASTING, ids=str)
+def test_what_lasts_is_raised(error: Exception) -> None:
+    def call() -> None:
+        raise error
+
+    assert not is_passing(error)
+    with pytest.raises(type(error)):
+        wait_out(call)
+
+
+def test_caller_may_wait_for_more() -> None:
+    answers = iter((OutOfMemoryError("full"), None))
+
+    def call() -> bool:
+        if (error := next(answers)) is not None:
+            raise error
+        return True
+
+    assert wait_out(call, OutOfMemoryError)
