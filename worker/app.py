@@ -12,6 +12,7 @@ import socket
 import sys
 import tempfile
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, NoReturn
 
 from celery import signals
@@ -104,6 +105,17 @@ def _log_what_the_fence_lacks(**_: Any) -> None:
 @signals.worker_shutdown.connect
 def _take_the_markers_away(**_: Any) -> None:
     _fence.close()
+
+
+@signals.celeryd_init.connect
+def _require_heartbeat_file(**_: Any) -> None:
+    """Refuse to start where the heartbeat file cannot be written: the health check would have the worker killed."""
+    path = _settings().heartbeat_file
+    if path:
+        try:
+            Path(path).touch()
+        except OSError as error:
+            _refuse(f"FORKVM_HEARTBEAT_FILE: {path} cannot be written: {error.strerror}")
 
 
 @signals.celeryd_init.connect

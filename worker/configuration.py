@@ -16,6 +16,7 @@ from worker.settings import Settings, roots_of
 from worker.steps import Heartbeat, Lease, PutBack, Sweeper
 from worker.tls import tls_options
 from worker.upgrade import Inheritance
+from worker.wire import broker_bounds, result_bounds
 
 #: Where kombu keeps the messages that were delivered and not acknowledged, of all domains; see `make_app`.
 UNACKED_KEY = "forkvm:unacked"
@@ -45,6 +46,7 @@ def make_app(settings: Settings) -> Celery:
         broker_use_ssl=tls_options(broker, settings.redis_ca),
         redis_backend_use_ssl=tls_options(backend, settings.redis_ca),
         result_backend_transport_options=_sentinel_options(backend, settings),
+        **result_bounds(),
         # JSON and nothing else, in both directions.
         task_serializer="json",
         result_serializer="json",
@@ -71,6 +73,7 @@ def make_app(settings: Settings) -> Celery:
             "unacked_index_key": f"{UNACKED_KEY}_index",
             "unacked_mutex_key": f"{UNACKED_KEY}_mutex",
             **_sentinel_options(broker, settings),
+            **broker_bounds(),
             "visibility_timeout": settings.visibility_timeout,  # renewed by steps.Lease
             "unacked_restore_interval": 2,
             "unacked_restore_throttle": 1,

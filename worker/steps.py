@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,8 @@ from tasks.copier.kernel.processes import is_stopped
 from tasks.queues import inner_queue
 from tasks.redis_errors import is_passing
 from worker.mending import put_unnoted_back
+
+log = logging.getLogger(__name__)
 
 #: How often the lease is renewed and the heartbeat file touched, in seconds.
 INTERVAL_SECONDS = 2.0
@@ -100,13 +103,24 @@ class Heartbeat(bootsteps.StartStopStep):
     def start(self, parent: Any) -> None:
         """Touch it now, and again and again."""
         if self.path:
-            Path(self.path).touch()
-            self._timer = parent.timer.call_repeatedly(INTERVAL_SECONDS, Path(self.path).touch)
+            self._has_warned = False
+            self._touch()
+            self._timer = parent.timer.call_repeatedly(INTERVAL_SECONDS, self._touch)
 
     def stop(self, parent: Any) -> None:
         """Let it go stale."""
         if self.path:
             self._timer.cancel()
+
+    def _touch(self) -> None:
+        """An error here is none of the connection to Redis, for which Celery would take any OSError."""
+        try:
+            Path(self.path).touch()
+            self._has_warned = False
+        except OSError as error:
+            if not self._has_warned:
+                log.warning("the heartbeat file %s cannot be written: %s; serving goes on", self.path, error.strerror)
+            self._has_warned = True
 
 
 class Sweeper(bootsteps.StartStopStep):

@@ -29,6 +29,10 @@ class Proxy:
         #: Connections cut so far.
         self.cuts = 0
         self._halve = False
+        #: Connections that pass nothing on any more, and close nothing.
+        self._silent: set[tuple[socket.socket, socket.socket]] = set()
+        #: Whether each new connection is silent too.
+        self.is_cut_off = False
 
     def __enter__(self) -> Proxy:
         self._listener.bind(str(self.socket))
@@ -53,6 +57,11 @@ class Proxy:
             pairs, self._pairs = self._pairs, []
         for pair in pairs:
             self._end(pair)
+
+    def silence(self) -> None:
+        """Has all connections of now pass nothing on any more, without an end, as a dead NAT entry does."""
+        with self._lock:
+            self._silent.update(self._pairs)
 
     def halve(self) -> None:
         """Breaks off the next connection that carries something towards a client, with half of it delivered."""
@@ -93,6 +102,8 @@ class Proxy:
     ) -> None:
         with suppress(OSError):
             while data := here.recv(_CHUNK):
+                if self.is_cut_off or pair in self._silent:
+                    continue
                 time.sleep(self.delay)
                 if to_client and self._halve and len(data) > 1:
                     self._halve = False

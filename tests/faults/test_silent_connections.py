@@ -1,0 +1,79 @@
+"""Connections to Redis that go silent without an end, and a heartbeat file that cannot be written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from tests.faults.fleet import Guests
+from tests.faults.proxy import Proxy
+from tests.fixtures.processes import StartWorker, wait_until
+from tests.system.scheduler import Scheduler
+
+#: Within so many seconds a worker notices a silent connection, and ends when it is told to.
+MINUTE = 60.0
+
+
+def test_worker_whose_connections_go_silent_serves_again_within_a_minute_and_ends_when_told(
+    own_scheduler: Scheduler, start_worker: StartWorker, guests: Guests, place: Path, mounts: Path
+) -> None:
+    with Proxy(own_scheduler.server.socket) as proxy:
+        address = f"redis+socket://{proxy.socket}"
+        worker = start_worker(mounts, env={"FORKVM_BROKER_URL": address, "FORKVM_RESULT_BACKEND": address})
+        own_scheduler.fork(guests.small, place / "first", "first")
+
+        # When the connections of now are dead, and Redis has ended the last BRPOP, to which it would give a message
+        proxy.silence()
+        wait_until(lambda: own_scheduler.redis.info("clients")["blocked_clients"] == 0, "the end of the last BRPOP")
+        own_scheduler.send({"source": str(guests.small), "destination": str(place / "next")}, "next")
+
+        # Then
+        wait_until(lambda: own_scheduler.results.state("next")["status"] == "SUCCESS", "the next fork", MINUTE)
+        own_scheduler.wait_quiet()
+
+        # and when Redis cannot be reached at all
+        proxy.is_cut_off = True
+        worker.term()
+        assert worker.wait(MINUTE) == 0
+
+
+def test_worker_that_was_told_to_consume_another_domains_queue_makes_large_forks_there(
+    own_scheduler: Scheduler, start_worker: StartWorker, guests: Guests, place: Path, mounts: Path
+) -> None:
+    start_worker(mounts, env={"FORKVM_INLINE_FILES": "4", "FORKVM_CHUNK_FILES": "8"})
+    request = {"source": str(guests.large), "destination": str(place / "fork")}
+
+    own_scheduler.app.control.add_consumer("forkvm.other")
+    own_scheduler.app.send_task("forkvm.fork", kwargs={"request": request}, task_id="other", queue="forkvm.other")
+
+    assert own_scheduler.wait(own_scheduler.app.AsyncResult("other"))["chunks"] > 1
+
+
+def test_heartbeat_file_that_cannot_be_written_is_an_error_at_the_start(
+    own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "missing" / "heartbeat"
+
+    worker = start_worker(mounts, 1, env={"FORKVM_HEARTBEAT_FILE": str(path)}, wait=False)
+
+    assert worker.wait() == 2
+    said = [line for line in worker.output().splitlines() if line.startswith("forkvm: ")]
+    assert said == [f"forkvm: FORKVM_HEARTBEAT_FILE: {path} cannot be written: No such file or directory"]
+
+
+def test_heartbeat_file_that_cannot_be_written_later_is_one_warning(
+    own_scheduler: Scheduler, start_worker: StartWorker, guests: Guests, place: Path, mounts: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "hidden" / "heartbeat"
+    path.parent.mkdir()
+    worker = start_worker(mounts, 1, env={"FORKVM_HEARTBEAT_FILE": str(path)})
+    wait_until(path.exists, "the heartbeat")
+
+    shutil.rmtree(path.parent)
+
+    wait_until(lambda: "heartbeat file" in worker.output(), "the warning")
+    own_scheduler.fork(guests.small, place / "fork")
+    path.parent.mkdir()
+    wait_until(path.exists, "the heartbeat, written again")
+    assert worker.output().count("heartbeat file") == 1
+    assert "Connection to broker lost" not in worker.output()
