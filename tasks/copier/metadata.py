@@ -103,12 +103,9 @@ class Metadata:
         has_times = self.timestamps and self._set_times(fd, fresh, entry, path)
         if not self._is_faithful(fresh.st_dev, fd):
             now = os.fstat(fd)
-            if self.ownership and owned and (now.st_uid, now.st_gid) != (entry.uid, entry.gid):
-                self._lose(path, "ownership")
             if self.mode and has_mode and stat.S_IMODE(now.st_mode) != mode:
                 self._lose(path, "mode")
-            if has_times and _times(now) != (entry.atime, entry.mtime):
-                self._lose(path, "timestamps")
+            self._lose_what_was_dropped(now, entry, path, owned=owned, has_times=has_times)
 
     def apply_to_symlink(self, dir_fd: int, entry: Entry, src_dir_fd: int, directory: str) -> None:
         """Give the symlink `entry.name` of `dir_fd` the owner, attributes and times of that in `src_dir_fd`.
@@ -116,19 +113,24 @@ class Metadata:
         `directory` is the relative path of both directories. Raises OSError.
         """
         name, path = entry.name, (directory, entry.name)
-        if self.ownership:
-            status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-            if (status.st_uid, status.st_gid) != (entry.uid, entry.gid):
-                self._chown_symlink(dir_fd, entry, path)
+        fresh = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        owned = fresh.st_uid == entry.uid and fresh.st_gid == entry.gid
+        if self.ownership and not owned:
+            owned = self._chown_symlink(dir_fd, entry, path)
         if self.xattrs:
             self._copy_symlink_attributes(dir_fd, name, src_dir_fd, path)
-        if self.timestamps:
+        has_times = self.timestamps
+        if has_times:
             try:
                 os.utime(name, ns=(entry.atime, entry.mtime), dir_fd=dir_fd, follow_symlinks=False)
             except OSError as error:
                 if error.errno not in _REFUSED:
                     raise
+                has_times = False
                 self._lose(path, "timestamps")
+        if not (_holds_times(fresh, entry) and self._is_faithful(fresh.st_dev, dir_fd)):
+            now = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+            self._lose_what_was_dropped(now, entry, path, owned=owned, has_times=has_times)
 
     def _copy_symlink_attributes(self, dir_fd: int, name: str, src_dir_fd: int, path: _Path) -> None:
         # No *at call reaches a symlink's attributes; the magic link of the directory is race-free.
@@ -220,7 +222,8 @@ class Metadata:
         self._lose(path, "ownership")
         return False
 
-    def _chown_symlink(self, dir_fd: int, entry: Entry, path: _Path) -> None:
+    def _chown_symlink(self, dir_fd: int, entry: Entry, path: _Path) -> bool:
+        """As `_chown`, of a symlink."""
         for uid in (entry.uid, -1):
             try:
                 os.chown(entry.name, uid, entry.gid, dir_fd=dir_fd, follow_symlinks=False)
@@ -229,11 +232,13 @@ class Metadata:
                     raise
             else:
                 if uid != -1:
-                    return
+                    return True
                 break
         status = os.stat(entry.name, dir_fd=dir_fd, follow_symlinks=False)
-        if (status.st_uid, status.st_gid) != (entry.uid, entry.gid):
+        owned = (status.st_uid, status.st_gid) == (entry.uid, entry.gid)
+        if not owned:
             self._lose(path, "ownership")
+        return owned
 
     def _chmod(self, fd: int, mode: int, path: _Path) -> bool:
         """Set the mode; False where that is refused. Raises OSError where that would leave the entry open to more."""
@@ -266,14 +271,22 @@ class Metadata:
                 raise
             held = False
         else:
-            exact = fresh.st_mtime_ns % _COARSE and min(entry.atime, entry.mtime) >= _FIRST_TIME
-            if not (exact and max(entry.atime, entry.mtime) <= _LAST_TIME):
+            if not _holds_times(fresh, entry):
                 held = _times(os.fstat(fd)) == (entry.atime, entry.mtime)
         if not held:
             self._lose(path, "timestamps")
         return held
 
     # -- filesystems that accept what they do not hold
+
+    def _lose_what_was_dropped(
+        self, now: os.stat_result, entry: Entry, path: _Path, *, owned: bool, has_times: bool
+    ) -> None:
+        """Note what was set without an error, and is not there `now`."""
+        if self.ownership and owned and (now.st_uid, now.st_gid) != (entry.uid, entry.gid):
+            self._lose(path, "ownership")
+        if has_times and _times(now) != (entry.atime, entry.mtime):
+            self._lose(path, "timestamps")
 
     def _is_faithful(self, dev: int, fd: int) -> bool:
         known = self._faithful.get(dev)
@@ -292,6 +305,12 @@ _Path = tuple[str, str]
 def doing(error: OSError) -> str:
     """What failed, for a message, where `apply` or `apply_to_symlink` raised `error`."""
     return f"setting its attribute {error.attribute}" if isinstance(error, XattrError) else "setting its metadata"
+
+
+def _holds_times(fresh: os.stat_result, entry: Entry) -> bool:
+    """Whether a filesystem on which an entry was just made, with the status `fresh`, surely holds the entry's times."""
+    first, last = min(entry.atime, entry.mtime), max(entry.atime, entry.mtime)
+    return bool(fresh.st_mtime_ns % _COARSE) and first >= _FIRST_TIME and last <= _LAST_TIME
 
 
 def _times(status: os.stat_result) -> tuple[int, int]:

@@ -18,6 +18,9 @@ from tasks.copier.options import Options
 from tasks.copier.staging import Staging
 from tasks.copier.walk import Block, Entry, join
 
+#: The mode of a directory in the making.
+_PRIVATE = 0o700
+
 
 @dataclass(frozen=True)
 class Work:
@@ -77,12 +80,11 @@ class Work:
         fd = self.open_tree(path)
         name = ""
         try:
-            umask = os.umask(0o077)  # the caller's may take from the owner, and we have to get in
-            try:
-                for name in names:
-                    os.mkdir(name, 0o700, dir_fd=fd)
-            finally:
-                os.umask(umask)
+            for name in names:
+                os.mkdir(name, _PRIVATE, dir_fd=fd)
+            if os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode & _PRIVATE != _PRIVATE:
+                for name in names:  # the umask takes from the owner, and we have to get in
+                    os.chmod(name, _PRIVATE, dir_fd=fd)
         except FileExistsError:
             raise self.name_taken(path, name) from None
         except OSError as error:

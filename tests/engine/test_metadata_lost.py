@@ -351,13 +351,16 @@ def test_what_a_filesystem_accepts_and_drops_is_listed(fresh: Fresh, passthrough
     source.mkdir()
     (source / "file").write_bytes(b"x")
     (source / "file").chmod(0o751)
-    os.chown(source / "file", 1234, 5678)
+    (source / "link").symlink_to("nowhere")
+    for name in ("file", "link"):
+        os.chown(source / name, 1234, 5678, follow_symlinks=False)
     place = passthrough(backing, "drop_metadata")
 
     result = forked(source, place / "fork", limits=limits)
 
     top = {(".", "mode"), (".", "timestamps")}
-    assert lost(result) == top | {("file", "ownership"), ("file", "mode"), ("file", "timestamps")}
+    both = {(name, what) for name in ("file", "link") for what in ("ownership", "timestamps")}
+    assert lost(result) == top | both | {("file", "mode")}
 
 
 @pytest.mark.parametrize("umask", [0o177, 0o777])
