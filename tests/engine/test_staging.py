@@ -158,6 +158,16 @@ def test_a_chunk_is_held_by_one_process_and_counts_how_often_it_was_begun(parent
         assert begun == 3
 
 
+def test_a_chunk_whose_count_a_power_loss_took_was_begun_before(parent: int, tmp_path: Path) -> None:
+    with Staging.claim(parent, "fork-1", wait=0) as staging:
+        with staging.hold_chunk(7) as begun:
+            assert begun == 1
+        os.truncate(tmp_path / NAME / "chunk-7", 0)
+
+        with staging.hold_chunk(7) as begun:
+            assert begun == 2
+
+
 def test_a_new_attempt_sweeps_away_the_earlier_one_and_counts_on(parent: int, tmp_path: Path) -> None:
     with Staging.claim(parent, "fork-1", wait=0) as staging:
         first = staging.begin(SPEC, None)
