@@ -1,6 +1,6 @@
 """Comparing a directory with its clone, entry by entry, and counting the bytes that they share on disk.
 
-Both sides are only read: without changing an atime where the kernel permits that (open(2), O_NOATIME), without
+Both sides are only read: without changing an atime where the kernel permits that, without
 following a symlink, and without opening anything but directories and regular files. What cannot be read is never
 called equal: it is listed with the reason.
 """
@@ -82,9 +82,24 @@ def compare(source_fd: int, clone_fd: int, selection: Selection) -> Comparison:
     targets, hard links, and whether something is mounted in the clone; of the directories themselves too. Not
     compared are atimes, which reading changes, and what Linux keeps from this user (`trusted.*` attributes).
     """
-    comparer = _Comparer(source_fd, clone_fd, selection)
-    comparer.run()
-    return comparer.found
+    with _view(source_fd) as source_view, _view(clone_fd) as clone_view:
+        comparer = _Comparer(source_fd, source_view, clone_fd, clone_view, selection)
+        comparer.run()
+        return comparer.found
+
+
+@contextmanager
+def _view(fd: int) -> Iterator[int]:
+    """The open directory on a mount that updates no atime, where this process may make one: symlinks are read there."""
+    try:
+        view = syscalls.readonly_view(fd)
+    except OSError:
+        yield fd
+        return
+    try:
+        yield view
+    finally:
+        os.close(view)
 
 
 class _Unread(Exception):
@@ -103,10 +118,12 @@ def _reading(side: str, what: str) -> Iterator[None]:
 class _Comparer:
     """One comparison. Memory grows with the largest directory, and with the hard links whose names are not all met."""
 
-    def __init__(self, source_fd: int, clone_fd: int, selection: Selection) -> None:
+    def __init__(self, source_fd: int, source_view: int, clone_fd: int, clone_view: int, selection: Selection) -> None:
         self.found = Comparison()
         self._source_fd = source_fd
+        self._source_view = source_view
         self._clone_fd = clone_fd
+        self._clone_view = clone_view
         self._clone_dev = os.fstat(clone_fd).st_dev
         self._selection = selection
         self._names = LinkNames()
@@ -231,10 +248,8 @@ class _Comparer:
             _require_unchanged(right_fd, theirs, "the clone")
 
     def _symlinks(self, path: str, name: str, left_dir: int, right_dir: int) -> None:
-        with _reading("the source", "reading the symlink"):
-            ours = os.readlink(name, dir_fd=left_dir)
-        with _reading("the clone", "reading the symlink"):
-            theirs = os.readlink(name, dir_fd=right_dir)
+        ours = _target(self._source_view, path, "the source")
+        theirs = _target(self._clone_view, path, "the clone")
         if ours != theirs:
             self._differ(path, "another symlink target in the clone")
         # No *at call reaches a symlink's attributes; the magic link of its directory is race-free.
@@ -282,6 +297,14 @@ def _open(dir_fd: int, name: str, status: os.stat_result, side: str, opened: Exi
     opened.callback(os.close, fd)
     _require_unchanged(fd, status, side)
     return fd
+
+
+def _target(view: int, path: str, side: str) -> str:
+    directory, _, name = path.rpartition("/")
+    with _reading(side, "reading the symlink"), ExitStack() as opened:
+        fd = trees.open_below(view, directory)
+        opened.callback(os.close, fd)
+        return os.readlink(name, dir_fd=fd)
 
 
 def _require_unchanged(fd: int, before: os.stat_result, side: str) -> None:
