@@ -142,12 +142,13 @@ def _plan(context: Context, results: CampaignResults, spec: CampaignSpec, paths:
 
 
 def _is_asked_for(planned: Campaign, spec: CampaignSpec, paths: list[str]) -> bool:
-    """Whether what stands is the campaign that is asked for, and not an earlier one that Redis has forgotten."""
+    """Whether what stands is the campaign that is asked for, and not an earlier one that Redis has forgotten.
+
+    Raises ForkError where its list of destinations is damaged.
+    """
     aims = replace(planned.spec.aims, deadline=spec.aims.deadline)
     same = replace(planned.spec, queued=spec.queued, started=spec.started, aims=aims) == spec
-    with suppress(ForkError):  # of a list that is damaged
-        return same and planned.destinations(0, spec.aims.count) == paths
-    return False
+    return same and planned.destinations(0, spec.aims.count) == paths
 
 
 def _look(results: CampaignResults, spec: CampaignSpec) -> Beat:

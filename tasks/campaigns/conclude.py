@@ -18,6 +18,7 @@ from tasks.copier.campaigns.plan import Campaign, campaign_in
 from tasks.copier.campaigns.spec import Aims, CampaignResult, CampaignSpec, campaign_result, forks_done
 from tasks.copier.control import Held
 from tasks.copier.errors import Code, ForkError, from_record
+from tasks.copier.fields import Malformed
 from tasks.copier.progress import Progress, Ticker
 from tasks.copier.proof import NotOurs
 from tasks.copier.staging import Staging
@@ -45,7 +46,7 @@ def run_conclude(context: Context, campaign_id: str, home: str, *, seized: bool 
                     return _conclude(context, results, staging, home, seized=seized)
     except Held as held:
         raise Again(held.pulse) from None
-    except NotOurs as error:  # the campaign's own message gives each of its forks its end
+    except (NotOurs, Malformed) as error:  # the campaign's own message gives each of its forks its end
         return None if _send_again(context, campaign_id) else _settle_unplanned(context, results, error)
     except OSError as error:  # perhaps it can be read in a moment; where it never can, `settle_gone` ends the campaign
         log.warning("the staging of campaign %s cannot be read: %s", campaign_id, error)

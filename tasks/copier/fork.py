@@ -132,6 +132,7 @@ def finish(
     """
     journal = staging.own_journal()
     if journal is None:
+        staging.discard_noted_trees()
         staging.remove()  # its planner died before it wrote anything
         return None
     try:

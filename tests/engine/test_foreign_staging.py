@@ -257,6 +257,7 @@ def test_a_journal_that_no_worker_wrote_never_leads_out_nor_on_and_on(yard: Path
     if not (yard / "parent" / "fork").exists():
         assert deliver(yard)["status"] == "succeeded"
     assert_alike(yard / "source", yard / "parent" / "fork", SKIPPED_BY_DEFAULT)
+    assert leftovers(yard / "parent") == []
 
 
 @pytest.mark.parametrize("name", ["manifest", "closing", "report-plan", "report-0", "chunk-0"])

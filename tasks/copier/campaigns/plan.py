@@ -12,7 +12,7 @@ import os
 import time
 from array import array
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -261,6 +261,7 @@ def _read_destinations(staging: Staging, total: int, first: int, count: int) -> 
 
 def _destination_of(path: bytes) -> str:
     destination = os.fsdecode(path)
-    if normal_path(destination, "destination") != destination:
-        raise fields.Malformed(f"{destination!r:.80} is no destination")
-    return destination
+    with suppress(ForkError):
+        if normal_path(destination, "destination") == destination:
+            return destination
+    raise fields.Malformed(f"{destination!r:.80} is no destination")

@@ -1,0 +1,148 @@
+"""What somebody wrote into, or put in the place of, the staging of a campaign."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.copier.campaigns.batch_record import Record
+from tasks.copier.control import control_name
+from tasks.copier.errors import ForkError
+from tests.engine.campaigning import ID, Books, destinations, end, make_batches, plan
+from tests.engine.children import in_child
+from tests.engine.forking import assert_alike, leftovers
+from tests.fixtures.filesystems import Fresh
+from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
+from tests.support.tree import snapshot
+
+ATTACKER = 1000
+NAME = control_name(ID)
+TREE = f"{NAME}.0123abcd"
+
+
+@pytest.fixture
+def yard(fresh: Fresh) -> Path:
+    """A planned campaign of two forks, and a directory elsewhere that is not to be touched."""
+    yard = fresh("xfs")
+    yard.chmod(0o755)
+    make_guest(yard / "source")
+    make_guest(yard / "outside")
+    (yard / "home").mkdir()
+    (yard / "home").chmod(0o777)
+    (yard / "books").mkdir()
+    plan(yard / "source", destinations(yard / "home", 2))
+    return yard
+
+
+def make(yard: Path) -> None:
+    """Have a worker make all batches of it, and end it; each fork must be the source."""
+    home = destinations(yard / "home", 2)
+    make_batches(home[0], Books(yard / "books"))
+    end(home[0], Books(yard / "books"))
+    for path in home:
+        if path.exists():
+            assert_alike(yard / "source", path, SKIPPED_BY_DEFAULT)
+
+
+def _record(**fields: Any) -> bytes:
+    head = {"trees": {}, "identities": {}, "pages": {}, **fields}
+    results = [json.dumps({"status": "succeeded"}) for _ in head["pages"]]
+    return "\n".join([json.dumps(head), *results, ""]).encode()
+
+
+RECORDS: dict[str, bytes] = {
+    "a tree that leads out": _record(trees={"0": "../outside"}),
+    "an absolute tree": _record(trees={"0": "/outside"}),
+    "another control directory's tree": _record(trees={"0": ".forkvm-0123456789abcdef.01234567"}),
+    "the control directory as a tree": _record(trees={"0": NAME}),
+    "a fork as a tree": _record(trees={"0": "vm-1"}),
+    "a complete tree without a result": _record(trees={"0": TREE}, identities={"0": 1}),
+    "a result of another fork": _record(trees={"0": TREE}, identities={"0": 1}, pages={"0": []}),
+    "a fork of no index": _record(trees={"x": TREE}),
+    "a fork beyond the campaign": _record(trees={"99": TREE}, identities={"99": 1}, pages={"99": []}),
+    "an identity beyond all bounds": _record(trees={"0": TREE}, identities={"0": 1 << 200}, pages={"0": []}),
+    "pages that are not there": _record(trees={"0": TREE}, identities={"0": 1}, pages={"0": [1 << 40]}),
+    "null": b"null\n",
+    "deep": b"[" * 1_000_000,
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("what", RECORDS)
+def test_a_record_that_no_worker_wrote_neither_leads_out_nor_stands_for_a_fork(yard: Path, what: str) -> None:
+    before = snapshot(yard / "outside")
+    (yard / "home" / NAME / "batch-0-1").write_bytes(RECORDS[what])
+
+    make(yard)
+
+    assert snapshot(yard / "outside") == before
+    assert all(path.exists() for path in destinations(yard / "home", 2))
+    assert leftovers(yard / "home") == []
+
+
+def test_a_record_is_read_by_the_names_of_its_own_control_directory() -> None:
+    with pytest.raises(ForkError, match="damaged"):
+        Record.from_bytes(_record(trees={"0": "../outside"}))
+    assert Record.from_bytes(_record(trees={"0": TREE})).trees == {0: TREE}
+
+
+LISTS: dict[str, Callable[[bytes], bytes]] = {
+    "cut short": lambda data: data[:20],
+    "empty": lambda data: b"",
+    "other offsets": lambda data: b"\xff" * 24 + data[24:],
+    "a path that climbs": lambda data: data.replace(b"/home/", b"/../x/"),
+    "a relative path": lambda data: data.replace(b"/tmp", b"xtmp"),
+}
+
+
+@pytest.mark.parametrize("what", LISTS)
+def test_a_list_of_destinations_that_no_worker_wrote_is_refused(yard: Path, what: str) -> None:
+    before = snapshot(yard / "outside")
+    path = yard / "home" / NAME / "destinations"
+    path.write_bytes(LISTS[what](path.read_bytes()))
+
+    with pytest.raises(ForkError, match="its staging directory is damaged"):
+        make(yard)
+
+    assert snapshot(yard / "outside") == before
+
+
+@pytest.mark.parametrize("name", ["destinations", "manifest", "closing", "journal", "lock"])
+def test_a_file_that_is_a_symlink_is_not_followed(yard: Path, name: str) -> None:
+    path = yard / "home" / NAME / name
+    path.unlink()
+    path.symlink_to(yard / "outside" / "metadata.json")
+    before = snapshot(yard / "outside")
+
+    with pytest.raises((ForkError, AssertionError)):  # a journal that is none: no planned campaign stands there
+        make(yard)
+
+    assert snapshot(yard / "outside") == before
+    assert not (yard / "home" / "vm-1").exists()
+
+
+def test_an_annex_that_another_user_made_fails_the_forks_of_its_parent_alone(fresh: Fresh) -> None:
+    yard = fresh("xfs")
+    yard.chmod(0o755)
+    make_guest(yard / "source")
+    for name in ("one", "two"):
+        (yard / name).mkdir()
+        (yard / name).chmod(0o777)
+    (yard / "books").mkdir()
+    paths = [yard / "one" / "vm", yard / "two" / "vm"]
+    plan(yard / "source", paths)
+    in_child(lambda: os.mkdir(yard / "two" / NAME, 0o700), user=ATTACKER)
+
+    make_batches(paths[0], Books(yard / "books"))
+    result = end(paths[0], Books(yard / "books"))
+
+    assert_alike(yard / "source", paths[0], SKIPPED_BY_DEFAULT)
+    assert not paths[1].exists()
+    assert [failure["destination"] for failure in result["failures"]] == [os.fspath(paths[1])]
+    assert "not usable as staging" in result["failures"][0]["error"]["message"]
+    assert os.listdir(yard / "two") == [NAME]
