@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -11,6 +12,7 @@ from tests.deploy.stack import Stack, wait_for
 
 #: Bytes of the large copy.
 _LARGE = 2 << 30
+_ALL_CPUS = len(os.sched_getaffinity(0))
 #: What docker-compose.yml gives the worker to end, in seconds.
 _GRACE = 60
 
@@ -69,13 +71,12 @@ def check_pool_size(daemon: Daemon, stack: Stack, report: Report) -> None:
     """The pool's size follows the container's limits."""
     with report.check("the pool has as many processes as the container may use CPUs"):
         worker = stack["worker"]
-        cpus = int(worker.python("import os; print(len(os.sched_getaffinity(0)))"))
-        assert list(stack.client("pools").values()) == [cpus]
-        daemon.docker("update", "--cpus", "1", worker.name)
+        assert list(stack.client("pools").values()) == [_ALL_CPUS]
+        _limit(daemon, stack, 1)
         stack.compose("restart", "worker")
         worker.wait_healthy()
         assert list(stack.client("pools").values()) == [1]
-        daemon.docker("update", "--cpus", str(cpus), worker.name)
+        _limit(daemon, stack, _ALL_CPUS)
         stack.compose("restart", "worker")
         worker.wait_healthy()
 
@@ -85,19 +86,19 @@ def check_faults(daemon: Daemon, stack: Stack, report: Report) -> None:
     with report.check("Redis and the worker are killed during a copy of 2 GiB: the fork ends right, once"):
         stack["worker"].python(_MAKE_LARGE)
         request = {"source": "/guests/large", "destination": "/guests/large-fork", "reflink": "never"}
-        _slow(daemon, stack)
+        _limit(daemon, stack, 0.06)  # a copy takes about a minute
         stack.send("large", request)
         _wait_for_copy(stack, "large", 0.1)
         _crash(stack, "redis")
         _wait_for_copy(stack, "large", 0.4)
         _crash(stack, "worker")
-        _fast(daemon, stack)
+        _limit(daemon, stack, _ALL_CPUS)
         result = stack.result("large")
         _assert_done_once(stack, "large", request, result)
 
     with report.check(f"the worker stops during a copy of 2 GiB within {_GRACE} s, and the fork ends right later"):
         request |= {"destination": "/guests/stopped-fork"}
-        _slow(daemon, stack)
+        _limit(daemon, stack, 0.1)
         stack.send("stopped", request)
         _wait_for_copy(stack, "stopped", 0.1)
         worker = stack["worker"]
@@ -106,18 +107,14 @@ def check_faults(daemon: Daemon, stack: Stack, report: Report) -> None:
         seconds = time.monotonic() - begin
         exit_code = worker.inspect()["State"]["ExitCode"]
         assert (seconds < _GRACE, exit_code) == (True, 0), (seconds, exit_code)
-        _fast(daemon, stack)
+        _limit(daemon, stack, _ALL_CPUS)
         stack.compose("start", "worker")
         _assert_done_once(stack, "stopped", request, stack.result("stopped"))
 
 
-def _slow(daemon: Daemon, stack: Stack) -> None:
-    """A copy takes half a minute: the worker gets a tenth of a CPU."""
-    daemon.docker("update", "--cpus", "0.1", stack["worker"].name)
-
-
-def _fast(daemon: Daemon, stack: Stack) -> None:
-    daemon.docker("update", "--cpus", "2", stack["worker"].name)
+def _limit(daemon: Daemon, stack: Stack, cpus: float) -> None:
+    """Gives the worker's container so many CPUs, at once and for its next starts."""
+    daemon.docker("update", "--cpus", str(cpus), stack["worker"].name)
 
 
 def _wait_for_copy(stack: Stack, job_id: str, share: float) -> None:
