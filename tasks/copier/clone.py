@@ -123,6 +123,13 @@ class Cloner:
             self._complete(place, entry, src_fd, dst_fd)
             if check:
                 self.check_source(place, entry, src_fd)  # after its attributes were read: they change ctime too
+        except ReflinkRefused:
+            try:
+                os.unlink(entry.name, dir_fd=place.dst_fd)
+            except OSError as error:  # it is made again, as a copy, and would meet what is left of this one
+                doing_so = "removing what a refused reflink left"
+                raise from_oserror(error, doing_so, place.destination_of(entry.name)) from None
+            raise
         except BaseException as error:
             with suppress(OSError):
                 os.unlink(entry.name, dir_fd=place.dst_fd)
