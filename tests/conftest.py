@@ -20,6 +20,7 @@ pytest_plugins = (
     "tests.fixtures.redis_server",
     "tests.fixtures.processes",
     "tests.fixtures.secure_redis",
+    "tests.fixtures.sentinels",
     "tests.fixtures.scheduler",
 )
 
