@@ -7,6 +7,7 @@ and reported, what cannot be read or removed is reported, and the search goes on
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -21,6 +22,7 @@ from tasks.copier.kernel import trees
 from tasks.copier.proof import NotOurs, open_directory
 from tasks.copier.selection import STAGING_NAME
 from tasks.copier.staging import Staging
+from tasks.copier.staging_files import holds_only_staging
 
 #: A control directory without a journal is left alone for so long, in seconds: its planner may be about to write one.
 _FRESH_SECONDS = 60.0
@@ -175,13 +177,26 @@ def _visit(parent_fd: int, name: str, path: str, search: _Search) -> Finding | N
 
 
 def _visit_orphan(parent_fd: int, name: str, path: str) -> Finding:
-    """A tree without its control directory, which alone could tell that a tree of another owner or mode is ours.
+    """A tree without its control directory, which alone could prove that a tree of another owner or mode is ours.
 
-    So this is one that was not complete when its process died, or a control directory that was about to be removed.
+    So this is one that was not complete when its process died, or a control directory that was about to be removed. A
+    user who may rename what is in `parent_fd` could have put any private directory of ours there.
     """
-    os.close(open_directory(parent_fd, name))
+    fd = open_directory(parent_fd, name)
+    try:
+        if not _is_guarded(parent_fd) and not holds_only_staging(fd):
+            return Finding(path, "", "kept", "others may rename directories here, and nothing records that it is ours")
+    finally:
+        os.close(fd)
     trees.remove(parent_fd, name)
     return Finding(path, "", "removed", "left by an earlier attempt")
+
+
+def _is_guarded(fd: int) -> bool:
+    """Whether only root and we may rename our own entries of the directory `fd` (its mode includes its ACL's mask)."""
+    status = os.fstat(fd)
+    is_open = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX
+    return status.st_uid in (0, os.geteuid()) and not is_open
 
 
 def _visit_tree(staging: Staging, name: str, path: str, attempt: str) -> Finding | None:

@@ -33,18 +33,11 @@ from tasks.copier.kernel import syscalls, trees
 from tasks.copier.parts import Parts
 from tasks.copier.proof import NotOurs
 from tasks.copier.selection import STAGING_NAME
+from tasks.copier.staging_files import unknown_names
 
 log = logging.getLogger(__name__)
 
 _JOURNAL = "journal"
-#: What a control directory may hold; `source` and `clone` are those of a trial of the filesystem (see `trial`), the
-#: last two are open files that were unlinked on FUSE and NFS.
-_KNOWN_NAME = re.compile(
-    r"(lock|journal|manifest|closing|stop|destinations|source|clone|(mode|rename)-[0-9a-f]+(\.done)?"
-    r"|(chunk|settled)-\d+|report-(plan|\d+)|batch-\d+-\d+)(\.new)?|snapshot[.0-9a-z-]*"
-    r"|\.fuse_hidden[0-9a-f]+|\.nfs[0-9a-f]+",
-    re.ASCII,
-)
 #: One line of the notes: which directory a tree is.
 _NOTED_TREE = re.compile(rb"^tree (\.[0-9a-f]{8}) (\d{1,39})$", re.MULTILINE)
 #: A snapshot that is to become a tree, in the control directory (of a campaign's trees: with their names behind it).
@@ -309,6 +302,5 @@ class Staging(Parts):
 
     def _require_known_names(self) -> None:
         """Raise NotOurs when the directory holds something else than staging: somebody moved a directory here."""
-        for name in os.listdir(self.fd):
-            if not _KNOWN_NAME.fullmatch(name):
-                raise NotOurs(proof.path_of(self.fd), f"it holds {name!r}, which is not of forkvm")
+        for name in unknown_names(self.fd):
+            raise NotOurs(proof.path_of(self.fd), f"it holds {name!r}, which is not of forkvm")

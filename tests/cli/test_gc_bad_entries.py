@@ -178,6 +178,27 @@ def test_control_directory_that_holds_what_is_no_staging_is_kept(run_forkvm: Run
     assert (control / "vm.raw").read_text() == "precious"
 
 
+@pytest.mark.parametrize(
+    ("mode", "owner", "removed"),
+    [(0o755, 0, True), (0o1777, 0, True), (0o777, 0, False), (0o775, 0, False), (0o755, OTHER, False)],
+)
+def test_private_directory_that_others_may_have_moved_here_is_kept(
+    mode: int, owner: int, removed: bool, run_forkvm: RunForkvm, place: Path
+) -> None:
+    tree, control = place / f".forkvm-{1:016x}.01234567", place / f".forkvm-{2:016x}.01234567"
+    for directory, name in ((tree, "disk"), (control, "lock")):
+        directory.mkdir(mode=0o700)
+        (directory / name).touch()
+    place.chmod(mode)
+    os.chown(place, owner, owner)
+
+    found = found_by_gc(run_forkvm, place)
+
+    assert found[str(tree)]["verdict"] == ("removed" if removed else "kept")
+    assert found[str(control)]["verdict"] == "removed"  # it holds nothing but a control directory's files
+    assert tree.exists() != removed
+
+
 def test_tree_that_was_replaced_by_another_directory_is_kept(run_forkvm: RunForkvm, place: Path) -> None:
     control = make_dead(place, "f1")
     (tree,) = place.glob(f"{control.name}.*")

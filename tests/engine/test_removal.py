@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.copier.kernel import trees
+from tasks.copier.kernel import syscalls, trees
 from tasks.copier.staging import Staging
 from tests.engine.children import Child
 from tests.engine.forking import leftovers
@@ -123,6 +123,19 @@ def test_nested_subvolumes_are_no_mounts_and_go(fresh: Fresh, fd_of: Callable[[P
     trees.remove(fd_of(place), "other")
 
     assert list(place.iterdir()) == []
+
+
+def test_subvolume_goes_in_one_step_and_what_took_its_name_stays(fresh: Fresh, fd_of: Callable[[Path], int]) -> None:
+    place = fresh("btrfs")
+    make_tree(make_subvolume(place / "tree"))
+    opened = fd_of(place / "tree")
+    (place / "tree").rename(place / "moved")
+    make_tree(make_subvolume(place / "tree"))
+
+    syscalls.destroy_opened_subvolume(fd_of(place), opened)
+
+    assert [path.name for path in place.iterdir()] == ["tree"]
+    assert (place / "tree/a/b/c/deep").exists()
 
 
 def test_what_cannot_be_removed_is_named_and_all_else_goes(fresh: Fresh, fd_of: Callable[[Path], int]) -> None:

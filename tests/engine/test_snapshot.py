@@ -104,6 +104,7 @@ def file_by_file(source: Path, destination: Path, **wishes: object) -> ForkResul
 def test_the_numbers_of_the_calls_are_the_kernels() -> None:
     assert syscalls.BTRFS_IOC_SNAP_CREATE_V2 == 0x50009417
     assert syscalls.BTRFS_IOC_SNAP_DESTROY == 0x5000940F
+    assert syscalls.BTRFS_IOC_SNAP_DESTROY_V2 == 0x5000943F
     assert syscalls.BTRFS_IOC_GET_SUBVOL_INFO == 0x81F8943C
 
 

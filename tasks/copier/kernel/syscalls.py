@@ -11,9 +11,10 @@ import errno
 import fcntl
 import os
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 #: _IOW(0x94, 9, int). A wrong number answers ENOTTY and means a silent full copy for ever, so a test pins it.
 FICLONE = 0x40049409
@@ -50,6 +51,9 @@ F2FS = 0xF2F52010
 #: _IOR(0x94, 60, struct btrfs_ioctl_get_subvol_info_args).
 BTRFS_IOC_SNAP_CREATE_V2 = 0x50009417
 BTRFS_IOC_SNAP_DESTROY = 0x5000940F
+#: _IOW(0x94, 63, struct btrfs_ioctl_vol_args_v2), since Linux 5.7.
+BTRFS_IOC_SNAP_DESTROY_V2 = 0x5000943F
+BTRFS_SUBVOL_SPEC_BY_ID = 1 << 4
 BTRFS_IOC_GET_SUBVOL_INFO = 0x81F8943C
 #: fd, transid, flags, 32 unused bytes, name.
 _VOL_ARGS_V2 = struct.Struct("=qQQ32x4040s")
@@ -200,6 +204,15 @@ def destroy_subvolume(dir_fd: int, name: str) -> None:
     _long_ioctl(dir_fd, BTRFS_IOC_SNAP_DESTROY, _VOL_ARGS.pack(0, os.fsencode(name)))
 
 
+def destroy_opened_subvolume(dir_fd: int, subvolume_fd: int) -> None:
+    """As `destroy_subvolume`, of the open subvolume itself, whatever is at its name by now.
+
+    `dir_fd` is any directory on its mount. ENOTTY before Linux 5.7.
+    """
+    number = _subvolume_info(subvolume_fd)[0].to_bytes(8, sys.byteorder)
+    _long_ioctl(dir_fd, BTRFS_IOC_SNAP_DESTROY_V2, _VOL_ARGS_V2.pack(0, 0, BTRFS_SUBVOL_SPEC_BY_ID, number))
+
+
 def _long_ioctl(fd: int, request: int, argument: bytes) -> None:
     """An ioctl that may take seconds: fcntl.ioctl stops all threads meanwhile when the argument exceeds 1 KiB."""
     _check(_libc.ioctl(fd, ctypes.c_ulong(request), argument))
@@ -207,10 +220,14 @@ def _long_ioctl(fd: int, request: int, argument: bytes) -> None:
 
 def subvolume_uuid(fd: int) -> bytes:
     """The UUID of the btrfs subvolume that holds `fd`: no other subvolume ever has it, also on another host."""
+    uuid: bytes = _subvolume_info(fd)[-1]
+    return uuid
+
+
+def _subvolume_info(fd: int) -> tuple[Any, ...]:
     info = bytearray(_SUBVOL_INFO_BYTES)
     fcntl.ioctl(fd, BTRFS_IOC_GET_SUBVOL_INFO, info)
-    uuid: bytes = _SUBVOL_INFO.unpack_from(info)[-1]
-    return uuid
+    return _SUBVOL_INFO.unpack_from(info)
 
 
 class _Statx(ctypes.Structure):

@@ -116,7 +116,7 @@ def remove(dir_fd: int, name: str) -> None:
     except OSError as error:
         raise _named(error, name) from None
     try:
-        if is_subvolume(top) and _destroyed(dir_fd, name):
+        if is_subvolume(top) and _destroyed(dir_fd, top):
             return
         _remove_opened(dir_fd, name, top)
     finally:
@@ -142,10 +142,10 @@ def _remove_opened(dir_fd: int, name: str, top: int) -> None:
         time.sleep(_PAUSE_SECONDS)
 
 
-def _destroyed(dir_fd: int, name: str) -> bool:
+def _destroyed(dir_fd: int, top: int) -> bool:
     """Remove a btrfs subvolume in one step; whether that was allowed. rmdir(2) takes an empty one since Linux 4.18."""
     try:
-        syscalls.destroy_subvolume(dir_fd, name)
+        syscalls.destroy_opened_subvolume(dir_fd, top)
     except OSError:  # not allowed, or it holds another subvolume: emptying it finds out
         return False
     return True
