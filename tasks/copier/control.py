@@ -178,8 +178,8 @@ class Control:
             return False
         return os.path.samestat(status, os.fstat(self.fd))
 
-    def clear(self) -> bool:
-        """Remove the control directory with its files; False where something of other processes keeps it.
+    def clear(self, names: list[str]) -> bool:
+        """Remove the control directory with its files `names`; False where something of other processes keeps it.
 
         The lock goes last: a process that makes a new one before the directory is gone has claimed it, and then it
         stays. Raises OSError.
@@ -187,7 +187,7 @@ class Control:
         if self._is_claimed_anew():
             return True
         try:
-            for name in sorted(os.listdir(self.fd), key=LOCK.__eq__):
+            for name in sorted(names, key=LOCK.__eq__):
                 with suppress(FileNotFoundError):
                     os.unlink(name, dir_fd=self.fd)
             os.rmdir(self.name, dir_fd=self.parent_fd)

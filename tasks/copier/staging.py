@@ -33,7 +33,7 @@ from tasks.copier.kernel import syscalls, trees
 from tasks.copier.parts import Parts
 from tasks.copier.proof import NotOurs
 from tasks.copier.selection import STAGING_NAME
-from tasks.copier.staging_files import unknown_names
+from tasks.copier.staging_files import is_known
 
 log = logging.getLogger(__name__)
 
@@ -81,9 +81,9 @@ class Staging(Parts):
             self.discard_all_of(earlier)
         else:
             self.discard_noted_trees()  # of a journal that was lost
-        self._require_known_names()
-        self._discard_snapshots()
-        for name in os.listdir(self.fd):
+        names = self._known_names()
+        self._discard_snapshots(names)
+        for name in names:
             if name not in (LOCK, _JOURNAL):
                 os.unlink(name, dir_fd=self.fd)
         journal = Journal(
@@ -171,11 +171,11 @@ class Staging(Parts):
             syscalls.rename_exchange(self.fd, snapshot, self.parent_fd, name)
             raise self._replaced(name) from None
 
-    def _discard_snapshots(self) -> None:
-        """Remove the snapshots that did not come to be a tree."""
-        for name in os.listdir(self.fd):
-            if name.startswith(SNAPSHOT):
-                trees.remove(self.fd, name)
+    def _discard_snapshots(self, names: list[str]) -> None:
+        """Remove the snapshots that did not come to be a tree, and take them from the `names` of the directory."""
+        for name in [name for name in names if name.startswith(SNAPSHOT)]:
+            trees.remove(self.fd, name)
+            names.remove(name)
 
     def open_tree(self, journal: Journal) -> int:
         """Open the tree; the caller closes the descriptor. Raises FileNotFoundError, and NotOurs for another one."""
@@ -282,9 +282,9 @@ class Staging(Parts):
         if self.retired is None:
             if not self.is_current():
                 return
-            self._require_known_names()
-            self._discard_snapshots()
-            if self.clear():
+            names = self._known_names()
+            self._discard_snapshots(names)
+            if self.clear(names):
                 return
         away = self.retire()
         if away is not None:
@@ -292,7 +292,7 @@ class Staging(Parts):
 
     def remove_taken(self, name: str) -> None:
         """As `remove`, of a control directory that was taken from its holder by a rename to `name`."""
-        self._require_known_names()
+        self._known_names()
         self._remove_as(name)
 
     def _remove_as(self, name: str) -> None:
@@ -300,7 +300,10 @@ class Staging(Parts):
         if standing is not None and standing == os.fstat(self.fd).st_ino:
             trees.remove(self.parent_fd, name)
 
-    def _require_known_names(self) -> None:
-        """Raise NotOurs when the directory holds something else than staging: somebody moved a directory here."""
-        for name in unknown_names(self.fd):
-            raise NotOurs(proof.path_of(self.fd), f"it holds {name!r}, which is not of forkvm")
+    def _known_names(self) -> list[str]:
+        """The names in the directory. Raises NotOurs when one is not of staging: somebody moved a directory here."""
+        names = os.listdir(self.fd)
+        for name in names:
+            if not is_known(name):
+                raise NotOurs(proof.path_of(self.fd), f"it holds {name!r}, which is not of forkvm")
+        return names

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 
 #: What a control directory may hold; `source` and `clone` are those of a trial of the filesystem (see `trial`), the
 #: last two are open files that were unlinked on FUSE and NFS.
@@ -16,11 +15,11 @@ _KNOWN_NAME = re.compile(
 )
 
 
-def unknown_names(fd: int) -> Iterator[str]:
-    """What the open directory `fd` holds and no control directory does. Raises OSError."""
-    return (name for name in os.listdir(fd) if not _KNOWN_NAME.fullmatch(name))
+def is_known(name: str) -> bool:
+    """Whether a control directory may hold a file of this name."""
+    return _KNOWN_NAME.fullmatch(name) is not None
 
 
 def holds_only_staging(fd: int) -> bool:
     """Whether the open directory `fd` holds nothing but what a control directory may. Raises OSError."""
-    return next(unknown_names(fd), None) is None
+    return all(map(is_known, os.listdir(fd)))
