@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+#: Where the images of the file systems are, and how the files and control groups of a run are named, with its pid.
+_SCRATCH, _PREFIX = Path("/var/tmp"), "forkvm-deploy-"
 #: Seconds for dockerd to answer, and to end.
 _PATIENCE = 60.0
 
@@ -93,8 +95,9 @@ class CommandFailed(Exception):
 @contextlib.contextmanager
 def running_daemon() -> Iterator[Daemon]:
     """A daemon with nothing in it. Whatever ends this process, the daemon and all of its containers end with it."""
-    group = f"/forkvm-deploy-{os.getpid()}"
-    directory = Path(tempfile.mkdtemp(prefix="forkvm-deploy-", dir="/var/tmp"))
+    _remove_what_killed_runs_left()
+    group = f"/{_PREFIX}{os.getpid()}"
+    directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_SCRATCH))
     try:
         _make_filesystem(directory, "data", 24, ["mkfs.ext4", "-q", "-F", "-E", "nodiscard,lazy_itable_init=1"])
         _make_filesystem(directory, "guests", 12, ["mkfs.xfs", "-q", "-m", "reflink=1"])
@@ -117,6 +120,15 @@ def running_daemon() -> Iterator[Daemon]:
     finally:
         _remove_groups(group)
         shutil.rmtree(directory)
+
+
+def _remove_what_killed_runs_left() -> None:
+    """After SIGKILL to this test the kernel ends all but its files and its empty control groups."""
+    for directory in _SCRATCH.glob(f"{_PREFIX}*-*"):
+        pid = directory.name.removeprefix(_PREFIX).partition("-")[0]
+        if pid.isdecimal() and not Path("/proc", pid).exists():
+            _remove_groups(f"/{_PREFIX}{pid}")
+            shutil.rmtree(directory)
 
 
 def _make_filesystem(directory: Path, name: str, gibibytes: int, mkfs: list[str]) -> None:
