@@ -41,9 +41,7 @@ class Message(Request):
         super().__init__(*args, **kwargs)
         self.request_dict["received_at"] = time.time()
         self.request_dict["ignore_result"] = self.task.ignore_result  # the result is the contract's, not the client's
-        # A client's limit holds once: what comes again needs its time to end the fork.
-        limits = [limit for limit in self.time_limits if limit and limit > 0]
-        self._client_limit = min(limits) if limits and not self.request_dict.get("redelivered") else None
+        self._client_limit = self._limit_of_client()
         self.time_limits = (self._client_limit, None)
 
     @property
@@ -52,6 +50,18 @@ class Message(Request):
         return text_of(self.kwargs, "fork_id") or text_of(self.kwargs, "campaign_id") or str(self.id)
 
     # -- Celery's own ends
+
+    def _limit_of_client(self) -> float | None:
+        """How long its client lets the message take, in seconds; None: the worker's own limit holds alone.
+
+        It holds once: what comes again needs its time to end the fork. This program's own messages carry the limit of
+        the process that sent them (`Celery.send_task`), which is no client's wish.
+        """
+        if "#" in str(self.delivery_info["routing_key"]) or self.request_dict.get("redelivered"):
+            return None
+        limits = [limit for limit in self.time_limits if limit and limit > 0]
+        own = self.task.time_limit
+        return min(limits) if limits and (own is None or min(limits) < own) else None
 
     def is_revoked(self) -> bool:
         """Whether a client revoked it, by its id or by one of its stamps (Celery's remote control)."""

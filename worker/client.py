@@ -122,6 +122,8 @@ class Client:
 
     def _send(self, task: str, kwargs: dict[str, Any], fork_id: str, queue: str, headers: dict[str, Any]) -> None:
         try:
-            self._app.send_task(task, kwargs=kwargs, task_id=fork_id, queue=queue, headers=headers, retry=False)
+            self._app.send_task(
+                task, kwargs=kwargs, task_id=fork_id, queue=queue, headers=headers, retry=False, time_limit=None
+            )
         except (OperationalError, RedisError) as error:
             raise NoBroker(f"the broker did not take the message: {error}") from None
