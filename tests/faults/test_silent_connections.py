@@ -40,13 +40,16 @@ def test_worker_whose_connections_go_silent_serves_again_within_a_minute_and_end
 def test_worker_that_was_told_to_consume_another_domains_queue_makes_large_forks_there(
     own_scheduler: Scheduler, start_worker: StartWorker, guests: Guests, place: Path, mounts: Path
 ) -> None:
-    start_worker(mounts, env={"FORKVM_INLINE_FILES": "4", "FORKVM_CHUNK_FILES": "8"})
+    worker = start_worker(mounts, env={"FORKVM_INLINE_FILES": "4", "FORKVM_CHUNK_FILES": "8"})
     request = {"source": str(guests.large), "destination": str(place / "fork")}
 
     own_scheduler.app.control.add_consumer("forkvm.other")
     own_scheduler.app.send_task("forkvm.fork", kwargs={"request": request}, task_id="other", queue="forkvm.other")
 
     assert own_scheduler.wait(own_scheduler.app.AsyncResult("other"))["chunks"] > 1
+    worker.term()
+    assert worker.wait() == 0
+    own_scheduler.redis.delete("forkvm.other#chunk")  # a sweep that nobody takes any more
 
 
 def test_heartbeat_file_that_cannot_be_written_is_an_error_at_the_start(

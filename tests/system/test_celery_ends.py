@@ -138,7 +138,7 @@ def test_fork_that_takes_longer_than_its_clients_limit_ends_as_cancelled(
 ) -> None:
     """One task makes it, out of directories and symlinks, which takes seconds."""
     directory = fresh("xfs_noreflink")
-    for n in range(60):
+    for n in range(150):
         (directory / "a" / str(n)).mkdir(parents=True)
         for m in range(300):
             (directory / "a" / str(n) / str(m)).symlink_to("nowhere")
