@@ -33,6 +33,8 @@ class Proxy:
         self._silent: set[tuple[socket.socket, socket.socket]] = set()
         #: Whether each new connection is silent too.
         self.is_cut_off = False
+        self._flowing = threading.Event()
+        self._flowing.set()
 
     def __enter__(self) -> Proxy:
         self._listener.bind(str(self.socket))
@@ -47,6 +49,7 @@ class Proxy:
     ) -> None:
         self._ended.set()
         self._acceptor.join()
+        self._flowing.set()
         self.cut()
         self._listener.close()
         self.socket.unlink()
@@ -62,6 +65,14 @@ class Proxy:
         """Has all connections of now pass nothing on any more, without an end, as a dead NAT entry does."""
         with self._lock:
             self._silent.update(self._pairs)
+
+    def hold(self) -> None:
+        """Keep all bytes of all connections, also new ones, until `go_on`."""
+        self._flowing.clear()
+
+    def go_on(self) -> None:
+        """Pass on what was kept, and all that comes."""
+        self._flowing.set()
 
     def halve(self) -> None:
         """Breaks off the next connection that carries something towards a client, with half of it delivered."""
@@ -104,6 +115,7 @@ class Proxy:
             while data := here.recv(_CHUNK):
                 if self.is_cut_off or pair in self._silent:
                     continue
+                self._flowing.wait()
                 time.sleep(self.delay)
                 if to_client and self._halve and len(data) > 1:
                     self._halve = False

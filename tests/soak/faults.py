@@ -8,16 +8,15 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
-
-from redis.exceptions import RedisError
 
 from tests.fixtures.processes import Worker
-from tests.fixtures.redis_server import RedisServer
+from tests.soak.damage import Damage
+from tests.soak.other_application import Interval
+from tests.soak.redis_faults import RedisFaults
 from tests.system.running import send
-from tests.system.scheduler import QUEUES
 
-Start = Callable[[], Worker]
+#: Starts the worker of this number.
+Start = Callable[[int], Worker]
 
 #: A line of a worker's log.
 _TAKEN = re.compile(r"Task forkvm\.(?:fork|chunk|finish|bury|campaign|batch|conclude)\[.*\] received")
@@ -28,41 +27,47 @@ _GRACE_SECONDS = 15.0
 class Faults:
     """Strikes workers and Redis; counts what it did."""
 
-    def __init__(self, server: RedisServer, start: Start, dice: random.Random) -> None:
-        self._server = server
+    def __init__(self, start: Start, redis: RedisFaults, damage: Damage, dice: random.Random) -> None:
         self._start_one = start
+        self._redis = redis
+        self._damage = damage
         self._dice = dice
         #: All that were ever started; the workers are the living ones.
         self.started: list[Worker] = []
-        self.workers = [self._start(), self._start()]
+        self.workers = [self._start(number) for number in range(2)]
         self.counts: Counter[str] = Counter()
+        #: When Redis itself was struck.
+        self.of_redis: list[Interval] = []
 
     def strike(self) -> None:
-        """One fault, by chance."""
+        """One fault of a process, of Redis or of a connection, by chance."""
         fault = self._dice.choice(
             [
-                self._kill_child,
-                self._kill_child,
-                self._kill_child,
+                *(self._kill_child,) * 3,
                 self._stop_child,
                 self._stop_worker,
                 self._kill_worker,
                 self._end_worker,
-                self._kill_redis,
-                self._restart_redis,
-                self._cut_connections,
-                self._deliver_again,
+                *(self._dice.choice(self._redis.of_server),) * 4,
+                *(self._dice.choice(self._redis.of_connections),) * 2,
             ]
         )
-        self.counts[fault.__name__.strip("_").replace("_", " ")] += 1
+        began = time.time()
         fault()
+        self.counts[fault.__name__.strip("_").replace("_", " ")] += 1
+        if fault in self._redis.of_server:
+            self.of_redis.append((began, time.time()))
+
+    def damage(self) -> None:
+        """Damage the staging of one job, by chance."""
+        self.counts[self._damage.strike()] += 1
 
     def deliveries(self) -> int:
         """How many messages of forks and campaigns the workers took, in all."""
         return sum(len(_TAKEN.findall(worker.output())) for worker in self.started)
 
-    def _start(self) -> Worker:
-        worker = self._start_one()
+    def _start(self, number: int) -> Worker:
+        worker = self._start_one(number)
         self.started.append(worker)
         return worker
 
@@ -92,31 +97,10 @@ class Faults:
     def _kill_worker(self) -> None:
         number = self._worker()
         self.workers[number].kill()
-        self.workers[number] = self._start()
+        self.workers[number] = self._start(number)
 
     def _end_worker(self) -> None:
         number = self._worker()
         self.workers[number].term()
         self.workers[number].wait(_GRACE_SECONDS)
-        self.workers[number] = self._start()
-
-    def _kill_redis(self) -> None:
-        self._server.kill()
-        time.sleep(self._dice.uniform(0.0, 2.0))
-        self._server.start()
-
-    def _restart_redis(self) -> None:
-        self._server.stop()
-        time.sleep(self._dice.uniform(0.0, 4.0))
-        self._server.start()
-
-    def _cut_connections(self) -> None:
-        with self._server.client() as client, suppress(RedisError):
-            client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-
-    def _deliver_again(self) -> None:
-        """Messages that wait are put into their queue once more, in the other order."""
-        with self._server.client(decode_responses=False) as client, suppress(RedisError):
-            for queue in QUEUES:
-                for message in client.lrange(queue, 0, 9):
-                    client.rpush(queue, message)
+        self.workers[number] = self._start(number)

@@ -7,8 +7,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from tasks.copier.control import control_name
+from tests.soak.plants import Plant, plant
 from tests.support.guests import MIB, make_sparse_file
 
 
@@ -20,9 +22,15 @@ class Job:
     kind: str
     request: dict[str, Any]
     ends: frozenset[str | None]
-    #: How many messages are sent at once, and after how many seconds someone asks for an end.
+    #: How many messages are sent at once, and with which options of Celery.
     copies: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+    #: After how many seconds someone asks for an end, and in which way.
     cancel_after: float | None = None
+    cancel_by: Literal["cancel", "revoke", "terminate"] = "cancel"
+    #: What stands where its control directory is to be made; and whether its staging may be damaged.
+    plant: Plant | None = None
+    may_be_damaged: bool = False
     #: How many forks a campaign has; 0: it is a fork.
     forks: int = 0
     #: How often it had to be sent, also since Redis was away.
@@ -39,6 +47,11 @@ class Job:
     @property
     def destination(self) -> Path:
         return Path(self.request["destination"])
+
+    @property
+    def control(self) -> Path:
+        """Its control directory, which stands while it is at work."""
+        return next(iter(self.destinations.values())).parent / control_name(self.fork_id)
 
     @property
     def destinations(self) -> dict[str, Path]:
@@ -141,6 +154,45 @@ def _cancelled_campaign(sources: Sources, reflink: Path, plain: Path, fork_id: s
     return job
 
 
+def _revoked(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
+    make = dice.choice([_cancelled, _cancelled_campaign])
+    job = make(sources, reflink, plain, fork_id, dice)
+    job.cancel_by = dice.choice(["revoke", "terminate"])
+    job.kind = f"{job.kind} by {job.cancel_by}"
+    return job
+
+
+def _expiring(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
+    source = dice.choice([sources.small, sources.reflinked])
+    job = _fork(source, reflink, fork_id, "expiring", options={"expires": dice.uniform(0.02, 1.0)})
+    job.ends = frozenset({None, "cancelled"})
+    return job
+
+
+def _planted(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
+    source, parent = dice.choice([(sources.small, reflink), (sources.copied, plain)])
+    job = _fork(source, parent, fork_id, "planted")
+    job.plant = plant(parent, fork_id, dice)
+    job.kind, job.ends = f"planted {job.plant.kind}", frozenset({"io_error"})
+    return job
+
+
+#: How a job ends whose staging was damaged: what was read back no longer says what the source is.
+_DAMAGED = frozenset({None, "io_error", "source_changed"})
+
+
+def _damaged(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
+    job = dice.choice([_reflinked, _copied])(sources, reflink, plain, fork_id, dice)
+    job.kind, job.ends, job.may_be_damaged = f"{job.kind}, damaged", _DAMAGED, True
+    return job
+
+
+def _damaged_campaign(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
+    job = _campaign(sources, reflink, plain, fork_id, dice)
+    job.kind, job.ends, job.may_be_damaged = "damaged campaign", _DAMAGED, True
+    return job
+
+
 #: Each kind as often as it is here.
 KINDS: tuple[Kind, ...] = (
     *(_small,) * 5,
@@ -153,4 +205,9 @@ KINDS: tuple[Kind, ...] = (
     _unsupported,
     _missing,
     _taken,
+    *(_revoked,) * 2,
+    _expiring,
+    *(_planted,) * 2,
+    *(_damaged,) * 3,
+    _damaged_campaign,
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import random
+import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,13 +17,24 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
+from tests.faults.proxy import Proxy
 from tests.fixtures.filesystems import Fresh
-from tests.fixtures.processes import StartWorker, Worker, celery_client, wait_until
+from tests.fixtures.processes import (
+    StartWorker,
+    Worker,
+    celery_client,
+    forkvm_script,
+    program_environment,
+    wait_until,
+)
 from tests.fixtures.redis_server import RedisServer
 from tests.soak import plan
 from tests.soak.books import Books
+from tests.soak.damage import Damage
 from tests.soak.faults import Faults
 from tests.soak.jobs import KINDS, Job, Sources, make_sources
+from tests.soak.other_application import other_application
+from tests.soak.redis_faults import RedisFaults
 from tests.system.scheduler import Scheduler
 from tests.system.staging import leftovers
 
@@ -47,11 +61,11 @@ class Producer:
         self._dice = random.Random(seed)
         self.jobs: list[Job] = []
         self.open: list[Job] = []
-        self._cancels: dict[str, float] = {}
+        self._cancels: dict[str, tuple[float, Job]] = {}
 
     def produce(self) -> None:
         """Close what has ended, and send as many anew."""
-        with suppress(RedisError):
+        with suppress(OperationalError, RedisError):
             self.close_ended()
             self._cancel_some()
             while len(self.open) < OPEN_JOBS:
@@ -61,7 +75,7 @@ class Producer:
                 for _ in range(job.copies):
                     self.send(job)
                 if job.cancel_after is not None:
-                    self._cancels[job.fork_id] = time.monotonic() + job.cancel_after
+                    self._cancels[job.fork_id] = time.monotonic() + job.cancel_after, job
 
     def close_ended(self) -> None:
         """Close the books of what has ended."""
@@ -74,7 +88,12 @@ class Producer:
         while True:
             try:
                 self._app.send_task(
-                    job.task, kwargs={"request": job.request}, task_id=job.fork_id, queue="forkvm", retry=False
+                    job.task,
+                    kwargs={"request": job.request},
+                    task_id=job.fork_id,
+                    queue="forkvm",
+                    retry=False,
+                    **job.options,
                 )
                 job.sent += 1
                 return
@@ -87,56 +106,81 @@ class Producer:
             if self._books.scheduler.results.claim_of(job.fork_id) is None:
                 self.send(job)
 
+    def damageable(self) -> list[Job]:
+        """The jobs on their way whose staging may be damaged."""
+        return [job for job in list(self.open) if job.may_be_damaged]
+
     def _cancel_some(self) -> None:
-        for fork_id, when in list(self._cancels.items()):
+        for fork_id, (when, job) in list(self._cancels.items()):
             if time.monotonic() > when:
-                self._books.scheduler.results.cancel(fork_id)
+                if job.cancel_by == "cancel":
+                    self._books.scheduler.results.cancel(fork_id)
+                else:
+                    self._app.control.revoke(fork_id, terminate=job.cancel_by == "terminate")
                 del self._cancels[fork_id]
 
 
 @contextmanager
-def _in_background(faults: Faults, dice: random.Random, until: float) -> Iterator[list[BaseException]]:
+def _in_background(strikes: Mapping[Callable[[], None], random.Random], until: float) -> Iterator[list[BaseException]]:
+    """Strike in threads, one for each of `strikes`, whose dice say how long it pauses."""
     failures: list[BaseException] = []
 
-    def strike() -> None:
+    def strike_on(strike: Callable[[], None], dice: random.Random) -> None:
         try:
             while time.monotonic() < until:
-                faults.strike()
+                strike()
                 time.sleep(dice.uniform(0.2, 2.0))
         except BaseException as error:
             failures.append(error)
 
-    thread = threading.Thread(target=strike)
-    thread.start()
+    threads = [threading.Thread(target=strike_on, args=item) for item in strikes.items()]
+    for thread in threads:
+        thread.start()
     try:
         yield failures
     finally:
-        thread.join()
+        for thread in threads:
+            thread.join()
 
 
 @pytest.mark.alone
-@pytest.mark.timeout(plan.seconds() + 240)
+@pytest.mark.timeout(plan.seconds() + 300)
 def test_every_job_has_one_true_end_whatever_strikes(
-    redis_server: RedisServer, start_worker: StartWorker, mounts: Path, fresh: Fresh
+    redis_server: RedisServer, start_worker: StartWorker, mounts: Path, fresh: Fresh, tmp_path: Path
 ) -> None:
     seed, seconds = plan.seed(), plan.seconds()
     places = fresh("xfs"), fresh("xfs_noreflink")
+    aside = tuple(place / "aside" for place in places)
+    for directory in aside:
+        directory.mkdir()
     sources = make_sources(*places)
 
-    def start() -> Worker:
-        return start_worker(mounts, env=LIMITS, args=["--without-mingle"])
+    with (
+        Proxy(redis_server.socket) as proxy,
+        celery_client(redis_server) as app,
+        other_application(tmp_path / "other", redis_server, random.Random(seed + 3)) as other,
+    ):
 
-    with celery_client(redis_server) as app:
+        def start(number: int) -> Worker:
+            """The second one is behind the proxy."""
+            address = f"redis+socket://{proxy.socket if number else redis_server.socket}"
+            addresses = {"FORKVM_BROKER_URL": address, "FORKVM_RESULT_BACKEND": address}
+            return start_worker(mounts, env=LIMITS | addresses, args=["--without-mingle"])
+
         scheduler = Scheduler(app, redis_server)
         books = Books(scheduler)
         producer = Producer(app, books, sources, places, seed)
-        faults = Faults(redis_server, start, random.Random(seed + 1))
+        damage = Damage(producer.damageable, aside, random.Random(seed + 4))
+        dice = random.Random(seed + 1)
+        faults = Faults(start, RedisFaults(redis_server, proxy, dice), damage, dice)
         until = time.monotonic() + seconds
 
         # When
-        with _in_background(faults, random.Random(seed + 2), until) as failures:
+        strikes = {faults.strike: random.Random(seed + 2), faults.damage: random.Random(seed + 5)}
+        with _in_background(strikes, until) as failures:
             while time.monotonic() < until and not failures:
                 producer.produce()
+                other.go_on()
                 books.measure([pid for worker in faults.workers for pid in (worker.pid, *worker.children)])
                 time.sleep(0.1)
         assert failures == []
@@ -148,15 +192,43 @@ def test_every_job_has_one_true_end_whatever_strikes(
             if not any(scheduler.messages().values()):
                 producer.send_unknown_again()
             time.sleep(0.5)
-        assert [job.fork_id for job in producer.open] == []
+        assert [(job.fork_id, job.kind) for job in producer.open] == []
         scheduler.wait_quiet()
+        damage.clear()
+        left_to_gc = _collect(redis_server, mounts, places, producer.jobs)
         wait_until(lambda: not any(map(leftovers, places)), f"the end of all staging: {[*map(leftovers, places)]}")
         books.check_end(producer.jobs)
+        others = other.check(faults.of_redis)
         assert all(worker.running for worker in faults.workers)
+        other.end()
         leaked = redis_server.leaked_keys()
         assert leaked == []
         _report(seed, seconds, producer, faults, books)
+        print(f"  {others}")
+        print(f"  of damaged staging, left to gc: {left_to_gc}")
         scheduler.close()
+
+
+def _collect(server: RedisServer, roots: Path, places: tuple[Path, ...], jobs: list[Job]) -> int:
+    """Have `forkvm gc` remove what is left of jobs that may have been damaged, and of no others; how much that is."""
+    damaged = tuple(job.control.name for job in jobs if job.may_be_damaged)
+    left = [Path(path) for path in itertools.chain(*map(leftovers, places)) if Path(path).name.startswith(damaged)]
+    if not left:
+        return 0
+    for path in (*left, *(path / "lock" for path in left)):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.utime(path, (86_400, 86_400))  # staging that was made a moment ago is kept
+    done = subprocess.run(
+        [forkvm_script(), "gc", *map(str, places)],
+        env=program_environment(server, roots),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return len(left)
 
 
 def _report(seed: int, seconds: int, producer: Producer, faults: Faults, books: Books) -> None:

@@ -1,0 +1,141 @@
+"""Another Celery application on the same Redis database, whose tasks wait for seconds: each must run once.
+
+It has Celery's default settings, so what Redis itself does to it is not this program's fault: a task is judged by how
+often it ran where no fault of Redis struck while it waited.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
+
+from tests.fixtures.processes import end_group, wait_until
+from tests.fixtures.redis_server import RedisServer
+
+#: When something began and ended, in seconds since the epoch.
+Interval = tuple[float, float]
+
+_SOURCE = """
+import os, time
+from celery import Celery
+app = Celery("other", broker=os.environ["URL"])
+@app.task(name="other.note")
+def note(number):
+    with open(os.environ["NOTES"], "a") as notes:
+        notes.write(f"{number} {time.time()}\\n")
+"""
+_QUEUE = "other"
+#: kombu's default keys.
+_KEYS = (_QUEUE, "unacked", "unacked_index", "unacked_mutex")
+#: How long a task waits: longer than the visibility timeout of the soak's workers. And how often one is sent.
+_SHORTEST_WAIT, _LONGEST_WAIT = 6.0, 9.0
+_EVERY_SECONDS = 0.7
+#: How long after a task ran a fault of Redis may still lose its acknowledgement.
+_ACKNOWLEDGED_SECONDS = 3.0
+#: Seconds for the last tasks to run.
+_PATIENCE = 60.0
+
+
+class OtherApplication:
+    """Its worker, its client, and the books of its tasks."""
+
+    def __init__(self, directory: Path, server: RedisServer, dice: random.Random) -> None:
+        self._directory = directory
+        self._server = server
+        self._dice = dice
+        self._notes, self.log = directory / "notes", directory / "other.log"
+        self._client = Celery("other-client", broker=server.broker_url, set_as_current=False)
+        self._sent: dict[int, float] = {}
+        self._next = 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def go_on(self) -> None:
+        """Start the worker if it has ended, and send a task if it is time for one."""
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + _EVERY_SECONDS
+        number, wait = len(self._sent), self._dice.uniform(_SHORTEST_WAIT, _LONGEST_WAIT)
+        with suppress(OperationalError, RedisError, OSError):  # nobody knows whether that was sent
+            self._client.send_task("other.note", args=[number], queue=_QUEUE, countdown=wait, retry=False)
+            self._sent[number] = time.time()
+
+    def check(self, faults: list[Interval]) -> str:
+        """Wait for the tasks that met no fault of Redis, see that each ran once, and return the books as one line."""
+        wait_until(
+            lambda: not self._missing(faults), f"tasks of the other application: {self._missing(faults)}", _PATIENCE
+        )
+        runs = self._runs()
+        judged = {n: times for n, times in runs.items() if n in self._sent and not self._met(n, times[0], faults)}
+        several = {n: times for n, times in judged.items() if len(times) > 1}
+        assert several == {}, f"tasks of the other application ran more than once: {several}"
+        others = sum(len(times) for n, times in runs.items() if n not in judged)
+        return (
+            f"{len(self._sent)} tasks of another application: {len(judged)} met no fault of Redis, and ran once; "
+            f"{len(self._sent) - len(judged)} others ran {others} times"
+        )
+
+    def end(self) -> None:
+        """End the worker, and remove what the application left in Redis."""
+        if self._process is not None:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(20)
+            end_group(self._process)
+        self._client.close()
+        if self._server.running:
+            with self._server.client() as client:
+                client.delete(*_KEYS)
+
+    def _start(self) -> None:
+        (self._directory / "other.py").write_text(_SOURCE)
+        self._notes.touch()
+        command = [sys.executable, "-m", "celery", "-A", "other", "worker", "-P", "solo", "-Q", _QUEUE, "-l", "INFO"]
+        environment = os.environ | {
+            "URL": self._server.broker_url,
+            "NOTES": str(self._notes),
+            "PYTHONPATH": str(self._directory),
+        }
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command, cwd=self._directory, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def _runs(self) -> dict[int, list[float]]:
+        """When each task ran, by its number."""
+        runs: dict[int, list[float]] = {}
+        for line in self._notes.read_text().splitlines():
+            number, moment = line.split()
+            runs.setdefault(int(number), []).append(float(moment))
+        return runs
+
+    def _missing(self, faults: list[Interval]) -> list[int]:
+        """The tasks that have not run, although no fault of Redis struck since they were sent."""
+        runs = self._runs()
+        return [n for n in self._sent if n not in runs and not self._met(n, time.time(), faults)]
+
+    def _met(self, number: int, until: float, faults: list[Interval]) -> bool:
+        sent = self._sent[number]
+        return any(began < until + _ACKNOWLEDGED_SECONDS and ended > sent for began, ended in faults)
+
+
+@contextmanager
+def other_application(directory: Path, server: RedisServer, dice: random.Random) -> Iterator[OtherApplication]:
+    """Another application, whose worker has ended and whose keys are gone at the end."""
+    directory.mkdir()
+    application = OtherApplication(directory, server, dice)
+    try:
+        yield application
+    finally:
+        application.end()
