@@ -203,14 +203,18 @@ class Staging(Parts):
     def publish_tree(self, tree: str, destination: str, identity: int | None) -> None:
         """Rename the tree of this name and identity to `destination`, and nothing else. Raises as `publish` does.
 
-        Whoever may write in the parent can put another directory in the tree's place, also between two calls: so what
-        was renamed is looked at once more, and put back if it is not the tree.
+        A user who may write in the parent can put another directory in the tree's place, also between two calls: so
+        what was renamed is looked at once more, and put back if it is not the tree. Where that look fails, the one
+        before the rename decides: the fork is published, and must not be reported as failed.
         """
         standing = trees.identity_of(self.parent_fd, tree)
         if identity is not None and standing not in (identity, None):
             raise self._replaced(tree)
         syscalls.rename_noreplace(self.parent_fd, tree, self.parent_fd, destination)
-        if identity is not None and trees.identity_of(self.parent_fd, destination) != identity:
+        published = standing
+        with suppress(OSError):
+            published = trees.identity_of(self.parent_fd, destination)
+        if identity is not None and published not in (identity, None):  # None: moved or removed since
             with suppress(OSError):
                 syscalls.rename_noreplace(self.parent_fd, destination, self.parent_fd, tree)
             raise self._replaced(tree)

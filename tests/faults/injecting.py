@@ -19,9 +19,10 @@ from tests.engine.children import Child
 
 T = TypeVar("T")
 
-#: Calls that are not the engine's: memory, threads, signals, and what this module and `Child` do themselves.
+#: Calls that are not the engine's: memory, threads, signals, and what this module and `Child` do themselves. And calls
+#: that cannot fail (getuid(2)).
 _NOT_THE_ENGINES = re.compile(
-    r"mmap|munmap|mremap|madvise|brk|futex|rt_sig|get[gpt]?pid|gettid|getrandom|sched_yield"
+    r"gete?[ug]id|mmap|munmap|mremap|madvise|brk|futex|rt_sig|get[gpt]?pid|gettid|getrandom|sched_yield"
     r"|exit|clone|wait4|restart_syscall|set_robust_list"
 )
 _CALL = re.compile(r"(\d+) +(\w+)\(")
