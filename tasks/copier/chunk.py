@@ -6,7 +6,6 @@ import errno
 import time
 from collections.abc import Callable, Iterator
 
-from tasks.copier import manifest
 from tasks.copier.changes import refuse_changed_files
 from tasks.copier.clone import Cloner
 from tasks.copier.errors import Code, ForkError
@@ -17,7 +16,7 @@ from tasks.copier.progress import Ticker
 from tasks.copier.report import RangeDone, Report, failed
 from tasks.copier.staging import Staging
 from tasks.copier.walk import Block, join
-from tasks.copier.work import Work, on_this_host
+from tasks.copier.work import Work
 
 #: How often a chunk is begun before its fork is given up as worker_lost: whatever is in it kills its worker.
 MAX_TRIES = 4
@@ -139,10 +138,4 @@ def _copy_range(work: Work, plan: Plan, chunk: Chunk, cloner: Cloner, ticker: Ti
 
 
 def _blocks(work: Work, plan: Plan, chunk: Chunk) -> Iterator[Block]:
-    fd = work.staging.manifest()
-    with open(fd, "rb"):
-        for block in manifest.read(fd, chunk.span):
-            if plan.top.dev != work.source_dev:
-                yield Block(block.path, [on_this_host(entry, plan.top.dev, work.source_dev) for entry in block.entries])
-            else:
-                yield block
+    return work.blocks(plan.top.dev, span=chunk.span)

@@ -267,11 +267,13 @@ class Control:
         if len(data) > proof.most_bytes(name):
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), name)
         new = f"{name}.new"
-        with open(self._new_file(new), "wb") as file:
-            file.write(data)
+        fd = self._new_file(new)
+        try:
+            syscalls.write_all(fd, data)
             if sync:
-                file.flush()
-                os.fsync(file.fileno())
+                os.fsync(fd)
+        finally:
+            os.close(fd)
         os.rename(new, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         if sync:
             os.fsync(self.fd)

@@ -105,11 +105,16 @@ class Work:
         `planned_dev` is the source's st_dev as the walk saw it.
         """
         fd = self.staging.manifest(closing=closing)
-        with open(fd, "rb"):
+        try:
             spans = reversed(list(manifest.spans(fd))) if backwards else iter([span or manifest.whole(fd)])
             for span in spans:
                 for block in manifest.read(fd, span):
-                    yield Block(block.path, [on_this_host(e, planned_dev, self.source_dev) for e in block.entries])
+                    if planned_dev == self.source_dev:
+                        yield block
+                    else:
+                        yield Block(block.path, [on_this_host(e, planned_dev, self.source_dev) for e in block.entries])
+        finally:
+            os.close(fd)
 
 
 @contextmanager
