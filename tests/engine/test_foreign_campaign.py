@@ -97,6 +97,7 @@ LISTS: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda data: b"",
     "other offsets": lambda data: b"\xff" * 24 + data[24:],
     "a path that climbs": lambda data: data.replace(b"/home/", b"/../x/"),
+    "another path": lambda data: data.replace(b"vm-001", b"vm-007"),
     "a relative path": lambda data: data.replace(b"/tmp", b"xtmp"),
 }
 

@@ -7,9 +7,11 @@ making has one beside it.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
+import zlib
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -231,7 +233,9 @@ def _batch_size(spec: CampaignSpec, seconds: float) -> int:
     return -(-count // (2 * pairs))
 
 
-# -- the list of destinations: the offset of each, and of the end; then all of them, one after the other
+# -- the list of destinations: the offset of each, and of the end; a checksum of each; then all of them
+
+_OFFSET_BYTES, _CHECK_BYTES = 8, 4
 
 
 def _write_destinations(staging: Staging, paths: Iterable[str]) -> None:
@@ -239,24 +243,35 @@ def _write_destinations(staging: Staging, paths: Iterable[str]) -> None:
     offsets = array("Q", [0])
     for name in names:
         offsets.append(offsets[-1] + len(name))
-    staging.write_file(_DESTINATIONS, b"".join([offsets.tobytes(), *names]))
+    checks = array("I", map(_check, names, itertools.count()))
+    staging.write_file(_DESTINATIONS, b"".join([offsets.tobytes(), checks.tobytes(), *names]))
 
 
-def _read_destinations(staging: Staging, total: int, first: int, count: int) -> list[str]:
+def _read_destinations(staging: Staging, total: int, first: int, wanted: int) -> list[str]:
     """Some of the destinations. Raises ForkError (Malformed) for a list that `_write_destinations` did not write."""
-    count = max(0, min(count, total - first))
+    wanted = max(0, min(wanted, total - first))
     fd = staging.open_file(_DESTINATIONS)
     try:
         with fields.reading("the list of destinations"):
-            offsets = array("Q")
-            offsets.frombytes(os.pread(fd, (count + 1) * 8, first * 8))
+            offsets, checks = array("Q"), array("I")
+            offsets.frombytes(os.pread(fd, (wanted + 1) * _OFFSET_BYTES, first * _OFFSET_BYTES))
+            begin = (total + 1) * _OFFSET_BYTES
+            checks.frombytes(os.pread(fd, wanted * _CHECK_BYTES, begin + first * _CHECK_BYTES))
             at, length = offsets[0], offsets[-1] - offsets[0]
-            if len(offsets) <= count or not 0 <= length <= count * PATH_MAX:
-                raise fields.Malformed(f"{count} paths from number {first} on have no place in it")
-            names = os.pread(fd, length, (total + 1) * 8 + at)
-            return [_destination_of(names[start - at : end - at]) for start, end in pairwise(offsets)]
+            if len(offsets) <= wanted or not 0 <= length <= wanted * PATH_MAX:
+                raise fields.Malformed(f"{wanted} paths from number {first} on have no place in it")
+            names = os.pread(fd, length, begin + total * _CHECK_BYTES + at)
+            paths = [names[start - at : end - at] for start, end in pairwise(offsets)]
+            if list(map(_check, paths, itertools.count(first))) != checks.tolist():
+                raise fields.Malformed(f"{wanted} paths from number {first} on are not those that were written")
+            return list(map(_destination_of, paths))
     finally:
         os.close(fd)
+
+
+def _check(path: bytes, index: int) -> int:
+    """A checksum of one destination: a damaged path is a path too, and a fork would be published there."""
+    return zlib.crc32(path, index & 0xFFFFFFFF)
 
 
 def _destination_of(path: bytes) -> str:
