@@ -17,6 +17,7 @@ from tasks.copier.spec import ForkResult, ForkSpec
 from tasks.copier.staging import Staging
 from tasks.copier.vanguard import Vanguard
 from tasks.finish import end_with, refuse, tell_again
+from tasks.foreign_ids import is_of_another_job
 from tasks.results import Claim, unwanted
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,11 @@ def run_fork(
     """
     destination = contract.text_of(request, "destination")
     claim: Claim = {"request": request, "destination": destination, "queue": context.queue}
+    if is_of_another_job(context, fork_id, None):
+        return None
     claimed = context.results.claim(fork_id, claim)
+    if is_of_another_job(context, fork_id, claimed.holder):
+        return None
     if claimed.result is not None:
         return tell_again(context, cast(ForkResult, claimed.result))
     if claimed.holder["request"] != request:

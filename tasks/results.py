@@ -1,4 +1,4 @@
-"""Everything of a fork that lies in Redis, each key with a TTL.
+"""Everything of a fork that lies in Redis, each key with a TTL; see `lifetimes` for which.
 
     forkvm:{id}:claim      the request that holds this id
     forkvm:{id}:result     the final ForkResult, also of a failed fork
@@ -31,6 +31,7 @@ from tasks.copier.errors import Code, ForkError, cancelled
 from tasks.copier.progress import Progress
 from tasks.copier.report import FileResult, unpack_pages
 from tasks.copier.spec import ForkResult
+from tasks.lifetimes import CANCEL, OF_EARLIER_JOB, OF_JOB, SETTLE, open_ttl
 from tasks.redis_errors import wait_out
 
 T = TypeVar("T")
@@ -47,9 +48,10 @@ _OPEN_PAGE = 500
 
 #: Takes an id for a request unless it is taken, or its fork has ended: one command, so that nobody gets in between, and
 #: in half the time of a transaction after a look. A campaign's fork that succeeded has no claim and no result of its
-#: own: its record alone tells. About `pcall` see `campaigns.settle`.
+#: own: its record alone tells. What an earlier job left under the id is deleted. About `pcall` see `campaigns.settle`.
 #:
-#: KEYS: result, state, claim, open. ARGV: id, TTL, claim, the state STARTED, the sign of what was never seen.
+#: KEYS: result, state, claim, open, what an earlier job may have left. ARGV: id, TTL, claim, the state STARTED, the
+#: sign of what was never seen.
 #: Answers with the result and the state as they were, the claim as it is then, and whether it was taken just now.
 _CLAIM = """
 local result, state, holder = unpack(redis.call('MGET', KEYS[1], KEYS[2], KEYS[3]))
@@ -63,6 +65,7 @@ if not state then
 end
 redis.call('ZADD', KEYS[4], 'NX', ARGV[5], ARGV[1])
 redis.call('EXPIRE', KEYS[4], ARGV[2])
+redis.call('DEL', unpack(KEYS, 5))
 return {result, state, ARGV[3], 1}
 """
 
@@ -98,7 +101,7 @@ class Claimed(NamedTuple):
 
 @dataclass(frozen=True)
 class Results:
-    """The results of forks in one Redis. `expires` is the TTL of each key in seconds, from its last change."""
+    """The results of jobs in one Redis. `expires` is the TTL of all that is kept of one, from its end, in seconds."""
 
     redis: Redis
     expires: int
@@ -107,13 +110,24 @@ class Results:
     #: Whether to wait while Redis is away, as a worker does: its forks must not be lost for that.
     patient: bool = False
 
+    @property
+    def open_expires(self) -> int:
+        """The TTL of what is kept of a job that has not ended, in seconds."""
+        return open_ttl(self.expires)
+
+    def now(self) -> float:
+        """The time by Redis's clock, in seconds since the epoch: the only clock that all hosts of a job share."""
+        seconds, microseconds = self.ask(self.redis.time)
+        return float(seconds) + microseconds / 1e6
+
     # -- the id
 
     def claim(self, job_id: str, claim: Claim) -> Claimed:
         """Take the id for a request, whose state is STARTED from then on; or learn who has it, or how it ended."""
         keys = [key_of(job_id, "result"), self.state_key(job_id), key_of(job_id, "claim"), _OPEN]
+        keys += [key_of(job_id, name) for name in OF_EARLIER_JOB]
         started = state_json(job_id, states.STARTED, "null")
-        values: list[str | int] = [job_id, self.expires, json.dumps(claim), started, _NEVER_SEEN]
+        values: list[str | int] = [job_id, self.open_expires, json.dumps(claim), started, _NEVER_SEEN]
         take = self.redis.register_script(_CLAIM)
         *found, is_new = self.ask(lambda: take(keys, values))
         kept, record, holder = map(_decoded, found)
@@ -151,9 +165,14 @@ class Results:
         return cast("ForkResult | None", _final(_decoded(kept), _decoded(record))), cancelled is not None
 
     def settle(self, job_id: str, result: Mapping[str, Any]) -> None:
-        """Keep the final result; waits also while Redis is full: the job is over, and that must not be lost."""
-        value = json.dumps(result)
-        self.ask(lambda: self.redis.set(key_of(job_id, "result"), value, ex=self.expires), OutOfMemoryError)
+        """Keep the final result, and let all that is kept of the job expire with it.
+
+        Waits also while Redis is full: the job is over, and that must not be lost.
+        """
+        script = self.redis.register_script(SETTLE)
+        keys = [key_of(job_id, name) for name in ("result", "pages", *OF_JOB)]
+        values: list[str | int] = [json.dumps(result), self.expires, key_of(job_id, "page:")]
+        self.ask(lambda: script(keys, values), OutOfMemoryError)
 
     # -- forks without an end
 
@@ -224,9 +243,9 @@ class Results:
                     pipe.delete(key_of(fork_id, "pages"), self.only_page(fork_id))
                 for part, pages in parts.items():
                     for number, page in enumerate(pages):
-                        pipe.set(page_key(fork_id, part, number), page, ex=self.expires)
+                        pipe.set(page_key(fork_id, part, number), page, ex=self.open_expires)
                     pipe.hset(key_of(fork_id, "pages"), part, str(len(pages)))
-                pipe.expire(key_of(fork_id, "pages"), self.expires)
+                pipe.expire(key_of(fork_id, "pages"), self.open_expires)
                 pipe.exists(key_of(fork_id, "cancel"))
                 return bool(pipe.execute()[-1])
 
@@ -240,7 +259,7 @@ class Results:
         def write() -> bool:
             with self.redis.pipeline(transaction=True) as pipe:
                 pipe.delete(key_of(fork_id, "pages"))
-                pipe.set(self.only_page(fork_id), pages[0], ex=self.expires)
+                pipe.set(self.only_page(fork_id), pages[0], ex=self.open_expires)
                 pipe.exists(key_of(fork_id, "cancel"))
                 return bool(pipe.execute()[-1])
 
@@ -273,7 +292,7 @@ class Results:
         parts = key_of(fork_id, "progress")
         with self.redis.pipeline(transaction=True) as pipe:
             pipe.hset(parts, part, json.dumps([progress["files_done"], progress["bytes_done"]]))
-            pipe.expire(parts, self.expires)
+            pipe.expire(parts, self.open_expires)
             pipe.execute()
 
         def sums(pipe: Pipeline) -> Progress:
@@ -294,7 +313,7 @@ class Results:
             pipe.multi()
             if current is None or current.get("status") not in states.READY_STATES:
                 record = state_json(job_id, "PROGRESS", json.dumps(told))
-                pipe.set(key, record, ex=self.expires)
+                pipe.set(key, record, ex=self.open_expires)
                 pipe.publish(key, record)
 
         self.redis.transaction(update, key)
@@ -302,8 +321,9 @@ class Results:
     # -- cancellation
 
     def cancel(self, fork_id: str) -> None:
-        """Ask for an end of the fork, also of one that no worker has begun yet."""
-        self.redis.set(key_of(fork_id, "cancel"), b"1", ex=self.expires)
+        """Ask for an end of the fork, also of one that no worker has begun yet. One that has ended stays as it is."""
+        script = self.redis.register_script(CANCEL)
+        script([key_of(fork_id, "cancel"), key_of(fork_id, "result")], [b"1", self.open_expires])
 
     def is_cancelled(self, fork_id: str) -> bool:
         """Whether an end was asked for."""

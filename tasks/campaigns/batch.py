@@ -73,7 +73,7 @@ def _look(results: CampaignResults, campaign: Campaign) -> Beat:
         with suppress(RedisError):
             if error := results.ended(campaign.spec.source):
                 raise error
-        if error := late(campaign):
-            raise error
+            if error := late(campaign, results.results.now):
+                raise error
 
     return look

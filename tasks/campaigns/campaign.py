@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from redis.exceptions import RedisError
 
+from tasks.campaigns.fork_ids import expire_forks, free_fork_ids
 from tasks.campaigns.lanes import send_batches
 from tasks.campaigns.request import campaign_of, refused_campaign, summary_of
 from tasks.campaigns.results import CampaignResults
@@ -23,6 +24,7 @@ from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.fork import Superseded
 from tasks.copier.progress import Beat, Progress, Ticker
 from tasks.copier.staging import Staging
+from tasks.foreign_ids import is_of_another_job
 from tasks.leftovers import remove_leftovers
 from tasks.results import unwanted
 
@@ -40,14 +42,19 @@ def run_campaign(
     `queued` is how long the request waited, in seconds. `expired`: it is not to be begun any more, but continued where
     it was begun. Raises Again while another process plans it.
     """
+    holder = context.results.claim_of(campaign_id)
+    if is_of_another_job(context, campaign_id, holder):
+        return None
     if (known := known_campaign(context, campaign_id)) is not None:
         return known
     results = CampaignResults(context.results, campaign_id)
     refusal: ForkError | None = None
     spec, paths, home = CampaignSpec(campaign_id=campaign_id, source=""), list[str](), ""
     try:
-        spec, paths = campaign_of(request, campaign_id, owner="queue", queued=queued)
-        home = paths[0]
+        clock = context.results.now
+        wanted, destinations = campaign_of(request, campaign_id, owner="queue", queued=queued, clock=clock)
+        free_fork_ids(context.results, wanted)
+        spec, paths, home = wanted, destinations, destinations[0]
         home = find_home(context.roots, paths)
     except ForkError as error:
         refusal = error
@@ -56,11 +63,13 @@ def run_campaign(
         {"request": summary_of(request, spec), "destination": home, "queue": context.queue, "campaign": True},
     )
     claim = claimed.holder
+    if is_of_another_job(context, campaign_id, claim):
+        return None
     if claim["request"] != summary_of(request, spec):
         log.warning("another request has the id %s already; this one is dropped", campaign_id)
         return None
     if not paths and refusal is not None:
-        return settle(results, refused_campaign(request, campaign_id, refusal))
+        return settle(results, spec, refused_campaign(request, campaign_id, refusal))
     try:
         refusal = refusal or unwanted(claimed, spec.source, expired=expired)
         if refusal is not None:
@@ -100,9 +109,10 @@ def take_over_campaign(context: Context, campaign_id: str, pulse: int) -> None:
             os.close(parent_fd)
 
 
-def settle(results: CampaignResults, result: CampaignResult) -> CampaignResult:
-    """Keep the final result, and put a line into the worker's log."""
+def settle(results: CampaignResults, spec: CampaignSpec, result: CampaignResult) -> CampaignResult:
+    """Keep the final result, let those of its forks expire with it, and put a line into the worker's log."""
     results.settle_campaign(result)
+    expire_forks(results.results, spec)
     forks = ", ".join(f"{count} {name}" for name, count in result["forks"].items() if name != "total" and count)
     line = "campaign %s %s: %r, %d forks: %s, in %.3f s"
     values = (result["campaign_id"], result["status"], result["source"], result["forks"]["total"], forks or "none")
@@ -166,10 +176,19 @@ def _refuse(
 ) -> CampaignResult:
     """Settle a campaign that cannot be made, and each of its forks that has no result."""
     error = cause if isinstance(cause, ForkError) else from_oserror(cause, "making the staging directory", paths[0])
+    return end_unplanned(results, spec, paths, error)
+
+
+def end_unplanned(results: CampaignResults, spec: CampaignSpec, paths: list[str], error: ForkError) -> CampaignResult:
+    """End a campaign without its staging, and each of its forks that has no result, with `error`.
+
+    `paths`: the forks' destinations. A shorter list leaves those of the others empty: nobody knows them any more.
+    """
     results.end_early(error)  # who goes on with this, should this process die, ends it with the same error
-    for first in range(0, len(paths), _SLICE):
-        open_ones = results.without_result(range(first, min(first + _SLICE, len(paths))), spec)
+    count = spec.aims.count
+    for first in range(0, count, _SLICE):
+        open_ones = results.without_result(range(first, min(first + _SLICE, count)), spec)
         if open_ones:
-            forks = {index: paths[index] for index in open_ones}
+            forks = {index: paths[index] if index < len(paths) else "" for index in open_ones}
             results.settle(open_ones[0], unbegun(spec, forks, spec.started, error))
-    return settle(results, campaign_result(spec, results.sums(), results.failures(), error=error))
+    return settle(results, spec, campaign_result(spec, results.sums(), results.failures(), error=error))

@@ -8,8 +8,9 @@ import os
 from contextlib import suppress
 from typing import Any
 
-from tasks.campaigns.campaign import known_campaign, settle
+from tasks.campaigns.campaign import end_unplanned, known_campaign, settle
 from tasks.campaigns.lanes import is_over, send_batches
+from tasks.campaigns.request import campaign_of
 from tasks.campaigns.results import CampaignResults
 from tasks.context import CAMPAIGN_TASK, GONE, LOCK_WAIT, Again, Context
 from tasks.copier.campaigns.batch import seize_batch
@@ -70,8 +71,8 @@ def _send_again(context: Context, campaign_id: str) -> bool:
 
 def settle_gone(context: Context, campaign_id: str) -> CampaignResult:
     """Settle a campaign whose staging was removed by others, or cannot be read."""
-    message = "its staging directory is gone or cannot be read"
-    error = ForkError(Code.IO_ERROR, message, _spec_of(context, campaign_id).source, errno.ENOENT)
+    spec, _ = _known_of(context, campaign_id)
+    error = ForkError(Code.IO_ERROR, "its staging directory is gone or cannot be read", spec.source, errno.ENOENT)
     return _settle_unplanned(context, CampaignResults(context.results, campaign_id), error)
 
 
@@ -89,7 +90,7 @@ def _conclude(
         return None
     else:
         _end_rest(context, results, campaign, seized=seized)
-        result = settle(results, _result(results, campaign))
+        result = settle(results, campaign.spec, _result(results, campaign))
         remove_annexes(campaign, context.roots)
     with suppress(OSError, ForkError):
         staging.remove()
@@ -121,17 +122,21 @@ def _result(results: CampaignResults, campaign: Campaign) -> CampaignResult:
 
 
 def _settle_unplanned(context: Context, results: CampaignResults, error: ForkError) -> CampaignResult:
-    spec = _spec_of(context, results.campaign_id)
-    sums = results.sums()
-    return settle(results, campaign_result(spec, sums, results.failures(), error=error))
+    """End a campaign whose staging is of no use, with why it was to end, or else with `error`."""
+    spec, paths = _known_of(context, results.campaign_id)
+    return end_unplanned(results, spec, paths, results.ended(spec.source) or error)
 
 
-def _spec_of(context: Context, campaign_id: str) -> CampaignSpec:
-    """What the claim on the id tells of a campaign."""
+def _known_of(context: Context, campaign_id: str) -> tuple[CampaignSpec, list[str]]:
+    """What the claim on the id says of a campaign, and its destinations; none where the list was too long to keep."""
     claim = context.results.claim_of(campaign_id)
-    summary: dict[str, Any] = claim["request"] if claim is not None else {"kept": {}, "forks": 0}
-    source = summary["kept"].get("source", "")
-    return CampaignSpec(campaign_id=campaign_id, source=source, aims=Aims(count=summary["forks"]))
+    if claim is None:
+        return CampaignSpec(campaign_id=campaign_id, source=""), []
+    summary: dict[str, Any] = claim["request"]
+    with suppress(ForkError):
+        return campaign_of(summary["kept"], campaign_id, owner="queue")
+    aims = Aims(count=summary["forks"], start=summary["start"])
+    return CampaignSpec(campaign_id=campaign_id, source=summary["kept"].get("source", ""), aims=aims), []
 
 
 def _go_on(progress: Progress) -> None:

@@ -39,6 +39,6 @@ def is_over(results: CampaignResults, campaign: Campaign) -> bool:
         return True
     if sums.get("forks.failed") and spec.aims.on_error == "abort":
         results.end_early(aborted(campaign))
-    elif error := late(campaign):
+    elif error := late(campaign, results.results.now):
         results.end_early(error)
     return all_ended or results.ended(campaign.spec.source) is not None

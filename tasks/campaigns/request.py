@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypedDict
 
 from pydantic import Discriminator, Field, InstanceOf, Tag
@@ -38,11 +39,17 @@ class CampaignRequest(AnyRequest):
 
 
 def campaign_of(
-    request: object, campaign_id: str, *, owner: Literal["queue", "local"], queued: float = 0.0
+    request: object,
+    campaign_id: str,
+    *,
+    owner: Literal["queue", "local"],
+    queued: float = 0.0,
+    clock: Callable[[], float] = time.time,
 ) -> tuple[CampaignSpec, list[str]]:
     """The campaign that plain data asks for, and its forks' destinations, in order.
 
-    `queued` is how long the request waited, in seconds. Raises ForkError invalid_request, which names the field.
+    `queued` is how long the request waited, in seconds; `clock` is that of `Aims.deadline`. Raises ForkError
+    invalid_request, which names the field.
     """
     started = time.time()
     parsed = parse_as(CampaignRequest, request)
@@ -53,7 +60,7 @@ def campaign_of(
         start=given.start if isinstance(given, Template) else _FIRST,
         max_parallel=parsed.max_parallel,
         on_error=parsed.on_error,
-        deadline=None if parsed.deadline is None else started + parsed.deadline,
+        deadline=None if parsed.deadline is None else clock() + parsed.deadline,
     )
     spec = CampaignSpec(
         campaign_id=campaign_id,

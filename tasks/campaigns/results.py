@@ -1,9 +1,9 @@
-"""What Redis keeps of a campaign beside what `results` keeps of any job, each key with a TTL.
+"""What Redis keeps of a campaign beside what `results` keeps of any job, each key with a TTL; see `tasks.lifetimes`.
 
     forkvm:{id}:sums       a hash: sums over the results of the forks that have ended
     forkvm:{id}:settled    a bitmap by index: the first fork of each run of forks whose results are kept
     forkvm:{id}:batches    a bitmap by index: the first fork of each batch that is done
-    forkvm:{id}:failures   a list: the first failures
+    forkvm:{id}:failed     a sorted set by the fork's number: the first failures
 
 Of each fork there is Celery's own `celery-task-meta-{fork id}`, which holds the ForkResult of one that succeeded; one
 that did not has it where `results` keeps it. A fork's pages have no count where there is one.
@@ -30,6 +30,7 @@ from tasks.copier.campaigns.spec import (
 from tasks.copier.chunk import worker_lost
 from tasks.copier.errors import ErrorRecord, ForkError, cancelled, from_record
 from tasks.copier.spec import ForkResult
+from tasks.lifetimes import OF_EARLIER_JOB
 from tasks.results import Results, key_of
 
 #: ForkResults that are asked for at a time.
@@ -55,8 +56,7 @@ class CampaignResults:
 
     def forget(self) -> None:
         """Forget what is settled: batches of an earlier campaign of this id wrote it when Redis had been emptied."""
-        names = ("sums", "settled", "batches", "failures")
-        self._ask(lambda: self.results.redis.delete(*(self._key(name) for name in names)))
+        self._ask(lambda: self.results.redis.delete(*(self._key(name) for name in OF_EARLIER_JOB)))
 
     def without_result(self, indexes: range, spec: CampaignSpec) -> list[int]:
         """Those of these forks, by index, that have no result."""
@@ -101,7 +101,7 @@ class CampaignResults:
         """Note that the batch that begins with the index `first` is done, and that the next one was sent."""
         with self.results.redis.pipeline(transaction=True) as pipe:
             pipe.setbit(self._key("batches"), first, 1)
-            pipe.expire(self._key("batches"), self.results.expires)
+            pipe.expire(self._key("batches"), self.results.open_expires)
             self._ask(pipe.execute, OutOfMemoryError)
 
     def is_batch_done(self, first: int) -> bool:
@@ -113,7 +113,7 @@ class CampaignResults:
     def end_early(self, error: ForkError) -> None:
         """Have the campaign ended with `error`, unless that was asked for already."""
         value = json.dumps(error.record())
-        self._ask(lambda: self.results.redis.set(self._key("cancel"), value, nx=True, ex=self.results.expires))
+        self._ask(lambda: self.results.redis.set(self._key("cancel"), value, nx=True, ex=self.results.open_expires))
 
     def bury(self) -> str:
         """Have the campaign ended since processes die of it, and return its home."""

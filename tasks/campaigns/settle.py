@@ -18,19 +18,21 @@ from tasks.results import Results, key_of, page_key, state_json
 #: published. Full, Redis refuses the first write, and so the whole; before Redis 7 it puts a place in the script before
 #: the error's code.
 #:
-#: KEYS: settled, sums, failed; of each fork its state; others; the counts of pages.
+#: A campaign that has its result takes no more: what a batch made since is not in its sums.
+#:
+#: KEYS: settled, sums, failed, result; of each fork its state; others; the counts of pages.
 #: ARGV: first, TTL, most failures, how many states, others, sums and counts; states; others; of each sum name and
 #: value; counts; of each failure the fork's number and the failure.
 _SCRIPT = """
 local first, expires, most = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local states, others = tonumber(ARGV[4]), tonumber(ARGV[5])
 local sums, counts = tonumber(ARGV[6]), tonumber(ARGV[7])
-if redis.call('GETBIT', KEYS[1], first) == 1 then return end
+if redis.call('GETBIT', KEYS[1], first) == 1 or redis.call('EXISTS', KEYS[4]) == 1 then return end
 local answer = redis.pcall('SETBIT', KEYS[1], first, 1)
 if type(answer) == 'table' and answer.err then
     return redis.error_reply(string.match(answer.err, 'OOM .*') or answer.err)
 end
-local key, at = 3, 7
+local key, at = 4, 7
 for n = 1, states + others do
     redis.call('SET', KEYS[key + n], ARGV[at + n], 'EX', expires)
     if n <= states then redis.call('PUBLISH', KEYS[key + n], ARGV[at + n]) end
@@ -90,11 +92,11 @@ def settle_run(results: Results, campaign_id: str, first: int, outcomes: list[Ou
         kept.add(results, outcome)
     forks = [outcome.result for outcome in outcomes]
     sums, failures = sums_of(forks), failures_of(forks)[:MOST_FAILURES]
-    own = [key_of(campaign_id, name) for name in ("settled", "sums", "failed")]
+    own = [key_of(campaign_id, name) for name in ("settled", "sums", "failed", "result")]
     results.redis.register_script(_SCRIPT)(
         [*own, *kept.states, *kept.others, *kept.counts],
         [
-            *(first, results.expires, MOST_FAILURES),
+            *(first, results.open_expires, MOST_FAILURES),
             *(len(kept.states), len(kept.others), len(sums), len(kept.counts)),
             *kept.states.values(),
             *kept.others.values(),

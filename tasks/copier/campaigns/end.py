@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache, partial
 
@@ -24,9 +24,9 @@ _SETTLED_AT_ONCE = 500
 _SLICE = 10_000
 
 
-def late(campaign: Campaign) -> ForkError | None:
-    """The error that ends a campaign whose deadline has passed; None while it has not."""
-    if campaign.spec.is_late():
+def late(campaign: Campaign, clock: Callable[[], float] = time.time) -> ForkError | None:
+    """The error that ends a campaign whose deadline has passed by the clock of `Aims.deadline`; None before."""
+    if campaign.spec.is_late(clock):
         return ForkError(Code.CANCELLED, "the campaign's deadline passed", campaign.spec.source)
     return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict, final, get_args
 
@@ -35,7 +35,8 @@ class Aims:
     max_parallel: int | None = None
     #: abort: the first fork that fails ends the campaign.
     on_error: OnError = "continue"
-    #: When what is not published is cancelled, in seconds since the epoch; None: never.
+    #: When what is not published is cancelled, in seconds since the epoch; None: never. By the clock that all hosts of
+    #: the campaign share: Redis's, or this host's for a local campaign.
     deadline: float | None = None
 
     @classmethod
@@ -107,9 +108,9 @@ class CampaignSpec:
             started=started,
         )
 
-    def is_late(self) -> bool:
-        """Whether the deadline has passed."""
-        return self.aims.deadline is not None and time.time() > self.aims.deadline
+    def is_late(self, clock: Callable[[], float] = time.time) -> bool:
+        """Whether the deadline has passed by the clock of `Aims.deadline`."""
+        return self.aims.deadline is not None and clock() > self.aims.deadline
 
 
 @final

@@ -1,0 +1,159 @@
+"""What Redis keeps of a job outlives the job, however long it takes and however long its workers are down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from tasks.context import Context
+from tasks.copier.kernel.roots import Roots
+from tasks.copier.options import Limits
+from tasks.sweep import remove_abandoned
+from tests.engine.forking import assert_alike
+from tests.fixtures.filesystems import Fresh, fresh_directory
+from tests.fixtures.processes import StartWorker, wait_until
+from tests.support.guests import SKIPPED_BY_DEFAULT
+from tests.system.campaigns import (
+    assert_all_are_whole,
+    done,
+    forks_of,
+    make_source,
+    paths_of,
+    request_of,
+    result_of,
+    send,
+)
+from tests.system.running import SMALL_LIMITS, spin_until, stopped_in_the_middle
+from tests.system.scheduler import QUEUE, Scheduler
+from tests.system.staging import StagingView, leftovers
+
+EXPIRES = 60
+ENVIRONMENT = SMALL_LIMITS | {"FORKVM_RESULT_EXPIRES": str(EXPIRES), "FORKVM_VISIBILITY_TIMEOUT": "5"}
+THREE_DAYS = 3 * 86_400
+
+
+@pytest.fixture(scope="module")
+def source(xfs: Path) -> Iterator[Path]:
+    with fresh_directory(xfs) as parent:
+        yield make_source(parent / "source")
+
+
+def let_pass(redis: Redis, seconds: int) -> None:
+    """Do to each key what so many seconds would do."""
+    for key in redis.scan_iter():
+        ttl = redis.ttl(key)
+        if ttl >= 0:
+            redis.expire(key, ttl - seconds)  # deletes it where nothing is left
+
+
+def test_campaign_survives_an_outage_of_its_workers_that_is_longer_than_results_are_kept(
+    own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, source: Path, fresh: Fresh
+) -> None:
+    # Given a campaign that is half done when its only worker dies
+    scheduler, place, count = own_scheduler, fresh("xfs"), 600
+    worker = start_worker(mounts, env=ENVIRONMENT)
+    send(scheduler, request_of(source, place, count), "long")
+    spin_until(lambda: 0 < done(scheduler, "long") < count, "a half done campaign")
+    worker.kill()
+    forks = forks_of(scheduler, "long", count)
+    assert 0 < len(forks) < count
+
+    # When no worker runs for three days
+    let_pass(scheduler.redis, THREE_DAYS)
+
+    # Then its client still sees it, and what has ended of it
+    assert scheduler.results.state("long")["status"] in ("STARTED", "PROGRESS")
+    assert forks_of(scheduler, "long", count) == forks
+
+    # and a worker ends it, from when on everything of it is kept equally long
+    start_worker(mounts, env=ENVIRONMENT)
+    wait_until(lambda: scheduler.results.final("long") is not None, "the end", 60)
+    assert_all_are_whole(scheduler, result_of(scheduler, "long"), source, paths_of(place, count))
+    scheduler.wait_quiet()
+    assert leftovers(place) == []
+    let_pass(scheduler.redis, EXPIRES)
+    assert list(scheduler.redis.scan_iter("*long*")) == []
+
+
+def test_fork_and_its_staging_survive_an_outage_that_is_longer_than_results_are_kept(
+    own_scheduler: Scheduler, start_worker: StartWorker, large_source: Path, place: Path, mounts: Path
+) -> None:
+    # Given a fork in chunks that is half done when its only worker dies
+    scheduler, staging = own_scheduler, StagingView(place, "long")
+    worker = start_worker(mounts, env=ENVIRONMENT)
+    scheduler.send({"source": str(large_source), "destination": str(place / "fork")}, "long")
+    with stopped_in_the_middle(worker, staging):
+        worker.kill()
+
+    # When no worker runs for three days, and its messages are lost
+    let_pass(scheduler.redis, THREE_DAYS)
+    staging.grow_old()
+    context = Context(Roots((str(place),)), Limits(), scheduler.results, lambda task, kwargs, task_id: None, QUEUE)
+    remove_abandoned(context)
+
+    # Then it is there, and a worker ends it
+    assert staging.is_in_the_middle()
+    assert scheduler.results.state("long")["status"] in ("STARTED", "PROGRESS")
+    start_worker(mounts, env=ENVIRONMENT)
+    wait_until(lambda: scheduler.results.state("long")["status"] == "SUCCESS", "the end", 60)
+    assert_alike(large_source, place / "fork", SKIPPED_BY_DEFAULT)
+    files = scheduler.files("long")
+    result = scheduler.results.result("long")
+    assert result is not None
+    assert len(files) == result["files"]["total"]
+    scheduler.wait_quiet()
+    let_pass(scheduler.redis, EXPIRES)
+    assert [key for key in scheduler.redis.scan_iter("*long*") if b":losses" not in key] == []
+
+
+def test_cancellation_survives_an_outage_and_one_that_comes_after_the_end_cancels_nothing_later(
+    own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, source: Path, fresh: Fresh
+) -> None:
+    scheduler, place = own_scheduler, fresh("xfs")
+    request = {"source": str(source), "destination": str(place / "fork")}
+
+    # Given a fork that was cancelled before a worker came to it
+    sent = scheduler.send(request, "early")
+    scheduler.results.cancel("early")
+    let_pass(scheduler.redis, THREE_DAYS)
+    start_worker(mounts, env=ENVIRONMENT)
+    scheduler.wait_failed(sent)
+    assert str(sent.state) == "REVOKED"
+    assert not (place / "fork").exists()
+
+    # When it is cancelled once more after its end, and its result has expired
+    scheduler.results.cancel("early")
+    let_pass(scheduler.redis, EXPIRES)
+
+    # Then the id is free
+    assert scheduler.wait(scheduler.send(request, "early"))["status"] == "succeeded"
+
+
+def test_campaign_under_the_id_of_an_earlier_one_has_none_of_its_results(
+    own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, source: Path, fresh: Fresh
+) -> None:
+    # Given a campaign with failures, of which Redis has lost the claim and the result
+    scheduler, place = own_scheduler, fresh("xfs")
+    start_worker(mounts, env=ENVIRONMENT)
+    for n in (1, 2, 3):
+        (place / f"vm-{n:04}").mkdir()
+    assert send(scheduler, request_of(source, place, 30), "again").get(timeout=30)["status"] == "partial"
+    scheduler.redis.delete("forkvm:again:claim", "forkvm:again:result", "celery-task-meta-again")
+    scheduler.redis.rpush("forkvm:again:failures", "of an earlier version")
+    for n in (1, 2, 3):
+        (place / f"vm-{n:04}").rmdir()
+
+    # When one of the same id begins that ends before it has made anything
+    send(scheduler, request_of(place / "missing", place, 30), "again")
+    wait_until(lambda: scheduler.results.final("again") is not None, "the end")
+
+    # Then all that is reported is its own
+    result = result_of(scheduler, "again")
+    assert result["forks"] == {"total": 30, "succeeded": 0, "failed": 30, "cancelled": 0}
+    forks = forks_of(scheduler, "again", 30)
+    assert {fork["error"]["code"] for fork in forks if fork["error"]} == {"source_not_found"}
+    assert len(forks) == len(result["failures"]) == 30
+    assert not scheduler.redis.exists("forkvm:again:failures")
