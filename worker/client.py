@@ -21,7 +21,7 @@ from tasks.copier.progress import Progress
 from tasks.copier.spec import ForkResult
 from tasks.results import Results, end_state
 from tasks.waiting import is_waiting
-from worker.configuration import make_app
+from worker.configuration import UNACKED_KEY, make_app
 from worker.settings import NoBroker, Settings
 from worker.show import ShowProgress, say
 
@@ -83,8 +83,10 @@ class Client:
         """Whether the job whose status is `status` was begun, has ended, or waits in the queue of the settings."""
         if status.state != states.PENDING or self.results.claim_of(job_id) is not None:
             return True
-        if is_waiting(self.results.redis, job_id, self._queue):
-            return True
+        with self._app.connection_for_read() as connection:
+            channel: Any = connection.default_channel
+            if is_waiting(channel.client, job_id, self._queue, UNACKED_KEY):
+                return True
         return self.status(job_id).state != states.PENDING  # a worker took it between the two looks
 
     def is_served(self, queue: str | None = None) -> bool:
