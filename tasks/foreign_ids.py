@@ -6,7 +6,7 @@ import logging
 
 from tasks.campaigns.fork_ids import campaign_of_fork
 from tasks.context import Context
-from tasks.results import Claim
+from tasks.results import Claim, Results
 
 log = logging.getLogger(__name__)
 
@@ -17,13 +17,20 @@ def is_of_another_job(context: Context, job_id: str, holder: Claim | None) -> bo
     `holder`: the claim on the id, if there is one. It counts also after its job has ended, until its result expires:
     the result says what that job did.
     """
-    if holder is not None and holder["queue"] == context.queue:
-        return False
+    why = why_taken(context.results, job_id, context.queue, holder)
+    if why is not None:
+        log.warning("invalid_request: a request with the id %r was dropped: %s", job_id, why)
+    return why is not None
+
+
+def why_taken(results: Results, job_id: str, queue: str, holder: Claim | None) -> str | None:
+    """Why no request with this id can be served from `queue`; None if nothing speaks against it."""
+    if holder is not None and holder["queue"] == queue:
+        return None
     if holder is not None:
-        why = f"a job in the queue {holder['queue']!r} has this id, and this one came to {context.queue!r}"
-    elif (campaign_id := campaign_of_fork(context.results, job_id)) and context.results.claim_of(job_id) is None:
+        why = f"a job in the queue {holder['queue']!r} has this id, and this request is for the queue {queue!r}"
+    elif (campaign_id := campaign_of_fork(results, job_id)) and results.claim_of(job_id) is None:
         why = f"it is the id of a fork of the campaign {campaign_id!r}"
     else:
-        return False
-    log.warning("invalid_request: a request with the id %r was dropped: %s; send it under another id", job_id, why)
-    return True
+        return None
+    return f"{why}; send it under another id"

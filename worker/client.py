@@ -12,13 +12,16 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
 from tasks.app import results_of
+from tasks.campaigns.fork_ids import campaign_of_fork
 from tasks.campaigns.request import Summary
 from tasks.campaigns.results import CampaignResults
 from tasks.cancel import cancel_job
 from tasks.context import CAMPAIGN_TASK, FORK_TASK
 from tasks.copier.campaigns.spec import CampaignProgress, CampaignResult
+from tasks.copier.errors import Code, ForkError
 from tasks.copier.progress import Progress
 from tasks.copier.spec import ForkResult
+from tasks.foreign_ids import why_taken
 from tasks.results import Results, end_state
 from tasks.waiting import is_waiting
 from worker.configuration import UNACKED_KEY, make_app
@@ -58,12 +61,18 @@ class Client:
             raise NoBroker(f"no broker at {settings.broker.shown()}: {error}") from None
 
     def submit(self, request: dict[str, Any], fork_id: str) -> None:
-        """Enqueue a fork."""
+        """Enqueue a fork. Raises ForkError invalid_request where another job has the id."""
+        self._check_id(fork_id, self._queue)
         self._send(FORK_TASK, {"request": request}, fork_id, self._queue, {"sent_at": time.time()})
 
     def submit_campaign(self, request: dict[str, Any], campaign_id: str, queue: str | None = None) -> None:
-        """Enqueue a campaign; into the settings' domain, unless `queue` is another's."""
-        self._send(CAMPAIGN_TASK, {"request": request}, campaign_id, queue or self._queue, {"sent_at": time.time()})
+        """Enqueue a campaign; into the settings' domain, unless `queue` is another's.
+
+        Raises ForkError invalid_request where another job has the id.
+        """
+        queue = queue or self._queue
+        self._check_id(campaign_id, queue)
+        self._send(CAMPAIGN_TASK, {"request": request}, campaign_id, queue, {"sent_at": time.time()})
 
     def status(self, job_id: str) -> Status:
         """What is known of a fork or campaign."""
@@ -79,9 +88,15 @@ class Client:
         """Yield the results of a campaign's forks that have ended by now, in order."""
         return CampaignResults(self.results, campaign_id).forks(summary["start"], summary["forks"])
 
+    def campaign_of_fork(self, job_id: str) -> str | None:
+        """The campaign that this is a fork of; None for a job of its own, or an unknown id."""
+        return None if self.results.claim_of(job_id) is not None else campaign_of_fork(self.results, job_id)
+
     def is_known(self, job_id: str, status: Status) -> bool:
         """Whether the job whose status is `status` was begun, has ended, or waits in the queue of the settings."""
         if status.state != states.PENDING or self.results.claim_of(job_id) is not None:
+            return True
+        if self.campaign_of_fork(job_id) is not None:
             return True
         with self._app.connection_for_read() as connection:
             channel: Any = connection.default_channel
@@ -121,6 +136,12 @@ class Client:
             cancel_job(self._app, self.results, fork_id)
         except (OperationalError, RedisError) as error:
             raise NoBroker(f"the broker did not take the cancellation: {error}") from None
+
+    def _check_id(self, job_id: str, queue: str) -> None:
+        """What a worker would drop the request for, the caller learns here."""
+        why = why_taken(self.results, job_id, queue, self.results.claim_of(job_id))
+        if why is not None:
+            raise ForkError(Code.INVALID_REQUEST, why, job_id)
 
     def _send(self, task: str, kwargs: dict[str, Any], fork_id: str, queue: str, headers: dict[str, Any]) -> None:
         try:

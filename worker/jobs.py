@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import uuid
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
@@ -17,7 +18,7 @@ from worker.streams import reader_is_gone
 from worker.waiting import is_over, unknown, wait_for_result, wait_options, watching
 
 if TYPE_CHECKING:
-    from worker.client import Status
+    from worker.client import Client, Status
 
 #: How long `cancel` waits to see the end, in seconds.
 _CANCEL_SECONDS = 10.0
@@ -101,6 +102,7 @@ def cancel(fork_id: str, as_json: bool) -> None:
     """End a fork or campaign, and leave nothing that is not published."""
     client = connect(read_settings())
     found = client.status(fork_id)
+    _refuse_fork_of_campaign(client, fork_id, found)
     if not client.is_known(fork_id, found):
         say(unknown(fork_id))
         raise click.exceptions.Exit(FAILED)
@@ -116,6 +118,15 @@ def cancel(fork_id: str, as_json: bool) -> None:
     else:
         answer(f"{fork_id}: cancellation requested; waiting for a worker")
     if found.result is not None and found.result["status"] != "cancelled":
+        raise click.exceptions.Exit(FAILED)
+
+
+def _refuse_fork_of_campaign(client: Client, fork_id: str, found: Status) -> None:
+    """A campaign's forks are made together, in batches; only the campaign can be cancelled."""
+    campaign_id = None if is_over(found) else client.campaign_of_fork(fork_id)
+    if campaign_id is not None:
+        whole = f"cancel the campaign: forkvm cancel {shlex.quote(campaign_id)}"
+        say(f"{fork_id}: nothing was cancelled: it is a fork of the campaign {campaign_id}; {whole}")
         raise click.exceptions.Exit(FAILED)
 
 

@@ -168,7 +168,7 @@ def _result(
         "chunks": chunks,
         "seconds": clock.seconds(spec.queued, now),
         "started_at": _timestamp(spec.started),
-        "finished_at": _timestamp(now),
+        "finished_at": _timestamp(max(now, spec.started)),  # another host may have begun it, by a later clock
         "labels": spec.labels,
     }
 

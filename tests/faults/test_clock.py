@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+
+import pytest
 
 from tests.engine.forking import assert_alike
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import StartWorker, Worker, wait_until
 from tests.support.guests import MIB, SKIPPED_BY_DEFAULT, GuestSizes, make_guest
 from tests.support.requirements import require
-from tests.system.running import SMALL_LIMITS
+from tests.system.campaigns import assert_books_balance, done, make_source, paths_of, request_of, result_of, send
+from tests.system.running import SMALL_LIMITS, stopped_when
 from tests.system.scheduler import Scheduler
 
 #: libfaketime 0.9.10 answers EINVAL to Python's sleep (clock_nanosleep to a point of a clock that it does not fake).
@@ -85,6 +89,36 @@ def test_forks_end_once_and_well_while_the_clock_jumps(
         assert_alike(source, Path(result["destination"]), SKIPPED_BY_DEFAULT)
     assert worker.output().count(" succeeded: ") == len(sent)
     assert list(directory.glob(".forkvm-*")) == []
+
+
+@pytest.mark.parametrize(("offset", "deadline", "status"), [("+1h", 300, "succeeded"), ("-1h", 3, "cancelled")])
+def test_deadline_of_a_campaign_goes_by_one_clock(
+    offset: str,
+    deadline: float,
+    status: str,
+    own_scheduler: Scheduler,
+    start_worker: StartWorker,
+    mounts: Path,
+    fresh: Fresh,
+    tmp_path: Path,
+) -> None:
+    """The clock of the host that makes forks may be another than that of the host that planned them."""
+    # Given a campaign that is half done
+    clock, place = Clock(tmp_path / "clock"), fresh("xfs")
+    source = make_source(place / "source")
+    worker = start_worker(mounts, 2, env=clock.environment)
+    send(own_scheduler, request_of(source, place, 600, deadline=deadline), "c")
+    with stopped_when(worker, lambda: 0 < done(own_scheduler, "c") < 600, "a half done campaign"):
+        # When the clock of those who make the rest is an hour off, and a short deadline passes
+        clock.set(offset)
+        if status == "cancelled":
+            time.sleep(deadline)
+
+    # Then
+    wait_until(lambda: own_scheduler.results.final("c") is not None, "the end", 60)
+    own_scheduler.wait_quiet()
+    assert result_of(own_scheduler, "c")["status"] == status
+    assert_books_balance(own_scheduler, result_of(own_scheduler, "c"), paths_of(place, 600))
 
 
 def _hour(worker: Worker) -> str:
