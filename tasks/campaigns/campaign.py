@@ -111,8 +111,8 @@ def take_over_campaign(context: Context, campaign_id: str, pulse: int) -> None:
 
 def settle(results: CampaignResults, spec: CampaignSpec, result: CampaignResult) -> CampaignResult:
     """Keep the final result, let those of its forks expire with it, and put a line into the worker's log."""
+    expire_forks(results.results, spec)  # first: its client may look for what is left as soon as it sees the result
     results.settle_campaign(result)
-    expire_forks(results.results, spec)
     forks = ", ".join(f"{count} {name}" for name, count in result["forks"].items() if name != "total" and count)
     line = "campaign %s %s: %r, %d forks: %s, in %.3f s"
     values = (result["campaign_id"], result["status"], result["source"], result["forks"]["total"], forks or "none")

@@ -80,7 +80,7 @@ def free_fork_ids(results: Results, spec: CampaignSpec) -> None:
 
 
 def expire_forks(results: Results, spec: CampaignSpec) -> None:
-    """Have what is kept of a campaign's forks expire with the campaign's own result, which was kept just now."""
+    """Have what is kept of a campaign's forks expire with the campaign's own result, which is to be kept next."""
     script = results.redis.register_script(_EXPIRE)
     for forks in _slices(results, spec):
         results.ask(partial(script, [], [*forks, results.expires, *OF_CAMPAIGN_FORK]))

@@ -1,0 +1,136 @@
+"""`forkvm campaign --local` reports what exists, whatever happens to its children, its disk and itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fixtures.filesystems import Fresh, SmallTmpfs
+from tests.fixtures.processes import forkvm_script, wait_until
+from tests.support.tree import snapshot
+from tests.system.campaigns import make_source
+
+COUNT = 3000
+#: Seconds from a signal to the end of the command, on a busy machine.
+MOMENT = 2.0
+
+
+@pytest.fixture
+def place(fresh: Fresh) -> Path:
+    place = fresh("xfs")
+    make_source(place / "source")
+    (place / "out").mkdir()
+    return place
+
+
+@contextmanager
+def campaign(place: Path, count: int, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """A local campaign that runs; what still lives of it at the end is killed."""
+    to = f"{place}/out/vm-{{n:05}}"
+    command = [forkvm_script(), "campaign", str(place / "source"), "--to", to, "--count", str(count), *options]
+    process = subprocess.Popen(
+        [*command, "--local", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def forks_in(place: Path) -> list[Path]:
+    return sorted(path for path in (place / "out").iterdir() if path.name.startswith("vm-"))
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    text = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(pid) for pid in text.split()]
+
+
+def wait_for_forks(place: Path, process: subprocess.Popen[str], least: int = 20) -> None:
+    wait_until(lambda: len(forks_in(place)) > least and len(children(process)) > 0, f"{least} forks")
+
+
+def end(process: subprocess.Popen[str], place: Path) -> dict[str, Any]:
+    """The result; checks that it is what exists, and that nothing else does."""
+    out, err = process.communicate(timeout=90)
+    assert "Traceback" not in err
+    result: dict[str, Any] = json.loads(out)
+    forks = result["forks"]
+    assert forks["succeeded"] == len(forks_in(place))
+    assert forks["total"] == sum(count for name, count in forks.items() if name != "total")
+    assert [path.name for path in (place / "out").iterdir() if not path.name.startswith("vm-")] == []
+    whole = snapshot(place / "source")
+    for path in forks_in(place)[::100]:
+        assert snapshot(path) == whole
+    return result
+
+
+def test_a_stopped_child_delays_a_campaign_and_costs_no_fork(place: Path) -> None:
+    with campaign(place, COUNT) as process:
+        wait_for_forks(place, process)
+        os.kill(children(process)[0], signal.SIGSTOP)
+
+        result = end(process, place)
+
+    assert (process.returncode, result["status"], result["error"]) == (0, "succeeded", None)
+
+
+def test_killed_children_cost_no_fork(place: Path) -> None:
+    with campaign(place, COUNT) as process:
+        for _ in range(3):
+            wait_for_forks(place, process, len(forks_in(place)) + 20)
+            for child in children(process):
+                os.kill(child, signal.SIGKILL)
+
+        result = end(process, place)
+
+    assert (process.returncode, result["status"], result["error"]) == (0, "succeeded", None)
+
+
+@pytest.mark.parametrize("on_error", ["continue", "abort"])
+def test_a_disk_that_gets_full_leaves_what_is_reported(on_error: str, small_tmpfs: SmallTmpfs) -> None:
+    place = small_tmpfs(24 << 20)
+    make_source(place / "source")
+    (place / "out").mkdir()
+
+    with campaign(place, COUNT, "--on-error", on_error) as process:
+        result = end(process, place)
+
+    assert (process.returncode, result["status"]) == (1, "partial")
+    assert (result["forks"]["cancelled"] > 0) == (on_error == "abort")
+    assert result["forks"]["succeeded"] > 0
+    assert result["failures"][0]["error"]["code"] == "no_space"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_first_signal_ends_a_campaign_at_once_and_leaves_only_whole_forks(
+    number: signal.Signals, place: Path
+) -> None:
+    with campaign(place, 20 * COUNT) as process:
+        wait_for_forks(place, process)
+        began = time.monotonic()
+
+        os.killpg(process.pid, number)  # as a terminal does: the children get it too
+        process.wait(timeout=60)
+        took = time.monotonic() - began
+        result = end(process, place)
+
+    assert took < MOMENT
+    assert result["status"] == "cancelled"
+    assert result["forks"]["cancelled"] > 0
+    assert process.returncode in (1, 128 + number)
