@@ -8,15 +8,16 @@ its locks forever, so it is killed.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import select
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 
+from tasks.copier.errors import Code, ForkError
 from tasks.copier.kernel import syscalls
 from tasks.copier.kernel.processes import ignore_ending_signals, is_stopped
 
@@ -38,6 +39,8 @@ class ChildProcesses:
     def __init__(self) -> None:
         #: Each child's pid, and when it was first seen stopped, in seconds of the monotonic clock.
         self._stopped_since: dict[int, float | None] = {}
+        #: What the first child met that met an error in this program: in memory that children share with the parent.
+        self._report = mmap.mmap(-1, mmap.PAGESIZE)
 
     def __len__(self) -> int:
         return len(self._stopped_since)
@@ -62,10 +65,23 @@ class ChildProcesses:
             code = _run(work, parent)
         except OSError as error:
             code = error.errno or errno.EIO
-        except BaseException:
-            traceback.print_exc(file=sys.stderr)
+        except BaseException as error:
+            self._note(error)
         finally:
             os._exit(code)
+
+    def program_error(self, path: str) -> ForkError:
+        """What a child met that ended with PROGRAM_ERROR; the same error of several children is one."""
+        what = self._report[:].rstrip(b"\0").decode(errors="replace")
+        return ForkError(Code.IO_ERROR, f"a child met an error in this program: {what}", path)
+
+    def _note(self, error: BaseException) -> None:
+        if self._report[0] == 0:
+            frames = traceback.extract_tb(error.__traceback__)
+            place = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "an unknown place"
+            words = ascii(str(error))[1:-1]  # names come from guests
+            text = f"{type(error).__name__} in {place}: {words}".encode("ascii", "replace")[: mmap.PAGESIZE]
+            self._report[: len(text)] = text
 
     def wait(self, look: Callable[[], None]) -> list[int]:
         """Wait until all children have ended: their exit codes, negative for a signal.

@@ -104,7 +104,7 @@ class Children:
             raise
         self._close()
         if PROGRAM_ERROR in codes:
-            raise ForkError(Code.IO_ERROR, "a child met an error in this program", self._work.ends.source)
+            raise self._processes.program_error(self._work.ends.source)
         for code in codes:
             if code > 0:
                 raise from_errno(code, "working in the staging directory", self._work.ends.destination)

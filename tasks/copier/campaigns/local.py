@@ -103,7 +103,7 @@ def _make_all(campaign: Campaign, roots: Roots, processes: int, beat: CampaignBe
         if forks_done(sums) == spec.aims.count or spec.is_late():
             return None if forks_done(sums) == spec.aims.count and not sums.get("forks.cancelled") else late(campaign)
         if PROGRAM_ERROR in codes:
-            return ForkError(Code.IO_ERROR, "a child met an error in this program", spec.source)
+            return crew.processes.program_error(spec.source)
         for code in codes:
             if code > 0:
                 return from_errno(code, "working in the staging directory", spec.source)
@@ -224,6 +224,7 @@ class _Crew:
     def __init__(self, campaign: Campaign, roots: Roots, count: int) -> None:
         self._campaign, self._roots, self._count = campaign, roots, count
         self._counters = mmap.mmap(-1, _COUNTERS.size * count)
+        self.processes = ChildProcesses()
         self._began = time.time()
         self._aborts = campaign.spec.aims.on_error == "abort"
 
@@ -232,7 +233,7 @@ class _Crew:
 
         Raises ForkError, as `beat` does, and OSError; no child lives then.
         """
-        processes = ChildProcesses()
+        processes = self.processes
         try:
             for index in range(self._count):
                 if not processes.spawn(partial(self._work, index)):
