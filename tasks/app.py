@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, NoReturn, cast
 
-from celery import Celery, Task, states
-from celery.backends.redis import RedisBackend
-from celery.exceptions import Ignore, TaskRevokedError
-from kombu.utils.encoding import bytes_to_str
+from celery import Celery, Task
+from celery.exceptions import Ignore
 from redis.exceptions import OutOfMemoryError
 
+from tasks.backend import results_of
 from tasks.bury import run_bury
 from tasks.cancel import cancel_job
+from tasks.canvas import Job, take_canvas
 from tasks.chunk import run_chunk
 from tasks.context import (
     AGAIN_SECONDS,
@@ -37,24 +37,12 @@ from tasks.fork import run_fork
 from tasks.message import Message
 from tasks.queues import inner_queue
 from tasks.redis_errors import wait_out
-from tasks.results import Results
 from tasks.sweep import run_sweep
 from tasks.takeover import STALE_SECONDS, settle_lost, settle_published, take_over
 
 AnyTask = Task[Any, Any]
 #: See `seen_of`.
 Seen = tuple[int, float]
-
-
-def results_of(app: Celery, *, patient: bool) -> Results:
-    """The results in the app's result backend."""
-    backend = cast(RedisBackend, app.backend)
-    return Results(
-        backend.client,
-        int(app.conf.result_expires),
-        lambda fork_id: bytes_to_str(backend.get_key_for_task(fork_id)),
-        patient,
-    )
 
 
 def surroundings(app: Celery, roots: Roots, limits: Limits) -> Callable[[AnyTask], Context]:
@@ -66,7 +54,7 @@ def surroundings(app: Celery, roots: Roots, limits: Limits) -> Callable[[AnyTask
         def send(task: str, kwargs: dict[str, Any], task_id: str) -> None:
             send_patiently(app, task, kwargs, task_id, inner_queue(queue, task))
 
-        return Context(roots, limits, results_of(app, patient=True), send, queue)
+        return Context(roots, limits, results_of(app, patient=True), send, queue, take_canvas(task.request))
 
     return context
 
@@ -104,8 +92,9 @@ def register(app: Celery, context: Callable[[AnyTask], Context]) -> None:
             cancel_job(app, results_of(app, patient=False), self.job_id)
 
     common = options_of(ForkMessage)
+    job = common | {"base": Job}
 
-    @app.task(name=FORK_TASK, **common)
+    @app.task(name=FORK_TASK, **job)
     def fork(self: AnyTask, *args: Any, **kwargs: Any) -> ForkResult:
         """One fork; the contract's entry. Its one argument is `request`; anything else is no request."""
         request = given_request(args, kwargs)
@@ -124,7 +113,7 @@ def register(app: Celery, context: Callable[[AnyTask], Context]) -> None:
             kwargs = {"fork_id": fork_id, "destination": destination, "number": number}
             _wait(self, context(self), fork_id, destination, again, kwargs)
 
-    @app.task(name=FINISH_TASK, **common)
+    @app.task(name=FINISH_TASK, **job)
     def finish(self: AnyTask, destination: str) -> ForkResult:
         """The end of a fork; runs under the fork's own id, so that its outcome is the fork's."""
         try:
@@ -132,7 +121,7 @@ def register(app: Celery, context: Callable[[AnyTask], Context]) -> None:
         except Again as again:
             return _wait(self, context(self), job_id(self), destination, again, {"destination": destination})
 
-    @app.task(name=BURY_TASK, **common)
+    @app.task(name=BURY_TASK, **job)
     def bury(self: AnyTask, destination: str) -> ForkResult:
         """The end of a fork of which a message killed whoever took it; runs under the fork's own id."""
         try:
@@ -196,7 +185,7 @@ def _answer(task: AnyTask, result: ForkResult | None) -> ForkResult:
     if error is None:
         return result
     if result["status"] == "cancelled":
-        task.backend.store_result(job_id(task), TaskRevokedError(describe(error)), states.REVOKED)
+        cast(Job, task).end_as_revoked(job_id(task), describe(error))
         raise Ignore
     raise ForkFailed(describe(error))
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, cast
 
-from celery import states
+from celery import Celery, states
 from celery.backends.redis import RedisBackend, SentinelBackend
+from kombu.utils.encoding import bytes_to_str
 from redis.exceptions import OutOfMemoryError
 
 from tasks.contract import ForkFailed
 from tasks.redis_errors import is_passing, wait_out
+from tasks.results import Results
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +73,17 @@ BACKENDS = {
     "rediss": "tasks.backend:RedisResults",
     "sentinel": "tasks.backend:SentinelResults",
 }
+
+
+def results_of(app: Celery, *, patient: bool) -> Results:
+    """The results in the app's result backend."""
+    backend = cast(RedisBackend, app.backend)
+    return Results(
+        backend.client,
+        int(app.conf.result_expires),
+        lambda fork_id: bytes_to_str(backend.get_key_for_task(fork_id)),
+        patient,
+    )
 
 
 def _is_ours(request: Any) -> bool:

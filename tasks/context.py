@@ -36,6 +36,13 @@ class Again(Exception):
         self.pulse = pulse
 
 
+class Canvas(Protocol):
+    """What a client asked to follow its job; see `tasks.canvas`."""
+
+    def keep(self, results: Results, job_id: str) -> None:
+        """Keep it until the job has ended."""
+
+
 class Send(Protocol):
     """Sends a task by name into the domain that the running one came from, past the clients' own queue."""
 
@@ -63,6 +70,13 @@ class Context:
     send: Send
     #: The queue of the domain, as clients name it.
     queue: str
+    #: What is to follow the job that this task was sent for, if its message says so.
+    canvas: Canvas | None = None
+
+    def keep_canvas(self, job_id: str) -> None:
+        """Keep what follows the job for the task that ends it; to be called once the id is the request's."""
+        if self.canvas is not None:
+            self.canvas.keep(self.results, job_id)
 
     def beat(self, fork_id: str, part: str, destination: str) -> Beat:
         """Tells the progress of one part of a fork, and raises ForkError cancelled when someone asked for an end.

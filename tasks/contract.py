@@ -99,6 +99,10 @@ def parse(request: object) -> ForkRequest:
     return parse_as(ForkRequest, request)
 
 
+#: The field of what the worker makes of a message that it refused: why. See `worker.refusal`.
+REFUSED = "refused"
+
+
 def parse_as(model: type[Request], request: object) -> Request:
     """The request of the given kind that plain data from a client stands for.
 
@@ -106,6 +110,8 @@ def parse_as(model: type[Request], request: object) -> Request:
     """
     if not isinstance(request, dict):
         raise ForkError(Code.INVALID_REQUEST, "the message carries no request: one argument, `request`, an object", "")
+    if isinstance(request.get(REFUSED), str):
+        raise ForkError(Code.INVALID_REQUEST, request[REFUSED], text_of(request, "source"))
     try:
         parsed = model.model_validate(request)
     except ValidationError as error:

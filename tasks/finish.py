@@ -70,7 +70,8 @@ def known_result(context: Context, fork_id: str) -> ForkResult | None:
 
 def tell_again(context: Context, known: ForkResult) -> ForkResult:
     """The result of a fork that has ended; what a process left that died between the result and its end is removed."""
-    remove_leftovers(context, known["fork_id"], known["destination"])
+    if "fork_id" in known:  # or it is a campaign's, whose id the client gave to a fork as well
+        remove_leftovers(context, known["fork_id"], known["destination"])
     return known
 
 

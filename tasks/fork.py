@@ -38,6 +38,8 @@ def run_fork(
     claimed = context.results.claim(fork_id, claim)
     if is_of_another_job(context, fork_id, claimed.holder):
         return None
+    if claimed.holder["request"] == request:
+        context.keep_canvas(fork_id)  # before the result is looked for again: who ends the fork meanwhile sees it
     if claimed.result is not None:
         return tell_again(context, cast(ForkResult, claimed.result))
     if claimed.holder["request"] != request:

@@ -11,7 +11,7 @@ from celery import Celery, states
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
-from tasks.app import results_of
+from tasks.backend import results_of
 from tasks.campaigns.fork_ids import campaign_of_fork
 from tasks.campaigns.request import Summary
 from tasks.campaigns.results import CampaignResults

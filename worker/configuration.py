@@ -9,6 +9,7 @@ from celery import Celery
 from tasks.app import register, surroundings
 from tasks.backend import BACKENDS
 from tasks.campaigns.app import register_campaigns
+from tasks.canvas import route
 from worker.cpus import available_cpus
 from worker.environment import remove_celery_variables
 from worker.redis_url import SENTINEL, RedisUrl
@@ -53,6 +54,7 @@ def make_app(settings: Settings) -> Celery:
         accept_content=["json"],
         result_accept_content=["json"],
         task_default_queue=settings.queue,
+        task_routes=[route],
         # A message is gone when its work is done, and a worker holds no more than it works on.
         task_acks_late=True,
         worker_prefetch_multiplier=1,

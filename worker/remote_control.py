@@ -13,7 +13,7 @@ from celery.worker.control import Panel
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
-from tasks.app import results_of
+from tasks.backend import results_of
 from tasks.cancel import cancel_job
 from tasks.message import Message
 from tasks.queues import inner_queues

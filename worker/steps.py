@@ -13,7 +13,7 @@ from celery.worker import state
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError, ResponseError
 
-from tasks.app import results_of
+from tasks.backend import results_of
 from tasks.context import SWEEP_TASK
 from tasks.copier.kernel.processes import is_stopped
 from tasks.queues import inner_queue

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from celery import Celery, states
-from celery.exceptions import Ignore, TaskRevokedError
+from celery.exceptions import Ignore
 
 from tasks.app import (
     AnyTask,
@@ -18,14 +18,15 @@ from tasks.app import (
     job_id,
     options_of,
     queued,
-    results_of,
     seen_of,
 )
+from tasks.backend import results_of
 from tasks.campaigns.batch import run_batch, take_over_batch
 from tasks.campaigns.campaign import run_campaign, take_over_campaign
 from tasks.campaigns.conclude import run_conclude, settle_gone
 from tasks.campaigns.results import CampaignResults
 from tasks.cancel import cancel_job
+from tasks.canvas import Job
 from tasks.context import BATCH_TASK, CAMPAIGN_TASK, CONCLUDE_TASK, GONE, Again, Context
 from tasks.contract import ForkFailed
 from tasks.copier.campaigns.spec import CampaignResult
@@ -54,8 +55,9 @@ def register_campaigns(app: Celery, context: Callable[[AnyTask], Context]) -> No
             cancel_job(app, results_of(app, patient=False), self.job_id)
 
     common = options_of(CampaignMessage)
+    job = common | {"base": Job}
 
-    @app.task(name=CAMPAIGN_TASK, **common)
+    @app.task(name=CAMPAIGN_TASK, **job)
     def campaign(self: AnyTask, *args: Any, **kwargs: Any) -> CampaignResult:
         """Many forks of one source; the contract's entry. Its one argument is `request`."""
         request = given_request(args, kwargs)
@@ -80,7 +82,7 @@ def register_campaigns(app: Celery, context: Callable[[AnyTask], Context]) -> No
                 take_over_batch(context(self), campaign_id, home, first)
             go_back(self, context(self), seen, {"campaign_id": campaign_id, "home": home, "first": first})
 
-    @app.task(name=CONCLUDE_TASK, **common)
+    @app.task(name=CONCLUDE_TASK, **job)
     def conclude(self: AnyTask, home: str) -> CampaignResult:
         """The end of a campaign; runs under the campaign's own id, so that its outcome is the campaign's."""
         try:
@@ -106,6 +108,6 @@ def _answer(task: AnyTask, result: CampaignResult | None) -> CampaignResult:
     if error is None or state == states.SUCCESS:
         return result
     if state == states.REVOKED:
-        task.backend.store_result(job_id(task), TaskRevokedError(describe(error)), states.REVOKED)
+        cast(Job, task).end_as_revoked(job_id(task), describe(error))
         raise Ignore
     raise ForkFailed(describe(error))

@@ -26,7 +26,7 @@ from tasks.copier.progress import Beat, Progress, Ticker
 from tasks.copier.staging import Staging
 from tasks.foreign_ids import is_of_another_job
 from tasks.leftovers import remove_leftovers
-from tasks.results import unwanted
+from tasks.results import Claim, unwanted
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,8 @@ def run_campaign(
     if is_of_another_job(context, campaign_id, holder):
         return None
     if (known := known_campaign(context, campaign_id)) is not None:
+        if context.canvas is not None and _is_same(context.results.claim_of(campaign_id), request):
+            context.keep_canvas(campaign_id)
         return known
     results = CampaignResults(context.results, campaign_id)
     refusal: ForkError | None = None
@@ -68,6 +70,7 @@ def run_campaign(
     if claim["request"] != summary_of(request, spec):
         log.warning("another request has the id %s already; this one is dropped", campaign_id)
         return None
+    context.keep_canvas(campaign_id)
     if not paths and refusal is not None:
         return settle(results, spec, refused_campaign(request, campaign_id, refusal))
     try:
@@ -82,6 +85,12 @@ def run_campaign(
         raise Again(held.pulse) from None
     except Superseded:
         return None
+
+
+def _is_same(claim: Claim | None, request: object) -> bool:
+    """Whether a claim was made for this request."""
+    summary = summary_of(request, CampaignSpec(campaign_id="", source=""))
+    return claim is None or claim["request"]["sha256"] == summary["sha256"]
 
 
 def known_campaign(context: Context, campaign_id: str) -> CampaignResult | None:

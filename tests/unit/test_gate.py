@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from worker.gate import EMPTY_TASK, Refused, checked
+from worker.gate import EMPTY_TASK, checked
+from worker.refusal import Refused
 
 TASKS = {"forkvm.fork", "forkvm.chunk", "forkvm.finish", "celery.backend_cleanup", "celery.accumulate"}
 SECRET = "a-guest's-secret"
@@ -59,10 +60,11 @@ def test_what_only_its_taker_needs_may_be_left_out(name: str) -> None:
     assert checked(message, "forkvm", TASKS)["properties"]["delivery_tag"]
 
 
-def test_argument_that_no_task_can_take_reaches_the_task_as_none_at_all() -> None:
-    taken = checked(_message(body=[[], {"self": 1}, {}]), "forkvm", TASKS)
+def test_headers_that_nobody_reads_are_left_out() -> None:
+    message = _message()
+    message["headers"] |= {"get": 1, "callbacks": [1], "is_eager": True, "delivery_info": {}, "redelivered": True}
 
-    assert json.loads(base64.b64decode(taken["body"])) == [[], {}, {}]
+    assert checked(message, "forkvm", TASKS)["headers"] == _message()["headers"] | {"redelivered": True}
 
 
 def _header(name: str, value: object) -> Callable[[dict[str, Any]], object]:
@@ -87,7 +89,21 @@ def _field(name: str, value: object) -> Callable[[dict[str, Any]], object]:
         pytest.param(_header("id", "x" * 513), "longer than 512", id="a long id"),
         pytest.param(_header("id", "\ud800"), "headers.id", id="an id that Redis cannot have"),
         pytest.param(_header("eta", "tomorrow"), "eta", id="no time"),
-        pytest.param(_header("compression", "bzip2"), "compression", id="compressed"),
+        pytest.param(_header("eta", "9999-12-31T23:59:59"), "days away", id="a time that is too far away"),
+        pytest.param(_header("eta", "0001-01-01T00:00:00+14:00"), "eta", id="a time before all times"),
+        pytest.param(_header("compression", "zip"), "compression", id="unknown compression"),
+        pytest.param(_header("compression", "bzip2"), "compression", id="compressed by no bzip2"),
+        pytest.param(_field("body", _body([[], {"self": 1}, {}])), "one argument", id="self"),
+        pytest.param(_field("body", _body([[], {}, {"id": SECRET}])), "options", id="an option that replaces the id"),
+        pytest.param(_field("body", _body([[], {}, {"callbacks": "x"}])), "options", id="callbacks of a wrong type"),
+        pytest.param(
+            _field("body", _body([[{"__type__": SECRET, "__value__": 1}], {}, {}])), "JSON", id="a type of kombu's"
+        ),
+        pytest.param(
+            _field("body", _body([[], {}, {"callbacks": [{"task": "x", "args": [{"__type__": 1, "__value__": 1}]}]}])),
+            "cannot decode",
+            id="a type that kombu has not",
+        ),
         pytest.param(_header("task", "celery.backend_cleanup"), "no task", id="a task of Celery's own"),
         pytest.param(_header("task", "os.system"), "no task", id="no task"),
         pytest.param(_header("task", "forkvm.finish"), "destination", id="arguments of another task"),
