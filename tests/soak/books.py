@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, cast
 
 from celery import states
 
+from tasks.copier.report import FileResult
 from tasks.copier.spec import ForkResult
 from tests.soak.jobs import Job
 from tests.support.tree import Entry, snapshot
@@ -29,6 +31,8 @@ class Books:
     scheduler: Scheduler
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     ends: Counter[str] = field(default_factory=Counter)
+    #: What was not as it must be, one line for each job.
+    wrong: list[str] = field(default_factory=list)
     most_files: int = 0
     most_memory: int = 0
     _sources: dict[Path, dict[bytes, Entry]] = field(default_factory=dict)
@@ -38,35 +42,44 @@ class Books:
         if self.scheduler.results.state(job.fork_id)["status"] not in states.READY_STATES:
             return False
         result = self.scheduler.results.final(job.fork_id)
-        assert result is not None, f"{job.fork_id} ended without a result"
+        forks = [self.scheduler.results.result(fork_id) for fork_id in job.destinations]
+        files = {fork_id: self.scheduler.files(fork_id) for fork_id in job.destinations}
+        # Redis has said all by now: it may go away at any time, and then this is done again.
+        try:
+            assert result is not None, "it ended without a result"
+            assert None not in forks, "a fork of it ended without a ForkResult"
+            self._check(job, result, cast(list[ForkResult], forks), files)
+        except AssertionError as error:
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            self.wrong.append(
+                f"{job.fork_id} ({job.kind}): {str(error) or at.line} ({Path(at.filename).name}:{at.lineno})"
+            )
+        if job.plant is not None:
+            job.plant.remove()
+        self.results[job.fork_id] = result or {}
+        return True
+
+    def _check(
+        self, job: Job, result: dict[str, Any], forks: list[ForkResult], files: dict[str, list[FileResult]]
+    ) -> None:
         code = result["error"]["code"] if result["error"] is not None else None
-        assert code in job.ends, f"{job.fork_id} ({job.kind}): {result['error']}"
-        forks = self._forks(job)
-        for fork in forks:  # all that Redis tells first: it may go away at any time, and then this is done again
+        self.ends[code or "succeeded"] += 1
+        assert code in job.ends, result["error"]
+        for fork in forks:
             check_fork_result(fork)
-            check_books(fork, self.scheduler.files(fork["fork_id"]))
+            check_books(fork, files[fork["fork_id"]])
         if job.forks:
             ends: Counter[str] = Counter(fork["status"] for fork in forks)
             assert result["forks"] == {"total": job.forks, **{end: ends[end] for end in _STATES}}
             assert result["files"]["total"] == sum(fork["files"]["total"] for fork in forks)
         for fork in forks:
             self._close_fork(job, fork)
-        if job.plant is not None:
-            job.plant.remove()
-        self.results[job.fork_id] = result
-        self.ends[code or "succeeded"] += 1
-        return True
-
-    def _forks(self, job: Job) -> list[ForkResult]:
-        found = [self.scheduler.results.result(fork_id) for fork_id in job.destinations]
-        assert None not in found, f"a fork of {job.fork_id} ended without a ForkResult"
-        return cast(list[ForkResult], found)
 
     def _close_fork(self, job: Job, result: ForkResult) -> None:
         destination = job.destinations[result["fork_id"]]
         error = result["error"]
         code = error["code"] if error is not None else None
-        assert code in job.ends, f"{result['fork_id']} ({job.kind}): {error}"
+        assert code in job.ends, f"{result['fork_id']}: {error}"
         if code is None:
             if job.source not in self._sources:
                 self._sources[job.source] = snapshot(job.source)
@@ -88,6 +101,7 @@ class Books:
 
     def check_end(self, jobs: list[Job]) -> None:
         """No job has another result than its first one, and no late delivery made a fork again."""
+        assert self.wrong == [], "\n".join(self.wrong)
         assert set(self.results) == {job.fork_id for job in jobs}
         for job in jobs:
             assert self.scheduler.results.final(job.fork_id) == self.results[job.fork_id]
