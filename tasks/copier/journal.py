@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -57,19 +58,31 @@ class Journal:
         return str(self.spec["campaign_id"] if self.is_campaign else self.spec["fork_id"])
 
     def to_bytes(self) -> bytes:
-        """As JSON."""
-        return json.dumps(vars(self)).encode("ascii")
+        """As JSON, whose last field is a checksum of all before it.
+
+        A damaged number is a number too: the bytes that one chunk copies, or the identity of a tree.
+        """
+        body = json.dumps(vars(self)).encode("ascii")[:-1]
+        return b"%b%b%d}" % (body, _CHECK, zlib.crc32(body))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Journal | None:
-        """What `to_bytes` gave; None for what was half written when a machine lost power, or is no journal at all."""
+        """What `to_bytes` gave; None for what was half written when a machine lost power, is damaged, or is no journal.
+
+        A journal without a checksum is an earlier version's.
+        """
         try:
             with fields.reading("the journal"):
-                return cls(**_checked(fields.record(fields.load(data))))
+                body, mark, check = data.rpartition(_CHECK)
+                if mark and check != b"%d}" % zlib.crc32(body):
+                    raise fields.Malformed("its checksum is another one")
+                return cls(**_checked(fields.record(fields.load(body + b"}" if mark else data))))
         except fields.Malformed:
             return None
 
 
+#: Stands between the fields of a journal and their checksum.
+_CHECK = b', "check": '
 _ATTEMPT = re.compile(r"[0-9a-f]{8}")
 #: More tries than any fork has.
 _MOST_TRIES = 1_000_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -21,7 +22,7 @@ from tests.engine import staged
 from tests.engine.children import NOBODY, in_child
 from tests.engine.forking import CHUNKED, assert_alike, fork_with_books, leftovers
 from tests.fixtures.filesystems import Fresh
-from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
+from tests.support.guests import MIB, SKIPPED_BY_DEFAULT, make_guest, make_sparse_file
 from tests.support.tree import snapshot
 
 ATTACKER = 1000
@@ -272,6 +273,31 @@ def test_a_file_that_no_worker_wrote_fails_the_fork_or_changes_nothing(yard: Pat
     if (yard / "parent" / "fork").exists():
         assert_alike(yard / "source", yard / "parent" / "fork", SKIPPED_BY_DEFAULT)
     assert leftovers(yard / "parent") == []
+
+
+def test_a_journal_with_another_digit_never_makes_a_wrong_fork(fresh: Fresh) -> None:
+    """Each digit of its plan: without a checksum, two dozen of them left holes in a file that was copied in ranges."""
+    yard = fresh("xfs_noreflink")
+    (yard / "source").mkdir()
+    (yard / "parent").mkdir()
+    make_sparse_file(yard / "source" / "disk", 4 * MIB, 4 * MIB)
+    tried, text = 0, begun(yard)[0].joinpath("journal").read_text()
+    plan = text.index('"chunks"')
+    for number in range(len(re.findall("[0-9]", text[plan : text.index("]]", plan)]))):
+        shutil.rmtree(yard / "parent")
+        (yard / "parent").mkdir()
+        path = begun(yard)[0] / "journal"
+        text = path.read_text()
+        at = [found.start() for found in re.finditer("[0-9]", text[text.index('"chunks"') :])][number]
+        at += text.index('"chunks"')
+        path.write_text(f"{text[:at]}{(int(text[at]) + 1) % 10}{text[at + 1 :]}")
+
+        assert "unexpected" not in go_on_with(yard)
+
+        if (yard / "parent" / "fork").exists():
+            tried += 1
+            assert_alike(yard / "source", yard / "parent" / "fork", SKIPPED_BY_DEFAULT)
+    assert tried > 20
 
 
 def test_the_journal_of_another_fork_is_not_taken_up(yard: Path) -> None:

@@ -215,6 +215,9 @@ def _collect(server: RedisServer, roots: Path, places: tuple[Path, ...], jobs: l
     left = [Path(path) for path in itertools.chain(*map(leftovers, places)) if Path(path).name.startswith(damaged)]
     if not left:
         return 0
+    for planted in itertools.chain.from_iterable(path.iterdir() for path in left if "." not in path.name[1:]):
+        if not planted.is_file() or planted.is_symlink():
+            planted.unlink()  # a FIFO or symlink of the soak's, for which gc keeps what is there
     for path in (*left, *(path / "lock" for path in left)):
         with suppress(FileNotFoundError, NotADirectoryError):
             os.utime(path, (86_400, 86_400))  # staging that was made a moment ago is kept
