@@ -32,6 +32,7 @@ from tasks.copier.errors import describe
 from tasks.copier.kernel.roots import Roots
 from tasks.copier.options import Limits
 from tasks.copier.spec import ForkResult
+from tasks.ended import EndedForks
 from tasks.finish import run_finish
 from tasks.fork import run_fork
 from tasks.message import Message
@@ -47,6 +48,7 @@ Seen = tuple[int, float]
 
 def surroundings(app: Celery, roots: Roots, limits: Limits) -> Callable[[AnyTask], Context]:
     """What gives each running task its context."""
+    ended = EndedForks()  # one for all tasks of a process: it remembers when it purged, and whether it warned
 
     def context(task: AnyTask) -> Context:
         queue = _queue(task)
@@ -54,7 +56,7 @@ def surroundings(app: Celery, roots: Roots, limits: Limits) -> Callable[[AnyTask
         def send(task: str, kwargs: dict[str, Any], task_id: str) -> None:
             send_patiently(app, task, kwargs, task_id, inner_queue(queue, task))
 
-        return Context(roots, limits, results_of(app, patient=True), send, queue, take_canvas(task.request))
+        return Context(roots, limits, results_of(app, patient=True), send, queue, take_canvas(task.request), ended)
 
     return context
 

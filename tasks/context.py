@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 from redis.exceptions import RedisError, ResponseError
@@ -15,7 +16,8 @@ from tasks.copier.errors import Code, ForkError, cancelled, describe
 from tasks.copier.kernel.roots import Roots
 from tasks.copier.options import Limits
 from tasks.copier.progress import BEAT_SECONDS, Beat, Progress
-from tasks.copier.spec import ForkResult
+from tasks.copier.spec import ForkResult, ForkSpec
+from tasks.ended import ALL_PAGES, EndedForks, Pages, are_few
 from tasks.results import Results
 
 log = logging.getLogger(__name__)
@@ -72,11 +74,17 @@ class Context:
     queue: str
     #: What is to follow the job that this task was sent for, if its message says so.
     canvas: Canvas | None = None
+    #: Knows the forks whose end Redis has forgotten.
+    ended: EndedForks = field(default_factory=EndedForks)
 
     def keep_canvas(self, job_id: str) -> None:
         """Keep what follows the job for the task that ends it; to be called once the id is the request's."""
         if self.canvas is not None:
             self.canvas.keep(self.results, job_id)
+
+    def ledger(self, spec: ForkSpec, parent_fd: int, name: str) -> ForkLedger:
+        """The ledger of a fork that is to be published as `name` in `parent_fd`."""
+        return ForkLedger(self.results, spec.fork_id, partial(self.ended.note_fork, spec, parent_fd, name))
 
     def beat(self, fork_id: str, part: str, destination: str) -> Beat:
         """Tells the progress of one part of a fork, and raises ForkError cancelled when someone asked for an end.
@@ -107,19 +115,31 @@ class ForkLedger:
 
     results: Results
     fork_id: str
+    #: Notes the fork where it has succeeded, for when Redis forgets it; see `tasks.ended`.
+    note: Callable[[ForkResult, Pages], None] | None = None
+    #: The FileResults that this process kept, by part.
+    pages: Pages = field(default_factory=dict)
 
     def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> bool:
         """Keep FileResults; see `Results.keep_pages`. Raises ForkError no_space when Redis takes no more."""
+        self._remember(parts)
         with _no_space():
             return self.results.keep_pages(self.fork_id, parts, anew=anew)
 
     def keep_all_pages(self, pages: list[bytes]) -> bool:
         """Keep FileResults; see `Results.keep_all_pages`. Raises ForkError no_space when Redis takes no more."""
+        self._remember({ALL_PAGES: pages})
         with _no_space():
             return self.results.keep_all_pages(self.fork_id, pages)
 
+    def _remember(self, pages: Pages) -> None:
+        if are_few(pages):  # many are not to stay in memory
+            self.pages.update(pages)
+
     def settle(self, result: ForkResult) -> None:
         """Keep the final result, and put a line into the worker's log."""
+        if result["error"] is None and self.note is not None:
+            self.note(result, self.pages)
         self.results.settle(result["fork_id"], result)
         ends = f"{result['source']!r} -> {result['destination']!r}"  # escaped: names come from guests
         error = result["error"]

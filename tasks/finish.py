@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import suppress
 
@@ -18,7 +19,10 @@ from tasks.copier.progress import Ticker
 from tasks.copier.report import Totals
 from tasks.copier.spec import Clock, ForkResult, ForkSpec, failed
 from tasks.copier.staging import Staging
+from tasks.ended import ALL_PAGES
 from tasks.leftovers import remove_leftovers
+
+log = logging.getLogger(__name__)
 
 
 def run_finish(context: Context, fork_id: str, destination: str) -> ForkResult | None:
@@ -56,7 +60,7 @@ def run_finish(context: Context, fork_id: str, destination: str) -> ForkResult |
         return end_with(context, unknown_spec(context, fork_id, destination), failure)
     finally:
         os.close(parent_fd)
-    known = context.results.result(fork_id)
+    known = context.results.result(fork_id) or settle_ended(context, unknown_spec(context, fork_id, destination))
     if known is None:
         raise Again(GONE)  # it may be about to be made anew
     return known
@@ -77,7 +81,7 @@ def tell_again(context: Context, known: ForkResult) -> ForkResult:
 
 def _finish(context: Context, fork_id: str, staging: Staging, ends: Ends, *, is_cancelled: bool) -> ForkResult | None:
     """`ends` has no source yet: the journal tells which it is."""
-    ledger = ForkLedger(context.results, fork_id)
+    ledger = context.ledger(unknown_spec(context, fork_id, ends.destination), ends.parent_fd, ends.name)
     ticker = Ticker(context.beat(fork_id, "close", ends.destination))
     abort = None
     if is_cancelled:
@@ -143,7 +147,7 @@ def end_with(context: Context, spec: ForkSpec, error: ForkError) -> ForkResult |
             if staging is not None and is_asked_for(context, staging.journal(), spec.fork_id, spec.destination):
                 ends = Ends(spec.source, spec.destination, -1, parent_fd, name)
                 ticker = Ticker(context.beat(spec.fork_id, "close", spec.destination))
-                ended = finish(ends, staging, ticker, ForkLedger(context.results, spec.fork_id), error)
+                ended = finish(ends, staging, ticker, context.ledger(spec, parent_fd, name), error)
                 return ended or refuse(context, spec, error)
     except Held as held:
         raise Again(held.pulse) from None
@@ -158,7 +162,25 @@ def end_with(context: Context, spec: ForkSpec, error: ForkError) -> ForkResult |
 
 
 def refuse(context: Context, spec: ForkSpec, error: ForkError) -> ForkResult:
-    """Settle a fork that was not begun."""
+    """Settle a fork that was not begun; or that ended well, which Redis has forgotten, with the result of then."""
+    if (ended := settle_ended(context, spec)) is not None:
+        return ended
     result = failed(spec, error, Totals(), 0, Clock(spec.started))
     ForkLedger(context.results, spec.fork_id).settle(result)
     return result
+
+
+def settle_ended(context: Context, spec: ForkSpec) -> ForkResult | None:
+    """Settle a fork that ended well and that Redis has forgotten, if it is at its destination: its result, or None."""
+    ended = context.ended.fork(context.roots, spec)
+    if ended is None:
+        return None
+    log.warning("fork %s ended before, which Redis has forgotten: its result is kept again", spec.fork_id)
+    ledger = ForkLedger(context.results, spec.fork_id)
+    with suppress(ForkError):  # a full Redis takes no FileResults
+        if ALL_PAGES in ended.pages:
+            ledger.keep_all_pages(ended.pages[ALL_PAGES])
+        elif ended.pages:
+            ledger.keep_pages(ended.pages)
+    ledger.settle(ended.result)
+    return ended.result

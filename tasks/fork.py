@@ -11,12 +11,13 @@ from tasks.copier.control import Held
 from tasks.copier.ends import open_ends
 from tasks.copier.errors import ForkError, cancelled, from_oserror
 from tasks.copier.fork import Superseded, start
+from tasks.copier.kernel import trees
 from tasks.copier.plan import Plan
 from tasks.copier.progress import Ticker
 from tasks.copier.spec import ForkResult, ForkSpec
 from tasks.copier.staging import Staging
 from tasks.copier.vanguard import Vanguard
-from tasks.finish import end_with, refuse, tell_again
+from tasks.finish import end_with, refuse, settle_ended, tell_again
 from tasks.foreign_ids import is_of_another_job
 from tasks.results import Claim, unwanted
 
@@ -73,12 +74,14 @@ def _start(context: Context, spec: ForkSpec) -> ForkResult | None:
     ):
         fresh = staging.journal() is None
         known, is_cancelled = context.results.standing(spec.fork_id)  # another delivery may have settled it meanwhile
+        if fresh and known is None and trees.identity_of(ends.parent_fd, ends.name) is not None:
+            known = settle_ended(context, spec)  # Redis may have forgotten it
         if known is not None or (fresh and is_cancelled):
             if fresh:
                 staging.remove()
             return known or refuse(context, spec, cancelled(spec.destination))
         with staging.beating():
-            ledger = ForkLedger(context.results, spec.fork_id)
+            ledger = context.ledger(spec, ends.parent_fd, ends.name)
             outcome = start(ends, staging, spec, context.limits, ticker, ledger, lambda work: Vanguard(work, ticker))
         if not isinstance(outcome, Plan):
             return outcome

@@ -8,7 +8,7 @@ import os
 from contextlib import suppress
 from typing import Any
 
-from tasks.context import Context, ForkLedger
+from tasks.context import Context
 from tasks.copier import takeover
 from tasks.copier.errors import Code, ForkError, cancelled
 from tasks.copier.spec import ForkResult, ForkSpec, result_of
@@ -57,8 +57,8 @@ def settle_published(context: Context, fork_id: str, destination: str) -> bool:
         with takeover.published(parent_fd, fork_id, name) as journal:
             if journal is None or not is_asked_for(context, journal, fork_id, destination):
                 return False
-            result = result_of(journal.result, ForkSpec.from_data(journal.spec))
-            ForkLedger(context.results, fork_id).settle(result)
+            spec = ForkSpec.from_data(journal.spec)
+            context.ledger(spec, parent_fd, name).settle(result_of(journal.result, spec))
             return True
     except (ForkError, OSError):  # not ours: its next delivery says so
         return False

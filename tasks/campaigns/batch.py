@@ -7,7 +7,7 @@ from contextlib import suppress
 from redis.exceptions import RedisError
 
 from tasks.campaigns.lanes import is_over, send_batch
-from tasks.campaigns.results import CampaignResults
+from tasks.campaigns.results import CampaignResults, results_in
 from tasks.context import CONCLUDE_TASK, LOCK_WAIT, Again, Context
 from tasks.copier.campaigns.batch import make_batch, seize_batch
 from tasks.copier.campaigns.end import late
@@ -23,7 +23,7 @@ def run_batch(context: Context, campaign_id: str, home: str, first: int) -> None
 
     Raises Again while another process makes it, or holds the campaign to plan or to end it.
     """
-    results = CampaignResults(context.results, campaign_id)
+    results = results_in(context, campaign_id)
     if context.results.claim_of(campaign_id) is None or results.result() is not None:
         return
     try:

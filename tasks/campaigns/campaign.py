@@ -12,7 +12,7 @@ from redis.exceptions import RedisError
 from tasks.campaigns.fork_ids import expire_forks, free_fork_ids
 from tasks.campaigns.lanes import send_batches
 from tasks.campaigns.request import campaign_of, refused_campaign, summary_of
-from tasks.campaigns.results import CampaignResults
+from tasks.campaigns.results import CampaignResults, results_in
 from tasks.context import LOCK_WAIT, Again, Context
 from tasks.copier import takeover
 from tasks.copier.campaigns.end import unbegun
@@ -49,7 +49,7 @@ def run_campaign(
         if context.canvas is not None and _is_same(context.results.claim_of(campaign_id), request):
             context.keep_canvas(campaign_id)
         return known
-    results = CampaignResults(context.results, campaign_id)
+    results = results_in(context, campaign_id)
     refusal: ForkError | None = None
     spec, paths, home = CampaignSpec(campaign_id=campaign_id, source=""), list[str](), ""
     try:
@@ -200,4 +200,6 @@ def end_unplanned(results: CampaignResults, spec: CampaignSpec, paths: list[str]
         if open_ones:
             forks = {index: paths[index] if index < len(paths) else "" for index in open_ones}
             results.settle(open_ones[0], unbegun(spec, forks, spec.started, error))
-    return settle(results, spec, campaign_result(spec, results.sums(), results.failures(), error=error))
+    sums = results.sums()
+    refused = None if sums.get("forks.succeeded") == count else error  # all had ended well, which Redis forgot
+    return settle(results, spec, campaign_result(spec, sums, results.failures(), error=refused))

@@ -11,7 +11,7 @@ from typing import Any
 from tasks.campaigns.campaign import end_unplanned, known_campaign, settle
 from tasks.campaigns.lanes import is_over, send_batches
 from tasks.campaigns.request import campaign_of
-from tasks.campaigns.results import CampaignResults
+from tasks.campaigns.results import CampaignResults, results_in
 from tasks.context import CAMPAIGN_TASK, GONE, LOCK_WAIT, Again, Context
 from tasks.copier.campaigns.batch import seize_batch
 from tasks.copier.campaigns.end import end_rest, remove_annexes
@@ -35,7 +35,7 @@ def run_conclude(context: Context, campaign_id: str, home: str, *, seized: bool 
     """
     if (known := known_campaign(context, campaign_id)) is not None:
         return known
-    results = CampaignResults(context.results, campaign_id)
+    results = results_in(context, campaign_id)
     try:
         parent_fd, _ = context.roots.open_parent(home)
     except ForkError:
@@ -73,7 +73,7 @@ def settle_gone(context: Context, campaign_id: str) -> CampaignResult:
     """Settle a campaign whose staging was removed by others, or cannot be read."""
     spec, _ = _known_of(context, campaign_id)
     error = ForkError(Code.IO_ERROR, "its staging directory is gone or cannot be read", spec.source, errno.ENOENT)
-    return _settle_unplanned(context, CampaignResults(context.results, campaign_id), error)
+    return _settle_unplanned(context, results_in(context, campaign_id), error)
 
 
 def _conclude(

@@ -19,7 +19,9 @@ from typing import Any, cast
 
 from redis.exceptions import OutOfMemoryError
 
+from tasks.campaigns.ended import EndedRuns
 from tasks.campaigns.settle import settle_run
+from tasks.context import Context
 from tasks.copier.campaigns.batch_record import Outcome
 from tasks.copier.campaigns.spec import (
     CampaignResult,
@@ -37,12 +39,19 @@ from tasks.results import Results, key_of
 _PAGE = 500
 
 
+def results_in(context: Context, campaign_id: str) -> CampaignResults:
+    """The results of a campaign, for a task that may settle its forks."""
+    return CampaignResults(context.results, campaign_id, EndedRuns(context.ended, context.roots))
+
+
 @dataclass(frozen=True)
 class CampaignResults:
     """The results of one campaign; its ledger while it is made."""
 
     results: Results
     campaign_id: str
+    #: Knows the forks that Redis has forgotten; None for who settles none.
+    past: EndedRuns | None = None
 
     # -- the forks
 
@@ -51,7 +60,12 @@ class CampaignResults:
         return bool(self._ask(lambda: self.results.redis.getbit(self._key("settled"), first)))
 
     def settle(self, first: int, outcomes: list[Outcome]) -> None:
-        """Keep the results of a run of forks, once. Waits while Redis is away or full: they must not be lost."""
+        """Keep the results of a run of forks, once. Waits while Redis is away or full: they must not be lost.
+
+        Of a failed fork that ended well before, which Redis has forgotten, the result of then is kept.
+        """
+        if self.past is not None:
+            outcomes = self.past.true_outcomes(self.results, self.campaign_id, outcomes)
         self._ask(lambda: settle_run(self.results, self.campaign_id, first, outcomes), OutOfMemoryError)
 
     def forget(self) -> None:

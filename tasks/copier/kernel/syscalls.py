@@ -68,6 +68,7 @@ STATX_ATTR_IMMUTABLE = 0x10
 STATX_ATTR_APPEND = 0x20
 STATX_ATTR_MOUNT_ROOT = 0x2000
 STATX_ATTR_VERITY = 0x100000
+_STATX_INO, _STATX_BTIME = 0x100, 0x800
 _AT_SYMLINK_NOFOLLOW = 0x100
 #: The same number on every architecture (unlike renameat2, for which glibc has a function).
 _SYS_OPENAT2 = 437
@@ -254,13 +255,18 @@ def _subvolume_info(fd: int) -> tuple[Any, ...]:
 
 
 class _Statx(ctypes.Structure):
-    """struct statx; what it holds after its attributes is not asked for."""
+    """struct statx, as far as it is asked for."""
 
     _fields_ = (
         ("mask", ctypes.c_uint32),
         ("blksize", ctypes.c_uint32),
         ("attributes", ctypes.c_uint64),
-        ("rest", ctypes.c_uint64 * 30),
+        ("until_inode", ctypes.c_uint64 * 2),
+        ("inode", ctypes.c_uint64),
+        ("until_birth", ctypes.c_uint64 * 5),
+        ("birth_seconds", ctypes.c_int64),
+        ("birth_nanoseconds", ctypes.c_uint32),
+        ("rest", ctypes.c_uint32 * 41),
     )
 
 
@@ -273,6 +279,15 @@ def attributes(dir_fd: int, name: str) -> int:
     status = _Statx()
     _check(_statx(dir_fd, os.fsencode(name), _AT_SYMLINK_NOFOLLOW, 0, status))
     return int(status.attributes)
+
+
+def inode_and_birth(dir_fd: int, name: str) -> tuple[int, int]:
+    """The inode of the entry `name` of `dir_fd`, and when it was made in nanoseconds; 0 where that is not kept."""
+    status = _Statx()
+    _check(_statx(dir_fd, os.fsencode(name), _AT_SYMLINK_NOFOLLOW, _STATX_INO | _STATX_BTIME, status))
+    if not status.mask & _STATX_BTIME:
+        return status.inode, 0
+    return status.inode, status.birth_seconds * 10**9 + status.birth_nanoseconds
 
 
 class Extent(NamedTuple):

@@ -1,0 +1,168 @@
+"""Redis forgets the ends of forks and delivers them again: what is at the destination decides."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fixtures.filesystems import Fresh
+from tests.fixtures.processes import wait_until
+from tests.support.guests import make_guest
+from tests.system.books import check_books
+from tests.system.campaigns import (
+    assert_all_are_whole,
+    forks_of,
+    make_source,
+    paths_of,
+    request_of,
+    result_of,
+    send,
+)
+from tests.system.running import StartSystem, System
+from tests.system.scheduler import Scheduler
+
+COUNT = 300
+
+
+@pytest.fixture
+def place(fresh: Fresh) -> Path:
+    return fresh("xfs")
+
+
+def _keep(scheduler: Scheduler, copy: Path) -> None:
+    """Copies what Redis has on the disk by now."""
+    server = scheduler.server
+    server.stop()
+    shutil.copytree(server.socket.parent / "appendonlydir", copy)
+    server.start()
+
+
+def _go_back(system: System, copy: Path) -> None:
+    """Kills Redis; it comes back with the data of then."""
+    server = system.server
+    server.kill()
+    shutil.rmtree(server.socket.parent / "appendonlydir")
+    shutil.copytree(copy, server.socket.parent / "appendonlydir")
+    server.start()
+
+
+def _wait_for_end(scheduler: Scheduler, job_id: str) -> None:
+    ended = ("SUCCESS", "FAILURE", "REVOKED")
+    wait_until(lambda: scheduler.results.final(job_id) is not None, f"the result of {job_id}", 60)
+    wait_until(lambda: scheduler.results.state(job_id)["status"] in ended, f"the state of {job_id}")
+
+
+def _result(scheduler: Scheduler, fork_id: str) -> Any:
+    _wait_for_end(scheduler, fork_id)
+    return scheduler.results.result(fork_id)
+
+
+def test_a_fork_that_redis_forgot_ends_with_the_same_result(
+    own_scheduler: Scheduler, start_system: StartSystem, place: Path, tmp_path: Path
+) -> None:
+    # Given a Redis that goes back to the moment before a fork was begun
+    make_guest(place / "a")
+    own_scheduler.send({"source": str(place / "a"), "destination": str(place / "b")}, "forgotten")
+    _keep(own_scheduler, tmp_path / "copy")
+    system = start_system()
+    before = _result(own_scheduler, "forgotten")
+    own_scheduler.wait_quiet()
+    files, inode = own_scheduler.files("forgotten"), (place / "b").stat().st_ino
+
+    # When
+    _go_back(system, tmp_path / "copy")
+
+    # Then
+    after = _result(own_scheduler, "forgotten")
+    assert before["error"] is None
+    assert after == before
+    assert own_scheduler.results.state("forgotten")["status"] == "SUCCESS"
+    assert own_scheduler.files("forgotten") == files
+    check_books(after, files)
+    assert (place / "b").stat().st_ino == inode
+    own_scheduler.wait_quiet()
+
+    # and another id, or another request under that id, is not taken for it
+    _, other = own_scheduler.wait_failed(
+        own_scheduler.send({"source": str(place / "a"), "destination": str(place / "b")}, "other")
+    )
+    assert other["error"] is not None
+    assert other["error"]["code"] == "destination_exists"
+    own_scheduler.redis.flushall()
+    request = {"source": str(place / "a"), "destination": str(place / "b"), "labels": ["another"]}
+    _, other = own_scheduler.wait_failed(own_scheduler.send(request, "forgotten"))
+    assert other["error"] is not None
+    assert other["error"]["code"] == "destination_exists"
+    system.assert_left_nothing_in(place)
+
+
+def test_a_destination_that_was_replaced_is_not_taken_for_the_fork(
+    own_scheduler: Scheduler, start_system: StartSystem, place: Path
+) -> None:
+    system = start_system()
+    make_guest(place / "a")
+    own_scheduler.fork(place / "a", place / "b", "replaced")
+    shutil.rmtree(place / "b")
+    (place / "b").mkdir()
+
+    own_scheduler.redis.flushall()
+    sent = own_scheduler.send({"source": str(place / "a"), "destination": str(place / "b")}, "replaced")
+
+    _, result = own_scheduler.wait_failed(sent)
+    assert result["error"] is not None
+    assert result["error"]["code"] == "destination_exists"
+    system.assert_left_nothing_in(place)
+
+
+def test_a_fork_whose_source_is_gone_by_then_ends_with_the_same_result(
+    own_scheduler: Scheduler, start_system: StartSystem, place: Path
+) -> None:
+    system = start_system()
+    make_guest(place / "a")
+    before = own_scheduler.fork(place / "a", place / "b", "orphan")
+
+    own_scheduler.wait_quiet()
+    own_scheduler.redis.flushall()
+    shutil.rmtree(place / "a")
+    after = own_scheduler.wait(
+        own_scheduler.send({"source": str(place / "a"), "destination": str(place / "b")}, "orphan")
+    )
+
+    assert after == before
+    system.assert_left_nothing_in(place)
+
+
+def test_a_campaign_that_redis_forgot_ends_with_the_same_results(
+    own_scheduler: Scheduler, start_system: StartSystem, place: Path, tmp_path: Path
+) -> None:
+    # Given
+    source = make_source(place / "source")
+    send(own_scheduler, request_of(source, place, COUNT), "many")
+    _keep(own_scheduler, tmp_path / "copy")
+    system = start_system()
+    _wait_for_end(own_scheduler, "many")
+    own_scheduler.wait_quiet()
+    before, forks = result_of(own_scheduler, "many"), forks_of(own_scheduler, "many", COUNT)
+    inodes = [path.stat().st_ino for path in paths_of(place, COUNT)]
+
+    # When
+    _go_back(system, tmp_path / "copy")
+
+    # Then
+    _wait_for_end(own_scheduler, "many")
+    own_scheduler.wait_quiet()
+    after = result_of(own_scheduler, "many")
+    assert_all_are_whole(own_scheduler, after, source, paths_of(place, COUNT))
+    assert after["forks"] == before["forks"]
+    assert forks_of(own_scheduler, "many", COUNT) == forks
+    assert [path.stat().st_ino for path in paths_of(place, COUNT)] == inodes
+
+    # and another campaign at the same places is not taken for it
+    send(own_scheduler, request_of(source, place, COUNT), "other")
+    _wait_for_end(own_scheduler, "other")
+    own_scheduler.wait_quiet()
+    assert result_of(own_scheduler, "other")["forks"]["failed"] == COUNT
+    system.assert_left_nothing_in(place)

@@ -1,0 +1,160 @@
+"""What is noted of ended forks: read back as hostile, kept for minutes, and believed only at the destination."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import os
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tasks.copier.errors import ForkError
+from tasks.copier.kernel.roots import Roots
+from tasks.copier.report import Totals
+from tasks.copier.spec import Clock, ForkResult, ForkSpec, succeeded
+from tasks.ended import EndedForks
+from tasks.ended_record import EndedFork, EndedRecord
+from tasks.ended_store import KEPT_SECONDS, EndedStore, Note
+
+RECORD = EndedRecord("digest", 7, {3: EndedFork(11, 12, '{"a":1}', {"all": [b"x", b"yz\n"]})})
+
+
+@pytest.fixture
+def parent(tmp_path: Path) -> Iterator[int]:
+    fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    yield fd
+    os.close(fd)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> EndedStore:
+    (tmp_path / "notes").mkdir()
+    return EndedStore(str(tmp_path / "notes"))
+
+
+def _directory(tmp_path: Path) -> Path:
+    return tmp_path / "notes" / f"forkvm-ended-{os.geteuid()}"
+
+
+def _fork(tmp_path: Path) -> tuple[ForkSpec, ForkResult]:
+    (tmp_path / "b").mkdir()
+    spec = ForkSpec(fork_id="f", source=str(tmp_path / "a"), destination=str(tmp_path / "b"))
+    return spec, succeeded(spec, Totals(), 1, Clock(spec.started))
+
+
+@pytest.mark.parametrize("size", [1, 10_000])
+def test_a_record_is_read_back_as_it_was(size: int) -> None:
+    record = replace(RECORD, forks={n: replace(RECORD.forks[3], pages={"plan": [b"x" * size]}) for n in range(3)})
+
+    assert EndedRecord.from_text(record.to_text()) == record
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"p",
+        b"p!!!",
+        b"z" + base64.b64encode(b"no zlib"),
+        b"z" + base64.b64encode(zlib.compress(bytes(65 << 20), 1)),
+        b"q" + RECORD.to_text()[1:],
+        RECORD.to_text()[:-8],
+        *(
+            b"p" + base64.b64encode(text)
+            for text in (
+                b"[]\n",
+                b"null\n",
+                b'{"digest":1,"device":7,"forks":{}}\n',
+                b'{"digest":"d","device":-1,"forks":{}}\n',
+                b'{"digest":"d","device":7,"forks":{"x":[1,2,{}]}}\n{}\n',
+                b'{"digest":"d","device":7,"forks":{"1":[1,2]}}\n{}\n',
+                b'{"digest":"d","device":7,"forks":{"1":[1,2,{}]}}\n',
+                b'{"digest":"d","device":7,"forks":{"1":[1,2,{"all":[9]}]}}\n{}\nx',
+                b'{"digest":"d","device":7,"forks":{"1":[1,2,{"../x":[1]}]}}\n{}\nx',
+                b'{"digest":"d","device":7,"forks":{"1":[1,2,{}]}}\n{}\nmore',
+                b'{"digest":"d","device":7,"forks":{"1":[1,2,{}]}}\n\xff\n',
+            )
+        ),
+    ],
+)
+def test_anything_else_is_refused(text: bytes) -> None:
+    with pytest.raises(ForkError):
+        EndedRecord.from_text(text)
+
+
+def test_a_noted_fork_is_found_while_it_is_there(tmp_path: Path, store: EndedStore, parent: int) -> None:
+    spec, result = _fork(tmp_path)
+    forks, roots = EndedForks(store), Roots((str(tmp_path),))
+    forks.note_fork(spec, parent, "b", result, {"all": [b"page"]})
+
+    found = EndedForks(EndedStore(store.parent)).fork(roots, replace(spec, started=1.0, queued=2.0))
+
+    assert found is not None
+    assert (found.result, found.pages) == (result, {"all": [b"page"]})
+    assert forks.fork(roots, replace(spec, labels=["other"])) is None
+    assert forks.fork(roots, replace(spec, fork_id="g")) is None
+    (tmp_path / "b").rmdir()
+    assert forks.fork(roots, spec) is None
+    (tmp_path / "b").mkdir()  # perhaps with the same inode
+    assert forks.fork(roots, spec) is None
+
+
+def test_a_garbled_note_is_not_believed(tmp_path: Path, store: EndedStore, parent: int) -> None:
+    spec, result = _fork(tmp_path)
+    forks, roots = EndedForks(store), Roots((str(tmp_path),))
+    forks.note_fork(spec, parent, "b", {**result, "destination": str(tmp_path / "elsewhere")}, {})
+    assert forks.fork(roots, spec) is None
+    forks.note_fork(spec, parent, "b", {**result, "files": {"total": -1}}, {})
+    assert forks.fork(roots, spec) is None
+    forks.note_fork(spec, parent, "b", result, {})
+    assert forks.fork(roots, spec) is not None
+
+    (file,) = _directory(tmp_path).iterdir()
+    file.write_bytes(file.read_bytes()[:-20] + b"\n\0\xff\n")
+
+    assert forks.fork(roots, spec) is None
+
+
+def test_notes_are_purged_when_they_are_old(tmp_path: Path, store: EndedStore) -> None:
+    store.add("new", Note(0, 0, b"x"))
+    directory = _directory(tmp_path)
+    (old := directory / f"ended-{int(time.time() - KEPT_SECONDS - 120) // 60}-00").touch(0o600)
+    (ahead := directory / f"ended-{int(time.time() + 3600) // 60}-00").touch(0o600)
+    (foreign := directory / "foreign").touch(0o600)
+
+    EndedStore(store.parent).add("other", Note(0, 0, b"y"))  # a process's first note purges
+
+    assert not any(path.exists() for path in (old, ahead, foreign))
+    assert [note.data for note in store.find("new")] == [b"x"]
+
+
+def test_a_directory_that_is_not_ours_is_not_used(
+    tmp_path: Path, store: EndedStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "target").mkdir(0o700)
+    _directory(tmp_path).symlink_to(tmp_path / "target")
+
+    with caplog.at_level(logging.WARNING):
+        store.add("f", Note(0, 0, b"x"))
+        assert list(store.find("f")) == []
+
+    assert list((tmp_path / "target").iterdir()) == []
+    assert len(caplog.records) == 1
+
+
+def test_a_file_that_is_a_link_is_not_used(tmp_path: Path, store: EndedStore) -> None:
+    store.add("f", Note(0, 0, b"x"))
+    (file,) = _directory(tmp_path).iterdir()
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+
+    before = (tmp_path / "elsewhere").read_bytes()
+    store.add("f", Note(0, 0, b"y"))
+
+    assert list(store.find("f")) == []
+    assert (tmp_path / "elsewhere").read_bytes() == before
