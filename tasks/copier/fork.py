@@ -22,6 +22,7 @@ from tasks.copier.clone import Cloner
 from tasks.copier.close import close_tree
 from tasks.copier.ends import Ends, destination_exists
 from tasks.copier.errors import Code, ForkError, cancelled, from_oserror, from_record
+from tasks.copier.fields import Malformed
 from tasks.copier.journal import Journal, Phase
 from tasks.copier.kernel import syscalls, trees
 from tasks.copier.options import Limits
@@ -366,6 +367,8 @@ def _keep_pages(account: _Account, ledger: Ledger, undone: Iterable[str] = ()) -
 
 def _reports(staging: Staging, plan: Plan) -> dict[str, Report]:
     """The reports that are there, without their pages: those are in the ledger already."""
+    if not staging.has_report("plan"):  # it was written before the plan: nobody would write it again
+        raise Malformed("the report of its planning is gone")
     parts = ["plan", *map(str, range(len(plan.chunks)))]
     return {part: staging.report(part).without_pages() for part in parts if staging.has_report(part)}
 

@@ -300,6 +300,16 @@ def test_a_journal_with_another_digit_never_makes_a_wrong_fork(fresh: Fresh) -> 
     assert tried > 20
 
 
+def test_a_fork_whose_planning_left_no_report_fails(yard: Path) -> None:
+    staging, _ = begun(yard)
+    (staging / "report-plan").unlink()
+
+    assert "the report of its planning is gone" in go_on_with(yard)
+
+    assert not (yard / "parent" / "fork").exists()
+    assert leftovers(yard / "parent") == []
+
+
 def test_the_journal_of_another_fork_is_not_taken_up(yard: Path) -> None:
     staging, journal = begun(yard)
     journal["spec"]["fork_id"] = "fork-2"
