@@ -31,7 +31,7 @@ from tasks.copier.errors import Code, ForkError, cancelled
 from tasks.copier.progress import Progress
 from tasks.copier.report import FileResult, unpack_pages
 from tasks.copier.spec import ForkResult
-from tasks.lifetimes import CANCEL, OF_EARLIER_JOB, OF_JOB, SETTLE, open_ttl
+from tasks.lifetimes import CANCEL, FORGET, SETTLE, open_ttl
 from tasks.redis_errors import wait_out
 
 T = TypeVar("T")
@@ -50,10 +50,11 @@ _OPEN_PAGE = 500
 #: in half the time of a transaction after a look. A campaign's fork that succeeded has no claim and no result of its
 #: own: its record alone tells. What an earlier job left under the id is deleted. About `pcall` see `campaigns.settle`.
 #:
-#: KEYS: result, state, claim, open, what an earlier job may have left. ARGV: id, TTL, claim, the state STARTED, the
-#: sign of what was never seen.
+#: KEYS: result, state, claim, open. ARGV: id, TTL, claim, the state STARTED, the sign of what was never seen, how the
+#: job's keys begin.
 #: Answers with the result and the state as they were, the claim as it is then, and whether it was taken just now.
-_CLAIM = """
+_CLAIM = (
+    """
 local result, state, holder = unpack(redis.call('MGET', KEYS[1], KEYS[2], KEYS[3]))
 local over = result or state and string.find(state, '^{"status": ?"SUCCESS"')
 if holder or over then return {result, state, holder, 0} end
@@ -65,9 +66,13 @@ if not state then
 end
 redis.call('ZADD', KEYS[4], 'NX', ARGV[5], ARGV[1])
 redis.call('EXPIRE', KEYS[4], ARGV[2])
-redis.call('DEL', unpack(KEYS, 5))
+local own = ARGV[6]
+"""
+    + FORGET
+    + """
 return {result, state, ARGV[3], 1}
 """
+)
 
 
 class OpenFork(NamedTuple):
@@ -125,9 +130,15 @@ class Results:
     def claim(self, job_id: str, claim: Claim) -> Claimed:
         """Take the id for a request, whose state is STARTED from then on; or learn who has it, or how it ended."""
         keys = [key_of(job_id, "result"), self.state_key(job_id), key_of(job_id, "claim"), _OPEN]
-        keys += [key_of(job_id, name) for name in OF_EARLIER_JOB]
         started = state_json(job_id, states.STARTED, "null")
-        values: list[str | int] = [job_id, self.open_expires, json.dumps(claim), started, _NEVER_SEEN]
+        values: list[str | int] = [
+            job_id,
+            self.open_expires,
+            json.dumps(claim),
+            started,
+            _NEVER_SEEN,
+            key_of(job_id, ""),
+        ]
         take = self.redis.register_script(_CLAIM)
         *found, is_new = self.ask(lambda: take(keys, values))
         kept, record, holder = map(_decoded, found)
@@ -170,9 +181,8 @@ class Results:
         Waits also while Redis is full: the job is over, and that must not be lost.
         """
         script = self.redis.register_script(SETTLE)
-        keys = [key_of(job_id, name) for name in ("result", "pages", *OF_JOB)]
-        values: list[str | int] = [json.dumps(result), self.expires, key_of(job_id, "page:")]
-        self.ask(lambda: script(keys, values), OutOfMemoryError)
+        values: list[str | int] = [json.dumps(result), self.expires, key_of(job_id, "")]
+        self.ask(lambda: script([key_of(job_id, "result")], values), OutOfMemoryError)
 
     # -- forks without an end
 

@@ -8,7 +8,6 @@ from typing import cast
 
 from tasks.copier.campaigns.spec import CampaignSpec
 from tasks.copier.errors import Code, ForkError
-from tasks.lifetimes import OF_CAMPAIGN_FORK
 from tasks.results import Claim, Results, key_of
 
 #: Forks that one script goes through: Redis serves nobody else meanwhile, for a few milliseconds.
@@ -17,8 +16,7 @@ _SLICE = 1_000
 #: Finds the first of some forks whose id a job has, and deletes what an earlier campaign left of the others unless the
 #: campaign has begun. Answers with that fork's number, or -1.
 #:
-#: KEYS: the campaign's claim. ARGV: how the forks' states and their other keys begin, the first and the last number,
-#: the names of what is kept of a fork.
+#: KEYS: the campaign's claim. ARGV: how the forks' states and their other keys begin, the first and the last number.
 _FREE = """
 local has_begun = redis.call('EXISTS', KEYS[1]) == 1
 for n = tonumber(ARGV[3]), tonumber(ARGV[4]) do
@@ -26,8 +24,7 @@ for n = tonumber(ARGV[3]), tonumber(ARGV[4]) do
     local own = ARGV[2] .. number .. ':'
     if redis.call('EXISTS', own .. 'claim') == 1 then return number end
     if not has_begun then
-        redis.call('DEL', ARGV[1] .. number)
-        for at = 5, #ARGV do redis.call('DEL', own .. ARGV[at]) end
+        redis.call('DEL', ARGV[1] .. number, own .. 'result', own .. 'page', own .. 'pages')
     end
 end
 return '-1'
@@ -39,10 +36,11 @@ for n = tonumber(ARGV[3]), tonumber(ARGV[4]) do
     local number = string.format('%.0f', n)
     local own = ARGV[2] .. number .. ':'
     redis.call('EXPIRE', ARGV[1] .. number, ARGV[5])
-    for at = 6, #ARGV do redis.call('EXPIRE', own .. ARGV[at], ARGV[5]) end
-    local pages = redis.call('HGET', own .. 'pages', '0')
-    for page = 0, tonumber(pages or 0) - 1 do
-        redis.call('EXPIRE', own .. 'page:0:' .. string.format('%d', page), ARGV[5])
+    redis.call('EXPIRE', own .. 'result', ARGV[5])
+    if redis.call('EXPIRE', own .. 'page', ARGV[5]) == 0 and redis.call('EXPIRE', own .. 'pages', ARGV[5]) == 1 then
+        for page = 0, tonumber(redis.call('HGET', own .. 'pages', '0') or 0) - 1 do
+            redis.call('EXPIRE', own .. 'page:0:' .. string.format('%d', page), ARGV[5])
+        end
     end
 end
 """
@@ -71,7 +69,7 @@ def free_fork_ids(results: Results, spec: CampaignSpec) -> None:
     """
     script = results.redis.register_script(_FREE)
     for forks in _slices(results, spec):
-        ask = partial(script, [key_of(spec.campaign_id, "claim")], [*forks, *OF_CAMPAIGN_FORK])
+        ask = partial(script, [key_of(spec.campaign_id, "claim")], forks)
         number = int(cast("bytes", results.ask(ask)))
         if number >= 0:
             taken = f"{spec.campaign_id}.{number}"
@@ -83,7 +81,7 @@ def expire_forks(results: Results, spec: CampaignSpec) -> None:
     """Have what is kept of a campaign's forks expire with the campaign's own result, which is to be kept next."""
     script = results.redis.register_script(_EXPIRE)
     for forks in _slices(results, spec):
-        results.ask(partial(script, [], [*forks, results.expires, *OF_CAMPAIGN_FORK]))
+        results.ask(partial(script, [], [*forks, results.expires]))
 
 
 def _slices(results: Results, spec: CampaignSpec) -> Iterator[list[str | int]]:
