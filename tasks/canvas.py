@@ -76,7 +76,7 @@ class Canvas:
                 return
             with results.redis.pipeline(transaction=True) as pipe:
                 pipe.hsetnx(key, self.digest, self.text)
-                pipe.expire(key, results.expires)
+                pipe.expire(key, results.open_expires)  # as long as the claim
                 pipe.execute()
 
         results.ask(write, OutOfMemoryError)
