@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from tasks.copier.errors import Code, ForkError, from_oserror, from_source
@@ -257,7 +258,7 @@ class Cloner:
             try:
                 return os.open(entry.name, _CREATE, mode, dir_fd=place.dst_fd)
             except FileExistsError:
-                return self._make_again(place, entry, lambda: os.open(entry.name, _CREATE, mode, dir_fd=place.dst_fd))
+                return self._make_again(place, entry, partial(os.open, entry.name, _CREATE, mode, dir_fd=place.dst_fd))
         except OSError as error:
             raise from_oserror(error, "creating it", place.destination_of(entry.name)) from None
 

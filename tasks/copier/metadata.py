@@ -48,6 +48,8 @@ _FAITHFUL = frozenset(
 _COARSE = 100
 #: Times that every filesystem holds, in nanoseconds: others are cut to what 32 bits of seconds hold.
 _FIRST_TIME, _LAST_TIME = 0, (2**31 - 1) * 10**9
+#: What `attributes.names_of` answers for a file that has none.
+_NO_ATTRIBUTES: tuple[list[str], bool] = ([], True)
 _WHAT = {ACCESS_ACL: "acl", DEFAULT_ACL: "default acl"}
 
 
@@ -60,6 +62,7 @@ class Metadata:
         self.mode = "mode" in kept
         self.timestamps = "timestamps" in kept
         self.xattrs = "xattrs" in kept
+        self._keeps_all = self.ownership and self.mode and self.timestamps and self.xattrs
         #: What could not be held since somebody moved the losses from here.
         self.losses = Losses()
         self._umask = 0 if self.mode else _current_umask()
@@ -86,6 +89,9 @@ class Metadata:
         from `fresh`. Raises OSError.
         """
         path = directory, entry.name
+        if self._needs_times_only(fresh, entry, src_fd):
+            self._set_times(fd, fresh, entry, path)
+            return
         owned = fresh.st_uid == entry.uid and fresh.st_gid == entry.gid
         chowned = self.ownership and not owned
         if chowned:
@@ -106,6 +112,17 @@ class Metadata:
             if self.mode and has_mode and stat.S_IMODE(now.st_mode) != mode:
                 self._lose(path, "mode")
             self._lose_what_was_dropped(now, entry, path, owned=owned, has_times=has_times)
+
+    def _needs_times_only(self, fresh: os.stat_result, entry: Entry, src_fd: int) -> bool:
+        """Whether a fresh clone has all but its times, as most have: a file of ours without attributes."""
+        return (
+            self._keeps_all
+            and fresh.st_mode == entry.mode
+            and fresh.st_uid == entry.uid
+            and fresh.st_gid == entry.gid
+            and self._faithful.get(fresh.st_dev, False)
+            and self._names_of(entry, src_fd) == _NO_ATTRIBUTES
+        )
 
     def apply_to_symlink(self, dir_fd: int, entry: Entry, src_dir_fd: int, directory: str) -> None:
         """Give the symlink `entry.name` of `dir_fd` the owner, attributes and times of that in `src_dir_fd`.
@@ -309,8 +326,11 @@ def doing(error: OSError) -> str:
 
 def _holds_times(fresh: os.stat_result, entry: Entry) -> bool:
     """Whether a filesystem on which an entry was just made, with the status `fresh`, surely holds the entry's times."""
-    first, last = min(entry.atime, entry.mtime), max(entry.atime, entry.mtime)
-    return bool(fresh.st_mtime_ns % _COARSE) and first >= _FIRST_TIME and last <= _LAST_TIME
+    return (
+        fresh.st_mtime_ns % _COARSE != 0
+        and _FIRST_TIME <= entry.atime <= _LAST_TIME
+        and _FIRST_TIME <= entry.mtime <= _LAST_TIME
+    )
 
 
 def _times(status: os.stat_result) -> tuple[int, int]:
