@@ -82,7 +82,7 @@ def test_redis_emptied_in_mid_fork_gives_no_false_success_and_its_staging_is_rea
         if one.moment == "after the rename":  # it died before it could note that it had ended
             _assert_destination_exists(system.scheduler, one)
         else:
-            one.wait_for_success(system.scheduler)
+            one.wait_for_success(system.scheduler, emptied=one.moment in PUBLISHED)
     assert_served_and_clean(system, guests, place)
 
 
