@@ -69,7 +69,8 @@ def send_patiently(app: Celery, task: str, kwargs: dict[str, Any], task_id: str,
 def options_of(message: type[Message]) -> dict[str, Any]:
     """The options of a task whose messages are of the class `message`."""
     # resultrepr_maxsize: Celery's log line for a success would repeat the whole result.
-    return {"bind": True, "Request": message, "throws": (ForkFailed,), "resultrepr_maxsize": 1}
+    # shared: else every other Celery app of the process would get the tasks too.
+    return {"bind": True, "shared": False, "Request": message, "throws": (ForkFailed,), "resultrepr_maxsize": 1}
 
 
 def domain_queue(message: Message) -> str:

@@ -198,7 +198,8 @@ def _redis_server() -> str:
 def _worker(private: Path, settings: dict[str, str]) -> Iterator[None]:
     log = private / "worker.log"
     with log.open("wb") as output:
-        worker = _forkvm(["worker", "--concurrency", "2"], settings, output=output.fileno())
+        scratch = settings | {"TMPDIR": str(private)}  # what a worker keeps beyond its end goes with the demo
+        worker = _forkvm(["worker", "--concurrency", "2"], scratch, output=output.fileno())
         with _ending(worker):
             _wait_for(lambda: b" ready." in log.read_bytes() or worker.poll() is not None, "the worker did not start")
             if worker.poll() is not None:

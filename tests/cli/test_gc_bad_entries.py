@@ -17,6 +17,7 @@ from tasks.copier.staging import Staging
 from tests.fixtures.filesystems import Fresh, bind_mounted
 from tests.fixtures.fuse import Passthrough
 from tests.fixtures.processes import PublicProgram, RunForkvm, forkvm_script
+from tests.support.journals import rewrite_spec
 from tests.support.requirements import require_command
 
 OTHER = 1000
@@ -80,9 +81,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "journal is huge": (lambda control: replaced(control / "journal", make_huge), "bytes"),
     "journal is another user's": (lambda control: os.chown(control / "journal", OTHER, OTHER), "user 1000"),
     "journal is another fork's": (
-        lambda control: (control / "journal").write_bytes(
-            (control / "journal").read_bytes().replace(b'"fork_id": "', b'"fork_id": "x')
-        ),
+        lambda control: rewrite_spec(control / "journal", fork_id="another"),
         "another fork's",
     ),
     "lock is a FIFO": (lambda control: replaced(control / "lock", os.mkfifo), "FIFO"),

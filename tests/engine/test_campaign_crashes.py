@@ -38,6 +38,7 @@ from tests.engine.forking import assert_alike, leftovers
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import wait_until
 from tests.support.guests import MIB, SKIPPED_BY_DEFAULT, GuestSizes, make_guest
+from tests.support.journals import rewrite_spec
 from tests.support.tree import snapshot
 from tests.system.books import check_books, identity
 
@@ -411,8 +412,7 @@ def test_gc_in_a_loop_beside_a_live_campaign_touches_nothing_of_it(directory: Pa
 
 def test_gc_keeps_what_the_queue_will_still_deliver(directory: Path, source: Path) -> None:
     plan(source, destinations(directory, 3))
-    journal = directory / control_name(ID) / "journal"
-    journal.write_text(journal.read_text().replace('"owner": "local"', '"owner": "queue"'))
+    rewrite_spec(directory / control_name(ID) / "journal", owner="queue")
 
     kept = list(collect(str(directory), lambda job: True))
     unknown = list(collect(str(directory), lambda job: None))

@@ -154,6 +154,7 @@ def test_campaign_under_the_id_of_an_earlier_one_has_none_of_its_results(
     # When one of the same id begins that ends before it has made anything
     send(scheduler, request_of(place / "missing", place, 30), "again")
     wait_until(lambda: scheduler.results.final("again") is not None, "the end")
+    scheduler.wait_quiet()
 
     # Then all that is reported is its own
     result = result_of(scheduler, "again")
