@@ -166,7 +166,10 @@ def refuse(context: Context, spec: ForkSpec, error: ForkError) -> ForkResult:
     if (ended := settle_ended(context, spec)) is not None:
         return ended
     result = failed(spec, error, Totals(), 0, Clock(spec.started))
-    ForkLedger(context.results, spec.fork_id).settle(result)
+    ledger = ForkLedger(context.results, spec.fork_id)
+    with suppress(ForkError):  # FileResults of an earlier attempt whose staging is gone are no part of this result
+        ledger.keep_all_pages([])
+    ledger.settle(result)
     return result
 
 

@@ -1,8 +1,8 @@
 """The manifest on disk: the entries of the source, in blocks that any process can read from any offset.
 
 A block is a small header, the directory's path, the entries' names and notes (with a NUL between, which no path
-holds), and twelve columns of 64-bit numbers. It is written and read by whole columns: a manifest of a million entries
-in about half a second, and no block is larger than `walk.BLOCK_ENTRIES` entries.
+holds), twelve columns of 64-bit numbers, and a checksum. It is written and read by whole columns: a manifest of a
+million entries in about half a second, and no block is larger than `walk.BLOCK_ENTRIES` entries.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import struct
 import sys
+import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -21,6 +22,8 @@ from tasks.copier.walk import BLOCK_ENTRIES, Block, Entry, Kind
 
 #: Lengths in bytes of path, names, notes, numbers; count of entries.
 _HEADER = struct.Struct("=IIIII")
+#: CRC-32 of all before it. The name that a hard link leads to can be damaged and still be that of another file.
+_CHECK = struct.Struct("=I")
 #: An entry of its fields, without the check of their number that `Entry._make` would do a million times.
 _make_entry: Callable[[Iterable[Any]], Entry] = partial(tuple.__new__, Entry)
 
@@ -61,8 +64,9 @@ class Writer:
         notes = os.fsencode("\0".join(all_notes))
         numbers = _pack(list(chain.from_iterable(columns)))
         header = _HEADER.pack(len(path), len(names), len(notes), len(numbers), len(block.entries))
-        self._file.write(b"".join((header, path, names, notes, numbers)))
-        span = Span(self._offset, len(header) + len(path) + len(names) + len(notes) + len(numbers))
+        block_bytes = b"".join((header, path, names, notes, numbers))
+        self._file.write(block_bytes + _CHECK.pack(zlib.crc32(block_bytes)))
+        span = Span(self._offset, len(block_bytes) + _CHECK.size)
         self._offset += span.length
         return span
 
@@ -92,14 +96,14 @@ def spans(fd: int) -> Iterator[Span]:
     """Where each block of the manifest file `fd` lies, in order."""
     offset, end = whole(fd)
     while offset < end:
-        lengths, _ = _read_header(fd, offset)
-        length = _HEADER.size + sum(lengths)
+        lengths, _, _ = _read_header(fd, offset)
+        length = _HEADER.size + sum(lengths) + _CHECK.size
         yield Span(offset, length)
         offset += length
 
 
-def _read_header(fd: int, offset: int) -> tuple[list[int], int]:
-    """The lengths of a block's parts, and its count of entries. Raises ForkError (Malformed)."""
+def _read_header(fd: int, offset: int) -> tuple[list[int], int, bytes]:
+    """The lengths of a block's parts, its count of entries, and the header as it is. Raises ForkError (Malformed)."""
     header = os.pread(fd, _HEADER.size, offset)
     with reading("the manifest"):
         if len(header) < _HEADER.size:
@@ -107,19 +111,23 @@ def _read_header(fd: int, offset: int) -> tuple[list[int], int]:
         *lengths, count = _HEADER.unpack(header)
         if not 0 < count <= BLOCK_ENTRIES or sum(lengths) > _MOST_BLOCK_BYTES:
             raise Malformed(f"a block of {count} entries and {sum(lengths)} bytes")
-        return lengths, count
+        return lengths, count, header
 
 
 def _read_block(fd: int, offset: int) -> tuple[Block, int]:
-    lengths, count = _read_header(fd, offset)
+    lengths, count, header = _read_header(fd, offset)
     offset += _HEADER.size
-    body = os.pread(fd, sum(lengths), offset)
+    length = sum(lengths)
+    data = os.pread(fd, length + _CHECK.size, offset)
     with reading("the manifest"):
-        if len(body) != sum(lengths):
+        if len(data) != length + _CHECK.size:
             raise Malformed("it ends within a block")
+        body = data[:length]
+        if _CHECK.unpack_from(data, length)[0] != zlib.crc32(body, zlib.crc32(header)):
+            raise Malformed("the checksum of a block is another one")
         path, names, notes, packed = _split(body, lengths)
         block = Block(relative_path(os.fsdecode(path)), _entries_of(names, notes, packed, count))
-    return block, offset + len(body)
+    return block, offset + len(data)
 
 
 def _entries_of(names: bytes, notes: bytes, packed: bytes, count: int) -> list[Entry]:

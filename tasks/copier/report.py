@@ -172,7 +172,7 @@ class Report:
         return Report(self.totals, [], self.ranges, self.during_walk, self.replaced)
 
     def to_bytes(self) -> bytes:
-        """The report as one file: a line of JSON, then the pages."""
+        """The report as one file: a line of JSON, then the pages, then a checksum."""
         self.close()
         head: dict[str, Any] = {
             "totals": vars(self.totals),
@@ -181,13 +181,13 @@ class Report:
             "replaced": self.replaced,
             "pages": [len(page) for page in self.pages],
         }
-        return b"".join((json.dumps(head).encode("ascii"), b"\n", *self.pages))
+        return fields.seal(b"".join((json.dumps(head).encode("ascii"), b"\n", *self.pages)))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Report:
         """The report that `to_bytes` wrote. Raises ForkError (Malformed) for anything else."""
-        line, _, rest = data.partition(b"\n")
         with fields.reading("a report"):
+            line, _, rest = fields.unseal(data).partition(b"\n")
             head = fields.record(fields.load(line))
             pages = pages_in(rest, head["pages"])
             ranges = fields.items(head["ranges"], _range_of, _MOST_RANGES)

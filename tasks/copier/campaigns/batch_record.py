@@ -55,7 +55,7 @@ class Record:
     outcomes: dict[int, Outcome] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        """As one file: lines of JSON, then the pages."""
+        """As one file: lines of JSON, then the pages, then a checksum."""
         head = {
             "trees": self.trees,
             "identities": self.identities,
@@ -63,13 +63,14 @@ class Record:
         }
         results = [outcome.as_json for outcome in self.outcomes.values()]
         pages = [page for outcome in self.outcomes.values() for page in outcome.pages]
-        return b"".join((_encode(head).encode("ascii"), b"\n", "\n".join([*results, ""]).encode("ascii"), *pages))
+        lines = "\n".join([_encode(head), *results, ""]).encode("ascii")
+        return fields.seal(b"".join((lines, *pages)))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Record:
         """The record that `to_bytes` wrote. Raises ForkError (Malformed) for anything else."""
-        line, _, rest = data.partition(b"\n")
         with fields.reading("the record of a batch"):
+            line, _, rest = fields.unseal(data).partition(b"\n")
             head = fields.record(fields.load(line))
             names = _by_index(head["trees"], _tree_name)
             identities = _by_index(head["identities"], partial(fields.number, end=fields.IDENTITY))

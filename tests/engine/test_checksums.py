@@ -1,0 +1,61 @@
+"""One damaged byte of what staging holds is noticed, wherever it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tasks.copier import manifest
+from tasks.copier.campaigns.batch_record import Record
+from tasks.copier.errors import ForkError
+from tasks.copier.report import Report
+from tasks.copier.walk import Block, Kind, entry_of
+
+
+def _report() -> bytes:
+    report = Report()
+    report.add(
+        {
+            "path": "disk.raw",
+            "type": "file",
+            "method": "copy",
+            "bytes": 4096,
+            "copied_bytes": 4096,
+            "seconds": 0.5,
+            "reason": None,
+            "error": None,
+        }
+    )
+    return report.to_bytes()
+
+
+def _record() -> bytes:
+    return Record({1: ".forkvm-0123456789abcdef.01234567"}, {}, {}).to_bytes()
+
+
+@pytest.mark.parametrize(
+    ("data", "read"), [(_report(), Report.from_bytes), (_record(), Record.from_bytes)], ids=["report", "batch record"]
+)
+def test_no_byte_can_change(data: bytes, read: Callable[[bytes], object]) -> None:
+    read(data)
+    for at in range(len(data)):
+        with pytest.raises(ForkError, match="damaged"):
+            read(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+
+
+def test_no_byte_of_a_manifest_can_change(tmp_path: Path) -> None:
+    """The note of a hard link is the path of the file that it is another name of: `a` for `b` is a path too."""
+    status = os.stat(tmp_path)
+    entries = [entry_of("link", "a", Kind.HARDLINK, status), entry_of("file", "", Kind.FILE, status)]
+    path = tmp_path / "manifest"
+    with path.open("wb") as file:
+        manifest.Writer(file).append(Block("directory", entries))
+    data = path.read_bytes()
+
+    for at in range(len(data)):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with path.open("rb") as file, pytest.raises(ForkError, match="damaged"):
+            list(manifest.read(file.fileno(), manifest.whole(file.fileno())))
