@@ -114,8 +114,9 @@ class Books:
 
 
 def _end(job: Job, result: dict[str, Any]) -> str:
-    """Celery's state of a job with this result: a campaign that was not given up as a whole has a result."""
-    return states.SUCCESS if job.forks and result["error"] is None else _STATES[result["status"]]
+    """Celery's state of a job with this result: a campaign some of whose forks succeeded has one too."""
+    has_result = job.forks and (result["error"] is None or result["status"] == "partial")
+    return states.SUCCESS if has_result else _STATES[result["status"]]
 
 
 _STATES = {"succeeded": states.SUCCESS, "failed": states.FAILURE, "cancelled": states.REVOKED}
