@@ -15,6 +15,9 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
+
+from redis.exceptions import RedisError
 
 from tasks.context import CONCLUDE_TASK, FORK_TASK, Context
 from tasks.copier.control import last_sign_of_life
@@ -42,11 +45,19 @@ _LOGGED = {
 
 
 def run_sweep(context: Context, every: int) -> None:
-    """Go on with what stands still, and remove what is abandoned. The next sweep comes in `every` seconds."""
-    sweep_forks(context)
-    if context.results.take_turn("walk", context.queue, WALK_SECONDS):
-        remove_abandoned(context)
-    context.results.shorten_turn("sweep", context.queue, every - 1)
+    """Send again what nobody works on, and remove what is abandoned. The next sweep comes in `every` seconds.
+
+    It does not wait for a Redis that is away: another sweep follows, and a worker that is told to end waits for this
+    one.
+    """
+    context = replace(context, results=replace(context.results, patient=False))
+    try:
+        sweep_forks(context)
+        if context.results.take_turn("walk", context.queue, WALK_SECONDS):
+            remove_abandoned(context)
+        context.results.shorten_turn("sweep", context.queue, every - 1)
+    except RedisError as error:
+        log.warning("a sweep was abandoned, since Redis does not answer: %s", error)
 
 
 def sweep_forks(context: Context) -> None:

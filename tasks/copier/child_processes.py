@@ -110,6 +110,7 @@ class ChildProcesses:
                 running[fd] = pid
                 poll.register(fd, select.POLLIN)
             while running:
+                look()
                 for fd, _ in poll.poll(_LOOK_MILLISECONDS):
                     poll.unregister(fd)
                     os.close(fd)
@@ -117,7 +118,7 @@ class ChildProcesses:
                     codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
                     del self._stopped_since[pid]
                 self._kill_stopped(stopped_seconds)
-                look()
+            look()
         finally:
             for fd in running:
                 with suppress(OSError):

@@ -90,8 +90,11 @@ class Metadata:
         """
         path = directory, entry.name
         if self._needs_times_only(fresh, entry, src_fd):
-            self._set_times(fd, fresh, entry, path)
-            return
+            try:
+                os.utime(fd, ns=(entry.atime, entry.mtime))
+                return
+            except OSError:  # the long way says what is lost, or raises
+                pass
         owned = fresh.st_uid == entry.uid and fresh.st_gid == entry.gid
         chowned = self.ownership and not owned
         if chowned:
@@ -114,12 +117,18 @@ class Metadata:
             self._lose_what_was_dropped(now, entry, path, owned=owned, has_times=has_times)
 
     def _needs_times_only(self, fresh: os.stat_result, entry: Entry, src_fd: int) -> bool:
-        """Whether a fresh clone has all but its times, as most have: a file of ours without attributes."""
+        """Whether a fresh clone has all but its times, which its filesystem holds: a file of ours without attributes.
+
+        Most are such files.
+        """
         return (
             self._keeps_all
             and fresh.st_mode == entry.mode
             and fresh.st_uid == entry.uid
             and fresh.st_gid == entry.gid
+            and fresh.st_mtime_ns % _COARSE != 0
+            and _FIRST_TIME <= entry.atime <= _LAST_TIME
+            and _FIRST_TIME <= entry.mtime <= _LAST_TIME
             and self._faithful.get(fresh.st_dev, False)
             and self._names_of(entry, src_fd) == _NO_ATTRIBUTES
         )
