@@ -80,7 +80,9 @@ class Books:
         error = result["error"]
         code = error["code"] if error is not None else None
         assert code in job.ends, f"{result['fork_id']}: {error}"
-        if code is None:
+        # Where the record of a published fork is damaged, it ends as failed although it is there: whole, or not at all.
+        is_there = code is None or (job.may_be_damaged and os.path.lexists(destination))
+        if is_there:
             if job.source not in self._sources:
                 self._sources[job.source] = snapshot(job.source)
             assert snapshot(destination) == self._sources[job.source], result["fork_id"]
