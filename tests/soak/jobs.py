@@ -178,7 +178,7 @@ def _planted(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: r
 
 
 #: How a job ends whose staging was damaged: what was read back no longer says what the source is.
-_DAMAGED = frozenset({None, "io_error", "source_changed"})
+_DAMAGED = frozenset({None, "io_error", "source_changed", "worker_lost"})
 
 
 def _damaged(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
