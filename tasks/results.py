@@ -7,8 +7,7 @@
     forkvm:{id}:progress   a hash: what each part has done so far
     forkvm:{id}:cancel     someone asked for an end
     forkvm:{id}:losses     how many processes died of a message of it (the id is the message's: a fork's or a chunk's)
-    forkvm:open            a sorted set: the ids that a worker has begun with, until a sweep finds that they have
-                           ended, each with the sign of life that the last sweep saw of it
+    forkvm:open            a sorted set: the ids of jobs that have not ended, each with the last heartbeat a sweep saw
     forkvm:sweep:{queue}   a sweep of that domain is under way, or was a moment ago
     forkvm:walk:{queue}    the roots of that domain were searched for abandoned staging not long ago
 

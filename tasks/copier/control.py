@@ -226,7 +226,7 @@ class Control:
     # -- notes: lines behind the lock, in its file, which is open already
 
     def note(self, lines: bytes) -> None:
-        """Add lines to the notes, in one step whoever else does (pwritev2(2))."""
+        """Append lines to the notes in one step, also while other processes append (pwritev2(2))."""
         os.pwritev(self._lock_fd, [lines], 0, os.RWF_APPEND)
 
     def notes(self) -> bytes:

@@ -286,7 +286,7 @@ def _complete_and_publish(
 
 
 def _publish_again(ends: Ends, staging: Staging, journal: Journal, spec: ForkSpec) -> ForkResult:
-    """Publish the complete tree that the journal tells of, unless that is done: its result. Raises ForkError."""
+    """Publish the complete tree that the journal identifies, unless that is done: its result. Raises ForkError."""
     return _publish(ends, staging, journal, spec, result_of(journal.result, spec))
 
 

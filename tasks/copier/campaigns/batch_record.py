@@ -76,7 +76,7 @@ class Record:
             identities = _by_index(head["identities"], partial(fields.number, end=fields.IDENTITY))
             lengths = _by_index(head["pages"], lambda value: fields.items(value, fields.number, _MOST_PAGES))
             if not identities.keys() == lengths.keys() <= names.keys():
-                raise fields.Malformed("it does not tell of each complete tree what it is")
+                raise fields.Malformed("it does not identify each complete tree")
             *results, rest = rest.split(b"\n", len(lengths))
             pages = pages_in(rest, [length for some in lengths.values() for length in some])
             outcomes: dict[int, Outcome] = {}
