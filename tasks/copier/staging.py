@@ -265,13 +265,16 @@ class Staging(Parts):
         All that can be removed are, also where one cannot. Raises OSError: the first one met.
         """
         noted = self._noted()
+        noted_at_all = set().union(*noted.values())
         journal = self.journal()
         identity = journal.tree if journal is not None else None
         errors: list[OSError] = []
         for name in os.listdir(self.parent_fd):
             if name.startswith(f"{self.name}.") and STAGING_NAME.fullmatch(name):
                 try:
-                    self._discard(name, noted.get(name, set()), identity)
+                    # A process that renames a tree to remove it can die in between: the tree has another name then.
+                    known = noted.get(name) or noted_at_all & {trees.identity_of(self.parent_fd, name)}
+                    self._discard(name, known, identity)
                 except OSError as error:
                     errors.append(error)
         if errors:

@@ -225,6 +225,30 @@ def test_a_batch_that_is_killed_at_any_moment_and_often_has_every_fork_once(
     assert killed > 4
 
 
+def test_a_tree_whose_removal_was_interrupted_by_a_kill_is_removed_at_the_end(
+    directory: Path, source: Path, books: Books
+) -> None:
+    """To remove a tree, its name is changed first; and a finished tree has the mode of the source."""
+    # Given a batch that died with finished trees, and died again when it had renamed one of them
+    paths = destinations(directory, FORKS)
+    plan(source, paths)
+    wait_for_death(acting_at("before its second record", die, lambda: make_batches(paths[0], books)))
+    STEPS["between the rename of a tree and its removal"] = (Staging, "discard_named_tree", 0)
+    wait_for_death(
+        acting_at("between the rename of a tree and its removal", die, lambda: make_batches(paths[0], books))
+    )
+    before = leftovers(directory)
+
+    # When
+    make_batches(paths[0], books)
+    end(paths[0], books)
+
+    # Then
+    assert len(before) == 1 + FORKS
+    assert_all_are_whole(source, paths, books)
+    assert leftovers(directory) == []
+
+
 def test_a_batch_that_kills_its_process_each_time_ends_as_worker_lost(
     directory: Path, source: Path, books: Books
 ) -> None:
