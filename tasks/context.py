@@ -18,6 +18,7 @@ from tasks.copier.options import Limits
 from tasks.copier.progress import BEAT_SECONDS, Beat, Progress
 from tasks.copier.spec import ForkResult, ForkSpec
 from tasks.ended import ALL_PAGES, EndedForks, Pages, are_few
+from tasks.redis_errors import cause
 from tasks.results import Results
 
 log = logging.getLogger(__name__)
@@ -155,5 +156,5 @@ def _no_space() -> Iterator[None]:
     try:
         yield
     except ResponseError as error:
-        message = f"Redis does not take the results of the files: {error}"
+        message = f"Redis does not take the results of the files: {cause(error)}"
         raise ForkError(Code.NO_SPACE, message, "") from None

@@ -19,7 +19,7 @@ from redis.exceptions import OutOfMemoryError, RedisError
 
 from tasks.contract import ForkFailed, text_of
 from tasks.copier.chunk import MAX_TRIES
-from tasks.redis_errors import is_passing
+from tasks.redis_errors import cause, is_passing
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Message(Request):
         try:
             self.cancel_job()
         except (RedisError, OperationalError, OSError) as error:
-            log.warning("%s[%s]: Redis did not take the cancellation: %s", self.name, self.id, error)
+            log.warning("%s[%s]: Redis did not take the cancellation: %s", self.name, self.id, cause(error))
 
     # -- failures
 
@@ -108,7 +108,7 @@ class Message(Request):
         error = getattr(exc_info.exception, "exc", exc_info.exception)  # billiard's ExceptionWithTraceback around it
         if isinstance(error, OutOfMemoryError) or is_passing(error):
             task_ready(self)
-            log.warning("%s[%s] goes back to its queue: %s", self.name, self.id, error)
+            log.warning("%s[%s] goes back to its queue: %s", self.name, self.id, cause(error))
             return self.reject(requeue=True)
         if not isinstance(error, _ENDS) and not state.should_terminate:
             exc_info = self._lost(error)
@@ -116,7 +116,8 @@ class Message(Request):
 
     def _lost(self, error: BaseException) -> Any:
         """What Celery is given for a lost process: that it was lost, or that nothing is to be done."""
-        reason = "it took too long" if isinstance(error, TimeLimitExceeded) else f"{type(error).__name__}: {error}"
+        late = isinstance(error, TimeLimitExceeded)
+        reason = "it took too long" if late else f"{type(error).__name__}: {cause(error)}"
         with suppress(RedisError, OperationalError, OSError):  # then it is tried once more
             losses = self.count_loss()
             if losses >= MAX_LOSSES:

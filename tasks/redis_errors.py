@@ -34,6 +34,15 @@ _PASSING_CODE = re.compile(
     r"\b(READONLY|NOREPLICAS|MISCONF|LOADING|BUSY|TRYAGAIN|CLUSTERDOWN|MASTERDOWN|UNBLOCKED|EXECABORT)\b"
 )
 
+#: What redis-py puts before the error of a command of a pipeline: the command and the beginning of its arguments,
+#: which are results and names of a guest's files.
+_COMMAND = re.compile(r"^Command # \d+ \(.*\) of pipeline caused error: ", re.DOTALL)
+
+
+def cause(error: BaseException) -> str:
+    """What Redis or the connection said, for a log or a message: without the command and its arguments."""
+    return _COMMAND.sub("", str(error))
+
 
 def is_passing(error: BaseException) -> bool:
     """Whether Redis, or the connection to it, failed for a while only: a failover, a restart, a full disk.
@@ -53,5 +62,5 @@ def wait_out(call: Callable[[], T], *also: type[RedisError]) -> T:
         except (RedisError, OperationalError, OSError) as error:
             if not is_passing(error) and not isinstance(error, also):
                 raise
-            log.warning("Redis does not answer; trying again: %s", error)
+            log.warning("Redis does not answer; trying again: %s", cause(error))
             time.sleep(_PAUSE_SECONDS)

@@ -23,6 +23,7 @@ from tasks.context import CONCLUDE_TASK, FORK_TASK, Context
 from tasks.copier.control import last_sign_of_life
 from tasks.copier.errors import ForkError
 from tasks.copier.gc import YOUNG, collect
+from tasks.redis_errors import cause
 from tasks.results import OpenFork
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def run_sweep(context: Context, every: int) -> None:
             remove_abandoned(context)
         context.results.shorten_turn("sweep", context.queue, every - 1)
     except RedisError as error:
-        log.warning("a sweep was abandoned, since Redis does not answer: %s", error)
+        log.warning("a sweep was abandoned, since Redis does not answer: %s", cause(error))
 
 
 def sweep_forks(context: Context) -> None:

@@ -22,6 +22,7 @@ from tasks.copier.errors import Code, ForkError
 from tasks.copier.progress import Progress
 from tasks.copier.spec import ForkResult
 from tasks.foreign_ids import why_taken
+from tasks.redis_errors import cause
 from tasks.results import Results, end_state
 from tasks.waiting import is_waiting
 from worker.configuration import UNACKED_KEY, make_app
@@ -58,7 +59,7 @@ class Client:
                 connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
             self.results.redis.ping()
         except (OperationalError, RedisError, OSError) as error:
-            raise NoBroker(f"no broker at {settings.broker.shown()}: {error}") from None
+            raise NoBroker(f"no broker at {settings.broker.shown()}: {cause(error)}") from None
 
     def submit(self, request: dict[str, Any], fork_id: str) -> None:
         """Enqueue a fork. Raises ForkError invalid_request where another job has the id."""
@@ -135,7 +136,7 @@ class Client:
         try:
             cancel_job(self._app, self.results, fork_id)
         except (OperationalError, RedisError) as error:
-            raise NoBroker(f"the broker did not take the cancellation: {error}") from None
+            raise NoBroker(f"the broker did not take the cancellation: {cause(error)}") from None
 
     def _check_id(self, job_id: str, queue: str) -> None:
         """What a worker would drop the request for, the caller learns here."""
@@ -149,4 +150,4 @@ class Client:
                 task, kwargs=kwargs, task_id=fork_id, queue=queue, headers=headers, retry=False, time_limit=None
             )
         except (OperationalError, RedisError) as error:
-            raise NoBroker(f"the broker did not take the message: {error}") from None
+            raise NoBroker(f"the broker did not take the message: {cause(error)}") from None

@@ -21,7 +21,7 @@ from kombu.transport import virtual
 from kombu.transport.redis import Channel, QoS
 from redis.exceptions import ConnectionError, OutOfMemoryError, RedisError, ResponseError
 
-from tasks.redis_errors import is_passing
+from tasks.redis_errors import cause, is_passing
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def mend_books_of_messages() -> None:
         except Exception as error:
             delivery = message.delivery_info
             _unnoted.append((message._raw, delivery["exchange"], delivery["routing_key"]))
-            raise ConnectionError(f"a message could not be noted as taken: {error}") from error
+            raise ConnectionError(f"a message could not be noted as taken: {cause(error)}") from error
 
     def ack_also_when_full(self: Any, delivery_tag: str) -> None:
         try:
@@ -119,7 +119,7 @@ def _give_back(books: Any, delivery_tag: str, error: ResponseError) -> None:
     """Stop renewing a message where Redis refuses writes for a while: it is delivered again, which does no harm."""
     if not isinstance(error, OutOfMemoryError) and not is_passing(error):
         raise error
-    log.warning("a message is delivered again, since Redis refused a write: %s", error)
+    log.warning("a message is delivered again, since Redis refused a write: %s", cause(error))
     virtual.QoS.ack(books, delivery_tag)
 
 
@@ -131,7 +131,7 @@ def put_unnoted_back(channel: Any) -> None:
             with channel.conn_or_acquire() as client:
                 channel._do_restore_message(payload, exchange, routing_key, client)
         except RedisError as error:
-            raise ConnectionError(f"a message could not be put back: {error}") from error
+            raise ConnectionError(f"a message could not be put back: {cause(error)}") from error
         _unnoted.pop()
 
 

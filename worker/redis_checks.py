@@ -8,6 +8,7 @@ from typing import Any, cast
 from redis import Redis
 from redis.exceptions import ConnectionError, RedisError, ResponseError, TimeoutError
 
+from tasks.redis_errors import cause
 from worker.arguments import connect
 from worker.checks import LITTLE, Check
 from worker.redis_url import SENTINEL, SOCKET, RedisUrl, read_redis_url
@@ -32,7 +33,7 @@ def redis_checks(settings: Settings) -> Iterator[Check]:
         except (ConnectionError, TimeoutError) as error:
             raise NoBroker(f"no broker at {read.shown()}: {error}") from None
         except RedisError as error:
-            yield Check(subject, "bad", f"it refuses a question: {error}", "look at its log, and at SECURITY.md")
+            yield Check(subject, "bad", f"it refuses a question: {cause(error)}", "look at its log, and at SECURITY.md")
 
 
 def _way(subject: str, url: RedisUrl) -> Check:

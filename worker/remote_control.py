@@ -17,6 +17,7 @@ from tasks.backend import results_of
 from tasks.cancel import cancel_job
 from tasks.message import Message
 from tasks.queues import inner_queues
+from tasks.redis_errors import cause
 from tasks.results import Results
 
 log = logging.getLogger(__name__)
@@ -83,8 +84,8 @@ def _cancel(app: Any, ids: Iterable[str]) -> Answer:
             cancel_job(app, results, job_id)
             cancelled.append(job_id)
     except (RedisError, OperationalError, OSError) as error:
-        log.warning("not everything was cancelled that was revoked: %s", error)
-        return {"error": f"Redis did not take the cancellation: {error}"}
+        log.warning("not everything was cancelled that was revoked: %s", cause(error))
+        return {"error": f"Redis did not take the cancellation: {cause(error)}"}
     log.info("cancellation requested by remote control: %s", ", ".join(map(repr, cancelled)))
     return {"ok": f"cancellation requested: {', '.join(cancelled)}"}
 

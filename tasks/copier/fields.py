@@ -100,7 +100,7 @@ def error_record(value: Any) -> ErrorRecord:
     code = word(data["code"], list(Code))
     return {
         "code": str(code),
-        "message": text(data["message"]),
+        "message": any_text(data["message"]),
         "path": text(data["path"]),
         "errno": optional(data["errno"], errno_number),
     }
@@ -129,11 +129,12 @@ def text(value: Any) -> str:
 def labels(value: Any) -> Any:
     """Labels of a request: texts, or texts by name. They are echoed as they came, whatever they hold."""
     if type(value) is list:
-        return [_label(item) for item in value]
-    return {_label(name): _label(item) for name, item in record(value).items()}
+        return [any_text(item) for item in value]
+    return {any_text(name): any_text(item) for name, item in record(value).items()}
 
 
-def _label(value: Any) -> str:
+def any_text(value: Any) -> str:
+    """A text of any characters, which stands for nothing but itself, such as a message."""
     if type(value) is not str:
         raise Malformed(f"{_shown(value)} is no text")
     return value

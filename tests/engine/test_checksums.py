@@ -10,7 +10,7 @@ import pytest
 
 from tasks.copier import manifest
 from tasks.copier.campaigns.batch_record import Record
-from tasks.copier.errors import ForkError
+from tasks.copier.errors import Code, ForkError
 from tasks.copier.report import Report
 from tasks.copier.walk import Block, Kind, entry_of
 
@@ -59,3 +59,10 @@ def test_no_byte_of_a_manifest_can_change(tmp_path: Path) -> None:
         path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
         with path.open("rb") as file, pytest.raises(ForkError, match="damaged"):
             list(manifest.read(file.fileno(), manifest.whole(file.fileno())))
+
+
+def test_a_report_is_read_back_whatever_its_error_says() -> None:
+    report = Report()
+    report.totals.error = ForkError(Code.IO_ERROR, "what the broker said: \0 \ud800", "/a").record()
+
+    assert Report.from_bytes(report.to_bytes()).totals.error == report.totals.error

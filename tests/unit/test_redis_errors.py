@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fakeredis
 import pytest
 from kombu.exceptions import OperationalError
 from redis.exceptions import (
@@ -19,7 +20,7 @@ from redis.exceptions import (
     WatchError,
 )
 
-from tasks.redis_errors import is_passing, wait_out
+from tasks.redis_errors import cause, is_passing, wait_out
 
 PASSING = [
     ConnectionError("Connection refused"),
@@ -84,3 +85,15 @@ def test_caller_may_wait_for_more() -> None:
         return True
 
     assert wait_out(call, OutOfMemoryError)
+
+
+def test_what_redis_said_is_shown_without_the_command_whose_arguments_are_data_of_a_guest() -> None:
+    with fakeredis.FakeRedis() as redis:
+        redis.set("a", "text")
+        pipeline = redis.pipeline().rpush("a", b"a secret\0(name)")
+        with pytest.raises(ResponseError) as refused:
+            pipeline.execute()
+    assert "a secret" in str(refused.value)  # so it is not our own words that are tested
+
+    assert cause(refused.value) == "WRONGTYPE Operation against a key holding the wrong kind of value"
+    assert cause(OSError(5, "Input/output error")) == "[Errno 5] Input/output error"
