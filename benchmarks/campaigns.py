@@ -18,7 +18,7 @@ from benchmarks.filesystems import Filesystem
 from benchmarks.limit import clone_often
 from benchmarks.memory import Watch
 from benchmarks.report import Finding
-from benchmarks.rounds import built, remove, settle
+from benchmarks.rounds import built, remove, store_result
 from benchmarks.same import check_same
 from benchmarks.say import say
 from benchmarks.service import Service
@@ -157,7 +157,7 @@ def _once(
     parent = filesystem.path / "copies"
     parent.mkdir()
     try:
-        settle(filesystem)
+        store_result(filesystem)
         seconds = run(source, parent, forks)
         if checked:
             check_same(source, parent / str(forks), case.files)

@@ -19,11 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.limit import clone_tree, copy_tree
-from tasks.copier.kernel.roots import Roots
-from tasks.copier.local import fork_here
+from tasks.copier.fork.local import fork_here
+from tasks.copier.fork_spec import ForkSpec
 from tasks.copier.options import Limits
 from tasks.copier.progress import Progress
-from tasks.copier.spec import ForkSpec
+from tasks.copier.roots import Roots
 
 #: As many as `forkvm fork` uses on two cores.
 _PROCESSES = 2

@@ -12,7 +12,7 @@ from statistics import median
 from benchmarks.cases import INST, WIDE, Case
 from benchmarks.filesystems import Filesystem
 from benchmarks.report import Finding
-from benchmarks.rounds import built, remove, settle
+from benchmarks.rounds import built, remove, store_result
 from benchmarks.say import say
 from benchmarks.service import Service
 from benchmarks.subjects import Subject, SubjectFailed, engine
@@ -52,7 +52,7 @@ def _once(subject: Subject, filesystem: Filesystem, source: Path) -> float:
     parent = filesystem.path / "copies"
     parent.mkdir()
     try:
-        settle(filesystem)
+        store_result(filesystem)
         watch = _Watch(parent)
         try:
             run = subject.run(source, parent / "copy")

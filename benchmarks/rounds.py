@@ -60,7 +60,7 @@ def built(case: Case, filesystem: Filesystem) -> Iterator[Path]:
     source = filesystem.path / case.name
     source.mkdir()
     case.build(source)
-    settle(filesystem)
+    store_result(filesystem)
     yield source
     remove(source)
 
@@ -104,7 +104,7 @@ def run_once(subject: Subject, filesystem: Filesystem, source: Path, files: int 
     parent = filesystem.path / "copies"
     parent.mkdir()
     try:
-        settle(filesystem)
+        store_result(filesystem)
         run = subject.run(source, parent / "copy")
         if files is not None:
             check_same(source, parent / "copy", files)
@@ -113,7 +113,7 @@ def run_once(subject: Subject, filesystem: Filesystem, source: Path, files: int 
         remove(parent)
 
 
-def settle(filesystem: Filesystem) -> None:
+def store_result(filesystem: Filesystem) -> None:
     """Have everything on the filesystem written to its disk."""
     fd = os.open(filesystem.path, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -20,7 +20,7 @@ from celery import Celery
 from redis import Redis
 
 from benchmarks.subjects import QUEUE, Run, Subject, SubjectFailed, last_lines
-from tasks.context import FORK_TASK
+from tasks.names import FORK_TASK
 
 _PROJECT = Path(__file__).resolve().parent.parent
 _QUEUE = "forkvm"

@@ -8,11 +8,11 @@ from statistics import median
 from benchmarks.cases import MINI
 from benchmarks.filesystems import Filesystem
 from benchmarks.report import Finding
-from benchmarks.rounds import built, remove, settle
+from benchmarks.rounds import built, remove, store_result
 from benchmarks.say import say
 from benchmarks.service import Message, Service
-from tasks.context import FORK_TASK
-from worker.gate import EMPTY_TASK
+from tasks.names import FORK_TASK
+from worker.runtime.message_filter import EMPTY_TASK
 
 CASES = (MINI,)
 
@@ -34,7 +34,7 @@ def measure_singles(filesystem: Filesystem, service: Service) -> Iterator[Findin
             empty.append(service.run_all([_EMPTY] * _MESSAGES))
             fan = filesystem.path / "fan"
             fan.mkdir()
-            settle(filesystem)
+            store_result(filesystem)
             requests = [{"source": str(source), "destination": str(fan / f"vm-{n:04}")} for n in range(_MESSAGES)]
             service.forget_results()
             forks.append(service.run_all([Message(FORK_TASK, {"request": request}) for request in requests]))

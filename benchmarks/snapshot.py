@@ -11,7 +11,7 @@ from statistics import median
 from benchmarks.cases import INST, TREE, Case
 from benchmarks.filesystems import Filesystem, Unavailable
 from benchmarks.report import Finding
-from benchmarks.rounds import built, remove, run_once, settle
+from benchmarks.rounds import built, remove, run_once, store_result
 from benchmarks.say import say
 from benchmarks.service import Service
 from benchmarks.subjects import Subject, cp, engine
@@ -59,6 +59,6 @@ def built_as_subvolume(case: Case, filesystem: Filesystem) -> Iterator[Path]:
     if done.returncode:
         raise Unavailable(f"no subvolume on {filesystem.name}: {done.stderr.strip()}")
     case.build(source)
-    settle(filesystem)
+    store_result(filesystem)
     yield source
     remove(source)

@@ -13,34 +13,35 @@ from typing import Any, Protocol
 from redis.exceptions import RedisError, ResponseError
 
 from tasks.copier.errors import Code, ForkError, cancelled, describe
-from tasks.copier.kernel.roots import Roots
+from tasks.copier.fork_spec import ForkResult, ForkSpec
 from tasks.copier.options import Limits
 from tasks.copier.progress import BEAT_SECONDS, Beat, Progress
-from tasks.copier.spec import ForkResult, ForkSpec
-from tasks.ended import ALL_PAGES, EndedForks, Pages, are_few
-from tasks.redis_errors import cause
-from tasks.results import Results
+from tasks.copier.roots import Roots
+from tasks.store.ended import ALL_PAGES, EndedForks, Pages, are_few
+from tasks.store.redis_errors import cause
+from tasks.store.results import Results
 
 log = logging.getLogger(__name__)
 
 #: How long a task waits for the staging that another one holds, before it goes back to the queue, in seconds.
 LOCK_WAIT = 1.0
-#: Stands for the pulse of a staging that is not there.
-GONE = 0
 #: How long a task that had to go back stays away, in seconds.
-AGAIN_SECONDS = 1.0
+RETRY_SECONDS = 1.0
 
 
-class Again(Exception):
-    """Another process holds what this task needs: send it again in `AGAIN_SECONDS`. `pulse`: see `Staging.pulse`."""
+class RetryLater(Exception):
+    """Another process holds what this task needs: the task is sent again in `RETRY_SECONDS`.
 
-    def __init__(self, pulse: int) -> None:
-        super().__init__(pulse)
-        self.pulse = pulse
+    `heartbeat` is the holder's (see `ControlDirectory.heartbeat`), or None where no staging directory exists.
+    """
+
+    def __init__(self, heartbeat: int | None) -> None:
+        super().__init__(heartbeat)
+        self.heartbeat = heartbeat
 
 
 class Canvas(Protocol):
-    """What a client asked to follow its job; see `tasks.canvas`."""
+    """What a client asked to follow its job; see `tasks.delivery.canvas`."""
 
     def keep(self, results: Results, job_id: str) -> None:
         """Keep it until the job has ended."""
@@ -51,16 +52,6 @@ class Send(Protocol):
 
     def __call__(self, task: str, kwargs: dict[str, Any], task_id: str) -> None:
         """`task` is one of the names below."""
-
-
-FORK_TASK = "forkvm.fork"
-CHUNK_TASK = "forkvm.chunk"
-FINISH_TASK = "forkvm.finish"
-BATCH_TASK = "forkvm.batch"
-CAMPAIGN_TASK = "forkvm.campaign"
-CONCLUDE_TASK = "forkvm.conclude"
-BURY_TASK = "forkvm.bury"
-SWEEP_TASK = "forkvm.sweep"
 
 
 @dataclass(frozen=True)
@@ -97,17 +88,17 @@ class Context:
 
         def beat(progress: Progress) -> None:
             if time.monotonic() >= tell_from:
-                self.tell(fork_id, part, progress)
+                self.publish_progress(fork_id, part, progress)
             with suppress(RedisError):
                 if results.is_cancelled(fork_id):
                     raise cancelled(destination)
 
         return beat
 
-    def tell(self, fork_id: str, part: str, progress: Progress) -> None:
+    def publish_progress(self, fork_id: str, part: str, progress: Progress) -> None:
         """Publish what one part of a fork has done so far, if Redis takes it."""
         with suppress(RedisError):
-            replace(self.results, patient=False).tell(fork_id, part, progress)
+            replace(self.results, patient=False).publish_progress(fork_id, part, progress)
 
 
 @dataclass(frozen=True)
@@ -116,7 +107,7 @@ class ForkLedger:
 
     results: Results
     fork_id: str
-    #: Notes the fork where it has succeeded, for when Redis forgets it; see `tasks.ended`.
+    #: Notes the fork where it has succeeded, for when Redis forgets it; see `tasks.store.ended`.
     note: Callable[[ForkResult, Pages], None] | None = None
     #: The FileResults that this process kept, by part.
     pages: Pages = field(default_factory=dict)
@@ -137,11 +128,11 @@ class ForkLedger:
         if are_few(pages):  # many are not to stay in memory
             self.pages.update(pages)
 
-    def settle(self, result: ForkResult) -> None:
+    def store_result(self, result: ForkResult) -> None:
         """Keep the final result, and put a line into the worker's log."""
         if result["error"] is None and self.note is not None:
             self.note(result, self.pages)
-        self.results.settle(result["fork_id"], result)
+        self.results.store_result(result["fork_id"], result)
         ends = f"{result['source']!r} -> {result['destination']!r}"  # escaped: names come from guests
         error = result["error"]
         if error is None:

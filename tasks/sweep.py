@@ -1,6 +1,6 @@
 """`forkvm.sweep`: looks after what has no end yet and nobody to give it one, so that nothing accepted is lost.
 
-The workers of a domain send it, one at a time, again and again (`worker.steps.Sweeper`). A message can be lost: kombu
+The workers of a domain send it, one at a time, again and again (see `Sweeper`). A message can be lost: kombu
 takes one from its list in one step and notes it as taken in another, and Redis, or the connection, may go in between.
 Then a fork stands still: its journal tells how far it is, and nobody goes on.
 
@@ -19,12 +19,13 @@ from dataclasses import replace
 
 from redis.exceptions import RedisError
 
-from tasks.context import CONCLUDE_TASK, FORK_TASK, Context
-from tasks.copier.control import last_sign_of_life
+from tasks.context import Context
 from tasks.copier.errors import ForkError
-from tasks.copier.gc import YOUNG, collect
-from tasks.redis_errors import cause
-from tasks.results import OpenFork
+from tasks.copier.staging.control_directory import last_sign_of_life
+from tasks.copier.staging.gc import YOUNG, collect
+from tasks.names import FINISH_CAMPAIGN_TASK, FORK_TASK
+from tasks.store.redis_errors import cause
+from tasks.store.results import OpenFork
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def _look_after(context: Context, fork: OpenFork) -> None:
         return
     log.warning("nothing moves in %s: its message was lost, or its process is paused; it is sent again", fork.fork_id)
     if fork.claim.get("campaign"):  # not over: what is left of it is sent again
-        context.send(CONCLUDE_TASK, {"home": fork.claim["destination"]}, fork.fork_id)
+        context.send(FINISH_CAMPAIGN_TASK, {"home": fork.claim["destination"]}, fork.fork_id)
     else:
         context.send(FORK_TASK, {"request": fork.claim["request"]}, fork.fork_id)
 

@@ -19,19 +19,19 @@ from celery import signals
 from celery.worker.consumer.gossip import Gossip
 from celery.worker.consumer.mingle import Mingle
 
-from tasks.queues import inner_queues
-from worker.configuration import make_app
-from worker.fence import Unfenced, raise_fence
-from worker.gate import watch_the_gate
-from worker.mending import (
+from tasks.names import inner_queues
+from worker.checks.shared_filesystems import Unfenced, raise_fence
+from worker.runtime.configuration import make_app
+from worker.runtime.message_filter import install_message_filter
+from worker.runtime.node_name import node_name
+from worker.runtime.patches import (
     ignore_soft_time_limits,
-    mend_books_of_messages,
-    mend_closed_channels,
-    mend_connections_of_children,
-    mend_end_of_children,
+    patch_closed_channels,
+    patch_connections_of_children,
+    patch_end_of_children,
+    patch_unacknowledged_messages,
 )
-from worker.node_name import node_name
-from worker.remote_control import register_remote_control
+from worker.runtime.remote_control import register_remote_control
 from worker.settings import NO_ROOTS, BadSettings, Settings, read_settings
 from worker.tls import refuse_untrusted
 
@@ -129,21 +129,21 @@ def _leave_other_workers_alone(**_: Any) -> None:
 
 @signals.celeryd_init.connect
 def _mend_kombu(**_: Any) -> None:
-    mend_closed_channels()
-    mend_connections_of_children()
-    mend_books_of_messages()
+    patch_closed_channels()
+    patch_connections_of_children()
+    patch_unacknowledged_messages()
 
 
 @signals.celeryd_init.connect
 def _mend_celery(**_: Any) -> None:
-    mend_end_of_children()
+    patch_end_of_children()
     ignore_soft_time_limits()
     register_remote_control()
 
 
 @signals.celeryd_init.connect
 def _watch_the_gate(**_: Any) -> None:
-    watch_the_gate(app)
+    install_message_filter(app)
 
 
 @signals.celeryd_after_setup.connect

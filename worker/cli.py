@@ -10,28 +10,29 @@ from typing import Never
 import click
 
 from tasks.copier.errors import Code, ForkError, describe
-from worker.arguments import BAD_CALL, DONE, FAILED, INTERRUPTED, NO_BROKER
+from worker.commands.options import BAD_CALL, DONE, FAILED, INTERRUPTED, NO_BROKER
+from worker.commands.output import say_usage
+from worker.commands.signals import end_on_signals
+from worker.commands.streams import close_streams, open_streams, use_utf8
+from worker.commands.unexpected_errors import exit_code, unexpected
 from worker.environment import remove_celery_variables
-from worker.faults import exit_code, unexpected
 from worker.settings import BadSettings, NoBroker
-from worker.show import say, say_usage
-from worker.signals import end_on_signals
-from worker.streams import close_streams, open_streams, use_utf8
+from worker.terminal import say
 
 #: Where each command is defined, under its own name.
 _MODULES = {
-    "fork": "worker.local",
-    "submit": "worker.jobs",
-    "campaign": "worker.campaigns",
-    "status": "worker.jobs",
-    "files": "worker.jobs",
-    "forks": "worker.campaigns",
-    "cancel": "worker.jobs",
-    "worker": "worker.serve",
-    "doctor": "worker.doctor",
-    "verify": "worker.local",
-    "gc": "worker.garbage",
-    "demo": "worker.serve",
+    "fork": "worker.commands.fork",
+    "submit": "worker.commands.queue",
+    "campaign": "worker.commands.campaign",
+    "status": "worker.commands.queue",
+    "files": "worker.commands.queue",
+    "forks": "worker.commands.campaign",
+    "cancel": "worker.commands.queue",
+    "worker": "worker.commands.worker",
+    "doctor": "worker.commands.doctor",
+    "verify": "worker.commands.fork",
+    "gc": "worker.commands.gc",
+    "demo": "worker.commands.worker",
 }
 
 

@@ -11,23 +11,23 @@ from celery import Celery, states
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
-from tasks.backend import results_of
-from tasks.campaigns.fork_ids import campaign_of_fork
-from tasks.campaigns.request import Summary
-from tasks.campaigns.results import CampaignResults
-from tasks.cancel import cancel_job
-from tasks.context import CAMPAIGN_TASK, FORK_TASK
-from tasks.copier.campaigns.spec import CampaignProgress, CampaignResult
+from tasks.contract.campaign_request import Summary
+from tasks.copier.campaign.spec import CampaignProgress, CampaignResult
 from tasks.copier.errors import Code, ForkError
+from tasks.copier.fork_spec import ForkResult
 from tasks.copier.progress import Progress
-from tasks.copier.spec import ForkResult
-from tasks.foreign_ids import why_taken
-from tasks.redis_errors import cause
-from tasks.results import Results, end_state
-from tasks.waiting import is_waiting
-from worker.configuration import UNACKED_KEY, make_app
+from tasks.delivery.backend import results_of
+from tasks.delivery.cancel import cancel_job
+from tasks.delivery.waiting import is_waiting
+from tasks.fork.foreign_ids import why_taken
+from tasks.names import CAMPAIGN_TASK, FORK_TASK
+from tasks.store.campaign_results import CampaignResults
+from tasks.store.fork_ids import campaign_of_fork
+from tasks.store.redis_errors import cause
+from tasks.store.results import Results, end_state
+from worker.runtime.configuration import UNACKED_KEY, make_app
 from worker.settings import NoBroker, Settings
-from worker.show import ShowProgress, say
+from worker.terminal import ShowProgress, say
 
 #: How often a waiting command looks, in seconds.
 _LOOK_SECONDS = 0.1

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
-from tasks.copier.kernel.roots import Roots
 from tasks.copier.options import Limits
+from tasks.copier.roots import Roots
 from worker.environment import new_warnings, unknown_variables
 from worker.redis_url import SENTINEL, RedisUrl, read_redis_url
 
@@ -69,7 +69,7 @@ class Settings(BaseSettings):
     task_time_limit: Annotated[int, Field(ge=1)] = 14_400
     #: Pool processes of a worker; as many as it may use CPUs (`worker.cpus`) unless it is set.
     concurrency: Annotated[int | None, Field(ge=1)] = None
-    #: A worker's name among Celery's nodes; see `worker.node_name`.
+    #: A worker's name among Celery's nodes; see `worker.runtime.node_name`.
     name: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9_.-]*$")] = ""
     #: See `tasks.copier.options.Limits`.
     inline_files: Annotated[int, Field(ge=0)] = Limits.inline_files

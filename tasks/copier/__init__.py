@@ -1,0 +1,16 @@
+"""The engine: it clones a directory on one host. It needs neither Celery nor Redis.
+
+    kernel     system calls, and what each refusal means
+    source     the directory that is cloned: its entries, and which of them are left out
+    clone      one file or directory: data, metadata, and the comparison of a clone with its source
+    staging    the directory in which a fork is built: its lock, its journal, its removal
+    fork       one fork, from the plan to the rename that publishes it
+    campaign   many forks of one source, in batches
+
+    errors, validation, options, progress            used by every layer
+    roots, endpoints                                 opening the source and the destination
+    report, metadata_losses, fork_spec               requests and results as the engine sees them
+    child_processes                                  the supervisor of child processes
+
+Imports point down: kernel, then source, clone, staging, fork and campaign.
+"""

@@ -83,42 +83,42 @@ class ChildProcesses:
             text = f"{type(error).__name__} in {place}: {words}".encode("ascii", "replace")[: mmap.PAGESIZE]
             self._report[: len(text)] = text
 
-    def wait(self, look: Callable[[], None]) -> list[int]:
+    def wait(self, poll: Callable[[], None]) -> list[int]:
         """Wait until all children have ended: their exit codes, negative for a signal.
 
         `look` is called about ten times a second; what it raises ends the waiting, not the children.
         """
-        return self._wait(look, _STOPPED_SECONDS)
+        return self._wait(poll, _STOPPED_SECONDS)
 
     def reap(self) -> list[int]:
         """As `wait`, for children that are to end: one that is stopped, or takes too long, is killed."""
         deadline = time.monotonic() + _END_SECONDS
 
-        def look() -> None:
+        def poll() -> None:
             if time.monotonic() > deadline:
                 for pid in self._stopped_since:
                     os.kill(pid, signal.SIGKILL)
 
-        return self._wait(look, stopped_seconds=0.0)
+        return self._wait(poll, stopped_seconds=0.0)
 
-    def _wait(self, look: Callable[[], None], stopped_seconds: float) -> list[int]:
+    def _wait(self, poll: Callable[[], None], stopped_seconds: float) -> list[int]:
         codes: list[int] = []
-        poll, running = select.poll(), dict[int, int]()
+        poller, running = select.poll(), dict[int, int]()
         try:
             for pid in self._stopped_since:
                 fd = os.pidfd_open(pid)
                 running[fd] = pid
-                poll.register(fd, select.POLLIN)
+                poller.register(fd, select.POLLIN)
             while running:
-                look()
-                for fd, _ in poll.poll(_LOOK_MILLISECONDS):
-                    poll.unregister(fd)
+                poll()
+                for fd, _ in poller.poll(_LOOK_MILLISECONDS):
+                    poller.unregister(fd)
                     os.close(fd)
                     pid = running.pop(fd)
                     codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
                     del self._stopped_since[pid]
                 self._kill_stopped(stopped_seconds)
-            look()
+            poll()
         finally:
             for fd in running:
                 with suppress(OSError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from tasks.copier import fields
+from tasks.copier import validation
 
 Reflink = Literal["auto", "always", "never"]
 Snapshot = Literal["auto", "never"]
@@ -43,17 +43,17 @@ class Options:
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Options:
         """From what `to_data` gave. Raises ForkError (Malformed) for anything else."""
-        with fields.reading("the options"):
+        with validation.reading("the options"):
             return cls(
                 **{
                     **data,
-                    "reflink": fields.word(data["reflink"], get_args(Reflink)),
-                    "snapshot": fields.word(data["snapshot"], get_args(Snapshot)),
-                    "skip": tuple(fields.items(data["skip"], fields.text, _MOST)),
-                    "exclude": tuple(fields.items(data["exclude"], fields.text, _MOST)),
-                    "preserve": frozenset(fields.items(data["preserve"], _preserved, _MOST)),
-                    "durability": fields.word(data["durability"], get_args(Durability)),
-                    "verify": fields.word(data["verify"], get_args(Verify)),
+                    "reflink": validation.word(data["reflink"], get_args(Reflink)),
+                    "snapshot": validation.word(data["snapshot"], get_args(Snapshot)),
+                    "skip": tuple(validation.items(data["skip"], validation.text, _MOST)),
+                    "exclude": tuple(validation.items(data["exclude"], validation.text, _MOST)),
+                    "preserve": frozenset(validation.items(data["preserve"], _preserved, _MOST)),
+                    "durability": validation.word(data["durability"], get_args(Durability)),
+                    "verify": validation.word(data["verify"], get_args(Verify)),
                 }
             )
 
@@ -63,7 +63,7 @@ _MOST = 10_000
 
 
 def _preserved(value: Any) -> Preserve:
-    preserved: Preserve = fields.word(value, get_args(Preserve))
+    preserved: Preserve = validation.word(value, get_args(Preserve))
     return preserved
 
 

@@ -53,17 +53,17 @@ class Ticker:
         self.progress["files_done"] += files
         self.progress["bytes_done"] += count
         if time.monotonic() >= self._next:
-            self.look_now()
+            self.poll_now()
 
     def step(self, count: int) -> None:
         """Count bytes within a file."""
         self(0, count)
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Count nothing; let the beat come through."""
         self(0, 0)
 
-    def look_now(self) -> None:
+    def poll_now(self) -> None:
         """Let the beat come through at once."""
         self._beat(self.progress)
         self._next = time.monotonic() + BEAT_SECONDS

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, Literal, TypedDict
 
-from tasks.copier import fields
+from tasks.copier import validation
 from tasks.copier.errors import ErrorRecord, ForkError
-from tasks.copier.losses import Losses, lost_of
-from tasks.copier.walk import Entry, file_type
+from tasks.copier.metadata_losses import Losses, lost_of
+from tasks.copier.source.walk import Entry, file_type
 
 Method = Literal["snapshot", "reflink", "copy", "hardlink", "symlink", "mkdir", "skip"]
 
@@ -181,18 +181,18 @@ class Report:
             "replaced": self.replaced,
             "pages": [len(page) for page in self.pages],
         }
-        return fields.seal(b"".join((json.dumps(head).encode("ascii"), b"\n", *self.pages)))
+        return validation.seal(b"".join((json.dumps(head).encode("ascii"), b"\n", *self.pages)))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Report:
         """The report that `to_bytes` wrote. Raises ForkError (Malformed) for anything else."""
-        with fields.reading("a report"):
-            line, _, rest = fields.unseal(data).partition(b"\n")
-            head = fields.record(fields.load(line))
+        with validation.reading("a report"):
+            line, _, rest = validation.unseal(data).partition(b"\n")
+            head = validation.record(validation.load(line))
             pages = pages_in(rest, head["pages"])
-            ranges = fields.items(head["ranges"], _range_of, _MOST_RANGES)
-            during_walk, replaced = fields.flag(head["during_walk"]), fields.flag(head.get("replaced", False))
-            return cls(_totals_of(fields.record(head["totals"])), pages, ranges, during_walk, replaced)
+            ranges = validation.items(head["ranges"], _range_of, _MOST_RANGES)
+            during_walk, replaced = validation.flag(head["during_walk"]), validation.flag(head.get("replaced", False))
+            return cls(_totals_of(validation.record(head["totals"])), pages, ranges, during_walk, replaced)
 
 
 #: Ranges that one chunk reports, at most, and pages that a file of staging has; both far above what is ever written.
@@ -204,11 +204,11 @@ _MOST_PAGE_BYTES = 64 << 20
 def pages_in(data: bytes, lengths: Any) -> list[bytes]:
     """The pages of these lengths that `data` consists of. Raises ForkError (Malformed) where it does not."""
     pages, at = [], 0
-    for length in fields.items(lengths, fields.number, _MOST_PAGES):
+    for length in validation.items(lengths, validation.number, _MOST_PAGES):
         pages.append(data[at : at + length])
         at += length
     if at != len(data):
-        raise fields.Malformed(f"its pages have {len(data)} bytes in place of {at}")
+        raise validation.Malformed(f"its pages have {len(data)} bytes in place of {at}")
     return pages
 
 
@@ -216,29 +216,31 @@ def fallback_of(value: Any) -> Fallback | None:
     """The first refused reflink, out of plain data."""
     if value is None:
         return None
-    data = fields.record(value)
-    errno = fields.errno_number(data["errno"])
-    return {"reason": fields.text(data["reason"]), "errno": errno, "path": fields.text(data["path"])}
+    data = validation.record(value)
+    errno = validation.errno_number(data["errno"])
+    return {"reason": validation.text(data["reason"]), "errno": errno, "path": validation.text(data["path"])}
 
 
 def _totals_of(data: dict[str, Any]) -> Totals:
     others = ("fallback", "error", "metadata_lost")
-    totals = Totals(fallback=fallback_of(data["fallback"]), error=fields.optional(data["error"], fields.error_record))
+    totals = Totals(
+        fallback=fallback_of(data["fallback"]), error=validation.optional(data["error"], validation.error_record)
+    )
     totals.metadata_lost = lost_of(data.get("metadata_lost", []))
     for name, value in data.items():
         if name not in others and name in vars(totals):
-            setattr(totals, name, fields.number(value))
+            setattr(totals, name, validation.number(value))
     return totals
 
 
 def _range_of(value: Any) -> RangeDone:
-    data = fields.record(value)
+    data = validation.record(value)
     return {
-        "path": fields.relative_path(data["path"]),
-        "size": fields.number(data["size"]),
-        "copied_bytes": fields.number(data["copied_bytes"]),
-        "seconds": fields.real(data["seconds"]),
-        "error": fields.optional(data["error"], fields.error_record),
+        "path": validation.relative_path(data["path"]),
+        "size": validation.number(data["size"]),
+        "copied_bytes": validation.number(data["copied_bytes"]),
+        "seconds": validation.real(data["seconds"]),
+        "error": validation.optional(data["error"], validation.error_record),
     }
 
 

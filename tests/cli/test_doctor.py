@@ -42,7 +42,7 @@ def test_all_is_well_on_xfs_with_a_redis_as_it_should_be(
     assert (done.returncode, done.stderr) == (0, "")
     assert set(document) == {"verdict", "checks"}
     assert document["verdict"] == "ok"
-    assert all(set(check) == {"subject", "verdict", "found", "mend"} for check in document["checks"])
+    assert all(set(check) == {"subject", "verdict", "found", "fix"} for check in document["checks"])
     checks = found_in(done)
     redis = f"Redis {redis_server.broker_url}"
     assert {"kernel: openat2", "kernel: renameat2", "limit: open files", f"{redis}: memory"} <= set(checks)
@@ -122,7 +122,7 @@ def test_a_redis_that_may_lose_what_was_accepted_is_bad(run_forkvm: RunForkvm, r
     verdicts = {"appendonly": "bad", "maxmemory-policy": "bad", "appendfsync": "warn", "memory": "warn"}
     for what, verdict in verdicts.items():
         assert checks[f"{redis}: {what}"]["verdict"] == verdict
-        assert what in checks[f"{redis}: {what}"]["mend"]
+        assert what in checks[f"{redis}: {what}"]["fix"]
 
 
 def test_the_user_that_security_md_describes_is_told_that_it_may_not_look_at_all(
@@ -186,7 +186,7 @@ def test_staging_without_a_sign_of_life_is_counted_and_left_to_gc(
 
     check = found_in(done)[f"root {place}: staging"]
     assert (check["verdict"], check["found"][:2]) == ("warn", "1 ")
-    assert "forkvm gc" in check["mend"]
+    assert "forkvm gc" in check["fix"]
     assert sorted(path.name for path in place.iterdir()) == before
 
 
@@ -199,5 +199,5 @@ def test_a_root_where_no_fork_can_be_published_is_bad(
 
     check = found_in(done)[f"root {place}"]
     assert (check["verdict"], check["found"]) == ("bad", "FUSE, refuses RENAME_NOREPLACE: EINVAL: Invalid argument")
-    assert "no fork can be published here" in check["mend"]
+    assert "no fork can be published here" in check["fix"]
     assert list(place.iterdir()) == []

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tasks.copier.control import control_name
-from tasks.copier.spec import ForkSpec
-from tasks.copier.staging import Staging
+from tasks.copier.fork_spec import ForkSpec
+from tasks.copier.staging.control_directory import control_name
+from tasks.copier.staging.staging import Staging
 from tests.fixtures.filesystems import Fresh, bind_mounted
 from tests.fixtures.fuse import Passthrough
 from tests.fixtures.processes import PublicProgram, RunForkvm, forkvm_script

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks.copier.campaigns.batch import make_batch
-from tasks.copier.campaigns.batch_record import Outcome
-from tasks.copier.campaigns.end import remove_annexes
-from tasks.copier.campaigns.local import CampaignBeat, campaign_here
-from tasks.copier.campaigns.plan import Campaign, find_home, open_campaign, plan_campaign
-from tasks.copier.campaigns.spec import (
+from tasks.copier.campaign.batch import make_batch
+from tasks.copier.campaign.batch_record import Outcome
+from tasks.copier.campaign.finish import remove_annexes
+from tasks.copier.campaign.local import CampaignBeat, campaign_here
+from tasks.copier.campaign.plan import Campaign, find_home, open_campaign, plan_campaign
+from tasks.copier.campaign.spec import (
     Aims,
     CampaignResult,
     CampaignSpec,
@@ -25,14 +25,14 @@ from tasks.copier.campaigns.spec import (
     failures_of,
     sums_of,
 )
-from tasks.copier.ends import open_ends
+from tasks.copier.endpoints import open_endpoints
 from tasks.copier.errors import ForkError
-from tasks.copier.kernel.roots import Roots
+from tasks.copier.fork_spec import ForkResult
 from tasks.copier.options import Options
 from tasks.copier.progress import Beat, Ticker
 from tasks.copier.report import FileResult, unpack_pages
-from tasks.copier.spec import ForkResult
-from tasks.copier.staging import Staging
+from tasks.copier.roots import Roots
+from tasks.copier.staging.staging import Staging
 from tests.engine.forking import go_on, leftovers
 from tests.support.guests import MIB, GuestSizes
 
@@ -95,13 +95,13 @@ class Books:
 
     directory: Path
 
-    def is_settled(self, first: int) -> bool:
+    def has_outcomes(self, first: int) -> bool:
         return (self.directory / str(first)).exists()
 
-    def settle(self, first: int, outcomes: list[Outcome]) -> None:
+    def store_outcomes(self, first: int, outcomes: list[Outcome]) -> None:
         new = self.directory / f"{first}.{os.getpid()}.new"
         new.write_bytes(pickle.dumps(outcomes))
-        if not self.is_settled(first):
+        if not self.has_outcomes(first):
             new.rename(self.directory / str(first))
 
     @property
@@ -127,7 +127,7 @@ def plan(source: Path, paths: Iterable[Path], **wishes: Any) -> None:
     names = [os.fspath(path) for path in paths]
     spec = spec_of(source, len(names), **wishes)
     with (
-        open_ends(Roots(), spec.source, find_home(Roots(), names)) as ends,
+        open_endpoints(Roots(), spec.source, find_home(Roots(), names)) as ends,
         Staging.claim(ends.parent_fd, spec.campaign_id, wait=0) as staging,
     ):
         plan_campaign(ends, staging, spec, names, Ticker(go_on))

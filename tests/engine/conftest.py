@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tasks.copier import progress
-from tasks.copier.campaigns import plan as campaign_plan
+from tasks.copier.campaign import plan as campaign_plan
 from tasks.copier.options import Limits
 from tests.engine.forking import WAYS
 

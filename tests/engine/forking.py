@@ -8,19 +8,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tasks.copier.chunk import run_held_chunk
-from tasks.copier.ends import open_ends
+from tasks.copier.endpoints import open_endpoints
 from tasks.copier.errors import ErrorRecord
-from tasks.copier.fork import finish, start
-from tasks.copier.kernel.roots import Roots
-from tasks.copier.local import fork_here
+from tasks.copier.fork.chunk import run_held_chunk
+from tasks.copier.fork.lifecycle import finish, start
+from tasks.copier.fork.local import fork_here
+from tasks.copier.fork.plan import Plan
+from tasks.copier.fork_spec import ForkResult, ForkSpec
 from tasks.copier.options import Limits, Options
-from tasks.copier.plan import Plan
 from tasks.copier.progress import Beat, Progress, Ticker
 from tasks.copier.report import FileResult, unpack_pages
-from tasks.copier.spec import ForkResult, ForkSpec
-from tasks.copier.staging import Staging
-from tasks.copier.work import open_work
+from tasks.copier.roots import Roots
+from tasks.copier.staging.staging import Staging
+from tasks.copier.staging.workspace import open_work
 from tests.support.tree import Entry, snapshot
 
 MIB = 1 << 20
@@ -114,7 +114,7 @@ class Books:
         self.pages = {"0": pages}
         return self.ended
 
-    def settle(self, result: ForkResult) -> None:
+    def store_result(self, result: ForkResult) -> None:
         self.settled.append(result)
 
     @property
@@ -153,7 +153,7 @@ def fork_with_books(
     spec = spec_of(source, destination, fork_id, **options)
     books, ticker = Books(dict(earlier or {}), ended=ended), Ticker(go_on)
     with (
-        open_ends(Roots(), spec.source, spec.destination) as ends,
+        open_endpoints(Roots(), spec.source, spec.destination) as ends,
         Staging.claim(ends.parent_fd, fork_id, wait=0) as staging,
     ):
         outcome = start(ends, staging, spec, limits, ticker, books)

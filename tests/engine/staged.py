@@ -9,20 +9,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tasks.copier import manifest
-from tasks.copier.chunk import run_held_chunk
-from tasks.copier.control import control_name
-from tasks.copier.ends import Ends, open_ends
+from tasks.copier.endpoints import Endpoints, open_endpoints
 from tasks.copier.errors import Code, ForkError, cancelled
-from tasks.copier.fork import finish, start
-from tasks.copier.journal import Phase
-from tasks.copier.kernel.roots import Roots
-from tasks.copier.plan import Plan
+from tasks.copier.fork.chunk import run_held_chunk
+from tasks.copier.fork.lifecycle import finish, start
+from tasks.copier.fork.plan import Plan
+from tasks.copier.fork_spec import ForkSpec
 from tasks.copier.progress import Ticker
-from tasks.copier.spec import ForkSpec
-from tasks.copier.staging import Staging
-from tasks.copier.walk import Block
-from tasks.copier.work import open_work
+from tasks.copier.roots import Roots
+from tasks.copier.source import manifest
+from tasks.copier.source.walk import Block
+from tasks.copier.staging.control_directory import control_name
+from tasks.copier.staging.journal import Phase
+from tasks.copier.staging.staging import Staging
+from tasks.copier.staging.workspace import open_work
 from tests.engine.forking import CHUNKED, Books, go_on, spec_of
 
 ID = "fork-1"
@@ -35,7 +35,7 @@ def begin(source: Path, destination: Path) -> tuple[Path, dict[str, Any]]:
     """
     spec = spec_of(source, destination, ID, reflink="never")
     with (
-        open_ends(Roots(), spec.source, spec.destination) as ends,
+        open_endpoints(Roots(), spec.source, spec.destination) as ends,
         Staging.claim(ends.parent_fd, ID, wait=0) as staging,
     ):
         plan = start(ends, staging, spec, CHUNKED, Ticker(go_on), Books())
@@ -53,7 +53,7 @@ def go_on_with(source: Path, destination: Path, books: Books | None = None) -> s
     books = books or Books()
     spec = spec_of(source, destination, ID, reflink="never")
     try:
-        with open_ends(Roots(), spec.source, spec.destination) as ends, _held(ends) as staging:
+        with open_endpoints(Roots(), spec.source, spec.destination) as ends, _held(ends) as staging:
             journal = staging.own_journal()
             if journal is None or journal.plan is None:
                 return _outcome(_delivered(ends, staging, spec))
@@ -71,7 +71,7 @@ def go_on_with(source: Path, destination: Path, books: Books | None = None) -> s
 def cancel(source: Path, destination: Path) -> str:
     """Have a worker end the fork: "succeeded", or what it ended with."""
     try:
-        with open_ends(Roots(), os.fspath(source), os.fspath(destination)) as ends, _held(ends) as staging:
+        with open_endpoints(Roots(), os.fspath(source), os.fspath(destination)) as ends, _held(ends) as staging:
             return _outcome(finish(ends, staging, Ticker(go_on), Books(), cancelled(ends.destination)))
     except ForkError as error:
         return str(error)
@@ -88,13 +88,13 @@ def change_manifest(path: Path, fields: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _held(ends: Ends) -> Iterator[Staging]:
+def _held(ends: Endpoints) -> Iterator[Staging]:
     with Staging.attach(ends.parent_fd, ID, wait=0, alone=True) as staging:
         assert staging is not None
         yield staging
 
 
-def _delivered(ends: Ends, staging: Staging, spec: ForkSpec) -> Any:
+def _delivered(ends: Endpoints, staging: Staging, spec: ForkSpec) -> Any:
     outcome = start(ends, staging, spec, CHUNKED, Ticker(go_on), Books())
     if isinstance(outcome, Plan):
         _do_chunks(ends, staging, outcome, None)
@@ -102,7 +102,7 @@ def _delivered(ends: Ends, staging: Staging, spec: ForkSpec) -> Any:
     return outcome
 
 
-def _do_chunks(ends: Ends, staging: Staging, plan: Plan, count: int | None) -> None:
+def _do_chunks(ends: Endpoints, staging: Staging, plan: Plan, count: int | None) -> None:
     journal = staging.own_journal()
     assert journal is not None
     options = ForkSpec.from_data(journal.spec).options

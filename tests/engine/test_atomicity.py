@@ -12,9 +12,9 @@ import pytest
 
 from tasks.copier import child_processes
 from tasks.copier.errors import Code, ForkError
+from tasks.copier.fork_spec import ForkResult
 from tasks.copier.options import Limits
 from tasks.copier.progress import Progress
-from tasks.copier.spec import ForkResult
 from tests.engine.children import Child
 from tests.engine.forking import CHUNKED, INLINE, MIB, assert_alike, fork, fork_with_books, forked, leftovers
 from tests.fixtures.filesystems import Fresh

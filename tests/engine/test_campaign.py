@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.copier.campaigns.spec import CampaignProgress, CampaignResult
+from tasks.copier.campaign.spec import CampaignProgress, CampaignResult
 from tasks.copier.kernel import syscalls, trees
 from tasks.copier.progress import Progress
 from tests.engine.campaigning import (

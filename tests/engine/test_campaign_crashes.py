@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from tasks.copier.campaigns import batch_record
-from tasks.copier.campaigns.batch import seize_batch
-from tasks.copier.control import Held, control_name
+from tasks.copier.campaign import batch_record
+from tasks.copier.campaign.batch import seize_batch
 from tasks.copier.errors import Code, ForkError
-from tasks.copier.fork import Superseded
-from tasks.copier.gc import collect
+from tasks.copier.fork.lifecycle import Superseded
 from tasks.copier.kernel import syscalls
-from tasks.copier.kernel.roots import Roots
-from tasks.copier.staging import Staging
+from tasks.copier.roots import Roots
+from tasks.copier.staging.control_directory import Held, control_name
+from tasks.copier.staging.gc import collect
+from tasks.copier.staging.staging import Staging
 from tests.engine.campaigning import (
     ID,
     Books,
@@ -55,7 +55,7 @@ STEPS: dict[str, tuple[Any, str, int]] = {
     "before its second record": (batch_record, "write", 1),
     "before its first rename": (syscalls, "rename_noreplace", 0),
     "between two renames": (syscalls, "rename_noreplace", 3),
-    "before it is settled": (Books, "settle", 0),
+    "before it is settled": (Books, "store_outcomes", 0),
     "after it was settled": (batch_record, "forget", 0),
     "before its lock goes": (Staging, "forget_chunk", 0),
 }

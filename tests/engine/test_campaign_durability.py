@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tasks.copier.campaigns import batch_record
-from tasks.copier.campaigns import plan as campaign_plan
-from tasks.copier.campaigns.batch_record import Outcome
+from tasks.copier.campaign import batch_record
+from tasks.copier.campaign import plan as campaign_plan
+from tasks.copier.campaign.batch_record import Outcome
 from tasks.copier.kernel import syscalls
 from tests.engine.campaigning import Books, campaign_with_books, destinations, holding, make_batches, plan
 from tests.engine.children import Child
@@ -42,7 +42,7 @@ def trace(source: Path, directory: Path, tmp_path: Path, durability: str) -> lis
     """The calls that put something on the disk or publish it, of a campaign of three forks, in order."""
     strace = require_command("strace", "the order of system calls")
     script = (
-        "from tasks.copier.campaigns import plan as campaign_plan; from tests.engine.campaigning import main; "
+        "from tasks.copier.campaign import plan as campaign_plan; from tests.engine.campaigning import main; "
         "campaign_plan._LEAST_BATCHES, campaign_plan.BATCH_SECONDS = 1, 60.0; main()"
     )
     command = [strace, "-f", "-y", "-o", str(tmp_path / "trace"), "-e", "trace=syncfs,fsync,rename,renameat,renameat2"]
@@ -96,7 +96,7 @@ def test_what_is_taken_up_from_a_dead_process_is_on_the_disk_too_before_it_is_to
 
     # When
     events: list[str] = []
-    sync, settle = os.fsync, Books.settle
+    sync, store_outcomes = os.fsync, Books.store_outcomes
 
     def sync_noted(fd: int) -> None:
         events.append(os.readlink(f"/proc/self/fd/{fd}"))
@@ -104,10 +104,10 @@ def test_what_is_taken_up_from_a_dead_process_is_on_the_disk_too_before_it_is_to
 
     def settle_noted(ledger: Books, first: int, outcomes: list[Outcome]) -> None:
         events.append("settled")
-        settle(ledger, first, outcomes)
+        store_outcomes(ledger, first, outcomes)
 
     monkeypatch.setattr(os, "fsync", sync_noted)
-    monkeypatch.setattr(Books, "settle", settle_noted)
+    monkeypatch.setattr(Books, "store_outcomes", settle_noted)
     make_batches(paths[0], books)
 
     # Then

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.copier.campaigns.spec import CampaignProgress
+from tasks.copier.campaign.spec import CampaignProgress
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.progress import Progress
 from tests.engine.campaigning import (

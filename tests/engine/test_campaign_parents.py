@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tasks.copier.campaigns.end import end_rest, remove_annexes
-from tasks.copier.control import control_name
+from tasks.copier.campaign.finish import end_rest, remove_annexes
 from tasks.copier.errors import cancelled
-from tasks.copier.kernel.roots import Roots
 from tasks.copier.progress import Ticker
+from tasks.copier.roots import Roots
+from tasks.copier.staging.control_directory import control_name
 from tests.engine.campaigning import ID, SIZES, Books, campaign, codes, counts, destinations, firsts, holding, plan
 from tests.engine.campaigning import make_batches as make
 from tests.engine.forking import go_on, leftovers

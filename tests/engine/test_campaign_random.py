@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tasks.copier.campaigns import batch_build
-from tasks.copier.campaigns import plan as campaign_plan
+from tasks.copier.campaign import batch_build
+from tasks.copier.campaign import plan as campaign_plan
 from tests.engine.campaigning import campaign, campaign_with_books
 from tests.engine.forking import assert_alike, leftovers
 from tests.engine.test_random_trees import Directory, make, trees

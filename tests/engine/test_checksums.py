@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tasks.copier import manifest
-from tasks.copier.campaigns.batch_record import Record
+from tasks.copier.campaign.batch_record import Record
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.report import Report
-from tasks.copier.walk import Block, Kind, entry_of
+from tasks.copier.source import manifest
+from tasks.copier.source.walk import Block, Kind, entry_of
 
 
 def _report() -> bytes:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tasks.copier.compare import Comparison, compare
+from tasks.copier.clone.compare import Comparison, compare
 from tasks.copier.kernel.contents import first_difference
 from tasks.copier.options import DEFAULT_EXCLUDE
-from tasks.copier.selection import Selection
+from tasks.copier.source.selection import Selection
 from tests.engine.forking import MIB, forked
 from tests.engine.sources import make_everything
 from tests.fixtures.filesystems import Fresh, bind_mounted, make_subvolume

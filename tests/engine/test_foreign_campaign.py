@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tasks.copier.campaigns.batch_record import Record
-from tasks.copier.control import control_name
+from tasks.copier.campaign.batch_record import Record
 from tasks.copier.errors import ForkError
+from tasks.copier.staging.control_directory import control_name
 from tests.engine.campaigning import ID, Books, destinations, end, make_batches, plan
 from tests.engine.children import in_child
 from tests.engine.forking import assert_alike, leftovers

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from tasks.copier.control import control_name
 from tasks.copier.errors import ForkError
-from tasks.copier.spec import ForkResult
-from tasks.copier.staging import Staging
+from tasks.copier.fork_spec import ForkResult
+from tasks.copier.staging.control_directory import control_name
+from tasks.copier.staging.staging import Staging
 from tests.engine import staged
 from tests.engine.children import NOBODY, in_child
 from tests.engine.forking import CHUNKED, assert_alike, fork_with_books, leftovers

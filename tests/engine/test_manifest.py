@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.copier import manifest
 from tasks.copier.errors import ForkError
-from tasks.copier.manifest import Span
-from tasks.copier.walk import BLOCK_ENTRIES, Block, Entry, Kind
+from tasks.copier.source import manifest
+from tasks.copier.source.manifest import Span
+from tasks.copier.source.walk import BLOCK_ENTRIES, Block, Entry, Kind
 
 _NUMBERS = len(Entry._fields) - 2
 

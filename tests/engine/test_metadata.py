@@ -136,10 +136,10 @@ def test_nobody_looks_into_a_fork_before_it_is_published(fresh: Fresh, every_bea
         path.chmod(0o777)
     seen: set[int] = set()
 
-    def look(progress: object) -> None:
+    def poll(progress: object) -> None:
         seen.update(stat.S_IMODE((directory / name).lstat().st_mode) for name in leftovers(directory))
 
-    forked(source, directory / "fork", beat=look, reflink="never")
+    forked(source, directory / "fork", beat=poll, reflink="never")
 
     # The tree has its final mode a moment before the rename; nothing earlier lets anybody in.
     assert seen <= {0o700, 0o777}
@@ -152,11 +152,11 @@ def test_files_in_the_making_are_not_open_to_more_than_their_sources_are(fresh: 
     (source / "overlay.raw").chmod(0o600)
     seen: set[int] = set()
 
-    def look(progress: object) -> None:
+    def poll(progress: object) -> None:
         seen.update(stat.S_IMODE(path.lstat().st_mode) for path in directory.glob(".forkvm-*.*/overlay.raw"))
 
-    in_child(lambda: (forked(source, directory / "fork", beat=look, reflink="never"), seen)[1], umask=0)
-    forked(source, directory / "fork-2", beat=look, reflink="never")
+    in_child(lambda: (forked(source, directory / "fork", beat=poll, reflink="never"), seen)[1], umask=0)
+    forked(source, directory / "fork-2", beat=poll, reflink="never")
 
     assert seen == {0o600}
 

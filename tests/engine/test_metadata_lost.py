@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from tasks.copier.fork_spec import ForkResult
 from tasks.copier.options import Limits
-from tasks.copier.spec import ForkResult
 from tests.engine import campaigning
 from tests.engine.children import NOBODY, in_child
 from tests.engine.forking import CHUNKED, MIB, assert_alike, fork, forked, leftovers
@@ -85,11 +85,11 @@ def test_a_destination_without_acls_gives_nobody_more_than_the_acls_gave(
 def test_a_file_in_the_making_is_not_open_to_its_acls_mask(guarded: Path, ramfs: Path) -> None:
     seen: set[int] = set()
 
-    def look(progress: object) -> None:
+    def poll(progress: object) -> None:
         seen.update(path.lstat().st_mode & 0o777 for path in ramfs.glob(".forkvm-*.*/disk.raw"))
 
-    in_child(lambda: forked(guarded, ramfs / "fork", beat=look), umask=0)
-    forked(guarded, ramfs / "fork-2", beat=look)
+    in_child(lambda: forked(guarded, ramfs / "fork", beat=poll), umask=0)
+    forked(guarded, ramfs / "fork-2", beat=poll)
 
     assert seen == {0o600}
 

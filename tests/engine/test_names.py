@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from tasks.copier.chunk import run_held_chunk
-from tasks.copier.ends import open_ends
+from tasks.copier.endpoints import open_endpoints
 from tasks.copier.errors import ErrorRecord
-from tasks.copier.fork import finish, start
-from tasks.copier.kernel.roots import Roots
+from tasks.copier.fork.chunk import run_held_chunk
+from tasks.copier.fork.lifecycle import finish, start
+from tasks.copier.fork.plan import Plan
+from tasks.copier.fork_spec import ForkResult
 from tasks.copier.options import Limits
-from tasks.copier.plan import Plan
 from tasks.copier.progress import Ticker
-from tasks.copier.spec import ForkResult
-from tasks.copier.staging import Staging
-from tasks.copier.work import Work, open_work
+from tasks.copier.roots import Roots
+from tasks.copier.staging.staging import Staging
+from tasks.copier.staging.workspace import Workspace, open_work
 from tests.engine.campaigning import campaign, counts, destinations
 from tests.engine.forking import CHUNKED, MIB, Books, assert_alike, forked, go_on, leftovers, refused, spec_of
 from tests.fixtures.filesystems import Fresh
@@ -157,8 +157,8 @@ def fork_with_crashes(
     source: Path,
     destination: Path,
     *,
-    in_chunks: Callable[[Work, Plan], object] = lambda work, plan: None,
-    in_closing: Callable[[Work, Plan], object] | None = None,
+    in_chunks: Callable[[Workspace, Plan], object] = lambda work, plan: None,
+    in_closing: Callable[[Workspace, Plan], object] | None = None,
 ) -> ForkResult:
     """A fork whose chunks were all begun before by a process that died; `in_chunks` makes what that had made.
 
@@ -166,7 +166,7 @@ def fork_with_crashes(
     """
     spec, books, ticker = spec_of(source, destination), Books(), Ticker(go_on)
     with (
-        open_ends(Roots(), spec.source, spec.destination) as ends,
+        open_endpoints(Roots(), spec.source, spec.destination) as ends,
         Staging.claim(ends.parent_fd, spec.fork_id, wait=0) as staging,
     ):
         plan = start(ends, staging, spec, CHUNKED, ticker, books)
@@ -188,18 +188,18 @@ def fork_with_crashes(
     return result
 
 
-def made_in_tree(*names: str) -> Callable[[Work, Plan], None]:
+def made_in_tree(*names: str) -> Callable[[Workspace, Plan], None]:
     """What a process leaves that died in the middle of these files."""
 
-    def make(work: Work, plan: Plan) -> None:
+    def make(work: Workspace, plan: Plan) -> None:
         for name in names:
             os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=work.tree_fd))
 
     return make
 
 
-def linked_in_tree(*names: str) -> Callable[[Work, Plan], None]:
-    def make(work: Work, plan: Plan) -> None:
+def linked_in_tree(*names: str) -> Callable[[Workspace, Plan], None]:
+    def make(work: Workspace, plan: Plan) -> None:
         for name in names:
             os.link("first", name, src_dir_fd=work.tree_fd, dst_dir_fd=work.tree_fd)
 
@@ -266,10 +266,10 @@ def _touched(path: Path) -> Path:
     return path
 
 
-def _links_unless_walked_first(names: tuple[str, ...]) -> Callable[[Work, Plan], None]:
+def _links_unless_walked_first(names: tuple[str, ...]) -> Callable[[Workspace, Plan], None]:
     """The walk's first name of a file is the file; the others are links to it."""
 
-    def make(work: Work, plan: Plan) -> None:
+    def make(work: Workspace, plan: Plan) -> None:
         made = os.listdir(work.tree_fd)
         if "first" in made:
             linked_in_tree(*names)(work, plan)
@@ -312,7 +312,7 @@ def test_a_first_try_replaces_nothing_whatever_the_filesystem(fresh: Fresh) -> N
     file(source / "state")
     spec, books, ticker = spec_of(source, place / "fork", reflink="never"), Books(), Ticker(go_on)
     with (
-        open_ends(Roots(), spec.source, spec.destination) as ends,
+        open_endpoints(Roots(), spec.source, spec.destination) as ends,
         Staging.claim(ends.parent_fd, spec.fork_id, wait=0) as staging,
     ):
         plan = start(ends, staging, spec, CHUNKED, ticker, books)

@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from tasks.copier import manifest
-from tasks.copier.clone import Cloner
-from tasks.copier.ends import open_ends
+from tasks.copier.clone.file import Cloner
+from tasks.copier.endpoints import open_endpoints
 from tasks.copier.errors import Code, ForkError
-from tasks.copier.kernel.roots import Roots
+from tasks.copier.fork.plan import Chunk, Plan, make_plan
 from tasks.copier.options import Limits
-from tasks.copier.plan import Chunk, Plan, make_plan
 from tasks.copier.progress import Ticker
 from tasks.copier.report import Report
-from tasks.copier.staging import Staging
-from tasks.copier.work import open_work
+from tasks.copier.roots import Roots
+from tasks.copier.source import manifest
+from tasks.copier.staging.staging import Staging
+from tasks.copier.staging.workspace import open_work
 from tests.engine.forking import INLINE, MIB, assert_alike, fork_with_books, go_on, spec_of
 from tests.fixtures.filesystems import Fresh, Kind
 from tests.support.guests import make_sparse_file
@@ -70,7 +70,7 @@ class Crew:
 def planned(source: Path, limits: Limits, crew: Crew | None = None, **options: Any) -> Planned:
     spec = spec_of(source, source.parent / "fork", **options)
     with ExitStack() as stack:
-        ends = stack.enter_context(open_ends(Roots(), spec.source, spec.destination))
+        ends = stack.enter_context(open_endpoints(Roots(), spec.source, spec.destination))
         staging = stack.enter_context(Staging.claim(ends.parent_fd, spec.fork_id, wait=0))
         journal = staging.begin(spec.to_data(), None)
         work = stack.enter_context(open_work(ends, staging, spec.options, staging.make_tree(journal)))

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from tasks.copier.errors import ErrorRecord, ForkError
-from tasks.copier.kernel.roots import Roots
+from tasks.copier.fork.single import clone_file
 from tasks.copier.options import Limits, Options
 from tasks.copier.progress import Progress
-from tasks.copier.single import clone_file
-from tasks.copier.trial import try_out
+from tasks.copier.roots import Roots
+from tasks.copier.staging.self_test import try_out
 from tests.engine.campaigning import campaign, codes, counts, destinations
 from tests.engine.forking import fork, forked, leftovers
 from tests.fixtures.filesystems import Fresh

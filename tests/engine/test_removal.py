@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tasks.copier.kernel import syscalls, trees
-from tasks.copier.staging import Staging
+from tasks.copier.staging.staging import Staging
 from tests.engine.children import Child
 from tests.engine.forking import leftovers
 from tests.fixtures.filesystems import Fresh, bind_mounted, make_subvolume

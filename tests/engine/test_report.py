@@ -10,6 +10,7 @@ from dataclasses import asdict
 import pytest
 
 from tasks.copier.errors import Code, ErrorRecord, ForkError, describe, from_errno, from_record, from_source
+from tasks.copier.fork_spec import ForkSpec
 from tasks.copier.options import Options
 from tasks.copier.report import (
     PAGE_RESULTS,
@@ -21,7 +22,6 @@ from tasks.copier.report import (
     join_ranges,
     unpack_pages,
 )
-from tasks.copier.spec import ForkSpec
 from tests.support.pages import page_of
 
 BROKEN: ErrorRecord = {"code": "io_error", "message": "it broke", "path": "/a", "errno": errno.EIO}

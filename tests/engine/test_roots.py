@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tasks.copier.errors import Code, ForkError
-from tasks.copier.kernel.roots import Roots, is_inside, normal_path
+from tasks.copier.roots import Roots, is_inside, normal_path
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from typing import Literal
 
 import pytest
 
-from tasks.copier.control import control_name
-from tasks.copier.spec import ForkResult
+from tasks.copier.fork_spec import ForkResult
+from tasks.copier.staging.control_directory import control_name
 from tests.engine import staged
 from tests.engine.forking import CHUNKED, Books, assert_alike, fork_with_books, leftovers
 from tests.fixtures.filesystems import Fresh
@@ -39,7 +39,7 @@ def leave(yard: Path, phase: Phase) -> None:
         return
 
     class Dying(Books):
-        def settle(self, result: ForkResult) -> None:
+        def store_result(self, result: ForkResult) -> None:
             raise Lost
 
     with pytest.raises(Lost):

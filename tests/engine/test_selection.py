@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from tasks.copier.control import control_name
 from tasks.copier.options import DEFAULT_EXCLUDE
-from tasks.copier.selection import Selection
+from tasks.copier.source.selection import Selection
+from tasks.copier.staging.control_directory import control_name
 
 
 def left_out(path: str, *, skip: tuple[str, ...] = (), exclude: tuple[str, ...] = (), directory: bool = False) -> bool:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from tasks.copier.errors import Code, ForkError
-from tasks.copier.kernel.roots import Roots
+from tasks.copier.fork.single import clone_file
 from tasks.copier.options import Options
 from tasks.copier.progress import Progress
-from tasks.copier.single import clone_file
+from tasks.copier.roots import Roots
 from tests.fixtures.filesystems import Fresh
 from tests.support.extents import allocated_bytes, sharing
 from tests.support.guests import make_sparse_file

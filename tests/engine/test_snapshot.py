@@ -12,18 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from tasks.copier.control import control_name
-from tasks.copier.ends import open_ends
+from tasks.copier.endpoints import open_endpoints
 from tasks.copier.errors import Code, ForkError
-from tasks.copier.fork import start
-from tasks.copier.gc import collect
-from tasks.copier.journal import Phase
+from tasks.copier.fork.lifecycle import start
+from tasks.copier.fork_spec import ForkResult
 from tasks.copier.kernel import syscalls
-from tasks.copier.kernel.roots import Roots
 from tasks.copier.progress import Progress, Ticker
-from tasks.copier.spec import ForkResult
-from tasks.copier.staging import Staging
-from tasks.copier.takeover import take_over
+from tasks.copier.roots import Roots
+from tasks.copier.staging.control_directory import control_name
+from tasks.copier.staging.gc import collect
+from tasks.copier.staging.journal import Phase
+from tasks.copier.staging.staging import Staging
+from tasks.copier.staging.takeover import take_over
 from tests.engine.children import NOBODY, Child, in_child
 from tests.engine.forking import (
     INLINE,
@@ -507,12 +507,12 @@ def test_nobody_else_gets_into_a_snapshot_before_it_is_published(
     """Its top is 0777 from its first moment, as the source's."""
     seen = []
 
-    def look(progress: Progress) -> None:
+    def poll(progress: Progress) -> None:
         if progress["phase"] == "copy":
             names = leftovers(directory)
             seen.append((len(names), {stat.S_IMODE((directory / name).stat().st_mode) for name in names}))
 
-    by_snapshot(source, directory / "fork", beat=look)
+    by_snapshot(source, directory / "fork", beat=poll)
 
     assert set(map(str, seen)) == {str((2, {0o700}))}
     assert (directory / "fork").stat().st_mode & 0o7777 == 0o777
@@ -551,7 +551,7 @@ def test_a_fork_that_is_killed_on_the_way_leaves_nothing_for_long(
 class _DiesAtTheEnd(Books):
     """A ledger whose process is killed after the rename, before the result is kept."""
 
-    def settle(self, result: ForkResult) -> None:
+    def store_result(self, result: ForkResult) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -571,7 +571,7 @@ def published(directory: Path, source: Path) -> Iterator[Path]:
 def _deliver(source: Path, destination: Path, books: Books) -> Books:
     spec = spec_of(source, destination)
     with (
-        open_ends(Roots(), spec.source, spec.destination) as ends,
+        open_endpoints(Roots(), spec.source, spec.destination) as ends,
         Staging.claim(ends.parent_fd, "fork-1", wait=0) as staging,
     ):
         start(ends, staging, spec, INLINE, Ticker(go_on), books)
@@ -610,9 +610,9 @@ def test_a_paused_fork_that_is_taken_over_ends_without_a_trace(directory: Path, 
     paused = Child(lambda: fork(source, directory / "fork", beat=pause))
     assert os.read(reader, 1) == b"!"
     parent_fd = os.open(directory, os.O_RDONLY)
-    pulse = (directory / control_name("fork-1") / "lock").stat().st_mtime_ns
+    heartbeat = (directory / control_name("fork-1") / "lock").stat().st_mtime_ns
 
-    taken = take_over(parent_fd, "fork-1", pulse)
+    taken = take_over(parent_fd, "fork-1", heartbeat)
 
     assert taken is not None
     assert taken.journal is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.copier import changes
+from tasks.copier.fork import source_changes
 from tasks.copier.options import Limits
 from tasks.copier.progress import Progress
 from tests.engine.forking import assert_alike, forked, refused
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("every_beat")
 @pytest.fixture(autouse=True)
 def _as_if_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """No fork is small enough to be compared as a whole once more."""
-    monkeypatch.setattr(changes, "MOST_FILES", 0)
+    monkeypatch.setattr(source_changes, "MOST_FILES", 0)
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from tasks.copier.control import Held, control_name
-from tasks.copier.journal import Phase
 from tasks.copier.report import Report
-from tasks.copier.staging import Staging
+from tasks.copier.staging.control_directory import Held, control_name
+from tasks.copier.staging.journal import Phase
+from tasks.copier.staging.staging import Staging
 from tests.engine.children import Child
 from tests.engine.forking import leftovers
 from tests.fixtures.filesystems import Fresh

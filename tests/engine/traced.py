@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks.copier.control import control_name
+from tasks.copier.fork_spec import ForkResult
 from tasks.copier.kernel import reflink
 from tasks.copier.report import FileResult
-from tasks.copier.spec import ForkResult
+from tasks.copier.staging.control_directory import control_name
 from tests.engine.forking import CHUNKED, INLINE, fork, fork_with_books
 
 _ROOT = Path(__file__).resolve().parents[2]

@@ -13,11 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import tasks.finish
-import tasks.fork
-from tasks.copier import chunk, fork
-from tasks.copier.staging import Staging
-from tasks.results import Results
+import tasks.fork.finish
+import tasks.fork.start
+from tasks.copier.fork import chunk, lifecycle
+from tasks.copier.staging.staging import Staging
+from tasks.store.results import Results
 from tests.faults.moments import INLINE, directory_of
 
 #: Of the arguments of a function: the fork's id and the moment, or None.
@@ -74,13 +74,13 @@ def _at_chunk(work: Any, plan: Any, piece: Any, *rest: Any) -> tuple[str, str] |
 with suppress(FileExistsError):
     _DIRECTORY.mkdir()
 # A planner does chunks beside its walk, as many as time allows; here each is a task, so that each has its moment.
-setattr(tasks.fork, "Vanguard", lambda work, ticker: None)  # noqa: B010
+setattr(tasks.fork.start, "EarlyChunks", lambda work, ticker: None)  # noqa: B010
 _strike(Staging, "begin", before=lambda staging, spec, earlier: (spec["fork_id"], "begin uncounted"))
 _strike(Staging, "make_tree", before=_at("no tree"))
-_strike(fork, "make_plan", before=_at("plan"))
-_strike(fork, "run_chunk", before=_at(INLINE))
+_strike(lifecycle, "make_plan", before=_at("plan"))
+_strike(lifecycle, "run_chunk", before=_at(INLINE))
 _strike(chunk, "run_chunk", before=_at_chunk)
-_strike(tasks.finish, "finish", before=_at("finish uncounted"))
-_strike(fork, "close_tree", before=_at("finish"))
+_strike(tasks.fork.finish, "finish", before=_at("finish uncounted"))
+_strike(lifecycle, "close_tree", before=_at("finish"))
 _strike(Staging, "publish", before=_at("before the rename"), after=_at("after the rename"))
-_strike(Results, "settle", after=lambda results, job_id, result: (job_id, "settled"))
+_strike(Results, "store_result", after=lambda results, job_id, result: (job_id, "settled"))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.copier.control import control_name
+from tasks.copier.staging.control_directory import control_name
 from tests.engine.children import NOBODY, Child, in_child
 from tests.engine.forking import assert_alike
 from tests.faults.rights import worker_of_few_rights

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tasks.copier.fork_spec import ForkResult
 from tasks.copier.options import Limits
-from tasks.copier.spec import ForkResult
 from tests.engine.children import NOBODY, in_child
 from tests.engine.forking import CHUNKED, INLINE, MIB, assert_alike, fork, leftovers
 from tests.fixtures.filesystems import Fresh, SmallTmpfs

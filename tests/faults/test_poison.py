@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tasks.copier.chunk import MAX_TRIES
-from tasks.message import MAX_LOSSES
+from tasks.copier.fork.chunk import MAX_TRIES
+from tasks.delivery.message import MAX_LOSSES
 from tests.faults.fleet import Guests, StartStruck, Struck, assert_served_and_clean
 from tests.faults.moments import INLINE, MOMENTS, PUBLISHED, Moments
 from tests.fixtures.processes import wait_until

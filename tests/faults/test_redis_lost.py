@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from redis.exceptions import OutOfMemoryError
 
-from tasks.campaigns.results import CampaignResults
-from tasks.copier.campaigns.batch import failed_outcome
-from tasks.copier.campaigns.spec import Aims, CampaignSpec
-from tasks.copier.control import control_name
+from tasks.copier.campaign.batch import failed_outcome
+from tasks.copier.campaign.spec import Aims, CampaignSpec
 from tasks.copier.errors import cancelled
-from tasks.copier.spec import ForkResult
+from tasks.copier.fork_spec import ForkResult
+from tasks.copier.staging.control_directory import control_name
+from tasks.store.campaign_results import CampaignResults
 from tests.faults.fleet import CHILDREN, Guests, StartStruck, Struck, assert_served_and_clean, go_on, stand_at
 from tests.faults.moments import INLINE, PUBLISHED, Moments
 from tests.fixtures.processes import wait_until
@@ -142,11 +142,11 @@ def test_full_redis_takes_nothing_of_the_forks_of_a_batch(own_scheduler: Schedul
     redis.config_set("maxmemory", "1")
 
     with pytest.raises(OutOfMemoryError):
-        campaign.settle(0, outcomes)
+        campaign.store_outcomes(0, outcomes)
 
     assert redis.dbsize() == 0
     redis.config_set("maxmemory", "0")
-    campaign.settle(0, outcomes)
+    campaign.store_outcomes(0, outcomes)
     assert campaign.sums()["forks.cancelled"] == 3
     assert [fork["fork_id"] for fork in campaign.forks(1, 3)] == ["c.1", "c.2", "c.3"]
 

@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from tasks.campaigns.request import campaign_of, summary_of
-from tasks.campaigns.results import CampaignResults
-from tasks.context import CONCLUDE_TASK, Context, Send
-from tasks.copier.control import control_name
-from tasks.copier.kernel.roots import Roots
+from tasks.context import Context, Send
+from tasks.contract.campaign_request import campaign_of, summary_of
+from tasks.copier.fork_spec import ForkSpec
 from tasks.copier.options import Limits
-from tasks.copier.spec import ForkSpec
-from tasks.copier.staging import Staging
-from tasks.results import Claim, Results
+from tasks.copier.roots import Roots
+from tasks.copier.staging.control_directory import control_name
+from tasks.copier.staging.staging import Staging
+from tasks.names import FINISH_CAMPAIGN_TASK
+from tasks.store.campaign_results import CampaignResults
+from tasks.store.results import Claim, Results
 from tasks.sweep import remove_abandoned, run_sweep, sweep_forks
 from tests.faults.fleet import CHILDREN, Guests, StartStruck, Struck, assert_served_and_clean, stand_at
 from tests.faults.moments import Moments
@@ -212,7 +213,7 @@ def test_campaign_whose_staging_was_replaced_ends_and_others_are_served(
 
     # When a sweep sends it again
     system.scheduler.app.send_task(
-        CONCLUDE_TASK, kwargs={"home": destinations[0]}, task_id="c1", queue=f"{QUEUE}#finish"
+        FINISH_CAMPAIGN_TASK, kwargs={"home": destinations[0]}, task_id="c1", queue=f"{QUEUE}#finish"
     )
 
     # Then it ends, with nothing made, and the worker serves another fork

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from tasks.copier.fork_spec import ForkResult
 from tasks.copier.kernel import reflink
 from tasks.copier.options import Limits
-from tasks.copier.spec import ForkResult
 from tests.engine.forking import CHUNKED, INLINE, MIB, assert_alike, fork, leftovers
 from tests.faults.injecting import Call, Traced, calls_of
 from tests.fixtures.filesystems import Fresh, Kind

@@ -14,7 +14,7 @@ from tests.fixtures.processes import wait_until
 from tests.system.books import identity
 from tests.system.running import send
 from tests.system.scheduler import UNACKED
-from worker.configuration import make_app
+from worker.runtime.configuration import make_app
 from worker.settings import read_settings
 
 #: Seconds for another worker to have done all that a dead one had begun; the visibility timeout is 5 s here.

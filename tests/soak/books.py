@@ -12,8 +12,8 @@ from typing import Any, cast
 
 from celery import states
 
+from tasks.copier.fork_spec import ForkResult
 from tasks.copier.report import FileResult
-from tasks.copier.spec import ForkResult
 from tests.soak.jobs import Job
 from tests.support.tree import Entry, snapshot
 from tests.system.books import check_books, check_fork_result

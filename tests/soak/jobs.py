@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tasks.copier.control import control_name
+from tasks.copier.staging.control_directory import control_name
 from tests.soak.plants import Plant, plant
 from tests.support.guests import MIB, make_sparse_file
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.copier.control import control_name
+from tasks.copier.staging.control_directory import control_name
 
 #: The other user.
 _STRANGER = 1000

@@ -8,8 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from tasks.copier.fork_spec import ForkResult
 from tasks.copier.report import FileResult
-from tasks.copier.spec import ForkResult
 
 FORK_FIELDS = {
     "fork_id",

@@ -9,9 +9,9 @@ from typing import Any, cast
 
 from celery.result import AsyncResult
 
-from tasks.campaigns.results import CampaignResults
-from tasks.copier.campaigns.spec import CampaignResult
-from tasks.copier.spec import ForkResult
+from tasks.copier.campaign.spec import CampaignResult
+from tasks.copier.fork_spec import ForkResult
+from tasks.store.campaign_results import CampaignResults
 from tests.support.tree import snapshot
 from tests.system.books import check_books, check_fork_result
 from tests.system.scheduler import QUEUE, Scheduler

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NamedTuple
 
-from tasks.context import SWEEP_TASK
+from tasks.names import SWEEP_TASK
 from tests.fixtures.redis_server import RedisServer
 from tests.system.scheduler import QUEUES
 

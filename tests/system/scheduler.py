@@ -15,13 +15,13 @@ import redis
 from celery import Celery
 from celery.result import AsyncResult
 
-from tasks.context import SWEEP_TASK
+from tasks.copier.fork_spec import ForkResult
 from tasks.copier.report import FileResult
-from tasks.copier.spec import ForkResult
-from tasks.results import Results
+from tasks.names import SWEEP_TASK
+from tasks.store.results import Results
 from tests.fixtures.processes import wait_until
 from tests.fixtures.redis_server import RedisServer
-from worker.configuration import UNACKED_KEY
+from worker.runtime.configuration import UNACKED_KEY
 
 QUEUE = "forkvm"
 #: All queues of the default domain, and kombu's books of what was delivered and not acknowledged.

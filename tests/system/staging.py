@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tasks.copier.control import control_name
+from tasks.copier.staging.control_directory import control_name
 
 
 class StagingView:

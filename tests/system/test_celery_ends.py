@@ -19,7 +19,7 @@ from tests.system.messages import Recorder, deliver
 from tests.system.running import System, send, spin_until
 from tests.system.scheduler import QUEUE, Scheduler, states
 from tests.system.staging import StagingView
-from worker.configuration import make_app
+from worker.runtime.configuration import make_app
 from worker.settings import read_settings
 
 #: Ways of Celery's clients to end a task, each with the id of the fork.

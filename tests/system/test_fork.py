@@ -125,7 +125,7 @@ def test_states_of_a_large_fork_are_started_then_progress_then_success(
 ) -> None:
     seen: list[str] = []
 
-    def look() -> bool:
+    def poll() -> bool:
         state = str(scheduler.results.state("fork-states")["status"])
         if not seen or seen[-1] != state:
             seen.append(state)
@@ -133,7 +133,7 @@ def test_states_of_a_large_fork_are_started_then_progress_then_success(
 
     with scheduler.watching("fork-states") as records:
         sent = scheduler.send({"source": str(large_source), "destination": str(place / "b")}, "fork-states")
-        spin_until(look, "the end", 40)
+        spin_until(poll, "the end", 40)
         result = scheduler.wait(sent)
 
     # Then each state has its turn, with no way back

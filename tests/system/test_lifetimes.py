@@ -9,8 +9,8 @@ import pytest
 from redis import Redis
 
 from tasks.context import Context
-from tasks.copier.kernel.roots import Roots
 from tasks.copier.options import Limits
+from tasks.copier.roots import Roots
 from tasks.sweep import remove_abandoned
 from tests.engine.forking import assert_alike
 from tests.fixtures.filesystems import Fresh, fresh_directory

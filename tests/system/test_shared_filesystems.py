@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from tasks.copier.fence import marked, prove
-from tasks.copier.staging import Staging
+from tasks.copier.staging.shared_filesystems import marked, prove
+from tasks.copier.staging.staging import Staging
 from tests.engine.forking import forked
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.fuse import Bindfs, Passthrough
@@ -58,7 +58,7 @@ def test_a_second_host_that_does_not_see_the_locks_of_the_first_does_not_start(
         assert "Traceback" not in refused.output()
     found = checks(run_forkvm, redis_server, other)[f"locks in {other}"]
     assert (found["verdict"], "are not shared" in found["found"]) == ("bad", True)
-    assert "FUSE: a filesystem that forwards flock" in found["mend"]
+    assert "FUSE: a filesystem that forwards flock" in found["fix"]
     assert first.running
     assert len(markers(backing)) == 1
     first.term()
@@ -266,7 +266,7 @@ def test_gc_keeps_the_staging_of_a_host_that_does_not_share_its_locks(
     backing = fresh("ext4")
     one, other = passthrough(backing), passthrough(backing)
     fd = os.open(one, os.O_RDONLY)
-    with Staging.claim(fd, "a fork", 0) as staging, staging.beating():
+    with Staging.claim(fd, "a fork", 0) as staging, staging.with_heartbeat():
         os.utime(backing / staging.name, (0, 0))  # its lock alone is touched from now on
 
         live = run_forkvm("gc", other, env=program_environment(redis_server))

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from tasks.copier.acl import mode_without_acl
+from tasks.copier.clone.acl import mode_without_acl
 
 USER_OBJ, USER, GROUP_OBJ, GROUP, MASK, OTHER = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
 

@@ -11,16 +11,16 @@ from typing import Any
 import fakeredis
 import pytest
 
-from tasks.campaigns.campaign import run_campaign
-from tasks.campaigns.conclude import run_conclude
-from tasks.campaigns.request import campaign_of
-from tasks.campaigns.results import CampaignResults
-from tasks.context import LOCK_WAIT, Again, Context
-from tasks.copier.campaigns.spec import CampaignResult, campaign_result
-from tasks.copier.kernel.roots import Roots
+from tasks.campaign.finish import run_finish_campaign
+from tasks.campaign.start import run_campaign
+from tasks.context import LOCK_WAIT, Context, RetryLater
+from tasks.contract.campaign_request import campaign_of
+from tasks.copier.campaign.spec import CampaignResult, campaign_result
 from tasks.copier.options import Limits
-from tasks.copier.staging import Staging
-from tasks.results import Results
+from tasks.copier.roots import Roots
+from tasks.copier.staging.staging import Staging
+from tasks.store.campaign_results import CampaignResults
+from tasks.store.results import Results
 from tests.fixtures.processes import wait_until
 
 
@@ -67,7 +67,7 @@ def test_a_delivery_that_waited_for_the_conclusion_gives_its_result_and_makes_no
     with Staging.claim(parent_fd, "c", wait=0) as staging:
         late.start()
         wait_until(lambda: yard.results.claim_of("c") is not None, "the delivery")
-        CampaignResults(yard.results, "c").settle_campaign(concluded)
+        CampaignResults(yard.results, "c").store_campaign_result(concluded)
         staging.remove()
     late.join()
 
@@ -85,22 +85,22 @@ def test_a_delivery_that_comes_while_the_first_one_ends_a_cancelled_campaign_wai
     # Given a campaign that was cancelled, and whose forks are settled, but not yet itself
     yard.results.cancel("c")
     at_the_end, go_on = threading.Event(), threading.Event()
-    settle = CampaignResults.settle_campaign
+    store_outcomes = CampaignResults.store_campaign_result
 
     def slowly(self: CampaignResults, result: CampaignResult) -> None:
         at_the_end.set()
         go_on.wait()
-        settle(self, result)
+        store_outcomes(self, result)
 
     told: list[object] = []
 
     def deliver_again() -> None:
         try:
             told.append(yard.deliver())
-        except Again:
+        except RetryLater:
             told.append("again")
 
-    monkeypatch.setattr(CampaignResults, "settle_campaign", slowly)
+    monkeypatch.setattr(CampaignResults, "store_campaign_result", slowly)
     answers: list[CampaignResult | None] = []
     first = threading.Thread(target=lambda: answers.append(yard.deliver()), daemon=True)
     first.start()
@@ -132,7 +132,7 @@ def test_what_a_process_left_that_died_after_the_result_goes_with_the_next_deliv
     os.close(parent_fd)
 
     # When
-    told = yard.deliver() if again == "campaign" else run_conclude(yard.context, "c", str(yard.path / "a"))
+    told = yard.deliver() if again == "campaign" else run_finish_campaign(yard.context, "c", str(yard.path / "a"))
 
     # Then
     assert told == result
@@ -145,7 +145,7 @@ def test_a_campaign_whose_refusal_was_cut_short_ends_with_the_same_error(
     # Given one that was refused for its source, by a process that died before it had settled the whole
     yard.request["source"] = str(yard.path / "missing")
     with monkeypatch.context() as patch:
-        patch.setattr(CampaignResults, "settle_campaign", _die)
+        patch.setattr(CampaignResults, "store_campaign_result", _die)
         with pytest.raises(Died):
             yard.deliver()
     (yard.path / "missing").mkdir()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tasks.campaigns.request import campaign_of, refused_campaign, summary_of
+from tasks.contract.campaign_request import campaign_of, refused_campaign, summary_of
 from tasks.copier.errors import Code, ForkError
 
 

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 import fakeredis
 import pytest
 
-from tasks.campaigns.results import CampaignResults
-from tasks.copier.campaigns.batch_record import Outcome
-from tasks.copier.campaigns.spec import MOST_FAILURES, Aims, CampaignSpec, campaign_result
+from tasks.copier.campaign.batch_record import Outcome
+from tasks.copier.campaign.spec import MOST_FAILURES, Aims, CampaignSpec, campaign_result
 from tasks.copier.errors import Code, ForkError
+from tasks.copier.fork_spec import Clock, failed, succeeded
 from tasks.copier.report import Report
-from tasks.copier.spec import Clock, failed, succeeded
-from tasks.lifetimes import OPEN_SECONDS
-from tasks.results import Results
+from tasks.store.campaign_results import CampaignResults
+from tasks.store.lifetimes import OPEN_SECONDS
+from tasks.store.results import Results
 
 EXPIRES = 3600
 
@@ -73,7 +73,7 @@ def test_what_is_settled_is_kept_as_celerys_state_and_as_the_forks_result(
 ) -> None:
     good, bad, ended = outcomes(0, 1), outcomes(1, 1, Code.NO_SPACE), outcomes(2, 1, Code.CANCELLED)
 
-    campaign.settle(0, good + bad + ended)
+    campaign.store_outcomes(0, good + bad + ended)
 
     states = [json.loads(redis.get(f"celery-task-meta-c.{n}") or b"") for n in (1, 2, 3)]
     assert [state["status"] for state in states] == ["SUCCESS", "FAILURE", "REVOKED"]
@@ -84,13 +84,13 @@ def test_what_is_settled_is_kept_as_celerys_state_and_as_the_forks_result(
 
 
 def test_a_run_is_settled_once_however_often_it_is_told(campaign: CampaignResults) -> None:
-    assert not campaign.is_settled(8)
+    assert not campaign.has_outcomes(8)
 
     for _ in range(3):
-        campaign.settle(8, outcomes(8, 4) + outcomes(12, 2, Code.NO_SPACE))
+        campaign.store_outcomes(8, outcomes(8, 4) + outcomes(12, 2, Code.NO_SPACE))
 
-    assert campaign.is_settled(8)
-    assert not campaign.is_settled(9)
+    assert campaign.has_outcomes(8)
+    assert not campaign.has_outcomes(9)
     assert campaign.sums()["forks.succeeded"] == 4
     assert campaign.sums()["forks.failed"] == 2
     assert campaign.sums()["files.total"] == 12
@@ -102,7 +102,7 @@ def test_results_of_several_pages_are_read_back_in_order(campaign: CampaignResul
     long = [str(n) for n in range(12)]
     names = tuple(part for name in long for part in (name, ""))
 
-    campaign.settle(0, [*outcomes(0, 1), *outcomes(1, 1, names=names), *outcomes(2, 1, names=names[:4])])
+    campaign.store_outcomes(0, [*outcomes(0, 1), *outcomes(1, 1, names=names), *outcomes(2, 1, names=names[:4])])
 
     found = [[file["path"] for file in campaign.results.files(f"c.{n}")] for n in (1, 2, 3)]
     assert found == [["x", "y"], long, long[:2]]
@@ -110,22 +110,22 @@ def test_results_of_several_pages_are_read_back_in_order(campaign: CampaignResul
 
 def test_forks_come_in_order_and_whole_over_every_page(campaign: CampaignResults) -> None:
     for first in range(1100, -1, -100):
-        campaign.settle(first, outcomes(first, 100))
+        campaign.store_outcomes(first, outcomes(first, 100))
 
     assert [fork["fork_id"] for fork in campaign.forks(1, 1200)] == [f"c.{n}" for n in range(1, 1201)]
     assert [fork["fork_id"] for fork in campaign.forks(501, 2)] == ["c.501", "c.502"]
 
 
 def test_forks_that_have_not_ended_are_left_out(campaign: CampaignResults) -> None:
-    campaign.settle(3, outcomes(3, 2))
-    campaign.settle(700, outcomes(700, 1))
+    campaign.store_outcomes(3, outcomes(3, 2))
+    campaign.store_outcomes(700, outcomes(700, 1))
 
     assert [fork["fork_id"] for fork in campaign.forks(1, 1200)] == ["c.4", "c.5", "c.701"]
 
 
 def test_failures_are_the_first_in_the_order_of_the_forks_and_bounded_in_bytes(campaign: CampaignResults) -> None:
     for first in (180, 60, 240, 0, 120):  # as the batches of several children end
-        campaign.settle(first, outcomes(first, 60, Code.NO_SPACE, path="/" + "x" * 4000 + "\udcff" * 80))
+        campaign.store_outcomes(first, outcomes(first, 60, Code.NO_SPACE, path="/" + "x" * 4000 + "\udcff" * 80))
 
     failures = campaign.failures()
     result = campaign_result(spec_of(300), campaign.sums(), failures)
@@ -138,9 +138,9 @@ def test_failures_are_the_first_in_the_order_of_the_forks_and_bounded_in_bytes(c
 
 
 def test_failures_that_are_settled_together_leave_room_for_those_between_them(campaign: CampaignResults) -> None:
-    campaign.settle(0, outcomes(0, 1, Code.IO_ERROR) + outcomes(9, 1, Code.IO_ERROR))
-    campaign.settle(4, outcomes(4, 2, Code.NO_SPACE))
-    campaign.settle(1, outcomes(1, 3, Code.NO_SPACE))
+    campaign.store_outcomes(0, outcomes(0, 1, Code.IO_ERROR) + outcomes(9, 1, Code.IO_ERROR))
+    campaign.store_outcomes(4, outcomes(4, 2, Code.NO_SPACE))
+    campaign.store_outcomes(1, outcomes(1, 3, Code.NO_SPACE))
 
     assert [failure["fork_id"] for failure in campaign.failures()] == [f"c.{n}" for n in (1, 2, 3, 4, 5, 6, 10)]
 
@@ -153,12 +153,12 @@ def test_batches_are_done_once_they_are_told(campaign: CampaignResults) -> None:
 
 
 def test_progress_is_told_until_the_campaign_has_ended(redis: fakeredis.FakeRedis, campaign: CampaignResults) -> None:
-    campaign.settle(0, outcomes(0, 3) + outcomes(3, 1, Code.NO_SPACE))
+    campaign.store_outcomes(0, outcomes(0, 3) + outcomes(3, 1, Code.NO_SPACE))
 
-    campaign.tell(spec_of(10), campaign.sums(), planned_at=1.0)
+    campaign.publish_progress(spec_of(10), campaign.sums(), planned_at=1.0)
     told = campaign.results.state("c")
     redis.set("celery-task-meta-c", json.dumps({"status": "SUCCESS", "result": None}), ex=EXPIRES)
-    campaign.tell(spec_of(10), campaign.sums(), planned_at=1.0)
+    campaign.publish_progress(spec_of(10), campaign.sums(), planned_at=1.0)
 
     assert told["status"] == "PROGRESS"
     progress = told["result"]
@@ -189,7 +189,7 @@ def test_a_clients_cancel_is_a_reason_to_end_early(campaign: CampaignResults) ->
 def test_the_final_result_is_kept(campaign: CampaignResults) -> None:
     result = campaign_result(spec_of(3), {"forks.succeeded": 3}, [])
 
-    campaign.settle_campaign(result)
+    campaign.store_campaign_result(result)
 
     assert campaign.result() == result
     assert result["status"] == "succeeded"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import kombu.compression
 import pytest
 
-from worker.compression import Undecodable, decompress
+from worker.runtime.compression import Undecodable, decompress
 
 BODY = b'[[], {"request": {}}, {}]' * 100
 

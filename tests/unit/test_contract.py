@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tasks.contract import parse, spec_of
+from tasks.contract.fork_request import parse, spec_of
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.options import DEFAULT_EXCLUDE, PRESERVE_ALL
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from worker.configuration import make_app
 from worker.cpus import available_cpus, cpu_quotas, cpus_within
-from worker.node_name import node_name
+from worker.runtime.configuration import make_app
+from worker.runtime.node_name import node_name
 from worker.settings import BadSettings, read_settings
 
 #: Prints what a process counts, and what Celery would start for it with nothing set.
 COUNT = """
-from worker.configuration import make_app
+from worker.runtime.configuration import make_app
 from worker.cpus import available_cpus
 from worker.settings import read_settings
 print(available_cpus(), make_app(read_settings()).conf.worker_concurrency)
@@ -160,7 +160,7 @@ def test_node_without_a_name_has_one_of_its_own() -> None:
 
 def test_name_is_free_again_when_its_process_has_ended() -> None:
     name = f"rack-8-{os.getpid()}"
-    ask = [sys.executable, "-c", f"from worker.node_name import node_name; print(node_name({name!r}, 'host'))"]
+    ask = [sys.executable, "-c", f"from worker.runtime.node_name import node_name; print(node_name({name!r}, 'host'))"]
 
     answers = [subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip() for _ in range(2)]
 

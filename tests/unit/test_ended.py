@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from tasks.copier.errors import ForkError
-from tasks.copier.kernel.roots import Roots
+from tasks.copier.fork_spec import Clock, ForkResult, ForkSpec, succeeded
 from tasks.copier.report import Totals
-from tasks.copier.spec import Clock, ForkResult, ForkSpec, succeeded
-from tasks.ended import EndedForks
-from tasks.ended_record import EndedFork, EndedRecord
-from tasks.ended_store import KEPT_SECONDS, EndedStore, Note
+from tasks.copier.roots import Roots
+from tasks.store.ended import EndedForks
+from tasks.store.ended_files import KEPT_SECONDS, EndedStore, Note
+from tasks.store.ended_record import EndedFork, EndedRecord
 
 RECORD = EndedRecord("digest", 7, {3: EndedFork(11, 12, '{"a":1}', {"all": [b"x", b"yz\n"]})})
 

@@ -20,7 +20,7 @@ from redis.exceptions import (
     WatchError,
 )
 
-from tasks.redis_errors import cause, is_passing, wait_out
+from tasks.store.redis_errors import cause, is_passing, wait_out
 
 PASSING = [
     ConnectionError("Connection refused"),

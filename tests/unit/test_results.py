@@ -10,11 +10,11 @@ import fakeredis
 import pytest
 
 from tasks.copier.errors import Code, ForkError
+from tasks.copier.fork_spec import Clock, ForkResult, ForkSpec, failed, succeeded
 from tasks.copier.progress import Progress
 from tasks.copier.report import FileResult, Totals
-from tasks.copier.spec import Clock, ForkResult, ForkSpec, failed, succeeded
-from tasks.lifetimes import OPEN_SECONDS
-from tasks.results import Claim, Results
+from tasks.store.lifetimes import OPEN_SECONDS
+from tasks.store.results import Claim, Results
 from tests.support.pages import page_of
 
 EXPIRES = 3600
@@ -101,7 +101,7 @@ def test_first_claim_alone_is_told_and_makes_the_fork_started_and_open(
 @pytest.mark.parametrize("cause", [None, ForkError(Code.NO_SPACE, "it is full", "/b-\udcff", 28)])
 def test_claim_on_an_id_whose_fork_has_ended_tells_the_result(results: Results, cause: ForkError | None) -> None:
     results.claim("fork-1", _claim())
-    results.settle("fork-1", _result(cause=cause))
+    results.store_result("fork-1", _result(cause=cause))
 
     assert results.claim("fork-1", _claim("forkvm.other"))[:2] == (_claim(), results.result("fork-1"))
 
@@ -135,7 +135,7 @@ def test_settled_result_is_read_back_as_it_was(results: Results, cause: ForkErro
     assert results.result("fork-1") is None
     result = _result(cause=cause)
 
-    results.settle("fork-1", result)
+    results.store_result("fork-1", result)
 
     assert results.result("fork-1") == result
     assert results.result("fork-2") is None
@@ -145,14 +145,14 @@ def test_result_and_cancellation_are_looked_up_at_once(results: Results) -> None
     assert results.standing("fork-1") == (None, False)
     result = _result("fork-2")
     results.cancel("fork-1")
-    results.settle("fork-2", result)
+    results.store_result("fork-2", result)
 
     assert results.standing("fork-1") == (None, True)
     assert results.standing("fork-2") == (result, False)
 
 
 def test_what_is_stored_is_ascii_json_for_any_client(results: Results, redis: fakeredis.FakeRedis) -> None:
-    results.settle("fork-1", _result())
+    results.store_result("fork-1", _result())
 
     stored = redis.get("forkvm:fork-1:result")
     assert isinstance(stored, bytes)
@@ -258,10 +258,10 @@ def test_state_is_pending_before_anything_is_known(results: Results) -> None:
 
 
 def test_progress_is_the_sum_over_the_parts_in_celerys_form(results: Results) -> None:
-    results.tell("fork-1", "plan", _progress(1, 10))
-    results.tell("fork-1", "0", _progress(2, 20))
-    results.tell("fork-1", "1", _progress(3, 30))
-    results.tell("fork-1", "0", _progress(4, 40))
+    results.publish_progress("fork-1", "plan", _progress(1, 10))
+    results.publish_progress("fork-1", "0", _progress(2, 20))
+    results.publish_progress("fork-1", "1", _progress(3, 30))
+    results.publish_progress("fork-1", "0", _progress(4, 40))
 
     state = results.state("fork-1")
     assert state["status"] == "PROGRESS"
@@ -281,7 +281,7 @@ def test_progress_follows_every_state_that_is_not_final(
 ) -> None:
     _store_state(redis, status)
 
-    results.tell("fork-1", "0", _progress(1, 1))
+    results.publish_progress("fork-1", "0", _progress(1, 1))
 
     assert results.state("fork-1")["status"] == "PROGRESS"
 
@@ -290,7 +290,7 @@ def test_progress_follows_every_state_that_is_not_final(
 def test_progress_never_overwrites_a_final_state(results: Results, redis: fakeredis.FakeRedis, status: str) -> None:
     _store_state(redis, status)
 
-    results.tell("fork-1", "0", _progress(1, 1))
+    results.publish_progress("fork-1", "0", _progress(1, 1))
 
     assert results.state("fork-1")["status"] == status
 
@@ -314,9 +314,9 @@ def test_progress_does_not_overwrite_a_final_state_that_comes_while_it_is_told(
         return decoded
 
     _store_state(redis, "STARTED")
-    monkeypatch.setattr("tasks.results.json.loads", loads_and_finish)
+    monkeypatch.setattr("tasks.store.results.json.loads", loads_and_finish)
 
-    results.tell("fork-1", "0", _progress(1, 1))
+    results.publish_progress("fork-1", "0", _progress(1, 1))
 
     assert reads
     assert results.state("fork-1")["status"] == "SUCCESS"
@@ -328,7 +328,7 @@ def test_progress_is_published_for_whoever_waits(results: Results, redis: fakere
         channel.subscribe(STATE)
         channel.get_message(timeout=1)
 
-        results.tell("fork-1", "0", _progress(1, 1))
+        results.publish_progress("fork-1", "0", _progress(1, 1))
 
         message = channel.get_message(timeout=1)
     assert message is not None
@@ -363,7 +363,7 @@ def test_fork_is_open_from_its_claim_until_its_result_and_its_state_are_there(
 
     assert [(fork.fork_id, fork.sign) for fork in results.open_forks("forkvm")] == [("fork-1", -1)]
     assert [fork.fork_id for fork in results.open_forks("forkvm.rack-7")] == ["fork-2"]
-    results.settle("fork-1", _result())
+    results.store_result("fork-1", _result())
     assert [fork.claim for fork in results.open_forks("forkvm")] == [_claim()]
     _store_state(redis, "SUCCESS")
     assert results.open_forks("forkvm") == []

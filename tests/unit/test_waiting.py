@@ -7,7 +7,7 @@ import json
 import pytest
 from fakeredis import FakeRedis
 
-from tasks.waiting import is_waiting
+from tasks.delivery.waiting import is_waiting
 
 QUEUE, UNACKED = "forkvm", "forkvm:unacked"
 

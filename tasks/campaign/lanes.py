@@ -1,0 +1,45 @@
+"""A campaign's batches in the queue: some lanes of them, so that a campaign leaves room for what others send.
+
+The batches of a lane follow one upon the other: who has made one sends the next.
+"""
+
+from __future__ import annotations
+
+from tasks.context import Context
+from tasks.copier.campaign.finish import aborted, late
+from tasks.copier.campaign.plan import Campaign
+from tasks.copier.campaign.spec import forks_done
+from tasks.names import BATCH_TASK, FINISH_CAMPAIGN_TASK
+from tasks.store.campaign_results import CampaignResults
+
+
+def send_batches(context: Context, results: CampaignResults, campaign: Campaign, home: str) -> None:
+    """Send the first batch of each lane that is not done; or, of a campaign that is over, its conclusion."""
+    if is_over(results, campaign):
+        context.send(FINISH_CAMPAIGN_TASK, {"home": home}, campaign.spec.campaign_id)
+        return
+    stride = campaign.plan.batch * campaign.plan.lanes
+    for lane in range(campaign.plan.lanes):
+        for first in range(lane * campaign.plan.batch, campaign.spec.aims.count, stride):
+            if not results.is_batch_done(first):
+                send_batch(context, campaign.spec.campaign_id, home, first)
+                break
+
+
+def send_batch(context: Context, campaign_id: str, home: str, first: int) -> None:
+    """Send the batch that begins with the index `first`."""
+    kwargs = {"campaign_id": campaign_id, "home": home, "first": first}
+    context.send(BATCH_TASK, kwargs, f"{campaign_id}.batch.{first}")
+
+
+def is_over(results: CampaignResults, campaign: Campaign) -> bool:
+    """Whether no further fork is to be begun; notes why, where that is not known yet."""
+    spec, sums = campaign.spec, results.sums()
+    all_ended = forks_done(sums) >= spec.aims.count
+    if all_ended and not sums.get("forks.cancelled"):
+        return True
+    if sums.get("forks.failed") and spec.aims.on_error == "abort":
+        results.end_early(aborted(campaign))
+    elif error := late(campaign, results.results.now):
+        results.end_early(error)
+    return all_ended or results.ended(campaign.spec.source) is not None

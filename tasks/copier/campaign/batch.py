@@ -1,0 +1,368 @@
+"""One batch of a campaign: some of its forks, made in one task, each published by a rename of its own.
+
+What a process that died left of a batch, the next one finds in the records (see `batch_record`) and finishes or
+removes.
+
+**The fence.** Who makes a batch holds the campaign's lock shared, as a chunk does its fork's, and the batch's own lock
+alone: nobody else ever writes into its trees, and when it lets go, all of them are published or removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Protocol
+
+from tasks.copier.campaign import batch_record
+from tasks.copier.campaign.batch_build import build
+from tasks.copier.campaign.batch_record import Outcome, Record
+from tasks.copier.campaign.batch_trees import Tree, Trees, snapshot_trees
+from tasks.copier.campaign.plan import Campaign
+from tasks.copier.campaign.spec import CampaignSpec
+from tasks.copier.clone.file import Cloner
+from tasks.copier.endpoints import Endpoints, destination_exists, reopen_endpoints
+from tasks.copier.errors import Code, ForkError, from_oserror
+from tasks.copier.fork.chunk import MAX_TRIES, worker_lost
+from tasks.copier.fork.lifecycle import Superseded
+from tasks.copier.fork_spec import Clock, ForkSpec, failed, result_of, succeeded
+from tasks.copier.kernel import syscalls, trees
+from tasks.copier.progress import Ticker
+from tasks.copier.report import Fallback, Report
+from tasks.copier.roots import Roots
+from tasks.copier.staging.control_directory import Held
+from tasks.copier.staging.journal import Journal
+from tasks.copier.staging.publishing import cannot_publish, noreplace_refusal
+from tasks.copier.staging.staging import Staging
+from tasks.copier.validation import Malformed
+
+#: How long a batch waits for the control directory in a further parent, in seconds: who makes it holds it shortly.
+_LOCK_WAIT = 5.0
+
+
+class CampaignLedger(Protocol):
+    """Where the outcomes of a campaign's forks are kept. Forks are named by their index in the campaign."""
+
+    def has_outcomes(self, first: int) -> bool:
+        """Whether the outcomes of the run of forks that begins with `first` are kept."""
+
+    def store_outcomes(self, first: int, outcomes: list[Outcome]) -> None:
+        """Keep the outcomes of the run of forks that begins with `first`; once, however often it is called."""
+
+
+def make_batch(
+    campaign: Campaign,
+    roots: Roots,
+    first: int,
+    ticker: Ticker,
+    ledger: CampaignLedger,
+    abort: ForkError | None = None,
+) -> None:
+    """Make the forks of the batch that begins with the index `first`, but for those that are settled; settle them.
+
+    A fork that fails is an outcome. `abort` ends all that are not published; so does ForkError cancelled, which
+    `ticker` may raise. Raises Held while another process makes one of them, Superseded when the batch was taken from
+    this process, and OSError where the staging cannot be written.
+    """
+    for at, destinations in _runs(campaign, first):
+        if not ledger.has_outcomes(at):
+            _make_run(campaign, roots, at, destinations, ticker, ledger, abort)
+
+
+def seize_batch(campaign: Campaign, roots: Roots, first: int) -> None:
+    """Take the batch that begins with the index `first` from a holder that gives no sign of life.
+
+    The rename of its trees decides: when it is done, the holder cannot publish them any more, and what it writes goes
+    into files that are nobody's. What it has published is found by its record. Raises ForkError, Held, OSError.
+    """
+    for at, destinations in _runs(campaign, first):
+        parent_fd, _ = roots.open_parent(destinations[0])
+        try:
+            with _control(campaign, parent_fd, make=False) as staging:
+                if staging is not None:
+                    _seize_run(staging, at)
+        finally:
+            os.close(parent_fd)
+
+
+def _seize_run(staging: Staging, first: int) -> None:
+    records = list(batch_record.read_all(staging, first))
+    staging.seize_chunk(first)  # before the trees: who makes some later sees that the batch is not its own any more
+    for record in records:
+        for name in record.trees.values():
+            _discard(staging, name)
+
+
+def _discard(staging: Staging, name: str) -> None:
+    """Remove a tree that nobody can publish any more from the moment at which that begins."""
+    away = staging.new_tree_name()
+    with suppress(FileNotFoundError):
+        os.rename(name, away, src_dir_fd=staging.parent_fd, dst_dir_fd=staging.parent_fd)
+        staging.discard_named_tree(away, made_as=name)
+
+
+def _runs(campaign: Campaign, first: int) -> Iterator[tuple[int, list[str]]]:
+    """The runs of forks with one parent in a batch: the index of the first, and the destinations."""
+    for _, group in groupby(campaign.destinations(first, campaign.plan.batch), key=os.path.dirname):
+        run = list(group)
+        yield first, run
+        first += len(run)
+
+
+def _make_run(
+    campaign: Campaign,
+    roots: Roots,
+    first: int,
+    destinations: list[str],
+    ticker: Ticker,
+    ledger: CampaignLedger,
+    abort: ForkError | None,
+) -> None:
+    """Make forks that have one parent."""
+    began = time.time()
+    forks = {first + n: campaign.spec.fork(first + n, path, began) for n, path in enumerate(destinations)}
+
+    def refuse(error: ForkError) -> None:
+        ledger.store_outcomes(first, [failed_outcome(fork, abort or error) for fork in forks.values()])
+
+    try:
+        with ExitStack() as opened:
+            try:
+                ends = opened.enter_context(_open_both(campaign, roots, destinations[0]))
+            except ForkError as error:  # a process that died may have published some before
+                abort = abort or error
+                ends = opened.enter_context(_open_parent(campaign, roots, destinations[0]))
+            staging = opened.enter_context(_control(campaign, ends.parent_fd, make=abort is None))
+            if staging is None:
+                raise abort or AssertionError("it was to be made")
+            try:
+                with staging.hold_chunk(first) as begun:
+                    if begun is None:
+                        raise Held(campaign.staging.holder_heartbeat())
+                    if not ledger.has_outcomes(first):  # it may have been, before the lock was ours
+                        run = _Run(campaign, staging, ends, first, begun, forks, ticker)
+                        ledger.store_outcomes(first, run.make(abort))
+                    batch_record.forget(staging, first)
+                    staging.forget_chunk(first)
+            except OSError as error:
+                if batch_record.has_any(staging, first):  # an earlier try may have published some: not to be refused
+                    raise Held(campaign.staging.holder_heartbeat()) from None
+                refuse(from_oserror(error, "working in the staging directory", destinations[0]))
+    except ForkError as error:  # nothing can be made here
+        refuse(error)
+    except OSError as error:
+        refuse(from_oserror(error, "making the staging directory", destinations[0]))
+
+
+def _open_both(campaign: Campaign, roots: Roots, destination: str) -> AbstractContextManager[Endpoints]:
+    return reopen_endpoints(roots, campaign.spec.source, destination, campaign.plan.fork.top.ino)
+
+
+@contextmanager
+def _open_parent(campaign: Campaign, roots: Roots, destination: str) -> Iterator[Endpoints]:
+    """As `_open_both`, without a source: for what can only be taken up or given up. Raises ForkError.
+
+    The home's parent is open already, also where its path leads somewhere else just now. Who gave a batch up for that
+    without a look into it would tell of forks that they failed which another process is about to publish.
+    """
+    parent, name = os.path.split(destination)
+    if parent == campaign.plan.parent:
+        parent_fd = os.dup(campaign.staging.parent_fd)
+    else:
+        parent_fd, name = roots.open_parent(destination)
+    try:
+        yield Endpoints(campaign.spec.source, destination, -1, parent_fd, name)
+    finally:
+        os.close(parent_fd)
+
+
+@contextmanager
+def _control(campaign: Campaign, parent_fd: int, *, make: bool = True) -> Iterator[Staging | None]:
+    """The campaign's control directory in this parent, held shared. Where there is none yet: made, or None."""
+    if os.path.samestat(os.fstat(campaign.staging.parent_fd), os.fstat(parent_fd)):
+        yield campaign.staging
+        return
+    while True:
+        with Staging.attach(parent_fd, campaign.spec.campaign_id, _LOCK_WAIT) as staging:
+            if staging is not None and _is_of(campaign, staging.journal()):
+                yield staging
+                return
+        if not make:
+            yield None
+            return
+        with Staging.claim(parent_fd, campaign.spec.campaign_id, _LOCK_WAIT) as staging:
+            journal = staging.journal()
+            if not _is_of(campaign, journal):
+                if journal is not None:
+                    staging.discard_trees()
+                staging.begin(campaign.spec.to_data(), None)
+
+
+def _is_of(campaign: Campaign, journal: Journal | None) -> bool:
+    """Whether a control directory is this campaign's, and not what a dead one of the same id left."""
+    with suppress(Malformed):
+        return journal is not None and journal.is_campaign and CampaignSpec.from_data(journal.spec) == campaign.spec
+    return False
+
+
+@dataclass
+class _Run:
+    """Forks with one parent, which nobody else makes meanwhile."""
+
+    campaign: Campaign
+    staging: Staging
+    ends: Endpoints
+    first: int
+    #: Which try this is, counted from 1.
+    attempt: int
+    forks: dict[int, ForkSpec]
+    ticker: Ticker
+    #: See `Staging.chunk_lock`.
+    lock: int | None = None
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+
+    def make(self, abort: ForkError | None) -> list[Outcome]:
+        """What becomes of the forks, in order. Raises Superseded, and OSError."""
+        self.lock = self.staging.chunk_lock(self.first)
+        if abort is None and self.attempt > MAX_TRIES:
+            abort = worker_lost(self.campaign.spec.source)
+        try:
+            self._take_up()
+            if abort is None and len(self.outcomes) < len(self.forks):
+                self._make_rest()
+        except OSError as error:
+            abort = abort or from_oserror(error, "working in the staging directory", self.ends.destination)
+        if not self._is_ours():
+            raise Superseded
+        return [
+            self.outcomes.get(index) or failed_outcome(spec, abort or _gone(spec)) for index, spec in self.forks.items()
+        ]
+
+    def _is_ours(self) -> bool:
+        """Whether nobody has taken the batch from this process meanwhile."""
+        return self.staging.chunk_lock(self.first) == self.lock
+
+    def _take_up(self) -> None:
+        """Publish what earlier tries had completed, and remove what they had not."""
+        for record in batch_record.read_all(self.staging, self.first):
+            for index, name in record.trees.items():
+                outcome = self._outcome_of(record, index)
+                if outcome is None:
+                    _discard(self.staging, name)
+                elif self._identity_at_destination(index) == record.identities[index]:
+                    self.outcomes[index] = outcome
+                else:
+                    self._publish(index, name, record.identities[index], outcome)
+        if self.outcomes and self.campaign.spec.options.durability == "sync":
+            os.fsync(self.ends.parent_fd)
+
+    def _outcome_of(self, record: Record, index: int) -> Outcome | None:
+        """What the record says that a complete tree is, if it is one of this run's forks."""
+        outcome, spec = record.outcomes.get(index), self.forks.get(index)
+        if outcome is None or spec is None:
+            return None
+        with suppress(Malformed):
+            result_of(dict(outcome.result), spec)
+            return outcome
+        return None
+
+    def _identity_at_destination(self, index: int) -> int | None:
+        return trees.identity_of(self.ends.parent_fd, os.path.basename(self.forks[index].destination))
+
+    def _make_rest(self) -> None:
+        """Make the forks that have no outcome yet."""
+        missing = {index: spec for index, spec in self.forks.items() if index not in self.outcomes}
+        refusal = noreplace_refusal(self.staging.fd)
+        if refusal is not None:  # in this parent; the campaign may have others
+            for index, spec in missing.items():
+                self.outcomes[index] = failed_outcome(spec, cannot_publish(refusal, spec.destination))
+            return
+        names = {index: self.staging.new_tree_name() for index in missing}
+        record = Record(names)
+        batch_record.write(self.staging, self.first, self.attempt, record)
+        plan, options = self.campaign.plan.fork, self.campaign.spec.options
+        cloner = Cloner(options, {(src, dst): number for src, dst, number in plan.refused}, self.ticker.step)
+        with ExitStack() as opened:
+            made = Trees(self.campaign.staging, self.staging, self.ends, plan, cloner, self.ticker, opened)
+            try:
+                for index, name in names.items():
+                    made.make(index, self.forks[index], name)
+                made.note()
+                if self.campaign.plan.snapshot:
+                    snapshot_trees(made)
+                build(made)
+                self._publish_all(made, record)
+            except ForkError as error:
+                made.fail_all(error)
+            except OSError as error:
+                made.fail_all(from_oserror(error, "working in the staging directory", self.ends.destination))
+        for index, failure in made.failures.items():
+            self.outcomes.setdefault(index, failed_outcome(failure.spec, failure.error, failure.report))
+
+    def _publish_all(self, made: Trees, record: Record) -> None:
+        if not made.complete:
+            return
+        sync = self.campaign.spec.options.durability == "sync"
+        if sync:
+            syscalls.syncfs(made.complete[0].work.tree_fd)
+        for tree in made.complete:
+            record.outcomes[tree.index] = self._succeeded(tree, made.cloner.fallback)
+            record.identities[tree.index] = trees.identity(tree.work.tree_fd)
+        self.ticker.poll_now()
+        if not self._is_ours():
+            raise ForkError(Code.IO_ERROR, "another process took the batch over", self.campaign.spec.source)
+        batch_record.write(self.staging, self.first, self.attempt, record, sync=sync)
+        for tree in made.complete:
+            self._publish(tree.index, tree.name, record.identities[tree.index], record.outcomes[tree.index])
+        if sync:
+            self._sync_parent(made)
+
+    def _publish(self, index: int, tree: str, identity: int, outcome: Outcome) -> None:
+        """Rename a complete tree to its destination; the outcome is what the fork came to."""
+        spec = self.forks[index]
+        try:
+            self.staging.publish_tree(tree, os.path.basename(spec.destination), identity)
+        except FileNotFoundError:
+            return  # somebody removed the tree, or took it from us while we were paused
+        except ForkError as error:
+            outcome = failed_outcome(spec, ForkError(error.code, error.message, spec.destination))
+        except OSError as error:
+            exists = error.errno == errno.EEXIST
+            with suppress(OSError):
+                self.staging.discard_named_tree(tree, identity)
+            cause = cannot_publish(error, spec.destination)
+            outcome = failed_outcome(spec, destination_exists(spec.destination) if exists else cause)
+        self.outcomes[index] = outcome
+
+    def _sync_parent(self, made: Trees) -> None:
+        """Have the renames on the disk; where that fails, none of them was."""
+        parent_fd = self.ends.parent_fd
+        try:
+            os.fsync(parent_fd)
+        except OSError:
+            for tree in made.complete:
+                if self.outcomes.pop(tree.index).result["error"] is None:
+                    name = os.path.basename(tree.spec.destination)
+                    syscalls.rename_noreplace(parent_fd, name, parent_fd, tree.name)
+            raise
+
+    def _succeeded(self, tree: Tree, fallback: Fallback | None) -> Outcome:
+        totals = tree.report.totals
+        totals.fallback = (self.campaign.plan.fallback or fallback) if totals.copied else None
+        clock = Clock(tree.spec.started, planned=tree.spec.started, cloned=time.time())
+        return Outcome(succeeded(tree.spec, totals, 1, clock, subvolume=tree.is_subvolume), tree.report.close())
+
+
+def failed_outcome(spec: ForkSpec, error: ForkError, report: Report | None = None) -> Outcome:
+    """The outcome of a fork that was given up; `report` is what had been done of it."""
+    report = report or Report()
+    return Outcome(failed(spec, error, report.totals, 1, Clock(spec.started)), report.close())
+
+
+def _gone(spec: ForkSpec) -> ForkError:
+    message = "the finished fork is gone: it was moved or removed by someone else"
+    return ForkError(Code.IO_ERROR, message, spec.destination, errno.ENOENT)

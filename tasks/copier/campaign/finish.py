@@ -1,0 +1,122 @@
+"""The end of a campaign: what was not made is given up, and its control directories go."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import cache, partial
+
+from tasks.copier.campaign.batch import CampaignLedger, failed_outcome, make_batch
+from tasks.copier.campaign.batch_record import Outcome
+from tasks.copier.campaign.plan import Campaign
+from tasks.copier.campaign.spec import CampaignSpec
+from tasks.copier.errors import Code, ForkError
+from tasks.copier.progress import Ticker
+from tasks.copier.roots import Roots
+from tasks.copier.staging.control_directory import Held
+from tasks.copier.staging.staging import Staging
+
+#: Forks that were not begun are settled so many at a time.
+_SETTLED_AT_ONCE = 500
+#: Destinations that are looked at at a time.
+_SLICE = 10_000
+
+
+def late(campaign: Campaign, clock: Callable[[], float] = time.time) -> ForkError | None:
+    """The error that ends a campaign whose deadline has passed by the clock of `Aims.deadline`; None before."""
+    if campaign.spec.is_late(clock):
+        return ForkError(Code.CANCELLED, "the campaign's deadline passed", campaign.spec.source)
+    return None
+
+
+def aborted(campaign: Campaign) -> ForkError:
+    """The error that ends what is left of a campaign when `on_error` is abort."""
+    return ForkError(Code.CANCELLED, "another fork of the campaign failed, and on_error is abort", campaign.spec.source)
+
+
+def end_rest(campaign: Campaign, roots: Roots, ticker: Ticker, ledger: CampaignLedger, error: ForkError) -> None:
+    """End every fork that is not published with `error`, and settle it; nothing is left of those that were begun.
+
+    The control directory is held alone. Raises Held, OSError.
+    """
+    not_started: dict[int, str] = {}
+    begun = campaign.staging.begun_chunks()
+    is_home = cache(partial(_is_home, campaign, roots))
+    for first in range(0, campaign.spec.aims.count, campaign.plan.batch):
+        destinations = campaign.destinations(first, campaign.plan.batch)
+        if first in begun or ledger.has_outcomes(first) or not all(is_home(os.path.dirname(p)) for p in destinations):
+            make_batch(campaign, roots, first, ticker, ledger, error)
+            continue
+        not_started |= {first + n: path for n, path in enumerate(destinations)}
+        if len(not_started) >= _SETTLED_AT_ONCE:
+            _settle_unbegun(campaign, ledger, not_started, error)
+            not_started = {}
+    _settle_unbegun(campaign, ledger, not_started, error)
+
+
+def _settle_unbegun(campaign: Campaign, ledger: CampaignLedger, forks: dict[int, str], error: ForkError) -> None:
+    """Settle forks that nobody has begun (their destinations by index) with `error`."""
+    if forks:
+        ledger.store_outcomes(min(forks), not_started(campaign.spec, forks, time.time(), error))
+
+
+def not_started(spec: CampaignSpec, forks: Mapping[int, str], started: float, error: ForkError) -> list[Outcome]:
+    """The outcomes of forks that nobody has begun and that end with `error`: one or more destinations, by index.
+
+    They differ by id and destination alone, since there may be a hundred thousand. `started`: see `CampaignSpec.fork`.
+    """
+    index, destination = next(iter(forks.items()))
+    like = failed_outcome(spec.fork(index, destination, started), error).result
+    return [Outcome({**like, "fork_id": spec.fork_id(n), "destination": path}, []) for n, path in forks.items()]
+
+
+def _is_home(campaign: Campaign, roots: Roots, parent: str) -> bool:
+    """Whether the control directory that is held stands in `parent`; what lies elsewhere has books there."""
+    path = f"{parent}/any name"
+    try:
+        parent_fd, _ = roots.open_parent(path)
+    except ForkError:
+        return False
+    try:
+        return os.path.samestat(os.fstat(parent_fd), os.fstat(campaign.staging.parent_fd))
+    finally:
+        os.close(parent_fd)
+
+
+def remove_annexes(campaign: Campaign, roots: Roots) -> None:
+    """Remove the control directories in further parents, with all trees that are left there, and here.
+
+    What cannot be removed now, `gc` removes later.
+    """
+    home = os.fstat(campaign.staging.parent_fd)
+    for path in _one_of_each_parent(campaign):
+        try:
+            parent_fd, _ = roots.open_parent(path)
+        except ForkError:
+            continue  # none of ours stands there
+        try:
+            if not os.path.samestat(home, os.fstat(parent_fd)):
+                _remove(parent_fd, campaign.spec.campaign_id)
+        finally:
+            os.close(parent_fd)
+    with suppress(OSError, ForkError):
+        campaign.staging.discard_trees()
+
+
+def _remove(parent_fd: int, campaign_id: str) -> None:
+    with suppress(OSError, ForkError, Held), Staging.attach(parent_fd, campaign_id, 0, alone=True) as annex:
+        if annex is not None:
+            annex.discard_trees()
+            annex.remove()
+
+
+def _one_of_each_parent(campaign: Campaign) -> Iterator[str]:
+    known: set[str] = set()
+    for first in range(0, campaign.spec.aims.count, _SLICE):
+        for path in campaign.destinations(first, _SLICE):
+            parent = os.path.dirname(path)
+            if parent not in known:
+                known.add(parent)
+                yield path

@@ -1,0 +1,302 @@
+"""A campaign in this process and its children, without a broker: the same batches, the same result."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+from tasks.copier import validation
+from tasks.copier.campaign.batch import make_batch
+from tasks.copier.campaign.batch_record import Outcome
+from tasks.copier.campaign.finish import aborted, end_rest, late, remove_annexes
+from tasks.copier.campaign.plan import Campaign, campaign_in, find_home, plan_campaign
+from tasks.copier.campaign.spec import (
+    MOST_FAILURES,
+    CampaignProgress,
+    CampaignResult,
+    CampaignSpec,
+    Failure,
+    campaign_result,
+    failures_of,
+    forks_done,
+    progress_of,
+    sums_of,
+)
+from tasks.copier.child_processes import PROGRAM_ERROR, ChildProcesses
+from tasks.copier.endpoints import Endpoints, open_endpoints
+from tasks.copier.errors import Code, ForkError, from_errno, from_oserror, from_record
+from tasks.copier.fork.chunk import MAX_TRIES, worker_lost
+from tasks.copier.fork.lifecycle import Superseded
+from tasks.copier.progress import Beat, Progress, Ticker
+from tasks.copier.roots import Roots
+from tasks.copier.staging.control_directory import Held
+from tasks.copier.staging.staging import Staging
+
+#: Forks done and failed by one child, in memory that the parent reads.
+_COUNTERS = struct.Struct("=qq")
+_SETTLED = "settled-"
+
+#: Called about ten times a second with the progress; raises ForkError to end the campaign.
+CampaignBeat = Callable[[CampaignProgress], None]
+
+
+def campaign_here(
+    spec: CampaignSpec, paths: list[str], roots: Roots, processes: int, beat: CampaignBeat
+) -> CampaignResult:
+    """Make a campaign with at most `processes` children. Never raises ForkError: a failure is a result."""
+    try:
+        home = find_home(roots, paths)
+        with (
+            open_endpoints(roots, spec.source, home) as ends,
+            # Held to the end, by the children too: `gc` takes what no process holds for dead.
+            Staging.claim(ends.parent_fd, spec.campaign_id, wait=0) as staging,
+        ):
+            campaign = _plan(ends, staging, spec, paths, beat)
+            try:
+                error = _make_all(campaign, roots, processes, beat)
+            except OSError as fault:
+                error = from_oserror(fault, "working in the staging directory", home)
+            return _end(campaign, roots, error)
+    except Held:
+        return _refused(spec, paths, ForkError(Code.IO_ERROR, "another process holds its staging", spec.source))
+    except OSError as error:
+        return _refused(spec, paths, from_oserror(error, "working in the staging directory", paths[0]))
+    except ForkError as error:
+        return _refused(spec, paths, error)
+
+
+def _plan(ends: Endpoints, staging: Staging, spec: CampaignSpec, paths: list[str], beat: CampaignBeat) -> Campaign:
+    try:
+        plan_campaign(ends, staging, spec, paths, Ticker(lambda progress: beat(progress_of(spec, {}, 0.0))))
+    except BaseException:
+        staging.remove()
+        raise
+    return _standing(campaign_in(staging), ends.destination)
+
+
+def _make_all(campaign: Campaign, roots: Roots, processes: int, beat: CampaignBeat) -> ForkError | None:
+    """Have children make all batches; what dead ones left is begun again. Returns why to abandon the rest, if so.
+
+    Raises OSError. No child lives then, and none when this returns.
+    """
+    spec, staging = campaign.spec, campaign.staging
+    done, fruitless = 0, 0
+    while fruitless < MAX_TRIES:
+        crew = _Crew(campaign, roots, min(processes, campaign.plan.lanes))
+        try:
+            codes = crew.make(beat)
+        except ForkError as error:
+            return error
+        _standing(campaign_in(staging), spec.source)
+        sums, failures = _settled(staging)
+        if staging.is_stopped() and failures:
+            return from_record(failures[0]["error"])
+        if forks_done(sums) == spec.aims.count or spec.is_late():
+            return None if forks_done(sums) == spec.aims.count and not sums.get("forks.cancelled") else late(campaign)
+        if PROGRAM_ERROR in codes:
+            return crew.processes.program_error(spec.source)
+        for code in codes:
+            if code > 0:
+                return from_errno(code, "working in the staging directory", spec.source)
+        fruitless = fruitless + 1 if forks_done(sums) == done else 0
+        done = forks_done(sums)
+    return worker_lost(spec.source)
+
+
+def _end(campaign: Campaign, roots: Roots, error: ForkError | None) -> CampaignResult:
+    ledger = _Ending(campaign.staging)
+    if error is not None:
+        cause = aborted(campaign) if campaign.spec.aims.on_error == "abort" and error.code != Code.CANCELLED else error
+        end_rest(campaign, roots, Ticker(_continue), ledger, cause)
+    sums, failures = _settled(campaign.staging, ledger.settled)
+    remove_annexes(campaign, roots)
+    with suppress(OSError):  # all forks have ended; gc removes what cannot be removed now
+        campaign.staging.remove()
+    return campaign_result(campaign.spec, sums, failures, planned_at=campaign.planned_at, error=error)
+
+
+def _refused(spec: CampaignSpec, paths: list[str], error: ForkError) -> CampaignResult:
+    if error.code is Code.CANCELLED:
+        return campaign_result(spec, {"forks.cancelled": len(paths)}, [], error=error)
+    failures: list[Failure] = [
+        {"fork_id": spec.fork_id(index), "destination": path, "error": error.record()}
+        for index, path in enumerate(paths[:MOST_FAILURES])
+    ]
+    return campaign_result(spec, {"forks.failed": len(paths)}, failures, error=error)
+
+
+def _standing(campaign: Campaign | None, home: str) -> Campaign:
+    if campaign is None:
+        raise ForkError(Code.IO_ERROR, "the staging directory was removed", home)
+    return campaign
+
+
+def _continue(progress: Progress) -> None:
+    """Nothing stops the end of a campaign."""
+
+
+#: The sums and the first failures of one run of forks, as JSON has them.
+_Run = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The ledger of a local campaign: the sums of each run of forks, in a file of the control directory."""
+
+    staging: Staging
+
+    def has_outcomes(self, first: int) -> bool:
+        """See `CampaignLedger`."""
+        return self.staging.has_file(f"{_SETTLED}{first}")
+
+    def store_outcomes(self, first: int, outcomes: list[Outcome]) -> None:
+        """See `CampaignLedger`."""
+        self.staging.write_file(f"{_SETTLED}{first}", json.dumps(_run_of(outcomes)).encode("ascii"))
+
+
+@dataclass(frozen=True)
+class _Ending(_Files):
+    """As `_Files`, but keeps what it settles in memory: the campaign ends here, perhaps since the disk is full."""
+
+    settled: dict[int, _Run] = field(default_factory=dict)
+
+    def has_outcomes(self, first: int) -> bool:
+        """See `CampaignLedger`."""
+        return first in self.settled or super().has_outcomes(first)
+
+    def store_outcomes(self, first: int, outcomes: list[Outcome]) -> None:
+        """See `CampaignLedger`."""
+        self.settled[first] = _run_of(outcomes)
+
+
+def _run_of(outcomes: list[Outcome]) -> _Run:
+    results = [outcome.result for outcome in outcomes]
+    return {"sums": sums_of(results), "failures": failures_of(results)[:MOST_FAILURES]}
+
+
+def _settled(
+    staging: Staging, ended: Mapping[int, _Run] = MappingProxyType({})
+) -> tuple[dict[str, int], list[Failure]]:
+    """What was settled in files, and what `ended`: the sums, and the first failures in the order of the forks."""
+    numbers = [name.removeprefix(_SETTLED) for name in os.listdir(staging.fd) if name.startswith(_SETTLED)]
+    runs = {int(number): _read_run(staging, number) for number in numbers if number.isascii() and number.isdigit()}
+    runs |= ended
+    sums: dict[str, int] = {}
+    failures: list[Failure] = []
+    for _, run in sorted(runs.items()):
+        for key, value in run["sums"].items():
+            sums[key] = sums.get(key, 0) + value
+        failures += run["failures"][: MOST_FAILURES - len(failures)]
+    return sums, failures
+
+
+def _read_run(staging: Staging, number: str) -> _Run:
+    with validation.reading("the sums of a batch"):
+        data = validation.record(validation.load(staging.read_file(f"{_SETTLED}{number}")))
+        sums = {key: validation.number(value) for key, value in validation.record(data["sums"]).items()}
+        return {"sums": sums, "failures": validation.items(data["failures"], _failure_of, MOST_FAILURES)}
+
+
+def _failure_of(value: Any) -> Failure:
+    data = validation.record(value)
+    return {
+        "fork_id": validation.text(data["fork_id"]),
+        "destination": validation.text(data["destination"]),
+        "error": validation.error_record(data["error"]),
+    }
+
+
+class _Crew:
+    """Processes that share the batches of one campaign: each takes the next one that nobody holds.
+
+    Where the system has no process to spare, this one makes them itself.
+    """
+
+    def __init__(self, campaign: Campaign, roots: Roots, count: int) -> None:
+        self._campaign, self._roots, self._count = campaign, roots, count
+        self._counters = mmap.mmap(-1, _COUNTERS.size * count)
+        self.processes = ChildProcesses()
+        self._began = time.time()
+        self._aborts = campaign.spec.aims.on_error == "abort"
+
+    def make(self, beat: CampaignBeat) -> list[int]:
+        """Make batches until there are none, or all children have ended: their exit codes.
+
+        Raises ForkError, as `beat` does, and OSError; no child lives then.
+        """
+        processes = self.processes
+        try:
+            for index in range(self._count):
+                if not processes.spawn(partial(self._work, index)):
+                    break
+            if not processes:
+                self._make_batches(0, self._campaign.staging, lambda progress: beat(self._progress()))
+            return processes.wait(lambda: beat(self._progress()))
+        except BaseException:
+            with suppress(OSError):
+                self._campaign.staging.stop()
+            processes.reap()
+            raise
+
+    def _progress(self) -> CampaignProgress:
+        done = failed = 0
+        for n in range(self._count):
+            child_done, child_failed = _COUNTERS.unpack_from(self._counters, n * _COUNTERS.size)
+            done, failed = done + child_done, failed + child_failed
+        return progress_of(self._campaign.spec, {"forks.succeeded": done - failed, "forks.failed": failed}, self._began)
+
+    def _work(self, index: int) -> int:
+        """Make batches in a child; its exit code."""
+        staging = self._campaign.staging
+        # Of its own: processes that share a directory's descriptor share the place up to which it was listed.
+        staging.fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=staging.fd)
+        with suppress(ForkError):  # the campaign was ended, which the parent knows
+            self._make_batches(index, staging, lambda progress: None)
+        return 0
+
+    def _make_batches(self, index: int, staging: Staging, beat: Beat) -> None:
+        campaign = self._campaign
+        ledger = _Counting(staging, self._counters, index, self._aborts)
+
+        def poll(progress: Progress) -> None:
+            beat(progress)
+            if staging.is_stopped():
+                raise ForkError(Code.CANCELLED, "the campaign was ended", campaign.spec.source)
+            if error := late(campaign):
+                raise error
+
+        ticker = Ticker(poll)
+        for first in range(0, campaign.spec.aims.count, campaign.plan.batch):
+            if staging.is_stopped() or campaign.spec.is_late():
+                return
+            ticker.poll()
+            with suppress(Held, Superseded):  # another child makes it
+                make_batch(campaign, self._roots, first, ticker, ledger)
+
+
+@dataclass(frozen=True)
+class _Counting(_Files):
+    """As `_Files`, and counts for the parent; the first failure ends the campaign where `on_error` is abort."""
+
+    counters: mmap.mmap
+    child: int
+    aborts: bool
+
+    def store_outcomes(self, first: int, outcomes: list[Outcome]) -> None:
+        """See `CampaignLedger`."""
+        super().store_outcomes(first, outcomes)
+        failed = sum(outcome.result["status"] == "failed" for outcome in outcomes)
+        at = self.child * _COUNTERS.size
+        done_before, failed_before = _COUNTERS.unpack_from(self.counters, at)
+        _COUNTERS.pack_into(self.counters, at, done_before + len(outcomes), failed_before + failed)
+        if failed and self.aborts:
+            self.staging.stop()

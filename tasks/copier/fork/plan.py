@@ -1,0 +1,287 @@
+"""Planning a fork: learn whether it can be reflinked, and cut it into chunks."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+from tasks.copier import validation
+from tasks.copier.clone.file import Cloner
+from tasks.copier.errors import from_oserror
+from tasks.copier.fork.reflink_probe import Probed, probe
+from tasks.copier.fork.survey import LARGEST, Survey, Unit, open_survey
+from tasks.copier.options import Limits
+from tasks.copier.progress import Ticker
+from tasks.copier.report import Report
+from tasks.copier.source.manifest import Span
+from tasks.copier.source.walk import Entry, Kind, entry_of, join
+from tasks.copier.staging.workspace import Workspace
+
+#: One in so many chunks may be cut during the walk; until then they double in size so often.
+_EARLY_SHARE = 4
+_DOUBLINGS = 6
+#: Ranges of a file begin at multiples of so many bytes, so that no two of them share a block.
+_RANGE_ALIGNMENT = 1 << 20
+
+
+class Chunk(NamedTuple):
+    """One task's part: the files in a span of the manifest, or the bytes [start, end) of the one file in it."""
+
+    kind: Literal["files", "range"]
+    offset: int
+    length: int
+    start: int = 0
+    end: int = 0
+
+    @property
+    def span(self) -> Span:
+        """Where the chunk's entries lie in the manifest."""
+        return Span(self.offset, self.length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is to be done, small whatever the size of the source; the entries lie in the manifest."""
+
+    chunks: list[Chunk]
+    #: Whether all of it is so little that the planner does it at once.
+    inline: bool
+    #: Number of FileResults that the fork will have, and logical bytes.
+    entries: int
+    bytes: int
+    #: The source directory itself.
+    top: Entry
+    #: Relative paths of the files that the planner cloned when it asked for a reflink.
+    cloned: tuple[str, ...]
+    #: Pairs of devices that refused a reflink: (source, destination, errno).
+    refused: list[tuple[int, int, int]]
+
+    def cloned_in(self, directory: str) -> set[str]:
+        """The names of those of the files `cloned` that are in `directory`."""
+        paths = (path.rpartition("/") for path in self.cloned)
+        return {name for parent, _, name in paths if parent == directory}
+
+    def to_data(self) -> dict[str, Any]:
+        """As plain data for the journal."""
+        return vars(self)
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> Plan:
+        """From what `to_data` gave. Raises ForkError (Malformed) for anything else."""
+        with validation.reading("the plan"):
+            return cls(
+                **{
+                    **data,
+                    "chunks": validation.items(data["chunks"], _chunk_of, _MOST_CHUNKS),
+                    "inline": validation.flag(data["inline"]),
+                    "entries": validation.number(data["entries"]),
+                    "bytes": validation.number(data["bytes"]),
+                    "top": _top_of(data["top"]),
+                    "cloned": tuple(validation.items(data["cloned"], validation.relative_path, LARGEST)),
+                    "refused": validation.items(data["refused"], _refused_of, _MOST_REFUSED),
+                }
+            )
+
+
+#: Chunks of a plan (a setting may have 10,000, of which some are cut during the walk), and refused pairs of devices.
+_MOST_CHUNKS, _MOST_REFUSED = 100_000, 10_000
+
+
+def _chunk_of(value: Any) -> Chunk:
+    kind, *numbers = value
+    chunk = Chunk(validation.word(kind, ("files", "range")), *map(validation.number, numbers))
+    if chunk.kind == "range" and not chunk.start < chunk.end:
+        raise validation.Malformed(f"{chunk} is no range")
+    return chunk
+
+
+def _top_of(value: Any) -> Entry:
+    """The source directory itself."""
+    name, note, kind, *numbers, atime, mtime, ctime = value
+    if (name, note, kind) != ("", "", Kind.DIRECTORY):
+        raise validation.Malformed(f"{(name, note, kind)!r:.80} is not the source directory")
+    for number in numbers:
+        validation.number(number, validation.U64)
+    for time in (atime, mtime, ctime):
+        validation.number(time, validation.NANOSECONDS, -validation.NANOSECONDS)
+    return Entry(*value)
+
+
+def _refused_of(value: Any) -> tuple[int, int, int]:
+    source, destination, errno = value
+    return (
+        validation.number(source, validation.U64),
+        validation.number(destination, validation.U64),
+        validation.errno_number(errno),
+    )
+
+
+class Crew(Protocol):
+    """Processes that begin with chunks while the walk goes on."""
+
+    def take(self, chunk: Chunk, number: int, plan: Plan) -> None:
+        """Begin with `chunk`, which is chunk `number`. `plan` is the plan as far as it is known: its sums are not."""
+
+    def walk_ended(self) -> Iterable[int]:
+        """The plan stands: the numbers of the chunks that the crew has done, and that nobody else is to do."""
+
+    def dismiss(self) -> None:
+        """Stop all work; when this returns, nobody of the crew is at it."""
+
+
+def make_plan(
+    work: Workspace, limits: Limits, cloner: Cloner, ticker: Ticker, report: Report, crew: Crew | None = None
+) -> Plan:
+    """Plan the fork; what was cloned while asking for a reflink goes into `report`.
+
+    With a crew, chunks of a large source are begun while the walk goes on; without, all are cut at its end.
+
+    Raises ForkError: unsupported_file_type, permission_denied, source_changed, reflink_unsupported, no_space …
+    """
+    top = entry_of("", "", Kind.DIRECTORY, os.fstat(work.ends.source_fd))  # before the walk: a later change shows
+    chunks: list[Chunk] = []
+    probed: Probed | None = None
+
+    def plan(cloned: tuple[str, ...], inline: bool) -> Plan:
+        return Plan(
+            chunks=chunks,
+            inline=inline,
+            entries=survey.entries,
+            bytes=survey.bytes,
+            top=top,
+            cloned=cloned,
+            refused=[(src, dst, number) for (src, dst), number in cloner.reflinker.refused.items()],
+        )
+
+    try:
+        with open_survey(work, limits) as survey:
+            for _ in survey.walk(ticker):
+                ticker.enter("plan", survey.entries, survey.bytes)  # as far as they are known
+                if crew is None or survey.files <= limits.inline_files:
+                    continue
+                if probed is None:
+                    probed = probe(work, cloner, survey.largest(), ticker, report)
+                    if not probed.can_reflink:
+                        survey.refuse_unsupported(ticker)  # before anything is copied
+                for chunk in _cut_early(survey, limits, len(chunks), reflinks=probed.can_reflink):
+                    chunks.append(chunk)
+                    crew.take(chunk, len(chunks) - 1, plan(probed.cloned, inline=False))
+    except OSError as error:
+        raise from_oserror(error, "writing the manifest", work.ends.destination) from None
+    ticker.enter("copy", survey.entries, survey.bytes)
+    if probed is None:
+        probed = probe(work, cloner, survey.largest(), ticker, report)
+    reflinks = probed.can_reflink
+    if survey.files <= limits.inline_files and (reflinks or survey.data <= limits.inline_bytes):
+        end = sum(unit.length for unit in survey.units)
+        chunks += [Chunk("files", 0, end)] if end else []
+        return plan(probed.cloned, inline=True)
+    chunks += _cut(survey.units, limits, probed, limits.max_chunks - len(chunks))
+    _create_ranged(work, cloner, survey.units, chunks)
+    return plan(probed.cloned, inline=False)
+
+
+# -- the cut
+
+
+def _cut_early(survey: Survey, limits: Limits, cut: int, *, reflinks: bool) -> Iterator[Chunk]:
+    """Take a chunk from the survey's units while it goes on, if there is enough for one; `cut` were taken before.
+
+    The more there are the larger they grow, since nobody knows yet how many there will be. Most of the chunks that
+    there may be are left for the end, and a large file that must be copied is: it is cut into ranges.
+    """
+    budget = limits.max_chunks // _EARLY_SHARE
+    if cut >= budget:
+        return
+    doublings = cut * _DOUBLINGS // budget
+    most_files, most_data = limits.chunk_files << doublings, limits.chunk_bytes << doublings
+    first, run = 0, Unit(0)
+    for number, unit in enumerate(survey.units[:-1]):  # the last one may still grow
+        if unit.large is not None and not reflinks:
+            continue
+        if run.offset + run.length != unit.offset:
+            first, run = number, Unit(unit.offset)
+        run.append(unit)
+        if run.files >= most_files or (run.data >= most_data and not reflinks):
+            survey.flush()
+            del survey.units[first : number + 1]
+            yield Chunk("files", run.offset, run.length)
+            return
+
+
+def _cut(units: list[Unit], limits: Limits, probed: Probed, most: int) -> list[Chunk]:
+    """Cut the work into at most `most` chunks of about equal time: by count of files, and by bytes too for copies."""
+    files, data = sum(unit.files for unit in units), sum(unit.data for unit in units)
+    # No more from the start, or a file of some exbibytes would be cut into chunks that fill the memory.
+    files_each = _share(files, max(limits.chunk_files, files // max(1, most)))
+    data_each = _share(data, max(limits.chunk_bytes, data // max(1, most)))
+    while True:
+        chunks = list(_cut_evenly(units, files_each, data_each, probed))
+        if len(chunks) <= most:
+            # Side by side, ranges of different files: those of one file wait for each other's writes (inode lock).
+            return sorted(chunks, key=lambda chunk: (chunk.kind == "files", chunk.start))
+        files_each, data_each = 2 * files_each, 2 * data_each
+
+
+def _share(amount: int, wanted: int) -> int:
+    """The size of one chunk of `amount`: about `wanted`, so that there is an even number of chunks.
+
+    The last of an odd number leaves every other process of two or four idle.
+    """
+    return max(1, -(-amount // (2 * _parts(amount, 2 * wanted))))
+
+
+def _parts(amount: int, wanted: int) -> int:
+    """How many parts of about `wanted` there are in `amount`; a little too much makes no further part."""
+    return max(1, math.ceil(amount / wanted - 0.1))
+
+
+def _cut_evenly(units: list[Unit], files_each: int, data_each: int, probed: Probed) -> Iterator[Chunk]:
+    reflinks = probed.can_reflink
+    run: Unit | None = None
+    for unit in units:
+        ranges = _ranges(unit, data_each, probed)
+        full = run is not None and (
+            run.files + unit.files // 2 > files_each or (not reflinks and run.data + unit.data // 2 > data_each)
+        )
+        if run is not None and (full or ranges or run.offset + run.length != unit.offset):
+            yield Chunk("files", run.offset, run.length)
+            run = None
+        if ranges:
+            yield from ranges
+            continue
+        if run is None:
+            run = Unit(unit.offset)
+        run.append(unit)
+    if run is not None:
+        yield Chunk("files", run.offset, run.length)
+
+
+def _ranges(unit: Unit, data_each: int, probed: Probed) -> list[Chunk]:
+    """Ranges of one large file, each with about `data_each` bytes of data if that is spread evenly.
+
+    Empty where it is small enough for one, or is to be reflinked.
+    """
+    if unit.large is None:
+        return []
+    directory, entry = unit.large
+    if probed.can_reflink and join(directory, entry.name) not in probed.refused:
+        return []
+    length = -(-entry.size // _parts(unit.data, data_each))
+    length = -(-length // _RANGE_ALIGNMENT) * _RANGE_ALIGNMENT
+    if length >= entry.size:
+        return []
+    starts = range(0, entry.size, length)
+    return [Chunk("range", *unit.span, start, min(start + length, entry.size)) for start in starts]
+
+
+def _create_ranged(work: Workspace, cloner: Cloner, units: Iterable[Unit], chunks: Iterable[Chunk]) -> None:
+    ranged = {chunk.offset for chunk in chunks if chunk.kind == "range"}
+    for unit in units:
+        if unit.large is not None and unit.offset in ranged:
+            directory, entry = unit.large
+            with work.place(directory) as place:
+                cloner.create_for_ranges(place, entry)

@@ -1,0 +1,130 @@
+"""Whether the source was changed after its entries were cloned.
+
+A file that was compared with the walk when it had been cloned was the same from the one moment to the other. So where
+all of that came after the walk, the fork is the source as it was when the walk ended, whatever happens to it later.
+What was cloned while the walk went on is compared once more: it may have changed before later entries were walked.
+
+A directory is compared when the clone has got its metadata. What is left out of a fork (a socket, a half-written
+compression) comes and goes in the directories of a running guest, and that is no change of what is cloned.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from tasks.copier.errors import Code, ForkError, from_source
+from tasks.copier.fork.plan import Plan
+from tasks.copier.source.manifest import Span
+from tasks.copier.source.selection import Selection
+from tasks.copier.source.walk import Block, Entry, Kind, Walk, join
+from tasks.copier.staging.workspace import Workspace, changed, on_this_host
+
+#: Forks of at most so many entries are compared as a whole once more: they are the source as it is when they are
+#: published. That costs some 3 us a file.
+MOST_FILES = 10_000
+
+#: Directories, by relative path, in which entries came or went since the walk: as they were seen last.
+Touched = dict[str, Entry]
+
+
+def refuse_changes(work: Workspace, plan: Plan, touched: Touched, early: Iterable[Span] = ()) -> None:
+    """Raise ForkError source_changed when the source is not what the walk saw.
+
+    `touched` are directories that were seen to be touched so far, `early` the parts of the manifest that were cloned
+    while the walk went on.
+    """
+    for span in [None] if plan.entries <= MOST_FILES else early:
+        for block in work.blocks(plan.top.dev, span=span):
+            refuse_changed_files(work, block)
+    if plan.entries <= MOST_FILES:
+        _refuse_changed_metadata(work, plan, touched)
+    _refuse_changed_entries(work, plan, touched)
+
+
+def refuse_changed_files(work: Workspace, block: Block) -> None:
+    """Raise ForkError source_changed when one of the files and symlinks of `block` is not what the walk saw."""
+    fd = work.open_source(block.path)
+    path = ""
+    try:
+        for entry in block.entries:
+            path = join(work.ends.source, join(block.path, entry.name))
+            if not entry.is_still(os.stat(entry.name, dir_fd=fd, follow_symlinks=False)):
+                raise changed(path)
+    except OSError as error:
+        raise from_source(error, "looking at it once more", path) from None
+    finally:
+        os.close(fd)
+
+
+def directory_now(seen: Entry, now: os.stat_result, source: str) -> Entry:
+    """The directory `seen` as `now` says that it is: itself where it is unchanged, or where entries came or went in it.
+
+    These set its mtime and ctime to one moment. A new mode, owner, attribute or ACL sets ctime alone, and times that
+    are set differ from it (inode_set_ctime_current in the kernel's fs/). Raises ForkError source_changed for such a
+    change; `source` is the directory's absolute path.
+    """
+    if (now.st_dev, now.st_ino) != (seen.dev, seen.ino):
+        raise changed(source)
+    is_same = (now.st_mode, now.st_uid, now.st_gid) == (seen.mode, seen.uid, seen.gid)
+    if is_same and (now.st_mtime_ns, now.st_ctime_ns) == (seen.mtime, seen.ctime):
+        return seen
+    has_new_entries = seen.mtime != now.st_mtime_ns == now.st_ctime_ns
+    if not has_new_entries or not is_same:
+        raise ForkError(Code.SOURCE_CHANGED, "its metadata changed while the source was cloned", source)
+    return seen._replace(mtime=now.st_mtime_ns, ctime=now.st_ctime_ns)
+
+
+def _refuse_changed_metadata(work: Workspace, plan: Plan, touched: Touched) -> None:
+    """Raise ForkError source_changed for a directory that changed after its clone got its metadata."""
+    top = on_this_host(plan.top, plan.top.dev, work.source_dev)
+    _look_again(touched, "", top, os.fstat(work.ends.source_fd), work.ends.source)
+    for block in work.blocks(plan.top.dev, closing=True):
+        directories = [entry for entry in block.entries if entry.kind == Kind.DIRECTORY]
+        if not directories:
+            continue
+        fd = work.open_source(block.path)
+        source = ""
+        try:
+            for entry in directories:
+                path = join(block.path, entry.name)
+                source = join(work.ends.source, path)
+                now = os.stat(entry.name, dir_fd=fd, follow_symlinks=False)
+                _look_again(touched, path, entry, now, source)
+        except OSError as error:
+            raise from_source(error, "looking at it once more", source) from None
+        finally:
+            os.close(fd)
+
+
+def _look_again(touched: Touched, path: str, entry: Entry, now: os.stat_result, source: str) -> None:
+    seen = touched.get(path, entry)
+    state = directory_now(seen, now, source)
+    if state is not seen:
+        touched[path] = state
+
+
+def _refuse_changed_entries(work: Workspace, plan: Plan, touched: Touched) -> None:
+    """List the touched directories again, and compare by name and inode: what is left out may come and go."""
+    if not touched:
+        return
+    before: dict[str, set[tuple[str, int]]] = {path: set() for path in touched}
+    for closing in (False, True):
+        for block in work.blocks(plan.top.dev, closing=closing):
+            if block.path in touched:
+                before[block.path] |= {(e.name, e.ino) for e in block.entries if e.kind != Kind.SKIP}
+    selection = Selection(work.options.skip, work.options.exclude)
+    walk = Walk(work.ends.source_fd, work.ends.source, selection, hardlinks=False, checkpoint=_go_on)
+    for path in sorted(touched):
+        try:
+            now = {(e.name, e.ino) for block in walk.read(path) for e in block.entries if e.kind != Kind.SKIP}
+        except ForkError as error:
+            if error.code is Code.UNSUPPORTED_FILE_TYPE:  # a FIFO that was not there before
+                raise changed(error.path) from None
+            raise
+        if now != before[path]:
+            raise changed(join(work.ends.source, path))
+
+
+def _go_on() -> None:
+    """No look-up on the way: the lists are short."""

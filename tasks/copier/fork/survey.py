@@ -1,0 +1,153 @@
+"""Walking the source into the manifest, making its directories in the tree on the way."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tasks.copier.kernel.sparse import reports_holes
+from tasks.copier.options import Limits
+from tasks.copier.progress import Ticker
+from tasks.copier.source import manifest
+from tasks.copier.source.manifest import Span
+from tasks.copier.source.selection import Selection
+from tasks.copier.source.walk import Block, Entry, Kind, Walk, join
+from tasks.copier.staging.workspace import Workspace
+
+#: How many of the largest files are remembered.
+LARGEST = 8
+#: As plain numbers: they are compared with those of every entry, and the members of an enum are slow to get at.
+_FILE, _SYMLINK = int(Kind.FILE), int(Kind.SYMLINK)
+
+
+@dataclass
+class Unit:
+    """A run of blocks in the manifest that stays together."""
+
+    offset: int
+    length: int = 0  # bytes
+    files: int = 0
+    data: int = 0  # bytes
+    #: The one large file, if the unit is one: its directory and entry.
+    large: tuple[str, Entry] | None = None
+
+    @property
+    def span(self) -> Span:
+        """Where the unit lies in the manifest."""
+        return Span(self.offset, self.length)
+
+    def append(self, unit: Unit) -> None:
+        """Take in the unit that lies behind this one."""
+        self.length += unit.length
+        self.files += unit.files
+        self.data += unit.data
+
+
+class Survey:
+    """What the walk has found so far. `units` are those that no chunk has taken yet; who takes them removes them."""
+
+    def __init__(self, work: Workspace, limits: Limits, files: manifest.Writer, closing: manifest.Writer) -> None:
+        self._work, self._limits = work, limits
+        self._files, self._closing = files, closing
+        self.units: list[Unit] = []
+        self.entries = 0
+        #: Files and symlinks; logical bytes; bytes of data, to be read for a copy.
+        self.files = 0
+        self.bytes = 0
+        self.data = 0
+        self._heap: list[tuple[int, str, Entry]] = []
+        #: Size of the smallest of the largest.
+        self._least = -1
+        #: Whether holes cost nothing; where they are found by reading, the work is the whole file.
+        self._skips_holes = reports_holes(work.ends.source_fd)
+
+    def largest(self) -> list[tuple[str, Entry]]:
+        """Paths and entries of the largest files, the largest first."""
+        return [(path, entry) for _, path, entry in sorted(self._heap, reverse=True)]
+
+    def flush(self) -> None:
+        """Make what was found readable for others."""
+        self._files.flush()
+        self._closing.flush()
+
+    def walk(self, ticker: Ticker) -> Iterator[None]:
+        """Walk the source, and yield after each block of it. Raises ForkError as `Walk.blocks` does, and OSError."""
+        for block in self._new_walk(ticker.poll).blocks():
+            self._take_in(block)
+            yield
+
+    def refuse_unsupported(self, ticker: Ticker) -> None:
+        """Raise ForkError now if the walk will meet what cannot be forked, wherever in the source."""
+        self._new_walk(ticker.poll).refuse_unsupported()
+
+    def _new_walk(self, checkpoint: Callable[[], None]) -> Walk:
+        options, ends = self._work.options, self._work.ends
+        selection = Selection(options.skip, options.exclude)
+        return Walk(ends.source_fd, ends.source, selection, "hardlinks" in options.preserve, checkpoint)
+
+    def _take_in(self, block: Block) -> None:
+        """Write one block to the manifests, make its directories, and count."""
+        small: list[Entry] = []
+        others: list[Entry] = []
+        size = data = 0
+        for entry in block.entries:
+            kind = entry.kind
+            if kind == _FILE:
+                size += entry.size
+                if entry.size > self._least:
+                    self._keep_large(block.path, entry)
+                amount = entry.data if self._skips_holes else max(entry.data, entry.size)
+                if amount > self._limits.chunk_bytes:
+                    self._add_large(block.path, entry, amount)
+                    continue
+                data += amount
+            elif kind != _SYMLINK:
+                others.append(entry)
+                continue
+            small.append(entry)
+        self.entries += len(block.entries)
+        self.files += len(block.entries) - len(others)
+        self.bytes += size
+        if small:
+            self._add_to_last(self._files.append(Block(block.path, small)), len(small), data)
+        if others:
+            self._closing.append(Block(block.path, others))
+            self._work.make_directories(block.path, [entry.name for entry in others if entry.kind == Kind.DIRECTORY])
+
+    def _add_large(self, directory: str, entry: Entry, amount: int) -> None:
+        """Make one file with more data than a chunk may have a block and a unit of its own."""
+        span = self._files.append(Block(directory, [entry]))
+        self.units.append(Unit(*span, 1, amount, (directory, entry)))
+        self.data += amount
+
+    def _add_to_last(self, span: Span, files: int, data: int) -> None:
+        """Join a block to the unit before it while that is small: there may be a hundred thousand small directories."""
+        self.data += data
+        last = self.units[-1] if self.units else None
+        if (
+            last is None
+            or last.large is not None
+            or last.offset + last.length != span.offset
+            or last.files + files > self._limits.chunk_files // 8
+            or last.data + data > self._limits.chunk_bytes // 8
+        ):
+            last = Unit(span.offset)
+            self.units.append(last)
+        last.length += span.length
+        last.files += files
+        last.data += data
+
+    def _keep_large(self, directory: str, entry: Entry) -> None:
+        heapq.heappush(self._heap, (entry.size, join(directory, entry.name), entry))
+        if len(self._heap) > LARGEST:
+            heapq.heappop(self._heap)
+            self._least = self._heap[0][0]
+
+
+@contextmanager
+def open_survey(work: Workspace, limits: Limits) -> Iterator[Survey]:
+    """A survey that writes the manifests of `work`; they are whole when the context ends."""
+    with open(work.staging.manifest(), "wb") as files, open(work.staging.manifest(closing=True), "wb") as closing:
+        yield Survey(work, limits, manifest.Writer(files), manifest.Writer(closing))

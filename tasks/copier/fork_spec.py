@@ -1,0 +1,177 @@
+"""A fork as the engine is asked for it, and as it answers."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any, Literal, TypedDict, cast, final
+
+from tasks.copier import validation
+from tasks.copier.errors import Code, ErrorRecord, ForkError
+from tasks.copier.metadata_losses import Lost, lost_of
+from tasks.copier.options import Options
+from tasks.copier.report import Fallback, Totals, fallback_of
+
+Labels = dict[str, str] | list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForkSpec:
+    """One fork to be made. Paths are absolute; times are seconds."""
+
+    fork_id: str
+    source: str
+    destination: str
+    options: Options = field(default_factory=Options)
+    labels: Labels = field(default_factory=dict)
+    #: Whether a queue will deliver the fork again after a crash; a local one dies with its process.
+    owner: Literal["queue", "local"] = "local"
+    #: How long the request waited, and when (since the epoch) work on it began.
+    queued: float = 0.0
+    started: float = field(default_factory=time.time)
+
+    def to_data(self) -> dict[str, Any]:
+        """As plain data for the journal."""
+        return {**vars(self), "options": self.options.to_data()}
+
+    def request(self) -> dict[str, Any]:
+        """The ForkRequest that asks for this fork."""
+        options = self.to_data()["options"]
+        return {"source": self.source, "destination": self.destination, "labels": self.labels, **options}
+
+    @classmethod
+    def from_data(cls, data: dict[str, Any]) -> ForkSpec:
+        """From what `to_data` gave. Raises ForkError (Malformed) for anything else."""
+        with validation.reading("the fork's request"):
+            return cls(
+                **{
+                    **data,
+                    "fork_id": validation.text(data["fork_id"]),
+                    "source": validation.absolute_path(data["source"]),
+                    "destination": validation.absolute_path(data["destination"]),
+                    "options": Options.from_data(data["options"]),
+                    "labels": validation.labels(data["labels"]),
+                    "owner": validation.word(data["owner"], ("queue", "local")),
+                    "queued": validation.real(data["queued"]),
+                    "started": validation.real(data["started"]),
+                }
+            )
+
+    def is_same_request(self, other: ForkSpec) -> bool:
+        """Whether the other one asks for the very same fork; when, and how long it waited, is no part of that."""
+        return replace(self, owner=other.owner, queued=other.queued, started=other.started) == other
+
+
+@final
+class ForkResult(TypedDict):
+    """What became of a fork; the contract's ForkResult."""
+
+    fork_id: str
+    status: Literal["succeeded", "failed", "cancelled"]
+    source: str
+    destination: str
+    #: Whether what stands at the destination is a btrfs subvolume of its own.
+    subvolume: bool
+    error: ErrorRecord | None
+    files: dict[str, int]
+    bytes: dict[str, int]
+    fallback: Fallback | None
+    #: What of `preserve` the destination could not hold: the first of it, and the number of all.
+    metadata_lost: list[Lost]
+    metadata_lost_total: int
+    chunks: int
+    seconds: dict[str, float]
+    started_at: str
+    finished_at: str
+    labels: Labels
+
+
+def result_of(data: dict[str, Any] | None, spec: ForkSpec) -> ForkResult:
+    """The ForkResult of a fork that is complete, out of its journal. Raises ForkError (Malformed) for anything else."""
+    with validation.reading("the fork's result"):
+        result = validation.record(data)
+        if any(result[name] != getattr(spec, name) for name in ("fork_id", "source", "destination")):
+            raise validation.Malformed("it is another fork's")
+        if result["status"] != "succeeded" or result["error"] is not None:
+            raise validation.Malformed("it is not that of a success")
+        for name in ("files", "bytes"):
+            for value in validation.record(result[name]).values():
+                validation.number(value)
+        for seconds in validation.record(result["seconds"]).values():
+            validation.real(seconds)
+        validation.number(result["chunks"])
+        for name in ("started_at", "finished_at"):
+            datetime.fromisoformat(validation.text(result[name]))
+        validation.labels(result["labels"])
+        validation.flag(result["subvolume"])
+        fallback_of(result["fallback"])
+        lost_of(result.get("metadata_lost", []))
+        validation.number(result.get("metadata_lost_total", 0))
+        return cast(ForkResult, result)
+
+
+@dataclass
+class Clock:
+    """When the steps of one fork began, in seconds since the epoch: they may run in several processes."""
+
+    started: float
+    planned: float = 0.0
+    cloned: float = 0.0
+
+    def seconds(self, queued: float, now: float) -> dict[str, float]:
+        """The contract's `seconds`; a step that was not reached took none."""
+        planned = self.planned or now
+        cloned = max(self.cloned or now, planned)
+        steps = {
+            "queued": queued,
+            "plan": planned - self.started,
+            "copy": cloned - planned,
+            "publish": now - cloned,
+            "total": now - self.started,
+        }
+        return {name: round(max(0.0, value), 6) for name, value in steps.items()}
+
+
+def succeeded(spec: ForkSpec, totals: Totals, chunks: int, clock: Clock, *, subvolume: bool = False) -> ForkResult:
+    """The result of a fork that is complete; true once it is published. `subvolume`: it is one of btrfs."""
+    return {**_result(spec, "succeeded", None, totals, chunks, clock), "subvolume": subvolume}
+
+
+def failed(spec: ForkSpec, error: ForkError, totals: Totals, chunks: int, clock: Clock) -> ForkResult:
+    """The result of a fork that was given up; `cancelled` is a status of its own."""
+    status: Literal["cancelled", "failed"] = "cancelled" if error.code is Code.CANCELLED else "failed"
+    return _result(spec, status, error.record(), totals, chunks, clock)
+
+
+def _result(
+    spec: ForkSpec,
+    status: Literal["succeeded", "failed", "cancelled"],
+    error: ErrorRecord | None,
+    totals: Totals,
+    chunks: int,
+    clock: Clock,
+) -> ForkResult:
+    now = time.time()
+    return {
+        "fork_id": spec.fork_id,
+        "status": status,
+        "source": spec.source,
+        "destination": spec.destination,
+        "subvolume": False,
+        "error": error,
+        "files": totals.files(),
+        "bytes": totals.bytes(),
+        "fallback": totals.fallback,
+        "metadata_lost": totals.metadata_lost,
+        "metadata_lost_total": totals.metadata_lost_total,
+        "chunks": chunks,
+        "seconds": clock.seconds(spec.queued, now),
+        "started_at": _timestamp(spec.started),
+        "finished_at": _timestamp(max(now, spec.started)),  # another host may have begun it, by a later clock
+        "labels": spec.labels,
+    }
+
+
+def _timestamp(epoch: float) -> str:
+    return datetime.fromtimestamp(epoch, UTC).isoformat(timespec="microseconds")

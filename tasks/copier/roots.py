@@ -1,0 +1,164 @@
+"""Opening the source and the destination's parent, and never anything outside the roots."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+
+from tasks.copier.errors import Code, ForkError, from_oserror
+from tasks.copier.kernel import syscalls
+from tasks.copier.source.selection import MARKER_NAME, STAGING_NAME
+
+#: PATH_MAX of the kernel, its closing NUL included: no longer path can be opened.
+PATH_MAX = 4096
+_NAME_MAX = 255
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_STAGING_REFUSED = "{name} has the form of a staging name, which gc may remove; use another name"
+
+
+@dataclass(frozen=True)
+class Roots:
+    """The directories that requests are served within. Without any, the caller's own rights are the only bound."""
+
+    paths: tuple[str, ...] = ()
+
+    def open_source(self, path: str, what: str = "source") -> int:
+        """Open the source directory, or another one that messages call `what`; the caller closes the descriptor.
+
+        Raises ForkError: invalid_request (also for a way through staging), outside_roots, source_not_found,
+        source_not_directory, permission_denied.
+        """
+        path = normal_path(path, what)
+        try:
+            return _outside_staging(self._open(path), path, "source")
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                message = f"the {what} does not exist"
+                raise ForkError(Code.SOURCE_NOT_FOUND, message, path, error.errno) from None
+            if error.errno == errno.ENOTDIR:
+                message = f"the {what} is not a directory"
+                raise ForkError(Code.SOURCE_NOT_DIRECTORY, message, path, error.errno) from None
+            raise _escape_or_fault(error, path) from None
+
+    def open_parent(self, path: str) -> tuple[int, str]:
+        """Open the directory that is to hold the destination: (descriptor, name of the destination in it).
+
+        Raises ForkError: invalid_request (also for a parent that does not exist or lies in staging), outside_roots,
+        destination_exists (a root itself), permission_denied.
+        """
+        path = normal_path(path, "destination")
+        parent, name = os.path.split(path)
+        self._root_of(path)
+        if not name or path in self.paths:
+            raise ForkError(Code.DESTINATION_EXISTS, "the destination exists", path, errno.EEXIST)
+        if len(os.fsencode(name)) > _NAME_MAX:
+            message = f"the destination's name is longer than {_NAME_MAX} bytes"
+            raise ForkError(Code.INVALID_REQUEST, message, path, errno.ENAMETOOLONG)
+        try:
+            return _outside_staging(self._open(parent), path, "destination"), name
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                message = f"the directory that is to hold the destination does not exist; create {parent} first"
+                raise ForkError(Code.INVALID_REQUEST, message, path, error.errno) from None
+            raise _escape_or_fault(error, path) from None
+
+    def _open(self, path: str) -> int:
+        root = self._root_of(path)
+        if root is None:
+            return os.open(path, _DIRECTORY)
+        root_fd = os.open(root, _DIRECTORY)
+        try:
+            below = path[len(root) :].strip("/") or "."
+            return syscalls.openat2(
+                root_fd, below, _DIRECTORY, syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_MAGICLINKS
+            )
+        finally:
+            os.close(root_fd)
+
+    def _root_of(self, path: str) -> str | None:
+        """The innermost root that holds `path` by its words; None where there are no roots at all."""
+        if not self.paths:
+            return None
+        holding = [root for root in self.paths if path == root or path.startswith(root.rstrip("/") + "/")]
+        if not holding:
+            message = f"not within the roots that are served here ({':'.join(self.paths)})"
+            raise ForkError(Code.OUTSIDE_ROOTS, message, path)
+        return max(holding, key=len)
+
+
+def normal_path(path: str, field: str) -> str:
+    """`path` without doubled slashes, `.` and a trailing slash. Touches no filesystem.
+
+    Raises ForkError invalid_request for a path that is not absolute, climbs with `..`, that no kernel call takes, or
+    that has a component with the form of a staging name: `gc` would remove a fork that is published there.
+    """
+
+    def refuse(message: str) -> ForkError:
+        return ForkError(Code.INVALID_REQUEST, f"{field}: {message}", path)
+
+    if not path.startswith("/"):
+        raise refuse("give an absolute path")
+    if "\0" in path:
+        raise refuse("a path cannot hold a NUL character")
+    if ".." in path.split("/"):
+        raise refuse("a path with '..' is not taken; give it without")
+    try:
+        length = len(os.fsencode(path))
+    except UnicodeEncodeError:
+        raise refuse("the path holds a surrogate that stands for no byte") from None
+    if length >= PATH_MAX:
+        raise refuse(f"the path has {length} bytes; the kernel takes less than {PATH_MAX}")
+    if (name := _staging_name_in(path)) is not None:
+        raise refuse(_STAGING_REFUSED.format(name=name))
+    return "/" + "/".join(part for part in path.split("/") if part not in ("", "."))
+
+
+def _staging_name_in(path: str) -> str | None:
+    """The first component of `path` with the form of a staging name, in any case: some filesystems fold it."""
+    folded = path.lower()
+    if "/.forkvm-" not in folded:  # nearly every path; a campaign has up to a million
+        return None
+    parts = ((part, part.lower()) for part in path.split("/"))
+    return next((part for part, low in parts if STAGING_NAME.fullmatch(low) or MARKER_NAME.fullmatch(low)), None)
+
+
+def _outside_staging(fd: int, path: str, field: str) -> int:
+    """`fd`, opened at `path`, unless a symlink on the way led into staging. Raises ForkError invalid_request."""
+    try:
+        name = _staging_name_in(os.readlink(f"/proc/self/fd/{fd}"))
+    except OSError:  # without /proc, the words of the path are all that is known
+        name = None
+    if name is None:
+        return fd
+    os.close(fd)
+    raise ForkError(Code.INVALID_REQUEST, f"{field}: {_STAGING_REFUSED.format(name=name)}", path)
+
+
+def is_inside(fd: int, directory: os.stat_result) -> bool:
+    """Whether the open directory `fd` is `directory` or lies below it, through whatever path it was reached.
+
+    Climbs `..` by descriptor, so that neither symlinks nor bind mounts of the directory mislead it.
+    """
+    here = os.dup(fd)
+    try:
+        while True:
+            status = os.fstat(here)
+            if os.path.samestat(status, directory):
+                return True
+            up = os.open("..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=here)
+            os.close(here)
+            here = up
+            if os.path.samestat(status, os.fstat(here)):
+                return False
+    finally:
+        os.close(here)
+
+
+def _escape_or_fault(error: OSError, path: str) -> ForkError:
+    if error.errno in (errno.EXDEV, errno.ELOOP):
+        # RESOLVE_BENEATH answers EXDEV for a step out, absolute symlinks among them.
+        return ForkError(Code.OUTSIDE_ROOTS, "a symlink on the path leads out of its root", path, error.errno)
+    if error.errno == errno.ENAMETOOLONG:
+        return ForkError(Code.INVALID_REQUEST, "a name in the path is longer than 255 bytes", path, error.errno)
+    return from_oserror(error, "opening it", path)

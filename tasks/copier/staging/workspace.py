@@ -1,0 +1,137 @@
+"""A fork in the making, as every part of the work sees it: open ends, an open tree, and the caller's options."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tasks.copier.clone.file import DirectoryPair
+from tasks.copier.clone.name_collisions import name_taken
+from tasks.copier.endpoints import Endpoints
+from tasks.copier.errors import Code, ForkError, from_oserror, from_source
+from tasks.copier.kernel import syscalls, trees
+from tasks.copier.options import Options
+from tasks.copier.source import manifest
+from tasks.copier.source.manifest import Span
+from tasks.copier.source.walk import Block, Entry, join
+from tasks.copier.staging.staging import Staging
+
+#: The mode of a directory in the making.
+_PRIVATE = 0o700
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """One attempt at one fork, open in this process. Whoever has it holds the staging's lock."""
+
+    ends: Endpoints
+    staging: Staging
+    options: Options
+    tree_fd: int
+    #: st_dev of the source directory and of the tree, as this host numbers them.
+    source_dev: int
+    tree_dev: int
+
+    @contextmanager
+    def place(self, path: str) -> Iterator[DirectoryPair]:
+        """Open the directory `path` (relative) of the source and of the tree.
+
+        Raises ForkError: source_changed, permission_denied, io_error.
+        """
+        src_fd = self.open_source(path)
+        try:
+            dst_fd = self.open_tree(path)
+            try:
+                yield DirectoryPair(src_fd, dst_fd, self.tree_dev, path, self.ends.source, self.ends.destination)
+            finally:
+                os.close(dst_fd)
+        finally:
+            os.close(src_fd)
+
+    def open_source(self, path: str) -> int:
+        """Open one directory of the source, to reach what it holds; the caller closes it."""
+        if not path:
+            return os.dup(self.ends.source_fd)
+        try:
+            return trees.open_below(self.ends.source_fd, path)
+        except OSError as error:
+            name = join(self.ends.source, path)
+            raise from_source(error, "opening a directory of the source", name) from None
+
+    def open_tree(self, path: str) -> int:
+        """Open one directory of the tree, to reach what it holds; the caller closes it."""
+        if not path:
+            return os.dup(self.tree_fd)
+        try:
+            return trees.open_below(self.tree_fd, path)
+        except OSError as error:
+            name = join(self.ends.destination, path)
+            raise from_oserror(error, "opening a directory of the fork", name) from None
+
+    def make_directories(self, path: str, names: list[str]) -> None:
+        """Make directories in the directory `path` of the tree, for us alone until the fork is closed.
+
+        Raises ForkError, also where one exists: no earlier try made directories in this tree.
+        """
+        if not names:
+            return
+        fd = self.open_tree(path)
+        name = ""
+        try:
+            for name in names:
+                os.mkdir(name, _PRIVATE, dir_fd=fd)
+            if os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode & _PRIVATE != _PRIVATE:
+                for name in names:  # the umask takes from the owner, and we have to get in
+                    os.chmod(name, _PRIVATE, dir_fd=fd)
+        except FileExistsError:
+            raise self.name_taken(path, name) from None
+        except OSError as error:
+            raise from_oserror(error, "making a directory", join(self.ends.destination, path)) from None
+        finally:
+            os.close(fd)
+
+    def name_taken(self, path: str, name: str) -> ForkError:
+        """The error for an entry `name` of the directory `path` that exists before it is made: see `names`."""
+        with self.place(path) as place:
+            return name_taken(place.src_fd, place.dst_fd, name, place.destination_of(name))
+
+    def blocks(
+        self, planned_dev: int, *, closing: bool = False, backwards: bool = False, span: Span | None = None
+    ) -> Iterator[Block]:
+        """The blocks of the manifest of what is cloned, or of what closes the fork, as this host numbers devices.
+
+        `planned_dev` is the source's st_dev as the walk saw it.
+        """
+        fd = self.staging.manifest(closing=closing)
+        try:
+            spans = reversed(list(manifest.spans(fd))) if backwards else iter([span or manifest.whole(fd)])
+            for span in spans:
+                for block in manifest.read(fd, span):
+                    if planned_dev == self.source_dev:
+                        yield block
+                    else:
+                        yield Block(block.path, [on_this_host(e, planned_dev, self.source_dev) for e in block.entries])
+        finally:
+            os.close(fd)
+
+
+@contextmanager
+def open_work(ends: Endpoints, staging: Staging, options: Options, tree_fd: int) -> Iterator[Workspace]:
+    """The Work over an open tree, whose descriptor it takes over and closes."""
+    try:
+        source_dev, tree_dev = os.fstat(ends.source_fd).st_dev, os.fstat(tree_fd).st_dev
+        yield Workspace(ends, staging, options, tree_fd, source_dev, tree_dev)
+    finally:
+        syscalls.release(tree_fd)
+
+
+def changed(path: str) -> ForkError:
+    """The error for an entry of the source that is not what the walk saw."""
+    return ForkError(Code.SOURCE_CHANGED, "it changed while the source was cloned", path)
+
+
+def on_this_host(entry: Entry, planned_dev: int, dev: int) -> Entry:
+    """`entry` as this host numbers the source's device; hosts of one domain may number one filesystem differently."""
+    return entry._replace(dev=dev) if entry.dev == planned_dev != dev else entry

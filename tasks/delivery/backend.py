@@ -1,0 +1,90 @@
+"""Celery's result backend, with two rules of this program: a final state never changes, and the engine decides it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, cast
+
+from celery import Celery, states
+from celery.backends.redis import RedisBackend, SentinelBackend
+from kombu.utils.encoding import bytes_to_str
+from redis.exceptions import OutOfMemoryError
+
+from tasks.contract import ForkFailed
+from tasks.store.redis_errors import is_passing, wait_out
+from tasks.store.results import Results
+
+log = logging.getLogger(__name__)
+
+#: Keeps and publishes a state; where the present one is final, publishes that once more. About `pcall`
+#: see `campaigns.store_result`.
+#:
+#: KEYS: the state. ARGV: the record, its TTL, and the words that are final states.
+_SET = """
+local current = redis.call('GET', KEYS[1])
+local word = current and string.match(current, '^{"status": ?"(%u+)"')
+for n = 3, #ARGV do
+    if word == ARGV[n] then return redis.call('PUBLISH', KEYS[1], current) end
+end
+local answer = redis.pcall('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
+if answer.err then return redis.error_reply(string.match(answer.err, 'OOM .*') or answer.err) end
+return redis.call('PUBLISH', KEYS[1], ARGV[1])
+"""
+
+
+class FinalStates(RedisBackend):
+    """What this program adds to Celery's Redis backends, which keep a SUCCESS only, and look and write in two steps."""
+
+    def exception_safe_to_retry(self, exc: BaseException) -> bool:
+        """Whether Celery tries an operation again: also where Redis refuses writes for a while."""
+        return is_passing(exc)
+
+    def set(self, key: Any, value: Any, expires: int | None = None, **_: Any) -> Any:
+        """Keep and publish a record, unless the record under `key` is final; waits while Redis is away or full."""
+        script = self.client.register_script(_SET)
+        backend: Any = self  # celery-types does not know `expires`
+        arguments = [value, expires or backend.expires, *sorted(states.READY_STATES)]
+        return wait_out(lambda: script(keys=[key], args=arguments), OutOfMemoryError)
+
+    def mark_as_failure(self, task_id: str, exc: Exception, *args: Any, **kwargs: Any) -> None:
+        """Store a failure. Of a task of this program only a ForkFailed, whose fork has its result, is one.
+
+        Anything else is a fault of the process or of Redis: the message goes back to its queue
+        (`tasks.delivery.message.Message.on_failure`), and the fork has no end yet.
+        """
+        request = kwargs.get("request")
+        if _is_ours(request) and not isinstance(exc, ForkFailed):
+            log.error("%s[%s] did not end: %s: %s", getattr(request, "task", ""), task_id, type(exc).__name__, exc)
+            return
+        super().mark_as_failure(task_id, exc, *args, **kwargs)
+
+
+class RedisResults(FinalStates):
+    """The result backend at a `redis://` or `rediss://` address."""
+
+
+class SentinelResults(FinalStates, SentinelBackend):
+    """The result backend behind sentinels."""
+
+
+#: Celery's loader takes these in the place of its own backends, by the scheme of the address.
+BACKENDS = {
+    "redis": "tasks.delivery.backend:RedisResults",
+    "rediss": "tasks.delivery.backend:RedisResults",
+    "sentinel": "tasks.delivery.backend:SentinelResults",
+}
+
+
+def results_of(app: Celery, *, patient: bool) -> Results:
+    """The results in the app's result backend."""
+    backend = cast(RedisBackend, app.backend)
+    return Results(
+        backend.client,
+        int(app.conf.result_expires),
+        lambda fork_id: bytes_to_str(backend.get_key_for_task(fork_id)),
+        patient,
+    )
+
+
+def _is_ours(request: Any) -> bool:
+    return str(getattr(request, "task", "")).startswith("forkvm.")

@@ -1,0 +1,22 @@
+"""Asking for the end of a job, by the command line or by Celery's `revoke`."""
+
+from __future__ import annotations
+
+from celery import Celery
+
+from tasks.names import FINISH_CAMPAIGN_TASK, FINISH_TASK, inner_queue
+from tasks.store.results import Results
+
+
+def cancel_job(app: Celery, results: Results, job_id: str) -> None:
+    """Ask for the end of a fork or campaign, also of one that no worker has begun, and send the task that ends it.
+
+    Raises RedisError, OperationalError.
+    """
+    results.cancel(job_id)
+    claim = results.claim_of(job_id)
+    if claim is None:
+        return
+    task, place = (FINISH_CAMPAIGN_TASK, "home") if claim.get("campaign") else (FINISH_TASK, "destination")
+    queue = inner_queue(claim["queue"], task)
+    app.send_task(task, kwargs={place: claim["destination"]}, task_id=job_id, queue=queue, retry=False)

@@ -1,0 +1,193 @@
+"""What a client asked to follow its job (Celery's canvas: link, link_error, chain, chord), whichever task ends it.
+
+A fork in chunks and a campaign are ended by other tasks than the one that the client sent, which may also be lost and
+sent again by the worker. So what follows is kept in Redis under the job's id as soon as the id is claimed, and sent by
+the task that has stored the final state:
+
+    forkvm:{id}:canvas     a hash: for each digest what follows, as JSON; empty once it was sent
+
+**How often.** At least once: who ends a job sends what follows, and then notes that. A process that dies in between has
+its message delivered again, which sends once more; a callback that got no id from its client has then the same id each
+time. A message that is delivered again, or sent again by its client, has the same digest, and nothing more is sent.
+
+**When it fails.** What cannot be sent (a wrong queue, arguments that cannot be encoded) is logged and changes no state.
+While Redis is away it is waited for.
+
+**A cancelled job** has, as in Celery, no callbacks and no errbacks; its chord fails, and the rest of its chain is
+REVOKED as it is, so that nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from celery import Celery, Task, signature, states
+from celery.app.task import Context as Request
+from celery.exceptions import TaskRevokedError
+from kombu.exceptions import OperationalError
+from kombu.utils.json import dumps, loads
+from redis.exceptions import OutOfMemoryError, ResponseError
+
+from tasks.contract import ForkFailed
+from tasks.delivery.backend import results_of
+from tasks.delivery.signatures import FOLLOWERS, followers_of
+from tasks.store.redis_errors import is_passing, wait_out
+from tasks.store.results import Results, key_of
+
+log = logging.getLogger(__name__)
+
+#: Longest canvas that is kept, in characters of JSON.
+LONGEST_CANVAS = 1 << 20
+#: So many different canvases are kept of one id; a client that sends its job again has the same.
+_MOST = 16
+#: How kombu sends again on another connection. Waiting for Redis is done here: kombu would also repeat what Redis never
+#: takes (WRONGTYPE).
+_RETRIES = {"max_retries": 2, "interval_start": 0, "interval_step": 0.1, "interval_max": 0.2}
+#: The place of a message in its client's workflow.
+_PLACE = ("group", "group_index", "root_id", "parent_id")
+#: Where tasks go that are not this program's and name no queue: Celery's own default, which their workers serve.
+CLIENTS_QUEUE = "celery"
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What follows a job, and the job's place in its client's workflow, as JSON; see `tasks.delivery.signatures`."""
+
+    text: str
+
+    @property
+    def digest(self) -> str:
+        """Tells it from the canvases of other messages under the same id."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:32]
+
+    def keep(self, results: Results, job_id: str) -> None:
+        """Keep it for the task that ends the job; what was sent already stays so."""
+        key = key_of(job_id, "canvas")
+
+        def write() -> None:
+            known = cast("list[bytes]", results.redis.hkeys(key))
+            if len(known) >= _MOST and self.digest.encode() not in known:
+                log.warning("job %r has %d workflows already; a further one is not followed", job_id, len(known))
+                return
+            with results.redis.pipeline(transaction=True) as pipe:
+                pipe.hsetnx(key, self.digest, self.text)
+                pipe.expire(key, results.open_expires)  # as long as the claim
+                pipe.execute()
+
+        results.ask(write, OutOfMemoryError)
+
+
+def take_canvas(request: Any) -> Canvas | None:
+    """Take what follows a job out of its task's request, so that Celery does not send it: it would do so too early."""
+    options = {name: getattr(request, name, None) for name in FOLLOWERS}
+    for name in FOLLOWERS:
+        setattr(request, name, None)
+    followers = followers_of(options)
+    if not followers:
+        return None
+    place = {name: getattr(request, name, None) for name in _PLACE}
+    return Canvas(dumps(followers | {"place": place}, sort_keys=True))
+
+
+class Job(Task):  # type: ignore[type-arg]  # Celery's class takes no arguments at run time
+    """A task that may end a job; what follows the job is sent once the final state is stored."""
+
+    abstract = True
+
+    def on_success(self, retval: Any, task_id: str, *_: Any) -> None:
+        """Celery has stored SUCCESS."""
+        self.follow(task_id, states.SUCCESS, retval)
+
+    def on_failure(self, exc: Exception, task_id: str, *_: Any) -> None:
+        """Celery has stored FAILURE, if the job failed; anything else is a fault of the process."""
+        if isinstance(exc, ForkFailed):
+            self.follow(task_id, states.FAILURE, exc)
+
+    def end_as_revoked(self, task_id: str, reason: str) -> None:
+        """Store the end of a cancelled job."""
+        error = TaskRevokedError(reason)
+        self.backend.store_result(task_id, error, states.REVOKED)
+        self.follow(task_id, states.REVOKED, error)
+
+    def follow(self, job_id: str, state: str, outcome: Any) -> None:
+        """Send what follows a job whose final state is stored."""
+        results = results_of(self.app, patient=True)
+        key = key_of(job_id, "canvas")
+        kept = cast("dict[bytes, bytes]", results.ask(lambda: results.redis.hgetall(key)))
+        for digest, text in kept.items():
+            if text:
+                _Following(self.app, job_id, digest.decode(), loads(text)).send(state, outcome)
+                results.ask(lambda digest=digest: results.redis.hset(key, digest, b""), OutOfMemoryError)  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class _Following:
+    """What follows one message of a job that is over."""
+
+    app: Celery
+    job_id: str
+    digest: str
+    canvas: Mapping[str, Any]
+
+    def send(self, state: str, outcome: Any) -> None:
+        place = self.canvas["place"]
+        related = {"parent_id": self.job_id, "root_id": place["root_id"] or self.job_id}
+        if state == states.SUCCESS:
+            for number, callback in enumerate(self.canvas.get("callbacks", [])):
+                self._apply("callback", number, callback, outcome, related)
+            chain = self.canvas.get("chain")
+            if chain:  # its next task is the last one
+                self._apply("chain", 0, chain[-1], outcome, related | {"chain": chain[:-1]})
+        elif state == states.FAILURE:
+            for number, errback in enumerate(self.canvas.get("errbacks", [])):
+                self._apply("errback", number, errback, self.job_id, related)
+        self._answer_workflow(state, outcome, place)
+
+    def _apply(self, kind: str, number: int, given: Any, argument: Any, related: dict[str, Any]) -> None:
+        def send() -> None:
+            callback = signature(given, app=self.app)
+            if callback.subtask_type is None and "task_id" not in callback.options:
+                callback.options["task_id"] = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self.digest} {kind} {number}"))
+            try:
+                callback.apply_async((argument,), retry_policy=_RETRIES, **related)
+            except OperationalError as error:  # kombu's, around what Redis answered
+                raise error.__cause__ if isinstance(error.__cause__, ResponseError) else error from None
+
+        self._try(f"the {kind} {given['task']!r}", send)
+
+    def _answer_workflow(self, state: str, outcome: Any, place: Mapping[str, Any]) -> None:
+        """Count the job's part of a chord; and give the rest of a chain that does not go on the job's end."""
+        chord, backend = self.canvas.get("chord"), self.app.backend
+        request = Request(
+            {**place, "id": self.job_id, "task": "forkvm", "chord": chord, "delivery_info": {}, "errbacks": None}
+        )
+        if state == states.SUCCESS:
+            if chord:
+                self._try("its part of a chord", lambda: backend.on_chord_part_return(request, state, outcome))
+            return
+        request.chain = self.canvas.get("chain")
+        fail: Callable[..., None] = backend.mark_as_failure
+
+        def end() -> None:
+            fail(self.job_id, outcome, request=request, store_result=True, call_errbacks=False, state=state)
+
+        if chord or request.chain:
+            self._try("the end of its chord or chain", end)
+
+    def _try(self, what: str, send: Callable[[], object]) -> None:
+        try:
+            wait_out(send, OutOfMemoryError)
+        except Exception as error:  # whatever a client may have written there
+            if is_passing(error):
+                raise
+            log.warning("%s of %r could not be sent: %s", what, self.job_id, type(error).__name__)
+
+
+def route(name: str, *_: Any, **__: Any) -> dict[str, str] | None:
+    """Celery's router for tasks that name no queue."""
+    return None if name.startswith("forkvm.") else {"queue": CLIENTS_QUEUE}

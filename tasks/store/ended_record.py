@@ -1,0 +1,132 @@
+"""What is noted of forks that ended well: which directories they are, and what became of them; as one text.
+
+What is read back is validated as hostile input. Whether it is true is seen where it is used, at the destination.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from tasks.copier import validation
+from tasks.copier.report import pages_in
+
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+#: Records of more bytes are compressed: those of a campaign's batch, whose results are much alike.
+_SHORT = 4096
+_PLAIN, _PACKED = b"p", b"z"
+#: The largest record, in bytes.
+_MOST_BYTES = 64 << 20
+#: Most forks in one record, most parts and most pages of one fork.
+_MOST_FORKS = 100_000
+_MOST_PARTS = 10_000
+_MOST_PAGES = 1_000_000
+
+
+@dataclass(frozen=True)
+class EndedFork:
+    """One published fork."""
+
+    #: What `trees.identity` says of its directory.
+    identity: int
+    #: When that directory was made, in nanoseconds: an inode's number is used again.
+    birth: int
+    #: The ForkResult as JSON.
+    result: str
+    #: Its FileResults, by part; none where they are many.
+    pages: dict[str, list[bytes]]
+
+
+@dataclass(frozen=True)
+class EndedRecord:
+    """Some forks of one job, by number."""
+
+    #: Of the request.
+    digest: str
+    #: st_dev of the directory that holds the forks.
+    device: int
+    forks: dict[int, EndedFork]
+
+    def to_text(self) -> bytes:
+        """As ASCII without white space."""
+        head = {
+            "digest": self.digest,
+            "device": self.device,
+            "forks": {
+                number: [fork.identity, fork.birth, {part: [*map(len, pages)] for part, pages in fork.pages.items()}]
+                for number, fork in self.forks.items()
+            },
+        }
+        results = "\n".join([_encode(head), *(fork.result for fork in self.forks.values()), ""])
+        pages = [page for fork in self.forks.values() for part in fork.pages.values() for page in part]
+        data = b"".join((results.encode("ascii"), *pages))
+        if len(data) <= _SHORT:
+            return _PLAIN + base64.b64encode(data)
+        return _PACKED + base64.b64encode(zlib.compress(data, 1))
+
+    @classmethod
+    def from_text(cls, text: bytes) -> EndedRecord:
+        """The record that `to_text` wrote. Raises ForkError (Malformed) for anything else."""
+        with validation.reading("the note of an ended fork"):
+            line, _, rest = _unpacked(text).partition(b"\n")
+            head = validation.record(validation.load(line))
+            numbers = {_number(number): value for number, value in validation.record(head["forks"]).items()}
+            if len(numbers) > _MOST_FORKS:
+                raise validation.Malformed("it has too many forks")
+            *results, rest = rest.split(b"\n", len(numbers))
+            forks: dict[int, EndedFork] = {}
+            for (number, (identity, birth, lengths)), result in zip(numbers.items(), results, strict=True):
+                by_part, rest = _pages(lengths, rest)
+                forks[number] = EndedFork(
+                    validation.number(identity, validation.IDENTITY),
+                    validation.number(birth),
+                    result.decode("ascii"),
+                    by_part,
+                )
+            if rest:
+                raise validation.Malformed("it has more pages than it says")
+            return cls(validation.text(head["digest"]), validation.number(head["device"], validation.U64), forks)
+
+
+def _unpacked(text: bytes) -> bytes:
+    try:
+        data = base64.b64decode(text[1:], validate=True)
+        if text[:1] == _PLAIN:
+            return data
+        unpacking = zlib.decompressobj()
+        unpacked = unpacking.decompress(data, _MOST_BYTES)
+    except (binascii.Error, zlib.error) as error:
+        raise validation.Malformed(str(error)) from None
+    if text[:1] != _PACKED or not unpacking.eof:
+        raise validation.Malformed("it is not whole")
+    return unpacked
+
+
+def _pages(lengths: Any, rest: bytes) -> tuple[dict[str, list[bytes]], bytes]:
+    """The pages of one fork, by part, and what follows them."""
+    checked = validation.record(lengths)
+    if len(checked) > _MOST_PARTS:
+        raise validation.Malformed("a fork has too many parts")
+    pages: dict[str, list[bytes]] = {}
+    check: Callable[[Any], list[int]] = partial(validation.items, check=validation.number, most=_MOST_PAGES)
+    for part, some in checked.items():
+        end = sum(check(some))
+        pages[_part(part)] = pages_in(rest[:end], some)
+        rest = rest[end:]
+    return pages, rest
+
+
+def _part(value: str) -> str:
+    return value if value in ("all", "plan", "close") else str(_number(value))
+
+
+def _number(value: str) -> int:
+    if not (value.isascii() and value.isdigit() and len(value) <= 9):
+        raise validation.Malformed(f"{value!r:.80} is no number")
+    return int(value)

