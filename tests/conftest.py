@@ -36,6 +36,23 @@ hypothesis.settings.load_profile("forkvm")
 def pytest_configure() -> None:
     # pytest winds up its fixtures after a KeyboardInterrupt; SIGTERM would end it on the spot.
     signal.signal(signal.SIGTERM, _interrupt)
+    _restore_ignored_signals()
+
+
+def _restore_ignored_signals() -> None:
+    """Give the signals that pytest was started to ignore their default handlers again.
+
+    nohup ignores SIGHUP, and a shell without job control starts a command followed by `&` with SIGINT and SIGQUIT
+    ignored. An ignored signal stays ignored across execve (signal(7)), so the programs that tests start and signal
+    would ignore it too.
+    """
+    for number, default in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGQUIT, signal.SIG_DFL),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, default)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:

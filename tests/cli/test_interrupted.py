@@ -17,14 +17,6 @@ _SUBMIT = ["submit", "/guests/a", "/guests/b", "--id", "the job", "--wait"]
 _CAMPAIGN = ["campaign", "/guests/a", "--to", "/guests/b-{n}", "--count", "2", "--id", "the job", "--wait"]
 
 
-@pytest.fixture(autouse=True)
-def heard() -> Iterator[None]:
-    """What a shell started in the background ignores SIGINT, and so would all that it starts."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @contextmanager
 def started(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
