@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tasks.copier.errors import Code, ForkError, from_oserror
@@ -62,6 +64,15 @@ class Roots:
                 message = f"the directory that is to hold the destination does not exist; create {parent} first"
                 raise ForkError(Code.INVALID_REQUEST, message, path, error.errno) from None
             raise _escape_or_fault(error, path) from None
+
+    @contextmanager
+    def parent(self, path: str) -> Iterator[tuple[int, str]]:
+        """Open the directory that is to hold the destination, as `open_parent` does, and close it at the end."""
+        parent_fd, name = self.open_parent(path)
+        try:
+            yield parent_fd, name
+        finally:
+            os.close(parent_fd)
 
     def _open(self, path: str) -> int:
         root = self._root_of(path)
