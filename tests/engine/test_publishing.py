@@ -8,11 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.copier.errors import ErrorRecord, ForkError
-from tasks.copier.fork.single import clone_file
-from tasks.copier.options import Limits, Options
-from tasks.copier.progress import Progress
-from tasks.copier.roots import Roots
+from tasks.copier.errors import ErrorRecord
+from tasks.copier.options import Limits
 from tasks.copier.staging.self_test import try_out
 from tests.engine.campaigning import campaign, codes, counts, destinations
 from tests.engine.forking import fork, forked, leftovers
@@ -45,17 +42,6 @@ def test_a_fork_fails_before_anything_is_copied(refusing: Path, source: Path, li
     assert result["error"] is not None
     assert_says_what_is_missing(result["error"], refusing, refusing / "fork")
     assert (result["files"]["total"], result["bytes"]["copied"]) == (0, 0)
-    assert list(refusing.iterdir()) == []
-
-
-def test_one_file_is_not_copied_either(refusing: Path, source: Path) -> None:
-    def end(progress: Progress) -> None:
-        raise AssertionError("bytes were copied")
-
-    with pytest.raises(ForkError) as refused:
-        clone_file(str(source / "overlay.raw"), str(refusing / "clone"), Options(), Roots(), end)
-
-    assert_says_what_is_missing(refused.value.record(), refusing, refusing / "clone")
     assert list(refusing.iterdir()) == []
 
 
