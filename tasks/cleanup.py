@@ -23,8 +23,8 @@ def remove_leftovers(context: Context, job_id: str, destination: str) -> None:
     """
     with (
         suppress(ForkError, OSError, Held),
-        context.roots.parent(destination) as (parent_fd, _),
-        Staging.attach(parent_fd, job_id, _HELD_WAIT, alone=True) as staging,
+        context.roots.open_parent(destination) as parent,
+        Staging.attach(parent.fd, job_id, _HELD_WAIT, alone=True) as staging,
     ):
         if staging is None:
             return

@@ -14,7 +14,6 @@ delivery never does.
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import replace
 
 from redis.exceptions import RedisError
@@ -105,12 +104,7 @@ def remove_abandoned(context: Context) -> None:
 def _sign_of_life(context: Context, fork_id: str, destination: str) -> int:
     """When anything last moved in a fork's staging; 0 where it has none, or none that can be looked at."""
     try:
-        parent_fd, _ = context.roots.open_parent(destination)
-    except ForkError:
-        return 0
-    try:
-        return last_sign_of_life(parent_fd, fork_id)
-    except OSError:
+        with context.roots.open_parent(destination) as parent:
+            return last_sign_of_life(parent.fd, fork_id)
+    except (ForkError, OSError):
         return 0  # sent again, it ends with the error that its worker meets
-    finally:
-        os.close(parent_fd)

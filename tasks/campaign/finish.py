@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 from contextlib import suppress
 from typing import Any
 
@@ -41,23 +40,22 @@ def run_finish_campaign(
         return known
     results = results_in(context, campaign_id)
     try:
-        parent_fd, _ = context.roots.open_parent(home)
+        parent = context.roots.open_parent(home)
     except ForkError:
         raise RetryLater(None) from None
-    try:
-        with Staging.attach(parent_fd, campaign_id, LOCK_WAIT, alone=not seized) as staging:
-            if staging is not None:
-                with staging.with_heartbeat():
-                    return _conclude(context, results, staging, home, seized=seized)
-    except Held as held:
-        raise RetryLater(held.heartbeat) from None
-    except (NotOurs, Malformed) as error:  # the campaign's own message gives each of its forks its end
-        return None if _send_again(context, campaign_id) else _settle_unplanned(context, results, error)
-    except OSError as error:  # perhaps it can be read in a moment; where it never can, `store_gone` ends the campaign
-        log.warning("the staging of campaign %s cannot be read: %s", campaign_id, error)
-        raise RetryLater(None) from None
-    finally:
-        os.close(parent_fd)
+    with parent:
+        try:
+            with Staging.attach(parent.fd, campaign_id, LOCK_WAIT, alone=not seized) as staging:
+                if staging is not None:
+                    with staging.with_heartbeat():
+                        return _conclude(context, results, staging, home, seized=seized)
+        except Held as held:
+            raise RetryLater(held.heartbeat) from None
+        except (NotOurs, Malformed) as error:  # the campaign's own message gives each of its forks its end
+            return None if _send_again(context, campaign_id) else _settle_unplanned(context, results, error)
+        except OSError as error:  # a later try may be able to read it; otherwise `store_gone` ends the campaign
+            log.warning("the staging of campaign %s cannot be read: %s", campaign_id, error)
+            raise RetryLater(None) from None
     if (known := results.result()) is None and not _send_again(context, campaign_id):
         raise RetryLater(None)  # it may be about to be planned
     return known

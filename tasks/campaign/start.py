@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from contextlib import suppress
 from dataclasses import replace
 
@@ -111,12 +110,8 @@ def take_over_campaign(context: Context, campaign_id: str, heartbeat: int | None
     claim = context.results.claim_of(campaign_id)
     if claim is None:
         return
-    with suppress(ForkError, OSError):
-        parent_fd, _ = context.roots.open_parent(claim["destination"])
-        try:
-            takeover.take_over(parent_fd, campaign_id, heartbeat)
-        finally:
-            os.close(parent_fd)
+    with suppress(ForkError, OSError), context.roots.open_parent(claim["destination"]) as parent:
+        takeover.take_over(parent.fd, campaign_id, heartbeat)
 
 
 def store_result(results: CampaignResults, spec: CampaignSpec, result: CampaignResult) -> CampaignResult:

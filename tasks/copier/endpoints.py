@@ -66,14 +66,11 @@ def open_endpoints(roots: Roots, source: str, destination: str) -> Iterator[Endp
     refuse_too_few_files(destination)
     source_fd = roots.open_source(source)
     try:
-        parent_fd, name = roots.open_parent(destination)
-        try:
-            if is_inside(parent_fd, os.fstat(source_fd)):
+        with roots.open_parent(destination) as parent:
+            if is_inside(parent.fd, os.fstat(source_fd)):
                 message = "the destination lies inside the source"
                 raise ForkError(Code.DESTINATION_INSIDE_SOURCE, message, destination)
-            yield Endpoints(source, destination, source_fd, parent_fd, name)
-        finally:
-            syscalls.release(parent_fd)
+            yield Endpoints(source, destination, source_fd, parent.fd, parent.name)
     finally:
         syscalls.release(source_fd)
 

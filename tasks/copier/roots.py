@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.kernel import syscalls
@@ -17,6 +16,19 @@ PATH_MAX = 4096
 _NAME_MAX = 255
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _STAGING_REFUSED = "{name} has the form of a staging name, which gc may remove; use another name"
+
+
+class Parent(NamedTuple):
+    """The open directory that holds a path, and the path's name in it. As a context manager it closes the directory."""
+
+    fd: int
+    name: str
+
+    def __enter__(self) -> Parent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        syscalls.release(self.fd)
 
 
 @dataclass(frozen=True)
@@ -43,8 +55,8 @@ class Roots:
                 raise ForkError(Code.SOURCE_NOT_DIRECTORY, message, path, error.errno) from None
             raise _escape_or_fault(error, path) from None
 
-    def open_parent(self, path: str) -> tuple[int, str]:
-        """Open the directory that is to hold the destination: (descriptor, name of the destination in it).
+    def open_parent(self, path: str) -> Parent:
+        """Open the directory that holds the destination, or will hold it. Use the result in a `with` statement.
 
         Raises ForkError: invalid_request (also for a parent that does not exist or lies in staging), outside_roots,
         destination_exists (a root itself), permission_denied.
@@ -58,21 +70,16 @@ class Roots:
             message = f"the destination's name is longer than {_NAME_MAX} bytes"
             raise ForkError(Code.INVALID_REQUEST, message, path, errno.ENAMETOOLONG)
         try:
-            return _outside_staging(self._open(parent), path, "destination"), name
+            return Parent(_outside_staging(self._open(parent), path, "destination"), name)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR):
                 message = f"the directory that is to hold the destination does not exist; create {parent} first"
                 raise ForkError(Code.INVALID_REQUEST, message, path, error.errno) from None
             raise _escape_or_fault(error, path) from None
 
-    @contextmanager
-    def parent(self, path: str) -> Iterator[tuple[int, str]]:
-        """Open the directory that is to hold the destination, as `open_parent` does, and close it at the end."""
-        parent_fd, name = self.open_parent(path)
-        try:
-            yield parent_fd, name
-        finally:
-            os.close(parent_fd)
+    def parent(self, path: str) -> Parent:
+        """The same as `open_parent`, which replaces it."""
+        return self.open_parent(path)
 
     def _open(self, path: str) -> int:
         root = self._root_of(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 from tasks.context import LOCK_WAIT, Context, ForkLedger, RetryLater
@@ -29,18 +28,17 @@ def run_abandon(context: Context, fork_id: str, destination: str) -> ForkResult 
         return known
     unknown = ForkSpec(fork_id=fork_id, source="", destination=destination)
     try:
-        parent_fd, name = context.roots.open_parent(destination)
-    except ForkError:
-        return refuse(context, unknown, worker_lost(destination))
-    try:
-        with Staging.attach(parent_fd, fork_id, LOCK_WAIT, alone=True) as staging:
+        with (
+            context.roots.open_parent(destination) as parent,
+            Staging.attach(parent.fd, fork_id, LOCK_WAIT, alone=True) as staging,
+        ):
             if staging is None:
                 return context.results.result(fork_id) or refuse(context, unknown, worker_lost(destination))
             if not is_asked_for(context, staging.own_journal(), fork_id, destination):
                 return refuse(context, unknown, worker_lost(destination))
             if store_published(context, fork_id, destination):
                 return context.results.result(fork_id)
-            ends = Endpoints("", destination, -1, parent_fd, name)
+            ends = Endpoints("", destination, -1, parent.fd, parent.name)
             return _give_up(context, staging, ends, fork_id) or refuse(context, unknown, worker_lost(destination))
     except Held as held:
         raise RetryLater(held.heartbeat) from None
@@ -48,8 +46,6 @@ def run_abandon(context: Context, fork_id: str, destination: str) -> ForkResult 
         return None
     except (ForkError, OSError):  # what is there is not ours, or cannot be read
         return refuse(context, unknown, worker_lost(destination))
-    finally:
-        os.close(parent_fd)
 
 
 def _give_up(context: Context, staging: Staging, ends: Endpoints, fork_id: str) -> ForkResult | None:

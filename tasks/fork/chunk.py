@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -68,15 +67,12 @@ def _look_after(context: Context, fork_id: str, destination: str) -> None:
 @contextmanager
 def _staging(context: Context, fork_id: str, destination: str) -> Iterator[Staging | None]:
     try:
-        parent_fd, _ = context.roots.open_parent(destination)
+        parent = context.roots.open_parent(destination)
     except ForkError:  # the fork's finish will tell; there is nothing to write to
         yield None
         return
-    try:
-        with Staging.attach(parent_fd, fork_id, LOCK_WAIT) as staging:
-            yield staging
-    finally:
-        os.close(parent_fd)
+    with parent, Staging.attach(parent.fd, fork_id, LOCK_WAIT) as staging:
+        yield staging
 
 
 def _do(context: Context, staging: Staging, journal: Journal, plan: Plan, number: int) -> Report | None:

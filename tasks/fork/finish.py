@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from contextlib import suppress
 
 from tasks.cleanup import remove_leftovers
@@ -35,31 +34,30 @@ def run_finish(context: Context, fork_id: str, destination: str) -> ForkResult |
     if known is not None:
         return known
     try:
-        parent_fd, name = context.roots.open_parent(destination)
+        parent = context.roots.open_parent(destination)
     except ForkError:
         raise RetryLater(None) from None
     is_cancelled = False
-    try:
-        is_cancelled = context.results.is_cancelled(fork_id)
-        if is_cancelled:
-            Staging.stop_from_outside(parent_fd, fork_id)
-        with Staging.attach(parent_fd, fork_id, LOCK_WAIT, alone=True) as staging:
-            if staging is not None:
-                with staging.with_heartbeat():
-                    ends = Endpoints("", destination, -1, parent_fd, name)
-                    return _finish(context, fork_id, staging, ends, is_cancelled=is_cancelled)
-    except Held as held:
-        raise RetryLater(held.heartbeat) from None
-    except Superseded:
-        return None
-    except ForkError as error:  # what stands in the staging's place is not ours, or damaged
-        failure = cancelled(destination) if is_cancelled else error
-        return end_with(context, unknown_spec(context, fork_id, destination), failure)
-    except OSError as error:  # the staging cannot be read: perhaps it can for the end
-        failure = from_oserror(error, "working in the staging directory", destination)
-        return end_with(context, unknown_spec(context, fork_id, destination), failure)
-    finally:
-        os.close(parent_fd)
+    with parent:
+        try:
+            is_cancelled = context.results.is_cancelled(fork_id)
+            if is_cancelled:
+                Staging.stop_from_outside(parent.fd, fork_id)
+            with Staging.attach(parent.fd, fork_id, LOCK_WAIT, alone=True) as staging:
+                if staging is not None:
+                    with staging.with_heartbeat():
+                        ends = Endpoints("", destination, -1, parent.fd, parent.name)
+                        return _finish(context, fork_id, staging, ends, is_cancelled=is_cancelled)
+        except Held as held:
+            raise RetryLater(held.heartbeat) from None
+        except Superseded:
+            return None
+        except ForkError as error:  # what stands in the staging's place is not ours, or damaged
+            failure = cancelled(destination) if is_cancelled else error
+            return end_with(context, unknown_spec(context, fork_id, destination), failure)
+        except OSError as error:  # the staging cannot be read: perhaps it can for the end
+            failure = from_oserror(error, "working in the staging directory", destination)
+            return end_with(context, unknown_spec(context, fork_id, destination), failure)
     known = context.results.result(fork_id) or store_ended(context, unknown_spec(context, fork_id, destination))
     if known is None:
         raise RetryLater(None)  # it may be about to be made anew
@@ -141,15 +139,14 @@ def end_with(context: Context, spec: ForkSpec, error: ForkError) -> ForkResult |
     Its result, or None when it was taken from this process. Raises Again.
     """
     try:
-        parent_fd, name = context.roots.open_parent(spec.destination)
-    except ForkError:
-        return refuse(context, spec, error)
-    try:
-        with Staging.attach(parent_fd, spec.fork_id, LOCK_WAIT, alone=True) as staging:
+        with (
+            context.roots.open_parent(spec.destination) as parent,
+            Staging.attach(parent.fd, spec.fork_id, LOCK_WAIT, alone=True) as staging,
+        ):
             if staging is not None and is_asked_for(context, staging.journal(), spec.fork_id, spec.destination):
-                ends = Endpoints(spec.source, spec.destination, -1, parent_fd, name)
+                ends = Endpoints(spec.source, spec.destination, -1, parent.fd, parent.name)
                 ticker = Ticker(context.beat(spec.fork_id, "close", spec.destination))
-                ended = finish(ends, staging, ticker, context.ledger(spec, parent_fd, name), error)
+                ended = finish(ends, staging, ticker, context.ledger(spec, parent.fd, parent.name), error)
                 return ended or refuse(context, spec, error)
     except Held as held:
         raise RetryLater(held.heartbeat) from None
@@ -158,8 +155,6 @@ def end_with(context: Context, spec: ForkSpec, error: ForkError) -> ForkResult |
     except (ForkError, OSError):
         # What is there is not ours, or cannot be read; another chunk may have settled the fork for that.
         return context.results.result(spec.fork_id) or refuse(context, spec, error)
-    finally:
-        os.close(parent_fd)
     return context.results.result(spec.fork_id) or refuse(context, spec, error)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 from contextlib import suppress
 from typing import Any
 
@@ -26,15 +25,10 @@ def take_over(context: Context, fork_id: str, destination: str, heartbeat: int |
     `heartbeat`: see `tasks.copier.staging.takeover`.
     """
     try:
-        parent_fd, _ = context.roots.open_parent(destination)
-    except ForkError:
+        with context.roots.open_parent(destination) as parent:
+            taken = takeover.take_over(parent.fd, fork_id, heartbeat)
+    except (ForkError, OSError):  # not ours: the next delivery of the fork reports it
         return None
-    try:
-        taken = takeover.take_over(parent_fd, fork_id, heartbeat)
-    except (ForkError, OSError):  # not ours: its next delivery says so
-        return None
-    finally:
-        os.close(parent_fd)
     if taken is None:
         return None
     log.warning("fork %s was taken from a process that has been paused for %.0f s", fork_id, STALE_SECONDS)
@@ -50,20 +44,17 @@ def take_over(context: Context, fork_id: str, destination: str, heartbeat: int |
 def store_published(context: Context, fork_id: str, destination: str) -> bool:
     """Settle a fork that its holder published before it was paused; whether that was so."""
     try:
-        parent_fd, name = context.roots.open_parent(destination)
-    except ForkError:
-        return False
-    try:
-        with takeover.published(parent_fd, fork_id, name) as journal:
+        with (
+            context.roots.open_parent(destination) as parent,
+            takeover.published(parent.fd, fork_id, parent.name) as journal,
+        ):
             if journal is None or not is_asked_for(context, journal, fork_id, destination):
                 return False
             spec = ForkSpec.from_data(journal.spec)
-            context.ledger(spec, parent_fd, name).store_result(result_of(journal.result, spec))
+            context.ledger(spec, parent.fd, parent.name).store_result(result_of(journal.result, spec))
             return True
-    except (ForkError, OSError):  # not ours: its next delivery says so
+    except (ForkError, OSError):  # not ours: the next delivery of the fork reports it
         return False
-    finally:
-        os.close(parent_fd)
 
 
 def store_lost(context: Context, fork_id: str, destination: str) -> ForkResult:

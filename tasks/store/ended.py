@@ -59,11 +59,10 @@ class EndedForks:
         if not good:
             return
         with suppress(OSError, ForkError):
-            parent_fd, _ = roots.open_parent(good[0].result["destination"])
-            try:
+            with roots.open_parent(good[0].result["destination"]) as parent:
                 found = {
                     number_of(outcome.result): _published(
-                        parent_fd,
+                        parent.fd,
                         os.path.basename(outcome.result["destination"]),
                         outcome.as_json,
                         {ALL_PAGES: outcome.pages} if outcome.pages else {},
@@ -71,9 +70,7 @@ class EndedForks:
                     for outcome in good
                 }
                 forks = {number: fork for number, fork in found.items() if fork is not None}
-                record = EndedRecord(digest, os.fstat(parent_fd).st_dev, forks)
-            finally:
-                os.close(parent_fd)
+                record = EndedRecord(digest, os.fstat(parent.fd).st_dev, forks)
             if forks:
                 self.store.add(campaign_id, Note(min(forks), max(forks), record.to_text()))
 
@@ -122,8 +119,7 @@ class _Place:
         parent, name = os.path.split(destination)
         if parent != self._parent:
             self._opened.close()
-            self._fd, _ = self._roots.open_parent(destination)
-            self._opened.callback(os.close, self._fd)
+            self._fd = self._opened.enter_context(self._roots.open_parent(destination)).fd
             self._parent = parent
         return os.fstat(self._fd).st_dev == device and _identity_and_birth(self._fd, name) == (
             fork.identity,

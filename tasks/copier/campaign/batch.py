@@ -33,7 +33,7 @@ from tasks.copier.fork_spec import Clock, ForkSpec, failed, result_of, succeeded
 from tasks.copier.kernel import syscalls, trees
 from tasks.copier.progress import Ticker
 from tasks.copier.report import Fallback, Report
-from tasks.copier.roots import Roots
+from tasks.copier.roots import Parent, Roots
 from tasks.copier.staging.control_directory import Held
 from tasks.copier.staging.journal import Journal
 from tasks.copier.staging.publishing import cannot_publish, noreplace_refusal
@@ -80,13 +80,12 @@ def seize_batch(campaign: Campaign, roots: Roots, first: int) -> None:
     into files that are nobody's. What it has published is found by its record. Raises ForkError, Held, OSError.
     """
     for at, destinations in _runs(campaign, first):
-        parent_fd, _ = roots.open_parent(destinations[0])
-        try:
-            with _control(campaign, parent_fd, make=False) as staging:
-                if staging is not None:
-                    _seize_run(staging, at)
-        finally:
-            os.close(parent_fd)
+        with (
+            roots.open_parent(destinations[0]) as parent,
+            _control(campaign, parent.fd, make=False) as staging,
+        ):
+            if staging is not None:
+                _seize_run(staging, at)
 
 
 def _seize_run(staging: Staging, first: int) -> None:
@@ -169,15 +168,13 @@ def _open_parent(campaign: Campaign, roots: Roots, destination: str) -> Iterator
     The home's parent is open already, also where its path leads somewhere else just now. Who gave a batch up for that
     without a look into it would tell of forks that they failed which another process is about to publish.
     """
-    parent, name = os.path.split(destination)
-    if parent == campaign.plan.parent:
-        parent_fd = os.dup(campaign.staging.parent_fd)
+    directory, name = os.path.split(destination)
+    if directory == campaign.plan.parent:
+        opened = Parent(os.dup(campaign.staging.parent_fd), name)
     else:
-        parent_fd, name = roots.open_parent(destination)
-    try:
-        yield Endpoints(campaign.spec.source, destination, -1, parent_fd, name)
-    finally:
-        os.close(parent_fd)
+        opened = roots.open_parent(destination)
+    with opened as parent:
+        yield Endpoints(campaign.spec.source, destination, -1, parent.fd, parent.name)
 
 
 @contextmanager

@@ -76,13 +76,10 @@ def _is_home(campaign: Campaign, roots: Roots, parent: str) -> bool:
     """Whether the control directory that is held stands in `parent`; what lies elsewhere has books there."""
     path = f"{parent}/any name"
     try:
-        parent_fd, _ = roots.open_parent(path)
+        with roots.open_parent(path) as opened:
+            return os.path.samestat(os.fstat(opened.fd), os.fstat(campaign.staging.parent_fd))
     except ForkError:
         return False
-    try:
-        return os.path.samestat(os.fstat(parent_fd), os.fstat(campaign.staging.parent_fd))
-    finally:
-        os.close(parent_fd)
 
 
 def remove_annexes(campaign: Campaign, roots: Roots) -> None:
@@ -93,14 +90,12 @@ def remove_annexes(campaign: Campaign, roots: Roots) -> None:
     home = os.fstat(campaign.staging.parent_fd)
     for path in _one_of_each_parent(campaign):
         try:
-            parent_fd, _ = roots.open_parent(path)
+            parent = roots.open_parent(path)
         except ForkError:
-            continue  # none of ours stands there
-        try:
-            if not os.path.samestat(home, os.fstat(parent_fd)):
-                _remove(parent_fd, campaign.spec.campaign_id)
-        finally:
-            os.close(parent_fd)
+            continue  # it holds no control directory of ours
+        with parent:
+            if not os.path.samestat(home, os.fstat(parent.fd)):
+                _remove(parent.fd, campaign.spec.campaign_id)
     with suppress(OSError, ForkError):
         campaign.staging.discard_trees()
 

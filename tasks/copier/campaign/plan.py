@@ -162,12 +162,11 @@ def open_campaign(
 
     Raises Held when others hold it for `wait` seconds, ForkError and OSError.
     """
-    parent_fd, _ = roots.open_parent(home)
-    try:
-        with Staging.attach(parent_fd, campaign_id, wait, alone=alone) as staging:
-            yield None if staging is None else campaign_in(staging)
-    finally:
-        os.close(parent_fd)
+    with (
+        roots.open_parent(home) as parent,
+        Staging.attach(parent.fd, campaign_id, wait, alone=alone) as staging,
+    ):
+        yield None if staging is None else campaign_in(staging)
 
 
 def campaign_in(staging: Staging) -> Campaign | None:
@@ -196,12 +195,10 @@ def find_home(roots: Roots, paths: Iterable[str]) -> str:
             continue
         tried.add(parent)
         try:
-            parent_fd, _ = roots.open_parent(path)
+            with roots.open_parent(path):
+                return path
         except ForkError as error:
             first = first or error
-            continue
-        os.close(parent_fd)
-        return path
     raise first or AssertionError("a campaign has destinations")
 
 
