@@ -16,8 +16,8 @@ import pytest
 
 from tests.fixtures.filesystems import Fresh, SmallTmpfs
 from tests.fixtures.processes import forkvm_script, wait_until
+from tests.support.system.queued_campaigns import make_source
 from tests.support.tree import snapshot
-from tests.system.campaigns import make_source
 
 COUNT = 3000
 #: Seconds from a signal to the end of the command, on a busy machine.

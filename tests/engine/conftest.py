@@ -9,7 +9,7 @@ import pytest
 from tasks.copier import progress
 from tasks.copier.campaign import plan as campaign_plan
 from tasks.copier.options import Limits
-from tests.engine.forking import WAYS
+from tests.support.engine.forks import WAYS
 
 
 @pytest.fixture(params=list(WAYS))

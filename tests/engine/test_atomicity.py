@@ -15,10 +15,10 @@ from tasks.copier.errors import Code, ForkError
 from tasks.copier.fork_spec import ForkResult
 from tasks.copier.options import Limits
 from tasks.copier.progress import Progress
-from tests.engine.children import Child
-from tests.engine.forking import CHUNKED, INLINE, MIB, assert_alike, fork, fork_with_books, forked, leftovers
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import wait_until
+from tests.support.engine.child_processes import Child
+from tests.support.engine.forks import CHUNKED, INLINE, MIB, assert_alike, fork, fork_with_books, forked, leftovers
 from tests.support.guests import SKIPPED_BY_DEFAULT, GuestSizes, make_guest, make_sparse_file
 from tests.support.tree import snapshot
 

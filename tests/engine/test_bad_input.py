@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tasks.copier.options import Limits
-from tests.engine.forking import CHUNKED, MIB, assert_alike, fork, forked, leftovers, refused
 from tests.fixtures.filesystems import Fresh, SmallTmpfs
+from tests.support.engine.forks import CHUNKED, MIB, assert_alike, fork, forked, leftovers, refused
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest, make_sparse_file
 from tests.support.tree import Entry, snapshot
 

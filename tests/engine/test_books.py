@@ -11,11 +11,11 @@ import pytest
 
 from tasks.copier.options import Limits
 from tasks.copier.progress import Progress
-from tests.engine.forking import CHUNKED, MIB, Books, fork_with_books, forked, spec_of
-from tests.engine.sources import make_everything, make_images
 from tests.fixtures.filesystems import Fresh
+from tests.support.engine.forks import CHUNKED, MIB, Books, fork_with_books, forked, spec_of
 from tests.support.extents import data_extents
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
+from tests.support.sources import make_everything, make_images
 from tests.support.tree import Entry, snapshot
 
 METHODS = {

@@ -11,7 +11,9 @@ import pytest
 from tasks.copier.campaign.spec import CampaignProgress, CampaignResult
 from tasks.copier.kernel import syscalls, trees
 from tasks.copier.progress import Progress
-from tests.engine.campaigning import (
+from tests.fixtures.filesystems import Fresh, Kind, make_subvolume
+from tests.support.engine.forks import assert_alike, leftovers
+from tests.support.engine.local_campaigns import (
     SIZES,
     campaign,
     campaign_with_books,
@@ -21,13 +23,11 @@ from tests.engine.campaigning import (
     plan,
     spec_of,
 )
-from tests.engine.forking import assert_alike, leftovers
-from tests.engine.sources import make_everything
-from tests.fixtures.filesystems import Fresh, Kind, make_subvolume
 from tests.support.extents import sharing
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
+from tests.support.sources import make_everything
+from tests.support.system.result_checks import check_books, check_fork_result, entries_of
 from tests.support.tree import snapshot
-from tests.system.books import check_books, check_fork_result, entries_of
 
 KINDS: list[Kind] = ["xfs", "btrfs", "ext4", "tmpfs"]
 REFLINK: list[Kind] = ["xfs", "btrfs"]

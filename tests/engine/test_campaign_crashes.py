@@ -22,7 +22,11 @@ from tasks.copier.roots import Roots
 from tasks.copier.staging.control_directory import Held, control_name
 from tasks.copier.staging.gc import collect
 from tasks.copier.staging.staging import Staging
-from tests.engine.campaigning import (
+from tests.fixtures.filesystems import Fresh
+from tests.fixtures.processes import wait_until
+from tests.support.engine.child_processes import Child, in_child
+from tests.support.engine.forks import assert_alike, leftovers
+from tests.support.engine.local_campaigns import (
     ID,
     Books,
     campaign,
@@ -33,14 +37,10 @@ from tests.engine.campaigning import (
     make_batches,
     plan,
 )
-from tests.engine.children import Child, in_child
-from tests.engine.forking import assert_alike, leftovers
-from tests.fixtures.filesystems import Fresh
-from tests.fixtures.processes import wait_until
 from tests.support.guests import MIB, SKIPPED_BY_DEFAULT, GuestSizes, make_guest
 from tests.support.journals import rewrite_spec
+from tests.support.system.result_checks import check_books, identity
 from tests.support.tree import snapshot
-from tests.system.books import check_books, identity
 
 SIZES = GuestSizes(overlay=4 * MIB, overlay_data=MIB, memory=MIB, memory_data=MIB // 2, config=64 << 10)
 FORKS = 6

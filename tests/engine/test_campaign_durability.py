@@ -15,10 +15,10 @@ from tasks.copier.campaign import batch_record
 from tasks.copier.campaign import plan as campaign_plan
 from tasks.copier.campaign.batch_record import Outcome
 from tasks.copier.kernel import syscalls
-from tests.engine.campaigning import Books, campaign_with_books, destinations, holding, make_batches, plan
-from tests.engine.children import Child
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import ROOT
+from tests.support.engine.child_processes import Child
+from tests.support.engine.local_campaigns import Books, campaign_with_books, destinations, holding, make_batches, plan
 from tests.support.guests import MIB, make_sparse_file
 from tests.support.requirements import require_command
 
@@ -42,7 +42,8 @@ def trace(source: Path, directory: Path, tmp_path: Path, durability: str) -> lis
     """The calls that put something on the disk or publish it, of a campaign of three forks, in order."""
     strace = require_command("strace", "the order of system calls")
     script = (
-        "from tasks.copier.campaign import plan as campaign_plan; from tests.engine.campaigning import main; "
+        "from tasks.copier.campaign import plan as campaign_plan; "
+        "from tests.support.engine.local_campaigns import main; "
         "campaign_plan._LEAST_BATCHES, campaign_plan.BATCH_SECONDS = 1, 60.0; main()"
     )
     command = [strace, "-f", "-y", "-o", str(tmp_path / "trace"), "-e", "trace=syncfs,fsync,rename,renameat,renameat2"]

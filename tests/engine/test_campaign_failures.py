@@ -12,7 +12,9 @@ import pytest
 from tasks.copier.campaign.spec import CampaignProgress
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.progress import Progress
-from tests.engine.campaigning import (
+from tests.fixtures.filesystems import Fresh, SmallTmpfs
+from tests.support.engine.forks import assert_alike, leftovers
+from tests.support.engine.local_campaigns import (
     SIZES,
     campaign,
     campaign_with_books,
@@ -20,10 +22,8 @@ from tests.engine.campaigning import (
     counts,
     destinations,
 )
-from tests.engine.forking import assert_alike, leftovers
-from tests.fixtures.filesystems import Fresh, SmallTmpfs
 from tests.support.guests import MIB, SKIPPED_BY_DEFAULT, make_guest, make_sparse_file
-from tests.system.books import check_books
+from tests.support.system.result_checks import check_books
 
 
 @pytest.fixture

@@ -13,10 +13,21 @@ from tasks.copier.errors import cancelled
 from tasks.copier.progress import Ticker
 from tasks.copier.roots import Roots
 from tasks.copier.staging.control_directory import control_name
-from tests.engine.campaigning import ID, SIZES, Books, campaign, codes, counts, destinations, firsts, holding, plan
-from tests.engine.campaigning import make_batches as make
-from tests.engine.forking import go_on, leftovers
 from tests.fixtures.filesystems import Fresh
+from tests.support.engine.forks import go_on, leftovers
+from tests.support.engine.local_campaigns import (
+    ID,
+    SIZES,
+    Books,
+    campaign,
+    codes,
+    counts,
+    destinations,
+    firsts,
+    holding,
+    plan,
+)
+from tests.support.engine.local_campaigns import make_batches as make
 from tests.support.guests import make_guest
 
 OTHER = 1000

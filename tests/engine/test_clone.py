@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from tasks.copier.options import Limits
-from tests.engine.children import in_child
-from tests.engine.forking import CHUNKED, INLINE, MIB, assert_alike, forked, leftovers, times
-from tests.engine.sources import age, make_everything, make_images
 from tests.fixtures.filesystems import Fresh, Kind
+from tests.support.engine.child_processes import in_child
+from tests.support.engine.forks import CHUNKED, INLINE, MIB, assert_alike, forked, leftovers, times
 from tests.support.extents import allocated_bytes, allocated_bytes_of_tree, data_extents
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
+from tests.support.sources import age, make_everything, make_images
 
 PAIRS: list[tuple[Kind, Kind]] = [
     ("xfs", "btrfs"),

@@ -14,10 +14,10 @@ from tasks.copier.clone.compare import Comparison, compare
 from tasks.copier.kernel.contents import first_difference
 from tasks.copier.options import DEFAULT_EXCLUDE
 from tasks.copier.source.selection import Selection
-from tests.engine.forking import MIB, forked
-from tests.engine.sources import make_everything
 from tests.fixtures.filesystems import Fresh, bind_mounted, make_subvolume
+from tests.support.engine.forks import MIB, forked
 from tests.support.requirements import require_command
+from tests.support.sources import make_everything
 
 
 def compared(source: Path, clone: Path) -> Comparison:

@@ -11,12 +11,12 @@ import pytest
 
 from tasks.copier.options import Limits
 from tasks.copier.progress import Progress
-from tests.engine import campaigning
-from tests.engine.forking import forked, refused
-from tests.engine.sources import ACCESS_ACL, DEFAULT_ACL, OLD_NS, acl
 from tests.engine.test_source_changes import Meddler, closing, copying
 from tests.fixtures.filesystems import Fresh
+from tests.support.engine import local_campaigns
+from tests.support.engine.forks import forked, refused
 from tests.support.guests import make_guest
+from tests.support.sources import ACCESS_ACL, DEFAULT_ACL, OLD_NS, acl
 
 pytestmark = pytest.mark.usefixtures("every_beat")
 
@@ -137,14 +137,14 @@ def test_entries_that_are_left_out_come_and_go_on_every_filesystem(
 def test_a_campaign_makes_no_fork_of_a_directory_whose_metadata_changes(
     directory: Path, source: Path, tmp_path: Path, name: str, change: str
 ) -> None:
-    paths = campaigning.destinations(directory, 3)
-    campaigning.plan(source, paths)
+    paths = local_campaigns.destinations(directory, 3)
+    local_campaigns.plan(source, paths)
     time.sleep(_TICK_SECONDS)
     CHANGES[change](source / name)
-    books = campaigning.Books(tmp_path)
+    books = local_campaigns.Books(tmp_path)
 
-    campaigning.make_batches(paths[0], books)
-    campaigning.end(paths[0], books)
+    local_campaigns.make_batches(paths[0], books)
+    local_campaigns.end(paths[0], books)
 
     errors = [result["error"] for result in books.forks]
     assert [error and (error["code"], error["path"]) for error in errors] == [
@@ -156,13 +156,13 @@ def test_a_campaign_makes_no_fork_of_a_directory_whose_metadata_changes(
 def test_a_campaign_goes_on_while_entries_that_are_left_out_come_and_go(
     directory: Path, source: Path, tmp_path: Path
 ) -> None:
-    paths = campaigning.destinations(directory, 3)
-    campaigning.plan(source, paths)
+    paths = local_campaigns.destinations(directory, 3)
+    local_campaigns.plan(source, paths)
     time.sleep(_TICK_SECONDS)
     (source / "new.sock").touch()
-    books = campaigning.Books(tmp_path)
+    books = local_campaigns.Books(tmp_path)
 
-    campaigning.make_batches(paths[0], books)
-    campaigning.end(paths[0], books)
+    local_campaigns.make_batches(paths[0], books)
+    local_campaigns.end(paths[0], books)
 
     assert [result["status"] for result in books.forks] == ["succeeded"] * 3

@@ -14,10 +14,10 @@ import pytest
 from tasks.copier.campaign.batch_record import Record
 from tasks.copier.errors import ForkError
 from tasks.copier.staging.control_directory import control_name
-from tests.engine.campaigning import ID, Books, destinations, end, make_batches, plan
-from tests.engine.children import in_child
-from tests.engine.forking import assert_alike, leftovers
 from tests.fixtures.filesystems import Fresh
+from tests.support.engine.child_processes import in_child
+from tests.support.engine.forks import assert_alike, leftovers
+from tests.support.engine.local_campaigns import ID, Books, destinations, end, make_batches, plan
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
 from tests.support.tree import snapshot
 

@@ -18,10 +18,10 @@ from tasks.copier.errors import ForkError
 from tasks.copier.fork_spec import ForkResult
 from tasks.copier.staging.control_directory import control_name
 from tasks.copier.staging.staging import Staging
-from tests.engine import staged
-from tests.engine.children import NOBODY, in_child
-from tests.engine.forking import CHUNKED, assert_alike, fork_with_books, leftovers
 from tests.fixtures.filesystems import Fresh
+from tests.support.engine import staged_forks
+from tests.support.engine.child_processes import NOBODY, in_child
+from tests.support.engine.forks import CHUNKED, assert_alike, fork_with_books, leftovers
 from tests.support.guests import MIB, SKIPPED_BY_DEFAULT, make_guest, make_sparse_file
 from tests.support.tree import snapshot
 
@@ -47,11 +47,11 @@ def deliver(yard: Path) -> ForkResult:
 
 
 def begun(yard: Path) -> tuple[Path, dict[str, Any]]:
-    return staged.begin(yard / "source", yard / "parent" / "fork")
+    return staged_forks.begin(yard / "source", yard / "parent" / "fork")
 
 
 def go_on_with(yard: Path) -> str:
-    return staged.go_on_with(yard / "source", yard / "parent" / "fork")
+    return staged_forks.go_on_with(yard / "source", yard / "parent" / "fork")
 
 
 # -- what somebody made in the control directory's place
@@ -251,7 +251,7 @@ def test_a_journal_that_no_worker_wrote_never_leads_out_nor_on_and_on(yard: Path
         data = json.dumps(journal).encode()
     (staging / "journal").write_bytes(data)
 
-    outcome = staged.cancel(yard / "source", yard / "parent" / "fork") if cancels else go_on_with(yard)
+    outcome = staged_forks.cancel(yard / "source", yard / "parent" / "fork") if cancels else go_on_with(yard)
 
     assert "unexpected" not in outcome
     assert snapshot(yard / "outside") == before
@@ -316,7 +316,7 @@ def test_the_journal_of_another_fork_is_not_taken_up(yard: Path) -> None:
     (staging / "journal").write_text(json.dumps(journal))
 
     assert "its journal is another fork's" in go_on_with(yard)
-    assert "its journal is another fork's" in staged.cancel(yard / "source", yard / "parent" / "fork")
+    assert "its journal is another fork's" in staged_forks.cancel(yard / "source", yard / "parent" / "fork")
 
 
 def test_a_copy_of_a_control_directory_is_not_taken_up(yard: Path) -> None:
@@ -326,7 +326,7 @@ def test_a_copy_of_a_control_directory_is_not_taken_up(yard: Path) -> None:
     staging.chmod(0o700)
 
     assert "it is a copy of a staging directory" in go_on_with(yard)
-    assert "it is a copy of a staging directory" in staged.cancel(yard / "source", yard / "parent" / "fork")
+    assert "it is a copy of a staging directory" in staged_forks.cancel(yard / "source", yard / "parent" / "fork")
 
 
 # -- the tree
@@ -381,7 +381,7 @@ def test_owner_and_mode_of_a_clone_are_those_of_the_source_whatever_the_manifest
     for path in (yard / "source").rglob("*"):
         os.chown(path, ATTACKER, ATTACKER, follow_symlinks=False)
     staging, _ = begun(yard)
-    staged.change_manifest(staging / "manifest", bits)
+    staged_forks.change_manifest(staging / "manifest", bits)
 
     outcome = go_on_with(yard)
 

@@ -10,12 +10,12 @@ import pytest
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.options import Limits
 from tasks.copier.progress import Progress
-from tests.engine.campaigning import campaign_with_books, destinations
-from tests.engine.forking import CHUNKED, MIB, assert_alike, fork, fork_with_books, forked, leftovers
-from tests.engine.sources import make_images
 from tests.fixtures.filesystems import Fresh, Kind
 from tests.fixtures.fuse import Bindfs, Passthrough
+from tests.support.engine.forks import CHUNKED, MIB, assert_alike, fork, fork_with_books, forked, leftovers
+from tests.support.engine.local_campaigns import campaign_with_books, destinations
 from tests.support.extents import allocated_bytes, data_extents
+from tests.support.sources import make_images
 
 
 @pytest.fixture

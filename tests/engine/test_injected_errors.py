@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from tasks.copier.kernel.reflink import Answer
-from tests.engine.forking import assert_alike, forked, leftovers
-from tests.engine.forking import fork as fork_again
 from tests.engine.test_reflink_answers import TABLE
-from tests.engine.traced import Traced, control, in_tree, trace_fork
 from tests.fixtures.filesystems import Fresh, Kind
+from tests.support.engine.forks import assert_alike, forked, leftovers
+from tests.support.engine.forks import fork as fork_again
+from tests.support.engine.traced_forks import Traced, control, in_tree, trace_fork
 from tests.support.guests import MIB, make_sparse_file
 from tests.support.requirements import require_command
 

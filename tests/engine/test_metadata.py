@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from tasks.copier.options import Limits
-from tests.engine.children import NOBODY, in_child
-from tests.engine.forking import CHUNKED, MIB, assert_alike, fork, forked, leftovers, refused
-from tests.engine.sources import (
+from tests.fixtures.filesystems import Fresh
+from tests.support.engine.child_processes import NOBODY, in_child
+from tests.support.engine.forks import CHUNKED, MIB, assert_alike, fork, forked, leftovers, refused
+from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest, make_sparse_file
+from tests.support.sources import (
     ACCESS_ACL,
     CAPABILITY,
     CAPABILITY_TO_BIND,
@@ -21,8 +23,6 @@ from tests.engine.sources import (
     make_everything,
     make_metadata,
 )
-from tests.fixtures.filesystems import Fresh
-from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest, make_sparse_file
 from tests.support.tree import snapshot
 
 

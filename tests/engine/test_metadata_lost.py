@@ -13,15 +13,15 @@ import pytest
 
 from tasks.copier.fork_spec import ForkResult
 from tasks.copier.options import Limits
-from tests.engine import campaigning
-from tests.engine.children import NOBODY, in_child
-from tests.engine.forking import CHUNKED, MIB, assert_alike, fork, forked, leftovers
-from tests.engine.sources import ACCESS_ACL, CAPABILITY, CAPABILITY_TO_BIND, DEFAULT_ACL, acl, age
-from tests.engine.traced import in_tree, trace_fork
 from tests.fixtures.filesystems import Fresh, SmallExt4
 from tests.fixtures.fuse import Passthrough
+from tests.support.engine import local_campaigns
+from tests.support.engine.child_processes import NOBODY, in_child
+from tests.support.engine.forks import CHUNKED, MIB, assert_alike, fork, forked, leftovers
+from tests.support.engine.traced_forks import in_tree, trace_fork
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest, make_sparse_file
 from tests.support.requirements import require_command
+from tests.support.sources import ACCESS_ACL, CAPABILITY, CAPABILITY_TO_BIND, DEFAULT_ACL, acl, age
 
 _CLONE_NEWUSER = 0x10000000  # <linux/sched.h>
 #: Not `NOBODY`: every owner that a user namespace does not know is shown as that.
@@ -107,9 +107,9 @@ def test_a_fork_that_is_to_be_without_acls_gives_nobody_more_than_they_gave(
 
 
 def test_each_fork_of_a_campaign_lists_its_losses(guarded: Path, ramfs: Path, tmp_path: Path) -> None:
-    paths = campaigning.destinations(ramfs, 3)
+    paths = local_campaigns.destinations(ramfs, 3)
 
-    _, books = campaigning.campaign_with_books(guarded, paths, tmp_path / "books")
+    _, books = local_campaigns.campaign_with_books(guarded, paths, tmp_path / "books")
 
     assert [modes(path) for path in paths] == [WITHOUT_ACLS] * 3
     assert [lost(result) for result in books.forks] == [ACLS_LOST | {("key", "xattr user.origin")}] * 3

@@ -21,10 +21,10 @@ from tasks.copier.progress import Ticker
 from tasks.copier.roots import Roots
 from tasks.copier.staging.staging import Staging
 from tasks.copier.staging.workspace import Workspace, open_work
-from tests.engine.campaigning import campaign, counts, destinations
-from tests.engine.forking import CHUNKED, MIB, Books, assert_alike, forked, go_on, leftovers, refused, spec_of
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.fuse import Passthrough
+from tests.support.engine.forks import CHUNKED, MIB, Books, assert_alike, forked, go_on, leftovers, refused, spec_of
+from tests.support.engine.local_campaigns import campaign, counts, destinations
 from tests.support.guests import make_sparse_file
 
 COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"

@@ -22,8 +22,8 @@ from tasks.copier.roots import Roots
 from tasks.copier.source import manifest
 from tasks.copier.staging.staging import Staging
 from tasks.copier.staging.workspace import open_work
-from tests.engine.forking import INLINE, MIB, assert_alike, fork_with_books, go_on, spec_of
 from tests.fixtures.filesystems import Fresh, Kind
+from tests.support.engine.forks import INLINE, MIB, assert_alike, fork_with_books, go_on, spec_of
 from tests.support.guests import make_sparse_file
 from tests.support.requirements import require_command
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.forking import MIB, assert_alike, leftovers
-from tests.engine.traced import Traced, in_tree, trace_fork
 from tests.fixtures.filesystems import Fresh
+from tests.support.engine.forks import MIB, assert_alike, leftovers
+from tests.support.engine.traced_forks import Traced, in_tree, trace_fork
 from tests.support.requirements import require_command
 
 FICLONE = "FICLONE"

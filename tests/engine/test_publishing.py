@@ -11,10 +11,10 @@ import pytest
 from tasks.copier.errors import ErrorRecord
 from tasks.copier.options import Limits
 from tasks.copier.staging.self_test import try_out
-from tests.engine.campaigning import campaign, codes, counts, destinations
-from tests.engine.forking import fork, forked, leftovers
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.fuse import Passthrough
+from tests.support.engine.forks import fork, forked, leftovers
+from tests.support.engine.local_campaigns import campaign, codes, counts, destinations
 from tests.support.guests import make_guest
 
 

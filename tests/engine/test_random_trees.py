@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tasks.copier.options import Limits
-from tests.engine.forking import MIB, assert_alike, fork_with_books, forked, times
 from tests.fixtures.filesystems import Fresh, Kind, fresh_directory
+from tests.support.engine.forks import MIB, assert_alike, fork_with_books, forked, times
 
 KINDS: list[Kind] = ["xfs", "btrfs", "ext4", "tmpfs"]
 #: About 10 s for each filesystem.

@@ -15,11 +15,11 @@ import pytest
 
 from tasks.copier.kernel import syscalls, trees
 from tasks.copier.staging.staging import Staging
-from tests.engine.children import Child
-from tests.engine.forking import leftovers
 from tests.fixtures.filesystems import Fresh, bind_mounted, make_subvolume
 from tests.fixtures.fuse import Bindfs, Passthrough
 from tests.fixtures.processes import wait_until
+from tests.support.engine.child_processes import Child
+from tests.support.engine.forks import leftovers
 from tests.support.requirements import require_command
 
 #: Far more than a removal waits for a directory to become empty, in seconds.

@@ -11,9 +11,9 @@ import pytest
 
 from tasks.copier.fork_spec import ForkResult
 from tasks.copier.staging.control_directory import control_name
-from tests.engine import staged
-from tests.engine.forking import CHUNKED, Books, assert_alike, fork_with_books, leftovers
 from tests.fixtures.filesystems import Fresh
+from tests.support.engine import staged_forks
+from tests.support.engine.forks import CHUNKED, Books, assert_alike, fork_with_books, leftovers
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
 
 Phase = Literal["cloning", "publishing", "published"]
@@ -34,7 +34,7 @@ def yard(fresh: Fresh) -> Path:
 
 def leave(yard: Path, phase: Phase) -> None:
     """Have a fork of `a` to `first` stand in that phase, with no process at work on it."""
-    control, journal = staged.begin(yard / "a", yard / "first")
+    control, journal = staged_forks.begin(yard / "a", yard / "first")
     if phase == "cloning":
         return
 
@@ -43,14 +43,14 @@ def leave(yard: Path, phase: Phase) -> None:
             raise Lost
 
     with pytest.raises(Lost):
-        staged.go_on_with(yard / "a", yard / "first", Dying())
+        staged_forks.go_on_with(yard / "a", yard / "first", Dying())
     assert json.loads((control / "journal").read_bytes())["phase"] == "publishing"
     if phase == "publishing":
-        (yard / "first").rename(yard / f"{control_name(staged.ID)}.{journal['attempt']}")
+        (yard / "first").rename(yard / f"{control_name(staged_forks.ID)}.{journal['attempt']}")
 
 
 def ask(source: Path, destination: Path) -> ForkResult:
-    return fork_with_books(source, destination, fork_id=staged.ID, limits=CHUNKED, reflink="never").result
+    return fork_with_books(source, destination, fork_id=staged_forks.ID, limits=CHUNKED, reflink="never").result
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -90,7 +90,7 @@ def test_other_options_make_another_request(yard: Path) -> None:
     leave(yard, "cloning")
 
     result = fork_with_books(
-        yard / "a", yard / "first", fork_id=staged.ID, limits=CHUNKED, reflink="never", skip=("state",)
+        yard / "a", yard / "first", fork_id=staged_forks.ID, limits=CHUNKED, reflink="never", skip=("state",)
     ).result
 
     assert result["status"] == "succeeded"
@@ -102,7 +102,7 @@ def test_the_same_request_is_gone_on_with(yard: Path, phase: Phase) -> None:
     leave(yard, phase)
     tree = _inode(yard)
 
-    assert staged.go_on_with(yard / "a", yard / "first") == "succeeded"
+    assert staged_forks.go_on_with(yard / "a", yard / "first") == "succeeded"
 
     assert (yard / "first").stat().st_ino == tree
     assert_alike(yard / "a", yard / "first", SKIPPED_BY_DEFAULT)

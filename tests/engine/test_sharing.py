@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from tasks.copier.options import Limits
-from tests.engine.forking import CHUNKED, INLINE, MIB, assert_alike, fork, fork_with_books, forked
-from tests.engine.sources import make_everything
 from tests.fixtures.filesystems import Fresh, OverlayOver
+from tests.support.engine.forks import CHUNKED, INLINE, MIB, assert_alike, fork, fork_with_books, forked
 from tests.support.extents import allocated_bytes_of_tree, set_nocow, sharing
 from tests.support.guests import GIB, SKIPPED_BY_DEFAULT, GuestSizes, make_guest, make_sparse_file
+from tests.support.sources import make_everything
 from tests.support.tree import content_sha256, snapshot
 
 #: The original's manual test: an instance of 4 GiB, most of it holes.

@@ -24,8 +24,11 @@ from tasks.copier.staging.gc import collect
 from tasks.copier.staging.journal import Phase
 from tasks.copier.staging.staging import Staging
 from tasks.copier.staging.takeover import take_over
-from tests.engine.children import NOBODY, Child, in_child
-from tests.engine.forking import (
+from tests.engine.test_books import assert_balanced
+from tests.fixtures.filesystems import Fresh, bind_mounted, make_subvolume
+from tests.fixtures.processes import wait_until
+from tests.support.engine.child_processes import NOBODY, Child, in_child
+from tests.support.engine.forks import (
     INLINE,
     MIB,
     Books,
@@ -39,14 +42,11 @@ from tests.engine.forking import (
     spec_of,
     statuses,
 )
-from tests.engine.sources import ACCESS_ACL, DEFAULT_ACL, acl, age, make_everything
-from tests.engine.test_books import assert_balanced
-from tests.engine.traced import control, in_tree, trace_fork
-from tests.fixtures.filesystems import Fresh, bind_mounted, make_subvolume
-from tests.fixtures.processes import wait_until
+from tests.support.engine.traced_forks import control, in_tree, trace_fork
 from tests.support.extents import set_lock, set_nocow, sharing
 from tests.support.guests import SKIPPED_BY_DEFAULT, GuestSizes, make_guest, make_sparse_file
 from tests.support.requirements import require_command
+from tests.support.sources import ACCESS_ACL, DEFAULT_ACL, acl, age, make_everything
 from tests.support.tree import snapshot
 
 SIZES = GuestSizes(overlay=8 * MIB, overlay_data=2 * MIB, memory=8 * MIB, memory_data=MIB)

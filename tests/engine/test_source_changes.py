@@ -11,8 +11,8 @@ import pytest
 
 from tasks.copier.options import Limits
 from tasks.copier.progress import Progress
-from tests.engine.forking import CHUNKED, MIB, assert_alike, fork, forked, refused
 from tests.fixtures.filesystems import Fresh
+from tests.support.engine.forks import CHUNKED, MIB, assert_alike, fork, forked, refused
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest, make_sparse_file
 from tests.support.tree import snapshot
 

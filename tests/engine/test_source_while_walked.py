@@ -11,9 +11,9 @@ import pytest
 from tasks.copier.fork import source_changes
 from tasks.copier.options import Limits
 from tasks.copier.progress import Progress
-from tests.engine.forking import assert_alike, forked, refused
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import wait_until
+from tests.support.engine.forks import assert_alike, forked, refused
 
 #: Chunks of 20 files are begun as soon as the walk has met 10.
 LIMITS = Limits(inline_files=10, inline_bytes=0, chunk_files=20)

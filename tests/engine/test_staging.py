@@ -16,10 +16,10 @@ from tasks.copier.report import Report
 from tasks.copier.staging.control_directory import Held, control_name
 from tasks.copier.staging.journal import Phase
 from tasks.copier.staging.staging import Staging
-from tests.engine.children import Child
-from tests.engine.forking import leftovers
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import wait_until
+from tests.support.engine.child_processes import Child
+from tests.support.engine.forks import leftovers
 
 NAME = control_name("fork-1")
 SPEC: dict[str, Any] = {"fork_id": "fork-1"}

@@ -10,14 +10,14 @@ import pytest
 
 from tasks.copier.options import Limits
 from tasks.copier.progress import Progress
-from tests.engine.forking import assert_alike, fork, forked, leftovers
-from tests.faults.injecting import Traced
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import wait_until
+from tests.support.engine.forks import assert_alike, fork, forked, leftovers
+from tests.support.engine.traced_processes import Traced
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
 from tests.support.requirements import require_command
+from tests.support.system.staging_view import StagingView
 from tests.support.tree import snapshot
-from tests.system.staging import StagingView
 
 
 @pytest.fixture

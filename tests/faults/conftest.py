@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.fleet import Guests, StartStruck
-from tests.faults.moments import Moments, directory_of
+from tests.faults.fault_points import Moments, directory_of
+from tests.faults.paused_forks import Guests, StartStruck
 from tests.fixtures.filesystems import Fresh, fresh_directory
 from tests.fixtures.processes import StartWorker
 from tests.support.guests import MIB, make_sparse_file
-from tests.system.running import System
-from tests.system.scheduler import Scheduler
+from tests.support.system.scheduler import Scheduler
+from tests.support.system.systems import System
 
 #: Small forks in chunks, and smaller ones in one task. A dead or stopped one's work is delivered again after 5 s.
 LIMITS = {
@@ -28,7 +28,7 @@ def start_struck(own_scheduler: Scheduler, start_worker: StartWorker, mounts: Pa
     """Starts a worker whose children strike themselves at the moments that are armed."""
 
     def start(concurrency: int = 2, env: Mapping[str, str] | None = None) -> System:
-        args = ["-I", "tests.faults.strikes", "--without-mingle"]
+        args = ["-I", "tests.faults.armed_worker", "--without-mingle"]
         worker = start_worker(mounts, concurrency, args=args, env=LIMITS | dict(env or {}))
         return System(own_scheduler.server, worker, own_scheduler)
 

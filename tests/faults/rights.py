@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.engine.children import NOBODY
 from tests.fixtures.processes import ROOT, PublicProgram, Worker, program_environment
 from tests.fixtures.redis_server import RedisServer
+from tests.support.engine.child_processes import NOBODY
 from tests.support.requirements import require_command
-from tests.system.running import SMALL_LIMITS
+from tests.support.system.systems import SMALL_LIMITS
 
 
 def documented_capabilities() -> str:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from tests.faults.fleet import CHILDREN, Guests, StartStruck, Struck, assert_served_and_clean, go_on, stand_at
-from tests.faults.moments import Moments
+from tests.faults.fault_points import Moments
+from tests.faults.paused_forks import CHILDREN, Guests, StartStruck, Struck, assert_served_and_clean, go_on, stand_at
 from tests.fixtures.processes import wait_until
 from tests.support.extents import fiemap
+from tests.support.system.result_checks import identity
+from tests.support.system.systems import System, send
 from tests.support.tree import snapshot
-from tests.system.books import identity
-from tests.system.running import System, send
 
 
 def test_child_killed_once_at_any_moment_costs_nothing_but_time(

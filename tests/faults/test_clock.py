@@ -10,14 +10,22 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.forking import assert_alike
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import StartWorker, Worker, wait_until
+from tests.support.engine.forks import assert_alike
 from tests.support.guests import MIB, SKIPPED_BY_DEFAULT, GuestSizes, make_guest
 from tests.support.requirements import require
-from tests.system.campaigns import assert_books_balance, done, make_source, paths_of, request_of, result_of, send
-from tests.system.running import SMALL_LIMITS, stopped_when
-from tests.system.scheduler import Scheduler
+from tests.support.system.queued_campaigns import (
+    assert_books_balance,
+    done,
+    make_source,
+    paths_of,
+    request_of,
+    result_of,
+    send,
+)
+from tests.support.system.scheduler import Scheduler
+from tests.support.system.systems import SMALL_LIMITS, stopped_when
 
 #: libfaketime 0.9.10 answers EINVAL to Python's sleep (clock_nanosleep to a point of a clock that it does not fake).
 _SLEEP = """

@@ -6,13 +6,13 @@ import random
 import time
 from pathlib import Path
 
-from tests.faults.fleet import Guests, Struck, assert_served_and_clean
-from tests.faults.moments import INLINE
-from tests.faults.proxy import Proxy
+from tests.faults.fault_points import INLINE
+from tests.faults.paused_forks import Guests, Struck, assert_served_and_clean
 from tests.fixtures.processes import StartWorker, wait_until
-from tests.system.campaigns import assert_books_balance, paths_of, request_of, result_of, send
-from tests.system.running import System
-from tests.system.scheduler import PATIENCE, Scheduler
+from tests.support.system.queued_campaigns import assert_books_balance, paths_of, request_of, result_of, send
+from tests.support.system.redis_proxy import Proxy
+from tests.support.system.scheduler import PATIENCE, Scheduler
+from tests.support.system.systems import System
 
 #: Forks that are sent, one a step; between two steps the connection suffers.
 FORKS = 24

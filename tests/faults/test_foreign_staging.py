@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 
 from tasks.copier.staging.control_directory import control_name
-from tests.engine.children import NOBODY, Child, in_child
-from tests.engine.forking import assert_alike
 from tests.faults.rights import worker_of_few_rights
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import PublicProgram, RunForkvm, Worker, program_environment
+from tests.support.engine.child_processes import NOBODY, Child, in_child
+from tests.support.engine.forks import assert_alike
 from tests.support.guests import MIB, SKIPPED_BY_DEFAULT, make_guest, make_sparse_file
 from tests.support.outcome import LOGS
+from tests.support.system.scheduler import Scheduler
+from tests.support.system.staging_view import StagingView
+from tests.support.system.systems import stopped_in_the_middle
 from tests.support.tree import snapshot
-from tests.system.running import stopped_in_the_middle
-from tests.system.scheduler import Scheduler
-from tests.system.staging import StagingView
 
 ATTACKER = 1000
 #: Seconds within which a fork or its cancellation must end. A holder is taken for paused after 10 s.

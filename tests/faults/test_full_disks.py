@@ -14,9 +14,9 @@ import pytest
 
 from tasks.copier.fork_spec import ForkResult
 from tasks.copier.options import Limits
-from tests.engine.children import NOBODY, in_child
-from tests.engine.forking import CHUNKED, INLINE, MIB, assert_alike, fork, leftovers
 from tests.fixtures.filesystems import Fresh, SmallTmpfs
+from tests.support.engine.child_processes import NOBODY, in_child
+from tests.support.engine.forks import CHUNKED, INLINE, MIB, assert_alike, fork, leftovers
 from tests.support.guests import make_sparse_file
 from tests.support.requirements import require_command
 

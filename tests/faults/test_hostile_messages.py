@@ -14,8 +14,8 @@ from typing import Any
 
 from tests.fixtures.processes import StartWorker, wait_until
 from tests.support.guests import make_guest
-from tests.system.running import System
-from tests.system.scheduler import QUEUE, QUEUES, Scheduler
+from tests.support.system.scheduler import QUEUE, QUEUES, Scheduler
+from tests.support.system.systems import System
 
 #: How many are made at random from one seed; each kind comes many times.
 COUNT = 2000

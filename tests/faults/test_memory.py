@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import StartWorker
-from tests.system.scheduler import Scheduler
+from tests.support.system.scheduler import Scheduler
 
 FILES, DIRECTORIES = 20_000, 20
 #: What a process may add to the addresses that it has when it is idle, in bytes.

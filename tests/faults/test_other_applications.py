@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.faults.fleet import Guests
+from tests.faults.paused_forks import Guests
 from tests.fixtures.processes import StartWorker, end_group, wait_until
-from tests.system.scheduler import QUEUE, Scheduler
+from tests.support.system.scheduler import QUEUE, Scheduler
 
 #: kombu's default keys, which earlier versions used too.
 OLD_UNACKED, OLD_INDEX = "unacked", "unacked_index"

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from tasks.copier.fork.chunk import MAX_TRIES
 from tasks.delivery.message import MAX_LOSSES
-from tests.faults.fleet import Guests, StartStruck, Struck, assert_served_and_clean
-from tests.faults.moments import INLINE, MOMENTS, PUBLISHED, Moments
+from tests.faults.fault_points import INLINE, MOMENTS, PUBLISHED, Moments
+from tests.faults.paused_forks import Guests, StartStruck, Struck, assert_served_and_clean
 from tests.fixtures.processes import wait_until
-from tests.system.books import check_books, check_fork_result
+from tests.support.system.result_checks import check_books, check_fork_result
 
 #: At these the process dies before it can count its try in the staging.
 UNCOUNTED = ("begin uncounted", "finish uncounted", "before the rename")

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from tasks.copier.options import Limits
-from tests.engine.campaigning import campaign, destinations
-from tests.engine.forking import CHUNKED, INLINE, assert_alike, forked
 from tests.fixtures.filesystems import image_mounted, make_subvolume
+from tests.support.engine.forks import CHUNKED, INLINE, assert_alike, forked
+from tests.support.engine.local_campaigns import campaign, destinations
 from tests.support.guests import MIB, SKIPPED_BY_DEFAULT, GuestSizes, make_guest
 from tests.support.requirements import require_command
 

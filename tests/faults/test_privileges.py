@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.children import NOBODY
-from tests.engine.forking import assert_alike
-from tests.engine.sources import make_metadata
 from tests.faults.rights import as_ordinary_user, documented_capabilities, worker_of_few_rights
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import PublicProgram
+from tests.support.engine.child_processes import NOBODY
+from tests.support.engine.forks import assert_alike
 from tests.support.outcome import LOGS
-from tests.system.scheduler import Scheduler
+from tests.support.sources import make_metadata
+from tests.support.system.scheduler import Scheduler
 
 
 @pytest.fixture

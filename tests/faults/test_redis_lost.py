@@ -15,13 +15,13 @@ from tasks.copier.errors import cancelled
 from tasks.copier.fork_spec import ForkResult
 from tasks.copier.staging.control_directory import control_name
 from tasks.store.campaign_results import CampaignResults
-from tests.faults.fleet import CHILDREN, Guests, StartStruck, Struck, assert_served_and_clean, go_on, stand_at
-from tests.faults.moments import INLINE, PUBLISHED, Moments
+from tests.faults.fault_points import INLINE, PUBLISHED, Moments
+from tests.faults.paused_forks import CHILDREN, Guests, StartStruck, Struck, assert_served_and_clean, go_on, stand_at
 from tests.fixtures.processes import wait_until
+from tests.support.system.scheduler import Scheduler
+from tests.support.system.staging_view import StagingView, leftovers
+from tests.support.system.systems import send
 from tests.support.tree import snapshot
-from tests.system.running import send
-from tests.system.scheduler import Scheduler
-from tests.system.staging import StagingView, leftovers
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ import signal
 import threading
 from pathlib import Path
 
-from tests.engine.forking import assert_alike
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import RunForkvm, StartWorker, wait_until
 from tests.fixtures.secure_redis import SecureRedis
+from tests.support.engine.forks import assert_alike
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
-from tests.system.campaigns import make_source
-from tests.system.running import SMALL_LIMITS, send
+from tests.support.system.queued_campaigns import make_source
+from tests.support.system.systems import SMALL_LIMITS, send
 
 #: A file of a guest, and what it holds: neither is for any log.
 TELLING_NAME, TELLING_DATA = "a-telling-name.raw", b"what a guest knows"

@@ -13,10 +13,10 @@ import pytest
 from redis import Redis
 from redis.exceptions import ResponseError
 
-from tests.faults.fleet import CHILDREN, Guests, StartStruck, assert_served_and_clean, go_on, stand_at
-from tests.faults.moments import Moments
+from tests.faults.fault_points import Moments
+from tests.faults.paused_forks import CHILDREN, Guests, StartStruck, assert_served_and_clean, go_on, stand_at
 from tests.fixtures.processes import wait_until
-from tests.system.scheduler import Scheduler, states
+from tests.support.system.scheduler import Scheduler, states
 
 
 class Refusal(NamedTuple):

@@ -8,10 +8,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from tests.faults.fleet import Guests
+from tests.faults.paused_forks import Guests
 from tests.fixtures.processes import StartWorker, Worker, wait_until
-from tests.system.running import send
-from tests.system.scheduler import UNACKED, Scheduler
+from tests.support.system.scheduler import UNACKED, Scheduler
+from tests.support.system.systems import send
 
 #: Far more than it takes until a worker that reads from the wrong connection waits for ever.
 FORKS = 100

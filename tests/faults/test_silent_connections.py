@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from tests.faults.fleet import Guests
-from tests.faults.proxy import Proxy
+from tests.faults.paused_forks import Guests
 from tests.fixtures.processes import StartWorker, wait_until
-from tests.system.scheduler import Scheduler
+from tests.support.system.redis_proxy import Proxy
+from tests.support.system.scheduler import Scheduler
 
 #: Within so many seconds a worker notices a silent connection, and ends when it is told to.
 MINUTE = 60.0

@@ -21,12 +21,12 @@ from tasks.names import FINISH_CAMPAIGN_TASK
 from tasks.store.campaign_results import CampaignResults
 from tasks.store.results import Claim, Results
 from tasks.sweep import remove_abandoned, run_sweep, sweep_forks
-from tests.faults.fleet import CHILDREN, Guests, StartStruck, Struck, assert_served_and_clean, stand_at
-from tests.faults.moments import Moments
+from tests.faults.fault_points import Moments
+from tests.faults.paused_forks import CHILDREN, Guests, StartStruck, Struck, assert_served_and_clean, stand_at
 from tests.fixtures.processes import RunForkvm, StartWorker, wait_until
-from tests.system.running import System
-from tests.system.scheduler import QUEUE, QUEUES, UNACKED, Scheduler
-from tests.system.staging import StagingView, leftovers
+from tests.support.system.scheduler import QUEUE, QUEUES, UNACKED, Scheduler
+from tests.support.system.staging_view import StagingView, leftovers
+from tests.support.system.systems import System
 
 
 def test_fork_whose_messages_are_lost_is_finished(

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.campaigning import campaign
-from tests.engine.forking import fork, leftovers
 from tests.fixtures.filesystems import Fresh
+from tests.support.engine.forks import fork, leftovers
+from tests.support.engine.local_campaigns import campaign
 from tests.support.tree import snapshot
 
 #: How often each swapper must have swapped before a test may end.

@@ -15,9 +15,9 @@ import pytest
 from tasks.copier.fork_spec import ForkResult
 from tasks.copier.kernel import reflink
 from tasks.copier.options import Limits
-from tests.engine.forking import CHUNKED, INLINE, MIB, assert_alike, fork, leftovers
-from tests.faults.injecting import Call, Traced, calls_of
 from tests.fixtures.filesystems import Fresh, Kind
+from tests.support.engine.forks import CHUNKED, INLINE, MIB, assert_alike, fork, leftovers
+from tests.support.engine.traced_processes import Call, Traced, calls_of
 from tests.support.guests import make_sparse_file
 from tests.support.requirements import require_command
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.fleet import CHILDREN, Guests, StartStruck, assert_served_and_clean, go_on, stand_at
-from tests.faults.moments import PUBLISHED, Moments
+from tests.faults.fault_points import PUBLISHED, Moments
+from tests.faults.paused_forks import CHILDREN, Guests, StartStruck, assert_served_and_clean, go_on, stand_at
 from tests.fixtures.processes import wait_until
-from tests.system.books import identity
-from tests.system.running import send
-from tests.system.scheduler import UNACKED
+from tests.support.system.result_checks import identity
+from tests.support.system.scheduler import UNACKED
+from tests.support.system.systems import send
 from worker.runtime.configuration import make_app
 from worker.settings import read_settings
 

@@ -13,7 +13,7 @@ from tests.fixtures.processes import Worker
 from tests.soak.damage import Damage
 from tests.soak.other_application import Interval
 from tests.soak.redis_faults import RedisFaults
-from tests.system.running import send
+from tests.support.system.systems import send
 
 #: Starts the worker of this number.
 Start = Callable[[int], Worker]

@@ -14,11 +14,11 @@ from pathlib import Path
 from redis import Redis
 from redis.exceptions import RedisError
 
-from tests.faults.proxy import Proxy
 from tests.fixtures.processes import wait_until
 from tests.fixtures.redis_server import RedisServer
 from tests.soak import plan
-from tests.system.scheduler import QUEUES
+from tests.support.system.redis_proxy import Proxy
+from tests.support.system.scheduler import QUEUES
 
 #: How long connections are silent, in seconds: at most 45, and at most a sixth of the soak.
 _LONGEST_SILENCE = min(45.0, plan.seconds() / 6)

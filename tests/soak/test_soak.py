@@ -17,7 +17,6 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
-from tests.faults.proxy import Proxy
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import (
     StartWorker,
@@ -29,14 +28,15 @@ from tests.fixtures.processes import (
 )
 from tests.fixtures.redis_server import RedisServer
 from tests.soak import plan
-from tests.soak.books import Books
 from tests.soak.damage import Damage
 from tests.soak.faults import Faults
+from tests.soak.final_checks import Books
 from tests.soak.jobs import KINDS, Job, Sources, make_sources
 from tests.soak.other_application import other_application
 from tests.soak.redis_faults import RedisFaults
-from tests.system.scheduler import Scheduler
-from tests.system.staging import leftovers
+from tests.support.system.redis_proxy import Proxy
+from tests.support.system.scheduler import Scheduler
+from tests.support.system.staging_view import leftovers
 
 #: Jobs that are on their way at once, and seconds for all to end when no fault strikes any more.
 OPEN_JOBS = 12

@@ -19,8 +19,8 @@ from tests.fixtures.redis_server import RedisServer, redis_executable
 from tests.support.guests import MIB, make_sparse_file
 from tests.support.outcome import LOGS, body_passed
 from tests.support.requirements import require
-from tests.system.running import SMALL_LIMITS, StartSystem, System
-from tests.system.scheduler import QUEUES, Scheduler
+from tests.support.system.scheduler import QUEUES, Scheduler
+from tests.support.system.systems import SMALL_LIMITS, StartSystem, System
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,11 @@ from tests.fixtures.processes import PublicProgram, Worker, program_environment
 from tests.fixtures.redis_server import RedisServer
 from tests.support.guests import MIB, make_guest, make_sparse_file
 from tests.support.outcome import LOGS
+from tests.support.system.result_checks import check_books, check_fork_result
+from tests.support.system.scheduler import Scheduler
+from tests.support.system.staging_view import StagingView
+from tests.support.system.systems import System, stopped_in_the_middle
 from tests.support.tree import snapshot
-from tests.system.books import check_books, check_fork_result
-from tests.system.running import System, stopped_in_the_middle
-from tests.system.scheduler import Scheduler
-from tests.system.staging import StagingView
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from celery.exceptions import ChordError, TaskRevokedError
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import wait_until
 from tests.support.guests import make_guest
-from tests.system.campaigns import make_source, request_of
-from tests.system.messages import Recorder, deliver
-from tests.system.running import System, send, stopped_in_the_middle
-from tests.system.scheduler import QUEUE, Scheduler
-from tests.system.staging import StagingView
+from tests.support.system.messages import Recorder, deliver
+from tests.support.system.queued_campaigns import make_source, request_of
+from tests.support.system.scheduler import QUEUE, Scheduler
+from tests.support.system.staging_view import StagingView
+from tests.support.system.systems import System, send, stopped_in_the_middle
 
 #: A queue of the client's own; nobody takes from it, so each test sees what was sent.
 OWN = "notices"

@@ -14,8 +14,8 @@ import pytest
 
 from tests.fixtures.filesystems import Fresh, fresh_directory
 from tests.support.guests import GuestSizes, make_guest
-from tests.system.books import FILE_FIELDS, identity
-from tests.system.campaigns import (
+from tests.support.system.messages import Recorder, deliver
+from tests.support.system.queued_campaigns import (
     assert_all_are_whole,
     assert_books_balance,
     done,
@@ -27,9 +27,9 @@ from tests.system.campaigns import (
     send,
     standing,
 )
-from tests.system.messages import Recorder, deliver
-from tests.system.running import System, spin_until, stopped_when
-from tests.system.scheduler import Scheduler, states
+from tests.support.system.result_checks import FILE_FIELDS, identity
+from tests.support.system.scheduler import Scheduler, states
+from tests.support.system.systems import System, spin_until, stopped_when
 
 RESULT_FIELDS = {
     "campaign_id",

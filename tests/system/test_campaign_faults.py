@@ -12,8 +12,7 @@ import pytest
 
 from tests.fixtures.filesystems import Fresh, fresh_directory
 from tests.fixtures.processes import StartWorker, Worker, wait_until
-from tests.system.books import identity
-from tests.system.campaigns import (
+from tests.support.system.queued_campaigns import (
     assert_all_are_whole,
     done,
     forks_of,
@@ -24,10 +23,11 @@ from tests.system.campaigns import (
     send,
     standing,
 )
-from tests.system.running import StartSystem, System, spin_until, stopped_when
-from tests.system.running import send as send_signal
-from tests.system.scheduler import UNACKED, Scheduler
-from tests.system.staging import leftovers
+from tests.support.system.result_checks import identity
+from tests.support.system.scheduler import UNACKED, Scheduler
+from tests.support.system.staging_view import leftovers
+from tests.support.system.systems import StartSystem, System, spin_until, stopped_when
+from tests.support.system.systems import send as send_signal
 
 #: A dead worker's messages come again as soon as they may.
 SHORT = {"FORKVM_VISIBILITY_TIMEOUT": "5"}

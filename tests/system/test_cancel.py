@@ -9,11 +9,11 @@ import pytest
 
 from tests.fixtures.filesystems import Fresh
 from tests.support.guests import make_guest
-from tests.system.books import check_books, check_fork_result, identity
-from tests.system.messages import Recorder, deliver
-from tests.system.running import System, spin_until, stopped_in_the_middle
-from tests.system.scheduler import Scheduler, states
-from tests.system.staging import StagingView
+from tests.support.system.messages import Recorder, deliver
+from tests.support.system.result_checks import check_books, check_fork_result, identity
+from tests.support.system.scheduler import Scheduler, states
+from tests.support.system.staging_view import StagingView
+from tests.support.system.systems import System, spin_until, stopped_in_the_middle
 
 #: Within so many seconds after the request for it, a cancelled fork has ended.
 MOMENT = 2.0

@@ -13,12 +13,12 @@ import pytest
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import wait_until
 from tests.support.guests import make_guest
+from tests.support.system.messages import Recorder, deliver
+from tests.support.system.result_checks import check_books, check_fork_result
+from tests.support.system.scheduler import QUEUE, Scheduler, states
+from tests.support.system.staging_view import StagingView
+from tests.support.system.systems import System, send, spin_until
 from tests.support.tree import snapshot
-from tests.system.books import check_books, check_fork_result
-from tests.system.messages import Recorder, deliver
-from tests.system.running import System, send, spin_until
-from tests.system.scheduler import QUEUE, Scheduler, states
-from tests.system.staging import StagingView
 from worker.runtime.configuration import make_app
 from worker.settings import read_settings
 

@@ -10,10 +10,10 @@ from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import StartWorker
 from tests.support.extents import allocated_bytes, data_extents, sharing
 from tests.support.guests import MIB, make_guest, make_sparse_file
+from tests.support.system.result_checks import check_books, check_fork_result, entries_of
+from tests.support.system.scheduler import Scheduler
+from tests.support.system.systems import SMALL_LIMITS, StartSystem, System
 from tests.support.tree import snapshot
-from tests.system.books import check_books, check_fork_result, entries_of
-from tests.system.running import SMALL_LIMITS, StartSystem, System
-from tests.system.scheduler import Scheduler
 
 _CHUNK_LINE = re.compile(r"(ForkPoolWorker-\d+)\] Task forkvm\.chunk\[(\S+)\.chunk\.(\d+)\] succeeded")
 

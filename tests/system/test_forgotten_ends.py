@@ -11,8 +11,7 @@ import pytest
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import wait_until
 from tests.support.guests import make_guest
-from tests.system.books import check_books
-from tests.system.campaigns import (
+from tests.support.system.queued_campaigns import (
     assert_all_are_whole,
     forks_of,
     make_source,
@@ -21,8 +20,9 @@ from tests.system.campaigns import (
     result_of,
     send,
 )
-from tests.system.running import StartSystem, System
-from tests.system.scheduler import Scheduler
+from tests.support.system.result_checks import check_books
+from tests.support.system.scheduler import Scheduler
+from tests.support.system.systems import StartSystem, System
 
 COUNT = 300
 

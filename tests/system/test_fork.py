@@ -16,11 +16,11 @@ import pytest
 from tests.fixtures.filesystems import Fresh, make_subvolume
 from tests.support.extents import allocated_bytes, sharing
 from tests.support.guests import MIB, make_guest, make_sparse_file
+from tests.support.system.result_checks import check_books, check_fork_result, entries_of
+from tests.support.system.scheduler import Scheduler, states
+from tests.support.system.staging_view import StagingView
+from tests.support.system.systems import System, spin_until
 from tests.support.tree import snapshot
-from tests.system.books import check_books, check_fork_result, entries_of
-from tests.system.running import System, spin_until
-from tests.system.scheduler import Scheduler, states
-from tests.system.staging import StagingView
 
 #: What is skipped in a guest of `make_guest`, and why; what lies below `logs` is not walked.
 SKIPPED = {

@@ -11,7 +11,7 @@ import pytest
 
 from tests.fixtures.filesystems import Fresh, fresh_directory
 from tests.fixtures.processes import RunForkvm, StartWorker, program_environment, wait_until
-from tests.system.campaigns import (
+from tests.support.system.queued_campaigns import (
     assert_all_are_whole,
     assert_books_balance,
     done,
@@ -23,8 +23,8 @@ from tests.system.campaigns import (
     send,
     standing,
 )
-from tests.system.running import System, spin_until, stopped_when
-from tests.system.scheduler import Scheduler
+from tests.support.system.scheduler import Scheduler
+from tests.support.system.systems import System, spin_until, stopped_when
 
 DOMAIN = "rack-7"
 

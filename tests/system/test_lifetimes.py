@@ -12,11 +12,11 @@ from tasks.context import Context
 from tasks.copier.options import Limits
 from tasks.copier.roots import Roots
 from tasks.sweep import remove_abandoned
-from tests.engine.forking import assert_alike
 from tests.fixtures.filesystems import Fresh, fresh_directory
 from tests.fixtures.processes import StartWorker, wait_until
+from tests.support.engine.forks import assert_alike
 from tests.support.guests import SKIPPED_BY_DEFAULT
-from tests.system.campaigns import (
+from tests.support.system.queued_campaigns import (
     assert_all_are_whole,
     done,
     forks_of,
@@ -26,9 +26,9 @@ from tests.system.campaigns import (
     result_of,
     send,
 )
-from tests.system.running import SMALL_LIMITS, spin_until, stopped_in_the_middle
-from tests.system.scheduler import QUEUE, Scheduler
-from tests.system.staging import StagingView, leftovers
+from tests.support.system.scheduler import QUEUE, Scheduler
+from tests.support.system.staging_view import StagingView, leftovers
+from tests.support.system.systems import SMALL_LIMITS, spin_until, stopped_in_the_middle
 
 EXPIRES = 60
 ENVIRONMENT = SMALL_LIMITS | {"FORKVM_RESULT_EXPIRES": str(EXPIRES), "FORKVM_VISIBILITY_TIMEOUT": "5"}

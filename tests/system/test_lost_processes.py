@@ -8,11 +8,11 @@ from pathlib import Path
 
 from tests.fixtures.filesystems import Fresh
 from tests.support.guests import make_guest
+from tests.support.system.result_checks import check_books
+from tests.support.system.scheduler import Scheduler
+from tests.support.system.staging_view import StagingView
+from tests.support.system.systems import System, send, spin_until
 from tests.support.tree import snapshot
-from tests.system.books import check_books
-from tests.system.running import System, send, spin_until
-from tests.system.scheduler import Scheduler
-from tests.system.staging import StagingView
 
 
 def test_children_killed_again_and_again_at_any_moment_cost_nothing_but_time(

@@ -47,7 +47,7 @@ def test_a_long_task_is_delivered_once_while_its_worker_lives(
 ) -> None:
     """Holds the lease against the installed kombu: without it the message would come again after 5 s."""
     short = {"FORKVM_VISIBILITY_TIMEOUT": "5"}
-    workers = [start_worker(place, env=short, args=["-I", "tests.system.long_task"]) for _ in range(2)]
+    workers = [start_worker(place, env=short, args=["-I", "tests.support.system.long_task"]) for _ in range(2)]
 
     foreign_client.send_task("tests.long_task", kwargs={"seconds": 11}, task_id="long", queue="forkvm")
 

@@ -11,11 +11,11 @@ import pytest
 from tests.fixtures.filesystems import Fresh, fresh_directory
 from tests.fixtures.processes import wait_until
 from tests.support.guests import MIB, make_guest, make_sparse_file
+from tests.support.system.result_checks import check_books, check_fork_result
+from tests.support.system.scheduler import UNACKED, Scheduler
+from tests.support.system.staging_view import StagingView, leftovers
+from tests.support.system.systems import StartSystem, System, spin_until
 from tests.support.tree import snapshot
-from tests.system.books import check_books, check_fork_result
-from tests.system.running import StartSystem, System, spin_until
-from tests.system.scheduler import UNACKED, Scheduler
-from tests.system.staging import StagingView, leftovers
 
 
 def _is_finishing(staging: StagingView) -> bool:

@@ -19,9 +19,9 @@ from celery.exceptions import ChordError
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import wait_until
 from tests.support.guests import make_guest
-from tests.system.running import System, spin_until
-from tests.system.scheduler import QUEUE, Scheduler
-from tests.system.staging import StagingView
+from tests.support.system.scheduler import QUEUE, Scheduler
+from tests.support.system.staging_view import StagingView
+from tests.support.system.systems import System, spin_until
 
 SECRET = "a-guests-secret"
 

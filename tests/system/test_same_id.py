@@ -11,12 +11,12 @@ import pytest
 from tests.fixtures.filesystems import Fresh
 from tests.support.extents import fiemap
 from tests.support.guests import make_guest
+from tests.support.system.messages import Message, Recorder, deliver
+from tests.support.system.result_checks import check_books, identity
+from tests.support.system.scheduler import Scheduler, states
+from tests.support.system.staging_view import StagingView
+from tests.support.system.systems import System, stopped_in_the_middle
 from tests.support.tree import snapshot
-from tests.system.books import check_books, identity
-from tests.system.messages import Message, Recorder, deliver
-from tests.system.running import System, stopped_in_the_middle
-from tests.system.scheduler import Scheduler, states
-from tests.system.staging import StagingView
 
 FINAL = {"SUCCESS", "FAILURE", "REVOKED"}
 

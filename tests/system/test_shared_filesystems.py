@@ -18,11 +18,11 @@ import pytest
 
 from tasks.copier.staging.shared_filesystems import marked, prove
 from tasks.copier.staging.staging import Staging
-from tests.engine.forking import forked
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.fuse import Bindfs, Passthrough
 from tests.fixtures.processes import RunForkvm, StartWorker, program_environment, wait_until
 from tests.fixtures.redis_server import RedisServer
+from tests.support.engine.forks import forked
 from tests.support.requirements import require_command
 from tests.support.tree import snapshot
 

@@ -14,8 +14,8 @@ from stat import S_ISFIFO
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import StartWorker, Worker, wait_until
 from tests.support.guests import make_guest
-from tests.system.running import send
-from tests.system.scheduler import QUEUE, UNACKED, Scheduler
+from tests.support.system.scheduler import QUEUE, UNACKED, Scheduler
+from tests.support.system.systems import send
 
 #: Seconds for the end of a worker whose child has done its last task: far more than it takes.
 END_SECONDS = 10.0

@@ -19,8 +19,8 @@ from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import ROOT, StartWorker, program_environment, wait_until
 from tests.fixtures.redis_server import RedisServer
 from tests.support.guests import make_guest
-from tests.system.running import StartSystem, System
-from tests.system.scheduler import QUEUE, Scheduler
+from tests.support.system.scheduler import QUEUE, Scheduler
+from tests.support.system.systems import StartSystem, System
 
 COMMAND = [sys.executable, "-m", "celery", "-A", "worker.app", "worker", "-Q", "forkvm", "--concurrency", "1"]
 

@@ -16,9 +16,9 @@ from tasks.copier.fork_spec import ForkResult
 from tasks.copier.kernel import reflink
 from tasks.copier.report import FileResult
 from tasks.copier.staging.control_directory import control_name
-from tests.engine.forking import CHUNKED, INLINE, fork, fork_with_books
+from tests.support.engine.forks import CHUNKED, INLINE, fork, fork_with_books
 
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[3]
 #: What the tree's name ends in, so that strace can be told its files before they exist.
 _ATTEMPT = "0" * 8
 #: Seconds for EAGAIN to go away; the real ones are too long to wait in a test.
@@ -84,7 +84,7 @@ def trace_fork(
     command += [part for expression in inject for part in ("-e", f"inject={expression}")]
     command += [part for path in paths for part in ("-P", os.fspath(path))]
     wishes = json.dumps({"chunked": chunked, "here": here, "options": options})
-    script = "from tests.engine.traced import main; main()"
+    script = "from tests.support.engine.traced_forks import main; main()"
     done = subprocess.run(
         [*command, sys.executable, "-c", script, source, destination, wishes],
         cwd=_ROOT,

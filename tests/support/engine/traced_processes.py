@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
-from tests.engine.children import Child
+from tests.support.engine.child_processes import Child
 
 T = TypeVar("T")
 

@@ -33,7 +33,7 @@ from tasks.copier.progress import Beat, Ticker
 from tasks.copier.report import FileResult, unpack_pages
 from tasks.copier.roots import Roots
 from tasks.copier.staging.staging import Staging
-from tests.engine.forking import go_on, leftovers
+from tests.support.engine.forks import go_on, leftovers
 from tests.support.guests import MIB, GuestSizes
 
 ID = "fan"

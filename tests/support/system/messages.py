@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from tasks.names import SWEEP_TASK
 from tests.fixtures.redis_server import RedisServer
-from tests.system.scheduler import QUEUES
+from tests.support.system.scheduler import QUEUES
 
 #: One argument in a line of MONITOR: quoted and escaped as sdscatrepr (sds.c) does, which Python's own escapes cover.
 _ARGUMENT = re.compile(rb'"(?:[^"\\]|\\.)*"')

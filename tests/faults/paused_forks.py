@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from tests.faults.moments import INLINE, MOMENTS, Moments
+from tests.faults.fault_points import INLINE, MOMENTS, Moments
 from tests.fixtures.processes import wait_until
+from tests.support.system.result_checks import check_books, check_fork_result
+from tests.support.system.scheduler import PATIENCE, Scheduler
+from tests.support.system.staging_view import leftovers
+from tests.support.system.systems import System, send
 from tests.support.tree import snapshot
-from tests.system.books import check_books, check_fork_result
-from tests.system.running import System, send
-from tests.system.scheduler import PATIENCE, Scheduler
-from tests.system.staging import leftovers
 
 #: One for each moment to stand still at, and some to do all else: also what comes again while the others stand.
 CHILDREN = len(MOMENTS) + 4

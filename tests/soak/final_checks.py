@@ -15,9 +15,9 @@ from celery import states
 from tasks.copier.fork_spec import ForkResult
 from tasks.copier.report import FileResult
 from tests.soak.jobs import Job
+from tests.support.system.result_checks import check_books, check_fork_result
+from tests.support.system.scheduler import Scheduler
 from tests.support.tree import Entry, snapshot
-from tests.system.books import check_books, check_fork_result
-from tests.system.scheduler import Scheduler
 
 #: More open files, or bytes of memory, than this no process of a worker has, however long it runs.
 MOST_FILES = 100

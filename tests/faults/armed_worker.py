@@ -1,7 +1,7 @@
-"""Loaded into a worker (`celery worker -I tests.faults.strikes`): its children stop or die at the moments armed.
+"""Loaded into a worker (`celery worker -I tests.faults.armed_worker`): its children stop or die at the moments armed.
 
 The program runs as it is. A few of its functions are called through others, which first look whether their moment is
-armed for this fork (`tests.faults.moments`).
+armed for this fork (`tests.faults.fault_points`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tasks.fork.start
 from tasks.copier.fork import chunk, lifecycle
 from tasks.copier.staging.staging import Staging
 from tasks.store.results import Results
-from tests.faults.moments import INLINE, directory_of
+from tests.faults.fault_points import INLINE, directory_of
 
 #: Of the arguments of a function: the fork's id and the moment, or None.
 Moment = Callable[..., tuple[str, str] | None]

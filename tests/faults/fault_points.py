@@ -1,4 +1,4 @@
-"""The moments of a fork at which a fault may strike, and how a test arms them; `tests.faults.strikes` does it."""
+"""The moments of a fork at which a fault may strike, and how a test arms them; `tests.faults.armed_worker` does it."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from typing import Protocol, TypeVar
 from tests.fixtures.processes import Worker
 from tests.fixtures.redis_server import RedisServer
 from tests.support.guests import MIB
-from tests.system.scheduler import Scheduler
-from tests.system.staging import StagingView, leftovers
+from tests.support.system.scheduler import Scheduler
+from tests.support.system.staging_view import StagingView, leftovers
 
 T = TypeVar("T")
 

@@ -12,9 +12,9 @@ from celery.result import AsyncResult
 from tasks.copier.campaign.spec import CampaignResult
 from tasks.copier.fork_spec import ForkResult
 from tasks.store.campaign_results import CampaignResults
+from tests.support.system.result_checks import check_books, check_fork_result
+from tests.support.system.scheduler import QUEUE, Scheduler
 from tests.support.tree import snapshot
-from tests.system.books import check_books, check_fork_result
-from tests.system.scheduler import QUEUE, Scheduler
 
 #: Of every so many forks, one is compared byte by byte, and its books are looked at.
 _SAMPLE = 25

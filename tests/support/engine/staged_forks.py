@@ -23,7 +23,7 @@ from tasks.copier.staging.control_directory import control_name
 from tasks.copier.staging.journal import Phase
 from tasks.copier.staging.staging import Staging
 from tasks.copier.staging.workspace import open_work
-from tests.engine.forking import CHUNKED, Books, go_on, spec_of
+from tests.support.engine.forks import CHUNKED, Books, go_on, spec_of
 
 ID = "fork-1"
 

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
-from tests.engine.forking import MIB
+from tests.support.engine.forks import MIB
 from tests.support.guests import GuestSizes, make_guest, make_sparse_file
 
 ACCESS_ACL = "system.posix_acl_access"
