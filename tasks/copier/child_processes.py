@@ -26,7 +26,7 @@ PROGRAM_ERROR = 255
 #: How often the parent looks at its children.
 _LOOK_MILLISECONDS = 100
 #: A child that is stopped for longer than this, in seconds, is killed.
-_STOPPED_SECONDS = 10.0
+STOPPED_SECONDS = 10.0
 #: How long a child that is to end has for it before it is killed, in seconds: most of it for one system call.
 _END_SECONDS = 30.0
 #: What fork(2) answers where there is no process or no memory to spare.
@@ -88,7 +88,7 @@ class ChildProcesses:
 
         `look` is called about ten times a second; what it raises ends the waiting, not the children.
         """
-        return self._wait(poll, _STOPPED_SECONDS)
+        return self._wait(poll, STOPPED_SECONDS)
 
     def reap(self) -> list[int]:
         """As `wait`, for children that are to end: one that is stopped, or takes too long, is killed."""

@@ -27,7 +27,7 @@ def every_beat(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def few_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small campaign is one batch, not eight."""
-    monkeypatch.setattr(campaign_plan, "_LEAST_BATCHES", 1)
+    monkeypatch.setattr(campaign_plan, "LEAST_BATCHES", 1)
     monkeypatch.setattr(campaign_plan, "BATCH_SECONDS", 10.0)
 
 

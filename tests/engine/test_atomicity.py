@@ -133,7 +133,7 @@ def test_a_child_that_dies_has_its_chunk_done_by_another(directory: Path, every_
 def test_a_child_that_is_stopped_is_not_waited_for_and_its_chunk_is_done_by_another(
     directory: Path, every_beat: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(child_processes, "_STOPPED_SECONDS", 0.3)
+    monkeypatch.setattr(child_processes, "STOPPED_SECONDS", 0.3)
     source = directory / "source"
     source.mkdir()
     make_sparse_file(source / "disk.raw", 256 * MIB, 160 * MIB)

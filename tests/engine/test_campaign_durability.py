@@ -44,7 +44,7 @@ def trace(source: Path, directory: Path, tmp_path: Path, durability: str) -> lis
     script = (
         "from tasks.copier.campaign import plan as campaign_plan; "
         "from tests.support.engine.local_campaigns import main; "
-        "campaign_plan._LEAST_BATCHES, campaign_plan.BATCH_SECONDS = 1, 60.0; main()"
+        "campaign_plan.LEAST_BATCHES, campaign_plan.BATCH_SECONDS = 1, 60.0; main()"
     )
     command = [strace, "-f", "-y", "-o", str(tmp_path / "trace"), "-e", "trace=syncfs,fsync,rename,renameat,renameat2"]
     paths = map(str, destinations(directory, 3))
@@ -87,7 +87,7 @@ def test_what_is_taken_up_from_a_dead_process_is_on_the_disk_too_before_it_is_to
     directory: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given a batch that died between two renames
-    monkeypatch.setattr(campaign_plan, "_LEAST_BATCHES", 1)
+    monkeypatch.setattr(campaign_plan, "LEAST_BATCHES", 1)
     (tmp_path / "books").mkdir()
     books, paths = Books(tmp_path / "books"), destinations(directory, 3)
     plan(source, paths, durability="sync")
@@ -136,7 +136,7 @@ def test_a_parent_directory_that_cannot_be_synced_takes_the_forks_back(
         if os.path.samestat(os.fstat(fd), os.stat(directory)):
             raise OSError(5, os.strerror(5))
 
-    monkeypatch.setattr(campaign_plan, "_LEAST_BATCHES", 1)
+    monkeypatch.setattr(campaign_plan, "LEAST_BATCHES", 1)
     monkeypatch.setattr(os, "fsync", refuse)
 
     result, books = campaign_with_books(source, destinations(directory, 3), tmp_path / "books", durability="sync")

@@ -36,8 +36,8 @@ def test_every_fork_of_any_tree_is_that_tree(
 ) -> None:
     with (
         fresh_directory(fresh(kind)) as directory,
-        patch.object(campaign_plan, "_MOST_IN_BATCH", most),
-        patch.object(batch_build, "_OPEN_FILES", open_files),
+        patch.object(campaign_plan, "MOST_IN_BATCH", most),
+        patch.object(batch_build, "OPEN_FILES", open_files),
     ):
         source, books = directory / "source", directory / "books"
         make(os.fsencode(source), tree, [])

@@ -151,3 +151,22 @@ def test_no_function_is_too_long() -> None:
     }
 
     assert long == {}
+
+
+def _patched_names(tree: ast.Module) -> Iterator[str]:
+    """What `setattr`, `patch.object` and the like replace: their second argument, or the end of a dotted first one."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("setattr", "object", "patch"):
+            texts = [arg.value for arg in node.args[:2] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            yield from (text.rpartition(".")[2] for text in texts)
+
+
+def test_no_test_replaces_a_private_name() -> None:
+    private = {
+        f"{_name(path)}: {name}"
+        for path in _files("tests")
+        for name in _patched_names(ast.parse(path.read_text()))
+        if name.startswith("_")
+    }
+
+    assert private == set()

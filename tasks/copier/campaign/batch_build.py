@@ -19,7 +19,7 @@ from tasks.copier.source.walk import Block, Entry, Kind, join
 from tasks.copier.staging.workspace import on_this_host
 
 #: Most files of the source that are open at once.
-_OPEN_FILES = 16
+OPEN_FILES = 16
 
 
 def build(made: Trees) -> None:
@@ -82,9 +82,9 @@ def _clone_files(made: Trees) -> None:
 
 
 def _windows(blocks: Iterable[Block]) -> Iterator[list[Block]]:
-    """The entries of all blocks, at most `_OPEN_FILES` at a time."""
+    """The entries of all blocks, at most `OPEN_FILES` at a time."""
     window: list[Block] = []
-    room = _OPEN_FILES
+    room = OPEN_FILES
     for block in blocks:
         at = 0
         while at < len(block.entries):
@@ -93,7 +93,7 @@ def _windows(blocks: Iterable[Block]) -> Iterator[list[Block]]:
             at, room = at + len(some), room - len(some)
             if not room:
                 yield window
-                window, room = [], _OPEN_FILES
+                window, room = [], OPEN_FILES
     if window:
         yield window
 

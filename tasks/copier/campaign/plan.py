@@ -41,9 +41,9 @@ log = logging.getLogger(__name__)
 #: About how long one batch is to take, in seconds: short enough that a single fork does not wait for it.
 BATCH_SECONDS = 0.125
 #: Most forks a batch: each needs descriptors, of which a process has 1,024 by default.
-_MOST_IN_BATCH = 128
+MOST_IN_BATCH = 128
 #: A small campaign is cut into at least so many batches, so that all processes have a part of it.
-_LEAST_BATCHES = 8
+LEAST_BATCHES = 8
 #: Most batches of one campaign that are in the queue at once: so many processes can work on it, and so little waits
 #: before the batches of others.
 _MOST_LANES = 16
@@ -218,8 +218,8 @@ def _batch_size(spec: CampaignSpec, seconds: float) -> int:
     count = spec.aims.count
     parallel = spec.aims.max_parallel
     most = min(
-        _MOST_IN_BATCH,
-        -(-count // _LEAST_BATCHES),
+        MOST_IN_BATCH,
+        -(-count // LEAST_BATCHES),
         count if parallel is None else max(1, parallel // 2),
         (open_files_limit() - _OTHER_FILES) // _FILES_OF_TREE,
     )
