@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: the table, or what else is asked for."""
+"""The command line of the benchmarks: `python -m benchmarks`."""
 
 from __future__ import annotations
 
@@ -7,101 +7,88 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
 
-from benchmarks import (
-    campaigns,
-    filesystems,
-    first_file,
-    growth,
-    host,
-    memory,
-    messages,
-    record,
-    report,
-    singles,
-    snapshot,
-    subjects,
-)
-from benchmarks.cases import CASES, ONE, Case
+from benchmarks import filesystems, host
+from benchmarks.cases import CASES
+from benchmarks.contenders import programs
+from benchmarks.contenders.programs import PEERS, Contender, ContenderFailed
+from benchmarks.contenders.service import NoService, Service, running_service
+from benchmarks.copy_check import CopyDiffers
 from benchmarks.filesystems import KINDS, Filesystem, Unavailable
-from benchmarks.picture import draw
-from benchmarks.report import Finding
+from benchmarks.log import log
+from benchmarks.measures import MEASURES
+from benchmarks.plan import Plan, open_filesystem
+from benchmarks.report import record, tables
+from benchmarks.report.picture import draw
+from benchmarks.report.tables import Finding
 from benchmarks.rounds import Row, run_in_turn
-from benchmarks.same import Differs
-from benchmarks.say import say
-from benchmarks.service import NoService, Service, running_service
-from benchmarks.subjects import PEERS, Subject, SubjectFailed
 
 _ROUNDS = 7
-#: What can be measured in place of the table: memory at a million files; time per file at a million files and at ten
-#: thousand; the largest message and Redis value; the time until the first file is cloned; a snapshot of a subvolume; a
-#: thousand small forks beside as many empty tasks; campaigns beside cp; a campaign of a hundred thousand forks.
-_EXTRAS = ("memory", "growth", "messages", "first-file", "snapshot", "singles", "campaigns", "large-campaign")
-#: What `--quick` leaves of it.
+#: What `--quick` measures.
 _QUICK_ROUNDS = 2
 _QUICK_CASES = ("inst", "tree")
-#: Exit code after Ctrl-C or TERM.
+#: Exit code after Ctrl-C or SIGTERM.
 _INTERRUPTED = 130
-#: The filesystem of what is measured on request, but for the dense file's memory, which is copied on ext4.
-_EXTRA_KIND = "xfs"
-#: But what a small fork costs, on both that reflink.
-_REFLINK_KINDS = ("xfs", "btrfs")
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What to measure."""
-
-    kinds: Sequence[str]
-    cases: Sequence[Case]
-    peers: Sequence[str]
-    rounds: int
-    #: A directory to measure in, in place of filesystems of our own.
-    directory: Path | None
-    #: Whose disk the filesystems take.
-    images: Path
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--quick",
     is_flag=True,
-    help=f"{' and '.join(_QUICK_CASES)}, {_QUICK_ROUNDS} rounds, no peers but cp: under two minutes.",
+    help=f"Only {' and '.join(_QUICK_CASES)}, {_QUICK_ROUNDS} rounds, no other program than cp: under two minutes.",
 )
-@click.option("--rounds", type=click.IntRange(1), help=f"How often each subject runs (default {_ROUNDS}).")
-@click.option("--case", "cases", multiple=True, type=click.Choice(list(CASES)), help="Only this; may be repeated.")
-@click.option("--filesystem", "kinds", multiple=True, type=click.Choice(KINDS), help="Only on this; may be repeated.")
+@click.option("--rounds", type=click.IntRange(1), help=f"Number of rounds (default {_ROUNDS}).")
 @click.option(
-    "--peer", "peers", multiple=True, type=click.Choice([*PEERS, "none"]), help="Beside cp, only this; may be repeated."
+    "--case", "cases", multiple=True, type=click.Choice(list(CASES)), help="Measure only this case; repeatable."
+)
+@click.option(
+    "--filesystem",
+    "kinds",
+    multiple=True,
+    type=click.Choice(KINDS),
+    help="Measure only on this filesystem; repeatable.",
+)
+@click.option(
+    "--peer",
+    "peers",
+    multiple=True,
+    type=click.Choice([*PEERS, "none"]),
+    help="Compare only with cp and this program; repeatable.",
 )
 @click.option(
     "--dir",
     "directory",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Measure in this directory, as it is without root; else on filesystems made for it.",
+    help="Measure in this directory, for which root is not needed. Default: filesystems on loop devices.",
 )
 @click.option(
     "--work-dir",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Where the images of filesystems lie (default $TMPDIR).",
+    help="Directory for the images of filesystems (default $TMPDIR).",
 )
 @click.option(
     "--json",
     "json_path",
     metavar="FILE",
-    help="All figures, as JSON; - is stdout. A file keeps what it holds of this machine and is not measured again.",
+    help="Write all figures as JSON; - is stdout. Figures of this machine that are already in the file are kept.",
 )
-@click.option("--svg", "svg_path", metavar="FILE", help="The table, as a picture, with what the JSON file kept.")
 @click.option(
-    "--measure", "extras", multiple=True, type=click.Choice(_EXTRAS), help="In place of the table; may be repeated."
+    "--svg", "svg_path", metavar="FILE", help="Write the table as a picture, with the rows that the JSON file kept."
 )
-@click.option("--table", "with_table", is_flag=True, help="The table too, where other things are asked for.")
+@click.option(
+    "--measure",
+    "extras",
+    multiple=True,
+    type=click.Choice(list(MEASURES)),
+    help="Measure this instead of the table; repeatable.",
+)
+@click.option("--table", "with_table", is_flag=True, help="Measure the table too, if --measure is given.")
 def main(
     quick: bool,
     rounds: int | None,
@@ -115,8 +102,8 @@ def main(
     extras: tuple[str, ...],
     with_table: bool,
 ) -> None:
-    """Measure forkvm beside its peers and the limit, on filesystems that are made for it and gone afterwards."""
-    plan = _Plan(
+    """Compare forkvm with other programs and with the limit, on filesystems that exist only during the run."""
+    plan = Plan(
         kinds=("the directory",) if directory is not None else kinds or KINDS,
         cases=[CASES[name] for name in cases or (_QUICK_CASES if quick else CASES)],
         peers=[name for name in peers or (() if quick else PEERS) if name != "none"],
@@ -129,55 +116,73 @@ def main(
     except (OSError, ValueError) as error:
         sys.exit(f"bench: {json_path}: {error}")
     if host.takes_memory_back():
-        say(host.WARNING)
-    # TERM ends it as Ctrl-C does: through every with block, and with a table of what was measured.
+        log(host.WARNING)
+    # SIGTERM has the effect of Ctrl-C: all with blocks are left, and the table shows what was measured.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     began = time.monotonic()
-    rows: list[Row] = []
-    findings: list[Finding] = []
-    failed: list[str] = []
+    figures = _Figures()
     interrupted = False
     try:
-        with ExitStack() as stack:
-            root = stack.enter_context(_root(directory))
-            service = _service(stack, root)
-            if with_table or not extras:
-                for row in _table(plan, root, service):
-                    rows.append(row)
-                    failed += row.failures.values()
-            for name in extras:
-                try:
-                    findings += _MEASURES[name](plan, root, service)
-                except (Unavailable, SubjectFailed, Differs) as error:
-                    say(f"{name} FAILED: {error}")
-                    failed.append(str(error))
+        _measure(plan, extras, figures, with_table=with_table or not extras)
     except KeyboardInterrupt:
         interrupted = True
+    _show(plan, figures, kept, json_path, svg_path)
+    if interrupted:
+        log("interrupted: the rest was not measured")
+        sys.exit(_INTERRUPTED)
+    log(f"finished after {time.monotonic() - began:.0f} s")
+    sys.exit(1 if figures.failures else 0)
+
+
+@dataclass
+class _Figures:
+    """What was measured so far."""
+
+    rows: list[Row] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+
+def _measure(plan: Plan, extras: Sequence[str], figures: _Figures, *, with_table: bool) -> None:
+    """Fill `figures`; after KeyboardInterrupt they hold what was measured until then."""
+    with ExitStack() as stack:
+        root = stack.enter_context(_root(plan.directory))
+        service = _service(stack, root)
+        if with_table:
+            for row in _table(plan, root, service):
+                figures.rows.append(row)
+                figures.failures += row.failures.values()
+        for name in extras:
+            try:
+                figures.findings += MEASURES[name](plan, root, service)
+            except (Unavailable, ContenderFailed, CopyDiffers) as error:
+                log(f"{name} FAILED: {error}")
+                figures.failures.append(str(error))
+
+
+def _show(plan: Plan, figures: _Figures, kept: record.Kept, json_path: str | None, svg_path: str | None) -> None:
+    """Print the figures, and write the files that were asked for."""
+    rows = figures.rows
     if rows:
-        report.print_table(rows, plan.rounds, plan.peers)
-    if findings:
-        report.print_findings(findings)
+        tables.print_table(rows, plan.rounds, plan.peers)
+    if figures.findings:
+        tables.print_findings(figures.findings)
     if json_path is not None:
-        rows = record.add_to(json_path, kept, rows, findings)
+        rows = record.add_to(json_path, kept, rows, figures.findings)
     if svg_path is not None:
         Path(svg_path).write_text(draw(rows, os.cpu_count() or 0), encoding="utf-8")
-    if interrupted:
-        say("interrupted: the rest was not measured")
-        sys.exit(_INTERRUPTED)
-    say(f"done in {time.monotonic() - began:.0f} s")
-    sys.exit(1 if failed else 0)
 
 
 @contextmanager
 def _root(directory: Path | None) -> Iterator[Path]:
-    """The directory that all filesystems are below, and that the worker serves."""
+    """The directory that all filesystems are mounted below; the worker's only root."""
     if directory is None:
         if os.geteuid() != 0:
-            sys.exit("bench: not root, so no filesystems can be made: name a directory to measure in with --dir")
+            sys.exit("bench: only root can make filesystems: name an existing directory with --dir")
         try:
             filesystems.enter_mount_namespace()
         except Unavailable as error:
-            sys.exit(f"bench: {error}: name a directory to measure in with --dir")
+            sys.exit(f"bench: {error}: name an existing directory with --dir")
     with tempfile.TemporaryDirectory(prefix="forkvm-bench-", dir=directory) as path:
         yield Path(path).resolve()
 
@@ -186,148 +191,35 @@ def _service(stack: ExitStack, root: Path) -> Service | None:
     try:
         return stack.enter_context(running_service(root))
     except NoService as error:
-        say(f"{error}; the columns of forkvm through Redis stay empty")
+        log(f"{error}: forkvm through Redis is not measured")
         return None
 
 
-def _table(plan: _Plan, root: Path, service: Service | None) -> Iterator[Row]:
+def _table(plan: Plan, root: Path, service: Service | None) -> Iterator[Row]:
     between = service.forget_results if service is not None else lambda: None
     for kind in plan.kinds:
         try:
-            with _filesystem(plan, kind, plan.cases, root) as (filesystem, cases):
-                subjects_here = _subjects(plan, filesystem, service)
+            with open_filesystem(plan, kind, plan.cases, root) as (filesystem, cases):
+                contenders = _contenders(plan, filesystem, service)
                 for case in cases:
-                    say(f"{case.name} on {filesystem.name}: {case.about}")
-                    yield run_in_turn(case, filesystem, subjects_here, plan.rounds, between)
+                    log(f"{case.name} on {filesystem.name}: {case.about}")
+                    yield run_in_turn(case, filesystem, contenders, plan.rounds, between)
         except Unavailable as error:
-            say(f"{error}; nothing is measured on {kind}")
+            log(f"{error}: {kind} is not measured")
 
 
-def _subjects(plan: _Plan, filesystem: Filesystem, service: Service | None) -> list[Subject]:
-    found = [subjects.engine()]
+def _contenders(plan: Plan, filesystem: Filesystem, service: Service | None) -> list[Contender]:
+    found = [programs.engine()]
     if service is not None:
-        found.append(service.subject())
-    found += [subjects.cp(filesystem.reflink), subjects.limit(filesystem.reflink)]
+        found.append(service.contender())
+    found += [programs.cp(filesystem.reflink), programs.limit(filesystem.reflink)]
     for name in plan.peers:
-        peer = subjects.peer(name, filesystem.reflink)
+        peer = programs.peer(name, filesystem.reflink)
         if peer is None:
-            say(f"no {name} on this machine; its column stays empty")
+            log(f"{name} is not installed: not measured")
         else:
             found.append(peer)
     return found
-
-
-@contextmanager
-def _filesystem(
-    plan: _Plan, kind: str, cases: Sequence[Case], root: Path
-) -> Iterator[tuple[Filesystem, Sequence[Case]]]:
-    """A filesystem of this kind, or else the directory that was given, and the cases that it has room for.
-
-    Raises Unavailable.
-    """
-    room = filesystems.room_for(kind, plan.images)
-    fitting = [case for case in cases if case.room <= room]
-    for case in cases:
-        if case not in fitting:
-            say(f"{case.name} needs {case.room >> 30} GiB on {kind}, and there are {max(0, room) >> 30}; left out")
-    if not fitting:
-        raise Unavailable("no room")
-    if plan.directory is not None:
-        with filesystems.given(root) as filesystem:
-            yield filesystem, fitting
-    else:
-        with filesystems.made(kind, max(case.room for case in fitting), root, plan.images) as filesystem:
-            yield filesystem, fitting
-
-
-# -- what is measured on request
-
-
-def _memory(plan: _Plan, root: Path, service: Service | None) -> list[Finding]:
-    found: list[Finding] = []
-    for kind, case in zip((_EXTRA_KIND, "ext4"), memory.CASES, strict=True):
-        with _filesystem(plan, kind, [case], root) as (filesystem, _):
-            found += memory.measure_memory(case, filesystem, service)
-    return found
-
-
-def _growth(plan: _Plan, root: Path, service: Service | None) -> list[Finding]:
-    return _on_one(plan, root, growth.CASES, lambda filesystem: growth.measure_growth(filesystem, service))
-
-
-def _messages(plan: _Plan, root: Path, service: Service | None) -> list[Finding]:
-    if service is None:
-        say("no messages without Redis")
-        return []
-    return _on_one(plan, root, messages.CASES, lambda filesystem: messages.measure_messages(filesystem, service))
-
-
-def _first_file(plan: _Plan, root: Path, service: Service | None) -> list[Finding]:
-    return _on_one(plan, root, first_file.CASES, lambda filesystem: first_file.measure_first_file(filesystem, service))
-
-
-def _snapshot(plan: _Plan, root: Path, service: Service | None) -> list[Finding]:
-    return _on_one(
-        plan, root, snapshot.CASES, lambda filesystem: snapshot.measure_snapshot(filesystem, service), "btrfs"
-    )
-
-
-def _singles(plan: _Plan, root: Path, service: Service | None) -> list[Finding]:
-    return _on_each_reflink(plan, root, service, singles.CASES, singles.measure_singles)
-
-
-def _campaigns(plan: _Plan, root: Path, service: Service | None) -> list[Finding]:
-    return _on_each_reflink(plan, root, service, campaigns.CASES, campaigns.measure_campaigns)
-
-
-def _on_each_reflink(
-    plan: _Plan,
-    root: Path,
-    service: Service | None,
-    cases: Sequence[Case],
-    measure: Callable[[Filesystem, Service], Iterator[Finding]],
-) -> list[Finding]:
-    if service is None:
-        say("nothing to measure without Redis")
-        return []
-    found: list[Finding] = []
-    kinds = plan.kinds if plan.directory is not None else [kind for kind in _REFLINK_KINDS if kind in plan.kinds]
-    for kind in kinds:
-        with _filesystem(plan, kind, cases, root) as (filesystem, _):
-            found += measure(filesystem, service)
-    return found
-
-
-def _on_one(
-    plan: _Plan,
-    root: Path,
-    cases: Sequence[Case],
-    measure: Callable[[Filesystem], Iterator[Finding]],
-    kind: str = _EXTRA_KIND,
-) -> list[Finding]:
-    with _filesystem(plan, kind, cases, root) as (filesystem, fitting):
-        if len(fitting) < len(cases):
-            raise Unavailable("no room")
-        return list(measure(filesystem))
-
-
-def _large_campaign(plan: _Plan, root: Path, service: Service | None) -> list[Finding]:
-    if service is None:
-        say("no campaigns without Redis")
-        return []
-    return _on_one(plan, root, [ONE], lambda filesystem: campaigns.measure_large_campaign(filesystem, service))
-
-
-_MEASURES: dict[str, Callable[[_Plan, Path, Service | None], list[Finding]]] = {
-    "memory": _memory,
-    "growth": _growth,
-    "messages": _messages,
-    "first-file": _first_file,
-    "snapshot": _snapshot,
-    "singles": _singles,
-    "campaigns": _campaigns,
-    "large-campaign": _large_campaign,
-}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is forked: the same bytes in each run, made in seconds."""
+"""What is forked: directory trees, generated in seconds and the same in each run."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 
 _KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
 
-#: An image of `inst`: so long, with so many pieces of data of 1 MiB, and holes between them.
+#: An image of `inst`: its length in bytes, and its pieces of data of 1 MiB each with holes between them.
 _IMAGE_BYTES = 2 * _GIB
 _IMAGE_PIECES = 512
 #: The dense file of `big`.
 _BIG_BYTES = 4 * _GIB
 #: Sizes of the files of `tree`, in bytes.
 _TREE_SIZES = range(4 * _KIB, 10 * _KIB + 1)
-#: A file of `mini`.
+#: Length of a file of `mini`, in bytes.
 _MINI_BYTES = 200_000
 #: Tiny files are shorter than this, in bytes; every other one is empty.
 _TINY_BYTES = 64
@@ -33,9 +33,9 @@ class Case:
     about: str
     #: Regular files in it.
     files: int
-    #: Bytes that it and one copy of it with its holes filled take on a filesystem.
+    #: Bytes on a filesystem for the source and one copy whose holes are filled.
     room: int
-    #: Makes it in a directory that exists and is empty.
+    #: Fills an empty directory.
     build: Callable[[Path], None]
 
 
@@ -51,7 +51,7 @@ def small_files(name: str, files: int, directories: int) -> Case:
 
 
 def _build_inst(top: Path) -> None:
-    """A guest directory: two sparse images, and what lies about them."""
+    """A guest directory: two sparse images and four small files."""
     rng = random.Random(1)
     pieces = [rng.randbytes(_MIB) for _ in range(8)]
     snapshot = top / "snapshots" / "latest"
@@ -109,7 +109,7 @@ INST = Case("inst", "6 files: 2 x 2 GiB with 512 extents each, 1 GiB of data in 
 TREE = Case("tree", "20,000 files of 4 to 10 KiB in 100 directories", 20_000, _GIB, _build_tree)
 BIG = Case("big", "one dense file of 4 GiB", 1, 9 * _GIB, _build_big)
 WIDE = small_files("wide", 200_000, 200)
-#: Not in the table: so small a fork is measured by the thousand.
+#: Not in the table: a fork this small is measured a thousand times.
 MINI = Case("mini", "6 files of 200 KB", 6, 2 * _GIB, _build_mini)
 #: For a campaign of a hundred thousand forks, each a directory and an inode.
 ONE = Case("one", "one file of 100 KB", 1, 4 * _GIB, _build_one)

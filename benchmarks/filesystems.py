@@ -1,7 +1,7 @@
-"""Filesystems to measure on: their own, on loop devices, or a directory that is given.
+"""Filesystems to measure on: new ones on loop devices, or a given directory.
 
-Nothing is left behind, even by a run that is killed: the mounts are in a mount namespace of this process and end with
-it, and an image is unlinked as soon as it is mounted, so its blocks and its loop device are given back with the mount.
+A run leaves nothing behind, even if it is killed: its mounts are in its own mount namespace and end with it, and an
+image is unlinked as soon as it is mounted, so the kernel frees its blocks and its loop device with the mount.
 """
 
 from __future__ import annotations
@@ -22,49 +22,49 @@ _CLONE_NEWNS = 0x00020000  # <linux/sched.h>
 _MS_REC, _MS_PRIVATE = 1 << 14, 1 << 18  # <linux/mount.h>
 _MNT_DETACH = 2
 
-#: Bytes that a filesystem needs beside what is put on it: its journal, its tables, its reserve.
+#: Bytes that a filesystem needs for itself: journal, tables, reserve.
 _OWN_BYTES = 1 << 30
-#: Bytes that stay free beside an image on its disk, or beside a tmpfs in memory.
+#: Bytes that stay free on the disk of an image, or in memory beside a tmpfs.
 _SPARE_BYTES = 2 << 30
 
 _MKFS = {
     "xfs": ("mkfs.xfs", "-q", "-m", "reflink=1"),
     "btrfs": ("mkfs.btrfs", "-q"),
-    # -i: an inode for each block, since files of a case may be empty; XFS and btrfs make theirs as they go.
+    # -i: one inode a block, since files may be empty. XFS and btrfs allocate inodes on demand.
     "ext4": ("mkfs.ext4", "-q", "-i", "4096", "-E", "lazy_itable_init=1,nodiscard"),
 }
-#: noinit_itable: no thread that writes inode tables while something is measured.
+#: noinit_itable: otherwise a kernel thread writes inode tables during the measurement.
 _MOUNT_OPTIONS = {"xfs": "loop", "btrfs": "loop", "ext4": "loop,noinit_itable"}
 
 KINDS = (*_MKFS, "tmpfs")
 
 
 class Unavailable(Exception):
-    """A filesystem cannot be had here; the message says why."""
+    """A filesystem cannot be made here. The message says why."""
 
 
 @dataclass(frozen=True)
 class Filesystem:
-    """One that is mounted."""
+    """A mounted filesystem."""
 
     #: Its type, as the kernel names it.
     name: str
-    #: A directory on it, ours alone.
+    #: A directory on it that only this run uses.
     path: Path
     #: Whether FICLONE works on it.
     reflink: bool
 
 
 def enter_mount_namespace() -> None:
-    """Give this process, and all that it starts from here on, mounts that nobody else sees. Raises Unavailable."""
+    """Make mounts of this process and its later children invisible to all others. Raises Unavailable."""
     # unshare(2) is in Python only from 3.12 on.
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNS) != 0 or libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None) != 0:
-        raise Unavailable(f"no mount namespace of its own ({os.strerror(ctypes.get_errno())})")
+        raise Unavailable(f"cannot make a mount namespace ({os.strerror(ctypes.get_errno())})")
 
 
 def room_for(kind: str, images: Path) -> int:
-    """Bytes that cases may take on a filesystem of this kind, were it made now with its image in `images`."""
+    """Bytes that a new filesystem of this kind, with its image in `images`, has for cases."""
     free = _available_memory() if kind == "tmpfs" else shutil.disk_usage(images).free
     return free - _SPARE_BYTES - _OWN_BYTES
 
@@ -90,7 +90,7 @@ def made(kind: str, room: int, mounts: Path, images: Path) -> Iterator[Filesyste
 
 @contextlib.contextmanager
 def given(directory: Path) -> Iterator[Filesystem]:
-    """The filesystem of a directory that the caller chose; a directory of ours in it, for the time of a with block."""
+    """A new directory in the given one, for the time of a with block."""
     path = Path(tempfile.mkdtemp(prefix="forkvm-bench-", dir=directory)).resolve()
     try:
         yield Filesystem(_type_of(path), path, _can_reflink(path))
@@ -139,7 +139,7 @@ def _mounted(point: Path, *arguments: str) -> Iterator[Path]:
 
 
 def _unmount(point: Path) -> None:
-    """Unmount even what a process still uses: after an interruption one may take a moment to end."""
+    """Unmount, also while a process that has not ended yet uses the filesystem."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.umount2(os.fsencode(point), 0) != 0 and libc.umount2(os.fsencode(point), _MNT_DETACH) != 0:
         number = ctypes.get_errno()
@@ -147,11 +147,11 @@ def _unmount(point: Path) -> None:
 
 
 def _run(command: str, *arguments: str) -> None:
-    # mkfs is not on every PATH.
+    # mkfs is often in a directory that is not on PATH.
     path = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"
     executable = shutil.which(command, path=path)
     if executable is None:
-        raise Unavailable(f"no {command} on this machine")
+        raise Unavailable(f"{command} is not installed")
     done = subprocess.run([executable, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise Unavailable(f"{command}: {done.stderr.strip()}")

@@ -1,4 +1,4 @@
-"""What a virtual machine's host does to the figures."""
+"""Whether the host of this virtual machine disturbs the figures."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from pathlib import Path
 
 #: VIRTIO_BALLOON_F_REPORTING, the number of a bit (<linux/virtio_balloon.h>).
 _REPORTING = 5
-#: The largest blocks that the kernel's allocator has are of this order: of larger ones there is none to report.
+#: The largest order of the kernel's page allocator: a higher reporting order reports nothing.
 _MAX_PAGE_ORDER = 10
 
 WARNING = (
-    "this machine hands free memory back to its host (free page reporting), and what writes gigabytes waits in some "
-    "rounds for it to be there again; docs/performance.md tells more under ext4 `big`"
+    "this machine returns free memory to its host (free page reporting), so a round that writes gigabytes may wait for "
+    "memory; see ext4 `big` in docs/performance.md"
 )
 
 
 def takes_memory_back(sysfs: Path = Path("/sys")) -> bool:
-    """Whether the host gets this machine's free memory, and backs it anew at its next use."""
+    """Whether the host reclaims free memory, which then has to be allocated again at its next use."""
     try:
         order = int((sysfs / "module/page_reporting/parameters/page_reporting_order").read_text())
         features = [path.read_text() for path in (sysfs / "bus/virtio/drivers/virtio_balloon").glob("virtio*/features")]

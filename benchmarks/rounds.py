@@ -1,4 +1,4 @@
-"""The subjects by turns, each as undisturbed by what went before as can be."""
+"""Runs the contenders in turn, each with an empty write cache."""
 
 from __future__ import annotations
 
@@ -13,54 +13,54 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.cases import Case
+from benchmarks.contenders.programs import Contender, ContenderFailed, Run
+from benchmarks.copy_check import CopyDiffers, check_same
 from benchmarks.filesystems import Filesystem
-from benchmarks.same import Differs, check_same
-from benchmarks.say import say
-from benchmarks.subjects import Run, Subject, SubjectFailed
+from benchmarks.log import log
 from tasks.copier.kernel.syscalls import syncfs
 
-#: Of the order of the rounds.
+#: Seed of the order of contenders.
 _SEED = 7
 
 
 def now() -> str:
-    """The time, UTC, as figures carry it."""
+    """The time in UTC, as it is noted with figures."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one case on one filesystem."""
+    """The figures of one case on one filesystem."""
 
     case: str
     filesystem: str
     reflink: bool
-    #: The seconds of each round, by subject.
+    #: The seconds of each round, by contender.
     seconds: dict[str, list[float]] = field(default_factory=dict)
-    #: Why a subject has none.
+    #: Why a contender failed, by contender.
     failures: dict[str, str] = field(default_factory=dict)
     measured_at: str = field(default_factory=now)
 
-    def median(self, subject: str) -> float | None:
-        """Seconds; None for a subject that was not measured."""
-        return median(self.seconds[subject]) if self.seconds.get(subject) else None
+    def median(self, contender: str) -> float | None:
+        """Seconds; None if the contender was not measured."""
+        return median(self.seconds[contender]) if self.seconds.get(contender) else None
 
-    def ratio(self, subject: str, to: str) -> float | None:
-        """The one's median by the other's."""
-        ours, theirs = self.median(subject), self.median(to)
+    def ratio(self, contender: str, to: str) -> float | None:
+        """The median of `contender` divided by that of `to`; None if either was not measured."""
+        ours, theirs = self.median(contender), self.median(to)
         return ours / theirs if ours is not None and theirs is not None else None
 
 
 @contextmanager
 def built(case: Case, filesystem: Filesystem) -> Iterator[Path]:
-    """The case on the filesystem, on its disk, for the time of a with block: the source.
+    """The source of a case on the filesystem, written to disk, for the time of a with block.
 
-    After an error it stays: the filesystem goes, and it with it.
+    After an error it is not removed, since the filesystem is.
     """
     source = filesystem.path / case.name
     source.mkdir()
     case.build(source)
-    store_result(filesystem)
+    sync(filesystem)
     yield source
     remove(source)
 
@@ -68,44 +68,44 @@ def built(case: Case, filesystem: Filesystem) -> Iterator[Path]:
 def run_in_turn(
     case: Case,
     filesystem: Filesystem,
-    subjects: Sequence[Subject],
+    contenders: Sequence[Contender],
     rounds: int,
     between: Callable[[], None] = lambda: None,
 ) -> Row:
-    """Run each subject once a round. In the first round each copy is compared with its source.
+    """Run each contender once a round. In the first round each copy is compared with its source.
 
-    `between` is called before each run. A subject that fails is left out of the rounds that follow. The order of a
-    round is a matter of chance, the same in each benchmark: what a subject leaves behind, such as memory that the
-    host takes back, would fall to the same one each time.
+    `between` is called before each run. A contender that failed does not run again. The order in a round is random,
+    with a fixed seed: in a fixed order the after-effects of a contender, such as memory that the host takes back, would
+    always disturb the same one.
     """
-    row, dice = Row(case.name, filesystem.name, filesystem.reflink), random.Random(_SEED)
+    row, order = Row(case.name, filesystem.name, filesystem.reflink), random.Random(_SEED)
     with built(case, filesystem) as source:
         for number in range(rounds):
-            for subject in dice.sample(subjects, len(subjects)):
-                if subject.name in row.failures:
+            for contender in order.sample(contenders, len(contenders)):
+                if contender.name in row.failures:
                     continue
                 try:
                     between()
-                    seconds = run_once(subject, filesystem, source, case.files if number == 0 else None).seconds
-                    row.seconds.setdefault(subject.name, []).append(seconds)
-                except (SubjectFailed, Differs) as error:
-                    say(f"{case.name} on {filesystem.name}: {subject.name} FAILED: {error}")
-                    row.failures[subject.name] = str(error)
-                    row.seconds.pop(subject.name, None)
+                    seconds = run_once(contender, filesystem, source, case.files if number == 0 else None).seconds
+                    row.seconds.setdefault(contender.name, []).append(seconds)
+                except (ContenderFailed, CopyDiffers) as error:
+                    log(f"{case.name} on {filesystem.name}: {contender.name} FAILED: {error}")
+                    row.failures[contender.name] = str(error)
+                    row.seconds.pop(contender.name, None)
     return row
 
 
-def run_once(subject: Subject, filesystem: Filesystem, source: Path, files: int | None = None) -> Run:
-    """One run with nothing left to be written before it. With `files`, the copy is compared with its source.
+def run_once(contender: Contender, filesystem: Filesystem, source: Path, files: int | None = None) -> Run:
+    """One run after a sync. With `files`, the copy is compared with its source.
 
-    Raises SubjectFailed, Differs.
+    Raises ContenderFailed, CopyDiffers.
     """
-    # A directory of the run's own, so that also staging which a failure left goes with it.
+    # A directory for this run only: staging that a failed run left is removed with it.
     parent = filesystem.path / "copies"
     parent.mkdir()
     try:
-        store_result(filesystem)
-        run = subject.run(source, parent / "copy")
+        sync(filesystem)
+        run = contender.run(source, parent / "copy")
         if files is not None:
             check_same(source, parent / "copy", files)
         return run
@@ -113,8 +113,8 @@ def run_once(subject: Subject, filesystem: Filesystem, source: Path, files: int 
         remove(parent)
 
 
-def store_result(filesystem: Filesystem) -> None:
-    """Have everything on the filesystem written to its disk."""
+def sync(filesystem: Filesystem) -> None:
+    """Write everything on the filesystem to its disk."""
     fd = os.open(filesystem.path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         syncfs(fd)
@@ -123,5 +123,5 @@ def store_result(filesystem: Filesystem) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a tree, as fast as it goes."""
+    """Remove a tree; rm is faster than shutil.rmtree."""
     subprocess.run(["rm", "-rf", "--", str(path)], check=True)

@@ -1,7 +1,7 @@
 """The largest Celery message and the largest Redis value of one fork.
 
-Redis's append-only file tells: it holds each write with its arguments, also those of messages that a worker took at
-once. Beside it the keys that are left are asked for what they take, since a set or a hash grows by many small writes.
+They are read from the append-only file of Redis, which holds each write with its arguments, also of messages that a
+worker took at once. The sizes of the remaining keys are read too, since a set or a hash grows by many small writes.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from benchmarks.cases import WIDE
+from benchmarks.contenders.service import Service
 from benchmarks.filesystems import Filesystem
-from benchmarks.report import Finding
+from benchmarks.log import log
+from benchmarks.report.tables import Finding
 from benchmarks.rounds import built, run_once
-from benchmarks.say import say
-from benchmarks.service import Service
 
 CASES = (WIDE,)
 
@@ -28,10 +28,10 @@ _PUSHES = (b"LPUSH", b"RPUSH")
 def measure_messages(filesystem: Filesystem, service: Service) -> Iterator[Finding]:
     """One fork of `wide` through Redis."""
     with built(WIDE, filesystem) as source:
-        say(f"messages: {WIDE.name} on {filesystem.name}")
+        log(f"messages: {WIDE.name} on {filesystem.name}")
         files = _append_only_files(service.redis_directory)
         before = {path: path.stat().st_size for path in files}
-        run_once(service.subject(), filesystem, source, WIDE.files)
+        run_once(service.contender(), filesystem, source, WIDE.files)
         _write_out(service)
         messages, argument = _written(before, service.redis_directory)
     key, taken = _largest_key(service)
@@ -43,19 +43,19 @@ def measure_messages(filesystem: Filesystem, service: Service) -> Iterator[Findi
 
 
 def _write_out(service: Service) -> None:
-    """Have everything that Redis holds back of its append-only file written: before it answers a write, it must."""
+    """Have Redis write out its append-only file: with appendfsync=always it does before it answers a write."""
     service.redis.config_set("appendfsync", "always")
     service.redis.set("forkvm:bench:end", b"", ex=60)
     service.redis.config_set("appendfsync", "everysec")
 
 
 def _append_only_files(directory: Path) -> list[Path]:
-    """A directory of them since Redis 7, before that one file."""
+    """Redis 7 has a directory of them; earlier versions have one file."""
     return sorted([*directory.glob("appendonlydir/*.incr.aof"), *directory.glob("appendonly.aof")])
 
 
 def _written(before: dict[Path, int], directory: Path) -> tuple[list[int], int]:
-    """The lengths of all messages, and that of the longest argument of any other write, in bytes."""
+    """The lengths of all messages, and the length of the longest argument of any other write, in bytes."""
     messages: list[int] = []
     longest = 0
     for path in _append_only_files(directory):
@@ -70,7 +70,7 @@ def _written(before: dict[Path, int], directory: Path) -> tuple[list[int], int]:
 
 
 def _commands(file: BinaryIO) -> Iterator[list[bytes]]:
-    """Yield each command of an append-only file: arrays of bulk strings, as the Redis protocol has them."""
+    """Yield each command of an append-only file: an array of bulk strings in the Redis protocol."""
     while line := file.readline():
         if line.startswith(b"*"):
             yield [_bulk_string(file) for _ in range(int(line[1:]))]
@@ -88,6 +88,6 @@ def _largest_key(service: Service) -> tuple[str, int]:
     for key in service.redis.scan_iter(count=1000):
         taken = service.redis.memory_usage(key, samples=0) or 0
         if taken > largest[1]:
-            # A fork's id is in the key's middle, and is no news.
+            # The fork id is left out of the key's name.
             largest = ":".join(part for part in key.decode().split(":") if not part.startswith("bench-")), taken
     return largest

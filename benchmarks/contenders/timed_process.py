@@ -1,10 +1,10 @@
-"""One job in a fresh process that has everything imported, and times the function alone.
+"""Runs one function in a fresh process and times it, without the start of Python and its imports.
 
-    python -m benchmarks.child engine|copytree|clone-limit|copy-limit
+    python -m benchmarks.contenders.timed_process engine|copytree|clone-limit|copy-limit
 
-It says that it is ready, reads one line of JSON `{"source", "destination"}`, works, and answers with one line of JSON
-`{"began", "ended", "memory"}`: seconds of CLOCK_MONOTONIC, and the largest resident memory, in bytes, that it or a
-child of it had.
+It prints `ready`, reads one line of JSON `{"source", "destination"}`, calls the function and prints one line of JSON
+`{"began", "ended", "memory"}`: seconds of CLOCK_MONOTONIC, and the largest resident memory of this process or any
+child, in bytes.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.limit import clone_tree, copy_tree
+from benchmarks.contenders.bare_loops import clone_tree, copy_tree
 from tasks.copier.fork.local import fork_here
 from tasks.copier.fork_spec import ForkSpec
 from tasks.copier.options import Limits
 from tasks.copier.progress import Progress
 from tasks.copier.roots import Roots
 
-#: As many as `forkvm fork` uses on two cores.
+#: `forkvm fork` uses this number on two cores.
 _PROCESSES = 2
 
-#: The line that says that everything is imported.
+#: Printed when everything is imported.
 READY = "ready"
 
 
 def _no_beat(progress: Progress) -> None:
-    """Nobody looks."""
+    """Progress is not shown."""
 
 
 def _engine(source: str, destination: str) -> None:
@@ -57,7 +57,7 @@ JOBS: dict[str, Callable[[str, str], None]] = {
 
 
 def _largest_memory() -> int:
-    """Bytes; of this process by VmHWM, since its ru_maxrss would be that of whoever started it."""
+    """Bytes. VmHWM for this process, since ru_maxrss is inherited from the parent across execve."""
     status = Path("/proc/self/status").read_text()
     own = int(status.partition("VmHWM:")[2].split()[0])
     return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) << 10

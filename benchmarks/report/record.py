@@ -1,4 +1,4 @@
-"""The figures as JSON, kept from run to run: the whole takes hours, so it may be measured in parts."""
+"""The figures as JSON, kept between runs: all take hours, so they can be measured in parts."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.cases import CASES
+from benchmarks.contenders.programs import CP
 from benchmarks.filesystems import KINDS
-from benchmarks.report import Finding
+from benchmarks.report.tables import Finding
+from benchmarks.report.targets import targets
 from benchmarks.rounds import Row
-from benchmarks.subjects import CP
-from benchmarks.targets import targets
 
-#: What stands for standard output, where nothing is kept.
+#: The path that means standard output, where nothing is kept.
 _STDOUT = "-"
 
 
@@ -30,9 +30,9 @@ class Kept(NamedTuple):
 
 
 def read(path: str | None) -> Kept:
-    """What a file holds of this machine; nothing where there is none, or where another machine measured it.
+    """The figures in a file; none if it does not exist, or if another machine measured them.
 
-    Raises OSError, and ValueError where the file holds something else.
+    Raises OSError, and ValueError if the file holds something else.
     """
     if path is None or path == _STDOUT or not os.path.exists(path):
         return Kept([], [])
@@ -53,11 +53,11 @@ def read(path: str | None) -> Kept:
         findings = [Finding(**{name: finding[name] for name in names}) for finding in data["findings"]]
         return Kept(rows, findings) if data["machine"] == _machine() else Kept([], [])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"it holds something else than figures of this program: {error!r}") from None
+        raise ValueError(f"not a file of benchmark figures: {error!r}; name another file") from None
 
 
 def add_to(path: str, kept: Kept, rows: Sequence[Row], findings: Sequence[Finding]) -> list[Row]:
-    """Write the figures to the file, beside what it `kept` and was not measured again; returns all rows of it.
+    """Write the figures, with those of `kept` that were not measured again; returns all rows of the file.
 
     `path` may be "-" for standard output. Raises OSError.
     """
@@ -76,7 +76,7 @@ def add_to(path: str, kept: Kept, rows: Sequence[Row], findings: Sequence[Findin
 
 
 def _place(row: Row) -> tuple[int, int, str]:
-    """Where a row stands in the table."""
+    """Sort key of a row: the order of the table."""
     kind = KINDS.index(row.filesystem) if row.filesystem in KINDS else len(KINDS)
     return kind, list(CASES).index(row.case), row.filesystem
 

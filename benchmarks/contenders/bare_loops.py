@@ -1,7 +1,7 @@
-"""What a Python program can reach at most: bare loops in two processes, with no metadata, no checks, no results.
+"""The limit for a Python program: bare loops in two processes, without metadata, checks or results.
 
-For reflinks: a walk with the making of the directories, then openat, openat, FICLONE, close, close a file.
-For sparse copies: the same walk, with the sizes, then copy_file_range over the extents of SEEK_DATA.
+Reflinks: walk the source and make the directories, then openat, openat, FICLONE, close, close for each file.
+Sparse copies: the same walk with the sizes, then copy_file_range over the extents that SEEK_DATA finds.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from tasks.copier.kernel.syscalls import ficlone
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_CLOEXEC
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
-#: A file at least so long, in bytes, is shared between the processes where the middle of the work falls into it.
+#: A file of at least this length, in bytes, may be split between the processes.
 _CUT_BYTES = 64 << 20
-#: What making a file weighs beside copying, in bytes.
+#: The cost of creating a file, as bytes copied.
 _FILE_WEIGHT = 4096
 
 Part = TypeVar("Part")
@@ -69,7 +69,7 @@ def copy_tree(source: str, destination: str) -> None:
 
 
 def _walk(source: str, destination: str) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
-    """Yield each directory's path below `source`, with its files; the directory is made in `destination`."""
+    """Yield each directory's path below `source` with its files; make the directory in `destination`."""
     pending = [""]
     while pending:
         path = pending.pop()
@@ -85,7 +85,7 @@ def _walk(source: str, destination: str) -> Iterator[tuple[str, list[os.DirEntry
 
 
 def _halves_by_count(found: list[_Names]) -> tuple[list[_Names], list[_Names]]:
-    """The first half of the files and the second, each in as few directories as can be."""
+    """Both halves of the files, each in as few directories as possible."""
     left = sum(len(names) for _, names in found) // 2
     halves: tuple[list[_Names], list[_Names]] = ([], [])
     for directory, names in found:
@@ -98,7 +98,7 @@ def _halves_by_count(found: list[_Names]) -> tuple[list[_Names], list[_Names]]:
 
 
 def _halves_by_bytes(found: list[tuple[str, str, os.stat_result]]) -> tuple[list[_Range], list[_Range]]:
-    """The first half of the data and the second."""
+    """Both halves of the data."""
     left = sum(_weight(status) for _, _, status in found) // 2
     halves: tuple[list[_Range], list[_Range]] = ([], [])
     for directory, name, status in found:
@@ -122,7 +122,7 @@ def _weight(status: os.stat_result) -> int:
 
 
 def _in_two_processes(halves: tuple[Sequence[Part], Sequence[Part]], work: Callable[[Sequence[Part]], None]) -> None:
-    """Have a child do the second half while this process does the first; one file alone needs no child."""
+    """Do the second half in a child process and the first half here. A single file needs no child."""
     if not halves[0] or not halves[1]:
         work(halves[0] or halves[1])
         return

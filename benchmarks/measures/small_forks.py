@@ -1,4 +1,4 @@
-"""What a small fork costs beside a Celery task that does nothing, on the same worker, sent a thousand times."""
+"""A thousand small forks compared with a thousand Celery tasks that do nothing, on the same worker."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ from collections.abc import Iterator
 from statistics import median
 
 from benchmarks.cases import MINI
+from benchmarks.contenders.service import Message, Service
 from benchmarks.filesystems import Filesystem
-from benchmarks.report import Finding
-from benchmarks.rounds import built, remove, store_result
-from benchmarks.say import say
-from benchmarks.service import Message, Service
+from benchmarks.log import log
+from benchmarks.report.tables import Finding
+from benchmarks.rounds import built, remove, sync
 from tasks.names import FORK_TASK
 from worker.runtime.message_filter import EMPTY_TASK
 
 CASES = (MINI,)
 
-#: A task that Celery itself gives every worker: it returns its arguments.
+#: A task that every Celery worker has.
 _EMPTY = Message(EMPTY_TASK, {})
 _MESSAGES = 1_000
 _ROUNDS = 7
 _MOST_RATIO = 2.5
 
 
-def measure_singles(filesystem: Filesystem, service: Service) -> Iterator[Finding]:
-    """From the first message sent to the last result in the client's hands: empty tasks and single forks in turn."""
+def measure_small_forks(filesystem: Filesystem, service: Service) -> Iterator[Finding]:
+    """Seconds from the first message to the last result, for empty tasks and forks in turn."""
     empty: list[float] = []
     forks: list[float] = []
     with built(MINI, filesystem) as source:
         for number in range(_ROUNDS):
-            say(f"singles: {filesystem.name}, round {number + 1} of {_ROUNDS}")
+            log(f"singles: {filesystem.name}, round {number + 1} of {_ROUNDS}")
             service.forget_results()
             empty.append(service.run_all([_EMPTY] * _MESSAGES))
             fan = filesystem.path / "fan"
             fan.mkdir()
-            store_result(filesystem)
+            sync(filesystem)
             requests = [{"source": str(source), "destination": str(fan / f"vm-{n:04}")} for n in range(_MESSAGES)]
             service.forget_results()
             forks.append(service.run_all([Message(FORK_TASK, {"request": request}) for request in requests]))

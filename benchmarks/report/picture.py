@@ -1,12 +1,12 @@
-"""The table as a picture: how long each takes, as a ratio to cp, in bars. SVG, for light and dark."""
+"""The table as an SVG picture: bars of the time as a ratio to cp, for light and dark backgrounds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
 
+from benchmarks.contenders.programs import COPYTREE, CP, ENGINE, LIMIT, QUEUE, RSYNC, XARGS
 from benchmarks.rounds import Row
-from benchmarks.subjects import COPYTREE, CP, ENGINE, LIMIT, QUEUE, RSYNC, XARGS
 
 #: Lengths are pixels.
 _WIDTH = 900
@@ -21,10 +21,10 @@ _BAR, _STEP = 11, 16
 _DIGIT = 7
 _TOP, _HEADER, _BELOW = 92, 24, 22
 
-#: A bar is cut here: a ratio of 400 would leave nothing to see of the others.
+#: Longer bars are cut at this ratio: beside one of 400 the others would be invisible.
 _LONGEST = 3.0
 
-#: What is drawn, in this order: the subject, its label, its colour's class.
+#: What is drawn, in this order: the contender, its label, its CSS class.
 _SERIES = (
     (ENGINE, "forkvm", "engine"),
     (QUEUE, "forkvm, via Redis", "queue"),
@@ -61,7 +61,7 @@ _STYLE = """
 
 
 def draw(rows: Sequence[Row], cores: int) -> str:
-    """The SVG's text: one group of bars a row, two groups side by side."""
+    """The SVG document: one group of bars for each row, two groups side by side."""
     drawn = [row for row in rows if row.median(CP) is not None]
     parts: list[str] = []
     y = _TOP
@@ -94,9 +94,9 @@ def _group(row: Row, x: int, y: int) -> list[str]:
     line, bottom = bars + _BARS / _LONGEST, top + len(series) * _STEP
     parts = [_text(x, y + 12, f"{row.filesystem} · {row.case}", "case")]
     values: list[str] = []
-    for place, (subject, label, style) in enumerate(series):
+    for place, (contender, label, style) in enumerate(series):
         bar = top + place * _STEP
-        seconds, ratio = row.median(subject) or 0.0, row.ratio(subject, CP) or 0.0
+        seconds, ratio = row.median(contender) or 0.0, row.ratio(contender, CP) or 0.0
         length = _BARS * min(ratio, _LONGEST) / _LONGEST
         parts.append(_text(bars - 8, bar + 10, label, anchor="end"))
         parts.append(
@@ -107,7 +107,7 @@ def _group(row: Row, x: int, y: int) -> list[str]:
             cut = bars + _BARS - 14
             parts.append(f'<path class="cut" d="M{cut} {bar + _BAR + 1}l6 -{_BAR + 2}m4 0l-6 {_BAR + 2}" fill="none"/>')
         value, at = _number(ratio), bars + length
-        # Its own ground, where the line of cp would go through it.
+        # A background, since the line of cp may cross the number.
         values.append(
             f'<rect class="page" x="{at + 3:.1f}" y="{bar}" width="{_DIGIT * len(value) + 4}" height="{_BAR}"/>'
         )

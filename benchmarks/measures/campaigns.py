@@ -1,4 +1,4 @@
-"""Campaigns beside one cp for each fork, two at a time, and beside the limit; and what a very large one takes."""
+"""Campaigns compared with one cp for each fork, two at a time, and with the limit; and a very large campaign."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from typing import Any
 from celery.result import AsyncResult
 
 from benchmarks.cases import INST, MINI, ONE, Case
+from benchmarks.contenders.bare_loops import clone_often
+from benchmarks.contenders.programs import ContenderFailed
+from benchmarks.contenders.service import Service
+from benchmarks.copy_check import check_same
 from benchmarks.filesystems import Filesystem
-from benchmarks.limit import clone_often
-from benchmarks.memory import Watch
-from benchmarks.report import Finding
-from benchmarks.rounds import built, remove, store_result
-from benchmarks.same import check_same
-from benchmarks.say import say
-from benchmarks.service import Service
-from benchmarks.snapshot import built_as_subvolume
-from benchmarks.subjects import SubjectFailed
+from benchmarks.log import log
+from benchmarks.measures.memory import MemoryWatch
+from benchmarks.measures.snapshot import built_as_subvolume
+from benchmarks.report.tables import Finding
+from benchmarks.rounds import built, remove, sync
 
 CASES = (MINI, INST)
 
 _ROUNDS = 7
-#: Case → forks, and the campaign's time by that of the copies at most.
+#: Case → number of forks, and the largest ratio of the campaign's time to that of the copies.
 _SIZES = {MINI.name: (1000, 0.40), INST.name: (200, 0.6)}
 #: The very large campaign, and its targets.
 _MANY = 100_000
 _MOST_MIB = 200
 _LEAST_PACE = 0.8
-#: What part of the forks, at the beginning and at the end, the pace is compared over.
+#: The pace of the first and the last forks is compared: this share of all.
 _PART = 0.2
-_LOOK_SECONDS = 0.25
-#: How long one campaign may take, in seconds.
-_PATIENCE = 600.0
+_POLL_SECONDS = 0.25
+#: Seconds that one campaign may take.
+_CAMPAIGN_SECONDS = 600.0
 
 
 def measure_campaigns(filesystem: Filesystem, service: Service) -> Iterator[Finding]:
-    """Campaigns through Redis, from send_task to the result, by `seq N | xargs -P2 cp -a --reflink=always`.
+    """Campaigns through Redis, from send_task to the result, compared with `seq N | xargs -P2 cp -a --reflink=always`.
 
-    And of a source that can be cloned whole: on btrfs a subvolume, of which each fork is one snapshot.
+    On btrfs also of a subvolume, of which each fork is one snapshot.
     """
     for case in CASES:
         yield from _measure(filesystem, service, case, built, case.name)
@@ -60,19 +60,19 @@ def _measure(
     name: str,
 ) -> Iterator[Finding]:
     forks, most = _SIZES[case.name]
-    subjects: dict[str, Callable[[Path, Path, int], float]] = {
+    contenders: dict[str, Callable[[Path, Path, int], float]] = {
         "campaign": _campaign(service),
         "cp": _cp,
         "limit": _limit,
     }
-    seconds: dict[str, list[float]] = {subject: [] for subject in subjects}
+    seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
     with build(case, filesystem) as source:
         for number in range(_ROUNDS):
-            say(f"campaigns: {forks} forks of {name} on {filesystem.name}, round {number + 1} of {_ROUNDS}")
-            for subject, run in subjects.items():
-                seconds[subject].append(_once(filesystem, source, case, forks, run, checked=number == 0))
+            log(f"campaigns: {forks} forks of {name} on {filesystem.name}, round {number + 1} of {_ROUNDS}")
+            for contender, run in contenders.items():
+                seconds[contender].append(_once(filesystem, source, case, forks, run, checked=number == 0))
                 service.forget_results()
-    ours, theirs, least = (median(seconds[subject]) for subject in subjects)
+    ours, theirs, least = (median(seconds[contender]) for contender in contenders)
     where = f"{filesystem.name}, {forks} forks of {name}"
     yield Finding(f"{where}: a campaign through Redis", ours * 1e3, "ms")
     yield Finding(f"{where}: xargs -P2 cp", theirs * 1e3, "ms")
@@ -82,25 +82,25 @@ def _measure(
 
 
 def measure_large_campaign(filesystem: Filesystem, service: Service) -> Iterator[Finding]:
-    """A hundred thousand forks of a source of one file. What it made goes with the filesystem."""
-    say(f"campaigns: {_MANY:,} forks of one file on {filesystem.name}")
+    """A hundred thousand forks of a source of one file. They are not removed, since the filesystem is."""
+    log(f"campaigns: {_MANY:,} forks of one file on {filesystem.name}")
     source, parent = filesystem.path / ONE.name, filesystem.path / "many"
     source.mkdir()
     parent.mkdir()
     ONE.build(source)
     seen: list[tuple[float, int]] = []
     largest = 0
-    with Watch(service.worker_pid) as watch:
+    with MemoryWatch(service.worker_pid) as watch:
         began = time.perf_counter()
         campaign = _send(service, source, parent, _MANY)
         while not campaign.ready():
             if str(campaign.state) == "PROGRESS":
                 seen.append((time.perf_counter(), campaign.info["forks_done"]))
             largest = max(largest, int(service.redis.info("memory")["used_memory"]))
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
         seconds = time.perf_counter() - began
     if campaign.get()["status"] != "succeeded":
-        raise SubjectFailed(f"the campaign ended as {campaign.get()}")
+        raise ContenderFailed(f"the campaign ended as {campaign.get()}")
     where = f"{filesystem.name}, {_MANY:,} forks of one file"
     yield Finding(f"{where}: forks a second", _MANY / seconds, "")
     yield Finding(f"{where}: largest resident memory of a process", watch.largest / (1 << 20), "MiB", _MOST_MIB)
@@ -110,14 +110,14 @@ def measure_large_campaign(filesystem: Filesystem, service: Service) -> Iterator
 
 
 def _campaign(service: Service) -> Callable[[Path, Path, int], float]:
-    """Makes a campaign through Redis; returns how long it took, in seconds. Raises SubjectFailed."""
+    """Returns a function that runs a campaign through Redis and returns its seconds. Raises ContenderFailed."""
 
     def run(source: Path, parent: Path, forks: int) -> float:
         began = time.perf_counter()
-        result = _send(service, source, parent, forks).get(timeout=_PATIENCE)
+        result = _send(service, source, parent, forks).get(timeout=_CAMPAIGN_SECONDS)
         seconds = time.perf_counter() - began
         if result["status"] != "succeeded":
-            raise SubjectFailed(f"the campaign ended as {result}")
+            raise ContenderFailed(f"the campaign ended as {result}")
         return seconds
 
     return run
@@ -153,11 +153,11 @@ def _once(
     *,
     checked: bool,
 ) -> float:
-    """One run with nothing left to be written before it; seconds. `checked`: its last fork is compared."""
+    """Seconds of one run after a sync. `checked`: the last fork is compared with the source."""
     parent = filesystem.path / "copies"
     parent.mkdir()
     try:
-        store_result(filesystem)
+        sync(filesystem)
         seconds = run(source, parent, forks)
         if checked:
             check_same(source, parent / str(forks), case.files)
@@ -167,7 +167,7 @@ def _once(
 
 
 def _pace(seen: list[tuple[float, int]], begin: float, end: float) -> float:
-    """Forks a second while the share of the forks that were done went from `begin` to `end`."""
+    """Forks a second between the shares `begin` and `end` of all forks."""
     part = [(at, done) for at, done in seen if begin * _MANY <= done <= end * _MANY]
     (first_at, first), (last_at, last) = part[0], part[-1]
     return (last - first) / (last_at - first_at)

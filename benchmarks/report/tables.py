@@ -1,4 +1,4 @@
-"""The figures as tables."""
+"""Prints the figures as tables."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks.contenders.programs import CP, ENGINE, LIMIT, QUEUE
+from benchmarks.report.targets import Target, targets
 from benchmarks.rounds import Row, now
-from benchmarks.subjects import CP, ENGINE, LIMIT, QUEUE
-from benchmarks.targets import Target, targets
 
-#: Characters that the table takes; a narrower terminal breaks the lines, and nothing is cut.
+#: Width of the table in characters. A narrower terminal wraps the lines; nothing is cut.
 _WIDTH = 170
-#: What stands before the peers.
+#: The columns before those of the other programs.
 _COLUMNS = (
     *("cp\nms", "engine\nms", "engine\n/ cp", "\ntarget"),
     *("Redis\nms", "Redis\n/ cp", "\ntarget"),
@@ -27,12 +27,12 @@ _NOTHING = Text("-", style="dim")
 
 @dataclass(frozen=True)
 class Finding:
-    """One figure that is measured on request."""
+    """One figure of a measure."""
 
     what: str
     value: float
     unit: str
-    #: At most so much; None where no target was set.
+    #: The target: the largest value allowed. None if no target was set.
     most: float | None = None
     measured_at: str = field(default_factory=now)
 
@@ -42,7 +42,7 @@ class Finding:
 
 
 def print_table(rows: Sequence[Row], rounds: int, peers: Sequence[str]) -> None:
-    """The one table: ratios of medians, with the targets beside them. Of `peers` each has a column, be it empty."""
+    """The table: medians, their ratios and the targets. Each of `peers` has a column, even if it is empty."""
     table = Table(
         title=f"forkvm beside its peers and the limit: medians of {rounds} rounds, {os.cpu_count()} cores",
         caption="cp: cp -a --reflink=always where the filesystem can reflink, else cp -a --sparse=auto."
@@ -60,7 +60,7 @@ def print_table(rows: Sequence[Row], rounds: int, peers: Sequence[str]) -> None:
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
-    """The figures that were asked for beside the table."""
+    """The figures of measures."""
     table = Table(title="measured on request")
     table.add_column("what")
     table.add_column("value", justify="right")
@@ -72,7 +72,7 @@ def print_findings(findings: Sequence[Finding]) -> None:
 
 
 def _cells(row: Row) -> list[Text]:
-    by_pair = {(target.subject, target.against): target for target in targets(row)}
+    by_pair = {(target.contender, target.against): target for target in targets(row)}
     return [
         _milliseconds(row, CP),
         _milliseconds(row, ENGINE),
@@ -88,7 +88,7 @@ def _value_and_verdict(target: Target | None) -> tuple[Text, Text]:
     if target is None:
         return _NOTHING, _NOTHING
     if target.unit == "ratio":
-        # 1.104 is more than 1.10: a third digit where two would hide why a target is missed.
+        # 1.104 exceeds 1.10: a third digit shows why the target is missed.
         hidden = target.most is not None and round(target.value, 2) == target.most < target.value
         value = f"{target.value:.{3 if hidden else 2}f}"
     else:
@@ -103,17 +103,17 @@ def _verdict(most: float | None, met: bool | None, unit: str) -> Text:
     return Text(f"{bound} met", style="green") if met else Text(f"{bound} not met", style="red")
 
 
-def _milliseconds(row: Row, subject: str) -> Text:
-    if subject in row.failures:
+def _milliseconds(row: Row, contender: str) -> Text:
+    if contender in row.failures:
         return Text("failed", style="red")
-    seconds = row.median(subject)
+    seconds = row.median(contender)
     return _NOTHING if seconds is None else Text(_number(seconds * 1e3))
 
 
-def _ratio(row: Row, subject: str) -> Text:
-    if subject in row.failures:
+def _ratio(row: Row, contender: str) -> Text:
+    if contender in row.failures:
         return Text("failed", style="red")
-    ratio = row.ratio(subject, CP)
+    ratio = row.ratio(contender, CP)
     return _NOTHING if ratio is None else Text(_number(ratio))
 
 

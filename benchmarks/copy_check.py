@@ -1,4 +1,4 @@
-"""A quick look whether a copy is one: all names, types and sizes, and a sample of the bytes."""
+"""A quick comparison of a copy with its source: all names, types and sizes, and a sample of the bytes."""
 
 from __future__ import annotations
 
@@ -6,31 +6,33 @@ import os
 import stat
 from pathlib import Path
 
-#: So many files have their bytes compared, in so many places each, so many bytes a place.
+#: How many files are compared by content, in how many places each, and how many bytes a place.
 _FILES = 64
 _PLACES = 8
 _BYTES = 64 << 10
 
 
-class Differs(Exception):
-    """A copy is not its source; the message says where."""
+class CopyDiffers(Exception):
+    """A copy differs from its source. The message says where."""
 
 
 def check_same(source: Path, copy: Path, files: int) -> None:
-    """Look whether `copy` holds what `source` holds, which is `files` regular files. Raises Differs."""
+    """Compare `copy` with `source`, which has `files` regular files. Raises CopyDiffers."""
     wanted, found = _listing(source), _listing(copy)
     if wanted != found:
         path = next(iter(sorted(set(wanted.items()) ^ set(found.items()))))[0]
-        raise Differs(f"{path}: {found.get(path, 'missing')} in the copy, {wanted.get(path, 'missing')} in the source")
+        raise CopyDiffers(
+            f"{path}: {found.get(path, 'missing')} in the copy, {wanted.get(path, 'missing')} in the source"
+        )
     regular = sorted(path for path, (kind, _) in wanted.items() if kind == stat.S_IFREG)
     if len(regular) != files:
-        raise Differs(f"{len(regular)} files, not {files}")
+        raise CopyDiffers(f"{len(regular)} files, not {files}")
     for path in regular[:: max(1, len(regular) // _FILES)]:
         _check_bytes(source / path, copy / path)
 
 
 def _listing(top: Path) -> dict[str, tuple[int, int]]:
-    """Relative path → file type, and size in bytes if that means anything."""
+    """Relative path → file type, and size in bytes (0 unless it is a regular file)."""
     listing: dict[str, tuple[int, int]] = {}
     pending = [""]
     while pending:
@@ -52,7 +54,7 @@ def _check_bytes(source: Path, copy: Path) -> None:
         for place in range(_PLACES):
             try:
                 at = os.lseek(src.fileno(), size * place // _PLACES, os.SEEK_DATA)
-            except OSError:  # ENXIO: only a hole is left
+            except OSError:  # ENXIO: a hole up to the end
                 continue
             if os.pread(src.fileno(), _BYTES, at) != os.pread(dst.fileno(), _BYTES, at):
-                raise Differs(f"{copy.name}: its bytes at {at}")
+                raise CopyDiffers(f"{copy.name}: the bytes at {at} differ")

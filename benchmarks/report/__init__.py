@@ -1,0 +1,1 @@
+"""Figures as tables, as a picture and as JSON, with their targets."""
