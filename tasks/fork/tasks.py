@@ -34,7 +34,10 @@ from tasks.sweep import run_sweep
 
 AnyTask = Task[Any, Any]
 #: See `seen_of`.
-Seen = tuple[int | None, float]
+Seen = tuple[int, float]
+#: The heartbeat in the header `seen` if no staging directory exists. Wire format: earlier versions compare it too, and
+#: with another value the time would start again each time that the message changes between two versions.
+NO_STAGING = 0
 
 
 def surroundings(app: Celery, roots: Roots, limits: Limits) -> Callable[[AnyTask], Context]:
@@ -149,8 +152,9 @@ def _wait(
 
 def seen_of(task: AnyTask, again: RetryLater) -> Seen:
     """The holder's last sign of life, and since when it gave none but this (seconds since the epoch)."""
-    heartbeat, since = getattr(task.request, "seen", None) or (again.heartbeat, time.time())
-    return (heartbeat, since) if heartbeat == again.heartbeat else (again.heartbeat, time.time())
+    heartbeat = NO_STAGING if again.heartbeat is None else again.heartbeat
+    last, since = getattr(task.request, "seen", None) or (heartbeat, time.time())
+    return (last, since) if last == heartbeat else (heartbeat, time.time())
 
 
 def is_stale(seen: Seen) -> bool:

@@ -1,0 +1,28 @@
+"""The header `seen` of a message that goes back to its queue; workers of two versions read and write it."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any, cast
+
+from tasks.context import RetryLater
+from tasks.fork.tasks import is_stale, seen_of
+
+
+def task_with(seen: list[float] | None) -> Any:
+    request = SimpleNamespace() if seen is None else SimpleNamespace(seen=seen)
+    return cast(Any, SimpleNamespace(request=request))
+
+
+def test_a_missing_staging_directory_is_zero_as_in_earlier_versions() -> None:
+    heartbeat, since = seen_of(task_with(None), RetryLater(None))
+
+    assert heartbeat == 0
+    assert abs(since - time.time()) < 5
+
+
+def test_the_time_that_an_earlier_version_noted_counts() -> None:
+    seen = seen_of(task_with([0, time.time() - 60]), RetryLater(None))
+
+    assert is_stale(seen)
