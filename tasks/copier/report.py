@@ -244,37 +244,40 @@ def _range_of(value: Any) -> RangeDone:
     }
 
 
-def failed(path: str, entry: Entry, error: ForkError) -> FileResult:
-    """The FileResult of an entry that could not be done: nothing of it is left."""
+def file_result(
+    path: str,
+    kind: str,
+    method: Method,
+    size: int = 0,
+    copied_bytes: int = 0,
+    seconds: float = 0.0,
+    reason: str | None = None,
+    error: ErrorRecord | None = None,
+) -> FileResult:
+    """The only constructor of a FileResult; `kind` is a name that `file_type` gives, `size` the logical bytes."""
     return {
         "path": path,
-        "type": file_type(entry.mode),
-        "method": "copy",
-        "bytes": entry.size,
-        "copied_bytes": 0,
-        "seconds": 0.0,
-        "reason": None,
-        "error": error.record(),
+        "type": kind,
+        "method": method,
+        "bytes": size,
+        "copied_bytes": copied_bytes,
+        "seconds": seconds,
+        "reason": reason,
+        "error": error,
     }
+
+
+def failed(path: str, entry: Entry, error: ForkError) -> FileResult:
+    """The FileResult of an entry that could not be cloned. Nothing of it is left in the fork."""
+    return file_result(path, file_type(entry.mode), "copy", entry.size, error=error.record())
 
 
 def join_ranges(ranges: Iterable[RangeDone], reason: str | None) -> Iterator[FileResult]:
     """One FileResult for each file that was copied in ranges; `reason` is why it was not reflinked."""
     files: dict[str, FileResult] = {}
     for part in ranges:
-        result = files.setdefault(
-            part["path"],
-            {
-                "path": part["path"],
-                "type": "file",
-                "method": "copy",
-                "bytes": part["size"],
-                "copied_bytes": 0,
-                "seconds": 0.0,
-                "reason": reason,
-                "error": None,
-            },
-        )
+        path = part["path"]
+        result = files.setdefault(path, file_result(path, "file", "copy", part["size"], reason=reason))
         result["copied_bytes"] += part["copied_bytes"]
         result["seconds"] = round(result["seconds"] + part["seconds"], 6)
         result["error"] = result["error"] or part["error"]

@@ -10,25 +10,14 @@ import pytest
 
 from tasks.copier.campaign.batch_record import Record
 from tasks.copier.errors import Code, ForkError
-from tasks.copier.report import Report
+from tasks.copier.report import Report, file_result
 from tasks.copier.source import manifest
 from tasks.copier.source.walk import Block, Kind, entry_of
 
 
 def _report() -> bytes:
     report = Report()
-    report.add(
-        {
-            "path": "disk.raw",
-            "type": "file",
-            "method": "copy",
-            "bytes": 4096,
-            "copied_bytes": 4096,
-            "seconds": 0.5,
-            "reason": None,
-            "error": None,
-        }
-    )
+    report.add(file_result("disk.raw", "file", "copy", 4096, 4096, 0.5))
     return report.to_bytes()
 
 

@@ -18,7 +18,7 @@ from tasks.copier.kernel.contents import first_difference
 from tasks.copier.kernel.reflink import NOT_ASKED_FOR, Reflinker, Refusal
 from tasks.copier.kernel.sparse import Part, SparseCopier, Step
 from tasks.copier.options import Options
-from tasks.copier.report import Fallback, FileResult
+from tasks.copier.report import Fallback, FileResult, Method, file_result
 from tasks.copier.source.walk import Entry, Kind, join
 
 T = TypeVar("T")
@@ -139,16 +139,10 @@ class Cloner:
             raise
         finally:
             os.close(dst_fd)
-        return {
-            "path": join(place.path, entry.name),
-            "type": "file",
-            "method": "reflink" if refusal is None else "copy",
-            "bytes": entry.size,
-            "copied_bytes": copied,
-            "seconds": time.perf_counter() - began,
-            "reason": None if refusal is None else refusal.reason,
-            "error": None,
-        }
+        method: Method = "reflink" if refusal is None else "copy"
+        reason = None if refusal is None else refusal.reason
+        seconds = time.perf_counter() - began
+        return file_result(join(place.path, entry.name), "file", method, entry.size, copied, seconds, reason)
 
     def _symlink(self, place: DirectoryPair, entry: Entry) -> FileResult:
         began = time.perf_counter()
@@ -172,16 +166,8 @@ class Cloner:
             with suppress(OSError):
                 os.unlink(entry.name, dir_fd=place.dst_fd)
             raise
-        return {
-            "path": join(place.path, entry.name),
-            "type": "symlink",
-            "method": "symlink",
-            "bytes": 0,
-            "copied_bytes": 0,
-            "seconds": time.perf_counter() - began,
-            "reason": None,
-            "error": None,
-        }
+        seconds = time.perf_counter() - began
+        return file_result(join(place.path, entry.name), "symlink", "symlink", seconds=seconds)
 
     # -- a large file, in ranges that several processes share
 

@@ -16,7 +16,7 @@ from tasks.copier.fork.plan import Chunk, Plan
 from tasks.copier.fork.source_changes import Touched, directory_now, refuse_changes
 from tasks.copier.metadata_losses import Losses
 from tasks.copier.progress import Ticker
-from tasks.copier.report import FileResult, Method, RangeDone, Report, Totals, join_ranges
+from tasks.copier.report import FileResult, Method, RangeDone, Report, Totals, file_result, join_ranges
 from tasks.copier.source import manifest
 from tasks.copier.source.manifest import Span
 from tasks.copier.source.walk import Block, Entry, Kind, file_type, join
@@ -213,16 +213,9 @@ def complete_directory(
 
 
 def _result(directory: str, entry: Entry, method: Method, seconds: float) -> FileResult:
-    return {
-        "path": join(directory, entry.name),
-        "type": file_type(entry.mode),
-        "method": method,
-        "bytes": 0,
-        "copied_bytes": 0,
-        "seconds": round(seconds, 6),
-        "reason": entry.note if method == "skip" else None,
-        "error": None,
-    }
+    reason = entry.note if method == "skip" else None
+    path = join(directory, entry.name)
+    return file_result(path, file_type(entry.mode), method, seconds=round(seconds, 6), reason=reason)
 
 
 def _read(fd: int, span: Span, work: Workspace, plan: Plan) -> Iterator[Block]:

@@ -25,7 +25,7 @@ from tasks.copier.kernel.contents import first_difference
 from tasks.copier.kernel.reflink import Answer, meaning
 from tasks.copier.options import PRESERVE_ALL, Options
 from tasks.copier.progress import Ticker
-from tasks.copier.report import FileResult, Method, Report
+from tasks.copier.report import FileResult, Method, Report, file_result
 from tasks.copier.source.selection import Selection
 from tasks.copier.source.walk import Entry, Kind, Walk, entry_of, file_type, join
 from tasks.copier.staging.staging import SNAPSHOT, Staging
@@ -312,13 +312,6 @@ def _bytes_of(entry: Entry) -> int:
 
 
 def _result(directory: str, entry: Entry) -> FileResult:
-    return {
-        "path": join(directory, entry.name),
-        "type": file_type(entry.mode),
-        "method": _METHODS[entry.kind],
-        "bytes": _bytes_of(entry),
-        "copied_bytes": 0,
-        "seconds": 0.0,
-        "reason": entry.note if entry.kind == Kind.SKIP else None,
-        "error": None,
-    }
+    reason = entry.note if entry.kind == Kind.SKIP else None
+    path = join(directory, entry.name)
+    return file_result(path, file_type(entry.mode), _METHODS[entry.kind], _bytes_of(entry), reason=reason)
