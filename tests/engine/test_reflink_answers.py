@@ -6,8 +6,9 @@ import errno
 
 import pytest
 
+from tasks.copier.clone.reflinker import NOT_ASKED_FOR, Refusal
 from tasks.copier.kernel import syscalls
-from tasks.copier.kernel.reflink import NOT_ASKED_FOR, Answer, Refusal, meaning
+from tasks.copier.kernel.reflink import Answer, meaning
 
 TABLE = {
     Answer.PAIR_CANNOT: ("EOPNOTSUPP", "ENOTTY", "ENOSYS", "EXDEV"),

@@ -111,11 +111,11 @@ def test_no_module_imports_itself_through_others() -> None:
     assert not graph
 
 
-def test_the_kernel_layer_imports_the_error_class_only() -> None:
+def test_the_kernel_layer_imports_nothing_else_of_the_program() -> None:
     kernel = [module for module in _modules() if module.startswith("tasks.copier.kernel")]
     imported = {name for module in kernel for name in _imports(module) if not name.startswith("tasks.copier.kernel")}
 
-    assert imported == {"tasks.copier.errors"}
+    assert imported == set()
 
 
 def test_a_package_says_what_is_in_it() -> None:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tasks.copier.kernel.zeros import BLOCK, nonzero_runs
+from tasks.copier.clone.zeros import BLOCK, nonzero_runs
 
 
 @pytest.mark.parametrize(

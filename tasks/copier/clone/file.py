@@ -13,10 +13,10 @@ from typing import TypeVar
 
 from tasks.copier.clone.metadata import Metadata, doing
 from tasks.copier.clone.name_collisions import name_taken
+from tasks.copier.clone.reflinker import NOT_ASKED_FOR, Reflinker, Refusal
+from tasks.copier.clone.sparse_copy import Part, SparseCopier, Step
 from tasks.copier.errors import Code, ForkError, from_oserror, from_source
 from tasks.copier.kernel.contents import first_difference
-from tasks.copier.kernel.reflink import NOT_ASKED_FOR, Reflinker, Refusal
-from tasks.copier.kernel.sparse import Part, SparseCopier, Step
 from tasks.copier.options import Options
 from tasks.copier.report import Fallback, FileResult, Method, file_result
 from tasks.copier.source.walk import Entry, Kind, join

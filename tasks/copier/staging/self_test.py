@@ -9,7 +9,7 @@ import os
 import uuid
 from dataclasses import dataclass
 
-from tasks.copier.kernel.reflink import Reflinker, Refusal
+from tasks.copier.clone.reflinker import Reflinker, Refusal
 from tasks.copier.staging.publishing import try_noreplace
 from tasks.copier.staging.staging import Staging
 

@@ -1,0 +1,174 @@
+"""The sparse copy: it copies the data extents of a file and keeps its holes.
+
+Each data extent is copied with copy_file_range, or with pread and pwrite from where copy_file_range refuses. Some
+filesystems report all bytes as data although st_blocks shows that there are holes; there, as in GNU cp, blocks of zeros
+are found by reading. Sources: copy_file_range(2), lseek(2), OpenZFS issues 15526 and 15728 (dirty data reported as
+holes).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tasks.copier.clone.zeros import BLOCK, nonzero_runs
+from tasks.copier.errors import Code, ForkError, from_oserror
+from tasks.copier.kernel import syscalls
+from tasks.copier.kernel.sparse import HolesUnknown, data_extents, reports_no_hole
+
+#: The largest copy_file_range call, in bytes. The kernel's limit is 2 GiB; corruption was seen above it (glibc 2.41).
+#: A smaller call lets a cancellation take effect within a fraction of a second.
+_CALL_BYTES = 256 << 20
+#: The buffer that pread and pwrite share, in bytes. A larger one is slower; a new one for each extent is far slower.
+_BUFFER_BYTES = 256 << 10
+#: On ext4, the blocks of extents of at least this many bytes are allocated first: otherwise it reserves them page by
+#: page. Elsewhere this does not help: XFS and tmpfs are no faster, and btrfs would not compress the data.
+_ALLOCATED_BYTES = 128 << 10
+
+#: Errnos after which pread and pwrite replace copy_file_range, and after which fallocate is left out. ENOENT is CIFS.
+_REFUSED = frozenset(
+    {
+        errno.ENOSYS,
+        errno.EXDEV,
+        errno.EINVAL,
+        errno.EOPNOTSUPP,
+        errno.ETXTBSY,
+        errno.EPERM,
+        errno.EBADF,
+        errno.ENOENT,
+    }
+)
+
+#: Called with the number of bytes just copied. Raises to stop the copy.
+Step = Callable[[int], None]
+#: Returns the paths of source and destination. Called only when an error message needs them.
+Paths = Callable[[], tuple[str, str]]
+
+
+class Part(NamedTuple):
+    """The bytes [start, end) of a file of `size` bytes, `allocated` of which have blocks (st_blocks)."""
+
+    start: int
+    end: int
+    size: int
+    allocated: int
+
+
+class SparseCopier:
+    """Copies byte ranges between files, with one buffer for its whole life."""
+
+    def __init__(self, step: Step, *, offload: bool) -> None:
+        """`offload`: use copy_file_range, which may share extents. Otherwise every byte is written."""
+        self._step = step
+        self._offload = offload
+        self._data = bytearray()
+        self._buffer = memoryview(self._data)
+        #: st_dev of a source → whether its filesystem is OpenZFS.
+        self._is_zfs: dict[int, bool] = {}
+        #: Whether to allocate blocks first. A fork is on one filesystem, so one answer is enough.
+        self._allocates: bool | None = None
+
+    def copy(self, src_fd: int, src_dev: int, dst_fd: int, part: Part, paths: Paths) -> int:
+        """Copy the data of one part of a file and keep its holes. The destination must be a hole there.
+
+        Returns the number of bytes written. `src_dev` is st_dev of the source. Raises ForkError: sparse_unsupported,
+        source_changed (the source became shorter), no_space, io_error.
+        """
+        copied = 0
+        try:
+            if src_dev not in self._is_zfs:
+                self._is_zfs[src_dev] = syscalls.filesystem_type(src_fd) == syscalls.ZFS
+            if self._is_zfs[src_dev]:  # it may report dirty data as holes; fsync ends that (OpenZFS issue 15526)
+                os.fsync(src_fd)
+            for data, hole in data_extents(src_fd, part.start, part.end):
+                if (
+                    part.size - part.allocated >= BLOCK
+                    and (data, hole) == (part.start, part.end)
+                    and not self._is_zfs[src_dev]  # compression makes st_blocks small there
+                    and reports_no_hole(src_fd, part.size)
+                ):
+                    return self._copy_nonzero(src_fd, dst_fd, data, hole, paths)
+                self._copy_extent(src_fd, dst_fd, data, hole, paths)
+                copied += hole - data
+        except HolesUnknown as error:
+            message = "the filesystem cannot report holes (SEEK_DATA); forkvm never makes a dense copy instead"
+            raise ForkError(Code.SPARSE_UNSUPPORTED, message, paths()[0], error.errno) from None
+        except OSError as error:
+            source, destination = paths()
+            raise from_oserror(error, f"copying {source}", destination) from None
+        return copied
+
+    def _copy_nonzero(self, src_fd: int, dst_fd: int, at: int, end: int, paths: Paths) -> int:
+        """Copy the blocks of [at, end) that are not all zeros. Returns the number of bytes written.
+
+        copy_file_range would write the zeros too.
+        """
+        copied = 0
+        while at < end:
+            got = self._read(src_fd, at, end)
+            if got == 0:
+                raise _ended_early(paths)
+            written = 0
+            for first, last in nonzero_runs(self._data, got, at):
+                self._write(dst_fd, first, last, at + first)
+                written += last - first
+            at, copied = at + got, copied + written
+            self._step(written)  # also with 0 bytes, so that a cancellation takes effect
+        return copied
+
+    def _copy_extent(self, src_fd: int, dst_fd: int, at: int, end: int, paths: Paths) -> None:
+        if end - at >= _ALLOCATED_BYTES:
+            self._allocate(dst_fd, at, end)
+        while self._offload and at < end:
+            try:
+                done = os.copy_file_range(src_fd, dst_fd, min(end - at, _CALL_BYTES), at, at)
+            except OSError as error:
+                if error.errno not in _REFUSED:
+                    raise
+                break
+            if done == 0:  # the end of the file, or a filesystem that wrongly reports it
+                break
+            at += done
+            self._step(done)
+        while at < end:
+            got = self._read(src_fd, at, end)
+            if got == 0:
+                raise _ended_early(paths)
+            self._write(dst_fd, 0, got, at)
+            at += got
+            self._step(got)
+
+    def _allocate(self, dst_fd: int, start: int, end: int) -> None:
+        """Allocate the blocks of [start, end) where that makes the copy faster. Raises OSError."""
+        if self._allocates is None:
+            self._allocates = syscalls.filesystem_type(dst_fd) == syscalls.EXT4
+        if not self._allocates:
+            return
+        try:
+            syscalls.allocate(dst_fd, start, end - start)
+        except OSError as error:
+            if error.errno not in _REFUSED:
+                raise
+            self._allocates = False  # ext2 and ext3 have no extents
+
+    def _read(self, src_fd: int, at: int, end: int) -> int:
+        """Read from [at, end) into the buffer. Returns the number of bytes read."""
+        if not self._data:
+            self._data = bytearray(_BUFFER_BYTES)
+            self._buffer = memoryview(self._data)
+        return os.preadv(src_fd, [self._buffer[: min(end - at, _BUFFER_BYTES)]], at)
+
+    def _write(self, dst_fd: int, first: int, last: int, at: int) -> None:
+        """Write bytes [first, last) of the buffer at the offset `at` of the file."""
+        written = first
+        while written < last:
+            done = os.pwritev(dst_fd, [self._buffer[written:last]], at + written - first)
+            if done == 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            written += done
+
+
+def _ended_early(paths: Paths) -> ForkError:
+    return ForkError(Code.SOURCE_CHANGED, "the file became shorter while it was copied", paths()[0])
