@@ -1,4 +1,4 @@
-"""A fork as the engine is asked for it, and as it answers."""
+"""The request and the result of a fork in the engine."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ Labels = dict[str, str] | list[str]
 
 @dataclass(frozen=True, kw_only=True)
 class ForkSpec:
-    """One fork to be made. Paths are absolute; times are seconds."""
+    """One fork to make. Paths are absolute; times are seconds."""
 
     fork_id: str
     source: str
     destination: str
     options: Options = field(default_factory=Options)
     labels: Labels = field(default_factory=dict)
-    #: Whether a queue will deliver the fork again after a crash; a local one dies with its process.
+    #: queue: a crashed fork is delivered again. local: the fork ends with its process.
     owner: Literal["queue", "local"] = "local"
-    #: How long the request waited, and when (since the epoch) work on it began.
+    #: How long the request waited, and when work on it began (seconds since the epoch).
     queued: float = 0.0
     started: float = field(default_factory=time.time)
 
     def to_data(self) -> dict[str, Any]:
-        """As plain data for the journal."""
+        """JSON-ready data for the journal."""
         return {**vars(self), "options": self.options.to_data()}
 
     def request(self) -> dict[str, Any]:
-        """The ForkRequest that asks for this fork."""
+        """The ForkRequest of this fork."""
         options = self.to_data()["options"]
         return {"source": self.source, "destination": self.destination, "labels": self.labels, **options}
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> ForkSpec:
-        """From what `to_data` gave. Raises ForkError (Malformed) for anything else."""
+        """The spec that `to_data` returned. Raises Malformed for anything else."""
         with validation.reading("the fork's request"):
             return cls(
                 **{
@@ -59,25 +59,25 @@ class ForkSpec:
             )
 
     def is_same_request(self, other: ForkSpec) -> bool:
-        """Whether the other one asks for the very same fork; when, and how long it waited, is no part of that."""
+        """Whether `other` requests the same fork. Times and the owner are not compared."""
         return replace(self, owner=other.owner, queued=other.queued, started=other.started) == other
 
 
 @final
 class ForkResult(TypedDict):
-    """What became of a fork; the contract's ForkResult."""
+    """The result of a fork; the contract's ForkResult."""
 
     fork_id: str
     status: Literal["succeeded", "failed", "cancelled"]
     source: str
     destination: str
-    #: Whether what stands at the destination is a btrfs subvolume of its own.
+    #: Whether the destination is a btrfs subvolume.
     subvolume: bool
     error: ErrorRecord | None
     files: dict[str, int]
     bytes: dict[str, int]
     fallback: Fallback | None
-    #: What of `preserve` the destination could not hold: the first of it, and the number of all.
+    #: Metadata in `preserve` that the destination could not hold: the first losses, and the number of all.
     metadata_lost: list[Lost]
     metadata_lost_total: int
     chunks: int
@@ -88,13 +88,13 @@ class ForkResult(TypedDict):
 
 
 def result_of(data: dict[str, Any] | None, spec: ForkSpec) -> ForkResult:
-    """The ForkResult of a fork that is complete, out of its journal. Raises ForkError (Malformed) for anything else."""
+    """The ForkResult of a succeeded fork, from its journal. Raises Malformed for anything else."""
     with validation.reading("the fork's result"):
         result = validation.record(data)
         if any(result[name] != getattr(spec, name) for name in ("fork_id", "source", "destination")):
-            raise validation.Malformed("it is another fork's")
+            raise validation.Malformed("it belongs to another fork")
         if result["status"] != "succeeded" or result["error"] is not None:
-            raise validation.Malformed("it is not that of a success")
+            raise validation.Malformed("it is not the result of a succeeded fork")
         for name in ("files", "bytes"):
             for value in validation.record(result[name]).values():
                 validation.number(value)
@@ -113,14 +113,14 @@ def result_of(data: dict[str, Any] | None, spec: ForkSpec) -> ForkResult:
 
 @dataclass
 class Clock:
-    """When the steps of one fork began, in seconds since the epoch: they may run in several processes."""
+    """When the steps of a fork began, in seconds since the epoch. The steps may run in different processes."""
 
     started: float
     planned: float = 0.0
     cloned: float = 0.0
 
     def seconds(self, queued: float, now: float) -> dict[str, float]:
-        """The contract's `seconds`; a step that was not reached took none."""
+        """The contract's `seconds`. A step that was not reached took 0."""
         planned = self.planned or now
         cloned = max(self.cloned or now, planned)
         steps = {
@@ -134,12 +134,12 @@ class Clock:
 
 
 def succeeded(spec: ForkSpec, totals: Totals, chunks: int, clock: Clock, *, subvolume: bool = False) -> ForkResult:
-    """The result of a fork that is complete; true once it is published. `subvolume`: it is one of btrfs."""
+    """The result of a complete fork, valid once it is published. `subvolume`: the fork is a btrfs subvolume."""
     return {**_result(spec, "succeeded", None, totals, chunks, clock), "subvolume": subvolume}
 
 
 def failed(spec: ForkSpec, error: ForkError, totals: Totals, chunks: int, clock: Clock) -> ForkResult:
-    """The result of a fork that was given up; `cancelled` is a status of its own."""
+    """The result of a fork that failed or, with the error code `cancelled`, was cancelled."""
     status: Literal["cancelled", "failed"] = "cancelled" if error.code is Code.CANCELLED else "failed"
     return _result(spec, status, error.record(), totals, chunks, clock)
 
@@ -168,7 +168,7 @@ def _result(
         "chunks": chunks,
         "seconds": clock.seconds(spec.queued, now),
         "started_at": _timestamp(spec.started),
-        "finished_at": _timestamp(max(now, spec.started)),  # another host may have begun it, by a later clock
+        "finished_at": _timestamp(max(now, spec.started)),  # the host that began it may have a clock that is ahead
         "labels": spec.labels,
     }
 

@@ -1,4 +1,4 @@
-"""What of `preserve` a destination could not hold: the first cases by path, and the number of all."""
+"""Metadata in `preserve` that a destination could not hold: the first losses by path, and the number of all."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any, TypedDict
 
 from tasks.copier import validation
 
-#: At most so many losses are listed in one result.
+#: The most losses listed in one result.
 MOST_LISTED = 100
-#: Their paths and words have at most so many characters in all: a path may be as long as a tree is deep.
+#: The most characters of all listed losses together. In a deep tree one path may be very long.
 _MOST_CHARACTERS = 64 << 10
 
 
 class Lost(TypedDict):
-    """One thing that one entry of a fork lacks; an item of the contract's `metadata_lost`."""
+    """One loss of one entry; an item of the contract's `metadata_lost`."""
 
     path: str  # relative to the source; "." is its top
     #: "acl", "default acl", "ownership", "mode", "mode: set-uid", "mode: set-gid", "timestamps", "xattrs" (they
@@ -24,25 +24,25 @@ class Lost(TypedDict):
 
 @dataclass
 class Losses:
-    """The losses of one part of a fork, in the order in which they were met."""
+    """The losses of one part of a fork, in the order in which they were found."""
 
     metadata_lost: list[Lost] = field(default_factory=list)
     metadata_lost_total: int = 0
 
     def lose(self, path: str, what: str) -> None:
-        """Note that the entry `path` (relative; "" is the top) lacks `what`."""
+        """Add a loss of the entry `path` (relative to the source; "" is its top)."""
         self.metadata_lost_total += 1
         self._list({"path": path or ".", "what": what})
 
     def move_losses_from(self, other: Losses) -> None:
-        """Take over all losses of `other`, which has none then."""
+        """Move all losses of `other` to this object."""
         if other.metadata_lost_total:
             self.metadata_lost_total += other.metadata_lost_total
             self.list_losses(other.metadata_lost)
             other.metadata_lost, other.metadata_lost_total = [], 0
 
     def list_losses(self, further: list[Lost]) -> None:
-        """List the losses of a later part behind those that are listed, as far as there is room."""
+        """Append losses of a later part to the list, up to its limits. Does not change the number of losses."""
         for lost in further:
             self._list(lost)
 
@@ -54,7 +54,7 @@ class Losses:
 
 
 def lost_of(value: Any) -> list[Lost]:
-    """A list of losses out of plain data. Raises ForkError (Malformed) for anything else."""
+    """A list of losses from data. Raises Malformed for anything else."""
     return validation.items(value, _one_of, MOST_LISTED)
 
 

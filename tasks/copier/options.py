@@ -1,4 +1,4 @@
-"""How a fork is to be made: the caller's wishes, and the sizes of the work."""
+"""Options of a request, and limits for the size of chunks."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ Preserve = Literal["mode", "ownership", "timestamps", "xattrs", "hardlinks"]
 Durability = Literal["none", "sync"]
 Verify = Literal["none", "content"]
 
-#: Runtime leftovers of a guest: the top-level logs, half-written compressions, sockets.
+#: Files that a running guest leaves: logs at the top level, unfinished compressed files, sockets.
 DEFAULT_EXCLUDE = ("/logs/", "*.lz4.tmp", "*.zst.tmp", "*.sock")
 PRESERVE_ALL: frozenset[Preserve] = frozenset({"mode", "ownership", "timestamps", "xattrs", "hardlinks"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the caller wishes for one fork; the fields of the contract's ForkRequest."""
+    """The options of one fork, as in the contract's ForkRequest."""
 
-    #: auto: FICLONE where it works, else a sparse copy. always: a refusal fails the fork. never: real copies.
+    #: auto: reflink where possible, else a sparse copy. always: a refused reflink fails the fork. never: copy.
     reflink: Reflink = "auto"
-    #: auto: a source that is a btrfs subvolume is cloned whole, by one snapshot, where that comes to the same.
+    #: auto: clone a btrfs subvolume with one snapshot if the result is the same. never: clone it file by file.
     snapshot: Snapshot = "auto"
-    #: Paths relative to the source to leave out, each with all below it.
+    #: Paths to leave out, relative to the source, with everything below them.
     skip: tuple[str, ...] = ()
-    #: Patterns to leave out; see `selection`.
+    #: Patterns of entries to leave out; see `tasks.copier.source.selection`.
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
     preserve: frozenset[Preserve] = PRESERVE_ALL
-    #: sync: data, tree, rename and parent directory are on the disk before the fork is called done.
+    #: sync: data, tree, rename and parent directory are on disk before the fork is reported as succeeded.
     durability: Durability = "none"
-    #: content: every byte is read back and compared before the fork is published.
+    #: content: read back and compare every byte before the fork is published.
     verify: Verify = "none"
 
     def to_data(self) -> dict[str, Any]:
-        """As plain data for a journal."""
+        """JSON-ready data for the journal."""
         return {**vars(self), "preserve": sorted(self.preserve)}
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Options:
-        """From what `to_data` gave. Raises ForkError (Malformed) for anything else."""
+        """The options that `to_data` returned. Raises Malformed for anything else."""
         with validation.reading("the options"):
             return cls(
                 **{
@@ -58,7 +58,7 @@ class Options:
             )
 
 
-#: Items of a list of a request, at most; the contract's bound.
+#: The most items in a list of a request; the contract's limit.
 _MOST = 10_000
 
 
@@ -69,15 +69,15 @@ def _preserved(value: Any) -> Preserve:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How the work is cut. Counts are entries, sizes are bytes of data (holes do not count)."""
+    """How a fork is divided into chunks. Sizes are bytes of data; holes do not count."""
 
-    #: At most so many files are cloned in the task that planned the fork: about 80 ms of reflinks.
+    #: The most files that the planning task clones itself: about 80 ms of reflinks.
     inline_files: int = 2_000
-    #: At most so many bytes are copied in the task that planned the fork: about 50 ms of copying.
+    #: The most bytes that the planning task copies itself: about 50 ms of copying.
     inline_bytes: int = 64 << 20
-    #: Files a chunk, about 100 ms of reflinks.
+    #: Files in a chunk of reflinks: about 100 ms.
     chunk_files: int = 2_500
-    #: Bytes a chunk where bytes are copied, about 200 ms; a larger file is cut into ranges.
+    #: Bytes in a chunk of copies: about 200 ms. A larger file is divided into ranges.
     chunk_bytes: int = 256 << 20
-    #: At most so many chunks; past that, chunks grow.
+    #: The most chunks of a fork. Beyond that, chunks become larger.
     max_chunks: int = 500

@@ -1,4 +1,4 @@
-"""Counting what is done, and looking up now and then whether to go on."""
+"""Counting finished work, with a regular call that publishes progress and checks for cancellation."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable
 from typing import TypedDict, final
 
-#: Seconds between two beats: how soon a cancellation is seen, and how often progress is told.
+#: Seconds between two calls of `beat`: the delay of a cancellation, and the interval of published progress.
 BEAT_SECONDS = 0.25
 
 
 @final
 class Progress(TypedDict):
-    """How far a fork is; the contract's PROGRESS. Files are entries of any type, bytes are logical."""
+    """The contract's PROGRESS. Files are entries of any type; bytes are logical sizes."""
 
     files_done: int
     files_total: int
@@ -21,12 +21,12 @@ class Progress(TypedDict):
     phase: str
 
 
-#: Called with the progress so far; raises ForkError to stop the work.
+#: Called with the progress so far. Raises ForkError to stop the work.
 Beat = Callable[[Progress], None]
 
 
 class Ticker:
-    """Counts what is done, and calls `beat` at most every `BEAT_SECONDS`."""
+    """Counts finished work, and calls `beat` at most once every `BEAT_SECONDS`."""
 
     def __init__(self, beat: Beat) -> None:
         self._beat = beat
@@ -40,30 +40,30 @@ class Ticker:
         }
 
     def enter(self, phase: str, files_total: int, bytes_total: int) -> None:
-        """Begin a phase (`plan`, `copy`, `publish`), of which so much is to be done."""
+        """Begin a phase (`plan`, `copy` or `publish`) with the given totals."""
         self.progress = {**self.progress, "phase": phase, "files_total": files_total, "bytes_total": bytes_total}
 
     def expect(self, files: int, count: int) -> None:
-        """Have so many more entries and bytes to be done than were known before."""
+        """Add entries and bytes to the totals of the phase."""
         self.progress["files_total"] += files
         self.progress["bytes_total"] += count
 
     def __call__(self, files: int, count: int) -> None:
-        """Count `files` done entries and `count` done bytes."""
+        """Count `files` finished entries and `count` finished bytes."""
         self.progress["files_done"] += files
         self.progress["bytes_done"] += count
         if time.monotonic() >= self._next:
             self.poll_now()
 
     def step(self, count: int) -> None:
-        """Count bytes within a file."""
+        """Count finished bytes of a file that is not finished."""
         self(0, count)
 
     def poll(self) -> None:
-        """Count nothing; let the beat come through."""
+        """Count nothing; call `beat` if it is due."""
         self(0, 0)
 
     def poll_now(self) -> None:
-        """Let the beat come through at once."""
+        """Call `beat` now."""
         self._beat(self.progress)
         self._next = time.monotonic() + BEAT_SECONDS

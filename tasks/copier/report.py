@@ -1,4 +1,4 @@
-"""What was done: one FileResult an entry, in pages, and the totals that are their sums."""
+"""Results of the work on a fork: one FileResult for each entry, in pages, and the totals of them."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from tasks.copier.source.walk import Entry, file_type
 
 Method = Literal["snapshot", "reflink", "copy", "hardlink", "symlink", "mkdir", "skip"]
 
-#: FileResults a page, and characters of JSON: so that a page stays below 1 MiB even where paths do not compress.
+#: Limits of a page: FileResults, and characters of JSON. A page stays below 1 MiB even if paths do not compress.
 PAGE_RESULTS = 4_000
 PAGE_LENGTH = 768 << 10
 _FASTEST = 1
 
 
 class FileResult(TypedDict):
-    """What became of one entry of the source; the contract's FileResult."""
+    """The result of one entry of the source; the contract's FileResult."""
 
     path: str  # relative to the source
     type: str
     method: Method
-    bytes: int  # logical size; 0 for what is no file of its own
+    bytes: int  # logical size; 0 for anything but a regular file with its own data
     copied_bytes: int
     seconds: float
-    reason: str | None  # why skipped, or why not reflinked
+    reason: str | None  # why it was skipped or not reflinked
     error: ErrorRecord | None
 
 
 class Fallback(TypedDict):
-    """The first reflink that was refused."""
+    """The first refused reflink of a fork; the contract's `fallback`."""
 
     reason: str
     errno: int
@@ -56,9 +56,9 @@ _COUNTER = {
 
 @dataclass
 class Totals(Losses):
-    """Sums over FileResults, and what the destination could not hold.
+    """Sums over FileResults, and the metadata that the destination could not hold.
 
-    A failed entry counts as failed only; `total` is the number of FileResults.
+    `total` is the number of FileResults. A failed entry is counted in `total` and `failed` only.
     """
 
     total: int = 0
@@ -90,7 +90,7 @@ class Totals(Losses):
             self.bytes_reflinked += result["bytes"]
 
     def add(self, other: Totals) -> None:
-        """Add the sums of another part of the fork; of fallbacks, errors and losses, this one's come first."""
+        """Add the totals of another part of the fork. Fallbacks, errors and losses of this part come first."""
         for name, value in vars(other).items():
             if isinstance(value, int):
                 setattr(self, name, getattr(self, name) + value)
@@ -109,10 +109,10 @@ class Totals(Losses):
 
 
 class RangeDone(TypedDict):
-    """One byte range of a large file; at the end they are put together into the file's one FileResult."""
+    """The result of one byte range of a large file. `join_ranges` makes one FileResult of all ranges of a file."""
 
     path: str
-    size: int  # bytes, of the whole file
+    size: int  # of the whole file, in bytes
     copied_bytes: int
     seconds: float
     error: ErrorRecord | None
@@ -120,21 +120,21 @@ class RangeDone(TypedDict):
 
 @dataclass
 class Report:
-    """What one part of a fork did: its totals, and its FileResults in compressed pages."""
+    """The results of one part of a fork: its totals, and its FileResults in compressed pages."""
 
     totals: Totals = field(default_factory=Totals)
     pages: list[bytes] = field(default_factory=list)
     ranges: list[RangeDone] = field(default_factory=list)
-    #: Whether it was begun before the walk of the source had ended: see `changes`.
+    #: Whether the part began before the walk of the source ended; see `tasks.copier.fork.source_changes`.
     during_walk: bool = False
-    #: Whether it replaced entries that exist, as an earlier try may have left them: see `close.refuse_lost_entries`.
+    #: Whether the part replaced entries of an earlier attempt; see `close.refuse_lost_entries`.
     replaced: bool = False
-    #: The page that is being filled: a line of JSON for each FileResult, and their length in all.
+    #: The unfinished page: one line of JSON for each FileResult, and their total length.
     _lines: list[str] = field(default_factory=list)
     _length: int = 0
 
     def add(self, result: FileResult) -> None:
-        """Take in one FileResult."""
+        """Add one FileResult."""
         self.totals.count(result)
         self._take(_as_json(result))
 
@@ -145,7 +145,7 @@ class Report:
         self._length += len(line)
 
     def close(self) -> list[bytes]:
-        """Make a page of what has come in since the last one; returns all pages."""
+        """Finish the last page. Returns all pages."""
         if self._lines:
             self.pages.append(_pack(self._lines))
             self._lines, self._length = [], 0
@@ -153,7 +153,7 @@ class Report:
 
     @classmethod
     def pages_of(cls, reports: Iterable[Report]) -> list[bytes]:
-        """The pages of several reports, as if they were one."""
+        """The pages of several reports together, with as few pages as possible."""
         whole = cls()
         for report in reports:
             if report.pages:
@@ -164,15 +164,15 @@ class Report:
         return whole.close()
 
     def has_pages(self) -> bool:
-        """Whether there are FileResults in it."""
+        """Whether the report contains FileResults."""
         return bool(self.pages or self._lines)
 
     def without_pages(self) -> Report:
-        """The sums alone."""
+        """The report without its FileResults."""
         return Report(self.totals, [], self.ranges, self.during_walk, self.replaced)
 
     def to_bytes(self) -> bytes:
-        """The report as one file: a line of JSON, then the pages, then a checksum."""
+        """The content of the report's file: a line of JSON, the pages, and a checksum."""
         self.close()
         head: dict[str, Any] = {
             "totals": vars(self.totals),
@@ -185,7 +185,7 @@ class Report:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Report:
-        """The report that `to_bytes` wrote. Raises ForkError (Malformed) for anything else."""
+        """The report that `to_bytes` returned. Raises Malformed for anything else."""
         with validation.reading("a report"):
             line, _, rest = validation.unseal(data).partition(b"\n")
             head = validation.record(validation.load(line))
@@ -195,25 +195,25 @@ class Report:
             return cls(_totals_of(validation.record(head["totals"])), pages, ranges, during_walk, replaced)
 
 
-#: Ranges that one chunk reports, at most, and pages that a file of staging has; both far above what is ever written.
+#: The most ranges in a report, and pages in a file of staging. Both are far above what is ever written.
 _MOST_RANGES, _MOST_PAGES = 100_000, 1_000_000
-#: Bytes of a page once it is unpacked: far above PAGE_LENGTH, which a single FileResult may pass.
+#: The most bytes of an unpacked page. It is far above PAGE_LENGTH, because one long FileResult may exceed that.
 _MOST_PAGE_BYTES = 64 << 20
 
 
 def pages_in(data: bytes, lengths: Any) -> list[bytes]:
-    """The pages of these lengths that `data` consists of. Raises ForkError (Malformed) where it does not."""
+    """Split `data` into pages of the given lengths. Raises Malformed if it does not consist of them."""
     pages, at = [], 0
     for length in validation.items(lengths, validation.number, _MOST_PAGES):
         pages.append(data[at : at + length])
         at += length
     if at != len(data):
-        raise validation.Malformed(f"its pages have {len(data)} bytes in place of {at}")
+        raise validation.Malformed(f"the pages have {len(data)} bytes instead of {at}")
     return pages
 
 
 def fallback_of(value: Any) -> Fallback | None:
-    """The first refused reflink, out of plain data."""
+    """A `Fallback` from data. Raises Malformed for anything else."""
     if value is None:
         return None
     data = validation.record(value)
@@ -273,7 +273,7 @@ def failed(path: str, entry: Entry, error: ForkError) -> FileResult:
 
 
 def join_ranges(ranges: Iterable[RangeDone], reason: str | None) -> Iterator[FileResult]:
-    """One FileResult for each file that was copied in ranges; `reason` is why it was not reflinked."""
+    """Yield one FileResult for each file that was copied in ranges. `reason` says why it was not reflinked."""
     files: dict[str, FileResult] = {}
     for part in ranges:
         path = part["path"]
@@ -285,12 +285,12 @@ def join_ranges(ranges: Iterable[RangeDone], reason: str | None) -> Iterator[Fil
 
 
 def _pack(lines: list[str]) -> bytes:
-    """A page: zlib-compressed JSON, ASCII, with names that are not UTF-8 as surrogate escapes."""
+    """A page: zlib-compressed ASCII JSON. Names that are not UTF-8 contain surrogate escapes."""
     return zlib.compress(f"[{','.join(lines)}]".encode("ascii"), _FASTEST)
 
 
 def _as_json(result: FileResult) -> str:
-    """One FileResult as JSON, in half the time of `json.dumps`."""
+    """A FileResult as JSON, in half the time of `json.dumps`."""
     reason, error = result["reason"], result["error"]
     return (
         f'{{"path":{quoted(result["path"])},"type":"{result["type"]}","method":"{result["method"]}",'
@@ -301,7 +301,7 @@ def _as_json(result: FileResult) -> str:
 
 
 def unpack_pages(pages: Iterable[bytes]) -> Iterator[FileResult]:
-    """The FileResults of some pages, in order."""
+    """Yield the FileResults of the pages, in order."""
     for page in pages:
         unpacked = zlib.decompressobj().decompress(page, _MOST_PAGE_BYTES)
         yield from json.loads(unpacked)

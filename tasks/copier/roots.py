@@ -1,4 +1,4 @@
-"""Opening the source and the destination's parent, and never anything outside the roots."""
+"""Opens the source and the parent of the destination, and nothing outside the roots."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.kernel import syscalls
 from tasks.copier.source.selection import MARKER_NAME, STAGING_NAME
 
-#: PATH_MAX of the kernel, its closing NUL included: no longer path can be opened.
+#: PATH_MAX of the kernel, including the final NUL. Longer paths cannot be opened.
 PATH_MAX = 4096
 _NAME_MAX = 255
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-_STAGING_REFUSED = "{name} has the form of a staging name, which gc may remove; use another name"
+_STAGING_REFUSED = "{name} looks like a staging name, which gc may remove; use another name"
 
 
 class Parent(NamedTuple):
@@ -33,15 +33,15 @@ class Parent(NamedTuple):
 
 @dataclass(frozen=True)
 class Roots:
-    """The directories that requests are served within. Without any, the caller's own rights are the only bound."""
+    """The directories within which requests are served. Without any, only file permissions are a limit."""
 
     paths: tuple[str, ...] = ()
 
     def open_source(self, path: str, what: str = "source") -> int:
-        """Open the source directory, or another one that messages call `what`; the caller closes the descriptor.
+        """Open a directory to read from. Returns its descriptor, which the caller closes.
 
-        Raises ForkError: invalid_request (also for a way through staging), outside_roots, source_not_found,
-        source_not_directory, permission_denied.
+        `what` is its name in error messages. Raises ForkError: invalid_request (also for a path through staging),
+        outside_roots, source_not_found, source_not_directory, permission_denied.
         """
         path = normal_path(path, what)
         try:
@@ -65,7 +65,7 @@ class Roots:
         parent, name = os.path.split(path)
         self._root_of(path)
         if not name or path in self.paths:
-            raise ForkError(Code.DESTINATION_EXISTS, "the destination exists", path, errno.EEXIST)
+            raise ForkError(Code.DESTINATION_EXISTS, "the destination exists; choose another path", path, errno.EEXIST)
         if len(os.fsencode(name)) > _NAME_MAX:
             message = f"the destination's name is longer than {_NAME_MAX} bytes"
             raise ForkError(Code.INVALID_REQUEST, message, path, errno.ENAMETOOLONG)
@@ -73,7 +73,7 @@ class Roots:
             return Parent(_outside_staging(self._open(parent), path, "destination"), name)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR):
-                message = f"the directory that is to hold the destination does not exist; create {parent} first"
+                message = f"the parent directory of the destination does not exist; create {parent} first"
                 raise ForkError(Code.INVALID_REQUEST, message, path, error.errno) from None
             raise _escape_or_fault(error, path) from None
 
@@ -95,57 +95,58 @@ class Roots:
             os.close(root_fd)
 
     def _root_of(self, path: str) -> str | None:
-        """The innermost root that holds `path` by its words; None where there are no roots at all."""
+        """The innermost root that contains `path`, compared as text; None if there are no roots."""
         if not self.paths:
             return None
         holding = [root for root in self.paths if path == root or path.startswith(root.rstrip("/") + "/")]
         if not holding:
-            message = f"not within the roots that are served here ({':'.join(self.paths)})"
+            message = f"the path is outside the roots of this worker ({':'.join(self.paths)})"
             raise ForkError(Code.OUTSIDE_ROOTS, message, path)
         return max(holding, key=len)
 
 
 def normal_path(path: str, field: str) -> str:
-    """`path` without doubled slashes, `.` and a trailing slash. Touches no filesystem.
+    """`path` without doubled slashes, `.` and a trailing slash. Does not access the filesystem.
 
-    Raises ForkError invalid_request for a path that is not absolute, climbs with `..`, that no kernel call takes, or
-    that has a component with the form of a staging name: `gc` would remove a fork that is published there.
+    `field` is the name of the path in error messages. Raises ForkError invalid_request for a path that is not absolute,
+    contains `..`, cannot be passed to the kernel, or has a component that looks like a staging name: `gc` would remove
+    a fork that is published there.
     """
 
     def refuse(message: str) -> ForkError:
         return ForkError(Code.INVALID_REQUEST, f"{field}: {message}", path)
 
     if not path.startswith("/"):
-        raise refuse("give an absolute path")
+        raise refuse("the path is not absolute; begin it with '/'")
     if "\0" in path:
-        raise refuse("a path cannot hold a NUL character")
+        raise refuse("the path contains a NUL character; remove it")
     if ".." in path.split("/"):
-        raise refuse("a path with '..' is not taken; give it without")
+        raise refuse("the path contains '..'; use a path without it")
     try:
         length = len(os.fsencode(path))
     except UnicodeEncodeError:
-        raise refuse("the path holds a surrogate that stands for no byte") from None
+        raise refuse("the path contains a surrogate character that cannot be encoded; remove it") from None
     if length >= PATH_MAX:
-        raise refuse(f"the path has {length} bytes; the kernel takes less than {PATH_MAX}")
+        raise refuse(f"the path has {length} bytes; at most {PATH_MAX - 1} are allowed")
     if (name := _staging_name_in(path)) is not None:
         raise refuse(_STAGING_REFUSED.format(name=name))
     return "/" + "/".join(part for part in path.split("/") if part not in ("", "."))
 
 
 def _staging_name_in(path: str) -> str | None:
-    """The first component of `path` with the form of a staging name, in any case: some filesystems fold it."""
+    """The first component of `path` that looks like a staging name, ignoring case: some filesystems ignore it too."""
     folded = path.lower()
-    if "/.forkvm-" not in folded:  # nearly every path; a campaign has up to a million
+    if "/.forkvm-" not in folded:  # a fast test for nearly all paths; a campaign has up to a million
         return None
     parts = ((part, part.lower()) for part in path.split("/"))
     return next((part for part, low in parts if STAGING_NAME.fullmatch(low) or MARKER_NAME.fullmatch(low)), None)
 
 
 def _outside_staging(fd: int, path: str, field: str) -> int:
-    """`fd`, opened at `path`, unless a symlink on the way led into staging. Raises ForkError invalid_request."""
+    """Return `fd`, opened at `path`. Closes it and raises ForkError invalid_request if a symlink led into staging."""
     try:
         name = _staging_name_in(os.readlink(f"/proc/self/fd/{fd}"))
-    except OSError:  # without /proc, the words of the path are all that is known
+    except OSError:  # without /proc only the text of the path can be checked
         name = None
     if name is None:
         return fd
@@ -154,9 +155,10 @@ def _outside_staging(fd: int, path: str, field: str) -> int:
 
 
 def is_inside(fd: int, directory: os.stat_result) -> bool:
-    """Whether the open directory `fd` is `directory` or lies below it, through whatever path it was reached.
+    """Whether the open directory `fd` is `directory` or is inside it.
 
-    Climbs `..` by descriptor, so that neither symlinks nor bind mounts of the directory mislead it.
+    Follows `..` from descriptor to descriptor, so that symlinks and bind mounts in the path make no difference.
+    Raises OSError.
     """
     here = os.dup(fd)
     try:
@@ -175,8 +177,10 @@ def is_inside(fd: int, directory: os.stat_result) -> bool:
 
 def _escape_or_fault(error: OSError, path: str) -> ForkError:
     if error.errno in (errno.EXDEV, errno.ELOOP):
-        # RESOLVE_BENEATH answers EXDEV for a step out, absolute symlinks among them.
-        return ForkError(Code.OUTSIDE_ROOTS, "a symlink on the path leads out of its root", path, error.errno)
+        # RESOLVE_BENEATH fails with EXDEV for every step out of the root, also through an absolute symlink.
+        return ForkError(Code.OUTSIDE_ROOTS, "a symlink in the path leads out of the root", path, error.errno)
     if error.errno == errno.ENAMETOOLONG:
-        return ForkError(Code.INVALID_REQUEST, "a name in the path is longer than 255 bytes", path, error.errno)
-    return from_oserror(error, "opening it", path)
+        return ForkError(
+            Code.INVALID_REQUEST, f"a name in the path is longer than {_NAME_MAX} bytes", path, error.errno
+        )
+    return from_oserror(error, "opening the directory", path)

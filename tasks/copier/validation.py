@@ -1,7 +1,7 @@
-"""Reading back what a control directory holds as hostile input: JSON within bounds, and each field checked.
+"""Checks for records that are read back from staging, which are treated as hostile input.
 
-A check returns the value that it was given, or raises Malformed. What is checked here is the form: whether the value is
-true is decided where it is used.
+Each check returns the value that it was given, or raises Malformed. It checks type and range only. The caller decides
+whether the value is plausible.
 """
 
 from __future__ import annotations
@@ -18,60 +18,59 @@ from tasks.copier.errors import Code, ErrorRecord, ForkError
 
 T = TypeVar("T")
 
-#: Exclusive bounds of what the kernel counts in 32, 63 and 64 bits (user ids and device numbers, sizes, inodes).
+#: Exclusive upper bounds of numbers of 32 bits (user ids, devices), 63 bits (sizes) and 64 bits (inodes).
 U32, S63, U64 = 1 << 32, 1 << 63, 1 << 64
-#: Exclusive bound of a time in nanoseconds: the seconds that `os.utime` takes.
+#: Exclusive upper bound of a time in nanoseconds, from the seconds that `os.utime` accepts.
 NANOSECONDS = S63 * 10**9
-#: Exclusive bound of a btrfs subvolume's UUID, the largest identity of a tree.
+#: Exclusive upper bound of the identity of a tree. The UUID of a btrfs subvolume is the largest.
 IDENTITY = 1 << 128
-#: Characters of a text: an id or a message may be long, and the file that holds it has a bound of its own.
+#: The longest text, in characters. The file that contains it has its own limit.
 _MOST_TEXT = 16 << 20
-
-
-_DAMAGED = "its staging directory is damaged: "
+#: The beginning of every message of Malformed.
+_DAMAGED = "the staging directory is damaged: "
 
 
 class Malformed(ForkError):
-    """What was read back is not what this program writes."""
+    """A record in staging does not have the form that this program writes. `what` says which part, and why."""
 
     def __init__(self, what: str) -> None:
         super().__init__(Code.IO_ERROR, f"{_DAMAGED}{what}")
 
 
-#: Stands between what was written and its checksum.
+#: Separates the data from its checksum.
 _SEAL = b"\nchecksum "
 
 
 def seal(data: bytes) -> bytes:
-    """`data` with a checksum: a damaged number is a number too, and passes every check of its form."""
+    """`data` followed by its checksum. Only a checksum finds a number that was changed into another number."""
     return b"%b%b%08x" % (data, _SEAL, zlib.crc32(data))
 
 
 def unseal(data: bytes) -> bytes:
-    """What was given to `seal`. Raises Malformed for another checksum; what has none is an earlier version's."""
+    """The data that was given to `seal`. Raises Malformed for a wrong checksum. Earlier versions wrote none."""
     body, mark, check = data.rpartition(_SEAL)
     if not mark or len(check) != 8:
         return data
     if check != b"%08x" % zlib.crc32(body):
-        raise Malformed("its checksum is another one")
+        raise Malformed("the checksum does not match")
     return body
 
 
 def load(data: bytes) -> Any:
-    """The value of a JSON text. Raises Malformed, also for a depth or a number that Python does not take."""
+    """Parse JSON. Raises Malformed for invalid JSON, and for a depth or a number that Python does not accept."""
     try:
-        return json.loads(data, parse_constant=_no_number)
+        return json.loads(data, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:  # also UnicodeDecodeError, and integers of thousands of digits
-        raise Malformed(f"it is no JSON: {error}") from None
+        raise Malformed(f"invalid JSON: {error}") from None
 
 
-def _no_number(word: str) -> NoReturn:
-    raise Malformed(f"{word} is no number")
+def _refuse_constant(word: str) -> NoReturn:
+    raise Malformed(f"invalid JSON: {word} is not allowed")
 
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Make a Malformed that names `what` of every error that a value of a wrong form causes."""
+    """Turn every error that a malformed value causes into a Malformed whose message begins with `what`."""
     try:
         yield
     except Malformed as error:
@@ -81,21 +80,21 @@ def reading(what: str) -> Iterator[None]:
 
 
 def number(value: Any, end: int = S63, start: int = 0) -> int:
-    """An integer of at least `start` and below `end`."""
+    """An integer in [start, end)."""
     if type(value) is not int or not start <= value < end:
-        raise Malformed(f"{_shown(value)} is no integer from {start} to {end - 1}")
+        raise Malformed(f"{_shown(value)} is not an integer from {start} to {end - 1}")
     return value
 
 
 def real(value: Any) -> float:
-    """A finite number that is not negative, such as a time or a duration in seconds."""
+    """A time or a duration in seconds: a finite number that is not negative."""
     if type(value) not in (int, float) or not math.isfinite(value) or not 0 <= value < S63:
-        raise Malformed(f"{_shown(value)} is no time in seconds")
+        raise Malformed(f"{_shown(value)} is not a number of seconds")
     return cast(float, value)
 
 
 def error_record(value: Any) -> ErrorRecord:
-    """An error as plain data; see `ForkError.record`."""
+    """An error in the form of `ForkError.record`."""
     data = record(value)
     code = word(data["code"], list(Code))
     return {
@@ -114,82 +113,82 @@ def errno_number(value: Any) -> int:
 def flag(value: Any) -> bool:
     """True or False."""
     if type(value) is not bool:
-        raise Malformed(f"{_shown(value)} is neither true nor false")
+        raise Malformed(f"{_shown(value)} is not true or false")
     return value
 
 
 def text(value: Any) -> str:
-    """A text without NUL that stands for bytes."""
+    """A text that the kernel accepts as a name: without NUL, and with surrogates only as `os.fsdecode` makes them."""
     if type(value) is not str or len(value) > _MOST_TEXT or "\0" in value:
-        raise Malformed(f"{_shown(value)} is no text")
-    os.fsencode(value)  # raises UnicodeEncodeError for a surrogate that stands for no byte
+        raise Malformed(f"{_shown(value)} is not a valid string")
+    os.fsencode(value)  # raises UnicodeEncodeError for a surrogate that os.fsdecode did not make
     return value
 
 
 def labels(value: Any) -> Any:
-    """Labels of a request: texts, or texts by name. They are echoed as they came, whatever they hold."""
+    """The labels of a request: a list of strings, or an object of strings. They are returned unchanged."""
     if type(value) is list:
         return [any_text(item) for item in value]
     return {any_text(name): any_text(item) for name, item in record(value).items()}
 
 
 def any_text(value: Any) -> str:
-    """A text of any characters, which stands for nothing but itself, such as a message."""
+    """A string of any characters, such as a message."""
     if type(value) is not str:
-        raise Malformed(f"{_shown(value)} is no text")
+        raise Malformed(f"{_shown(value)} is not a string")
     return value
 
 
 def word(value: Any, words: Collection[T]) -> T:
     """One of `words`."""
     if type(value) is not str or value not in words:
-        raise Malformed(f"{_shown(value)} is none of {', '.join(map(str, words))}")
+        raise Malformed(f"{_shown(value)} is not one of {', '.join(map(str, words))}")
     return cast(T, value)
 
 
 def record(value: Any) -> dict[str, Any]:
-    """An object of JSON."""
+    """A JSON object."""
     if type(value) is not dict:
-        raise Malformed(f"{_shown(value)} is no object")
+        raise Malformed(f"{_shown(value)} is not an object")
     return value
 
 
 def items(value: Any, check: Callable[[Any], T], most: int) -> list[T]:
-    """At most `most` items that `check` takes."""
-    if type(value) not in (list, tuple) or len(value) > most:  # JSON has lists only
-        raise Malformed(f"{_shown(value)} is no list of at most {most}")
+    """A list of at most `most` items, each of which passes `check`."""
+    if type(value) not in (list, tuple) or len(value) > most:  # data that was not read from JSON may hold tuples
+        raise Malformed(f"{_shown(value)} is not a list of at most {most} items")
     return [check(item) for item in value]
 
 
 def optional(value: Any, check: Callable[[Any], T]) -> T | None:
-    """None, or what `check` takes."""
+    """None, or a value that passes `check`."""
     return None if value is None else check(value)
 
 
 def only(value: dict[str, Any], names: Iterable[str]) -> None:
-    """Raise Malformed for an object that has other fields than `names`."""
+    """Raise Malformed if the object has a field that is not in `names`."""
     unknown = value.keys() - set(names)
     if unknown:
-        raise Malformed(f"unknown: {_shown(sorted(unknown))}")
+        raise Malformed(f"unknown fields: {_shown(sorted(unknown))}")
 
 
 def relative_path(value: Any) -> str:
-    """A path below a directory: no way up, no absolute one; "" is the directory itself."""
+    """A path relative to a directory, without `..`. "" is the directory itself."""
     path = text(value)
     if path and not _NO_PARTS.isdisjoint(path.split("/")):
-        raise Malformed(f"{_shown(path)} is no path below a directory")
+        raise Malformed(f"{_shown(path)} is not a relative path without '..'")
     return path
 
 
 def absolute_path(value: Any) -> str:
-    """A path from the root of all directories, without a way up; "" where the source is not known."""
+    """An absolute path without `..`, or "" where the path is not known."""
     path = text(value)
     if path and (not path.startswith("/") or ".." in path.split("/")):
-        raise Malformed(f"{_shown(path)} is no absolute path")
+        raise Malformed(f"{_shown(path)} is not an absolute path without '..'")
     return path
 
 
-#: What no part of a relative path is: nothing (a leading, trailing or doubled slash), itself, and the way up.
+#: Parts that a relative path must not have. An empty part comes from a leading, trailing or doubled slash.
 _NO_PARTS = frozenset({"", ".", ".."})
 
 

@@ -76,7 +76,7 @@ def test_a_bad_call_exits_with_2_in_one_line(run_forkvm: RunForkvm, tmp_path: Pa
     bad_setting = run_forkvm("fork", tmp_path, tmp_path / "vm-2", env={"FORKVM_CHUNK_FILES": "many"})
 
     assert [done.returncode for done in (no_name, wrong_word, no_argument, bad_setting)] == [2, 2, 2, 2]
-    assert "invalid_request: source: give an absolute path" in no_name.stderr
+    assert "invalid_request: source: the path is not absolute" in no_name.stderr
     assert "reflink" in wrong_word.stderr
     assert "FORKVM_CHUNK_FILES" in bad_setting.stderr
     assert not any("Traceback" in done.stderr for done in (no_name, wrong_word, no_argument, bad_setting))

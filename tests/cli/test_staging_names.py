@@ -17,7 +17,7 @@ NAME = ".forkvm-0123456789abcdef"
 
 @pytest.fixture
 def place(fresh: Fresh) -> Path:
-    """A directory with a guest and with a directory whose name has the form of a staging name."""
+    """A directory with a guest and with a directory whose name looks like a staging name."""
     place = fresh("tmpfs")
     (place / "vm-1").mkdir()
     (place / "vm-1/state").write_text("running")
@@ -48,7 +48,7 @@ def test_local_campaign_is_a_bad_call_before_any_fork(name: str, run_forkvm: Run
     by_template = run_forkvm("campaign", place / "vm-1", "--to", place / name / "vm-{n}", "--count", "2", "--local")
 
     assert (by_list.returncode, by_template.returncode) == (2, 2)
-    assert "has the form of a staging name" in by_list.stderr
+    assert "looks like a staging name" in by_list.stderr
     assert sorted(place.rglob("*")) == before
 
 

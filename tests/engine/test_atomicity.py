@@ -218,7 +218,7 @@ def test_a_cancelled_fork_leaves_nothing(
 
     def cancel(progress: Progress) -> None:
         if progress["phase"] == phase:
-            raise ForkError(Code.CANCELLED, "someone asked for an end")
+            raise ForkError(Code.CANCELLED, "cancelled on request")
 
     result = fork(source, directory / "fork", beat=cancel, limits=limits, reflink="never")
 

@@ -187,7 +187,7 @@ def test_a_batch_that_died_and_is_to_end_keeps_what_is_published_and_nothing_els
     wait_for_death(acting_at(step, die, lambda: make_batches(paths[0], books)))
     published = [path for path in paths if path.exists()]
 
-    make_batches(paths[0], books, abort=ForkError(Code.CANCELLED, "someone asked for an end"))
+    make_batches(paths[0], books, abort=ForkError(Code.CANCELLED, "cancelled on request"))
 
     for path, fork in zip(paths, books.forks, strict=True):
         assert fork["status"] == ("succeeded" if path.exists() else "cancelled")
@@ -366,7 +366,7 @@ def test_who_lost_a_batch_while_it_was_paused_publishes_nothing_of_what_was_give
 ) -> None:
     child, paths = sleeper
     seize(paths[0])
-    make_batches(paths[0], books, abort=ForkError(Code.CANCELLED, "someone asked for an end"))
+    make_batches(paths[0], books, abort=ForkError(Code.CANCELLED, "cancelled on request"))
     told = [fork["status"] == "succeeded" for fork in books.forks]
 
     os.kill(child.pid, signal.SIGCONT)

@@ -108,7 +108,7 @@ def test_a_list_of_destinations_that_no_worker_wrote_is_refused(yard: Path, what
     path = yard / "home" / NAME / "destinations"
     path.write_bytes(LISTS[what](path.read_bytes()))
 
-    with pytest.raises(ForkError, match="its staging directory is damaged"):
+    with pytest.raises(ForkError, match="the staging directory is damaged"):
         make(yard)
 
     assert snapshot(yard / "outside") == before

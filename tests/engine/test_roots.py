@@ -58,7 +58,7 @@ KEY = "0123456789abcdef"
 )
 @pytest.mark.parametrize("field", ["source", "destination"])
 def test_paths_through_a_staging_name_are_refused(path: str, field: str) -> None:
-    with pytest.raises(ForkError, match="has the form of a staging name") as refusal:
+    with pytest.raises(ForkError, match="looks like a staging name") as refusal:
         normal_path(path, field)
 
     assert refusal.value.code is Code.INVALID_REQUEST

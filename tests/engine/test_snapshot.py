@@ -477,7 +477,7 @@ def test_an_ordinary_users_snapshot_that_is_given_up_goes_too(home: Path, source
     def cancel(progress: Progress) -> None:
         if progress["phase"] == "copy" and progress["files_done"] > 3:
             assert os.path.isdir(home / control_name("fork-1") / "snapshot")
-            raise ForkError(Code.CANCELLED, "someone asked for an end")
+            raise ForkError(Code.CANCELLED, "cancelled on request")
 
     result = in_child(lambda: fork(source, home / "fork", beat=cancel), user=NOBODY)
 

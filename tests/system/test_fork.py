@@ -386,6 +386,6 @@ print(sorted(name for name in sys.modules if name.partition(".")[0] in ("tasks",
     assert done.returncode == 0, done.stderr
     status, failure, modules = done.stdout.splitlines()
     assert status == "succeeded"
-    assert failure == "ForkFailed invalid_request: b: destination: give an absolute path"
+    assert failure == "ForkFailed invalid_request: b: destination: the path is not absolute; begin it with '/'"
     assert modules == "[]"
     system.assert_left_nothing_in(directory)

@@ -260,4 +260,4 @@ def test_a_summary_keeps_a_small_request_whole_and_tells_requests_apart() -> Non
     ],
 )
 def test_destinations_through_a_staging_name_are_refused(destinations: object) -> None:
-    assert "has the form of a staging name" in refusal(destinations)
+    assert "looks like a staging name" in refusal(destinations)
