@@ -42,7 +42,7 @@ def test_no_fork_is_lost_when_the_master_is_lost_under_load(
         if n == _FORKS // 2:
             sentinels.kill_master()
 
-    # Then each ends well. What the master took with it is sent again under its id, as the README says.
+    # Then each ends well. What the master took with it is sent again under its id, as docs/contract.md says.
     def ended() -> set[int]:
         with sentinels.client(sentinels.replica) as client:
             metas = client.mget([f"celery-task-meta-f{n}" for n in range(_FORKS)])
