@@ -211,3 +211,6 @@ KINDS: tuple[Kind, ...] = (
     *(_damaged,) * 3,
     _damaged_campaign,
 )
+
+#: The kinds whose staging nobody else writes to.
+UNDAMAGED_KINDS = tuple(kind for kind in KINDS if kind not in (_planted, _damaged, _damaged_campaign))

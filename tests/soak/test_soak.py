@@ -13,9 +13,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from celery import Celery
-from kombu.exceptions import OperationalError
-from redis.exceptions import RedisError
 
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import (
@@ -31,15 +28,15 @@ from tests.soak import plan
 from tests.soak.damage import Damage
 from tests.soak.faults import Faults
 from tests.soak.final_checks import Books
-from tests.soak.jobs import KINDS, Job, Sources, make_sources
+from tests.soak.jobs import Job, make_sources
 from tests.soak.other_application import other_application
+from tests.soak.producer import Producer
 from tests.soak.redis_faults import RedisFaults
 from tests.support.system.redis_proxy import Proxy
 from tests.support.system.scheduler import Scheduler
 from tests.support.system.staging_view import leftovers
 
-#: Jobs that are on their way at once, and seconds for all to end when no fault strikes any more.
-OPEN_JOBS = 12
+#: Seconds for all jobs to end when no fault strikes any more.
 PATIENCE = 120.0
 LIMITS = {
     "FORKVM_INLINE_FILES": "10",
@@ -48,76 +45,6 @@ LIMITS = {
     "FORKVM_CHUNK_BYTES": "2097152",
     "FORKVM_VISIBILITY_TIMEOUT": "5",
 }
-
-
-class Producer:
-    """Keeps some jobs on their way, as a client does that sends again what Redis did not take."""
-
-    def __init__(self, app: Celery, books: Books, sources: Sources, places: tuple[Path, Path], seed: int) -> None:
-        self._app = app
-        self._books = books
-        self._sources = sources
-        self._places = places
-        self._dice = random.Random(seed)
-        self.jobs: list[Job] = []
-        self.open: list[Job] = []
-        self._cancels: dict[str, tuple[float, Job]] = {}
-
-    def produce(self) -> None:
-        """Close what has ended, and send as many anew."""
-        with suppress(OperationalError, RedisError):
-            self.close_ended()
-            self._cancel_some()
-            while len(self.open) < OPEN_JOBS:
-                job = self._dice.choice(KINDS)(self._sources, *self._places, f"job-{len(self.jobs)}", self._dice)
-                self.jobs.append(job)
-                self.open.append(job)
-                for _ in range(job.copies):
-                    self.send(job)
-                if job.cancel_after is not None:
-                    self._cancels[job.fork_id] = time.monotonic() + job.cancel_after, job
-
-    def close_ended(self) -> None:
-        """Close the books of what has ended."""
-        for job in list(self.open):
-            if self._books.close(job):
-                self.open.remove(job)
-
-    def send(self, job: Job) -> None:
-        """Sends it until Redis has taken it."""
-        while True:
-            try:
-                self._app.send_task(
-                    job.task,
-                    kwargs={"request": job.request},
-                    task_id=job.fork_id,
-                    queue="forkvm",
-                    retry=False,
-                    **job.options,
-                )
-                job.sent += 1
-                return
-            except (OperationalError, RedisError, OSError):
-                time.sleep(0.1)
-
-    def send_unknown_again(self) -> None:
-        """What no worker has ever begun with was lost on its way: its client sends it again."""
-        for job in self.open:
-            if self._books.scheduler.results.claim_of(job.fork_id) is None:
-                self.send(job)
-
-    def damageable(self) -> list[Job]:
-        """The jobs on their way whose staging may be damaged."""
-        return [job for job in list(self.open) if job.may_be_damaged]
-
-    def _cancel_some(self) -> None:
-        for fork_id, (when, job) in list(self._cancels.items()):
-            if time.monotonic() > when:
-                if job.cancel_by == "cancel":
-                    self._books.scheduler.results.cancel(fork_id)
-                else:
-                    self._app.control.revoke(fork_id, terminate=job.cancel_by == "terminate")
-                del self._cancels[fork_id]
 
 
 @contextmanager
