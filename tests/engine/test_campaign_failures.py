@@ -22,6 +22,7 @@ from tests.support.engine.local_campaigns import (
     counts,
     destinations,
 )
+from tests.support.engine.source_writers import wait_for_clock_tick
 from tests.support.guests import MIB, SKIPPED_BY_DEFAULT, make_guest, make_sparse_file
 from tests.support.system.result_checks import check_books
 
@@ -171,7 +172,7 @@ def test_a_source_that_changes_in_the_middle_gives_no_torn_fork(
         if progress["files_done"] < 5 or done:
             return
         done.append(True)
-        time.sleep(0.03)  # longer than a tick of the kernel's coarse clock
+        wait_for_clock_tick()
         disk = source / "overlay.raw"
         if change == "write":
             with disk.open("r+b") as file:
@@ -215,7 +216,7 @@ def test_a_file_that_changes_while_it_is_cloned_is_named_by_every_fork(
     def append(progress: Progress) -> None:
         if progress["files_done"] == 8 and not changed:  # in the second of the trees
             changed.append(True)
-            time.sleep(0.03)  # longer than a tick of the kernel's coarse clock
+            wait_for_clock_tick()
             with (source / "config.ext4").open("ab") as file:
                 file.write(b"the machine goes on")
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from tasks.copier.campaign import batch_build
 from tasks.copier.campaign import plan as campaign_plan
-from tests.engine.test_random_trees import Directory, make, trees
 from tests.fixtures.filesystems import Fresh, Kind, fresh_directory
 from tests.support.engine.forks import assert_alike, leftovers
 from tests.support.engine.local_campaigns import campaign, campaign_with_books
+from tests.support.engine.random_trees import Directory, make, trees
 from tests.support.system.result_checks import check_books
 
 KINDS: list[Kind] = ["xfs", "btrfs", "ext4", "tmpfs"]

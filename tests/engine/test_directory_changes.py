@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,17 +10,14 @@ import pytest
 
 from tasks.copier.options import Limits
 from tasks.copier.progress import Progress
-from tests.engine.test_source_changes import Meddler, closing, copying
 from tests.fixtures.filesystems import Fresh
 from tests.support.engine import local_campaigns
 from tests.support.engine.forks import forked, refused
+from tests.support.engine.source_writers import ChangeOnce, closing, copying, wait_for_clock_tick
 from tests.support.guests import make_guest
 from tests.support.sources import ACCESS_ACL, DEFAULT_ACL, OLD_NS, acl
 
 pytestmark = pytest.mark.usefixtures("every_beat")
-
-#: Longer than a tick of the kernel's coarse clock: a change within the same tick has the same ctime.
-_TICK_SECONDS = 0.03
 
 CHANGES: dict[str, Callable[[Path], object]] = {
     "its mode": lambda path: path.chmod(0o2711),
@@ -47,7 +43,7 @@ def source(directory: Path) -> Path:
     for path in (source, source / "snapshots"):
         os.setxattr(path, "user.origin", b"here")
         os.setxattr(path, ACCESS_ACL, acl(7, 5, 5))
-    time.sleep(_TICK_SECONDS)
+    wait_for_clock_tick()
     return source
 
 
@@ -57,21 +53,21 @@ def source(directory: Path) -> Path:
 def test_a_directory_whose_metadata_changes_is_a_change_of_the_source(
     directory: Path, source: Path, name: str, when: Callable[[Progress], bool], change: str, limits: Limits
 ) -> None:
-    meddler = Meddler(lambda: CHANGES[change](source / name), when)
+    writer = ChangeOnce(lambda: CHANGES[change](source / name), when)
 
-    error = refused(source, directory / "fork", beat=meddler, limits=limits)
+    error = refused(source, directory / "fork", beat=writer, limits=limits)
 
-    assert meddler.done
+    assert writer.done
     assert (error["code"], error["path"]) == ("source_changed", str(source / name))
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_each_kind_of_metadata_of_a_directory_is_watched(directory: Path, source: Path, change: str) -> None:
-    meddler = Meddler(lambda: CHANGES[change](source / "snapshots"), copying)
+    writer = ChangeOnce(lambda: CHANGES[change](source / "snapshots"), copying)
 
-    error = refused(source, directory / "fork", beat=meddler)
+    error = refused(source, directory / "fork", beat=writer)
 
-    assert meddler.done
+    assert writer.done
     assert (error["code"], error["path"]) == ("source_changed", str(source / "snapshots"))
 
 
@@ -81,10 +77,10 @@ def test_a_change_is_seen_also_where_entries_that_are_left_out_came_before_it(
 ) -> None:
     def meddle() -> None:
         (source / "new.sock").touch()
-        time.sleep(_TICK_SECONDS)
+        wait_for_clock_tick()
         CHANGES[change](source)
 
-    assert refused(source, directory / "fork", beat=Meddler(meddle, copying))["code"] == "source_changed"
+    assert refused(source, directory / "fork", beat=ChangeOnce(meddle, copying))["code"] == "source_changed"
 
 
 @pytest.mark.parametrize("change", ["its mode", "its owner"])
@@ -93,10 +89,10 @@ def test_a_change_is_seen_also_where_entries_that_are_left_out_come_after_it(
 ) -> None:
     def meddle() -> None:
         CHANGES[change](source)
-        time.sleep(_TICK_SECONDS)
+        wait_for_clock_tick()
         (source / "new.sock").touch()
 
-    assert refused(source, directory / "fork", beat=Meddler(meddle, copying))["code"] == "source_changed"
+    assert refused(source, directory / "fork", beat=ChangeOnce(meddle, copying))["code"] == "source_changed"
 
 
 def test_a_directory_that_is_published_is_one_that_the_source_had(directory: Path, source: Path) -> None:
@@ -104,10 +100,10 @@ def test_a_directory_that_is_published_is_one_that_the_source_had(directory: Pat
 
     def meddle() -> None:
         os.setxattr(source, "user.new", b"1")
-        time.sleep(_TICK_SECONDS)
+        wait_for_clock_tick()
         (source / "new.sock").touch()
 
-    forked(source, directory / "fork", beat=Meddler(meddle, copying))
+    forked(source, directory / "fork", beat=ChangeOnce(meddle, copying))
 
     assert os.getxattr(directory / "fork", "user.new") == b"1"
     assert (directory / "fork").stat().st_mtime_ns == source.stat().st_mtime_ns
@@ -118,7 +114,7 @@ def test_entries_that_are_left_out_come_and_go_on_every_filesystem(
     fs: Path, when: Callable[[Progress], bool], limits: Limits
 ) -> None:
     source = make_guest(fs / "source")
-    time.sleep(_TICK_SECONDS)
+    wait_for_clock_tick()
 
     def live() -> None:
         (source / "vsock.sock").unlink(missing_ok=True)
@@ -126,10 +122,10 @@ def test_entries_that_are_left_out_come_and_go_on_every_filesystem(
         (source / "state.zst.tmp").touch()
         (source / "state.zst.tmp").rename(source / "snapshots" / "state.zst.tmp")
 
-    meddler = Meddler(live, when)
-    forked(source, fs / "fork", beat=meddler, limits=limits)
+    writer = ChangeOnce(live, when)
+    forked(source, fs / "fork", beat=writer, limits=limits)
 
-    assert meddler.done
+    assert writer.done
 
 
 @pytest.mark.parametrize("name", ["", "snapshots"])
@@ -139,7 +135,7 @@ def test_a_campaign_makes_no_fork_of_a_directory_whose_metadata_changes(
 ) -> None:
     paths = local_campaigns.destinations(directory, 3)
     local_campaigns.plan(source, paths)
-    time.sleep(_TICK_SECONDS)
+    wait_for_clock_tick()
     CHANGES[change](source / name)
     books = local_campaigns.Books(tmp_path)
 
@@ -158,7 +154,7 @@ def test_a_campaign_goes_on_while_entries_that_are_left_out_come_and_go(
 ) -> None:
     paths = local_campaigns.destinations(directory, 3)
     local_campaigns.plan(source, paths)
-    time.sleep(_TICK_SECONDS)
+    wait_for_clock_tick()
     (source / "new.sock").touch()
     books = local_campaigns.Books(tmp_path)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tasks.copier.kernel.reflink import Answer
-from tests.engine.test_reflink_answers import TABLE
 from tests.fixtures.filesystems import Fresh, Kind
 from tests.support.engine.forks import assert_alike, forked, leftovers
 from tests.support.engine.forks import fork as fork_again
+from tests.support.engine.reflink_errnos import ERRNOS_OF_ANSWERS
 from tests.support.engine.traced_forks import Traced, control, in_tree, trace_fork
 from tests.support.guests import MIB, make_sparse_file
 from tests.support.requirements import require_command
@@ -58,7 +58,7 @@ def methods(traced: Traced) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-@pytest.mark.parametrize("name", TABLE[Answer.PAIR_CANNOT])
+@pytest.mark.parametrize("name", ERRNOS_OF_ANSWERS[Answer.PAIR_CANNOT])
 def test_a_refusal_of_the_pair_is_remembered_for_the_fork(
     strace: str, directory: Path, source: Path, name: str, chunked: bool
 ) -> None:
@@ -84,7 +84,7 @@ def test_a_refusal_of_the_pair_is_remembered_for_the_fork(
 
 
 @pytest.mark.parametrize("file", ["c", "a"])
-@pytest.mark.parametrize("name", TABLE[Answer.FILE_CANNOT])
+@pytest.mark.parametrize("name", ERRNOS_OF_ANSWERS[Answer.FILE_CANNOT])
 def test_a_refusal_of_one_file_holds_for_that_file_alone(
     strace: str, directory: Path, source: Path, name: str, file: str
 ) -> None:
@@ -102,7 +102,7 @@ def test_a_refusal_of_one_file_holds_for_that_file_alone(
     assert traced.result["fallback"]["path"] == file
 
 
-@pytest.mark.parametrize("name", TABLE[Answer.NOT_YET])
+@pytest.mark.parametrize("name", ERRNOS_OF_ANSWERS[Answer.NOT_YET])
 def test_a_file_that_cannot_be_reflinked_yet_is_asked_again(
     strace: str, directory: Path, source: Path, name: str
 ) -> None:
@@ -119,7 +119,7 @@ def test_a_file_that_cannot_be_reflinked_yet_is_asked_again(
     assert traced.result["fallback"] is None
 
 
-@pytest.mark.parametrize("name", TABLE[Answer.NOT_YET])
+@pytest.mark.parametrize("name", ERRNOS_OF_ANSWERS[Answer.NOT_YET])
 def test_a_file_that_never_can_be_reflinked_is_copied_alone_after_a_while(
     strace: str, directory: Path, source: Path, name: str
 ) -> None:
@@ -133,7 +133,7 @@ def test_a_file_that_never_can_be_reflinked_is_copied_alone_after_a_while(
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-@pytest.mark.parametrize("name", TABLE[Answer.ERROR])
+@pytest.mark.parametrize("name", ERRNOS_OF_ANSWERS[Answer.ERROR])
 def test_an_error_fails_the_fork_and_is_never_followed_by_a_copy(
     strace: str, directory: Path, source: Path, name: str, chunked: bool
 ) -> None:

@@ -9,22 +9,18 @@ import pytest
 from tasks.copier.clone.reflinker import NOT_ASKED_FOR, Refusal
 from tasks.copier.kernel import syscalls
 from tasks.copier.kernel.reflink import Answer, meaning
-
-TABLE = {
-    Answer.PAIR_CANNOT: ("EOPNOTSUPP", "ENOTTY", "ENOSYS", "EXDEV"),
-    Answer.FILE_CANNOT: ("EINVAL", "ETXTBSY", "EPERM", "EACCES"),
-    Answer.NOT_YET: ("EAGAIN", "EINTR"),
-    Answer.ERROR: ("EIO", "ENOMEM", "ENOSPC", "EDQUOT", "EROFS", "EFBIG", "ESTALE", "EISDIR", "EBADF"),
-}
+from tests.support.engine.reflink_errnos import ERRNOS_OF_ANSWERS
 
 
-@pytest.mark.parametrize(("name", "answer"), [(name, answer) for answer, names in TABLE.items() for name in names])
+@pytest.mark.parametrize(
+    ("name", "answer"), [(name, answer) for answer, names in ERRNOS_OF_ANSWERS.items() for name in names]
+)
 def test_each_errno_means_what_the_table_says(name: str, answer: Answer) -> None:
     assert meaning(getattr(errno, name)) is answer
 
 
 def test_an_errno_that_the_table_does_not_know_is_an_error() -> None:
-    known = {getattr(errno, name) for names in TABLE.values() for name in names}
+    known = {getattr(errno, name) for names in ERRNOS_OF_ANSWERS.values() for name in names}
 
     assert {meaning(number) for number in errno.errorcode if number not in known} == {Answer.ERROR}
     assert meaning(0) is Answer.ERROR

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,48 +12,11 @@ from tasks.copier.options import Limits
 from tasks.copier.progress import Progress
 from tests.fixtures.filesystems import Fresh
 from tests.support.engine.forks import CHUNKED, MIB, assert_alike, fork, forked, refused
+from tests.support.engine.source_writers import ChangeOnce, closing, copying, in_a_file, planning, wait_for_clock_tick
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest, make_sparse_file
 from tests.support.tree import snapshot
 
 pytestmark = pytest.mark.usefixtures("every_beat")
-
-#: Longer than a tick of the kernel's coarse clock: a change within the same tick has the same ctime.
-_TICK_SECONDS = 0.03
-
-
-class Meddler:
-    """A beat that changes something once, when `when` first holds."""
-
-    def __init__(self, change: Callable[[], object], when: Callable[[Progress], bool]) -> None:
-        self._change = change
-        self._when = when
-        self.done = False
-
-    def __call__(self, progress: Progress) -> None:
-        if not self.done and self._when(progress):
-            self.done = True
-            time.sleep(_TICK_SECONDS)
-            self._change()
-
-
-def planning(progress: Progress) -> bool:
-    """After the first block of the walk at the latest."""
-    return progress["phase"] == "plan"
-
-
-def copying(progress: Progress) -> bool:
-    """After the walk and the first file (the largest)."""
-    return progress["phase"] == "copy" and progress["files_done"] > 0
-
-
-def in_a_file(progress: Progress) -> bool:
-    """In the middle of the largest file, where it is copied."""
-    return progress["phase"] == "copy" and progress["bytes_done"] > MIB
-
-
-def closing(progress: Progress) -> bool:
-    """When all files are cloned."""
-    return progress["phase"] == "publish"
 
 
 @pytest.fixture
@@ -65,7 +27,7 @@ def directory(fresh: Fresh) -> Path:
 @pytest.fixture
 def source(directory: Path) -> Path:
     source = make_guest(directory / "source")
-    time.sleep(_TICK_SECONDS)
+    wait_for_clock_tick()
     return source
 
 
@@ -119,11 +81,11 @@ def _write_quietly(path: Path) -> None:
 @pytest.mark.parametrize("reflink", ["auto", "never"])
 def test_a_file_that_changes_before_its_turn(directory: Path, source: Path, change: str, reflink: str) -> None:
     path = source / "snapshots" / "snapshot-latest" / "memory"
-    meddler = Meddler(lambda: FILE_CHANGES[change](path), copying)
+    writer = ChangeOnce(lambda: FILE_CHANGES[change](path), copying)
 
-    error = refused(source, directory / "fork", beat=meddler, reflink=reflink)
+    error = refused(source, directory / "fork", beat=writer, reflink=reflink)
 
-    assert meddler.done
+    assert writer.done
     assert error["code"] == "source_changed"
     assert error["path"].startswith(str(source))
 
@@ -131,11 +93,11 @@ def test_a_file_that_changes_before_its_turn(directory: Path, source: Path, chan
 @pytest.mark.parametrize("change", FILE_CHANGES)
 def test_a_file_that_changes_while_its_bytes_are_copied(directory: Path, source: Path, change: str) -> None:
     path = source / "overlay.raw"
-    meddler = Meddler(lambda: FILE_CHANGES[change](path), in_a_file)
+    writer = ChangeOnce(lambda: FILE_CHANGES[change](path), in_a_file)
 
-    error = refused(source, directory / "fork", beat=meddler, reflink="never")
+    error = refused(source, directory / "fork", beat=writer, reflink="never")
 
-    assert meddler.done
+    assert writer.done
     assert error["code"] == "source_changed"
     assert error["path"].startswith(str(source))
 
@@ -146,12 +108,12 @@ def test_a_file_that_changes_while_its_ranges_are_copied(directory: Path, change
     source = directory / "source"
     source.mkdir()
     make_sparse_file(source / "disk.raw", 256 * MIB, 192 * MIB)
-    time.sleep(_TICK_SECONDS)
-    meddler = Meddler(lambda: FILE_CHANGES[change](source / "disk.raw"), lambda progress: progress["phase"] == "copy")
+    wait_for_clock_tick()
+    writer = ChangeOnce(lambda: FILE_CHANGES[change](source / "disk.raw"), lambda progress: progress["phase"] == "copy")
 
-    error = refused(source, directory / "fork", beat=meddler, reflink="never", limits=CHUNKED)
+    error = refused(source, directory / "fork", beat=writer, reflink="never", limits=CHUNKED)
 
-    assert meddler.done
+    assert writer.done
     assert error["code"] == "source_changed"
     assert error["path"].startswith(str(source))
 
@@ -162,11 +124,11 @@ def test_a_file_that_changes_after_its_turn_and_before_the_publish(
 ) -> None:
     """Then the files of the fork would be of two moments: a disk that does not fit the memory."""
     path = source / "snapshots" / "snapshot-latest" / "memory"
-    meddler = Meddler(lambda: FILE_CHANGES[change](path), closing)
+    writer = ChangeOnce(lambda: FILE_CHANGES[change](path), closing)
 
-    error = refused(source, directory / "fork", beat=meddler, limits=limits)
+    error = refused(source, directory / "fork", beat=writer, limits=limits)
 
-    assert meddler.done
+    assert writer.done
     assert error["code"] == "source_changed"
     assert error["path"].startswith(str(source))
 
@@ -202,23 +164,23 @@ def test_entries_that_come_go_or_change_places(
     (source / "void").mkdir()
     (source / "link").symlink_to("nowhere")
     os.link(source / "state", source / "second")
-    time.sleep(_TICK_SECONDS)
-    meddler = Meddler(lambda: TREE_CHANGES[change](source), when)
+    wait_for_clock_tick()
+    writer = ChangeOnce(lambda: TREE_CHANGES[change](source), when)
 
-    error = refused(source, directory / "fork", beat=meddler, limits=limits)
+    error = refused(source, directory / "fork", beat=writer, limits=limits)
 
-    assert meddler.done
+    assert writer.done
     assert error["code"] == "source_changed"
     assert error["path"].startswith(str(source))
 
 
 def test_a_file_that_goes_while_the_source_is_walked(directory: Path, source: Path) -> None:
-    meddler = Meddler(lambda: (source / "snapshots" / "snapshot-latest").rename(directory / "moved"), planning)
+    writer = ChangeOnce(lambda: (source / "snapshots" / "snapshot-latest").rename(directory / "moved"), planning)
 
-    result = fork(source, directory / "fork", beat=meddler)
+    result = fork(source, directory / "fork", beat=writer)
 
     # The walk meets either the whole of it or nothing; it must not be half.
-    assert meddler.done
+    assert writer.done
     if result["status"] == "succeeded":
         assert_alike(source, directory / "fork", SKIPPED_BY_DEFAULT)
     else:
@@ -237,13 +199,13 @@ def test_what_is_left_out_may_come_and_go(directory: Path, source: Path, limits:
         (source / "snapshots" / "snapshot-latest" / "memory.lz4.tmp").unlink()
 
     for number, when in enumerate((planning, copying, closing)):
-        meddler = Meddler(live, when)
-        forked(source, directory / f"fork-{number}", beat=meddler, limits=limits)
-        assert meddler.done
+        writer = ChangeOnce(live, when)
+        forked(source, directory / f"fork-{number}", beat=writer, limits=limits)
+        assert writer.done
         (source / "vsock.sock").touch()
         (source / "snapshots" / "snapshot-latest" / "memory.lz4.tmp").touch()
         (source / "state.zst.tmp").unlink()
-        time.sleep(_TICK_SECONDS)
+        wait_for_clock_tick()
 
 
 def test_a_swapped_directory_leads_nobody_out_of_the_roots(directory: Path) -> None:
@@ -251,16 +213,16 @@ def test_a_swapped_directory_leads_nobody_out_of_the_roots(directory: Path) -> N
     (directory / "outside" / "snapshot-latest").mkdir(parents=True)
     (directory / "outside" / "snapshot-latest" / "memory").write_bytes(b"a secret")
     before = snapshot(directory / "outside")
-    time.sleep(_TICK_SECONDS)
+    wait_for_clock_tick()
 
     def swap() -> None:
         (source / "snapshots").rename(source / "aside")
         (source / "snapshots").symlink_to("../../outside")
 
-    meddler = Meddler(swap, copying)
-    error = refused(source, directory / "root" / "fork", beat=meddler, roots=[directory / "root"])
+    writer = ChangeOnce(swap, copying)
+    error = refused(source, directory / "root" / "fork", beat=writer, roots=[directory / "root"])
 
-    assert meddler.done
+    assert writer.done
     assert error["code"] == "source_changed"
     assert snapshot(directory / "outside") == before
 
@@ -278,10 +240,10 @@ def test_a_destinations_parent_that_is_swapped_for_a_symlink_leads_nobody_out_of
         parent.rename(directory / "root" / "aside")
         parent.symlink_to(directory / "outside")
 
-    meddler = Meddler(swap, copying)
-    fork(directory / "root" / "source", parent / "fork", beat=meddler, roots=[directory / "root"])
+    writer = ChangeOnce(swap, copying)
+    fork(directory / "root" / "source", parent / "fork", beat=writer, roots=[directory / "root"])
 
-    assert meddler.done
+    assert writer.done
     assert list((directory / "outside").iterdir()) == []
 
 
@@ -293,11 +255,11 @@ def test_a_file_that_was_replaced_by_its_like_is_another_file(directory: Path, s
         os.utime(path.with_name("new"), ns=(before.st_atime_ns, before.st_mtime_ns))
         path.with_name("new").rename(path)
 
-    assert refused(source, directory / "fork", beat=Meddler(replace_alike, copying))["code"] == "source_changed"
+    assert refused(source, directory / "fork", beat=ChangeOnce(replace_alike, copying))["code"] == "source_changed"
 
 
 def test_the_next_fork_of_a_source_that_has_come_to_rest_works(directory: Path, source: Path) -> None:
-    refused(source, directory / "fork", beat=Meddler(lambda: write(source / "state"), copying))
+    refused(source, directory / "fork", beat=ChangeOnce(lambda: write(source / "state"), copying))
 
     forked(source, directory / "fork")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,14 +13,12 @@ from tasks.copier.progress import Progress
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import wait_until
 from tests.support.engine.forks import assert_alike, forked, refused
+from tests.support.engine.source_writers import wait_for_clock_tick
 
 #: Chunks of 20 files are begun as soon as the walk has met 10.
 LIMITS = Limits(inline_files=10, inline_bytes=0, chunk_files=20)
 #: So many directories of ten files are walked when chunks have been given out.
 _BEATS = 7
-#: Longer than a tick of the kernel's coarse clock.
-_TICK_SECONDS = 0.03
-
 pytestmark = pytest.mark.usefixtures("every_beat")
 
 
@@ -39,7 +36,7 @@ def source(fresh: Fresh) -> Path:
         for n in range(10):
             (source / f"layer-{directory}" / f"block-{n}").write_bytes(b"as it was")
     (source / "largest").write_bytes(b"as it was" * 1000)
-    time.sleep(_TICK_SECONDS)
+    wait_for_clock_tick()
     return source
 
 

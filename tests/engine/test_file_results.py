@@ -12,42 +12,12 @@ import pytest
 from tasks.copier.options import Limits
 from tasks.copier.progress import Progress
 from tests.fixtures.filesystems import Fresh
-from tests.support.engine.forks import CHUNKED, MIB, Books, fork_with_books, forked, spec_of
+from tests.support.engine.file_results import assert_balanced
+from tests.support.engine.forks import CHUNKED, MIB, fork_with_books, forked, spec_of
 from tests.support.extents import data_extents
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
 from tests.support.sources import make_everything, make_images
-from tests.support.tree import Entry, snapshot
-
-METHODS = {
-    "snapshot": "reflinked",
-    "reflink": "reflinked",
-    "copy": "copied",
-    "hardlink": "hardlinked",
-    "symlink": "symlinked",
-    "mkdir": "directories",
-    "skip": "skipped",
-}
-
-
-def expected_paths(entries: dict[bytes, Entry]) -> set[str]:
-    """All entries but the top; of what is left out, only its own top."""
-    below = {b"logs/console.log"}
-    return {os.fsdecode(path) for path in entries if path != b"." and path not in below}
-
-
-def assert_balanced(books: Books, entries: dict[bytes, Entry]) -> None:
-    files, result = books.files, books.result
-    assert files.keys() == expected_paths(entries)
-    counts = dict.fromkeys(METHODS.values(), 0)
-    for one in files.values():
-        counts[METHODS[one["method"]]] += 1
-    assert result["files"] == {"total": len(files), "failed": 0, **counts}
-    assert result["bytes"] == {
-        "logical": sum(one["bytes"] for one in files.values() if METHODS[one["method"]] in ("reflinked", "copied")),
-        "reflinked": sum(one["bytes"] for one in files.values() if METHODS[one["method"]] == "reflinked"),
-        "copied": sum(one["copied_bytes"] for one in files.values()),
-    }
-    assert {one["error"] for one in files.values()} == {None}
+from tests.support.tree import snapshot
 
 
 def test_what_an_earlier_attempt_kept_is_no_part_of_the_books(fs: Path, limits: Limits) -> None:

@@ -1,0 +1,123 @@
+"""What becomes of a fork by snapshot when a system call is refused or fails."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.filesystems import Fresh, make_subvolume
+from tests.support.engine.forks import (
+    MIB,
+    assert_alike,
+    leftovers,
+)
+from tests.support.engine.snapshots import by_snapshot, make_subvolume_guest
+from tests.support.engine.traced_forks import control, in_tree, trace_fork
+from tests.support.guests import SKIPPED_BY_DEFAULT, make_sparse_file
+from tests.support.requirements import require_command
+
+
+@pytest.fixture
+def directory(fresh: Fresh) -> Path:
+    return fresh("btrfs")
+
+
+@pytest.fixture
+def source(directory: Path) -> Path:
+    return make_subvolume_guest(directory)
+
+
+@pytest.fixture(scope="session")
+def strace() -> str:
+    return require_command("strace", "the injection of errors")
+
+
+#: In the control directory: first whether a subvolume may be removed is asked, then the snapshot is made.
+_ASKED, _MADE = 1, 2
+
+
+@pytest.mark.parametrize("name", ["EPERM", "EXDEV", "EINVAL", "ETXTBSY", "EOPNOTSUPP", "EAGAIN"])
+def test_a_refused_snapshot_falls_down_the_ladder(strace: str, directory: Path, source: Path, name: str) -> None:
+    fork = directory / "fork"
+    traced = trace_fork(
+        strace, source, fork, calls="ioctl", inject=[f"ioctl:error={name}:when={_MADE}"], paths=[control(fork)]
+    )
+
+    assert traced.calls("SNAP_CREATE") == traced.calls("(INJECTED)") == 1
+    assert {one["method"] for one in traced.files.values()} == {"reflink", "hardlink", "mkdir", "skip"}
+    assert_alike(source, fork, SKIPPED_BY_DEFAULT)
+    assert leftovers(directory) == []
+
+
+def test_a_snapshot_is_not_written_to_without_need(strace: str, directory: Path) -> None:
+    source, fork = make_subvolume(directory / "source"), directory / "fork"
+    (source / "below").mkdir()
+    make_sparse_file(source / "below" / "disk.raw", 8 * MIB, MIB)
+    os.utime(source / "below", (86_400, 86_400))
+
+    traced = trace_fork(
+        strace,
+        source,
+        fork,
+        calls="fchmod,fchmodat,utimensat,fsetxattr,fchown",
+        paths=[control(fork, "snapshot"), control(fork, "snapshot") / "below", in_tree(fork)],
+    )
+
+    assert traced.result is not None
+    assert traced.result["subvolume"]
+    made, *written = [line for line in traced.trace if "exited" not in line]
+    assert "0700" in made  # the empty tree, whose place the snapshot takes
+    assert written == []
+    assert_alike(source, fork)
+
+
+@pytest.mark.parametrize(
+    ("call", "when", "name", "code"),
+    [
+        ("ioctl", _MADE, "EIO", "io_error"),
+        ("ioctl", _MADE, "ENOSPC", "no_space"),
+        ("ioctl", _MADE, "EDQUOT", "no_space"),
+        ("mkdirat", 1, "ENOSPC", "no_space"),
+        ("fchmod", 1, "EIO", "io_error"),
+        ("statx", 4, "EIO", "io_error"),
+        ("getdents64", 1, "EIO", "io_error"),
+        ("unlinkat", 2, "EIO", "io_error"),
+        ("renameat2", 1, "EIO", "io_error"),
+        ("renameat2", 1, "ENOENT", "io_error"),
+    ],
+)
+def test_an_error_on_the_way_fails_the_fork_and_leaves_nothing(
+    strace: str, directory: Path, source: Path, call: str, when: int, name: str, code: str
+) -> None:
+    fork = directory / "fork"
+    control_directory = control(fork)
+    if call == "fchmod":
+        source.chmod(0o577)  # else it is not called
+    traced = trace_fork(
+        strace,
+        source,
+        fork,
+        calls=call,
+        inject=[f"{call}:error={name}:when={when}"],
+        paths=[control_directory, control_directory / "snapshot", control_directory / "snapshot" / "snapshots"],
+    )
+
+    assert traced.calls("(INJECTED)") == 1
+    assert traced.result is not None
+    assert traced.result["error"] is not None
+    assert traced.result["error"]["code"] == code
+    assert sorted(path.name for path in directory.iterdir()) == ["source"]
+    by_snapshot(source, fork)
+
+
+def test_who_may_not_remove_a_subvolume_at_once_may_still_empty_it(strace: str, directory: Path, source: Path) -> None:
+    fork = directory / "fork"
+    traced = trace_fork(
+        strace, source, fork, calls="ioctl", inject=[f"ioctl:error=EPERM:when={_ASKED}"], paths=[control(fork)]
+    )
+
+    assert traced.result is not None
+    assert traced.result["subvolume"]
+    assert_alike(source, fork, SKIPPED_BY_DEFAULT)

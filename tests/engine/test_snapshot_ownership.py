@@ -1,0 +1,108 @@
+"""Snapshots by ordinary users, and who may enter one before it is published."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from tasks.copier.errors import Code, ForkError
+from tasks.copier.progress import Progress
+from tasks.copier.staging.control_directory import control_name
+from tests.fixtures.filesystems import Fresh, make_subvolume
+from tests.support.engine.child_processes import NOBODY, in_child
+from tests.support.engine.forks import (
+    assert_alike,
+    fork,
+    leftovers,
+    statuses,
+)
+from tests.support.engine.snapshots import SIZES, by_snapshot, file_by_file, make_subvolume_guest
+from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
+from tests.support.tree import snapshot
+
+
+@pytest.fixture
+def directory(fresh: Fresh) -> Path:
+    return fresh("btrfs")
+
+
+@pytest.fixture
+def source(directory: Path) -> Path:
+    return make_subvolume_guest(directory)
+
+
+@pytest.fixture
+def home(directory: Path) -> Path:
+    """A directory of an ordinary user."""
+    home = directory / "home"
+    home.mkdir()
+    os.chown(home, NOBODY, NOBODY)
+    return home
+
+
+def test_an_ordinary_user_forks_his_subvolume_whole(home: Path) -> None:
+    source = make_subvolume(home / "source")
+    os.chown(source, NOBODY, NOBODY)
+
+    def make_and_fork() -> None:
+        make_guest(source, SIZES)
+        (source / "read-only").mkdir()
+        (source / "read-only" / "file").write_bytes(b"x")
+        (source / "read-only").chmod(0o555)
+        (source / "overlay.raw").chmod(0o4444)
+        source.chmod(0o555)
+        by_snapshot(source, home / "fork", verify="content")
+
+    in_child(make_and_fork, user=NOBODY)
+
+    assert_alike(source, home / "fork", SKIPPED_BY_DEFAULT)
+
+
+def test_an_ordinary_users_snapshot_that_is_given_up_goes_too(home: Path, source: Path, every_beat: None) -> None:
+    _give(source, NOBODY)
+
+    def cancel(progress: Progress) -> None:
+        if progress["phase"] == "copy" and progress["files_done"] > 3:
+            assert os.path.isdir(home / control_name("fork-1") / "snapshot")
+            raise ForkError(Code.CANCELLED, "cancelled on request")
+
+    result = in_child(lambda: fork(source, home / "fork", beat=cancel), user=NOBODY)
+
+    assert (result["status"], leftovers(home)) == ("cancelled", [])
+
+
+@pytest.mark.parametrize("foreign", ["overlay.raw", "logs", ".", "vsock.sock"])
+def test_what_an_ordinary_user_could_not_own_or_remove_is_cloned_file_by_file(
+    home: Path, source: Path, foreign: str
+) -> None:
+    _give(source, NOBODY)
+    os.chown(source / foreign, 0, 0)
+
+    in_child(lambda: file_by_file(source, home / "fork"), user=NOBODY)
+
+    assert {entry.uid for entry in snapshot(home / "fork").values()} == {NOBODY}
+
+
+def _give(root: Path, user: int) -> None:
+    for path, _ in statuses(root):
+        os.chown(os.path.join(os.fsencode(root), path), user, user, follow_symlinks=False)
+
+
+def test_nobody_else_gets_into_a_snapshot_before_it_is_published(
+    directory: Path, source: Path, every_beat: None
+) -> None:
+    """Its top is 0777 from its first moment, as the source's."""
+    seen = []
+
+    def poll(progress: Progress) -> None:
+        if progress["phase"] == "copy":
+            names = leftovers(directory)
+            seen.append((len(names), {stat.S_IMODE((directory / name).stat().st_mode) for name in names}))
+
+    by_snapshot(source, directory / "fork", beat=poll)
+
+    assert set(map(str, seen)) == {str((2, {0o700}))}
+    assert (directory / "fork").stat().st_mode & 0o7777 == 0o777
