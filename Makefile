@@ -10,7 +10,7 @@ SOURCES := worker tasks tests benchmarks
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-deploy soak bench bench-quick lint format venv constraints clean
+.PHONY: help demo test coverage test-deploy soak bench bench-quick lint format venv constraints clean
 
 help: ## these lines
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,14 @@ test: ## ruff, mypy (strict) and every test
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/pytest -n 3 --dist worksteal -m 'not alone'
 	$(BIN)/pytest -m alone
+
+coverage: ## line and branch coverage of worker/ and tasks/ by all tests, processes that they start included
+	@scripts/setup.sh packages test
+	@$(MAKE) --no-print-directory --silent venv
+	$(BIN)/coverage erase
+	-$(BIN)/coverage run -m pytest -n 3 --dist worksteal --timeout 600 $(COVERAGE_ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 test-deploy: ## the image and docker-compose.yml in real containers, with a dockerd of its own; as root
 	@scripts/setup.sh packages deploy
@@ -66,5 +74,5 @@ constraints: ## takes the newest allowed version of every dependency into constr
 	@scripts/setup.sh constraints
 
 clean: ## removes what the targets above made
-	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
