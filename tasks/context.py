@@ -15,9 +15,9 @@ from redis.exceptions import RedisError, ResponseError
 from tasks.copier.errors import Code, ForkError, cancelled, describe
 from tasks.copier.fork_spec import ForkResult, ForkSpec
 from tasks.copier.options import Limits
-from tasks.copier.progress import BEAT_SECONDS, Beat, Progress
+from tasks.copier.progress import BEAT_SECONDS, Beat, Cancellation, Progress
 from tasks.copier.roots import Roots
-from tasks.store.ended import ALL_PAGES, EndedForks, Pages, are_few
+from tasks.store.recent_forks.forks import ALL_PAGES, Pages, RecentForks, are_few
 from tasks.store.redis_errors import cause
 from tasks.store.results import Results
 
@@ -66,8 +66,8 @@ class Context:
     queue: str
     #: What is to follow the job that this task was sent for, if its message says so.
     canvas: Canvas | None = None
-    #: Knows the forks whose end Redis has forgotten.
-    ended: EndedForks = field(default_factory=EndedForks)
+    #: Notes about forks whose results Redis may have lost.
+    recent_forks: RecentForks = field(default_factory=RecentForks)
 
     def keep_canvas(self, job_id: str) -> None:
         """Keep what follows the job for the task that ends it; to be called once the id is the request's."""
@@ -76,7 +76,7 @@ class Context:
 
     def ledger(self, spec: ForkSpec, parent_fd: int, name: str) -> ForkLedger:
         """The ledger of a fork that is to be published as `name` in `parent_fd`."""
-        return ForkLedger(self.results, spec.fork_id, partial(self.ended.note_fork, spec, parent_fd, name))
+        return ForkLedger(self.results, spec.fork_id, partial(self.recent_forks.note_fork, spec, parent_fd, name))
 
     def beat(self, fork_id: str, part: str, destination: str) -> Beat:
         """Tells the progress of one part of a fork, and raises ForkError cancelled when someone asked for an end.
@@ -90,7 +90,7 @@ class Context:
             if time.monotonic() >= tell_from:
                 self.publish_progress(fork_id, part, progress)
             with suppress(RedisError):
-                if results.is_cancelled(fork_id):
+                if results.cancellations.is_requested(fork_id):
                     raise cancelled(destination)
 
         return beat
@@ -98,7 +98,7 @@ class Context:
     def publish_progress(self, fork_id: str, part: str, progress: Progress) -> None:
         """Publish what one part of a fork has done so far, if Redis takes it."""
         with suppress(RedisError):
-            replace(self.results, patient=False).publish_progress(fork_id, part, progress)
+            replace(self.results, patient=False).states.publish_progress(fork_id, part, progress)
 
 
 @dataclass(frozen=True)
@@ -107,22 +107,22 @@ class ForkLedger:
 
     results: Results
     fork_id: str
-    #: Notes the fork where it has succeeded, for when Redis forgets it; see `tasks.store.ended`.
+    #: Writes a note about the fork when it has succeeded; see `tasks.store.recent_forks`.
     note: Callable[[ForkResult, Pages], None] | None = None
     #: The FileResults that this process kept, by part.
     pages: Pages = field(default_factory=dict)
 
-    def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> bool:
-        """Keep FileResults; see `Results.keep_pages`. Raises ForkError no_space when Redis takes no more."""
+    def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> Cancellation:
+        """Keep FileResults; see `Pages.store`. Raises ForkError no_space when Redis takes no more."""
         self._remember(parts)
         with _no_space():
-            return self.results.keep_pages(self.fork_id, parts, anew=anew)
+            return self.results.pages.store(self.fork_id, parts, only=anew)
 
-    def keep_all_pages(self, pages: list[bytes]) -> bool:
-        """Keep FileResults; see `Results.keep_all_pages`. Raises ForkError no_space when Redis takes no more."""
+    def keep_all_pages(self, pages: list[bytes]) -> Cancellation:
+        """Keep FileResults; see `Pages.store_all`. Raises ForkError no_space when Redis takes no more."""
         self._remember({ALL_PAGES: pages})
         with _no_space():
-            return self.results.keep_all_pages(self.fork_id, pages)
+            return self.results.pages.store_all(self.fork_id, pages)
 
     def _remember(self, pages: Pages) -> None:
         if are_few(pages):  # many are not to stay in memory
@@ -132,7 +132,7 @@ class ForkLedger:
         """Keep the final result, and put a line into the worker's log."""
         if result["error"] is None and self.note is not None:
             self.note(result, self.pages)
-        self.results.store_result(result["fork_id"], result)
+        self.results.final.store(result["fork_id"], result)
         ends = f"{result['source']!r} -> {result['destination']!r}"  # escaped: names come from guests
         error = result["error"]
         if error is None:

@@ -23,8 +23,9 @@ from tasks.copier.errors import ForkError
 from tasks.copier.staging.control_directory import last_sign_of_life
 from tasks.copier.staging.gc import YOUNG, collect
 from tasks.names import FINISH_CAMPAIGN_TASK, FORK_TASK
+from tasks.store import keys
+from tasks.store.open_jobs import OpenJob
 from tasks.store.redis_errors import cause
-from tasks.store.results import OpenFork
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +55,9 @@ def run_sweep(context: Context, every: int) -> None:
     context = replace(context, results=replace(context.results, patient=False))
     try:
         sweep_forks(context)
-        if context.results.take_turn("walk", context.queue, WALK_SECONDS):
+        if context.results.periodic_work.start(keys.WALK, context.queue, WALK_SECONDS):
             remove_abandoned(context)
-        context.results.shorten_turn("sweep", context.queue, every - 1)
+        context.results.periodic_work.set_due(keys.SWEEP, context.queue, every - 1)
     except RedisError as error:
         log.warning("a sweep was abandoned, since Redis does not answer: %s", cause(error))
 
@@ -66,23 +67,23 @@ def sweep_forks(context: Context) -> None:
 
     One that cannot be judged is logged and passed over.
     """
-    for fork in context.results.open_forks(context.queue):
+    for job in context.results.open_jobs.of_queue(context.queue):
         try:
-            _look_after(context, fork)
+            _look_after(context, job)
         except _OF_ONE_FORK as error:
-            log.warning("%r is passed over: %s: %s", fork.fork_id, type(error).__name__, error)
+            log.warning("%r is passed over: %s: %s", job.job_id, type(error).__name__, error)
 
 
-def _look_after(context: Context, fork: OpenFork) -> None:
-    sign = _sign_of_life(context, fork.fork_id, fork.claim["destination"])
-    if sign != fork.sign:
-        context.results.note_sign(fork.fork_id, sign)
+def _look_after(context: Context, job: OpenJob) -> None:
+    sign = _sign_of_life(context, job.job_id, job.claim["destination"])
+    if sign != job.heartbeat:
+        context.results.open_jobs.store_heartbeat(job.job_id, sign)
         return
-    log.warning("nothing moves in %s: its message was lost, or its process is paused; it is sent again", fork.fork_id)
-    if fork.claim.get("campaign"):  # not over: what is left of it is sent again
-        context.send(FINISH_CAMPAIGN_TASK, {"home": fork.claim["destination"]}, fork.fork_id)
+    log.warning("nothing moves in %s: its message was lost, or its process is paused; it is sent again", job.job_id)
+    if job.claim.get("campaign"):  # not over: what is left of it is sent again
+        context.send(FINISH_CAMPAIGN_TASK, {"home": job.claim["destination"]}, job.job_id)
     else:
-        context.send(FORK_TASK, {"request": fork.claim["request"]}, fork.fork_id)
+        context.send(FORK_TASK, {"request": job.claim["request"]}, job.job_id)
 
 
 def remove_abandoned(context: Context) -> None:
@@ -96,7 +97,7 @@ def remove_abandoned(context: Context) -> None:
                 level, line = _LOGGED[finding.verdict]
                 log.log(level, line, finding.fork_id, finding.path, finding.reason)
                 if finding.reason == YOUNG:
-                    context.results.shorten_turn("walk", context.queue, SILENT_SECONDS)
+                    context.results.periodic_work.set_due(keys.WALK, context.queue, SILENT_SECONDS)
         except (ForkError, OSError) as error:
             log.warning("abandoned staging was not looked for: %s", error)
 

@@ -21,10 +21,11 @@ from tasks.delivery.cancel import cancel_job
 from tasks.delivery.waiting import is_waiting
 from tasks.fork.foreign_ids import why_taken
 from tasks.names import CAMPAIGN_TASK, FORK_TASK
-from tasks.store.campaign_results import CampaignResults
-from tasks.store.fork_ids import campaign_of_fork
+from tasks.store.campaign.fork_ids import campaign_of_fork
+from tasks.store.campaign.results import CampaignResults
+from tasks.store.job_states import final_state
 from tasks.store.redis_errors import cause
-from tasks.store.results import Results, end_state
+from tasks.store.results import Results
 from worker.runtime.configuration import UNACKED_KEY, make_app
 from worker.settings import NoBroker, Settings
 from worker.terminal import ShowProgress, say
@@ -78,10 +79,10 @@ class Client:
     def status(self, job_id: str) -> Status:
         """What is known of a fork or campaign."""
         # The state first: a job whose state is final had its result kept before.
-        record = self.results.state(job_id)
-        result = cast("ForkResult | CampaignResult | None", self.results.final(job_id))
+        record = self.results.states.get(job_id)
+        result = cast("ForkResult | CampaignResult | None", self.results.final.get(job_id))
         if result is not None:
-            return Status(end_state(result), None, result)
+            return Status(final_state(result), None, result)
         progress = record["result"] if record["status"] == "PROGRESS" else None
         return Status(record["status"], progress, None)
 
@@ -91,11 +92,11 @@ class Client:
 
     def campaign_of_fork(self, job_id: str) -> str | None:
         """The campaign that this is a fork of; None for a job of its own, or an unknown id."""
-        return None if self.results.claim_of(job_id) is not None else campaign_of_fork(self.results, job_id)
+        return None if self.results.claims.get(job_id) is not None else campaign_of_fork(self.results, job_id)
 
     def is_known(self, job_id: str, status: Status) -> bool:
         """Whether the job whose status is `status` was begun, has ended, or waits in the queue of the settings."""
-        if status.state != states.PENDING or self.results.claim_of(job_id) is not None:
+        if status.state != states.PENDING or self.results.claims.get(job_id) is not None:
             return True
         if self.campaign_of_fork(job_id) is not None:
             return True
@@ -140,7 +141,7 @@ class Client:
 
     def _check_id(self, job_id: str, queue: str) -> None:
         """What a worker would drop the request for, the caller learns here."""
-        why = why_taken(self.results, job_id, queue, self.results.claim_of(job_id))
+        why = why_taken(self.results, job_id, queue, self.results.claims.get(job_id))
         if why is not None:
             raise ForkError(Code.INVALID_REQUEST, why, job_id)
 

@@ -17,7 +17,7 @@ from tasks.copier.fork.lifecycle import Superseded
 from tasks.copier.progress import Beat, Progress, Ticker
 from tasks.copier.staging.control_directory import Held
 from tasks.names import FINISH_CAMPAIGN_TASK
-from tasks.store.campaign_results import CampaignResults
+from tasks.store.campaign.results import CampaignResults
 
 
 def run_batch(context: Context, campaign_id: str, home: str, first: int) -> None:
@@ -26,7 +26,7 @@ def run_batch(context: Context, campaign_id: str, home: str, first: int) -> None
     Raises Again while another process makes it, or holds the campaign to plan or to end it.
     """
     results = results_in(context, campaign_id)
-    if context.results.claim_of(campaign_id) is None or results.result() is not None:
+    if context.results.claims.get(campaign_id) is None or results.result() is not None:
         return
     try:
         with open_campaign(context.roots, home, campaign_id, LOCK_WAIT) as campaign:
@@ -73,7 +73,7 @@ def _make(context: Context, results: CampaignResults, campaign: Campaign, home: 
 def _look(results: CampaignResults, campaign: Campaign) -> Beat:
     def poll(progress: Progress) -> None:
         with suppress(RedisError):
-            if error := results.ended(campaign.spec.source):
+            if error := results.reason_to_end(campaign.spec.source):
                 raise error
             if error := late(campaign, results.results.now):
                 raise error

@@ -23,7 +23,7 @@ from tasks.copier.staging.proof import NotOurs
 from tasks.copier.staging.staging import Staging
 from tasks.copier.validation import Malformed
 from tasks.names import CAMPAIGN_TASK
-from tasks.store.campaign_results import CampaignResults
+from tasks.store.campaign.results import CampaignResults
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def run_finish_campaign(
 
 def _send_again(context: Context, campaign_id: str) -> bool:
     """Send the request of a campaign that is not planned again; whether it was kept whole."""
-    claim = context.results.claim_of(campaign_id)
+    claim = context.results.claims.get(campaign_id)
     request = claim["request"]["kept"] if claim is not None else {}
     if "destinations" not in request:
         return False
@@ -83,7 +83,7 @@ def _conclude(
 ) -> CampaignResult | None:
     campaign = campaign_in(staging)
     if campaign is None:
-        error = results.ended(home)
+        error = results.reason_to_end(home)
         if _send_again(context, results.campaign_id) or error is None:
             return None  # its own message plans it, or gives each of its forks its end
         result = _settle_unplanned(context, results, error)
@@ -108,7 +108,7 @@ def _end_rest(context: Context, results: CampaignResults, campaign: Campaign, *,
             if not results.is_batch_done(first):
                 with suppress(ForkError, OSError, Held):  # one that cannot be taken is refused or waited for below
                     seize_batch(campaign, context.roots, first)
-    error = results.ended(campaign.spec.source)
+    error = results.reason_to_end(campaign.spec.source)
     if error is not None:
         end_rest(campaign, context.roots, Ticker(_go_on), results, error)
 
@@ -117,7 +117,7 @@ def _result(results: CampaignResults, campaign: Campaign) -> CampaignResult:
     sums, failures = results.sums(), results.failures()
     error = None
     if sums.get("forks.cancelled"):
-        error = results.ended(campaign.spec.source)
+        error = results.reason_to_end(campaign.spec.source)
         if campaign.spec.aims.on_error == "abort" and failures:
             error = from_record(failures[0]["error"])
     return campaign_result(campaign.spec, sums, failures, planned_at=campaign.planned_at, error=error)
@@ -126,12 +126,12 @@ def _result(results: CampaignResults, campaign: Campaign) -> CampaignResult:
 def _settle_unplanned(context: Context, results: CampaignResults, error: ForkError) -> CampaignResult:
     """End a campaign whose staging is of no use, with why it was to end, or else with `error`."""
     spec, paths = _known_of(context, results.campaign_id)
-    return end_unplanned(results, spec, paths, results.ended(spec.source) or error)
+    return end_unplanned(results, spec, paths, results.reason_to_end(spec.source) or error)
 
 
 def _known_of(context: Context, campaign_id: str) -> tuple[CampaignSpec, list[str]]:
     """What the claim on the id says of a campaign, and its destinations; none where the list was too long to keep."""
-    claim = context.results.claim_of(campaign_id)
+    claim = context.results.claims.get(campaign_id)
     if claim is None:
         return CampaignSpec(campaign_id=campaign_id, source=""), []
     summary: dict[str, Any] = claim["request"]

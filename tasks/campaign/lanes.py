@@ -10,7 +10,7 @@ from tasks.copier.campaign.finish import aborted, late
 from tasks.copier.campaign.plan import Campaign
 from tasks.copier.campaign.spec import forks_done
 from tasks.names import BATCH_TASK, FINISH_CAMPAIGN_TASK
-from tasks.store.campaign_results import CampaignResults
+from tasks.store.campaign.results import CampaignResults
 
 
 def send_batches(context: Context, results: CampaignResults, campaign: Campaign, home: str) -> None:
@@ -42,4 +42,4 @@ def is_over(results: CampaignResults, campaign: Campaign) -> bool:
         results.end_early(aborted(campaign))
     elif error := late(campaign, results.results.now):
         results.end_early(error)
-    return all_ended or results.ended(campaign.spec.source) is not None
+    return all_ended or results.reason_to_end(campaign.spec.source) is not None

@@ -24,9 +24,9 @@ from tasks.copier.staging import takeover
 from tasks.copier.staging.control_directory import Held
 from tasks.copier.staging.staging import Staging
 from tasks.fork.foreign_ids import is_of_another_job
-from tasks.store.campaign_results import CampaignResults
-from tasks.store.fork_ids import expire_forks, free_fork_ids
-from tasks.store.results import Claim, unwanted
+from tasks.store.campaign.fork_ids import expire_forks, free_fork_ids
+from tasks.store.campaign.results import CampaignResults
+from tasks.store.claims import Claim, reason_not_to_start
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +42,11 @@ def run_campaign(
     `queued` is how long the request waited, in seconds. `expired`: it is not to be begun any more, but continued where
     it was begun. Raises Again while another process plans it.
     """
-    holder = context.results.claim_of(campaign_id)
+    holder = context.results.claims.get(campaign_id)
     if is_of_another_job(context, campaign_id, holder):
         return None
     if (known := known_campaign(context, campaign_id)) is not None:
-        if context.canvas is not None and _is_same(context.results.claim_of(campaign_id), request):
+        if context.canvas is not None and _is_same(context.results.claims.get(campaign_id), request):
             context.keep_canvas(campaign_id)
         return known
     results = results_in(context, campaign_id)
@@ -60,7 +60,7 @@ def run_campaign(
         home = find_home(context.roots, paths)
     except ForkError as error:
         refusal = error
-    claimed = context.results.claim(
+    claimed = context.results.claims.take(
         campaign_id,
         {"request": summary_of(request, spec), "destination": home, "queue": context.queue, "campaign": True},
     )
@@ -74,7 +74,7 @@ def run_campaign(
     if not paths and refusal is not None:
         return store_result(results, spec, refused_campaign(request, campaign_id, refusal))
     try:
-        refusal = refusal or unwanted(claimed, spec.source, expired=expired)
+        refusal = refusal or reason_not_to_start(claimed, spec.source, expired=expired)
         if refusal is not None:
             raise refusal
         _plan(context, results, spec, paths, claim["destination"])
@@ -96,7 +96,7 @@ def _is_same(claim: Claim | None, request: object) -> bool:
 def known_campaign(context: Context, campaign_id: str) -> CampaignResult | None:
     """The result of a campaign that has ended; what a process left that died before it had removed all is removed."""
     known = CampaignResults(context.results, campaign_id).result()
-    claim = context.results.claim_of(campaign_id) if known is not None else None
+    claim = context.results.claims.get(campaign_id) if known is not None else None
     if claim is not None:
         remove_leftovers(context, campaign_id, claim["destination"])
     return known
@@ -107,7 +107,7 @@ def take_over_campaign(context: Context, campaign_id: str, heartbeat: int | None
 
     `heartbeat`: see `tasks.copier.staging.takeover`.
     """
-    claim = context.results.claim_of(campaign_id)
+    claim = context.results.claims.get(campaign_id)
     if claim is None:
         return
     with suppress(ForkError, OSError), context.roots.open_parent(claim["destination"]) as parent:
@@ -138,8 +138,8 @@ def _plan(context: Context, results: CampaignResults, spec: CampaignSpec, paths:
         if planned is None or not _is_asked_for(planned, spec, paths):
             try:
                 if planned is not None:
-                    results.forget()
-                elif results.sums() and results.ended(spec.source) is None:
+                    results.delete_outcomes()
+                elif results.sums() and results.reason_to_end(spec.source) is None:
                     raise ForkError(Code.IO_ERROR, "its staging directory was removed while it was made", home)
                 with staging.with_heartbeat():
                     plan_campaign(ends, staging, spec, paths, Ticker(_look(results, spec)))
@@ -169,7 +169,7 @@ def _is_asked_for(planned: Campaign, spec: CampaignSpec, paths: list[str]) -> bo
 def _look(results: CampaignResults, spec: CampaignSpec) -> Beat:
     def poll(progress: Progress) -> None:
         with suppress(RedisError):
-            if error := results.ended(spec.source):
+            if error := results.reason_to_end(spec.source):
                 raise error
 
     poll({"files_done": 0, "files_total": 0, "bytes_done": 0, "bytes_total": 0, "phase": "plan"})

@@ -32,8 +32,8 @@ from tasks.fork.tasks import (
     seen_of,
 )
 from tasks.names import BATCH_TASK, CAMPAIGN_TASK, FINISH_CAMPAIGN_TASK, inner_queue
-from tasks.store.campaign_results import CampaignResults
-from tasks.store.results import end_state
+from tasks.store.campaign.results import CampaignResults
+from tasks.store.job_states import final_state
 
 
 def register_campaigns(app: Celery, context: Callable[[AnyTask], Context]) -> None:
@@ -43,7 +43,7 @@ def register_campaigns(app: Celery, context: Callable[[AnyTask], Context]) -> No
         """A message whose losses are counted in Redis; a campaign that kills whoever takes it up is ended."""
 
         def count_loss(self) -> int:
-            return results_of(app, patient=False).count_loss(str(self.id))
+            return results_of(app, patient=False).open_jobs.count_loss(str(self.id))
 
         def abandon(self, job_id: str, destination: str) -> None:
             results = CampaignResults(results_of(app, patient=False), job_id)
@@ -104,7 +104,7 @@ def _answer(task: AnyTask, result: CampaignResult | None) -> CampaignResult:
     if result is None:
         raise Ignore
     error = result["error"]
-    state = end_state(result)
+    state = final_state(result)
     if error is None or state == states.SUCCESS:
         return result
     if state == states.REVOKED:

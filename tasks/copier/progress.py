@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from enum import Enum
 from typing import TypedDict, final
 
 #: Seconds between two calls of `beat`: the delay of a cancellation, and the interval of published progress.
@@ -19,6 +20,18 @@ class Progress(TypedDict):
     bytes_done: int
     bytes_total: int
     phase: str
+
+
+class Cancellation(Enum):
+    """Whether the cancellation of a fork was requested."""
+
+    REQUESTED = "requested"
+    NOT_REQUESTED = "not requested"
+
+    @classmethod
+    def of(cls, requested: object) -> Cancellation:
+        """REQUESTED for a true value."""
+        return cls.REQUESTED if requested else cls.NOT_REQUESTED
 
 
 #: Called with the progress so far. Raises ForkError to stop the work.

@@ -11,25 +11,14 @@ from kombu.utils.encoding import bytes_to_str
 from redis.exceptions import OutOfMemoryError
 
 from tasks.contract import ForkFailed
+from tasks.store import lua
 from tasks.store.redis_errors import is_passing, wait_out
 from tasks.store.results import Results
 
 log = logging.getLogger(__name__)
 
-#: Keeps and publishes a state; where the present one is final, publishes that once more. About `pcall`
-#: see `campaigns.store_result`.
-#:
-#: KEYS: the state. ARGV: the record, its TTL, and the words that are final states.
-_SET = """
-local current = redis.call('GET', KEYS[1])
-local word = current and string.match(current, '^{"status": ?"(%u+)"')
-for n = 3, #ARGV do
-    if word == ARGV[n] then return redis.call('PUBLISH', KEYS[1], current) end
-end
-local answer = redis.pcall('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
-if answer.err then return redis.error_reply(string.match(answer.err, 'OOM .*') or answer.err) end
-return redis.call('PUBLISH', KEYS[1], ARGV[1])
-"""
+#: For the script: words with a space before and after each.
+_FINAL_STATES = f" {' '.join(sorted(states.READY_STATES))} "
 
 
 class FinalStates(RedisBackend):
@@ -41,10 +30,12 @@ class FinalStates(RedisBackend):
 
     def set(self, key: Any, value: Any, expires: int | None = None, **_: Any) -> Any:
         """Keep and publish a record, unless the record under `key` is final; waits while Redis is away or full."""
-        script = self.client.register_script(_SET)
         backend: Any = self  # celery-types does not know `expires`
-        arguments = [value, expires or backend.expires, *sorted(states.READY_STATES)]
-        return wait_out(lambda: script(keys=[key], args=arguments), OutOfMemoryError)
+        ttl = expires or backend.expires
+        return wait_out(
+            lambda: lua.SET_STATE.run(self.client, state_key=key, record=value, ttl=ttl, final_states=_FINAL_STATES),
+            OutOfMemoryError,
+        )
 
     def mark_as_failure(self, task_id: str, exc: Exception, *args: Any, **kwargs: Any) -> None:
         """Store a failure. Of a task of this program only a ForkFailed, whose fork has its result, is one.

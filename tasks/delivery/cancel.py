@@ -13,8 +13,8 @@ def cancel_job(app: Celery, results: Results, job_id: str) -> None:
 
     Raises RedisError, OperationalError.
     """
-    results.cancel(job_id)
-    claim = results.claim_of(job_id)
+    results.cancellations.request(job_id)
+    claim = results.claims.get(job_id)
     if claim is None:
         return
     task, place = (FINISH_CAMPAIGN_TASK, "home") if claim.get("campaign") else (FINISH_TASK, "destination")

@@ -36,8 +36,9 @@ from redis.exceptions import OutOfMemoryError, ResponseError
 from tasks.contract import ForkFailed
 from tasks.delivery.backend import results_of
 from tasks.delivery.signatures import FOLLOWERS, followers_of
+from tasks.store import keys
 from tasks.store.redis_errors import is_passing, wait_out
-from tasks.store.results import Results, key_of
+from tasks.store.results import Results
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class Canvas:
 
     def keep(self, results: Results, job_id: str) -> None:
         """Keep it for the task that ends the job; what was sent already stays so."""
-        key = key_of(job_id, "canvas")
+        key = keys.CANVAS.of(job_id)
 
         def write() -> None:
             known = cast("list[bytes]", results.redis.hkeys(key))
@@ -117,7 +118,7 @@ class Job(Task):  # type: ignore[type-arg]  # Celery's class takes no arguments 
     def follow(self, job_id: str, state: str, outcome: Any) -> None:
         """Send what follows a job whose final state is stored."""
         results = results_of(self.app, patient=True)
-        key = key_of(job_id, "canvas")
+        key = keys.CANVAS.of(job_id)
         kept = cast("dict[bytes, bytes]", results.ask(lambda: results.redis.hgetall(key)))
         for digest, text in kept.items():
             if text:

@@ -33,11 +33,11 @@ def run_abandon(context: Context, fork_id: str, destination: str) -> ForkResult 
             Staging.attach(parent.fd, fork_id, LOCK_WAIT, alone=True) as staging,
         ):
             if staging is None:
-                return context.results.result(fork_id) or refuse(context, unknown, worker_lost(destination))
+                return context.results.final.fork(fork_id) or refuse(context, unknown, worker_lost(destination))
             if not is_asked_for(context, staging.own_journal(), fork_id, destination):
                 return refuse(context, unknown, worker_lost(destination))
             if store_published(context, fork_id, destination):
-                return context.results.result(fork_id)
+                return context.results.final.fork(fork_id)
             ends = Endpoints("", destination, -1, parent.fd, parent.name)
             return _give_up(context, staging, ends, fork_id) or refuse(context, unknown, worker_lost(destination))
     except Held as held:

@@ -60,7 +60,7 @@ def run_chunk(context: Context, fork_id: str, destination: str, number: int) -> 
 
 def _look_after(context: Context, fork_id: str, destination: str) -> None:
     """See to it that a fork without staging has an end."""
-    if context.results.result(fork_id) is None:
+    if context.results.final.fork(fork_id) is None:
         context.send(FINISH_TASK, {"destination": destination}, fork_id)
 
 

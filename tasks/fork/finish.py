@@ -19,7 +19,7 @@ from tasks.copier.roots import normal_path
 from tasks.copier.staging.control_directory import Held
 from tasks.copier.staging.journal import Journal
 from tasks.copier.staging.staging import Staging
-from tasks.store.ended import ALL_PAGES
+from tasks.store.recent_forks.forks import ALL_PAGES
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def run_finish(context: Context, fork_id: str, destination: str) -> ForkResult |
     is_cancelled = False
     with parent:
         try:
-            is_cancelled = context.results.is_cancelled(fork_id)
+            is_cancelled = context.results.cancellations.is_requested(fork_id)
             if is_cancelled:
                 Staging.stop_from_outside(parent.fd, fork_id)
             with Staging.attach(parent.fd, fork_id, LOCK_WAIT, alone=True) as staging:
@@ -58,7 +58,7 @@ def run_finish(context: Context, fork_id: str, destination: str) -> ForkResult |
         except OSError as error:  # the staging cannot be read: perhaps it can for the end
             failure = from_oserror(error, "working in the staging directory", destination)
             return end_with(context, unknown_spec(context, fork_id, destination), failure)
-    known = context.results.result(fork_id) or store_ended(context, unknown_spec(context, fork_id, destination))
+    known = context.results.final.fork(fork_id) or store_ended(context, unknown_spec(context, fork_id, destination))
     if known is None:
         raise RetryLater(None)  # it may be about to be made anew
     return known
@@ -66,7 +66,7 @@ def run_finish(context: Context, fork_id: str, destination: str) -> ForkResult |
 
 def known_result(context: Context, fork_id: str) -> ForkResult | None:
     """The result of a fork that has ended, or None: see `publish_again`."""
-    known = context.results.result(fork_id)
+    known = context.results.final.fork(fork_id)
     return publish_again(context, known) if known is not None else None
 
 
@@ -108,7 +108,7 @@ def _finish(
 
 def unknown_spec(context: Context, fork_id: str, destination: str) -> ForkSpec:
     """A fork of which the staging does not tell what it is: as the request says that holds the id, if one does."""
-    claim = context.results.claim_of(fork_id)
+    claim = context.results.claims.get(fork_id)
     if claim is not None:
         with suppress(ForkError):
             return fork_request.spec_of(claim["request"], fork_id, owner="queue")
@@ -125,7 +125,7 @@ def is_asked_for(context: Context, journal: Journal | None, fork_id: str, destin
     if journal.is_campaign:
         return False
     spec = ForkSpec.from_data(journal.spec)
-    claim = context.results.claim_of(fork_id)
+    claim = context.results.claims.get(fork_id)
     if claim is None:
         return spec.destination == normal_path(destination, "destination")
     with suppress(ForkError):
@@ -154,8 +154,8 @@ def end_with(context: Context, spec: ForkSpec, error: ForkError) -> ForkResult |
         return None
     except (ForkError, OSError):
         # What is there is not ours, or cannot be read; another chunk may have settled the fork for that.
-        return context.results.result(spec.fork_id) or refuse(context, spec, error)
-    return context.results.result(spec.fork_id) or refuse(context, spec, error)
+        return context.results.final.fork(spec.fork_id) or refuse(context, spec, error)
+    return context.results.final.fork(spec.fork_id) or refuse(context, spec, error)
 
 
 def refuse(context: Context, spec: ForkSpec, error: ForkError) -> ForkResult:
@@ -172,7 +172,7 @@ def refuse(context: Context, spec: ForkSpec, error: ForkError) -> ForkResult:
 
 def store_ended(context: Context, spec: ForkSpec) -> ForkResult | None:
     """Settle a fork that ended well and that Redis has forgotten, if it is at its destination: its result, or None."""
-    ended = context.ended.fork(context.roots, spec)
+    ended = context.recent_forks.find(context.roots, spec)
     if ended is None:
         return None
     log.warning("fork %s ended before, which Redis has forgotten: its result is kept again", spec.fork_id)

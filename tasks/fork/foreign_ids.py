@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 
 from tasks.context import Context
-from tasks.store.fork_ids import campaign_of_fork
-from tasks.store.results import Claim, Results
+from tasks.store.campaign.fork_ids import campaign_of_fork
+from tasks.store.claims import Claim
+from tasks.store.results import Results
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def why_taken(results: Results, job_id: str, queue: str, holder: Claim | None) -
         return None
     if holder is not None:
         why = f"a job in the queue {holder['queue']!r} has this id, and this request is for the queue {queue!r}"
-    elif (campaign_id := campaign_of_fork(results, job_id)) and results.claim_of(job_id) is None:
+    elif (campaign_id := campaign_of_fork(results, job_id)) and results.claims.get(job_id) is None:
         why = f"it is the id of a fork of the campaign {campaign_id!r}"
     else:
         return None

@@ -14,13 +14,13 @@ from tasks.copier.fork.lifecycle import Superseded, start
 from tasks.copier.fork.plan import Plan
 from tasks.copier.fork_spec import ForkResult, ForkSpec
 from tasks.copier.kernel import trees
-from tasks.copier.progress import Ticker
+from tasks.copier.progress import Cancellation, Ticker
 from tasks.copier.staging.control_directory import Held
 from tasks.copier.staging.staging import Staging
 from tasks.fork.finish import end_with, publish_again, refuse, store_ended
 from tasks.fork.foreign_ids import is_of_another_job
 from tasks.names import CHUNK_TASK
-from tasks.store.results import Claim, unwanted
+from tasks.store.claims import Claim, reason_not_to_start
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def run_fork(
     claim: Claim = {"request": request, "destination": destination, "queue": context.queue}
     if is_of_another_job(context, fork_id, None):
         return None
-    claimed = context.results.claim(fork_id, claim)
+    claimed = context.results.claims.take(fork_id, claim)
     if is_of_another_job(context, fork_id, claimed.holder):
         return None
     if claimed.holder["request"] == request:
@@ -53,7 +53,7 @@ def run_fork(
         result = fork_request.refused(request, fork_id, error)
         ForkLedger(context.results, fork_id).store_result(result)
         return result
-    if (refusal := unwanted(claimed, spec.destination, expired=expired)) is not None:
+    if (refusal := reason_not_to_start(claimed, spec.destination, expired=expired)) is not None:
         return refuse(context, spec, refusal)
     try:
         return _start(context, spec)
@@ -74,10 +74,10 @@ def _start(context: Context, spec: ForkSpec) -> ForkResult | None:
         Staging.claim(ends.parent_fd, spec.fork_id, LOCK_WAIT) as staging,
     ):
         fresh = staging.journal() is None
-        known, is_cancelled = context.results.standing(spec.fork_id)  # another delivery may have settled it meanwhile
+        known, cancellation = context.results.final.status(spec.fork_id)  # another delivery may have ended it since
         if fresh and known is None and trees.identity_of(ends.parent_fd, ends.name) is not None:
             known = store_ended(context, spec)  # Redis may have forgotten it
-        if known is not None or (fresh and is_cancelled):
+        if known is not None or (fresh and cancellation is Cancellation.REQUESTED):
             if fresh:
                 staging.remove()
             return known or refuse(context, spec, cancelled(spec.destination))

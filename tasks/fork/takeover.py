@@ -32,7 +32,7 @@ def take_over(context: Context, fork_id: str, destination: str, heartbeat: int |
     if taken is None:
         return None
     log.warning("fork %s was taken from a process that has been paused for %.0f s", fork_id, STALE_SECONDS)
-    claim = context.results.claim_of(fork_id)
+    claim = context.results.claims.get(fork_id)
     if claim is not None:
         request: dict[str, Any] = claim["request"]
         return request
@@ -60,6 +60,6 @@ def store_published(context: Context, fork_id: str, destination: str) -> bool:
 def store_lost(context: Context, fork_id: str, destination: str) -> ForkResult:
     """Settle a fork whose staging someone removed."""
     error = ForkError(Code.IO_ERROR, "its staging directory is gone", destination, errno.ENOENT)
-    if context.results.is_cancelled(fork_id):
+    if context.results.cancellations.is_requested(fork_id):
         error = cancelled(destination)
     return refuse(context, unknown_spec(context, fork_id, destination), error)

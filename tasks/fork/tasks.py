@@ -28,7 +28,7 @@ from tasks.fork.finish import run_finish
 from tasks.fork.start import run_fork
 from tasks.fork.takeover import STALE_SECONDS, store_lost, store_published, take_over
 from tasks.names import ABANDON_TASK, CHUNK_TASK, FINISH_TASK, FORK_TASK, SWEEP_TASK, inner_queue
-from tasks.store.ended import EndedForks
+from tasks.store.recent_forks.forks import RecentForks
 from tasks.store.redis_errors import wait_out
 from tasks.sweep import run_sweep
 
@@ -42,7 +42,7 @@ NO_STAGING = 0
 
 def surroundings(app: Celery, roots: Roots, limits: Limits) -> Callable[[AnyTask], Context]:
     """What gives each running task its context."""
-    ended = EndedForks()  # one for all tasks of a process: it remembers when it purged, and whether it warned
+    ended = RecentForks()  # one for all tasks of a process: it remembers when it purged, and whether it warned
 
     def context(task: AnyTask) -> Context:
         queue = _queue(task)
@@ -79,7 +79,7 @@ def register(app: Celery, context: Callable[[AnyTask], Context]) -> None:
         """A message whose losses are counted in Redis, since whoever takes it dies."""
 
         def count_loss(self) -> int:
-            return results_of(app, patient=False).count_loss(str(self.id))
+            return results_of(app, patient=False).open_jobs.count_loss(str(self.id))
 
         def abandon(self, job_id: str, destination: str) -> None:
             queue = inner_queue(domain_queue(self), ABANDON_TASK)

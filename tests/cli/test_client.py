@@ -10,7 +10,7 @@ from celery import states
 
 from tasks.copier.fork_spec import Clock, ForkSpec, succeeded
 from tasks.copier.report import Totals
-from tasks.store.results import state_json
+from tasks.store.job_states import state_json
 from tests.fixtures.redis_server import RedisServer
 from worker.client import Client
 from worker.settings import Settings
@@ -34,7 +34,7 @@ def test_a_job_that_ends_while_it_is_looked_at_never_seems_to_have_ended_without
         nonlocal looks
         if looks == looks_before:
             looks += 1
-            results.store_result(FORK_ID, result)
+            results.final.store(FORK_ID, result)
             results.redis.set(results.state_key(FORK_ID), state_json(FORK_ID, states.SUCCESS, "null"), ex=60)
         looks += 1
         return ask(*command, **options)

@@ -17,7 +17,7 @@ import tasks.fork.finish
 import tasks.fork.start
 from tasks.copier.fork import chunk, lifecycle
 from tasks.copier.staging.staging import Staging
-from tasks.store.results import Results
+from tasks.store.final_results import FinalResults
 from tests.faults.fault_points import INLINE, directory_of
 
 #: Of the arguments of a function: the fork's id and the moment, or None.
@@ -83,4 +83,4 @@ _strike(chunk, "run_chunk", before=_at_chunk)
 _strike(tasks.fork.finish, "finish", before=_at("finish uncounted"))
 _strike(lifecycle, "close_tree", before=_at("finish"))
 _strike(Staging, "publish", before=_at("before the rename"), after=_at("after the rename"))
-_strike(Results, "store_result", after=lambda results, job_id, result: (job_id, "settled"))
+_strike(FinalResults, "store", after=lambda results, job_id, result: (job_id, "settled"))

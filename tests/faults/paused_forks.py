@@ -48,12 +48,14 @@ class Struck:
         `emptied`: Redis was, and what it had of the FileResults is gone.
         """
         what = f"the result of the fork struck at {self.moment}"
-        wait_until(lambda: scheduler.results.state(self.fork_id)["status"] in ("SUCCESS", "FAILURE"), what, timeout)
-        result = scheduler.results.result(self.fork_id)
+        wait_until(
+            lambda: scheduler.results.states.get(self.fork_id)["status"] in ("SUCCESS", "FAILURE"), what, timeout
+        )
+        result = scheduler.results.final.fork(self.fork_id)
         assert result is not None, what
         check_fork_result(result)
         assert result["error"] is None, f"struck at {self.moment}: {result['error']}"
-        assert scheduler.results.state(self.fork_id)["status"] == "SUCCESS"
+        assert scheduler.results.states.get(self.fork_id)["status"] == "SUCCESS"
         if not emptied:
             check_books(result, scheduler.files(self.fork_id))
         assert snapshot(self.destination) == snapshot(self.source)

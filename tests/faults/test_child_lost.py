@@ -51,7 +51,7 @@ def test_fork_of_a_stopped_child_is_made_by_another_and_the_sleeper_writes_nothi
     assert_served_and_clean(system, guests, place)
     for one in struck:
         assert _picture(system, one) == published[one], one.moment
-        assert system.scheduler.results.state(one.fork_id)["status"] == "SUCCESS"
+        assert system.scheduler.results.states.get(one.fork_id)["status"] == "SUCCESS"
 
 
 @pytest.mark.alone
@@ -89,7 +89,7 @@ def _picture(system: System, one: Struck) -> tuple[Any, ...]:
     """All of a fork that a late writer could change: inodes, times, contents, where the bytes lie, its results."""
     root = one.destination
     extents = {path: fiemap(path) for path in root.rglob("*") if path.is_file()}
-    told = system.scheduler.results.result(one.fork_id), system.scheduler.files(one.fork_id)
+    told = system.scheduler.results.final.fork(one.fork_id), system.scheduler.files(one.fork_id)
     return identity(root), snapshot(root), extents, *told
 
 

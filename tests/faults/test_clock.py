@@ -123,7 +123,7 @@ def test_deadline_of_a_campaign_goes_by_one_clock(
             time.sleep(deadline)
 
     # Then
-    wait_until(lambda: own_scheduler.results.final("c") is not None, "the end", 60)
+    wait_until(lambda: own_scheduler.results.final.get("c") is not None, "the end", 60)
     own_scheduler.wait_quiet()
     assert result_of(own_scheduler, "c")["status"] == status
     assert_books_balance(own_scheduler, result_of(own_scheduler, "c"), paths_of(place, 600))

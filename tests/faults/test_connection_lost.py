@@ -61,13 +61,13 @@ def test_forks_and_campaigns_over_a_bad_connection_end_with_their_true_results(
         # Then all of them are made. A message that Redis gave to a connection that was cut in that instant is lost:
         # of a fork that a worker had begun with the sweep sends it again, of another one its client does
         for fork in forks:
-            if own_scheduler.results.claim_of(fork.fork_id) is None:
+            if own_scheduler.results.claims.get(fork.fork_id) is None:
                 _send(system, fork)
-        if own_scheduler.results.claim_of("many") is None:
+        if own_scheduler.results.claims.get("many") is None:
             send(own_scheduler, many, "many")
         for fork in forks:
             fork.wait_for_success(own_scheduler)
-        wait_until(lambda: own_scheduler.results.final("many") is not None, "the campaign's result", PATIENCE)
+        wait_until(lambda: own_scheduler.results.final.get("many") is not None, "the campaign's result", PATIENCE)
         made = assert_books_balance(
             own_scheduler, result_of(own_scheduler, "many"), paths_of(place / "many", FANNED_OUT)
         )

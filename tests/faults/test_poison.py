@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from tasks.copier.fork.chunk import MAX_TRIES
@@ -39,12 +40,12 @@ def test_work_that_kills_its_process_each_time_ends_after_a_bounded_number_of_tr
 
     # and each of the poisoned ends: published where the poison comes after that, else as a failure with nothing left
     for fork in poisoned:
-        wait_until(lambda f=fork: scheduler.results.result(f.fork_id) is not None, f"the end of {fork.moment}", 60)  # type: ignore[misc]
+        wait_until(lambda f=fork: scheduler.results.final.fork(f.fork_id) is not None, f"the end of {fork.moment}", 60)  # type: ignore[misc]
         if fork.moment in PUBLISHED:
             moments.disarm(fork.fork_id, fork.moment)
             fork.wait_for_success(scheduler)
             continue
-        result = scheduler.results.result(fork.fork_id)
+        result = scheduler.results.final.fork(fork.fork_id)
         assert result is not None
         check_fork_result(result)
         assert result["error"] is not None, fork.moment
@@ -53,5 +54,6 @@ def test_work_that_kills_its_process_each_time_ends_after_a_bounded_number_of_tr
         assert not fork.destination.exists()
         tries = len(moments.reached(fork.fork_id, fork.moment))
         assert 2 <= tries <= (2 * MAX_LOSSES if fork.moment in UNCOUNTED else MAX_TRIES + 1), (fork.moment, tries)
-        wait_until(lambda f=fork: scheduler.results.state(f.fork_id)["status"] == "FAILURE", f"the state of {fork}")  # type: ignore[misc]
+        state = partial(scheduler.results.states.get, fork.fork_id)
+        wait_until(lambda state=state: state()["status"] == "FAILURE", f"the state of {fork}")  # type: ignore[misc]
     assert_served_and_clean(system, guests, place)

@@ -14,7 +14,7 @@ from tasks.copier.campaign.spec import Aims, CampaignSpec
 from tasks.copier.errors import cancelled
 from tasks.copier.fork_spec import ForkResult
 from tasks.copier.staging.control_directory import control_name
-from tasks.store.campaign_results import CampaignResults
+from tasks.store.campaign.results import CampaignResults
 from tests.faults.fault_points import INLINE, PUBLISHED, Moments
 from tests.faults.paused_forks import CHILDREN, Guests, StartStruck, Struck, assert_served_and_clean, go_on, stand_at
 from tests.fixtures.processes import wait_until
@@ -67,7 +67,7 @@ def test_redis_emptied_in_mid_fork_gives_no_false_success_and_its_staging_is_rea
     # Then what was not published is nowhere, not even as staging; but a worker may have had a message at hand
     wait_until(lambda: not leftovers(place), "the end of all staging")
     system.scheduler.wait_quiet()
-    forgotten = [one for one in struck if system.scheduler.results.result(one.fork_id) is None]
+    forgotten = [one for one in struck if system.scheduler.results.final.fork(one.fork_id) is None]
     assert len(forgotten) > len(struck) // 2
     for one in struck:
         if one not in forgotten:
@@ -161,8 +161,8 @@ def _trees(one: Struck) -> list[Path]:
 
 
 def _wait_for_result(scheduler: Scheduler, one: Struck) -> ForkResult:
-    wait_until(lambda: scheduler.results.result(one.fork_id) is not None, f"the result of {one.moment}")
-    result = scheduler.results.result(one.fork_id)
+    wait_until(lambda: scheduler.results.final.fork(one.fork_id) is not None, f"the result of {one.moment}")
+    result = scheduler.results.final.fork(one.fork_id)
     assert result is not None
     return result
 

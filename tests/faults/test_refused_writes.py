@@ -59,7 +59,9 @@ def test_forks_wait_while_redis_refuses_writes_and_no_state_goes_back(
             system.scheduler.redis.set("more", "x", ex=60)
         go_on(struck)
         time.sleep(2)
-        assert not [one.moment for one in struck if system.scheduler.results.state(one.fork_id)["status"] == "FAILURE"]
+        assert not [
+            one.moment for one in struck if system.scheduler.results.states.get(one.fork_id)["status"] == "FAILURE"
+        ]
         REFUSALS[kind].end(system.scheduler.redis)
 
         # Then

@@ -28,7 +28,7 @@ def test_worker_whose_connections_go_silent_serves_again_within_a_minute_and_end
         own_scheduler.send({"source": str(guests.small), "destination": str(place / "next")}, "next")
 
         # Then
-        wait_until(lambda: own_scheduler.results.state("next")["status"] == "SUCCESS", "the next fork", MINUTE)
+        wait_until(lambda: own_scheduler.results.states.get("next")["status"] == "SUCCESS", "the next fork", MINUTE)
         own_scheduler.wait_quiet()
 
         # and when Redis cannot be reached at all

@@ -18,8 +18,9 @@ from tasks.copier.roots import Roots
 from tasks.copier.staging.control_directory import control_name
 from tasks.copier.staging.staging import Staging
 from tasks.names import FINISH_CAMPAIGN_TASK
-from tasks.store.campaign_results import CampaignResults
-from tasks.store.results import Claim, Results
+from tasks.store.campaign.results import CampaignResults
+from tasks.store.claims import Claim
+from tasks.store.results import Results
 from tasks.sweep import remove_abandoned, run_sweep, sweep_forks
 from tests.faults.fault_points import Moments
 from tests.faults.paused_forks import CHILDREN, Guests, StartStruck, Struck, assert_served_and_clean, stand_at
@@ -165,7 +166,7 @@ def test_sweep_passes_over_what_is_in_the_way_of_one_fork(own_scheduler: Schedul
     for fork_id, parent in parents.items():
         destination = f"{place}/{parent}/{fork_id}"
         request = {"source": f"{place}/none", "destination": destination}
-        own_scheduler.results.claim(fork_id, {"request": request, "destination": destination, "queue": QUEUE})
+        own_scheduler.results.claims.take(fork_id, {"request": request, "destination": destination, "queue": QUEUE})
 
     # When
     sweep_forks(context)
@@ -209,7 +210,7 @@ def test_campaign_whose_staging_was_replaced_ends_and_others_are_served(
         "queue": QUEUE,
         "campaign": True,
     }
-    system.scheduler.results.claim("c1", claim)
+    system.scheduler.results.claims.take("c1", claim)
 
     # When a sweep sends it again
     system.scheduler.app.send_task(
@@ -218,7 +219,7 @@ def test_campaign_whose_staging_was_replaced_ends_and_others_are_served(
 
     # Then it ends, with nothing made, and the worker serves another fork
     ended = ("SUCCESS", "FAILURE", "REVOKED")
-    wait_until(lambda: system.scheduler.results.state("c1")["status"] in ended, "the end of the campaign")
+    wait_until(lambda: system.scheduler.results.states.get("c1")["status"] in ended, "the end of the campaign")
     result = CampaignResults(system.scheduler.results, "c1").result()
     assert result is not None
     assert (result["status"], result["forks"]["failed"]) == ("failed", 3)

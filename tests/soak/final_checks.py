@@ -39,10 +39,10 @@ class Books:
 
     def close(self, job: Job) -> bool:
         """Check what became of a job, if it has ended: the result, and the disk. A good fork is removed then."""
-        if self.scheduler.results.state(job.fork_id)["status"] not in states.READY_STATES:
+        if self.scheduler.results.states.get(job.fork_id)["status"] not in states.READY_STATES:
             return False
-        result = self.scheduler.results.final(job.fork_id)
-        forks = [self.scheduler.results.result(fork_id) for fork_id in job.destinations]
+        result = self.scheduler.results.final.get(job.fork_id)
+        forks = [self.scheduler.results.final.fork(fork_id) for fork_id in job.destinations]
         files = {fork_id: self.scheduler.files(fork_id) for fork_id in job.destinations}
         # Redis has said all by now: it may go away at any time, and then this is done again.
         try:
@@ -108,8 +108,8 @@ class Books:
         assert self.wrong == [], "\n".join(self.wrong)
         assert set(self.results) == {job.fork_id for job in jobs}
         for job in jobs:
-            assert self.scheduler.results.final(job.fork_id) == self.results[job.fork_id]
-            status = self.scheduler.results.state(job.fork_id)["status"]
+            assert self.scheduler.results.final.get(job.fork_id) == self.results[job.fork_id]
+            status = self.scheduler.results.states.get(job.fork_id)["status"]
             assert status == _end(job, self.results[job.fork_id])
             for fork_id, destination in job.destinations.items():
                 assert not os.path.lexists(destination), f"{fork_id} was made again"

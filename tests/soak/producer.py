@@ -81,7 +81,7 @@ class Producer:
     def send_unknown_again(self) -> None:
         """Send the jobs again that no worker has begun: Redis lost their messages."""
         for job in self.open:
-            if self._books.scheduler.results.claim_of(job.fork_id) is None:
+            if self._books.scheduler.results.claims.get(job.fork_id) is None:
                 self.send(job)
 
     def damageable(self) -> list[Job]:
@@ -92,7 +92,7 @@ class Producer:
         for fork_id, (when, job) in list(self._cancels.items()):
             if time.monotonic() > when:
                 if job.cancel_by == "cancel":
-                    self._books.scheduler.results.cancel(fork_id)
+                    self._books.scheduler.results.cancellations.request(fork_id)
                 else:
                     self._app.control.revoke(fork_id, terminate=job.cancel_by == "terminate")
                 del self._cancels[fork_id]

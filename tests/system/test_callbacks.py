@@ -115,7 +115,7 @@ def test_cancelled_fork_calls_nothing_back_and_nobody_waits_for_what_was_to_foll
     directory = fresh("xfs")
     jobs = [_job(scheduler, "chunks", directory, f"cancelled-{n}") for n in range(3)]
     for job in jobs:
-        scheduler.results.cancel(job.options["task_id"])
+        scheduler.results.cancellations.request(job.options["task_id"])
 
     notes = {"link": _note(scheduler, "link"), "link_error": _note(scheduler, "error")}
     last = (jobs[0].set(**notes) | _note(scheduler, "chain")).apply_async()
@@ -178,7 +178,7 @@ def test_fork_whose_processes_are_killed_is_followed_once(
     wait_until(lambda: len(_sent(scheduler)) == 2, "the callbacks", 60)
     scheduler.wait_quiet()
     assert _names(scheduler) == ["client.chord", "client.link"]
-    assert scheduler.results.state("killed")["status"] == "SUCCESS"
+    assert scheduler.results.states.get("killed")["status"] == "SUCCESS"
     system.assert_left_nothing_in(place)
 
 
@@ -211,7 +211,7 @@ def test_task_without_a_queue_goes_to_celerys_default_and_a_fork_to_the_domain(
 
     wait_until(lambda: len(_sent(scheduler, "celery")) == 2, "the group")
     assert _names(scheduler, "celery") == ["client.one", "client.two"]
-    assert scheduler.results.state("second")["status"] == "SUCCESS"
+    assert scheduler.results.states.get("second")["status"] == "SUCCESS"
     assert (directory / "c").exists()
 
 

@@ -93,7 +93,7 @@ def test_forks_can_be_asked_for_in_order_while_the_campaign_runs(
         # When
         forks = forks_of(scheduler, "running", 400)
         files = scheduler.files(forks[-1]["fork_id"])
-        state = scheduler.results.state("running")
+        state = scheduler.results.states.get("running")
 
         # Then
         numbers = [int(fork["fork_id"].removeprefix("running.")) for fork in forks]
@@ -104,7 +104,7 @@ def test_forks_can_be_asked_for_in_order_while_the_campaign_runs(
         assert len(files) == forks[-1]["files"]["total"] == 14
         assert set(files[0]) == FILE_FIELDS
         assert state["status"] in ("STARTED", "PROGRESS")
-        assert scheduler.results.final("running") is None
+        assert scheduler.results.final.get("running") is None
 
     assert_all_are_whole(scheduler, sent.get(timeout=30), source, paths_of(place, 400))
     system.assert_left_nothing_in(place)
@@ -162,7 +162,7 @@ def test_another_request_under_the_id_of_a_running_campaign_changes_nothing(
     assert_all_are_whole(scheduler, sent.get(timeout=30), source, paths_of(place, 300))
     scheduler.wait_quiet()
     assert list(elsewhere.iterdir()) == []
-    assert scheduler.results.state("taken")["status"] == "SUCCESS"
+    assert scheduler.results.states.get("taken")["status"] == "SUCCESS"
 
 
 def test_every_message_of_a_campaign_delivered_twice_and_again_later_makes_each_fork_once(
@@ -184,7 +184,7 @@ def test_every_message_of_a_campaign_delivered_twice_and_again_later_makes_each_
     assert {message.task for message in recorder.messages} == {"forkvm.campaign", "forkvm.batch", "forkvm.conclude"}
     assert_all_are_whole(scheduler, result, source, paths)
     assert result_of(scheduler, "doubled") == result
-    assert scheduler.results.state("doubled")["status"] == "SUCCESS"
+    assert scheduler.results.states.get("doubled")["status"] == "SUCCESS"
     assert {path: identity(path) for path in paths} == published
     system.assert_left_nothing_in(place)
 
@@ -225,9 +225,9 @@ def test_cancel_in_the_middle_keeps_what_is_published_and_leaves_nothing_else(
     spin_until(lambda: done(scheduler, "cancelled"), "the first forks")
 
     # When
-    scheduler.results.cancel("cancelled")
+    scheduler.results.cancellations.request("cancelled")
     asked = time.monotonic()
-    result = spin_until(lambda: scheduler.results.final("cancelled"), "the end")
+    result = spin_until(lambda: scheduler.results.final.get("cancelled"), "the end")
     took = time.monotonic() - asked
 
     # Then
@@ -246,11 +246,11 @@ def test_cancel_in_the_middle_keeps_what_is_published_and_leaves_nothing_else(
 def test_a_campaign_that_is_cancelled_before_it_begins_makes_nothing(
     system: System, scheduler: Scheduler, source: Path, place: Path
 ) -> None:
-    scheduler.results.cancel("early")
+    scheduler.results.cancellations.request("early")
 
     sent = send(scheduler, request_of(source, place, 30), "early")
 
-    spin_until(lambda: scheduler.results.final("early"), "the end")
+    spin_until(lambda: scheduler.results.final.get("early"), "the end")
     scheduler.wait_quiet()
     assert_books_balance(scheduler, result_of(scheduler, "early"), paths_of(place, 30))
     assert result_of(scheduler, "early")["forks"]["cancelled"] == 30
@@ -295,7 +295,7 @@ def test_a_deadline_ends_what_is_not_published_by_then(
 ) -> None:
     sent = send(scheduler, request_of(source, place, 1500, deadline=0.4), "late")
 
-    result = spin_until(lambda: scheduler.results.final("late"), "the end")
+    result = spin_until(lambda: scheduler.results.final.get("late"), "the end")
 
     scheduler.wait_quiet()
     assert result["status"] == "cancelled"
@@ -370,9 +370,9 @@ def test_a_single_fork_starts_soon_while_a_campaign_of_ten_thousand_runs(
         waits.append(datetime.fromisoformat(result["started_at"]).timestamp() - sent)
 
     # Then
-    assert scheduler.results.final("crowd") is None, "the campaign ended before the forks were sent"
-    scheduler.results.cancel("crowd")
-    spin_until(lambda: scheduler.results.final("crowd"), "the end")
+    assert scheduler.results.final.get("crowd") is None, "the campaign ended before the forks were sent"
+    scheduler.results.cancellations.request("crowd")
+    spin_until(lambda: scheduler.results.final.get("crowd"), "the end")
     assert statistics.median(waits) < FAIR, waits
     system.assert_left_nothing_in(directory, place)
 

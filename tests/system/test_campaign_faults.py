@@ -51,7 +51,7 @@ def is_running(scheduler: Scheduler, campaign_id: str, count: int) -> bool:
 
 def wait_for_end(scheduler: Scheduler, campaign_id: str, timeout: float = 60.0) -> None:
     """The test asks Redis: Celery's own waiting does not outlive a server."""
-    wait_until(lambda: scheduler.results.final(campaign_id) is not None, f"the result of {campaign_id}", timeout)
+    wait_until(lambda: scheduler.results.final.get(campaign_id) is not None, f"the result of {campaign_id}", timeout)
 
 
 def test_a_child_killed_in_the_middle_costs_nothing_but_time(
@@ -155,7 +155,7 @@ def test_a_campaign_whose_redis_is_killed_and_started_again_ends_with_its_true_r
 
     wait_for_end(scheduler, "away")
     assert_all_are_whole(scheduler, result_of(scheduler, "away"), source, paths_of(place, count))
-    wait_until(lambda: scheduler.results.state("away")["status"] == "SUCCESS", "the campaign's state")
+    wait_until(lambda: scheduler.results.states.get("away")["status"] == "SUCCESS", "the campaign's state")
     assert system.worker.running
     wait_until(lambda: not leftovers(place), "the end of all staging")
     scheduler.redis.delete(UNACKED, f"{UNACKED}_index", f"{UNACKED}_mutex")
@@ -182,7 +182,7 @@ def test_a_campaign_whose_redis_is_full_ends_with_its_true_result_once_there_is_
     # Then
     wait_for_end(scheduler, "full")
     assert_all_are_whole(scheduler, result_of(scheduler, "full"), source, paths_of(place, count))
-    wait_until(lambda: scheduler.results.state("full")["status"] == "SUCCESS", "the campaign's state")
+    wait_until(lambda: scheduler.results.states.get("full")["status"] == "SUCCESS", "the campaign's state")
     assert system.worker.running
     system.assert_left_nothing_in(place)
 
@@ -204,8 +204,8 @@ def test_a_redis_that_was_emptied_tells_no_false_success_and_the_id_works_again(
     scheduler.wait_quiet()
 
     # Then
-    assert scheduler.results.final("forgotten") is None
-    assert scheduler.results.state("forgotten")["status"] not in ("SUCCESS", "FAILURE")
+    assert scheduler.results.final.get("forgotten") is None
+    assert scheduler.results.states.get("forgotten")["status"] not in ("SUCCESS", "FAILURE")
     before = standing(place)
     assert len(before) < 1000
 

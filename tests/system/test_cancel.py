@@ -22,7 +22,7 @@ MOMENT = 2.0
 def _assert_cancelled(scheduler: Scheduler, fork_id: str, destination: Path) -> None:
     message, result = scheduler.wait_failed(scheduler.app.AsyncResult(fork_id), timeout=10)
     check_fork_result(result)
-    assert scheduler.results.state(fork_id)["status"] == "REVOKED"
+    assert scheduler.results.states.get(fork_id)["status"] == "REVOKED"
     assert message.startswith("cancelled: ")
     assert (result["status"], result["destination"]) == ("cancelled", str(destination))
     assert result["error"] is not None
@@ -50,7 +50,7 @@ def test_flag_ends_a_large_fork_within_moments_and_nothing_is_left(
         spin_until(lambda: reached(), moment)
 
         # When
-        scheduler.results.cancel(fork_id)
+        scheduler.results.cancellations.request(fork_id)
         asked = time.monotonic()
 
         # Then
@@ -61,7 +61,7 @@ def test_flag_ends_a_large_fork_within_moments_and_nothing_is_left(
     assert states(records)[-1] == "REVOKED"
     assert took < MOMENT
     # most of the work was not done for nothing
-    result = scheduler.results.result(fork_id)
+    result = scheduler.results.final.fork(fork_id)
     assert result is not None
     assert result["bytes"]["copied"] < sum(path.stat().st_blocks * 512 for path in large_source.rglob("*"))
 
@@ -73,7 +73,7 @@ def test_flag_ends_a_fork_of_short_chunks_without_waiting_for_all_of_them(
     sent = scheduler.send({"source": str(large_source), "destination": str(place / "b")}, "cancel-short")
     staging = StagingView(place, "cancel-short")
     with stopped_in_the_middle(system.worker, staging):
-        scheduler.results.cancel("cancel-short")
+        scheduler.results.cancellations.request("cancel-short")
         chunks, done = staging.chunks, len(staging.done())
 
     _assert_cancelled(scheduler, str(sent.id), place / "b")
@@ -81,7 +81,7 @@ def test_flag_ends_a_fork_of_short_chunks_without_waiting_for_all_of_them(
     assert done < chunks // 2
     system.assert_left_nothing_in(place)
     done_in_all = system.worker.output().count("[cancel-short.chunk.")
-    result = scheduler.results.result("cancel-short")
+    result = scheduler.results.final.fork("cancel-short")
     assert done_in_all > 0
     assert result is not None
     assert result["files"]["total"] < 8000 // 2
@@ -100,7 +100,7 @@ def test_flag_ends_a_fork_that_is_cloned_inline(system: System, scheduler: Sched
     sent = scheduler.send({"source": str(source), "destination": str(directory / "b")}, "cancel-inline")
     spin_until(lambda: StagingView(directory, "cancel-inline").journal(), "the staging")
 
-    scheduler.results.cancel("cancel-inline")
+    scheduler.results.cancellations.request("cancel-inline")
 
     _assert_cancelled(scheduler, str(sent.id), directory / "b")
     system.assert_left_nothing_in(directory)
@@ -112,7 +112,7 @@ def test_fork_cancelled_before_a_worker_takes_it_is_never_begun(
     directory = fresh("xfs")
     make_guest(directory / "a")
     before = identity(directory)
-    scheduler.results.cancel("cancel-early")
+    scheduler.results.cancellations.request("cancel-early")
 
     scheduler.send({"source": str(directory / "a"), "destination": str(directory / "b")}, "cancel-early")
 
@@ -128,11 +128,11 @@ def test_cancelling_after_success_changes_nothing(system: System, scheduler: Sch
         result = scheduler.fork(directory / "a", directory / "b", "cancel-late")
     published = identity(directory / "b")
 
-    scheduler.results.cancel("cancel-late")
+    scheduler.results.cancellations.request("cancel-late")
     deliver(system.server, *recorder.messages)
     scheduler.wait_quiet()
 
-    assert scheduler.results.result("cancel-late") == result
+    assert scheduler.results.final.fork("cancel-late") == result
     assert scheduler.app.AsyncResult("cancel-late").get(timeout=5) == result
     assert identity(directory / "b") == published
     system.assert_left_nothing_in(directory)
@@ -144,15 +144,15 @@ def test_cancelled_fork_stays_cancelled_when_its_messages_come_again(
     with Recorder(system.server) as recorder:
         sent = scheduler.send({"source": str(large_source), "destination": str(place / "b")}, "cancel-again")
         spin_until(lambda: StagingView(place, "cancel-again").begun(), "the first chunk")
-        scheduler.results.cancel("cancel-again")
+        scheduler.results.cancellations.request("cancel-again")
         _assert_cancelled(scheduler, str(sent.id), place / "b")
         scheduler.wait_quiet()
-    first = scheduler.results.result("cancel-again")
+    first = scheduler.results.final.fork("cancel-again")
 
     deliver(system.server, *recorder.messages)
     scheduler.wait_quiet()
 
-    assert scheduler.results.result("cancel-again") == first
+    assert scheduler.results.final.fork("cancel-again") == first
     _assert_cancelled(scheduler, "cancel-again", place / "b")
     system.assert_left_nothing_in(place)
 
@@ -165,7 +165,7 @@ def test_other_forks_go_on_when_one_is_cancelled(
     }
     spin_until(lambda: StagingView(place, "x").begun(), "the first chunk")
 
-    scheduler.results.cancel("x")
+    scheduler.results.cancellations.request("x")
 
     _assert_cancelled(scheduler, "x", place / "x")
     result = scheduler.wait(sent["y"])

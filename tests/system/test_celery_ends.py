@@ -40,8 +40,8 @@ def _send(scheduler: Scheduler, request: Mapping[str, str], fork_id: str, **opti
 
 
 def _assert_cancelled(scheduler: Scheduler, fork_id: str, destination: Path, word: str = "") -> None:
-    wait_until(lambda: scheduler.results.state(fork_id)["status"] == "REVOKED", f"the end of {fork_id}")
-    result = scheduler.results.result(fork_id)
+    wait_until(lambda: scheduler.results.states.get(fork_id)["status"] == "REVOKED", f"the end of {fork_id}")
+    result = scheduler.results.final.fork(fork_id)
     assert result is not None
     check_fork_result(result)
     assert (result["status"], not destination.exists()) == ("cancelled", True)
@@ -79,7 +79,7 @@ def test_fork_that_is_revoked_before_a_worker_takes_it_is_never_begun(
     make_guest(directory / "a")
     scheduler.app.control.revoke("early")
     scheduler.app.control.revoke_by_stamped_headers({"team": "gone"})
-    wait_until(lambda: scheduler.results.is_cancelled("early"), "the worker to hear of it")
+    wait_until(lambda: scheduler.results.cancellations.is_requested("early"), "the worker to hear of it")
     stamps: dict[str, Any] = {"stamped_headers": ["team"], "stamps": {"team": ["gone", "other"]}}
 
     _send(scheduler, _request(directory / "a", directory / "b"), "early")
@@ -98,7 +98,7 @@ def test_revoking_a_fork_that_has_ended_changes_nothing(system: System, schedule
     scheduler.wait_quiet()
 
     assert scheduler.app.AsyncResult("ended").get(timeout=5) == result
-    assert scheduler.results.result("ended") == result
+    assert scheduler.results.final.fork("ended") == result
 
 
 def test_expired_fork_is_cancelled_with_a_result_also_when_it_is_sent_again(
@@ -109,12 +109,12 @@ def test_expired_fork_is_cancelled_with_a_result_also_when_it_is_sent_again(
 
     _send(scheduler, request, "expired", expires=datetime.now(UTC) - timedelta(hours=1))
     _assert_cancelled(scheduler, "expired", directory / "b", "expired")
-    first = scheduler.results.result("expired")
+    first = scheduler.results.final.fork("expired")
     _send(scheduler, request, "expired")
     scheduler.wait_quiet()
 
     _assert_cancelled(scheduler, "expired", directory / "b", "expired")
-    assert scheduler.results.result("expired") == first
+    assert scheduler.results.final.fork("expired") == first
     system.assert_left_nothing_in(directory)
 
 
@@ -123,7 +123,7 @@ def test_fork_that_expires_after_it_was_begun_goes_on(system: System, scheduler:
     source = make_guest(directory / "a")
     request = _request(source, directory / "b")
     # Given a worker that began with it and died
-    scheduler.results.claim("begun", {"request": request, "destination": request["destination"], "queue": QUEUE})
+    scheduler.results.claims.take("begun", {"request": request, "destination": request["destination"], "queue": QUEUE})
 
     _send(scheduler, request, "begun", expires=datetime.now(UTC) - timedelta(hours=1))
 
@@ -170,8 +170,8 @@ def test_client_that_ignores_the_result_can_still_ask_for_it(
     _send(scheduler, _request(large_source, place / "b"), "large", ignore_result=True)
 
     for fork_id in ("small", "large"):
-        wait_until(lambda f=fork_id: scheduler.results.state(f)["status"] == "SUCCESS", f"the end of {fork_id}")  # type: ignore[misc]
-        assert scheduler.results.state(fork_id)["result"] == scheduler.results.result(fork_id)
+        wait_until(lambda f=fork_id: scheduler.results.states.get(f)["status"] == "SUCCESS", f"the end of {fork_id}")  # type: ignore[misc]
+        assert scheduler.results.states.get(fork_id)["result"] == scheduler.results.final.fork(fork_id)
 
 
 @pytest.mark.parametrize("first", ["SUCCESS", "FAILURE", "REVOKED"])
@@ -180,13 +180,13 @@ def test_final_state_is_never_replaced(system: System, scheduler: Scheduler, fir
     job_id = f"final-{first}"
     backend.store_result(job_id, {}, "STARTED")
     backend.store_result(job_id, ValueError("x") if first != "SUCCESS" else {}, first)
-    kept = scheduler.results.state(job_id)
+    kept = scheduler.results.states.get(job_id)
 
     for later in ("STARTED", "PROGRESS", "RETRY", "SUCCESS", "FAILURE", "REVOKED"):
         backend.store_result(job_id, ValueError("y") if later in ("RETRY", "FAILURE", "REVOKED") else {}, later)
 
     assert kept["status"] == first
-    assert scheduler.results.state(job_id) == kept
+    assert scheduler.results.states.get(job_id) == kept
 
 
 def test_fork_whose_id_celery_has_revoked_is_not_begun(system: System, scheduler: Scheduler, fresh: Fresh) -> None:
@@ -202,5 +202,5 @@ def test_fork_whose_id_celery_has_revoked_is_not_begun(system: System, scheduler
 
 def _assert_cancelled_later(scheduler: Scheduler, fork_id: str, destination: Path) -> None:
     """As `_assert_cancelled`, where the state is there before the result."""
-    wait_until(lambda: scheduler.results.result(fork_id) is not None, f"the result of {fork_id}")
+    wait_until(lambda: scheduler.results.final.fork(fork_id) is not None, f"the result of {fork_id}")
     _assert_cancelled(scheduler, fork_id, destination)

@@ -51,13 +51,13 @@ def _go_back(system: System, copy: Path) -> None:
 
 def _wait_for_end(scheduler: Scheduler, job_id: str) -> None:
     ended = ("SUCCESS", "FAILURE", "REVOKED")
-    wait_until(lambda: scheduler.results.final(job_id) is not None, f"the result of {job_id}", 60)
-    wait_until(lambda: scheduler.results.state(job_id)["status"] in ended, f"the state of {job_id}")
+    wait_until(lambda: scheduler.results.final.get(job_id) is not None, f"the result of {job_id}", 60)
+    wait_until(lambda: scheduler.results.states.get(job_id)["status"] in ended, f"the state of {job_id}")
 
 
 def _result(scheduler: Scheduler, fork_id: str) -> Any:
     _wait_for_end(scheduler, fork_id)
-    return scheduler.results.result(fork_id)
+    return scheduler.results.final.fork(fork_id)
 
 
 def test_a_fork_that_redis_forgot_ends_with_the_same_result(
@@ -79,7 +79,7 @@ def test_a_fork_that_redis_forgot_ends_with_the_same_result(
     after = _result(own_scheduler, "forgotten")
     assert before["error"] is None
     assert after == before
-    assert own_scheduler.results.state("forgotten")["status"] == "SUCCESS"
+    assert own_scheduler.results.states.get("forgotten")["status"] == "SUCCESS"
     assert own_scheduler.files("forgotten") == files
     check_books(after, files)
     assert (place / "b").stat().st_ino == inode

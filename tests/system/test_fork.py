@@ -126,7 +126,7 @@ def test_states_of_a_large_fork_are_started_then_progress_then_success(
     seen: list[str] = []
 
     def poll() -> bool:
-        state = str(scheduler.results.state("fork-states")["status"])
+        state = str(scheduler.results.states.get("fork-states")["status"])
         if not seen or seen[-1] != state:
             seen.append(state)
         return state == "SUCCESS"
@@ -162,7 +162,7 @@ def test_pages_are_readable_while_a_large_fork_runs(
     sent = scheduler.send({"source": str(large_source), "destination": str(place / "b")}, "fork-pages")
 
     early = spin_until(lambda: scheduler.files("fork-pages"), "results of files")
-    state = scheduler.results.state("fork-pages")["status"]
+    state = scheduler.results.states.get("fork-pages")["status"]
 
     assert state in ("STARTED", "PROGRESS")
     result = scheduler.wait(sent)

@@ -85,8 +85,8 @@ def test_campaign_whose_fork_would_have_the_id_of_another_job_is_refused(
         scheduler.fork(source, place / "first", f"{campaign_id}.1200")
     else:
         send(scheduler, request_of(source, place / "first", 2), f"{campaign_id}.1200")
-    wait_until(lambda: scheduler.results.final(f"{campaign_id}.1200") is not None, "the first job")
-    before = scheduler.results.final(f"{campaign_id}.1200")
+    wait_until(lambda: scheduler.results.final.get(f"{campaign_id}.1200") is not None, "the first job")
+    before = scheduler.results.final.get(f"{campaign_id}.1200")
 
     # When
     sent = send(scheduler, request_of(source, place, 1300), campaign_id)
@@ -97,7 +97,7 @@ def test_campaign_whose_fork_would_have_the_id_of_another_job_is_refused(
     scheduler.wait_quiet()
     assert result_of(scheduler, campaign_id)["forks"]["total"] == 0
     assert standing(place) == []
-    assert scheduler.results.final(f"{campaign_id}.1200") == before
+    assert scheduler.results.final.get(f"{campaign_id}.1200") == before
     assert forks_of(scheduler, campaign_id, 1199) == []
 
 
@@ -123,7 +123,7 @@ def test_the_same_id_in_a_second_domain_changes_nothing(
 
     # Then
     assert not (place / "fork").exists()
-    assert scheduler.results.final("f") == fork
+    assert scheduler.results.final.get("f") == fork
     assert result_of(scheduler, "c") == campaign
     for job_id in ("f", "c"):
         assert f"the id {job_id!r} was dropped: a job in the queue 'forkvm' has this id" in other.output()
@@ -172,7 +172,7 @@ def test_every_fork_has_a_result_when_the_campaigns_directory_is_lost(
             control.rename(place / "elsewhere")
 
     # Then it ends, and every fork of it
-    wait_until(lambda: scheduler.results.final(campaign_id) is not None, "the end", 60)
+    wait_until(lambda: scheduler.results.final.get(campaign_id) is not None, "the end", 60)
     scheduler.wait_quiet()
     result = result_of(scheduler, campaign_id)
     assert result["status"] == "partial"

@@ -65,12 +65,12 @@ def test_campaign_survives_an_outage_of_its_workers_that_is_longer_than_results_
     let_pass(scheduler.redis, THREE_DAYS)
 
     # Then its client still sees it, and what has ended of it
-    assert scheduler.results.state("long")["status"] in ("STARTED", "PROGRESS")
+    assert scheduler.results.states.get("long")["status"] in ("STARTED", "PROGRESS")
     assert forks_of(scheduler, "long", count) == forks
 
     # and a worker ends it, from when on everything of it is kept equally long
     start_worker(mounts, env=ENVIRONMENT)
-    wait_until(lambda: scheduler.results.final("long") is not None, "the end", 60)
+    wait_until(lambda: scheduler.results.final.get("long") is not None, "the end", 60)
     assert_all_are_whole(scheduler, result_of(scheduler, "long"), source, paths_of(place, count))
     scheduler.wait_quiet()
     assert leftovers(place) == []
@@ -96,12 +96,12 @@ def test_fork_and_its_staging_survive_an_outage_that_is_longer_than_results_are_
 
     # Then it is there, and a worker ends it
     assert staging.is_in_the_middle()
-    assert scheduler.results.state("long")["status"] in ("STARTED", "PROGRESS")
+    assert scheduler.results.states.get("long")["status"] in ("STARTED", "PROGRESS")
     start_worker(mounts, env=ENVIRONMENT)
-    wait_until(lambda: scheduler.results.state("long")["status"] == "SUCCESS", "the end", 60)
+    wait_until(lambda: scheduler.results.states.get("long")["status"] == "SUCCESS", "the end", 60)
     assert_alike(large_source, place / "fork", SKIPPED_BY_DEFAULT)
     files = scheduler.files("long")
-    result = scheduler.results.result("long")
+    result = scheduler.results.final.fork("long")
     assert result is not None
     assert len(files) == result["files"]["total"]
     scheduler.wait_quiet()
@@ -117,7 +117,7 @@ def test_cancellation_survives_an_outage_and_one_that_comes_after_the_end_cancel
 
     # Given a fork that was cancelled before a worker came to it
     sent = scheduler.send(request, "early")
-    scheduler.results.cancel("early")
+    scheduler.results.cancellations.request("early")
     let_pass(scheduler.redis, THREE_DAYS)
     start_worker(mounts, env=ENVIRONMENT)
     scheduler.wait_failed(sent)
@@ -125,14 +125,14 @@ def test_cancellation_survives_an_outage_and_one_that_comes_after_the_end_cancel
     assert not (place / "fork").exists()
 
     # When it is cancelled once more after its end, and its result has expired
-    scheduler.results.cancel("early")
+    scheduler.results.cancellations.request("early")
     let_pass(scheduler.redis, EXPIRES)
 
     # Then the id is free
-    assert scheduler.results.final("early") is None
+    assert scheduler.results.final.get("early") is None
     scheduler.send(request, "early")  # Celery's own waiting may still have the first end in its subscription
-    wait_until(lambda: scheduler.results.final("early") is not None, "the end")
-    result = scheduler.results.result("early")
+    wait_until(lambda: scheduler.results.final.get("early") is not None, "the end")
+    result = scheduler.results.final.fork("early")
     assert result is not None
     assert (result["status"], result["error"]) == ("succeeded", None)
 
@@ -147,13 +147,12 @@ def test_campaign_under_the_id_of_an_earlier_one_has_none_of_its_results(
         (place / f"vm-{n:04}").mkdir()
     assert send(scheduler, request_of(source, place, 30), "again").get(timeout=30)["status"] == "partial"
     scheduler.redis.delete("forkvm:again:claim", "forkvm:again:result", "celery-task-meta-again")
-    scheduler.redis.rpush("forkvm:again:failures", "of an earlier version")
     for n in (1, 2, 3):
         (place / f"vm-{n:04}").rmdir()
 
     # When one of the same id begins that ends before it has made anything
     send(scheduler, request_of(place / "missing", place, 30), "again")
-    wait_until(lambda: scheduler.results.final("again") is not None, "the end")
+    wait_until(lambda: scheduler.results.final.get("again") is not None, "the end")
     scheduler.wait_quiet()
 
     # Then all that is reported is its own
@@ -162,4 +161,3 @@ def test_campaign_under_the_id_of_an_earlier_one_has_none_of_its_results(
     forks = forks_of(scheduler, "again", 30)
     assert {fork["error"]["code"] for fork in forks if fork["error"]} == {"source_not_found"}
     assert len(forks) == len(result["failures"]) == 30
-    assert not scheduler.redis.exists("forkvm:again:failures")

@@ -94,13 +94,13 @@ def test_fork_whose_redis_goes_away_ends_with_its_true_result_and_the_next_one_i
 
 
 def _wait_for_success(scheduler: Scheduler, fork_id: str) -> None:
-    wait_until(lambda: scheduler.results.result(fork_id) is not None, f"the result of {fork_id}")
-    result = scheduler.results.result(fork_id)
+    wait_until(lambda: scheduler.results.final.fork(fork_id) is not None, f"the result of {fork_id}")
+    result = scheduler.results.final.fork(fork_id)
     assert result is not None
     check_fork_result(result)
     assert (result["status"], result["error"]) == ("succeeded", None)
-    wait_until(lambda: scheduler.results.state(fork_id)["status"] == "SUCCESS", f"the state of {fork_id}")
-    assert scheduler.results.state(fork_id)["result"] == result
+    wait_until(lambda: scheduler.results.states.get(fork_id)["status"] == "SUCCESS", f"the state of {fork_id}")
+    assert scheduler.results.states.get(fork_id)["result"] == result
     check_books(result, scheduler.files(fork_id))
 
 

@@ -192,5 +192,5 @@ def test_refused_message_under_the_id_of_another_job_changes_neither_its_state_n
     scheduler.wait_quiet()
 
     assert result["status"] == "succeeded"
-    assert (sent.state, scheduler.results.result("held")) == ("SUCCESS", result)
+    assert (sent.state, scheduler.results.final.fork("held")) == ("SUCCESS", result)
     system.assert_left_nothing_in(place)

@@ -52,7 +52,7 @@ def test_the_same_small_fork_sent_twice_at_once_is_made_once(
             published = identity(destination)
             scheduler.wait_quiet()
 
-        assert scheduler.wait(second) == result == scheduler.results.result(f"twice-{turn}")
+        assert scheduler.wait(second) == result == scheduler.results.final.fork(f"twice-{turn}")
         assert identity(destination) == published
         _assert_one_end(records, "SUCCESS")
         check_books(result, scheduler.files(f"twice-{turn}"))
@@ -107,7 +107,7 @@ def test_the_same_id_sent_after_success_gives_the_first_result_whatever_it_asks_
 
     # Then
     assert set(states(records)) <= {"SUCCESS"}  # Celery stores a success once
-    assert scheduler.results.result("used") == result
+    assert scheduler.results.final.fork("used") == result
     assert scheduler.files("used") == files
     assert identity(directory / "b") == published
     assert not (directory / "d").exists()
@@ -145,7 +145,7 @@ def test_another_request_under_the_id_of_a_running_fork_changes_nothing(
         scheduler.wait_quiet()
     assert (result["status"], result["labels"]) == ("succeeded", ["first"])
     assert result["destination"] == str(place / "b")
-    assert scheduler.results.result(fork_id) == result
+    assert scheduler.results.final.fork(fork_id) == result
     _assert_one_end(records, "SUCCESS")
     assert [path.name for path in place.iterdir()] == ["b"]
     assert snapshot(place / "b") == snapshot(large_source)
@@ -185,7 +185,7 @@ def test_first_message_delivered_again_after_success_is_the_same_success_when_th
     deliver(system.server, *recorder.messages)
     scheduler.wait_quiet()
 
-    assert scheduler.results.result("redelivered-late") == result
+    assert scheduler.results.final.fork("redelivered-late") == result
     assert scheduler.app.AsyncResult("redelivered-late").get(timeout=5) == result
     assert not (directory / "b").exists()
     system.assert_left_nothing_in(directory)
@@ -210,7 +210,7 @@ def test_first_message_delivered_again_after_a_failure_is_the_same_failure_and_n
         scheduler.wait_quiet()
 
     # Then
-    assert scheduler.results.result("failed-once") == result
+    assert scheduler.results.final.fork("failed-once") == result
     assert scheduler.wait_failed(scheduler.app.AsyncResult("failed-once")) == (message, result)
     assert not (directory / "b").exists()
     assert states(records) == ["FAILURE"]
@@ -293,7 +293,7 @@ def test_late_chunks_and_finishes_write_nothing_into_a_published_fork(
     # Then no byte, no time and no result of it is another
     assert identity(place / "b") == published
     assert snapshot(place / "b") == contents
-    assert scheduler.results.result("late") == result
+    assert scheduler.results.final.fork("late") == result
     assert scheduler.app.AsyncResult("late").get(timeout=5) == result
     assert scheduler.files("late") == files
     system.assert_left_nothing_in(place)

@@ -19,7 +19,7 @@ from tasks.copier.campaign.spec import CampaignResult, campaign_result
 from tasks.copier.options import Limits
 from tasks.copier.roots import Roots
 from tasks.copier.staging.staging import Staging
-from tasks.store.campaign_results import CampaignResults
+from tasks.store.campaign.results import CampaignResults
 from tasks.store.results import Results
 from tests.fixtures.processes import wait_until
 
@@ -66,14 +66,14 @@ def test_a_delivery_that_waited_for_the_conclusion_gives_its_result_and_makes_no
     # When its own message comes before that is done
     with Staging.claim(parent_fd, "c", wait=0) as staging:
         late.start()
-        wait_until(lambda: yard.results.claim_of("c") is not None, "the delivery")
+        wait_until(lambda: yard.results.claims.get("c") is not None, "the delivery")
         CampaignResults(yard.results, "c").store_campaign_result(concluded)
         staging.remove()
     late.join()
 
     # Then
     assert answers == [concluded]
-    assert yard.results.final("c") == concluded
+    assert yard.results.final.get("c") == concluded
     assert yard.sent == []
     assert yard.left() == ["source"]
     os.close(parent_fd)
@@ -83,7 +83,7 @@ def test_a_delivery_that_comes_while_the_first_one_ends_a_cancelled_campaign_wai
     yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given a campaign that was cancelled, and whose forks are settled, but not yet itself
-    yard.results.cancel("c")
+    yard.results.cancellations.request("c")
     at_the_end, go_on = threading.Event(), threading.Event()
     store_outcomes = CampaignResults.store_campaign_result
 
@@ -124,7 +124,7 @@ def test_a_delivery_that_comes_while_the_first_one_ends_a_cancelled_campaign_wai
 @pytest.mark.parametrize("again", ["campaign", "conclude"])
 def test_what_a_process_left_that_died_after_the_result_goes_with_the_next_delivery(yard: Yard, again: str) -> None:
     # Given a campaign that was cancelled, and what two more deliveries left that died at once, or after a look
-    yard.results.cancel("c")
+    yard.results.cancellations.request("c")
     result = yard.deliver()
     parent_fd = os.open(yard.path, os.O_RDONLY)
     with Staging.claim(parent_fd, "c", wait=0) as staging:

@@ -13,8 +13,8 @@ from tasks.copier.campaign.spec import MOST_FAILURES, Aims, CampaignSpec, campai
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.fork_spec import Clock, failed, succeeded
 from tasks.copier.report import Report
-from tasks.store.campaign_results import CampaignResults
-from tasks.store.lifetimes import OPEN_SECONDS
+from tasks.store.campaign.results import CampaignResults
+from tasks.store.keys import OPEN_SECONDS
 from tasks.store.results import Results
 
 EXPIRES = 3600
@@ -79,8 +79,8 @@ def test_what_is_settled_is_kept_as_celerys_state_and_as_the_forks_result(
     assert [state["status"] for state in states] == ["SUCCESS", "FAILURE", "REVOKED"]
     assert states[0]["result"] == good[0].result
     assert states[1]["result"]["exc_message"] == ["no_space: /b-1: why"]
-    assert [campaign.results.result(f"c.{n}") for n in (1, 2, 3)] == [one[0].result for one in (good, bad, ended)]
-    assert [file["path"] for file in campaign.results.files("c.2")] == ["x", "y"]
+    assert [campaign.results.final.fork(f"c.{n}") for n in (1, 2, 3)] == [one[0].result for one in (good, bad, ended)]
+    assert [file["path"] for file in campaign.results.pages.files("c.2")] == ["x", "y"]
 
 
 def test_a_run_is_settled_once_however_often_it_is_told(campaign: CampaignResults) -> None:
@@ -104,7 +104,7 @@ def test_results_of_several_pages_are_read_back_in_order(campaign: CampaignResul
 
     campaign.store_outcomes(0, [*outcomes(0, 1), *outcomes(1, 1, names=names), *outcomes(2, 1, names=names[:4])])
 
-    found = [[file["path"] for file in campaign.results.files(f"c.{n}")] for n in (1, 2, 3)]
+    found = [[file["path"] for file in campaign.results.pages.files(f"c.{n}")] for n in (1, 2, 3)]
     assert found == [["x", "y"], long, long[:2]]
 
 
@@ -156,7 +156,7 @@ def test_progress_is_told_until_the_campaign_has_ended(redis: fakeredis.FakeRedi
     campaign.store_outcomes(0, outcomes(0, 3) + outcomes(3, 1, Code.NO_SPACE))
 
     campaign.publish_progress(spec_of(10), campaign.sums(), planned_at=1.0)
-    told = campaign.results.state("c")
+    told = campaign.results.states.get("c")
     redis.set("celery-task-meta-c", json.dumps({"status": "SUCCESS", "result": None}), ex=EXPIRES)
     campaign.publish_progress(spec_of(10), campaign.sums(), planned_at=1.0)
 
@@ -164,24 +164,24 @@ def test_progress_is_told_until_the_campaign_has_ended(redis: fakeredis.FakeRedi
     progress = told["result"]
     assert (progress["forks_done"], progress["forks_total"], progress["forks_failed"]) == (4, 10, 1)
     assert progress["eta_seconds"] > 0
-    assert campaign.results.state("c")["status"] == "SUCCESS"
+    assert campaign.results.states.get("c")["status"] == "SUCCESS"
 
 
 def test_the_first_reason_to_end_early_holds(campaign: CampaignResults) -> None:
-    assert campaign.ended("/a") is None
+    assert campaign.reason_to_end("/a") is None
 
     campaign.end_early(ForkError(Code.CANCELLED, "the deadline passed", "/a"))
     campaign.end_early(ForkError(Code.CANCELLED, "another", "/a"))
 
-    error = campaign.ended("/a")
+    error = campaign.reason_to_end("/a")
     assert error is not None
     assert error.message == "the deadline passed"
 
 
 def test_a_clients_cancel_is_a_reason_to_end_early(campaign: CampaignResults) -> None:
-    campaign.results.cancel("c")
+    campaign.results.cancellations.request("c")
 
-    error = campaign.ended("/a")
+    error = campaign.reason_to_end("/a")
     assert error is not None
     assert (error.code, error.path) == (Code.CANCELLED, "/a")
 

@@ -11,10 +11,12 @@ import pytest
 
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.fork_spec import Clock, ForkResult, ForkSpec, failed, succeeded
-from tasks.copier.progress import Progress
+from tasks.copier.progress import Cancellation, Progress
 from tasks.copier.report import FileResult, Totals
-from tasks.store.lifetimes import OPEN_SECONDS
-from tasks.store.results import Claim, Results
+from tasks.store import keys
+from tasks.store.claims import Claim
+from tasks.store.keys import OPEN_SECONDS
+from tasks.store.results import Results
 from tests.support.pages import page_of
 
 EXPIRES = 3600
@@ -73,12 +75,12 @@ def test_first_claim_holds_the_id(results: Results) -> None:
     first: Claim = {"request": {"source": "/a"}, "destination": "/b", "queue": "forkvm"}
     second: Claim = {"request": None, "destination": "/c", "queue": "forkvm.rack-7"}
 
-    assert results.claim_of("fork-1") is None
-    assert results.claim("fork-1", first)[:2] == (first, None)
-    assert results.claim("fork-1", second)[:2] == (first, None)
-    assert results.claim("fork-1", first)[:2] == (first, None)
-    assert results.claim_of("fork-1") == first
-    assert results.claim("fork-2", second)[:2] == (second, None)
+    assert results.claims.get("fork-1") is None
+    assert results.claims.take("fork-1", first)[:2] == (first, None)
+    assert results.claims.take("fork-1", second)[:2] == (first, None)
+    assert results.claims.take("fork-1", first)[:2] == (first, None)
+    assert results.claims.get("fork-1") == first
+    assert results.claims.take("fork-2", second)[:2] == (second, None)
 
 
 def test_first_claim_alone_is_told_and_makes_the_fork_started_and_open(
@@ -89,21 +91,21 @@ def test_first_claim_alone_is_told_and_makes_the_fork_started_and_open(
         channel.subscribe(STATE)
         channel.get_message()
         for _ in range(2):
-            results.claim("fork-1", _claim())
+            results.claims.take("fork-1", _claim())
 
         told = [channel.get_message() for _ in range(2)]
 
     assert [json.loads(message["data"])["status"] for message in told if message] == ["STARTED"]
-    assert results.state("fork-1")["status"] == "STARTED"
-    assert [fork.fork_id for fork in results.open_forks("forkvm")] == ["fork-1"]
+    assert results.states.get("fork-1")["status"] == "STARTED"
+    assert [job.job_id for job in results.open_jobs.of_queue("forkvm")] == ["fork-1"]
 
 
 @pytest.mark.parametrize("cause", [None, ForkError(Code.NO_SPACE, "it is full", "/b-\udcff", 28)])
 def test_claim_on_an_id_whose_fork_has_ended_tells_the_result(results: Results, cause: ForkError | None) -> None:
-    results.claim("fork-1", _claim())
-    results.store_result("fork-1", _result(cause=cause))
+    results.claims.take("fork-1", _claim())
+    results.final.store("fork-1", _result(cause=cause))
 
-    assert results.claim("fork-1", _claim("forkvm.other"))[:2] == (_claim(), results.result("fork-1"))
+    assert results.claims.take("fork-1", _claim("forkvm.other"))[:2] == (_claim(), results.final.fork("fork-1"))
 
 
 def test_id_of_a_campaign_s_fork_cannot_be_claimed_once_it_has_succeeded(
@@ -113,18 +115,18 @@ def test_id_of_a_campaign_s_fork_cannot_be_claimed_once_it_has_succeeded(
     result = _result()
     redis.set(STATE, json.dumps({"status": "SUCCESS", "result": result}), ex=EXPIRES)
 
-    assert results.claim("fork-1", _claim()).result == result
+    assert results.claims.take("fork-1", _claim()).result == result
 
-    assert results.claim_of("fork-1") is None
-    assert results.open_forks("forkvm") == []
+    assert results.claims.get("fork-1") is None
+    assert results.open_jobs.of_queue("forkvm") == []
 
 
 def test_claim_keeps_the_state_of_one_whose_claim_was_lost(results: Results, redis: fakeredis.FakeRedis) -> None:
     _store_state(redis, "PROGRESS")
 
-    assert results.claim("fork-1", _claim())[:2] == (_claim(), None)
+    assert results.claims.take("fork-1", _claim())[:2] == (_claim(), None)
 
-    assert results.state("fork-1")["status"] == "PROGRESS"
+    assert results.states.get("fork-1")["status"] == "PROGRESS"
 
 
 # -- the final result
@@ -132,27 +134,27 @@ def test_claim_keeps_the_state_of_one_whose_claim_was_lost(results: Results, red
 
 @pytest.mark.parametrize("cause", [None, ForkError(Code.NO_SPACE, "it is full", "/b-\udcff", 28)])
 def test_settled_result_is_read_back_as_it_was(results: Results, cause: ForkError | None) -> None:
-    assert results.result("fork-1") is None
+    assert results.final.fork("fork-1") is None
     result = _result(cause=cause)
 
-    results.store_result("fork-1", result)
+    results.final.store("fork-1", result)
 
-    assert results.result("fork-1") == result
-    assert results.result("fork-2") is None
+    assert results.final.fork("fork-1") == result
+    assert results.final.fork("fork-2") is None
 
 
 def test_result_and_cancellation_are_looked_up_at_once(results: Results) -> None:
-    assert results.standing("fork-1") == (None, False)
+    assert results.final.status("fork-1") == (None, Cancellation.NOT_REQUESTED)
     result = _result("fork-2")
-    results.cancel("fork-1")
-    results.store_result("fork-2", result)
+    results.cancellations.request("fork-1")
+    results.final.store("fork-2", result)
 
-    assert results.standing("fork-1") == (None, True)
-    assert results.standing("fork-2") == (result, False)
+    assert results.final.status("fork-1") == (None, Cancellation.REQUESTED)
+    assert results.final.status("fork-2") == (result, Cancellation.NOT_REQUESTED)
 
 
 def test_what_is_stored_is_ascii_json_for_any_client(results: Results, redis: fakeredis.FakeRedis) -> None:
-    results.store_result("fork-1", _result())
+    results.final.store("fork-1", _result())
 
     stored = redis.get("forkvm:fork-1:result")
     assert isinstance(stored, bytes)
@@ -164,106 +166,106 @@ def test_what_is_stored_is_ascii_json_for_any_client(results: Results, redis: fa
 
 def test_pages_come_in_the_order_plan_chunks_close_whatever_order_they_were_kept_in(results: Results) -> None:
     for part in ("close", "10", "2", "0", "plan"):
-        results.keep_pages("fork-1", {part: [page_of([_file(f"{part}-{n}")]) for n in range(2)]})
+        results.pages.store("fork-1", {part: [page_of([_file(f"{part}-{n}")]) for n in range(2)]})
 
-    paths = [file["path"] for file in results.files("fork-1")]
+    paths = [file["path"] for file in results.pages.files("fork-1")]
 
     assert paths == [f"{part}-{n}" for part in ("plan", "0", "2", "10", "close") for n in range(2)]
 
 
 def test_pages_kept_again_take_the_place_of_the_earlier_ones(results: Results) -> None:
-    results.keep_pages("fork-1", {"0": [page_of([_file("a")]), page_of([_file("b")])]})
-    results.keep_pages("fork-1", {"0": [page_of([_file("c")]), page_of([_file("d")])]})
+    results.pages.store("fork-1", {"0": [page_of([_file("a")]), page_of([_file("b")])]})
+    results.pages.store("fork-1", {"0": [page_of([_file("c")]), page_of([_file("d")])]})
 
-    assert [file["path"] for file in results.files("fork-1")] == ["c", "d"]
+    assert [file["path"] for file in results.pages.files("fork-1")] == ["c", "d"]
 
 
 def test_pages_that_are_kept_anew_are_the_only_ones(results: Results) -> None:
     """What an earlier attempt kept of parts that this one does not have would be counted too."""
-    results.keep_pages("fork-1", {"plan": [page_of([_file("a")])], "7": [page_of([_file("b")])]})
+    results.pages.store("fork-1", {"plan": [page_of([_file("a")])], "7": [page_of([_file("b")])]})
 
-    results.keep_pages("fork-1", {"plan": [page_of([_file("c")])]}, anew=True)
-    results.keep_pages("fork-1", {"0": [page_of([_file("d")])]})
+    results.pages.store("fork-1", {"plan": [page_of([_file("c")])]}, only=True)
+    results.pages.store("fork-1", {"0": [page_of([_file("d")])]})
 
-    assert [file["path"] for file in results.files("fork-1")] == ["c", "d"]
+    assert [file["path"] for file in results.pages.files("fork-1")] == ["c", "d"]
 
 
 @pytest.mark.parametrize("paths", [[], [["e", "f"]], [["e", "f"], ["g"]]])
 def test_pages_of_a_fork_without_parts_are_the_only_ones(results: Results, paths: list[list[str]]) -> None:
-    results.keep_all_pages("fork-1", [page_of([_file("a")])])
-    results.keep_pages("fork-1", {"plan": [page_of([_file("b")])], "7": [page_of([_file("c")])]})
+    results.pages.store_all("fork-1", [page_of([_file("a")])])
+    results.pages.store("fork-1", {"plan": [page_of([_file("b")])], "7": [page_of([_file("c")])]})
 
-    results.keep_all_pages("fork-1", [page_of([_file(path) for path in page]) for page in paths])
+    results.pages.store_all("fork-1", [page_of([_file(path) for path in page]) for page in paths])
 
-    assert [file["path"] for file in results.files("fork-1")] == [path for page in paths for path in page]
+    assert [file["path"] for file in results.pages.files("fork-1")] == [path for page in paths for path in page]
 
 
 def test_only_page_of_a_fork_has_one_key(results: Results, redis: fakeredis.FakeRedis) -> None:
-    results.keep_all_pages("fork-1", [page_of([_file("a")])])
+    results.pages.store_all("fork-1", [page_of([_file("a")])])
 
     assert list(redis.scan_iter("forkvm:*")) == [b"forkvm:fork-1:page"]
 
 
 def test_fewer_pages_kept_again_leave_none_of_the_earlier_ones(results: Results) -> None:
     """A chunk that was killed and done again may have other pages than before."""
-    results.keep_pages("fork-1", {"0": [page_of([_file("a")]), page_of([_file("b")])]})
-    results.keep_pages("fork-1", {"0": [page_of([_file("a"), _file("b")])]})
+    results.pages.store("fork-1", {"0": [page_of([_file("a")]), page_of([_file("b")])]})
+    results.pages.store("fork-1", {"0": [page_of([_file("a"), _file("b")])]})
 
-    assert [file["path"] for file in results.files("fork-1")] == ["a", "b"]
+    assert [file["path"] for file in results.pages.files("fork-1")] == ["a", "b"]
 
 
 def test_what_tells_of_the_pages_does_not_grow_with_them(results: Results, redis: fakeredis.FakeRedis) -> None:
-    results.keep_pages("fork-1", {"0": [page_of([_file(str(n))]) for n in range(300)]})
+    results.pages.store("fork-1", {"0": [page_of([_file(str(n))]) for n in range(300)]})
 
     assert redis.hgetall("forkvm:fork-1:pages") == {b"0": b"300"}
-    assert [file["path"] for file in results.files("fork-1")] == [str(n) for n in range(300)]
+    assert [file["path"] for file in results.pages.files("fork-1")] == [str(n) for n in range(300)]
 
 
 def test_files_that_are_there_by_now_are_read_and_expired_pages_passed_over(
     results: Results, redis: fakeredis.FakeRedis
 ) -> None:
-    assert list(results.files("fork-1")) == []
-    results.keep_pages("fork-1", {"plan": []})
-    results.keep_pages("fork-1", {"0": [page_of([_file("a\udcff")])]})
-    results.keep_pages("fork-1", {"1": [page_of([_file("b")])]})
+    assert list(results.pages.files("fork-1")) == []
+    results.pages.store("fork-1", {"plan": []})
+    results.pages.store("fork-1", {"0": [page_of([_file("a\udcff")])]})
+    results.pages.store("fork-1", {"1": [page_of([_file("b")])]})
     redis.delete("forkvm:fork-1:page:1:0")
 
-    assert list(results.files("fork-1")) == [_file("a\udcff")]
+    assert list(results.pages.files("fork-1")) == [_file("a\udcff")]
 
 
 def test_pages_of_two_forks_are_two(results: Results) -> None:
-    results.keep_pages("fork-1", {"0": [page_of([_file("a")])]})
-    results.keep_pages("fork-2", {"0": [page_of([_file("b")])]})
+    results.pages.store("fork-1", {"0": [page_of([_file("a")])]})
+    results.pages.store("fork-2", {"0": [page_of([_file("b")])]})
 
-    assert [file["path"] for file in results.files("fork-1")] == ["a"]
+    assert [file["path"] for file in results.pages.files("fork-1")] == ["a"]
 
 
 def test_who_keeps_pages_learns_whether_an_end_was_asked_for(results: Results) -> None:
     kept = [page_of([_file("a")])]
-    before = [results.keep_pages("fork-1", {"0": kept}), results.keep_pages("fork-1", {})]
-    before.append(results.keep_all_pages("fork-1", kept))
+    before = [results.pages.store("fork-1", {"0": kept}), results.pages.store("fork-1", {})]
+    before.append(results.pages.store_all("fork-1", kept))
 
-    results.cancel("fork-1")
+    results.cancellations.request("fork-1")
 
-    after = [results.keep_pages("fork-1", {"0": kept}), results.keep_pages("fork-1", {})]
-    after.append(results.keep_all_pages("fork-1", kept))
-    assert (before, after) == ([False] * 3, [True] * 3)
+    after = [results.pages.store("fork-1", {"0": kept}), results.pages.store("fork-1", {})]
+    after.append(results.pages.store_all("fork-1", kept))
+    assert (before, after) == ([Cancellation.NOT_REQUESTED] * 3, [Cancellation.REQUESTED] * 3)
 
 
 # -- progress
 
 
 def test_state_is_pending_before_anything_is_known(results: Results) -> None:
-    assert results.state("fork-1") == {"status": "PENDING", "result": None}
+    assert results.states.get("fork-1") == {"status": "PENDING", "result": None}
 
 
 def test_progress_is_the_sum_over_the_parts_in_celerys_form(results: Results) -> None:
-    results.publish_progress("fork-1", "plan", _progress(1, 10))
-    results.publish_progress("fork-1", "0", _progress(2, 20))
-    results.publish_progress("fork-1", "1", _progress(3, 30))
-    results.publish_progress("fork-1", "0", _progress(4, 40))
+    results.states.publish_progress("fork-1", "plan", _progress(1, 10))
+    results.states.publish_progress("fork-1", "0", _progress(2, 20))
+    results.states.publish_progress("fork-1", "1", _progress(3, 30))
+    results.states.publish_progress("fork-1", "0", _progress(4, 40))
 
-    state = results.state("fork-1")
+    state = results.states.get("fork-1")
     assert state["status"] == "PROGRESS"
     assert state["task_id"] == "fork-1"
     assert state["result"] == {
@@ -281,18 +283,18 @@ def test_progress_follows_every_state_that_is_not_final(
 ) -> None:
     _store_state(redis, status)
 
-    results.publish_progress("fork-1", "0", _progress(1, 1))
+    results.states.publish_progress("fork-1", "0", _progress(1, 1))
 
-    assert results.state("fork-1")["status"] == "PROGRESS"
+    assert results.states.get("fork-1")["status"] == "PROGRESS"
 
 
 @pytest.mark.parametrize("status", ["SUCCESS", "FAILURE", "REVOKED"])
 def test_progress_never_overwrites_a_final_state(results: Results, redis: fakeredis.FakeRedis, status: str) -> None:
     _store_state(redis, status)
 
-    results.publish_progress("fork-1", "0", _progress(1, 1))
+    results.states.publish_progress("fork-1", "0", _progress(1, 1))
 
-    assert results.state("fork-1")["status"] == status
+    assert results.states.get("fork-1")["status"] == status
 
 
 def test_progress_does_not_overwrite_a_final_state_that_comes_while_it_is_told(
@@ -314,12 +316,12 @@ def test_progress_does_not_overwrite_a_final_state_that_comes_while_it_is_told(
         return decoded
 
     _store_state(redis, "STARTED")
-    monkeypatch.setattr("tasks.store.results.json.loads", loads_and_finish)
+    monkeypatch.setattr("tasks.store.connection.json.loads", loads_and_finish)
 
-    results.publish_progress("fork-1", "0", _progress(1, 1))
+    results.states.publish_progress("fork-1", "0", _progress(1, 1))
 
     assert reads
-    assert results.state("fork-1")["status"] == "SUCCESS"
+    assert results.states.get("fork-1")["status"] == "SUCCESS"
     other.close()
 
 
@@ -328,7 +330,7 @@ def test_progress_is_published_for_whoever_waits(results: Results, redis: fakere
         channel.subscribe(STATE)
         channel.get_message(timeout=1)
 
-        results.publish_progress("fork-1", "0", _progress(1, 1))
+        results.states.publish_progress("fork-1", "0", _progress(1, 1))
 
         message = channel.get_message(timeout=1)
     assert message is not None
@@ -339,13 +341,13 @@ def test_progress_is_published_for_whoever_waits(results: Results, redis: fakere
 
 
 def test_cancelling_is_for_one_fork_also_for_one_that_was_not_begun(results: Results) -> None:
-    assert not results.is_cancelled("fork-1")
+    assert not results.cancellations.is_requested("fork-1")
 
-    results.cancel("fork-1")
-    results.cancel("fork-1")
+    results.cancellations.request("fork-1")
+    results.cancellations.request("fork-1")
 
-    assert results.is_cancelled("fork-1")
-    assert not results.is_cancelled("fork-2")
+    assert results.cancellations.is_requested("fork-1")
+    assert not results.cancellations.is_requested("fork-2")
 
 
 # -- forks without an end
@@ -358,56 +360,56 @@ def _claim(queue: str = "forkvm") -> Claim:
 def test_fork_is_open_from_its_claim_until_its_result_and_its_state_are_there(
     results: Results, redis: fakeredis.FakeRedis
 ) -> None:
-    results.claim("fork-1", _claim())
-    results.claim("fork-2", _claim("forkvm.rack-7"))
+    results.claims.take("fork-1", _claim())
+    results.claims.take("fork-2", _claim("forkvm.rack-7"))
 
-    assert [(fork.fork_id, fork.sign) for fork in results.open_forks("forkvm")] == [("fork-1", -1)]
-    assert [fork.fork_id for fork in results.open_forks("forkvm.rack-7")] == ["fork-2"]
-    results.store_result("fork-1", _result())
-    assert [fork.claim for fork in results.open_forks("forkvm")] == [_claim()]
+    assert [(job.job_id, job.heartbeat) for job in results.open_jobs.of_queue("forkvm")] == [("fork-1", -1)]
+    assert [job.job_id for job in results.open_jobs.of_queue("forkvm.rack-7")] == ["fork-2"]
+    results.final.store("fork-1", _result())
+    assert [job.claim for job in results.open_jobs.of_queue("forkvm")] == [_claim()]
     _store_state(redis, "SUCCESS")
-    assert results.open_forks("forkvm") == []
+    assert results.open_jobs.of_queue("forkvm") == []
     assert redis.zrange("forkvm:open", 0, -1) == [b"fork-2"]
 
 
 def test_sign_of_life_is_kept_of_an_open_fork_alone(results: Results, redis: fakeredis.FakeRedis) -> None:
-    results.claim("fork-1", _claim())
+    results.claims.take("fork-1", _claim())
 
-    results.note_sign("fork-1", 1_764_028_800_123)
-    results.note_sign("fork-2", 5)
+    results.open_jobs.store_heartbeat("fork-1", 1_764_028_800_123)
+    results.open_jobs.store_heartbeat("fork-2", 5)
 
-    assert [(fork.fork_id, fork.sign) for fork in results.open_forks("forkvm")] == [("fork-1", 1_764_028_800_123)]
+    assert [(job.job_id, job.heartbeat) for job in results.open_jobs.of_queue("forkvm")] == [
+        ("fork-1", 1_764_028_800_123)
+    ]
 
 
 def test_claim_again_leaves_the_sign_of_life(results: Results) -> None:
-    results.claim("fork-1", _claim())
-    results.note_sign("fork-1", 7)
+    results.claims.take("fork-1", _claim())
+    results.open_jobs.store_heartbeat("fork-1", 7)
 
-    results.claim("fork-1", _claim())
+    results.claims.take("fork-1", _claim())
 
-    assert results.open_forks("forkvm")[0].sign == 7
+    assert results.open_jobs.of_queue("forkvm")[0].heartbeat == 7
 
 
 def test_fork_whose_claim_has_expired_is_forgotten(results: Results, redis: fakeredis.FakeRedis) -> None:
-    results.claim("fork-1", _claim())
+    results.claims.take("fork-1", _claim())
     redis.delete("forkvm:fork-1:claim")
 
-    assert results.open_forks("forkvm") == []
+    assert results.open_jobs.of_queue("forkvm") == []
     assert redis.zcard("forkvm:open") == 0
 
 
-def test_turn_is_taken_by_one_until_it_is_over(results: Results, redis: fakeredis.FakeRedis) -> None:
-    assert results.take_turn("sweep", "forkvm", 60)
-    assert not results.take_turn("sweep", "forkvm", 60)
-    assert results.take_turn("sweep", "forkvm.rack-7", 60)
-    results.shorten_turn("sweep", "forkvm", 5)
+def test_periodic_work_is_started_by_one_until_it_is_due_again(results: Results, redis: fakeredis.FakeRedis) -> None:
+    assert results.periodic_work.start(keys.SWEEP, "forkvm", 60)
+    assert not results.periodic_work.start(keys.SWEEP, "forkvm", 60)
+    assert results.periodic_work.start(keys.SWEEP, "forkvm.rack-7", 60)
+    results.periodic_work.set_due(keys.SWEEP, "forkvm", 5)
 
     assert redis.ttl("forkvm:sweep:forkvm") == 5
 
 
 def test_losses_are_counted_for_each_message(results: Results) -> None:
-    assert [results.count_loss("fork-1"), results.count_loss("fork-1"), results.count_loss("fork-1.chunk.0")] == [
-        1,
-        2,
-        1,
-    ]
+    counts = [results.open_jobs.count_loss(message) for message in ("fork-1", "fork-1", "fork-1.chunk.0")]
+
+    assert counts == [1, 2, 1]

@@ -64,9 +64,9 @@ def test_one_version_finishes_what_the_other_began(
 
     # Then
     for job in ("f1", "c1"):
-        wait_until(lambda job=job: own_scheduler.results.final(job) is not None, f"the end of {job}", PATIENCE)  # type: ignore[misc]
+        wait_until(lambda job=job: own_scheduler.results.final.get(job) is not None, f"the end of {job}", PATIENCE)  # type: ignore[misc]
     own_scheduler.wait_quiet()
-    fork = own_scheduler.results.result("f1")
+    fork = own_scheduler.results.final.fork("f1")
     assert fork is not None
     check_fork_result(fork)
     check_books(fork, own_scheduler.files("f1"))

@@ -33,7 +33,7 @@ from worker.settings import read_settings, roots_of
 from worker.terminal import answer, answer_json, say
 
 if TYPE_CHECKING:
-    from tasks.store.results import Claim
+    from tasks.store.claims import Claim
     from worker.client import Client
 
 #: The parameters that say something of a retry, and not of what is to be done.
@@ -148,7 +148,7 @@ def _refuse_other_wishes() -> None:
 
 def _claim(client: Client, campaign_id: str) -> Claim:
     """What is kept of who has the id. Raises UsageError for an id that is no campaign's."""
-    claim = client.results.claim_of(campaign_id)
+    claim = client.results.claims.get(campaign_id)
     if claim is None or not claim.get("campaign"):
         raise click.UsageError(f"{campaign_id}: no campaign of this id was begun, or its results have expired")
     return claim
@@ -162,7 +162,7 @@ def _summary(claim: Claim) -> Summary:
 def _retry_of(client: Client, campaign_id: str, claim: Claim) -> dict[str, Any] | None:
     """The request for the forks of an earlier campaign that did not succeed; None where all did."""
     summary = _summary(claim)
-    if client.results.final(campaign_id) is None:
+    if client.results.final.get(campaign_id) is None:
         raise click.UsageError(f"{campaign_id}: it has not ended yet")
     found = list(client.campaign_forks(campaign_id, summary))
     if len(found) < summary["forks"]:

@@ -79,7 +79,7 @@ def _fork(client: Client, redis: str, request: dict[str, Any], private: Path) ->
         result = cast("ForkResult | None", client.wait(fork_id, show, timeout=_JOB_SECONDS).result)
     if result is None:
         sys.exit(f"forkvm: the fork did not end; the worker's log:\n{(private / 'worker.log').read_text()}")
-    for entry in client.results.files(fork_id):
+    for entry in client.results.pages.files(fork_id):
         answer(f"  {file_line(entry)}")
     for line in any_result_lines(result):
         answer(line)

@@ -93,7 +93,7 @@ def status(fork_id: str, watch: bool, as_json: bool) -> None:
 def files(fork_id: str, failed: bool, as_json: bool) -> None:
     """The results of a fork's entries, as many as there are by now."""
     client = connect(read_settings())
-    results = client.results.files(fork_id)
+    results = client.results.pages.files(fork_id)
     first = next(results, None)
     if first is None and not client.is_known(fork_id, client.status(fork_id)):
         say(unknown(fork_id))

@@ -16,6 +16,7 @@ from redis.exceptions import RedisError, ResponseError
 from tasks.copier.kernel.processes import is_stopped
 from tasks.delivery.backend import results_of
 from tasks.names import SWEEP_TASK, inner_queue
+from tasks.store import keys
 from tasks.store.redis_errors import is_passing
 from worker.runtime.patches import put_unnoted_back
 
@@ -143,6 +144,6 @@ class Sweeper(bootsteps.StartStopStep):
         queues = [name for name in app.amqp.queues.consume_from if "#" not in name]
         with suppress(OperationalError, RedisError, OSError):  # the consumer's loop meets the same, and reconnects
             for queue in queues:
-                if results.take_turn("sweep", queue, _SWEEP_LOST_INTERVALS * self.interval):
+                if results.periodic_work.start(keys.SWEEP, queue, _SWEEP_LOST_INTERVALS * self.interval):
                     queue = inner_queue(queue, SWEEP_TASK)
                     app.send_task(SWEEP_TASK, kwargs={"every": self.interval}, queue=queue, retry=False)

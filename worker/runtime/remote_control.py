@@ -96,4 +96,4 @@ def _job_of(results: Results, task_id: str) -> str:
     if isinstance(request, Message):
         return request.job_id
     part = _PART.fullmatch(task_id)
-    return part[1] if part and results.claim_of(task_id) is None and results.claim_of(part[1]) else task_id
+    return part[1] if part and results.claims.get(task_id) is None and results.claims.get(part[1]) else task_id

@@ -27,7 +27,7 @@ from tasks.copier.fork.snapshot import snapshot_tree
 from tasks.copier.fork_spec import Clock, ForkResult, ForkSpec, failed, result_of, succeeded
 from tasks.copier.kernel import syscalls, trees
 from tasks.copier.options import Limits
-from tasks.copier.progress import Ticker
+from tasks.copier.progress import Cancellation, Ticker
 from tasks.copier.report import Report, Totals
 from tasks.copier.staging.journal import Journal, Phase
 from tasks.copier.staging.proof import NotOurs
@@ -52,13 +52,14 @@ class Superseded(Exception):
 class Ledger(Protocol):
     """Where a fork's results are kept for those who asked for it."""
 
-    def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> bool:
+    def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> Cancellation:
         """Keep the FileResults of parts of the fork (a chunk's number, `plan` or `close`). Raises ForkError.
 
-        `anew`: in place of all that was kept before, by an earlier attempt. Returns whether someone asked for an end.
+        `anew`: in place of all that was kept before, by an earlier attempt. Returns whether the
+        cancellation of the fork was requested.
         """
 
-    def keep_all_pages(self, pages: list[bytes]) -> bool:
+    def keep_all_pages(self, pages: list[bytes]) -> Cancellation:
         """As `keep_pages`, of a fork without parts: in place of all that was kept before."""
 
     def store_result(self, result: ForkResult) -> None:
@@ -267,7 +268,7 @@ def _complete_and_publish(
 ) -> ForkResult:
     """Publish the closed tree, after its results are kept and all that the rename makes true is in the journal."""
     spec, journal, staging = account.spec, cast(Journal, account.journal), work.staging
-    if _keep_pages(account, ledger):
+    if _keep_pages(account, ledger) is Cancellation.REQUESTED:
         raise cancelled(spec.destination)
     sync = spec.options.durability == "sync"
     if sync:
@@ -353,10 +354,10 @@ def _insist(remove: Callable[[], None]) -> None:
             return
 
 
-def _keep_pages(account: _Account, ledger: Ledger, undone: Iterable[str] = ()) -> bool:
+def _keep_pages(account: _Account, ledger: Ledger, undone: Iterable[str] = ()) -> Cancellation:
     """Keep the FileResults of all parts that are not in the ledger yet; parts that are `undone` have none.
 
-    Returns whether someone asked for an end of the fork.
+    Returns whether the cancellation of the fork was requested.
     """
     if not account.in_parts:
         return ledger.keep_all_pages(Report.pages_of(account.reports.values()))

@@ -12,7 +12,7 @@ from tasks.copier.fork.lifecycle import Superseded, finish, start
 from tasks.copier.fork.plan import Plan
 from tasks.copier.fork_spec import Clock, ForkResult, ForkSpec, failed
 from tasks.copier.options import Limits
-from tasks.copier.progress import Beat, Ticker
+from tasks.copier.progress import Beat, Cancellation, Ticker
 from tasks.copier.report import Totals
 from tasks.copier.roots import Roots
 from tasks.copier.staging.control_directory import Held
@@ -26,13 +26,13 @@ _FINER = 5
 class _NoLedger:
     """A local fork's results go to its caller alone, who ends it by what the beat raises."""
 
-    def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> bool:
+    def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> Cancellation:
         """Nobody asks for them later."""
-        return False
+        return Cancellation.NOT_REQUESTED
 
-    def keep_all_pages(self, pages: list[bytes]) -> bool:
+    def keep_all_pages(self, pages: list[bytes]) -> Cancellation:
         """Nobody asks for them later."""
-        return False
+        return Cancellation.NOT_REQUESTED
 
     def store_result(self, result: ForkResult) -> None:
         """The caller gets it."""

@@ -51,7 +51,7 @@ MOST_BYTES = {
     "destinations": 5 * _GIB,
     # Sums and at most 100 failures, each with three paths of at most 4 KiB that JSON may write six times as long.
     "settled": 16 * _MIB,
-    # Notes of one minute about forks that ended; see `tasks.store.ended_files`.
+    # Notes of one minute about forks that ended; see `tasks.store.recent_forks.files`.
     "ended": 16 * _MIB,
 }
 

@@ -16,7 +16,7 @@ from tasks.copier.fork.local import fork_here
 from tasks.copier.fork.plan import Plan
 from tasks.copier.fork_spec import ForkResult, ForkSpec
 from tasks.copier.options import Limits, Options
-from tasks.copier.progress import Beat, Progress, Ticker
+from tasks.copier.progress import Beat, Cancellation, Progress, Ticker
 from tasks.copier.report import FileResult, unpack_pages
 from tasks.copier.roots import Roots
 from tasks.copier.staging.staging import Staging
@@ -102,17 +102,16 @@ class Books:
 
     pages: dict[str, list[bytes]] = field(default_factory=dict)
     settled: list[ForkResult] = field(default_factory=list)
-    #: Whether someone has asked for an end of the fork.
-    ended: bool = False
+    cancellation: Cancellation = Cancellation.NOT_REQUESTED
 
-    def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> bool:
+    def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> Cancellation:
         # A part may be kept again: what it did is told whole each time.
         self.pages = dict(parts) if anew else self.pages | parts
-        return self.ended
+        return self.cancellation
 
-    def keep_all_pages(self, pages: list[bytes]) -> bool:
+    def keep_all_pages(self, pages: list[bytes]) -> Cancellation:
         self.pages = {"0": pages}
-        return self.ended
+        return self.cancellation
 
     def store_result(self, result: ForkResult) -> None:
         self.settled.append(result)
@@ -151,7 +150,7 @@ def fork_with_books(
     `earlier`: pages that an earlier attempt left in them. `ended`: someone has asked for an end of it.
     """
     spec = spec_of(source, destination, fork_id, **options)
-    books, ticker = Books(dict(earlier or {}), ended=ended), Ticker(go_on)
+    books, ticker = Books(dict(earlier or {}), cancellation=Cancellation.of(ended)), Ticker(go_on)
     with (
         open_endpoints(Roots(), spec.source, spec.destination) as ends,
         Staging.claim(ends.parent_fd, fork_id, wait=0) as staging,

@@ -11,7 +11,7 @@ from celery.result import AsyncResult
 
 from tasks.copier.campaign.spec import CampaignResult
 from tasks.copier.fork_spec import ForkResult
-from tasks.store.campaign_results import CampaignResults
+from tasks.store.campaign.results import CampaignResults
 from tests.support.system.result_checks import check_books, check_fork_result
 from tests.support.system.scheduler import QUEUE, Scheduler
 from tests.support.tree import snapshot
@@ -57,7 +57,7 @@ def done(scheduler: Scheduler, campaign_id: str) -> int:
 
 def result_of(scheduler: Scheduler, campaign_id: str) -> CampaignResult:
     """The final result, whatever it says."""
-    result = scheduler.results.final(campaign_id)
+    result = scheduler.results.final.get(campaign_id)
     assert result is not None, f"{campaign_id} has no result"
     return cast(CampaignResult, result)
 

@@ -74,12 +74,12 @@ class Scheduler:
         with pytest.raises(Exception) as raised:  # noqa: PT011 - the type is made up by the client's Celery
             sent.get(timeout=timeout)
         assert sent.state in ("FAILURE", "REVOKED"), repr(raised.value)
-        result = self.results.result(str(sent.id))
+        result = self.results.final.fork(str(sent.id))
         assert result is not None, f"no ForkResult for {raised.value!r}"
         return str(raised.value), result
 
     def files(self, fork_id: str) -> list[FileResult]:
-        return list(self.results.files(fork_id))
+        return list(self.results.pages.files(fork_id))
 
     def wait_quiet(self) -> None:
         """Returns when no message is in a queue or unacknowledged: whatever was to happen has happened.

@@ -1,8 +1,8 @@
-"""Short-lived files in the temporary directory in which all workers of this host and user note what has ended.
+"""The files of the notes, in the temporary directory; all workers of this user on this host share them.
 
-A line for each note, appended by one write(2), in a file for each minute and each 64th of the ids: so what is old is
-removed by whole files, and a note about an id is found without reading all of them. Nothing is synced: a host that
-loses power loses the notes. A line that is torn or not ours is left out; the callers check what they read.
+Each note is one line, appended with one write(2). There is a file for each minute and each of 64 groups of ids, so that
+old notes are removed by the file, and a reader opens only the files of its group. Nothing is synced: the notes are lost
+when the host loses power. Lines that are torn or malformed are skipped; the callers check what they read.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from tasks.copier.staging import proof
 
 log = logging.getLogger(__name__)
 
-#: Seconds that a note is kept at least: Redis must be back, and have delivered its messages again, by then.
+#: How long a note is kept at least, in seconds. Redis must be back by then, and must have redelivered its messages.
 KEPT_SECONDS = 300
-#: Seconds that one file is written.
+#: For how long notes are appended to one file, in seconds.
 _SLOT_SECONDS = 60
 _SLOTS = KEPT_SECONDS // _SLOT_SECONDS
-_BUCKETS = 64
-#: Most bytes of all files together; above that nothing is noted until old ones are removed.
+_GROUPS = 64
+#: The most bytes of all files together. Above that, no notes are written until old files are removed.
 _MOST_BYTES = 256 << 20
 _NAME = re.compile(r"ended-([0-9]{1,12})-([0-9a-f]{2})")
 _LINE = re.compile(rb"([0-9a-f]{64}) ([0-9]{1,9}) ([0-9]{1,9}) (\S+)")
 
 
 class Note(NamedTuple):
-    """What was noted of the forks `first` to `last` of a job."""
+    """A note about the forks `first` to `last` of a job."""
 
     first: int
     last: int
@@ -44,17 +44,17 @@ class Note(NamedTuple):
 
 
 @dataclass
-class EndedStore:
-    """Notes by job id. Never raises OSError: where the files cannot be had, the program goes on without them."""
+class NoteFiles:
+    """Notes by job id. Never raises OSError: when the files cannot be used, the program works without them."""
 
-    #: The directory that holds ours; None: the temporary directory of this process.
+    #: The directory that contains that of the files; None for the temporary directory of this process.
     parent: str | None = None
     _purged_in: int = field(default=-1, init=False)
     _is_full: bool = field(default=False, init=False)
     _has_warned: bool = field(default=False, init=False)
 
     def add(self, job_id: str, note: Note) -> None:
-        """Note something of a job. `data` is ASCII without white space."""
+        """Write a note about a job. Its `data` is ASCII without white space."""
         key, slot = _key(job_id), int(time.time()) // _SLOT_SECONDS
         line = b"\n%s %d %d %s\n" % (key.encode("ascii"), note.first, note.last, note.data)
         try:
@@ -63,14 +63,14 @@ class EndedStore:
                 if slot != self._purged_in:
                     self._purge(fd, slot)
                 if not self._is_full:
-                    _append(fd, f"ended-{slot}-{_bucket(key)}", line)
+                    _append(fd, f"ended-{slot}-{_group(key)}", line)
             finally:
                 os.close(fd)
         except (OSError, ForkError) as error:
             self._warn(error)
 
     def find(self, job_id: str) -> Iterator[Note]:
-        """Yield what was noted of a job in the last minutes, the latest first."""
+        """Yield the notes about a job of the last minutes, the latest first."""
         key = _key(job_id)
         try:
             fd = self._open()
@@ -78,14 +78,14 @@ class EndedStore:
             self._warn(error)
             return
         try:
-            for name in _files_of(fd, _bucket(key)):
+            for name in _files_of(fd, _group(key)):
                 with suppress(OSError, ForkError):
                     yield from reversed(list(_notes(_read(fd, name), key.encode("ascii"))))
         finally:
             os.close(fd)
 
     def _open(self) -> int:
-        """Open this user's directory, made if need be, and prove that it is ours alone. Raises OSError, NotOurs."""
+        """Open this user's directory, create it if needed, and check its owner and mode. Raises OSError, NotOurs."""
         name = f"forkvm-ended-{os.geteuid()}"
         parent_fd = os.open(self.parent or tempfile.gettempdir(), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -98,7 +98,7 @@ class EndedStore:
             os.close(parent_fd)
 
     def _purge(self, fd: int, slot: int) -> None:
-        """Remove the files that are older than `KEPT_SECONDS`, or of a time to come, and see how large the rest is."""
+        """Remove files that are older than `KEPT_SECONDS` or in the future, and measure the rest."""
         self._purged_in, total = slot, 0
         for name in os.listdir(fd):
             known = _NAME.fullmatch(name)
@@ -112,30 +112,33 @@ class EndedStore:
     def _warn(self, error: OSError | ForkError) -> None:
         if not self._has_warned:
             self._has_warned = True
-            log.warning("no notes of ended forks can be kept, so one that Redis forgets is not recognized: %s", error)
+            log.warning(
+                "notes about forks cannot be written; a fork whose result Redis loses may fail when redelivered: %s",
+                error,
+            )
 
 
 def _key(job_id: str) -> str:
     return hashlib.sha256(job_id.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _bucket(key: str) -> str:
-    return f"{int(key[:2], 16) % _BUCKETS:02x}"
+def _group(key: str) -> str:
+    return f"{int(key[:2], 16) % _GROUPS:02x}"
 
 
 def _append(dir_fd: int, name: str, line: bytes) -> None:
     fd = proof.open_file(dir_fd, name, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
         if os.fstat(fd).st_size + len(line) <= proof.most_bytes(name):
-            os.write(fd, line)  # a short one leaves a torn line, which is left out
+            os.write(fd, line)  # a short write leaves a torn line, which readers skip
     finally:
         os.close(fd)
 
 
-def _files_of(fd: int, bucket: str) -> list[str]:
-    """The files with notes of a bucket that are not too old, the latest first."""
+def _files_of(fd: int, group: str) -> list[str]:
+    """The files of a group of ids that are not too old, the latest first."""
     now = int(time.time()) // _SLOT_SECONDS
-    names = [known for known in map(_NAME.fullmatch, os.listdir(fd)) if known is not None and known[2] == bucket]
+    names = [known for known in map(_NAME.fullmatch, os.listdir(fd)) if known is not None and known[2] == group]
     fresh = [known for known in names if now - _SLOTS <= int(known[1]) <= now + 1]
     return [known[0] for known in sorted(fresh, key=lambda known: int(known[1]), reverse=True)]
 

@@ -1,10 +1,4 @@
-"""Recognizing forks that have ended and whose end Redis has forgotten.
-
-A Redis that is killed forgets its last second (`appendfsync everysec`), and one that is restored from a copy forgets
-more. A fork that ended meanwhile is delivered again, and finds its own destination. Nothing of the fork may be left at
-or beside the destination, so what proves it to be the fork's is noted in the temporary directory, for minutes: the id,
-a digest of the request, the identity of the published directory, and the result. Workers of other hosts do not see it.
-"""
+"""Writes notes about forks that succeeded, and finds a fork at its destination by them."""
 
 from __future__ import annotations
 
@@ -22,39 +16,39 @@ from tasks.copier.errors import ForkError
 from tasks.copier.fork_spec import ForkResult, ForkSpec, result_of
 from tasks.copier.kernel import syscalls, trees
 from tasks.copier.roots import Roots
-from tasks.store.ended_files import EndedStore, Note
-from tasks.store.ended_record import EndedFork, EndedRecord
+from tasks.store.recent_forks.files import Note, NoteFiles
+from tasks.store.recent_forks.record import NotedFork, Record
 
 Pages = dict[str, list[bytes]]
-#: Stands for all parts of a fork that has none.
+#: The key in `Pages` of a fork without parts.
 ALL_PAGES = "all"
-#: FileResults of a fork are noted up to so many bytes.
+#: The most bytes of FileResults in a note about one fork.
 _MOST_PAGES = 1 << 16
 
 
-class Ended(NamedTuple):
-    """How a fork ended, and its FileResults by part, as far as they were noted."""
+class RecentFork(NamedTuple):
+    """The result of a fork that succeeded, and its FileResults by part, if they were few enough to be noted."""
 
     result: ForkResult
     pages: Pages
 
 
 @dataclass(frozen=True)
-class EndedForks:
-    """What this host's workers noted of forks that ended well. Forks of a campaign go by their numbers in it."""
+class RecentForks:
+    """The notes of this host about forks that succeeded. A campaign's forks are noted under its id, by number."""
 
-    store: EndedStore = field(default_factory=EndedStore)
+    files: NoteFiles = field(default_factory=NoteFiles)
 
     def note_fork(self, spec: ForkSpec, parent_fd: int, name: str, result: ForkResult, pages: Pages) -> None:
-        """Note a fork that has just been published as `name` in `parent_fd`."""
+        """Write a note about a fork that has just been published as `name` in `parent_fd`. Never raises OSError."""
         with suppress(OSError):
             fork = _published(parent_fd, name, json.dumps(result), pages if are_few(pages) else {})
             if fork is not None:
-                record = EndedRecord(digest_of(spec), os.fstat(parent_fd).st_dev, {0: fork})
-                self.store.add(spec.fork_id, Note(0, 0, record.to_text()))
+                record = Record(digest_of(spec), os.fstat(parent_fd).st_dev, {0: fork})
+                self.files.add(spec.fork_id, Note(0, 0, record.to_text()))
 
     def note_run(self, roots: Roots, campaign_id: str, digest: str, outcomes: Iterable[Outcome]) -> None:
-        """Note those of a campaign's forks that have just been published. All have one parent."""
+        """Write a note about the forks of a campaign that have just been published, all in one parent."""
         good = [outcome for outcome in outcomes if outcome.result["error"] is None]
         if not good:
             return
@@ -70,43 +64,43 @@ class EndedForks:
                     for outcome in good
                 }
                 forks = {number: fork for number, fork in found.items() if fork is not None}
-                record = EndedRecord(digest, os.fstat(parent.fd).st_dev, forks)
+                record = Record(digest, os.fstat(parent.fd).st_dev, forks)
             if forks:
-                self.store.add(campaign_id, Note(min(forks), max(forks), record.to_text()))
+                self.files.add(campaign_id, Note(min(forks), max(forks), record.to_text()))
 
-    def fork(self, roots: Roots, spec: ForkSpec) -> Ended | None:
-        """How this very fork ended, if what was published then is at its destination; else None."""
-        return self.run(roots, spec.fork_id, digest_of(spec), {0: spec}).get(0)
+    def find(self, roots: Roots, spec: ForkSpec) -> RecentFork | None:
+        """The fork of this request that succeeded, if its directory is still at the destination; else None."""
+        return self.find_run(roots, spec.fork_id, digest_of(spec), {0: spec}).get(0)
 
-    def run(self, roots: Roots, job_id: str, digest: str, specs: Mapping[int, ForkSpec]) -> dict[int, Ended]:
-        """As `fork`, of some forks of a campaign. `digest`: of its request."""
-        ended: dict[int, Ended] = {}
+    def find_run(self, roots: Roots, job_id: str, digest: str, specs: Mapping[int, ForkSpec]) -> dict[int, RecentFork]:
+        """As `find`, for some forks of a campaign, by number. `digest`: of the campaign's request."""
+        found: dict[int, RecentFork] = {}
         if not specs:
-            return ended
+            return found
         with ExitStack() as opened:
-            place = _Place(roots, opened)
+            destinations = _Destinations(roots, opened)
             for record in self._records(job_id, digest, min(specs), max(specs)):
                 for number, fork in record.forks.items():
                     spec = specs.get(number)
-                    if spec is None or number in ended:
+                    if spec is None or number in found:
                         continue
                     with suppress(ForkError, OSError):
                         result = result_of(validation.load(fork.result.encode("ascii")), spec)
-                        if place.holds(spec.destination, record.device, fork):
-                            ended[number] = Ended(result, fork.pages)
-        return ended
+                        if destinations.hold(spec.destination, record.device, fork):
+                            found[number] = RecentFork(result, fork.pages)
+        return found
 
-    def _records(self, job_id: str, digest: str, first: int, last: int) -> Iterator[EndedRecord]:
-        for note in self.store.find(job_id):
+    def _records(self, job_id: str, digest: str, first: int, last: int) -> Iterator[Record]:
+        for note in self.files.find(job_id):
             if note.first <= last and first <= note.last:
                 with suppress(ForkError):
-                    record = EndedRecord.from_text(note.data)
+                    record = Record.from_text(note.data)
                     if record.digest == digest:
                         yield record
 
 
-class _Place:
-    """Looks at destinations; the last parent stays open."""
+class _Destinations:
+    """Checks destinations. Keeps the last parent open: the forks of a campaign have one."""
 
     def __init__(self, roots: Roots, opened: ExitStack) -> None:
         self._roots = roots
@@ -114,7 +108,7 @@ class _Place:
         self._parent = ""
         self._fd = -1
 
-    def holds(self, destination: str, device: int, fork: EndedFork) -> bool:
+    def hold(self, destination: str, device: int, fork: NotedFork) -> bool:
         """Whether the directory that was published is at the destination. Raises ForkError, OSError."""
         parent, name = os.path.split(destination)
         if parent != self._parent:
@@ -127,17 +121,17 @@ class _Place:
         )
 
 
-def _published(parent_fd: int, name: str, result: str, pages: Pages) -> EndedFork | None:
-    """What to note; None where no time of birth is kept: another directory could have the same inode later."""
+def _published(parent_fd: int, name: str, result: str, pages: Pages) -> NotedFork | None:
+    """The fork to note; None if the filesystem has no birth times: another directory could get the same inode."""
     try:
         identity, birth = _identity_and_birth(parent_fd, name)
-    except FileNotFoundError:  # its client removed it already
+    except FileNotFoundError:  # its client has removed it
         return None
-    return EndedFork(identity, birth, result, pages) if birth else None
+    return NotedFork(identity, birth, result, pages) if birth else None
 
 
 def _identity_and_birth(parent_fd: int, name: str) -> tuple[int, int]:
-    """As `trees.identity_of`, in one system call in nearly all cases. Raises OSError."""
+    """As `trees.identity_of`, with one system call in nearly all cases. Raises OSError."""
     inode, birth = syscalls.inode_and_birth(parent_fd, name)
     if inode != trees.SUBVOLUME_INODE:
         return inode, birth
@@ -150,10 +144,10 @@ def are_few(pages: Pages) -> bool:
 
 
 def digest_of(spec: ForkSpec) -> str:
-    """A digest of the request."""
+    """A digest of the request of a fork."""
     return hashlib.sha256(json.dumps(spec.request()).encode("ascii")).hexdigest()
 
 
 def number_of(result: ForkResult) -> int:
-    """The fork's number in its campaign, out of its id."""
+    """The number of a fork in its campaign, from its id."""
     return int(result["fork_id"].rpartition(".")[2])

@@ -17,11 +17,11 @@ from tasks.copier.errors import ForkError
 from tasks.copier.fork_spec import Clock, ForkResult, ForkSpec, succeeded
 from tasks.copier.report import Totals
 from tasks.copier.roots import Roots
-from tasks.store.ended import EndedForks
-from tasks.store.ended_files import KEPT_SECONDS, EndedStore, Note
-from tasks.store.ended_record import EndedFork, EndedRecord
+from tasks.store.recent_forks.files import KEPT_SECONDS, Note, NoteFiles
+from tasks.store.recent_forks.forks import RecentForks
+from tasks.store.recent_forks.record import NotedFork, Record
 
-RECORD = EndedRecord("digest", 7, {3: EndedFork(11, 12, '{"a":1}', {"all": [b"x", b"yz\n"]})})
+RECORD = Record("digest", 7, {3: NotedFork(11, 12, '{"a":1}', {"all": [b"x", b"yz\n"]})})
 
 
 @pytest.fixture
@@ -32,9 +32,9 @@ def parent(tmp_path: Path) -> Iterator[int]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> EndedStore:
+def store(tmp_path: Path) -> NoteFiles:
     (tmp_path / "notes").mkdir()
-    return EndedStore(str(tmp_path / "notes"))
+    return NoteFiles(str(tmp_path / "notes"))
 
 
 def _directory(tmp_path: Path) -> Path:
@@ -51,7 +51,7 @@ def _fork(tmp_path: Path) -> tuple[ForkSpec, ForkResult]:
 def test_a_record_is_read_back_as_it_was(size: int) -> None:
     record = replace(RECORD, forks={n: replace(RECORD.forks[3], pages={"plan": [b"x" * size]}) for n in range(3)})
 
-    assert EndedRecord.from_text(record.to_text()) == record
+    assert Record.from_text(record.to_text()) == record
 
 
 @pytest.mark.parametrize(
@@ -84,57 +84,57 @@ def test_a_record_is_read_back_as_it_was(size: int) -> None:
 )
 def test_anything_else_is_refused(text: bytes) -> None:
     with pytest.raises(ForkError):
-        EndedRecord.from_text(text)
+        Record.from_text(text)
 
 
-def test_a_noted_fork_is_found_while_it_is_there(tmp_path: Path, store: EndedStore, parent: int) -> None:
+def test_a_noted_fork_is_found_while_it_is_there(tmp_path: Path, store: NoteFiles, parent: int) -> None:
     spec, result = _fork(tmp_path)
-    forks, roots = EndedForks(store), Roots((str(tmp_path),))
+    forks, roots = RecentForks(store), Roots((str(tmp_path),))
     forks.note_fork(spec, parent, "b", result, {"all": [b"page"]})
 
-    found = EndedForks(EndedStore(store.parent)).fork(roots, replace(spec, started=1.0, queued=2.0))
+    found = RecentForks(NoteFiles(store.parent)).find(roots, replace(spec, started=1.0, queued=2.0))
 
     assert found is not None
     assert (found.result, found.pages) == (result, {"all": [b"page"]})
-    assert forks.fork(roots, replace(spec, labels=["other"])) is None
-    assert forks.fork(roots, replace(spec, fork_id="g")) is None
+    assert forks.find(roots, replace(spec, labels=["other"])) is None
+    assert forks.find(roots, replace(spec, fork_id="g")) is None
     (tmp_path / "b").rmdir()
-    assert forks.fork(roots, spec) is None
+    assert forks.find(roots, spec) is None
     (tmp_path / "b").mkdir()  # perhaps with the same inode
-    assert forks.fork(roots, spec) is None
+    assert forks.find(roots, spec) is None
 
 
-def test_a_garbled_note_is_not_believed(tmp_path: Path, store: EndedStore, parent: int) -> None:
+def test_a_garbled_note_is_not_believed(tmp_path: Path, store: NoteFiles, parent: int) -> None:
     spec, result = _fork(tmp_path)
-    forks, roots = EndedForks(store), Roots((str(tmp_path),))
+    forks, roots = RecentForks(store), Roots((str(tmp_path),))
     forks.note_fork(spec, parent, "b", {**result, "destination": str(tmp_path / "elsewhere")}, {})
-    assert forks.fork(roots, spec) is None
+    assert forks.find(roots, spec) is None
     forks.note_fork(spec, parent, "b", {**result, "files": {"total": -1}}, {})
-    assert forks.fork(roots, spec) is None
+    assert forks.find(roots, spec) is None
     forks.note_fork(spec, parent, "b", result, {})
-    assert forks.fork(roots, spec) is not None
+    assert forks.find(roots, spec) is not None
 
     (file,) = _directory(tmp_path).iterdir()
     file.write_bytes(file.read_bytes()[:-20] + b"\n\0\xff\n")
 
-    assert forks.fork(roots, spec) is None
+    assert forks.find(roots, spec) is None
 
 
-def test_notes_are_purged_when_they_are_old(tmp_path: Path, store: EndedStore) -> None:
+def test_notes_are_purged_when_they_are_old(tmp_path: Path, store: NoteFiles) -> None:
     store.add("new", Note(0, 0, b"x"))
     directory = _directory(tmp_path)
     (old := directory / f"ended-{int(time.time() - KEPT_SECONDS - 120) // 60}-00").touch(0o600)
     (ahead := directory / f"ended-{int(time.time() + 3600) // 60}-00").touch(0o600)
     (foreign := directory / "foreign").touch(0o600)
 
-    EndedStore(store.parent).add("other", Note(0, 0, b"y"))  # a process's first note purges
+    NoteFiles(store.parent).add("other", Note(0, 0, b"y"))  # a process's first note purges
 
     assert not any(path.exists() for path in (old, ahead, foreign))
     assert [note.data for note in store.find("new")] == [b"x"]
 
 
 def test_a_directory_that_is_not_ours_is_not_used(
-    tmp_path: Path, store: EndedStore, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, store: NoteFiles, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "target").mkdir(0o700)
     _directory(tmp_path).symlink_to(tmp_path / "target")
@@ -147,7 +147,7 @@ def test_a_directory_that_is_not_ours_is_not_used(
     assert len(caplog.records) == 1
 
 
-def test_a_file_that_is_a_link_is_not_used(tmp_path: Path, store: EndedStore) -> None:
+def test_a_file_that_is_a_link_is_not_used(tmp_path: Path, store: NoteFiles) -> None:
     store.add("f", Note(0, 0, b"x"))
     (file,) = _directory(tmp_path).iterdir()
     file.rename(tmp_path / "elsewhere")

@@ -1,6 +1,6 @@
-"""What is noted of forks that ended well: which directories they are, and what became of them; as one text.
+"""The format of a note: the directories and the results of some forks of one job, as one line of ASCII.
 
-What is read back is validated as hostile input. Whether it is true is seen where it is used, at the destination.
+A note that is read back is validated as hostile input. The caller checks at the destination whether it is true.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tasks.copier import validation
 from tasks.copier.report import pages_in
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
-#: Records of more bytes are compressed: those of a campaign's batch, whose results are much alike.
+#: Longer records, in bytes, are compressed: those of a campaign's batch, whose results are similar.
 _SHORT = 4096
 _PLAIN, _PACKED = b"p", b"z"
 #: The largest record, in bytes.
@@ -30,31 +30,31 @@ _MOST_PAGES = 1_000_000
 
 
 @dataclass(frozen=True)
-class EndedFork:
+class NotedFork:
     """One published fork."""
 
-    #: What `trees.identity` says of its directory.
+    #: The identity of its directory; see `trees.identity_of`.
     identity: int
-    #: When that directory was made, in nanoseconds: an inode's number is used again.
+    #: The birth time of that directory, in nanoseconds: an inode number is used again.
     birth: int
     #: The ForkResult as JSON.
     result: str
-    #: Its FileResults, by part; none where they are many.
+    #: Its FileResults by part; empty if they were too many.
     pages: dict[str, list[bytes]]
 
 
 @dataclass(frozen=True)
-class EndedRecord:
+class Record:
     """Some forks of one job, by number."""
 
-    #: Of the request.
+    #: The digest of the request.
     digest: str
     #: st_dev of the directory that holds the forks.
     device: int
-    forks: dict[int, EndedFork]
+    forks: dict[int, NotedFork]
 
     def to_text(self) -> bytes:
-        """As ASCII without white space."""
+        """The record as ASCII without white space."""
         head = {
             "digest": self.digest,
             "device": self.device,
@@ -71,26 +71,26 @@ class EndedRecord:
         return _PACKED + base64.b64encode(zlib.compress(data, 1))
 
     @classmethod
-    def from_text(cls, text: bytes) -> EndedRecord:
+    def from_text(cls, text: bytes) -> Record:
         """The record that `to_text` wrote. Raises ForkError (Malformed) for anything else."""
-        with validation.reading("the note of an ended fork"):
+        with validation.reading("the note about a fork that succeeded"):
             line, _, rest = _unpacked(text).partition(b"\n")
             head = validation.record(validation.load(line))
             numbers = {_number(number): value for number, value in validation.record(head["forks"]).items()}
             if len(numbers) > _MOST_FORKS:
                 raise validation.Malformed("it has too many forks")
             *results, rest = rest.split(b"\n", len(numbers))
-            forks: dict[int, EndedFork] = {}
+            forks: dict[int, NotedFork] = {}
             for (number, (identity, birth, lengths)), result in zip(numbers.items(), results, strict=True):
                 by_part, rest = _pages(lengths, rest)
-                forks[number] = EndedFork(
+                forks[number] = NotedFork(
                     validation.number(identity, validation.IDENTITY),
                     validation.number(birth),
                     result.decode("ascii"),
                     by_part,
                 )
             if rest:
-                raise validation.Malformed("it has more pages than it says")
+                raise validation.Malformed("it has more bytes than its page lengths add up to")
             return cls(validation.text(head["digest"]), validation.number(head["device"], validation.U64), forks)
 
 
@@ -104,12 +104,12 @@ def _unpacked(text: bytes) -> bytes:
     except (binascii.Error, zlib.error) as error:
         raise validation.Malformed(str(error)) from None
     if text[:1] != _PACKED or not unpacking.eof:
-        raise validation.Malformed("it is not whole")
+        raise validation.Malformed("it is incomplete")
     return unpacked
 
 
 def _pages(lengths: Any, rest: bytes) -> tuple[dict[str, list[bytes]], bytes]:
-    """The pages of one fork, by part, and what follows them."""
+    """The pages of one fork by part, and the bytes after them."""
     checked = validation.record(lengths)
     if len(checked) > _MOST_PARTS:
         raise validation.Malformed("a fork has too many parts")
@@ -128,5 +128,5 @@ def _part(value: str) -> str:
 
 def _number(value: str) -> int:
     if not (value.isascii() and value.isdigit() and len(value) <= 9):
-        raise validation.Malformed(f"{value!r:.80} is no number")
+        raise validation.Malformed(f"{value!r:.80} is not a number")
     return int(value)

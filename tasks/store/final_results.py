@@ -1,0 +1,79 @@
+"""The final results of forks and campaigns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+from celery import states
+from redis.exceptions import OutOfMemoryError
+
+from tasks.copier.fork_spec import ForkResult
+from tasks.copier.progress import Cancellation
+from tasks.store import keys, lua
+from tasks.store.connection import Connection
+
+
+class ForkStatus(NamedTuple):
+    """The final result of a fork, or None before its end; and whether its cancellation was requested."""
+
+    result: ForkResult | None
+    cancellation: Cancellation
+
+
+@dataclass(frozen=True)
+class FinalResults:
+    """The final results of all jobs. Each method raises RedisError."""
+
+    connection: Connection
+
+    def fork(self, fork_id: str) -> ForkResult | None:
+        """The final ForkResult, or None before the fork has ended."""
+        return cast("ForkResult | None", self.get(fork_id))
+
+    def get(self, job_id: str) -> dict[str, Any] | None:
+        """The final result of a fork or campaign, or None before its end."""
+        return self.get_many([job_id])[0]
+
+    def get_many(self, job_ids: list[str]) -> list[dict[str, Any] | None]:
+        """As `get`, for many jobs in one command."""
+        wanted = [key for job_id in job_ids for key in (keys.RESULT.of(job_id), self.connection.state_key(job_id))]
+        found = iter(self.connection.read_all(wanted))
+        return [final_result(stored, record) for stored, record in zip(found, found, strict=True)]
+
+    def status(self, fork_id: str) -> ForkStatus:
+        """The result of a fork and whether its cancellation was requested, read in one command."""
+        wanted = [keys.RESULT.of(fork_id), self.connection.state_key(fork_id), keys.CANCEL.of(fork_id)]
+        stored, record, flag = self.connection.read_all(wanted)
+        return ForkStatus(cast("ForkResult | None", final_result(stored, record)), Cancellation.of(flag is not None))
+
+    def store(self, job_id: str, result: Mapping[str, Any]) -> None:
+        """Store the final result; all keys of the job then expire with it.
+
+        A patient connection waits also while Redis is full: the job has ended, and that must not be lost.
+        """
+        connection = self.connection
+        text = json.dumps(result)
+        connection.ask(
+            lambda: lua.STORE_RESULT.run(
+                connection.redis,
+                result_key=keys.RESULT.of(job_id),
+                result=text,
+                ttl=connection.expires,
+                prefix=keys.prefix_of(job_id),
+                names=keys.EXPIRE_WITH_RESULT,
+            ),
+            OutOfMemoryError,
+        )
+
+
+def final_result(stored: dict[str, Any] | None, record: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The final result, from what is stored as such and from Celery's record; None where neither has it.
+
+    A campaign's fork that succeeded has its result only in Celery's record.
+    """
+    if stored is None and record is not None and record["status"] == states.SUCCESS:
+        return cast("dict[str, Any] | None", record["result"])
+    return stored

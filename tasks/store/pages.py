@@ -1,0 +1,82 @@
+"""The FileResults of forks, in pages of JSON that is compressed with zlib.
+
+Each part of a fork (`plan`, a chunk's number, `close`) has its own pages, and a hash has their counts. A fork that has
+one page and no parts, as most have, has one key instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+from tasks.copier.progress import Cancellation
+from tasks.copier.report import FileResult, unpack_pages
+from tasks.store import keys
+from tasks.store.connection import Connection
+
+#: The positions of the parts without a number among those with one.
+_POSITIONS = {"plan": 0, "close": 1_000_000}
+
+
+@dataclass(frozen=True)
+class Pages:
+    """The pages of all forks. Each method raises RedisError; OutOfMemoryError when Redis is full."""
+
+    connection: Connection
+
+    def store(self, fork_id: str, parts: dict[str, list[bytes]], *, only: bool = False) -> Cancellation:
+        """Store the pages of parts of a fork, in place of the earlier ones of these parts.
+
+        `only`: in place of those of all parts, which belong to an earlier attempt. Returns whether the cancellation of
+        the fork was requested, which saves the caller a round trip.
+        """
+        counts, ttl = keys.PAGES.of(fork_id), self.connection.open_expires
+
+        def write() -> Cancellation:
+            with self.connection.redis.pipeline(transaction=True) as pipe:
+                if only:
+                    pipe.delete(counts, keys.ONLY_PAGE.of(fork_id))
+                for part, pages in parts.items():
+                    for number, page in enumerate(pages):
+                        pipe.set(keys.page_key(fork_id, part, number), page, ex=ttl)
+                    pipe.hset(counts, part, str(len(pages)))
+                pipe.expire(counts, ttl)
+                pipe.exists(keys.CANCEL.of(fork_id))
+                return Cancellation.of(pipe.execute()[-1])
+
+        return self.connection.ask(write)
+
+    def store_all(self, fork_id: str, pages: list[bytes]) -> Cancellation:
+        """As `store`, for a fork without parts: in place of all that earlier attempts stored."""
+        if len(pages) != 1:
+            return self.store(fork_id, {"0": pages}, only=True)
+
+        def write() -> Cancellation:
+            with self.connection.redis.pipeline(transaction=True) as pipe:
+                pipe.delete(keys.PAGES.of(fork_id))
+                pipe.set(keys.ONLY_PAGE.of(fork_id), pages[0], ex=self.connection.open_expires)
+                pipe.exists(keys.CANCEL.of(fork_id))
+                return Cancellation.of(pipe.execute()[-1])
+
+        return self.connection.ask(write)
+
+    def files(self, fork_id: str) -> Iterator[FileResult]:
+        """Yield the FileResults that are there so far, in the order of the parts. Reads a page at a time."""
+        redis = self.connection.redis
+        found = cast("dict[bytes, bytes]", redis.hgetall(keys.PAGES.of(fork_id)))
+        counts = {part.decode(): int(count) for part, count in found.items()}
+        wanted = [
+            keys.page_key(fork_id, part, number)
+            for part in sorted(counts, key=_position)
+            for number in range(counts[part])
+        ]
+        for key in wanted or [keys.ONLY_PAGE.of(fork_id)]:
+            page = cast("bytes | None", redis.get(key))
+            if page is not None:
+                yield from unpack_pages([page])
+
+
+def _position(part: str) -> int:
+    """The position of a part among the parts of a fork."""
+    return _POSITIONS[part] if part in _POSITIONS else int(part) + 1
