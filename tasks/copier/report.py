@@ -181,13 +181,13 @@ class Report:
             "replaced": self.replaced,
             "pages": [len(page) for page in self.pages],
         }
-        return validation.seal(b"".join((json.dumps(head).encode("ascii"), b"\n", *self.pages)))
+        return validation.FILE_SEAL.seal(b"".join((json.dumps(head).encode("ascii"), b"\n", *self.pages)))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Report:
         """The report that `to_bytes` returned. Raises Malformed for anything else."""
         with validation.reading("a report"):
-            line, _, rest = validation.unseal(data).partition(b"\n")
+            line, _, rest = validation.FILE_SEAL.unseal(data).partition(b"\n")
             head = validation.record(validation.load(line))
             pages = pages_in(rest, head["pages"])
             ranges = validation.items(head["ranges"], _range_of, _MOST_RANGES)

@@ -12,6 +12,7 @@ import os
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar, cast
 
 from tasks.copier.errors import Code, ErrorRecord, ForkError
@@ -37,23 +38,40 @@ class Malformed(ForkError):
         super().__init__(Code.IO_ERROR, f"{_DAMAGED}{what}")
 
 
-#: Separates the data from its checksum.
-_SEAL = b"\nchecksum "
+@dataclass(frozen=True, kw_only=True)
+class Seal:
+    """How a file carries the CRC-32 of its content: after `mark`, before `end`.
+
+    Only a checksum finds a number that was changed into another number.
+    """
+
+    mark: bytes
+    #: Number of digits of the checksum, or None for any; and how it is written.
+    digits: int | None
+    form: bytes
+    #: The last bytes of the data, which stay behind the checksum.
+    end: bytes = b""
+
+    def seal(self, data: bytes) -> bytes:
+        """`data`, which ends with `end`, with its checksum."""
+        body = data.removesuffix(self.end)
+        return b"".join((body, self.mark, self.form % zlib.crc32(body), self.end))
+
+    def unseal(self, data: bytes) -> bytes:
+        """The bytes that were given to `seal`. Raises Malformed if the checksum does not match.
+
+        Bytes without a checksum, as earlier versions wrote them, are returned as they are.
+        """
+        body, mark, check = data.rpartition(self.mark)
+        if not mark or (self.digits is not None and len(check) != self.digits):
+            return data
+        if check != self.form % zlib.crc32(body) + self.end:
+            raise Malformed("the checksum does not match")
+        return body + self.end
 
 
-def seal(data: bytes) -> bytes:
-    """`data` followed by its checksum. Only a checksum finds a number that was changed into another number."""
-    return b"%b%b%08x" % (data, _SEAL, zlib.crc32(data))
-
-
-def unseal(data: bytes) -> bytes:
-    """The data that was given to `seal`. Raises Malformed for a wrong checksum. Earlier versions wrote none."""
-    body, mark, check = data.rpartition(_SEAL)
-    if not mark or len(check) != 8:
-        return data
-    if check != b"%08x" % zlib.crc32(body):
-        raise Malformed("the checksum does not match")
-    return body
+#: The seal of reports and of the records of batches.
+FILE_SEAL = Seal(mark=b"\nchecksum ", digits=8, form=b"%08x")
 
 
 def load(data: bytes) -> Any:

@@ -64,13 +64,13 @@ class Record:
         results = [outcome.as_json for outcome in self.outcomes.values()]
         pages = [page for outcome in self.outcomes.values() for page in outcome.pages]
         lines = "\n".join([_encode(head), *results, ""]).encode("ascii")
-        return validation.seal(b"".join((lines, *pages)))
+        return validation.FILE_SEAL.seal(b"".join((lines, *pages)))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Record:
         """The record that `to_bytes` wrote. Raises ForkError (Malformed) for anything else."""
         with validation.reading("the record of a batch"):
-            line, _, rest = validation.unseal(data).partition(b"\n")
+            line, _, rest = validation.FILE_SEAL.unseal(data).partition(b"\n")
             head = validation.record(validation.load(line))
             names = _by_index(head["trees"], _tree_name)
             identities = _by_index(head["identities"], partial(validation.number, end=validation.IDENTITY))

@@ -1,10 +1,9 @@
-"""The journal: how far a fork or campaign is, in its control directory."""
+"""The journal in a control directory: how far its fork or campaign is, and what another process needs to go on."""
 
 from __future__ import annotations
 
 import json
 import re
-import zlib
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -16,40 +15,40 @@ from tasks.copier import validation
 class Phase(StrEnum):
     """How far a fork is. Each change is one atomic write of the journal, under the exclusive lock."""
 
-    #: The source is walked; an inline fork is cloned in this phase too.
+    #: The source is walked; a small fork is cloned in this phase too.
     PLANNING = "planning"
-    #: The plan stands; chunks may work.
+    #: The plan is complete; chunks may be done.
     CLONING = "cloning"
-    #: The tree is complete and its identity written down: from here on the rename may have happened.
+    #: The tree is complete and its identity is in the journal: the rename may have happened.
     PUBLISHING = "publishing"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Journal:
-    """What any process needs to go on with a fork, or to end it."""
+    """What any process needs to resume a fork or to end it."""
 
-    #: The fork that was asked for, as `ForkSpec.to_data` gives it.
+    #: The request, as `ForkSpec.to_data` or `CampaignSpec.to_data` returns it.
     spec: dict[str, Any]
-    #: Inode of the control directory: a copy of it that others made is not ours to touch.
+    #: Inode of the control directory. A copy of the directory has another inode, and is not touched.
     control: int
-    #: Names the tree; new with each attempt, so that nothing of an earlier one can be taken for it.
+    #: Part of the tree's name; each attempt has another, so a tree of an earlier attempt is never mistaken for it.
     attempt: str
     phase: Phase = Phase.PLANNING
-    #: How often the fork was begun. Bounded, so that a fork which kills its worker ends as worker_lost.
+    #: How often the fork was begun. Limited, so that a fork that kills its worker ends as worker_lost.
     tries: int = 0
-    #: How often closing it was begun; bounded too.
+    #: How often closing was begun; limited too.
     closings: int = 0
-    #: `trees.identity` of the finished tree. No device numbers, here and above: they change with a reboot or a host.
+    #: `trees.identity` of the finished tree. No device numbers here or above: they differ after a reboot or by host.
     tree: int | None = None
-    #: What `plan` made, as plain data, and when (seconds since the epoch).
+    #: The Plan or CampaignPlan as plain data, and when it was made (seconds since the epoch).
     plan: dict[str, Any] | None = None
     planned_at: float = 0.0
-    #: The ForkResult that the rename makes true.
+    #: The ForkResult that is true once the tree is renamed.
     result: dict[str, Any] | None = None
 
     @property
     def is_campaign(self) -> bool:
-        """Whether the control directory is a campaign's: it has many trees, which only go with it."""
+        """Whether the control directory belongs to a campaign: its many trees are removed only together with it."""
         return "campaign_id" in self.spec
 
     @property
@@ -58,44 +57,37 @@ class Journal:
         return str(self.spec["campaign_id"] if self.is_campaign else self.spec["fork_id"])
 
     def to_bytes(self) -> bytes:
-        """As JSON, whose last field is a checksum of all before it.
-
-        A damaged number is a number too: the bytes that one chunk copies, or the identity of a tree.
-        """
-        body = json.dumps(vars(self)).encode("ascii")[:-1]
-        return b"%b%b%d}" % (body, _CHECK, zlib.crc32(body))
+        """JSON whose last field is a checksum of all before it."""
+        return _SEAL.seal(json.dumps(vars(self)).encode("ascii"))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Journal | None:
-        """What `to_bytes` gave; None for what was half written when a machine lost power, is damaged, or is no journal.
+        """The journal that `to_bytes` returned.
 
-        A journal without a checksum is an earlier version's.
+        None for bytes that are damaged, or were half written when the machine lost power, or are not a journal.
         """
         try:
             with validation.reading("the journal"):
-                body, mark, check = data.rpartition(_CHECK)
-                if mark and check != b"%d}" % zlib.crc32(body):
-                    raise validation.Malformed("its checksum is another one")
-                return cls(**_checked(validation.record(validation.load(body + b"}" if mark else data))))
+                return cls(**_checked(validation.record(validation.load(_SEAL.unseal(data)))))
         except validation.Malformed:
             return None
 
 
-#: Stands between the fields of a journal and their checksum.
-_CHECK = b', "check": '
+#: Makes the checksum the last field of the JSON object.
+_SEAL = validation.Seal(mark=b', "check": ', digits=None, form=b"%d", end=b"}")
 _ATTEMPT = re.compile(r"[0-9a-f]{8}")
 #: More tries than any fork has.
 _MOST_TRIES = 1_000_000
 
 
 def _checked(data: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a journal. Raises Malformed, and others: see `fields.reading`."""
+    """The fields of a journal. Raises Malformed and the errors that `validation.reading` translates."""
     spec = validation.record(data["spec"])
     if ("fork_id" in spec) == ("campaign_id" in spec):
-        raise validation.Malformed("it is neither a fork's nor a campaign's")
+        raise validation.Malformed("it has not exactly one of fork_id and campaign_id")
     validation.text(spec.get("fork_id", spec.get("campaign_id")))
     if not _ATTEMPT.fullmatch(data["attempt"]):
-        raise validation.Malformed("its attempt is not named by eight hexadecimal digits")
+        raise validation.Malformed("its attempt is not eight hexadecimal digits")
     checked = {
         **data,
         "control": validation.number(data["control"], validation.U64),
@@ -108,5 +100,5 @@ def _checked(data: dict[str, Any]) -> dict[str, Any]:
         "result": validation.optional(data["result"], validation.record),
     }
     if checked["phase"] is Phase.PUBLISHING and (checked["tree"] is None or checked["result"] is None):
-        raise validation.Malformed("it publishes no tree")
+        raise validation.Malformed("it is publishing, and names no tree or no result")
     return checked
