@@ -17,7 +17,7 @@ from tasks.copier.options import Limits
 from tasks.copier.progress import Progress
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import wait_until
-from tests.support.engine.child_processes import Child
+from tests.support.engine.child_processes import Child, children_of_this_process
 from tests.support.engine.forks import CHUNKED, INLINE, MIB, assert_alike, fork, fork_with_books, forked, leftovers
 from tests.support.guests import SKIPPED_BY_DEFAULT, GuestSizes, make_guest, make_sparse_file
 from tests.support.tree import snapshot
@@ -116,11 +116,12 @@ def test_a_child_that_dies_has_its_chunk_done_by_another(directory: Path, every_
     source.mkdir()
     make_sparse_file(source / "disk.raw", 256 * MIB, 160 * MIB)
     killed: list[int] = []
+    others = children_of_this_process()
 
     def kill_one(progress: Progress) -> None:
-        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        children = [pid for pid in children_of_this_process() if pid not in others]
         if progress["phase"] == "copy" and children and not killed:
-            killed.append(int(children[0]))
+            killed.append(children[0])
             os.kill(killed[0], signal.SIGKILL)
 
     result = forked(source, directory / "fork", beat=kill_one, limits=CHUNKED, reflink="never")
@@ -138,17 +139,18 @@ def test_a_child_that_is_stopped_is_not_waited_for_and_its_chunk_is_done_by_anot
     source.mkdir()
     make_sparse_file(source / "disk.raw", 256 * MIB, 160 * MIB)
     stopped: list[int] = []
+    others = children_of_this_process()
 
     def stop_one(progress: Progress) -> None:
-        pids = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-        if progress["phase"] == "copy" and pids and not stopped:
-            stopped.append(int(pids[0]))
+        children = [pid for pid in children_of_this_process() if pid not in others]
+        if progress["phase"] == "copy" and children and not stopped:
+            stopped.append(children[0])
             os.kill(stopped[0], signal.SIGSTOP)
 
     result = forked(source, directory / "fork", beat=stop_one, limits=CHUNKED, reflink="never")
 
     assert stopped
-    assert not Path(f"/proc/{stopped[0]}").exists()
+    assert stopped[0] not in children_of_this_process()
     assert_alike(source, directory / "fork")
     assert result["files"]["copied"] == 1
 

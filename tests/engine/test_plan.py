@@ -50,7 +50,7 @@ class Planned:
         return sorted(path for chunk, files in pairs if chunk.kind == "files" for path in files)
 
 
-class Crew:
+class EarlyWorkers:
     """Notes which chunks it is given, and does none."""
 
     def __init__(self) -> None:
@@ -60,14 +60,14 @@ class Crew:
         assert number == len(self.taken)
         self.taken.append(chunk)
 
-    def walk_ended(self) -> list[int]:
+    def finish_early(self) -> list[int]:
         return []
 
-    def dismiss(self) -> None:
+    def stop(self) -> None:
         pass
 
 
-def planned(source: Path, limits: Limits, crew: Crew | None = None, **options: Any) -> Planned:
+def planned(source: Path, limits: Limits, early: EarlyWorkers | None = None, **options: Any) -> Planned:
     spec = spec_of(source, source.parent / "fork", **options)
     with ExitStack() as stack:
         ends = stack.enter_context(open_endpoints(Roots(), spec.source, spec.destination))
@@ -75,7 +75,7 @@ def planned(source: Path, limits: Limits, crew: Crew | None = None, **options: A
         journal = staging.begin(spec.to_data(), None)
         work = stack.enter_context(open_work(ends, staging, spec.options, staging.make_tree(journal)))
         cloner = Cloner(spec.options, {}, lambda count: None)
-        plan = make_plan(work, limits, cloner, Ticker(go_on), Report(), crew)
+        plan = make_plan(work, limits, cloner, Ticker(go_on), Report(), early)
         with open(staging.manifest(), "rb") as file:
             files = [
                 [
@@ -216,12 +216,12 @@ def test_an_empty_file_with_blocks_behind_its_end_is_forked_as_an_empty_file(fre
 def test_chunks_are_begun_while_the_walk_goes_on(fresh: Fresh, kind: Kind) -> None:
     source = fresh(kind) / "source"
     paths = make_files(source, 12, 30)
-    crew = Crew()
+    early = EarlyWorkers()
 
-    planned_ = planned(source, Limits(inline_files=20, chunk_files=24), crew)
+    planned_ = planned(source, Limits(inline_files=20, chunk_files=24), early)
 
-    assert len(crew.taken) > 5
-    assert planned_.plan.chunks[: len(crew.taken)] == crew.taken
+    assert len(early.taken) > 5
+    assert planned_.plan.chunks[: len(early.taken)] == early.taken
     assert planned_.whole() == paths
 
 
@@ -232,7 +232,7 @@ def test_chunks_that_are_begun_early_leave_room_for_the_rest(fresh: Fresh, most:
     make_sparse_file(source / "large", 12 * MIB, 8 * MIB)
     limits = Limits(inline_files=0, chunk_files=1, chunk_bytes=MIB, max_chunks=most)
 
-    planned_ = planned(source, limits, Crew())
+    planned_ = planned(source, limits, EarlyWorkers())
 
     assert planned_.whole() == (paths if planned_.ranges("large") else sorted([*paths, "large"]))
     assert len(planned_.plan.chunks) <= most
@@ -242,15 +242,16 @@ def test_no_byte_is_copied_of_a_source_with_a_fifo(fresh: Fresh) -> None:
     source = fresh("ext4") / "source"
     make_files(source, 12, 30)
     os.mkfifo(source / "d9" / "fifo")
-    crew = Crew()
+    early = EarlyWorkers()
 
     with pytest.raises(ForkError) as caught:
-        planned(source, Limits(inline_files=20, chunk_files=24), crew)
+        planned(source, Limits(inline_files=20, chunk_files=24), early)
 
     assert caught.value.code is Code.UNSUPPORTED_FILE_TYPE
-    assert crew.taken == []
-    assert planned(source, Limits(inline_files=20, chunk_files=24), crew, skip=("d9/fifo",)).plan.entries == 12 * 31 + 1
-    assert crew.taken != []
+    assert early.taken == []
+    planned_ = planned(source, Limits(inline_files=20, chunk_files=24), early, skip=("d9/fifo",))
+    assert planned_.plan.entries == 12 * 31 + 1
+    assert early.taken != []
 
 
 def test_a_plan_comes_back_from_the_journal(fresh: Fresh) -> None:

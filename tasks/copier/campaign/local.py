@@ -1,16 +1,13 @@
-"""A campaign in this process and its children, without a broker: the same batches, the same result."""
+"""A campaign in this process and its children, without a broker: the same batches and result as with workers."""
 
 from __future__ import annotations
 
 import json
-import mmap
 import os
-import struct
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -31,9 +28,9 @@ from tasks.copier.campaign.spec import (
     progress_of,
     sums_of,
 )
-from tasks.copier.child_processes import PROGRAM_ERROR, ChildProcesses
+from tasks.copier.child_processes import ChildProcesses, SharedCounters
 from tasks.copier.endpoints import Endpoints, open_endpoints
-from tasks.copier.errors import Code, ForkError, from_errno, from_oserror, from_record
+from tasks.copier.errors import Code, ForkError, from_oserror, from_record
 from tasks.copier.fork.chunk import MAX_TRIES, worker_lost
 from tasks.copier.fork.lifecycle import Superseded
 from tasks.copier.progress import Beat, Progress, Ticker
@@ -41,11 +38,10 @@ from tasks.copier.roots import Roots
 from tasks.copier.staging.control_directory import Held
 from tasks.copier.staging.staging import Staging
 
-#: Forks done and failed by one child, in memory that the parent reads.
-_COUNTERS = struct.Struct("=qq")
+#: Files that hold the outcomes of one run of forks each: the name before the index of its first fork.
 _SETTLED = "settled-"
 
-#: Called about ten times a second with the progress; raises ForkError to end the campaign.
+#: Called about ten times a second with the progress; raises ForkError to cancel the campaign.
 CampaignBeat = Callable[[CampaignProgress], None]
 
 
@@ -57,7 +53,7 @@ def campaign_here(
         home = find_home(roots, paths)
         with (
             open_endpoints(roots, spec.source, home) as ends,
-            # Held to the end, by the children too: `gc` takes what no process holds for dead.
+            # Held until the end, by the children too: `gc` removes what no process holds.
             Staging.claim(ends.parent_fd, spec.campaign_id, wait=0) as staging,
         ):
             campaign = _plan(ends, staging, spec, paths, beat)
@@ -67,11 +63,12 @@ def campaign_here(
                 error = from_oserror(fault, "working in the staging directory", home)
             return _end(campaign, roots, error)
     except Held:
-        return _refused(spec, paths, ForkError(Code.IO_ERROR, "another process holds its staging", spec.source))
+        message = "another process makes a campaign with this id"
+        return _not_begun(spec, paths, ForkError(Code.IO_ERROR, message, spec.source))
     except OSError as error:
-        return _refused(spec, paths, from_oserror(error, "working in the staging directory", paths[0]))
+        return _not_begun(spec, paths, from_oserror(error, "working in the staging directory", paths[0]))
     except ForkError as error:
-        return _refused(spec, paths, error)
+        return _not_begun(spec, paths, error)
 
 
 def _plan(ends: Endpoints, staging: Staging, spec: CampaignSpec, paths: list[str], beat: CampaignBeat) -> Campaign:
@@ -80,34 +77,32 @@ def _plan(ends: Endpoints, staging: Staging, spec: CampaignSpec, paths: list[str
     except BaseException:
         staging.remove()
         raise
-    return _standing(campaign_in(staging), ends.destination)
+    return _require(campaign_in(staging), ends.destination)
 
 
 def _make_all(campaign: Campaign, roots: Roots, processes: int, beat: CampaignBeat) -> ForkError | None:
-    """Have children make all batches; what dead ones left is begun again. Returns why to abandon the rest, if so.
+    """Have children make all batches, and make again what a dead child left.
 
-    Raises OSError. No child lives then, and none when this returns.
+    Returns the error that ends the rest, if any. Raises OSError. No child runs when this returns or raises.
     """
     spec, staging = campaign.spec, campaign.staging
-    done, fruitless = 0, 0
-    while fruitless < MAX_TRIES:
-        crew = _Crew(campaign, roots, min(processes, campaign.plan.lanes))
+    done, without_progress = 0, 0
+    while without_progress < MAX_TRIES:
+        pool = _BatchPool(campaign, roots, min(processes, campaign.plan.lanes))
         try:
-            codes = crew.make(beat)
+            codes = pool.make(beat)
         except ForkError as error:
             return error
-        _standing(campaign_in(staging), spec.source)
+        _require(campaign_in(staging), spec.source)
         sums, failures = _settled(staging)
         if staging.is_stopped() and failures:
             return from_record(failures[0]["error"])
         if forks_done(sums) == spec.aims.count or spec.is_late():
             return None if forks_done(sums) == spec.aims.count and not sums.get("forks.cancelled") else late(campaign)
-        if PROGRAM_ERROR in codes:
-            return crew.processes.program_error(spec.source)
-        for code in codes:
-            if code > 0:
-                return from_errno(code, "working in the staging directory", spec.source)
-        fruitless = fruitless + 1 if forks_done(sums) == done else 0
+        cause = pool.processes.error_in(codes, spec.source, spec.source)
+        if cause is not None:
+            return cause
+        without_progress = without_progress + 1 if forks_done(sums) == done else 0
         done = forks_done(sums)
     return worker_lost(spec.source)
 
@@ -119,12 +114,12 @@ def _end(campaign: Campaign, roots: Roots, error: ForkError | None) -> CampaignR
         end_rest(campaign, roots, Ticker(_continue), ledger, cause)
     sums, failures = _settled(campaign.staging, ledger.settled)
     remove_annexes(campaign, roots)
-    with suppress(OSError):  # all forks have ended; gc removes what cannot be removed now
+    with suppress(OSError):  # all forks have ended; `gc` removes what cannot be removed now
         campaign.staging.remove()
     return campaign_result(campaign.spec, sums, failures, planned_at=campaign.planned_at, error=error)
 
 
-def _refused(spec: CampaignSpec, paths: list[str], error: ForkError) -> CampaignResult:
+def _not_begun(spec: CampaignSpec, paths: list[str], error: ForkError) -> CampaignResult:
     if error.code is Code.CANCELLED:
         return campaign_result(spec, {"forks.cancelled": len(paths)}, [], error=error)
     failures: list[Failure] = [
@@ -134,17 +129,17 @@ def _refused(spec: CampaignSpec, paths: list[str], error: ForkError) -> Campaign
     return campaign_result(spec, {"forks.failed": len(paths)}, failures, error=error)
 
 
-def _standing(campaign: Campaign | None, home: str) -> Campaign:
+def _require(campaign: Campaign | None, home: str) -> Campaign:
     if campaign is None:
         raise ForkError(Code.IO_ERROR, "the staging directory was removed", home)
     return campaign
 
 
 def _continue(progress: Progress) -> None:
-    """Nothing stops the end of a campaign."""
+    """Go on: the end of a campaign cannot be cancelled."""
 
 
-#: The sums and the first failures of one run of forks, as JSON has them.
+#: The sums and the first failures of one run of forks, as plain data.
 _Run = dict[str, Any]
 
 
@@ -165,7 +160,7 @@ class _Files:
 
 @dataclass(frozen=True)
 class _Ending(_Files):
-    """As `_Files`, but keeps what it settles in memory: the campaign ends here, perhaps since the disk is full."""
+    """As `_Files`, but keeps outcomes in memory: the campaign may end because the disk is full."""
 
     settled: dict[int, _Run] = field(default_factory=dict)
 
@@ -186,7 +181,7 @@ def _run_of(outcomes: list[Outcome]) -> _Run:
 def _settled(
     staging: Staging, ended: Mapping[int, _Run] = MappingProxyType({})
 ) -> tuple[dict[str, int], list[Failure]]:
-    """What was settled in files, and what `ended`: the sums, and the first failures in the order of the forks."""
+    """The outcomes in files and in `ended`: their sums, and the first failures in the order of the forks."""
     numbers = [name.removeprefix(_SETTLED) for name in os.listdir(staging.fd) if name.startswith(_SETTLED)]
     runs = {int(number): _read_run(staging, number) for number in numbers if number.isascii() and number.isdigit()}
     runs |= ended
@@ -215,29 +210,28 @@ def _failure_of(value: Any) -> Failure:
     }
 
 
-class _Crew:
-    """Processes that share the batches of one campaign: each takes the next one that nobody holds.
+class _BatchPool:
+    """Children that share the batches of one campaign: each takes the next one that no process holds.
 
-    Where the system has no process to spare, this one makes them itself.
+    If the system has no process left, the parent makes the batches itself.
     """
 
     def __init__(self, campaign: Campaign, roots: Roots, count: int) -> None:
         self._campaign, self._roots, self._count = campaign, roots, count
-        self._counters = mmap.mmap(-1, _COUNTERS.size * count)
+        #: Forks done and failed by each child.
+        self._counters = SharedCounters(count)
         self.processes = ChildProcesses()
         self._began = time.time()
         self._aborts = campaign.spec.aims.on_error == "abort"
 
     def make(self, beat: CampaignBeat) -> list[int]:
-        """Make batches until there are none, or all children have ended: their exit codes.
+        """Make batches until none is left or all children have ended. Returns the children's exit codes.
 
-        Raises ForkError, as `beat` does, and OSError; no child lives then.
+        Raises what `beat` raises, and OSError; no child runs then.
         """
         processes = self.processes
         try:
-            for index in range(self._count):
-                if not processes.spawn(partial(self._work, index)):
-                    break
+            processes.start(self._count, self._run_child)
             if not processes:
                 self._make_batches(0, self._campaign.staging, lambda progress: beat(self._progress()))
             return processes.wait(lambda: beat(self._progress()))
@@ -248,29 +242,26 @@ class _Crew:
             raise
 
     def _progress(self) -> CampaignProgress:
-        done = failed = 0
-        for n in range(self._count):
-            child_done, child_failed = _COUNTERS.unpack_from(self._counters, n * _COUNTERS.size)
-            done, failed = done + child_done, failed + child_failed
+        done, failed = self._counters.sums()
         return progress_of(self._campaign.spec, {"forks.succeeded": done - failed, "forks.failed": failed}, self._began)
 
-    def _work(self, index: int) -> int:
-        """Make batches in a child; its exit code."""
+    def _run_child(self, child: int) -> int:
+        """Make batches in a child. Returns its exit code."""
         staging = self._campaign.staging
-        # Of its own: processes that share a directory's descriptor share the place up to which it was listed.
+        # Its own descriptor: processes that share one share the position of listdir in the directory.
         staging.fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=staging.fd)
-        with suppress(ForkError):  # the campaign was ended, which the parent knows
-            self._make_batches(index, staging, lambda progress: None)
+        with suppress(ForkError):  # the campaign was cancelled, which the parent knows
+            self._make_batches(child, staging, lambda progress: None)
         return 0
 
-    def _make_batches(self, index: int, staging: Staging, beat: Beat) -> None:
+    def _make_batches(self, child: int, staging: Staging, beat: Beat) -> None:
         campaign = self._campaign
-        ledger = _Counting(staging, self._counters, index, self._aborts)
+        ledger = _Counting(staging, self._counters, child, self._aborts)
 
         def poll(progress: Progress) -> None:
             beat(progress)
             if staging.is_stopped():
-                raise ForkError(Code.CANCELLED, "the campaign was ended", campaign.spec.source)
+                raise ForkError(Code.CANCELLED, "the campaign was cancelled", campaign.spec.source)
             if error := late(campaign):
                 raise error
 
@@ -285,9 +276,9 @@ class _Crew:
 
 @dataclass(frozen=True)
 class _Counting(_Files):
-    """As `_Files`, and counts for the parent; the first failure ends the campaign where `on_error` is abort."""
+    """As `_Files`, and counts for the parent. The first failure ends the campaign if `on_error` is abort."""
 
-    counters: mmap.mmap
+    counters: SharedCounters
     child: int
     aborts: bool
 
@@ -295,8 +286,7 @@ class _Counting(_Files):
         """See `CampaignLedger`."""
         super().store_outcomes(first, outcomes)
         failed = sum(outcome.result["status"] == "failed" for outcome in outcomes)
-        at = self.child * _COUNTERS.size
-        done_before, failed_before = _COUNTERS.unpack_from(self.counters, at)
-        _COUNTERS.pack_into(self.counters, at, done_before + len(outcomes), failed_before + failed)
+        done_before, failed_before = self.counters.get(self.child)
+        self.counters.set(self.child, done_before + len(outcomes), failed_before + failed)
         if failed and self.aborts:
             self.staging.stop()

@@ -1,4 +1,7 @@
-"""One process that begins with the chunks of a fork while the planner still walks; the queue gets the rest."""
+"""One child process that clones the first chunks of a fork while its planner still walks the source.
+
+The queue gets the chunks that are left. Only `forkvm` workers use this; a local fork has a `ChildPool`.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,16 @@ from tasks.copier.staging.workspace import Workspace
 
 
 class EarlyChunks(ChildPool):
-    """A crew of one, which works for as long as the walk takes: when that is over, many processes may have the chunks.
+    """A pool of one child, which ends with the walk: from then on any process may do a chunk.
 
-    It holds the staging through its parent's exclusive lock, so nobody else is at work meanwhile.
+    The child works under the exclusive lock of its parent, so no other process works on the fork meanwhile.
     """
 
     def __init__(self, work: Workspace, ticker: Ticker) -> None:
         super().__init__(work, 1, ticker)
 
-    def walk_ended(self) -> list[int]:
-        """Let the chunk in hand be completed, and give back those that are not begun; see `Crew.walk_ended`."""
+    def finish_early(self) -> list[int]:
+        """Wait until the current chunk is done, and give back those that were not started."""
         if not self.is_at_work:
             return []
         given_back = self._take_back()

@@ -1,4 +1,4 @@
-"""A fork in this process and its children, without a broker: the same steps, the same result."""
+"""One fork in this process and its children, without a broker: the same steps and the same result as in a worker."""
 
 from __future__ import annotations
 
@@ -19,29 +19,30 @@ from tasks.copier.staging.control_directory import Held
 from tasks.copier.staging.staging import Staging
 from tasks.copier.staging.workspace import Workspace, open_work
 
-#: Without messages a chunk costs next to nothing: with so many in place of one, no child waits long for the last one.
-_FINER = 5
+#: How many times smaller chunks are than in a worker. A chunk needs no message here, so it costs almost nothing, and
+#: small ones keep a child from waiting long for the last one.
+_TIMES_SMALLER = 5
 
 
 class _NoLedger:
-    """A local fork's results go to its caller alone, who ends it by what the beat raises."""
+    """Keeps no results: the caller of a local fork gets them, and cancels it by raising in `beat`."""
 
     def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> Cancellation:
-        """Nobody asks for them later."""
+        """Keep nothing."""
         return Cancellation.NOT_REQUESTED
 
     def keep_all_pages(self, pages: list[bytes]) -> Cancellation:
-        """Nobody asks for them later."""
+        """Keep nothing."""
         return Cancellation.NOT_REQUESTED
 
     def store_result(self, result: ForkResult) -> None:
-        """The caller gets it."""
+        """Keep nothing."""
 
 
 def fork_here(spec: ForkSpec, roots: Roots, limits: Limits, processes: int, beat: Beat) -> ForkResult:
     """Make one fork with at most `processes` children. Never raises ForkError: a failure is a result.
 
-    `beat` is called about four times a second and raises ForkError to end the fork.
+    `beat` is called about four times a second and raises ForkError to cancel the fork.
     """
     try:
         with open_endpoints(roots, spec.source, spec.destination) as ends:
@@ -55,41 +56,40 @@ def fork_here(spec: ForkSpec, roots: Roots, limits: Limits, processes: int, beat
 
 def _fork(ends: Endpoints, spec: ForkSpec, limits: Limits, processes: int, ticker: Ticker) -> ForkResult:
     ledger = _NoLedger()
-    limits = replace(limits, chunk_files=max(1, limits.chunk_files // _FINER))
-    crews: list[ChildPool] = []
+    limits = replace(limits, chunk_files=max(1, limits.chunk_files // _TIMES_SMALLER))
+    pools: list[ChildPool] = []
 
-    def gather(work: Workspace) -> ChildPool:
-        crews.append(ChildPool(work, processes, ticker))
-        return crews[0]
+    def start_early(work: Workspace) -> ChildPool:
+        pools.append(ChildPool(work, processes, ticker))
+        return pools[0]
 
     try:
         with Staging.claim(ends.parent_fd, spec.fork_id, wait=0) as staging:
-            plan = start(ends, staging, spec, limits, ticker, ledger, gather)
+            plan = start(ends, staging, spec, limits, ticker, ledger, start_early)
             if not isinstance(plan, Plan):
                 return plan
             try:
-                abort = _complete(ends, staging, spec, plan, crews[0] if crews else None, processes, ticker)
-            except OSError:
-                for crew in crews:
-                    crew.dismiss()  # they hold the lock too, and the fork is to be given up
-                raise
-            result = finish(ends, staging, ticker, ledger, abort)
+                error = _run_chunks(ends, staging, spec, plan, pools, processes, ticker)
+            finally:
+                for pool in pools:
+                    pool.stop()  # the children hold the lock too: none may run when the fork ends, however it does
+            result = finish(ends, staging, ticker, ledger, error)
             if result is None:
-                raise ForkError(Code.IO_ERROR, "chunks were left undone", spec.source)
+                raise ForkError(Code.IO_ERROR, "some chunks of the fork were not done", spec.source)
             return result
     except Held:
-        raise ForkError(Code.IO_ERROR, "another process makes a fork under this id", spec.destination) from None
+        raise ForkError(Code.IO_ERROR, "another process makes a fork with this id", spec.destination) from None
     except Superseded:
         raise ForkError(Code.IO_ERROR, "the staging directory was removed", spec.destination) from None
     except OSError as error:
         failure = from_oserror(error, "working in the staging directory", spec.destination)
-        return _end_with(ends, spec, failure, ticker)
+        return _abandon(ends, spec, failure, ticker)
 
 
-def _end_with(ends: Endpoints, spec: ForkSpec, error: ForkError, ticker: Ticker) -> ForkResult:
-    """Give up a fork whose staging could not be read or written a moment ago: perhaps it can for the end.
+def _abandon(ends: Endpoints, spec: ForkSpec, error: ForkError, ticker: Ticker) -> ForkResult:
+    """Abandon a fork after an error of its staging directory, which may be readable and writable again.
 
-    Raises `error` where it still cannot.
+    Raises `error` if it is not.
     """
     with (
         suppress(OSError, Held, Superseded),
@@ -101,25 +101,29 @@ def _end_with(ends: Endpoints, spec: ForkSpec, error: ForkError, ticker: Ticker)
     raise error
 
 
-def _complete(
+def _run_chunks(
     ends: Endpoints,
     staging: Staging,
     spec: ForkSpec,
     plan: Plan,
-    crew: ChildPool | None,
+    pools: list[ChildPool],
     processes: int,
     ticker: Ticker,
 ) -> ForkError | None:
-    """Have children do all chunks; what a dead one left undone is begun again. Returns why to give up, if so."""
+    """Have children do all chunks, and do again what a dead child left. Returns the error that ends the fork, if any.
+
+    `pools` has the pool that was started during the walk, if there was one.
+    """
     journal = staging.journal()
     if journal is None:
         return ForkError(Code.IO_ERROR, "the staging directory was removed", spec.destination)
     with open_work(ends, staging, spec.options, staging.open_tree(journal)) as work:
         try:
-            if crew is not None and crew.is_at_work:
-                crew.complete(plan)
+            for pool in pools:
+                if pool.is_at_work:
+                    pool.complete(work, plan)
             while not staging.is_stopped() and not all(staging.has_report(str(n)) for n in range(len(plan.chunks))):
-                ChildPool(work, processes, ticker).complete(plan)
+                ChildPool(work, processes, ticker).complete(work, plan)
         except ForkError as error:
             return error
     return None

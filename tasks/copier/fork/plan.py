@@ -1,4 +1,4 @@
-"""Planning a fork: learn whether it can be reflinked, and cut it into chunks."""
+"""Planning a fork: walk the source, find out whether it can be reflinked, and cut the work into chunks."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from tasks.copier.source.manifest import Span
 from tasks.copier.source.walk import Entry, Kind, entry_of, join
 from tasks.copier.staging.workspace import Workspace
 
-#: One in so many chunks may be cut during the walk; until then they double in size so often.
+#: One of this many chunks may be cut during the walk; meanwhile their size doubles this many times.
 _EARLY_SHARE = 4
 _DOUBLINGS = 6
-#: Ranges of a file begin at multiples of so many bytes, so that no two of them share a block.
+#: Ranges of a file begin at multiples of this many bytes, so that no two ranges share a block.
 _RANGE_ALIGNMENT = 1 << 20
 
 
 class Chunk(NamedTuple):
-    """One task's part: the files in a span of the manifest, or the bytes [start, end) of the one file in it."""
+    """The work of one task: the files in a span of the manifest, or the bytes [start, end) of the one file in it."""
 
     kind: Literal["files", "range"]
     offset: int
@@ -38,39 +38,39 @@ class Chunk(NamedTuple):
 
     @property
     def span(self) -> Span:
-        """Where the chunk's entries lie in the manifest."""
+        """The part of the manifest that lists the chunk's entries."""
         return Span(self.offset, self.length)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is to be done, small whatever the size of the source; the entries lie in the manifest."""
+    """The work of one fork. Its size is bounded: the entries themselves are in the manifest."""
 
     chunks: list[Chunk]
-    #: Whether all of it is so little that the planner does it at once.
+    #: Whether the work is so small that the planner does it at once.
     inline: bool
-    #: Number of FileResults that the fork will have, and logical bytes.
+    #: Number of FileResults that the fork will have, and its logical bytes.
     entries: int
     bytes: int
     #: The source directory itself.
     top: Entry
-    #: Relative paths of the files that the planner cloned when it asked for a reflink.
+    #: Relative paths of the files that the planner cloned to find out whether a reflink works.
     cloned: tuple[str, ...]
     #: Pairs of devices that refused a reflink: (source, destination, errno).
     refused: list[tuple[int, int, int]]
 
     def cloned_in(self, directory: str) -> set[str]:
-        """The names of those of the files `cloned` that are in `directory`."""
+        """The names of the files in `directory` that the planner cloned."""
         paths = (path.rpartition("/") for path in self.cloned)
         return {name for parent, _, name in paths if parent == directory}
 
     def to_data(self) -> dict[str, Any]:
-        """As plain data for the journal."""
+        """Plain data for the journal."""
         return vars(self)
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Plan:
-        """From what `to_data` gave. Raises ForkError (Malformed) for anything else."""
+        """The plan that `to_data` returned. Raises ForkError (Malformed) for anything else."""
         with validation.reading("the plan"):
             return cls(
                 **{
@@ -86,7 +86,7 @@ class Plan:
             )
 
 
-#: Chunks of a plan (a setting may have 10,000, of which some are cut during the walk), and refused pairs of devices.
+#: Most chunks of a plan (the setting allows 10,000, and more are cut during the walk), and most refused pairs.
 _MOST_CHUNKS, _MOST_REFUSED = 100_000, 10_000
 
 
@@ -94,7 +94,7 @@ def _chunk_of(value: Any) -> Chunk:
     kind, *numbers = value
     chunk = Chunk(validation.word(kind, ("files", "range")), *map(validation.number, numbers))
     if chunk.kind == "range" and not chunk.start < chunk.end:
-        raise validation.Malformed(f"{chunk} is no range")
+        raise validation.Malformed(f"{chunk} is not a range: its start is not before its end")
     return chunk
 
 
@@ -119,29 +119,29 @@ def _refused_of(value: Any) -> tuple[int, int, int]:
     )
 
 
-class Crew(Protocol):
-    """Processes that begin with chunks while the walk goes on."""
+class EarlyWorkers(Protocol):
+    """Processes that do chunks while the source is still walked."""
 
     def take(self, chunk: Chunk, number: int, plan: Plan) -> None:
-        """Begin with `chunk`, which is chunk `number`. `plan` is the plan as far as it is known: its sums are not."""
+        """Do `chunk`, which is chunk `number`. `plan` is the plan so far: its sums are not final."""
 
-    def walk_ended(self) -> Iterable[int]:
-        """The plan stands: the numbers of the chunks that the crew has done, and that nobody else is to do."""
+    def finish_early(self) -> Iterable[int]:
+        """The plan is complete. Returns the numbers of the chunks that are done; other processes may do the others."""
 
-    def dismiss(self) -> None:
-        """Stop all work; when this returns, nobody of the crew is at it."""
+    def stop(self) -> None:
+        """Stop all work. When this returns, none of the processes runs."""
 
 
 def make_plan(
-    work: Workspace, limits: Limits, cloner: Cloner, ticker: Ticker, report: Report, crew: Crew | None = None
+    work: Workspace, limits: Limits, cloner: Cloner, ticker: Ticker, report: Report, early: EarlyWorkers | None = None
 ) -> Plan:
-    """Plan the fork; what was cloned while asking for a reflink goes into `report`.
+    """Plan the fork. The files that were cloned to find out whether a reflink works are added to `report`.
 
-    With a crew, chunks of a large source are begun while the walk goes on; without, all are cut at its end.
+    With `early`, chunks of a large source are begun during the walk; without, all are cut at its end.
 
     Raises ForkError: unsupported_file_type, permission_denied, source_changed, reflink_unsupported, no_space …
     """
-    top = entry_of("", "", Kind.DIRECTORY, os.fstat(work.ends.source_fd))  # before the walk: a later change shows
+    top = entry_of("", "", Kind.DIRECTORY, os.fstat(work.ends.source_fd))  # before the walk: later changes are noticed
     chunks: list[Chunk] = []
     probed: Probed | None = None
 
@@ -159,8 +159,8 @@ def make_plan(
     try:
         with open_survey(work, limits) as survey:
             for _ in survey.walk(ticker):
-                ticker.enter("plan", survey.entries, survey.bytes)  # as far as they are known
-                if crew is None or survey.files <= limits.inline_files:
+                ticker.enter("plan", survey.entries, survey.bytes)  # the sums so far
+                if early is None or survey.files <= limits.inline_files:
                     continue
                 if probed is None:
                     probed = probe(work, cloner, survey.largest(), ticker, report)
@@ -168,7 +168,7 @@ def make_plan(
                         survey.refuse_unsupported(ticker)  # before anything is copied
                 for chunk in _cut_early(survey, limits, len(chunks), reflinks=probed.can_reflink):
                     chunks.append(chunk)
-                    crew.take(chunk, len(chunks) - 1, plan(probed.cloned, inline=False))
+                    early.take(chunk, len(chunks) - 1, plan(probed.cloned, inline=False))
     except OSError as error:
         raise from_oserror(error, "writing the manifest", work.ends.destination) from None
     ticker.enter("copy", survey.entries, survey.bytes)
@@ -188,10 +188,10 @@ def make_plan(
 
 
 def _cut_early(survey: Survey, limits: Limits, cut: int, *, reflinks: bool) -> Iterator[Chunk]:
-    """Take a chunk from the survey's units while it goes on, if there is enough for one; `cut` were taken before.
+    """Take a chunk from the survey's units during the walk, if there are enough; `cut` chunks were taken before.
 
-    The more there are the larger they grow, since nobody knows yet how many there will be. Most of the chunks that
-    there may be are left for the end, and a large file that must be copied is: it is cut into ranges.
+    The chunks grow with their number, because the size of the source is not known yet. Most chunks are left for the
+    end of the walk. So is a large file that must be copied: it is cut into ranges.
     """
     budget = limits.max_chunks // _EARLY_SHARE
     if cut >= budget:
@@ -213,29 +213,29 @@ def _cut_early(survey: Survey, limits: Limits, cut: int, *, reflinks: bool) -> I
 
 
 def _cut(units: list[Unit], limits: Limits, probed: Probed, most: int) -> list[Chunk]:
-    """Cut the work into at most `most` chunks of about equal time: by count of files, and by bytes too for copies."""
+    """Cut the work into at most `most` chunks of about equal time: by number of files, and for copies by bytes too."""
     files, data = sum(unit.files for unit in units), sum(unit.data for unit in units)
-    # No more from the start, or a file of some exbibytes would be cut into chunks that fill the memory.
+    # The limit holds from the start, or the chunks of a sparse file of some EiB would fill the memory.
     files_each = _share(files, max(limits.chunk_files, files // max(1, most)))
     data_each = _share(data, max(limits.chunk_bytes, data // max(1, most)))
     while True:
         chunks = list(_cut_evenly(units, files_each, data_each, probed))
         if len(chunks) <= most:
-            # Side by side, ranges of different files: those of one file wait for each other's writes (inode lock).
+            # Ranges of different files side by side: those of one file wait for each other's writes (inode lock).
             return sorted(chunks, key=lambda chunk: (chunk.kind == "files", chunk.start))
         files_each, data_each = 2 * files_each, 2 * data_each
 
 
 def _share(amount: int, wanted: int) -> int:
-    """The size of one chunk of `amount`: about `wanted`, so that there is an even number of chunks.
+    """The size of one chunk of `amount`: about `wanted`, so that the number of chunks is even.
 
-    The last of an odd number leaves every other process of two or four idle.
+    With an odd number, one of two processes is idle during the last chunk.
     """
     return max(1, -(-amount // (2 * _parts(amount, 2 * wanted))))
 
 
 def _parts(amount: int, wanted: int) -> int:
-    """How many parts of about `wanted` there are in `amount`; a little too much makes no further part."""
+    """How many parts of about `wanted` there are in `amount`; a small remainder makes no further part."""
     return max(1, math.ceil(amount / wanted - 0.1))
 
 
@@ -261,9 +261,9 @@ def _cut_evenly(units: list[Unit], files_each: int, data_each: int, probed: Prob
 
 
 def _ranges(unit: Unit, data_each: int, probed: Probed) -> list[Chunk]:
-    """Ranges of one large file, each with about `data_each` bytes of data if that is spread evenly.
+    """Ranges of one large file, each with about `data_each` bytes of data if the data is spread evenly.
 
-    Empty where it is small enough for one, or is to be reflinked.
+    Empty if the file is small enough for one chunk, or is to be reflinked.
     """
     if unit.large is None:
         return []
