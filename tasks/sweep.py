@@ -6,7 +6,7 @@ Then a fork stands still: its journal tells how far it is, and nobody goes on.
 
 **Who stands still.** The sweep goes through the queue of chunks, behind every message that was there when it was sent.
 So between two sweeps of a fork whatever was waiting for it was taken. If nothing has moved in its staging meanwhile,
-nobody is at work on it: who works gives a sign every `PULSE_SECONDS`. Then its request is sent again, which goes on
+nobody is at work on it: who works gives a sign every `HEARTBEAT_SECONDS`. Then its request is sent again, which goes on
 with it wherever it stopped, or takes it from a process that is paused. A sweep that errs does no harm: a second
 delivery never does.
 """

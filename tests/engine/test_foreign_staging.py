@@ -127,7 +127,7 @@ def test_a_fork_of_ours_that_was_moved_to_the_control_directory_is_not_emptied(y
     result = deliver(yard)
 
     assert result["error"] is not None
-    assert "which is not of forkvm" in result["error"]["message"]
+    assert "which is not a file of forkvm" in result["error"]["message"]
     (moved / "lock").unlink()  # made to look at it
     after = snapshot(moved)
     assert {path for path in before if path != b"."} == {path for path in after if path != b"."}
@@ -315,8 +315,8 @@ def test_the_journal_of_another_fork_is_not_taken_up(yard: Path) -> None:
     journal["spec"]["fork_id"] = "fork-2"
     (staging / "journal").write_text(json.dumps(journal))
 
-    assert "its journal is another fork's" in go_on_with(yard)
-    assert "its journal is another fork's" in staged_forks.cancel(yard / "source", yard / "parent" / "fork")
+    assert "its journal belongs to another fork" in go_on_with(yard)
+    assert "its journal belongs to another fork" in staged_forks.cancel(yard / "source", yard / "parent" / "fork")
 
 
 def test_a_copy_of_a_control_directory_is_not_taken_up(yard: Path) -> None:

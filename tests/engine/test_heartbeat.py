@@ -19,7 +19,7 @@ LONG_AGO = 1_000_000_000
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "PULSE_SECONDS", 0.01)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.01)
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def is_touched(fd: int) -> bool:
 
 
 def threads() -> int:
-    return sum(thread.name == "pulse" for thread in threading.enumerate())
+    return sum(thread.name == "heartbeat" for thread in threading.enumerate())
 
 
 def test_all_files_that_are_held_are_touched_by_one_thread(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_one_file_that_cannot_be_touched_keeps_no_other_from_it(tmp_path: Path) 
         os.close(gone)
 
 
-def test_a_forked_child_has_a_pulse_of_its_own(tmp_path: Path) -> None:
+def test_a_forked_child_has_a_heartbeat_of_its_own(tmp_path: Path) -> None:
     with opened(tmp_path / "a") as a, opened(tmp_path / "b") as b, with_heartbeat(a):
         child = os.fork()
         if child == 0:

@@ -10,7 +10,7 @@ import pytest
 
 from tasks.copier.errors import ErrorRecord
 from tasks.copier.options import Limits
-from tasks.copier.staging.self_test import try_out
+from tasks.copier.staging.self_test import probe_filesystem
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.fuse import Passthrough
 from tests.support.engine.forks import fork, forked, leftovers
@@ -77,7 +77,7 @@ def test_the_trial_of_doctor_finds_it_too(
     for directory in (refusing, passthrough(tmp_path / "other"), fresh("xfs")):
         fd = os.open(directory, os.O_RDONLY)
         try:
-            error = try_out(fd).rename_error
+            error = probe_filesystem(fd).rename_error
         finally:
             os.close(fd)
         errnos.append(None if error is None else error.errno)

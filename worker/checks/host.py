@@ -13,7 +13,7 @@ from typing import Literal
 from tasks.copier.errors import errno_name
 from tasks.copier.kernel import syscalls
 from tasks.copier.staging.gc import silent_stagings
-from tasks.copier.staging.self_test import Trial, try_out
+from tasks.copier.staging.self_test import Support, probe_filesystem
 from worker.checks.shared_filesystems import REMEDY, shared_directories, try_locks
 
 Verdict = Literal["ok", "warn", "bad"]
@@ -121,12 +121,12 @@ def _opened_root(subject: str, fd: int) -> Iterator[Check]:
     number = syscalls.filesystem_type(fd)
     kind = _TYPES.get(number, f"a filesystem of type {number:#x}")
     try:
-        trial = try_out(fd)
+        support = probe_filesystem(fd)
     except OSError as error:
         yield _not_writable(subject, kind, error)
     else:
-        yield _publishing(subject, kind, trial)
-        yield _reflink(subject, kind, trial)
+        yield _publishing(subject, kind, support)
+        yield _reflink(subject, kind, support)
     yield _staging(subject, fd)
     yield from _room(subject, fd)
 
@@ -142,18 +142,18 @@ def _not_writable(subject: str, kind: str, error: OSError) -> Check:
     return Check(subject, "bad", f"{kind}, nothing can be made there: {_said(error)}{unknown}", "make it writable")
 
 
-def _publishing(subject: str, kind: str, trial: Trial) -> Check:
-    if trial.rename_error is not None:
-        found = f"{kind}, refuses RENAME_NOREPLACE: {_said(trial.rename_error)}"
+def _publishing(subject: str, kind: str, support: Support) -> Check:
+    if support.rename_error is not None:
+        found = f"{kind}, refuses RENAME_NOREPLACE: {_said(support.rename_error)}"
         return Check(subject, "bad", found, _RENAME_MEND)
     return Check(subject, "ok", f"{kind}, writable; RENAME_NOREPLACE works")
 
 
-def _reflink(subject: str, kind: str, trial: Trial) -> Check:
-    if trial.refusal is None:
+def _reflink(subject: str, kind: str, support: Support) -> Check:
+    if support.refusal is None:
         return Check(f"{subject}: reflink", "ok", "works")
     fix = "keep guests on XFS (mkfs.xfs -m reflink=1), btrfs, or OpenZFS from 2.3"
-    return Check(f"{subject}: reflink", "warn", f"refused ({trial.refusal.reason}): all bytes are copied", fix)
+    return Check(f"{subject}: reflink", "warn", f"refused ({support.refusal.reason}): all bytes are copied", fix)
 
 
 def _staging(subject: str, fd: int) -> Check:

@@ -1,7 +1,7 @@
-"""The control directory of a fork: made or found beside its destination, held by a lock, with files of its own.
+"""The control directory of a fork: making or finding it beside the destination, locking it, and its files.
 
-Each process that opens it proves first that it is the worker's own (see `proof`). A holder touches the lock file every
-few seconds. A process that finds the directory gone, or another one in its place, holds nothing any more.
+A process that opens it first proves that it is the worker's own (see `proof`). A process that holds it touches the lock
+file every few seconds. If the directory is removed or replaced, its lock protects nothing any more.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from tasks.copier.staging.heartbeat import names_living_holder, with_heartbeat
 from tasks.copier.staging.proof import NotOurs, open_directory
 
 LOCK = "lock"
-#: Stands for the pulse of what is held by no process that is known to be a worker's: it never changes, whatever the
-#: time of the lock file. A holder that began a moment ago is known with its first heartbeat.
+#: The heartbeat of a staging whose lock file names no holder that may be alive. It never changes, whatever the mtime of
+#: the lock file. A holder that has just begun is named with its first heartbeat.
 NO_HOLDER = 1
 _FILE = os.O_RDWR | os.O_CREAT
-#: How often a control directory is made that is gone again before it is opened: others who end forks remove theirs.
+#: How often a control directory is made again that other processes remove before it is opened.
 _MAKE_TRIES = 1000
 #: Bytes read at a time.
 _PIECE = 1 << 20
-#: What unlink(2) and rmdir(2) answer for what other processes keep: NFS says EBUSY for a file that is open.
-_KEPT_BY_OTHERS = frozenset({errno.ENOTEMPTY, errno.EBUSY, errno.EISDIR})
+#: Errnos of unlink(2) and rmdir(2) for files that other processes use: NFS returns EBUSY for an open file.
+_IN_USE = frozenset({errno.ENOTEMPTY, errno.EBUSY, errno.EISDIR})
 #: Pause between two tries of a lock, in seconds.
 _LOCK_PAUSE = 0.01
 
 
 class Held(Exception):
-    """Others hold the staging; `heartbeat` is when one of them last gave a sign of life."""
+    """Another process holds the staging; `heartbeat` is the last one of a holder."""
 
     def __init__(self, heartbeat: int) -> None:
         super().__init__(heartbeat)
@@ -46,7 +46,7 @@ class Held(Exception):
 
 
 class ControlDirectory:
-    """A control directory, open. `claim` makes or finds it, `attach` only finds it."""
+    """An open control directory. `claim` makes or finds it, `attach` only finds it."""
 
     def __init__(self, parent_fd: int, name: str, fd: int, lock_fd: int) -> None:
         self.parent_fd = parent_fd
@@ -56,15 +56,15 @@ class ControlDirectory:
         #: See `retire`.
         self.retired: str | None = None
 
-    # -- coming and going
+    # -- opening and locking
 
     @classmethod
     @contextmanager
     def claim(cls, parent_fd: int, fork_id: str, wait: float) -> Iterator[Self]:
-        """Make the fork's staging, or open the one that exists, and hold it exclusively.
+        """Make or open the fork's staging, and hold it exclusively.
 
-        Raises Held when others hold it for `wait` seconds, NotOurs (a ForkError) for what is not the worker's own at
-        its path, and OSError.
+        Raises Held if another process holds it for `wait` seconds, NotOurs (a ForkError) if its path is not the
+        worker's own directory, and OSError.
         """
         deadline = time.monotonic() + wait
         name = control_name(fork_id)
@@ -73,7 +73,7 @@ class ControlDirectory:
                 os.mkdir(name, 0o700, dir_fd=parent_fd)
             try:
                 staging = cls._open(parent_fd, name)
-            except OSError:  # full: the new directory is still empty, and no later delivery would look for it
+            except OSError:  # disk full: no later delivery would look for the empty directory
                 with suppress(OSError):
                     os.rmdir(name, dir_fd=parent_fd)
                 raise
@@ -86,14 +86,14 @@ class ControlDirectory:
                     return
             finally:
                 staging._close()
-        raise NotOurs(proof.path_of(parent_fd, name), "another process removes it as often as it is made")
+        raise NotOurs(proof.path_of(parent_fd, name), f"other processes removed it {_MAKE_TRIES} times")
 
     @classmethod
     @contextmanager
     def attach(cls, parent_fd: int, fork_id: str, wait: float, *, alone: bool = False) -> Iterator[Self | None]:
-        """Hold the fork's staging, shared or `alone`; None where there is none (any more).
+        """Hold the fork's staging, shared or exclusively (`alone`). Yields None if there is none.
 
-        Raises Held when others hold it for `wait` seconds, NotOurs (a ForkError), and OSError.
+        Raises Held if another process holds it for `wait` seconds, NotOurs (a ForkError), and OSError.
         """
         with cls.hold(parent_fd, control_name(fork_id), wait, alone=alone) as staging:
             yield staging
@@ -115,7 +115,7 @@ class ControlDirectory:
     @classmethod
     @contextmanager
     def peek(cls, parent_fd: int, fork_id: str) -> Iterator[Self | None]:
-        """Open the fork's staging without holding it, for what paused holders must not hinder; None: there is none.
+        """Open the fork's staging without its lock, which a paused process may hold. Yields None if there is none.
 
         Raises NotOurs (a ForkError), and OSError.
         """
@@ -156,22 +156,22 @@ class ControlDirectory:
                     raise Held(self.holder_heartbeat()) from None
             time.sleep(_LOCK_PAUSE)
 
-    # -- life signs
+    # -- heartbeats
 
     def with_heartbeat(self) -> AbstractContextManager[None]:
-        """Give a sign of life every `PULSE_SECONDS`, also within a system call that takes long."""
+        """Send a heartbeat every `HEARTBEAT_SECONDS` within the context, also during a long system call."""
         return with_heartbeat(self._lock_fd)
 
     def heartbeat(self) -> int:
-        """When whoever holds the staging last gave a sign of life; to be compared with an earlier one only."""
+        """The last heartbeat of any holder: a number that is only compared with an earlier one."""
         return os.fstat(self._lock_fd).st_mtime_ns
 
     def holder_heartbeat(self) -> int:
-        """The holder's heartbeat, or NO_HOLDER while the lock file names no process that may be a holder."""
+        """The last heartbeat, or NO_HOLDER if the lock file names no holder that may be alive."""
         return self.heartbeat() if names_living_holder(self.notes()) else NO_HOLDER
 
     def is_current(self) -> bool:
-        """Whether the control directory still stands under its name; the lock of a removed one guards nothing."""
+        """Whether the control directory still has its name; the lock of a removed one protects nothing."""
         try:
             status = os.stat(self.name, dir_fd=self.parent_fd, follow_symlinks=False)
         except FileNotFoundError:
@@ -179,12 +179,12 @@ class ControlDirectory:
         return os.path.samestat(status, os.fstat(self.fd))
 
     def clear(self, names: list[str]) -> bool:
-        """Remove the control directory with its files `names`; False where something of other processes keeps it.
+        """Remove the control directory and its files `names`. Returns False if another process still uses a file.
 
-        The lock goes last: a process that makes a new one before the directory is gone has claimed it, and then it
-        stays. Raises OSError.
+        The lock file is removed last. If another process makes a new one before the directory is removed, it has
+        claimed the directory, which then stays. Raises OSError.
         """
-        if self._is_claimed_anew():
+        if self._is_claimed_again():
             return True
         try:
             for name in sorted(names, key=LOCK.__eq__):
@@ -194,23 +194,23 @@ class ControlDirectory:
         except FileNotFoundError:
             return True
         except OSError as error:
-            if error.errno in _KEPT_BY_OTHERS:
-                return self._is_claimed_anew()
+            if error.errno in _IN_USE:
+                return self._is_claimed_again()
             raise
         return True
 
-    def _is_claimed_anew(self) -> bool:
+    def _is_claimed_again(self) -> bool:
         with suppress(FileNotFoundError):
             lock = os.stat(LOCK, dir_fd=self.fd, follow_symlinks=False)
             return not os.path.samestat(lock, os.fstat(self._lock_fd))
         return False
 
     def retire(self) -> str | None:
-        """Give the control directory the name of a tree, and let go of its lock: that name, or None where it is gone.
+        """Rename the control directory to the name of a tree, and release its lock. Returns that name, or None.
 
-        Nobody finds it under its own name from then on. FUSE and NFS keep an unlinked file that is open in its
-        directory, so the lock file is closed, and other processes that wait for it find out and close it too. A process
-        that dies meanwhile leaves what `gc` removes. Raises OSError.
+        No process finds it under its own name after that. FUSE and NFS keep an unlinked file in its directory while it
+        is open, so the lock file is closed, and other processes that wait for the lock notice and close it too. If this
+        process dies meanwhile, `gc` removes the directory. Returns None if it is gone. Raises OSError.
         """
         if self.retired is not None or not self.is_current():
             return self.retired
@@ -220,17 +220,17 @@ class ControlDirectory:
         except FileNotFoundError:
             return None
         self.retired = away
-        os.dup2(self.fd, self._lock_fd, inheritable=False)  # its number stays in use until the end
+        os.dup2(self.fd, self._lock_fd, inheritable=False)  # `_close` closes this number
         return away
 
-    # -- notes: lines behind the lock, in its file, which is open already
+    # -- notes: lines in the lock file, which is open already
 
     def note(self, lines: bytes) -> None:
-        """Append lines to the notes in one step, also while other processes append (pwritev2(2))."""
+        """Append lines to the notes atomically, also while other processes append (pwritev2(2))."""
         os.pwritev(self._lock_fd, [lines], 0, os.RWF_APPEND)
 
     def notes(self) -> bytes:
-        """All lines that were noted."""
+        """All lines of the notes."""
         size = 0 if self.retired is not None else min(os.fstat(self._lock_fd).st_size, proof.most_bytes(LOCK))
         return os.pread(self._lock_fd, size, 0) if size else b""
 
@@ -245,7 +245,7 @@ class ControlDirectory:
         return True
 
     def open_file(self, name: str, *, create: bool = False) -> int:
-        """Open the file `name` of the control directory, for writing too where it may be made; the caller closes it.
+        """Open the file `name` of the control directory; `create`: for writing, and make it. The caller closes it.
 
         Raises FileNotFoundError, NotOurs, and OSError.
         """
@@ -260,9 +260,9 @@ class ControlDirectory:
             syscalls.release(fd)
 
     def write_file(self, name: str, data: bytes, *, sync: bool = False) -> None:
-        """Replace the file `name` of the control directory, in one step; `sync`: and have it on the disk.
+        """Replace the file `name` of the control directory atomically; `sync`: and write it to the disk.
 
-        Raises OSError: EFBIG for more than such a file may have, since nobody would read it back.
+        Raises OSError; EFBIG for more bytes than `proof.MOST_BYTES` allows, because no process would read them back.
         """
         if len(data) > proof.most_bytes(name):
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), name)
@@ -279,11 +279,11 @@ class ControlDirectory:
             os.fsync(self.fd)
 
     def create_file(self, name: str) -> int:
-        """Make the file `name` of the control directory; the caller closes it. Raises FileExistsError, and OSError."""
+        """Make the file `name` of the control directory. The caller closes it. Raises FileExistsError and OSError."""
         return proof.open_file(self.fd, name, _FILE | os.O_EXCL)
 
     def _new_file(self, name: str) -> int:
-        """Make a file, in place of what a process left that died before it had renamed it."""
+        """Make a file. Replaces one that a process left when it died before its rename."""
         try:
             return self.create_file(name)
         except FileExistsError:
@@ -298,7 +298,7 @@ def control_name(fork_id: str) -> str:
 
 
 def last_sign_of_life(parent_fd: int, fork_id: str) -> int:
-    """See `sign_of_life`; 0 where the fork has no staging that is the worker's own."""
+    """See `sign_of_life`. Returns 0 if the fork has no staging that is the worker's own."""
     try:
         fd = open_directory(parent_fd, control_name(fork_id))
     except (ForkError, OSError):
@@ -310,9 +310,9 @@ def last_sign_of_life(parent_fd: int, fork_id: str) -> int:
 
 
 def sign_of_life(control_fd: int) -> int:
-    """When anyone last did anything in a control directory, in milliseconds since the epoch.
+    """When any process last worked in a control directory, in milliseconds since the epoch.
 
-    Every step of a fork makes or renames a file in it, and within a step a holder touches the lock.
+    Every step of a fork makes or renames a file in it, and during a step the holder touches the lock file.
     """
     signs = [os.fstat(control_fd).st_mtime_ns]
     with suppress(FileNotFoundError):

@@ -1,12 +1,11 @@
-"""The names of the files of a control directory: a directory that holds other files is not staging."""
+"""The names that files in a control directory may have. A directory with any other file is not staging."""
 
 from __future__ import annotations
 
 import os
 import re
 
-#: What a control directory may hold; `source` and `clone` are those of a trial of the filesystem (see `trial`), the
-#: last two are open files that were unlinked on FUSE and NFS.
+#: `source` and `clone` are made by `self_test`; the last two are open files that were unlinked on FUSE and NFS.
 _KNOWN_NAME = re.compile(
     r"(lock|journal|manifest|closing|stop|destinations|source|clone|(mode|rename)-[0-9a-f]+(\.done)?"
     r"|(chunk|settled)-\d+|report-(plan|\d+)|batch-\d+-\d+)(\.new)?|snapshot[.0-9a-z-]*"
@@ -21,5 +20,5 @@ def is_known(name: str) -> bool:
 
 
 def holds_only_staging(fd: int) -> bool:
-    """Whether the open directory `fd` holds nothing but what a control directory may. Raises OSError."""
+    """Whether the open directory `fd` holds only files that a control directory may hold. Raises OSError."""
     return all(map(is_known, os.listdir(fd)))

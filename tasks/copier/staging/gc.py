@@ -1,7 +1,7 @@
-"""Removing the staging that a dead machine left, and never that of a live fork.
+"""Removing the staging that dead processes left, and never that of a live fork.
 
-Staging lies where others may write, so each entry is judged alone: what is not proved to be this worker's own is kept
-and reported, what cannot be read or removed is reported, and the search goes on behind it.
+Other users may write beside the staging, so each entry is judged on its own. Staging that is not proved to be this
+worker's own is kept and reported; if one cannot be read or removed, this is reported and the search goes on.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from tasks.copier.staging.proof import NotOurs, open_directory
 from tasks.copier.staging.shared_filesystems import is_held_elsewhere, remove_dead_markers
 from tasks.copier.staging.staging import Staging
 
-#: A control directory without a journal is left alone for so long, in seconds: its planner may be about to write one.
+#: A control directory without a journal is kept for this many seconds: its planner may be about to write one.
 _FRESH_SECONDS = 60.0
 
-#: Why a staging was kept that is to be looked at again soon.
-YOUNG = "it was at work not long ago"
+#: Why a staging was kept that should be checked again soon.
+YOUNG = "a process worked in it not long ago"
 
-#: Whether a fork that a queue owns is still to be done: None where nobody can tell.
+#: Whether the queue will still deliver a fork, by its id. None if that cannot be found out.
 IsLive = Callable[[str], bool | None]
 
-#: What one bad entry may cause. Anything else, such as a Redis that does not answer, is no matter of one entry.
+#: Errors that one bad entry may cause. Others, such as a Redis that does not answer, end the search.
 _OF_ONE_ENTRY = (OSError, ForkError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 _EXHAUSTED = (RecursionError, MemoryError)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What `collect` found at one path. `fork_id` is empty where no journal names the fork.
+    """What `collect` found at one path. `fork_id` is empty if no journal names the fork.
 
-    `kept` is what must not be removed: it is in use, or it is not proved to be ours. `failed` is what could not be
+    `kept`: it must not be removed, because it is in use or not proved to be the worker's own. `failed`: it could not be
     searched, read or removed.
     """
 
@@ -54,7 +54,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class _Search:
-    """What is asked of every entry."""
+    """How entries are judged; see `collect`."""
 
     is_live: IsLive
     silent: float
@@ -63,14 +63,14 @@ class _Search:
 def collect(directory: str, is_live: IsLive, silent: float = 0.0) -> Iterator[Finding]:
     """Search `directory` and all below it for staging, remove what is dead, and yield each finding.
 
-    Dead is what no process holds, when its fork was a local one, or when `is_live` denies it and for `silent` seconds
-    nothing was done in it: the queue that owns it may be another than the one that is asked. Raises ForkError where
-    `directory` cannot be opened.
+    The staging of a local fork is dead if no process holds it. That of a queue's fork is dead if also `is_live` returns
+    False and nothing was done in it for `silent` seconds, because it may belong to another queue than the one that is
+    asked. Raises ForkError if `directory` cannot be opened.
     """
     try:
         top = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise from_oserror(error, "opening it", directory) from None
+        raise from_oserror(error, "opening the directory", directory) from None
     try:
         pending = [""]
         while pending:
@@ -80,16 +80,16 @@ def collect(directory: str, is_live: IsLive, silent: float = 0.0) -> Iterator[Fi
 
 
 def silent_stagings(fd: int, silent: float) -> int:
-    """How many forks have staging right in the open directory in which nothing was done for `silent` seconds.
+    """The number of stagings directly in the open directory in which nothing was done for `silent` seconds.
 
-    It holds nothing and asks nothing: `collect` finds out which of them are dead. Staging of other users is not
-    counted, since `collect` keeps it. Raises OSError.
+    It takes no lock and asks no queue: `collect` finds out which of them are dead. Staging of other users is not
+    counted, because `collect` keeps it. Raises OSError.
     """
     count = 0
     for name in _list(fd)[1]:
         if "." in name.removeprefix("."):
             continue  # a tree
-        with suppress(OSError):  # removed meanwhile, not readable, or no directory
+        with suppress(OSError):  # removed meanwhile, not readable, or not a directory
             control = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
             try:
                 is_silent = time.time() - sign_of_life(control) / 1000 >= silent
@@ -128,7 +128,7 @@ def _search(top: int, directory: str, path: str, pending: list[str], search: _Se
 
 
 def _list(fd: int) -> tuple[list[str], list[str]]:
-    """The entries of `fd`: (the directories to search, what has the name of staging)."""
+    """The entries of `fd`: (directories to search, names of staging)."""
     below: list[str] = []
     stagings: list[str] = []
     with os.scandir(fd) as entries:
@@ -136,14 +136,14 @@ def _list(fd: int) -> tuple[list[str], list[str]]:
             if STAGING_NAME.fullmatch(entry.name):
                 stagings.append(entry.name)
             else:
-                with suppress(OSError):  # a filesystem without types in its directories asks for each
+                with suppress(OSError):  # without d_type (readdir(3)), is_dir asks for each entry
                     if entry.is_dir(follow_symlinks=False):
                         below.append(entry.name)
     return below, stagings
 
 
 def _judge(parent_fd: int, name: str, path: str, search: _Search) -> Finding | None:
-    """Judge one entry; whatever is wrong with it is its finding."""
+    """Judge one entry. An error of it is its finding."""
     try:
         return _visit(parent_fd, name, path, search)
     except FileNotFoundError:
@@ -155,7 +155,7 @@ def _judge(parent_fd: int, name: str, path: str, search: _Search) -> Finding | N
     except OSError as error:
         return Finding(path, "", "failed", f"it was not removed: {_words(error)}")
     except (*_OF_ONE_ENTRY, *_EXHAUSTED) as error:
-        return Finding(path, "", "kept", f"what it holds is not forkvm's: {type(error).__name__}")
+        return Finding(path, "", "kept", f"its content is not from forkvm: {type(error).__name__}")
 
 
 def _words(error: OSError) -> str:
@@ -170,22 +170,22 @@ def _visit(parent_fd: int, name: str, path: str, search: _Search) -> Finding | N
             if staging is None:
                 return _visit_orphan(parent_fd, name, path) if attempt else None
             if not attempt and is_held_elsewhere(staging):
-                return Finding(path, "", "kept", "a process that does not share locks with this host is working on it")
+                return Finding(path, "", "kept", "a process that does not share locks with this host works in it")
             return _visit_tree(staging, name, path, attempt) if attempt else _visit_control(staging, path, search)
     except Held:
-        return None if attempt else Finding(path, "", "kept", "a process is working on it")
+        return None if attempt else Finding(path, "", "kept", "a process works in it")
 
 
 def _visit_orphan(parent_fd: int, name: str, path: str) -> Finding:
-    """A tree without its control directory, which alone could prove that a tree of another owner or mode is ours.
+    """Judge a tree without a control directory, which would prove that the tree is ours.
 
-    So this is one that was not complete when its process died, or a control directory that was about to be removed. A
-    user who may rename what is in `parent_fd` could have put any private directory of ours there.
+    It is an incomplete tree of a dead process, or a control directory that was being removed. But a user who may rename
+    entries of `parent_fd` could have put any private directory of this user there.
     """
     fd = open_directory(parent_fd, name)
     try:
         if not _is_guarded(parent_fd) and not holds_only_staging(fd):
-            return Finding(path, "", "kept", "others may rename directories here, and nothing records that it is ours")
+            return Finding(path, "", "kept", "other users may rename directories here, and no journal proves its owner")
     finally:
         os.close(fd)
     trees.remove(parent_fd, name)
@@ -193,17 +193,17 @@ def _visit_orphan(parent_fd: int, name: str, path: str) -> Finding:
 
 
 def _is_guarded(fd: int) -> bool:
-    """Whether only root and we may rename our own entries of the directory `fd` (its mode includes its ACL's mask)."""
+    """Whether only root and this user may rename this user's entries of `fd` (its mode includes its ACL's mask)."""
     status = os.fstat(fd)
     is_open = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX
     return status.st_uid in (0, os.geteuid()) and not is_open
 
 
 def _visit_tree(staging: Staging, name: str, path: str, attempt: str) -> Finding | None:
-    """A tree of another attempt than the one that its control directory names."""
+    """Judge a tree that may belong to another attempt than the one in its control directory's journal."""
     journal = staging.journal()
     if journal is None or journal.is_campaign or journal.attempt == attempt:
-        return None  # it goes with its control directory
+        return None  # it is removed with its control directory
     staging.discard_named_tree(name)
     if trees.identity_of(staging.parent_fd, name) is not None:
         return Finding(path, journal.job_id, "kept", "it is not the directory that its fork was made in")
@@ -220,7 +220,7 @@ def _visit_control(staging: Staging, path: str, search: _Search) -> Finding:
         return Finding(path, "", "removed", "its process died before it wrote a journal")
     fork_id = journal.job_id
     if journal.control != os.fstat(staging.fd).st_ino:
-        return Finding(path, fork_id, "kept", "it is a copy that someone made of a staging directory")
+        return Finding(path, fork_id, "kept", "it is a copy of a staging directory")
     return _reap(staging, journal, path, fork_id, search)
 
 
@@ -228,9 +228,9 @@ def _reap(staging: Staging, journal: Journal, path: str, fork_id: str, search: _
     if journal.spec.get("owner") != "local":
         live = search.is_live(fork_id)
         if live is None:
-            return Finding(path, fork_id, "kept", "the queue that owns it cannot be asked")
+            return Finding(path, fork_id, "kept", "its queue cannot be asked whether it is still needed")
         if live:
-            return Finding(path, fork_id, "kept", "the queue has still to deliver it")
+            return Finding(path, fork_id, "kept", "its queue will still deliver it")
         if time.time() - sign_of_life(staging.fd) / 1000 < search.silent:
             return Finding(path, fork_id, "kept", YOUNG)
     staging.discard_trees()

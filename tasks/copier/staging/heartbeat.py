@@ -1,8 +1,8 @@
-"""Signs of life: a thread of this process touches the lock file of each staging that the process works in.
+"""Heartbeats: a thread of this process touches the lock file of each staging that the process works in.
 
-A thread, so that they come also within a system call that takes long: a process that is stopped stops its threads, and
-one that dies lets go of its locks. One that serves one fork after the other, since starting and joining a thread takes
-0.1 to 0.3 ms, a tenth of a small fork's time in a worker.
+A thread touches it during a long system call too. It stops together with its process, and the locks of a process that
+dies are released. One thread serves all forks of the process, because starting and joining a thread takes 0.1 to
+0.3 ms, a tenth of the time of a small fork in a worker.
 """
 
 from __future__ import annotations
@@ -16,100 +16,100 @@ from contextlib import contextmanager, suppress
 
 from tasks.copier.kernel import processes
 
-#: How often a holder gives a sign of life, in seconds.
-PULSE_SECONDS = 2.0
+#: Seconds between two heartbeats of a process that holds a staging.
+HEARTBEAT_SECONDS = 2.0
 
-
-#: A line of the lock file that names a holder: where its pid counts, the pid, and when that process started.
+#: A line of the lock file that names a holder: the kernel and pid namespace, the pid, and when that process started.
 _HOLDER = re.compile(rb"^holder ([0-9a-f-]+/\d+) ([1-9]\d{0,17}) ([1-9]\d{0,17})$", re.MULTILINE)
 
 
-class _Heart:
-    """The thread, which ends when it finds nothing to touch, and what it touches."""
+class _Heartbeats:
+    """The thread, which ends when no file is left to touch, and the files that it touches."""
 
     def __init__(self) -> None:
-        self._guard = threading.Lock()
-        self._held: list[int] = []
-        #: Those of them that have the line of this process.
+        self._lock = threading.Lock()
+        self._files: list[int] = []
+        #: The files to which this process has added its line.
         self._signed: set[int] = set()
-        self._beats = False
+        self._has_thread = False
 
-    def hold(self, fd: int) -> None:
-        with self._guard:
-            self._held.append(fd)
-            if not self._beats:
-                # Without a thread to spare the work goes on; if it takes long, another process may take it over.
+    def add(self, fd: int) -> None:
+        """Begin to touch the open file `fd`."""
+        with self._lock:
+            self._files.append(fd)
+            if not self._has_thread:
+                # Without a thread the work goes on; if it takes long, another process may take it over.
                 with suppress(RuntimeError):
-                    threading.Thread(target=self._beat, name="pulse", daemon=True).start()
-                    self._beats = True
+                    threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
+                    self._has_thread = True
 
-    def let_go(self, fd: int) -> None:
-        """When this returns, `fd` is not touched any more."""
-        with self._guard:
-            self._held.remove(fd)
+    def remove(self, fd: int) -> None:
+        """Stop touching `fd`. When this returns, it is not touched any more."""
+        with self._lock:
+            self._files.remove(fd)
             self._signed.discard(fd)
 
-    def _beat(self) -> None:
+    def _run(self) -> None:
         while True:
-            time.sleep(PULSE_SECONDS)
-            with self._guard:
-                for fd in self._held:
-                    with suppress(OSError):  # the next one may come through; without any, the work is taken over
+            time.sleep(HEARTBEAT_SECONDS)
+            with self._lock:
+                for fd in self._files:
+                    with suppress(OSError):  # the next heartbeat may succeed; without any, the work is taken over
                         os.utime(fd)
                         if fd not in self._signed:
                             os.pwritev(fd, [_own_line()], 0, os.RWF_APPEND)
                             self._signed.add(fd)
-                if not self._held:
-                    self._beats = False
+                if not self._files:
+                    self._has_thread = False
                     return
 
 
-_heart = _Heart()
+_heartbeats = _Heartbeats()
 
 
-def _renew() -> None:
-    """Begin anew in a forked child: it has no thread of its parent's, and holds nothing of its own yet."""
-    global _heart
-    _heart = _Heart()
+def _reset_in_child() -> None:
+    """Start empty in a forked child: it has none of its parent's threads, and works in no staging of its own yet."""
+    global _heartbeats
+    _heartbeats = _Heartbeats()
 
 
-def _place() -> str:
-    """Where a pid of this process counts: the running kernel and the pid namespace. Raises OSError without /proc."""
+def _pid_scope() -> str:
+    """Where the pid of this process is valid: the running kernel and pid namespace. Raises OSError without /proc."""
     return f"{processes.boot_id()}/{processes.pid_namespace()}"
 
 
 def _own_line() -> bytes:
     pid = os.getpid()
-    return f"holder {_place()} {pid} {processes.start_time(pid)}\n".encode("ascii")
+    return f"holder {_pid_scope()} {pid} {processes.start_time(pid)}\n".encode("ascii")
 
 
 def names_living_holder(notes: bytes) -> bool:
-    """Whether one of the holders that the notes of a lock file name may live.
+    """Whether one of the holders that the notes of a lock file name may be alive.
 
-    The time of a lock file can be set by any process of its user, also by one that is no worker and that never lets go.
-    A holder adds a line with its first heartbeat. One of another host or container cannot be looked at: its heartbeats
-    alone count then, as they do without /proc.
+    The mtime of a lock file proves little, because any process of the same user can set it. So a holder adds a line
+    with its first heartbeat. A process on another host or in another container cannot be checked and counts as alive;
+    so does every process if there is no /proc. Only heartbeats tell then.
     """
     holders = _HOLDER.findall(notes)
     try:
-        here = _place()
+        here = _pid_scope()
     except OSError:
         return bool(holders)
     return any(
-        place.decode("ascii") != here or processes.start_time(int(pid)) == int(started)
-        for place, pid, started in reversed(holders)
+        scope.decode("ascii") != here or processes.start_time(int(pid)) == int(started)
+        for scope, pid, started in reversed(holders)
     )
 
 
-os.register_at_fork(after_in_child=_renew)
+os.register_at_fork(after_in_child=_reset_in_child)
 
 
 @contextmanager
 def with_heartbeat(fd: int) -> Iterator[None]:
-    """Touch the open file `fd` every `PULSE_SECONDS`."""
-    heart = _heart
-    heart.hold(fd)
+    """Touch the open file `fd` every `HEARTBEAT_SECONDS` within the context."""
+    heartbeats = _heartbeats
+    heartbeats.add(fd)
     try:
         yield
     finally:
-        heart.let_go(fd)
+        heartbeats.remove(fd)

@@ -1,4 +1,4 @@
-"""The parts of a fork in its control directory: the manifests, and each chunk's lock, count of tries and report."""
+"""The files of a fork's parts in its control directory: manifests, and each chunk's lock, tries and report."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _COUNT_DIGITS = 6
 
 
 class Parts(ControlDirectory):
-    """A control directory, open, with what its chunks need."""
+    """An open control directory, with the files that chunks need."""
 
     # -- the manifest
 
     def manifest(self, *, closing: bool = False) -> int:
-        """Open the manifest of what chunks clone, or of what closes the fork; the caller closes the descriptor."""
+        """Open the manifest of what chunks clone, or (`closing`) of what closes the fork. The caller closes it."""
         return self.open_file(_CLOSING if closing else _MANIFEST, create=True)
 
     # -- chunks
 
     @contextmanager
     def hold_chunk(self, number: int) -> Iterator[int | None]:
-        """Hold chunk `number` alone: yields how often it was begun, this time included, or None if another has it.
+        """Hold chunk `number` exclusively. Yields how often it was begun, this time included; None if it is held.
 
-        Two who worked on one chunk at once would replace each other's files, and one of them could die half-way
-        through a file that the other had already reported as done.
+        Two processes in one chunk would replace each other's files, and one could die half-way through a file that the
+        other has already reported as done.
         """
         name = f"chunk-{number}"
         try:
@@ -46,7 +46,7 @@ class Parts(ControlDirectory):
             except BlockingIOError:
                 yield None
                 return
-            # A power loss may leave the file without its count: what was begun is never taken for new.
+            # A power loss may leave the file empty: a chunk that was begun is never counted as new.
             count = os.pread(fd, _COUNT_DIGITS, 0)
             begun = 1 if is_new else 1 + int(count if count.isdigit() else b"1")
             os.pwrite(fd, b"%d" % begun, 0)
@@ -55,24 +55,24 @@ class Parts(ControlDirectory):
             os.close(fd)
 
     def chunk_lock(self, number: int) -> int | None:
-        """Inode of the lock of chunk `number`: who finds another one than before has lost the chunk. None: gone."""
+        """Inode of the lock of chunk `number`, or None. A holder that finds another inode has lost the chunk."""
         try:
             return os.stat(f"chunk-{number}", dir_fd=self.fd, follow_symlinks=False).st_ino
         except FileNotFoundError:
             return None
 
     def seize_chunk(self, number: int) -> None:
-        """Take the lock of chunk `number` from whoever holds it, by a new one in its place that has the same count."""
+        """Take the lock of chunk `number` from its holder: replace it by a new file with the same number of tries."""
         with suppress(FileNotFoundError):
             self.write_file(f"chunk-{number}", self.read_file(f"chunk-{number}"))
 
     def begun_chunks(self) -> set[int]:
-        """The numbers of all chunks that were begun and not forgotten."""
+        """The numbers of all chunks that have a lock file: they were begun and not forgotten."""
         names = [name.partition("-") for name in os.listdir(self.fd)]
         return {int(number) for kind, _, number in names if kind == "chunk" and number.isascii() and number.isdigit()}
 
     def forget_chunk(self, number: int) -> None:
-        """Remove the lock of chunk `number`, which is done."""
+        """Remove the lock file of chunk `number`, which is done."""
         with suppress(FileNotFoundError):
             os.unlink(f"chunk-{number}", dir_fd=self.fd)
 
@@ -92,15 +92,15 @@ class Parts(ControlDirectory):
 
     @classmethod
     def stop_from_outside(cls, parent_fd: int, fork_id: str) -> None:
-        """As `stop`, by someone who does not hold the staging: who wants to hold it alone must first have it idle."""
+        """As `stop`, for a process that waits to hold the staging exclusively: the holders end first."""
         with cls.peek(parent_fd, fork_id) as staging, suppress(FileNotFoundError):  # removed meanwhile
             if staging is not None:
                 staging.stop()
 
     def stop(self) -> None:
-        """Tell the chunks of this fork that their work is no longer wanted."""
+        """Tell the chunks of this fork to end."""
         os.close(self.open_file(_STOP, create=True))
 
     def is_stopped(self) -> bool:
-        """Whether someone called `stop`. Raises OSError."""
+        """Whether `stop` was called. Raises OSError."""
         return self.has_file(_STOP)

@@ -1,7 +1,6 @@
 """Whether the destination's filesystem can publish a fork: renameat2(2) with RENAME_NOREPLACE.
 
-Many FUSE filesystems, NFS, 9p and CephFS refuse every flag of renameat2. A fork finds that out before it copies
-anything.
+Many FUSE filesystems, NFS, 9p and CephFS refuse every flag of renameat2. A fork checks this before it copies anything.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ from contextlib import suppress
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.kernel import syscalls
 
-#: Filesystems that have RENAME_NOREPLACE in every Linux that forkvm runs on (5.6 and newer): no trial is needed.
-_HAVE_IT = frozenset({syscalls.XFS, syscalls.BTRFS, syscalls.EXT4, syscalls.TMPFS, syscalls.OVERLAYFS})
-#: What a filesystem or kernel without the flag answers.
+#: Filesystems with RENAME_NOREPLACE in every Linux that forkvm supports (5.6 and newer): they need no trial.
+_SUPPORTED = frozenset({syscalls.XFS, syscalls.BTRFS, syscalls.EXT4, syscalls.TMPFS, syscalls.OVERLAYFS})
+#: Errnos of a filesystem or kernel without the flag.
 _REFUSED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
 def require_noreplace(control_fd: int, destination: str) -> None:
-    """Raise ForkError io_error where `destination` could not be published; see `noreplace_refusal`."""
+    """Raise ForkError io_error if `destination` could not be published; see `noreplace_refusal`."""
     try:
         refusal = noreplace_refusal(control_fd)
     except OSError as error:
@@ -33,15 +32,15 @@ def require_noreplace(control_fd: int, destination: str) -> None:
 def noreplace_refusal(control_fd: int) -> OSError | None:
     """The error with which the filesystem of an open control directory refuses RENAME_NOREPLACE, or None.
 
-    It is tried unless the filesystem is known to have it. Raises OSError where no file can be made.
+    It is tried unless the filesystem is known to support it. Raises OSError if no file can be made.
     """
-    return None if syscalls.filesystem_type(control_fd) in _HAVE_IT else try_noreplace(control_fd)
+    return None if syscalls.filesystem_type(control_fd) in _SUPPORTED else try_noreplace(control_fd)
 
 
 def try_noreplace(dir_fd: int) -> OSError | None:
     """Rename a new file in `dir_fd` with RENAME_NOREPLACE, and remove it: the error of the rename, or None.
 
-    Raises OSError where no file can be made.
+    Raises OSError if no file can be made.
     """
     name = f"rename-{secrets.token_hex(4)}"  # batches of a campaign may try at the same time
     renamed = f"{name}.done"
@@ -58,7 +57,7 @@ def try_noreplace(dir_fd: int) -> OSError | None:
 
 
 def cannot_publish(error: OSError, destination: str) -> ForkError:
-    """The ForkError for an errno of the rename that publishes `destination`, of any but EEXIST and ENOENT."""
+    """The ForkError for a failed rename to `destination`, for any errno except EEXIST and ENOENT."""
     if error.errno not in _REFUSED:
         return from_oserror(error, "publishing it by a rename", destination)
     message = (

@@ -1,6 +1,6 @@
-"""What a filesystem can do for forks, found out by doing it once in a staging of its own.
+"""Finding out what a filesystem supports: one reflink and one rename in a staging of their own.
 
-A process that dies meanwhile leaves what any fork leaves that died before its journal, and `gc` removes it.
+If the process dies meanwhile, `gc` removes that staging like the one of a fork that died before its journal.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from tasks.copier.staging.publishing import try_noreplace
 from tasks.copier.staging.staging import Staging
 
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-#: Bytes of the file that is reflinked: some blocks of any filesystem, and more than btrfs keeps in its metadata.
+#: Size in bytes of the file that is reflinked: several blocks, and too large for btrfs to keep it in its metadata.
 _BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What came of it."""
+class Support:
+    """What the filesystem of a directory supports."""
 
-    #: Why a file was not reflinked; None when it was.
+    #: Why a file could not be reflinked, or None.
     refusal: Refusal | None
-    #: What a rename that must not replace anything answered; None when it was done.
+    #: The error of a rename with RENAME_NOREPLACE, or None.
     rename_error: OSError | None
 
 
-def try_out(directory_fd: int) -> Trial:
-    """Reflink a file in the open directory, publish it by a rename, and remove everything again.
+def probe_filesystem(directory_fd: int) -> Support:
+    """Reflink a file in the open directory, rename one with RENAME_NOREPLACE, and remove both.
 
-    Raises OSError where not even a file can be made (EROFS, EACCES, ENOSPC …).
+    Raises OSError if no file can be made (EROFS, EACCES, ENOSPC …), and NotOurs (a ForkError).
     """
     with Staging.claim(directory_fd, f"trial-{uuid.uuid4().hex}", 0) as staging:
         try:
-            return Trial(_reflink(staging.fd), try_noreplace(staging.fd))
+            return Support(_reflink(staging.fd), try_noreplace(staging.fd))
         finally:
             staging.remove()
 

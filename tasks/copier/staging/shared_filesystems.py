@@ -1,12 +1,12 @@
-"""Proving the fence between hosts: whether a lock that is held on one host is seen on another.
+"""Checking the fence between hosts: whether a lock that one host holds is visible on another.
 
 The fence of a fork is flock(2) (see `staging`). Not every network or FUSE filesystem passes flock to its server: NFS
-mounted with `nolock` or `local_lock`, CIFS with `nobrl`, and FUSE filesystems without the operation grant it on each
-host alone. Two hosts would then write into one fork.
+mounted with `nolock` or `local_lock`, CIFS with `nobrl`, and FUSE filesystems without the operation grant a lock on
+each host separately. Two hosts could then write into one fork.
 
-Each worker keeps a marker file in such a filesystem, holds its lock, and touches it every `PULSE_SECONDS`. A process
-that starts tries the locks of the markers that it finds, in shared mode. If a marker is touched while this process
-holds its lock, the exclusive lock of the marker's process is not seen here, and the fence does not exist.
+Each worker keeps a marker file in such a filesystem, holds its lock exclusively, and touches it every
+`HEARTBEAT_SECONDS`. A process that starts tries to lock the markers that it finds, in shared mode. If it gets a lock
+and the marker is still touched, the lock of the marker's process is not visible here, and there is no fence.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from tasks.copier.kernel.mounts import may_be_shared
 from tasks.copier.kernel.syscalls import release
 from tasks.copier.source.selection import MARKER_NAME
 from tasks.copier.staging.control_directory import ControlDirectory, sign_of_life
-from tasks.copier.staging.heartbeat import PULSE_SECONDS, names_living_holder, with_heartbeat
+from tasks.copier.staging.heartbeat import HEARTBEAT_SECONDS, names_living_holder, with_heartbeat
 
 #: How long a marker whose lock was granted is watched, in seconds: three times the interval at which it is touched.
-_WATCH_SECONDS = 3 * PULSE_SECONDS
-#: Time between two looks, in seconds.
+_WATCH_SECONDS = 3 * HEARTBEAT_SECONDS
+#: Seconds between two checks.
 _WATCH_PAUSE = 0.25
-#: A marker that nobody locks and that was not touched for so long is removed, in seconds.
+#: A marker that is not locked and was not touched for this many seconds is removed.
 _DEAD_SECONDS = 60.0
-#: Bytes of a marker that are read, and markers that are looked at: what is found may be anybody's.
+#: Bytes of a marker that are read, and markers that are checked at most: other users may have made them.
 _MOST_BYTES, _MOST_MARKERS = 1024, 256
-#: How often a marker is made anew when another process takes its lock before its maker does.
+#: How often a marker is made again when another process locks it before its maker does.
 _TRIES = 8
 _OPEN = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
@@ -43,11 +43,11 @@ _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 @dataclass(frozen=True)
 class Proof:
-    """What the markers of other processes show. Hosts are as the markers name them."""
+    """What the markers of other processes show: host names, as the markers give them."""
 
-    #: Live processes that hold a lock which was granted here too: the fence does not exist.
+    #: Hosts of live processes whose exclusive locks were granted here too: there is no fence.
     unfenced: tuple[str, ...]
-    #: Live processes on other hosts, or on other mounts of this one, whose locks are seen here.
+    #: Hosts of live processes, on other hosts or other mounts of this one, whose locks are visible here.
     fenced: tuple[str, ...]
 
 
@@ -63,7 +63,7 @@ class Marker:
 
 @dataclass(frozen=True)
 class _Other:
-    """The marker of another process, open; `mtime` is from the moment after its lock was granted."""
+    """The open marker of another process; `mtime` was read after its lock was granted."""
 
     name: str
     fd: int
@@ -72,7 +72,7 @@ class _Other:
     mtime: int
 
 
-#: Descriptors of this process's markers. A forked child closes them: they are files of the process that made them.
+#: Descriptors of this process's markers. A forked child closes them: its parent holds the locks.
 _open_fds: set[int] = set()
 
 
@@ -87,7 +87,7 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 @contextmanager
 def marked(directory_fd: int) -> Iterator[Marker]:
-    """Keep a marker in the open directory, locked and touched. Raises OSError (EACCES, EROFS, ENOLCK …)."""
+    """Keep a marker in the open directory within the context. Raises OSError (EACCES, EROFS, ENOLCK …)."""
     view = _view(directory_fd)
     marker = _make(directory_fd, view)
     try:
@@ -99,9 +99,9 @@ def marked(directory_fd: int) -> Iterator[Marker]:
 
 
 def prove(marker: Marker) -> Proof:
-    """Try the locks of all other markers beside `marker`, and remove those of processes that ended.
+    """Try to lock all other markers beside `marker`, and remove those of processes that ended.
 
-    Takes no time where there are none, and up to `_WATCH_SECONDS` where a lock was granted. Raises OSError.
+    Takes up to `_WATCH_SECONDS` if a lock was granted. Raises OSError.
     """
     fenced: set[str] = set()
     with ExitStack() as opened:
@@ -114,7 +114,7 @@ def prove(marker: Marker) -> Proof:
             if not _lock(other.fd, fcntl.LOCK_SH):
                 if other.view not in ("", marker.view) and abs(now - other.mtime) < _WATCH_SECONDS * 1e9:
                     fenced.add(other.host)
-            elif other.view == marker.view:  # one kernel and one mount: the process that had the lock has ended
+            elif other.view == marker.view:  # same kernel and mount: the process that held the lock has ended
                 _unlink(marker.directory_fd, name)
             else:
                 watched.append(other)
@@ -128,7 +128,7 @@ def prove(marker: Marker) -> Proof:
 def remove_dead_markers(directory_fd: int) -> list[str]:
     """Remove the markers of processes that ended some time ago; returns their names.
 
-    Looks only where markers are made: in filesystems that other hosts may use. What cannot be read is passed over.
+    Only filesystems that other hosts may use have markers. Markers that cannot be read are skipped.
     """
     try:
         if not may_be_shared(directory_fd):
@@ -140,10 +140,10 @@ def remove_dead_markers(directory_fd: int) -> list[str]:
 
 
 def is_held_elsewhere(staging: ControlDirectory) -> bool:
-    """Whether a process works in a staging whose exclusive lock was granted here: then locks are not shared with it.
+    """Whether a process works in a staging whose exclusive lock was granted here: its locks are not visible here.
 
-    Takes up to 3 s, and no time where no other host can use the filesystem, where the holders that the staging names
-    have ended, or where nothing was done for a minute. Raises OSError.
+    Takes up to 3 s; no time if no other host can use the filesystem, if the named holders have ended, or if nothing was
+    done in the staging for a minute. Raises OSError.
     """
     if not may_be_shared(staging.parent_fd):
         return False
@@ -152,7 +152,7 @@ def is_held_elsewhere(staging: ControlDirectory) -> bool:
     have_ended = b"holder " in notes and not names_living_holder(notes)
     if have_ended or time.time() - sign / 1000 > _DEAD_SECONDS:
         return False
-    deadline = time.monotonic() + PULSE_SECONDS + 1
+    deadline = time.monotonic() + HEARTBEAT_SECONDS + 1
     while time.monotonic() < deadline:
         time.sleep(_WATCH_PAUSE)
         if sign_of_life(staging.fd) != sign:
@@ -179,12 +179,12 @@ def _remove_if_dead(directory_fd: int, name: str) -> bool:
 
 
 def _view(directory_fd: int) -> str:
-    """What sees one set of locks for certain: this kernel, and the mount of this filesystem."""
+    """Names this kernel and the mount of this filesystem: processes with the same view see each other's locks."""
     try:
         with open(_BOOT_ID, encoding="ascii") as file:
             kernel = file.read(64).strip()
     except (OSError, ValueError):
-        kernel = uuid.uuid4().hex  # unknown: another one each time, so nothing is concluded from it
+        kernel = uuid.uuid4().hex  # unknown: a new value each time equals no other
     return f"{kernel}:{os.fstat(directory_fd).st_dev}"
 
 
@@ -201,8 +201,8 @@ def _make(directory_fd: int, view: str) -> Marker:
         except BaseException:
             _end(marker)
             raise
-        _end(marker)  # a process that looked at it was first
-    raise BlockingIOError("the locks of new markers are taken by other processes")
+        _end(marker)  # another process locked it first
+    raise BlockingIOError(f"other processes locked {_TRIES} new markers first")
 
 
 def _end(marker: Marker) -> None:
@@ -213,10 +213,10 @@ def _end(marker: Marker) -> None:
 
 
 def _lock(fd: int, kind: int) -> bool:
-    """Take the lock of an open file; False where it is refused because of another process's. Raises OSError.
+    """Lock an open file. Returns False if another process holds the lock. Raises OSError.
 
-    A marker's own process holds it exclusively, and those that try it share it: so a refusal always means that its
-    process holds it, and never that another one tries it at the same time.
+    A marker's own process holds it exclusively, and others try it in shared mode. So False means that its own process
+    holds it, never that two processes try it at the same time.
     """
     try:
         fcntl.flock(fd, kind | fcntl.LOCK_NB)
@@ -237,9 +237,10 @@ def _others(marker: Marker) -> list[str]:
 
 
 def _open_other(marker: Marker, name: str, opened: ExitStack) -> _Other | None:
-    """Open the marker `name`, if it is a file such as this process makes here itself: owner, mode, one name.
+    """Open the marker `name` if it has the owner, mode and link count of a marker. Returns None otherwise.
 
-    Compared with our own marker, since the server may give files another owner (NFS, root_squash) or mode (CIFS).
+    It is compared with this process's marker, because the server may change the owner (NFS, root_squash) or the mode
+    (CIFS).
     """
     try:
         fd = os.open(name, _OPEN, dir_fd=marker.directory_fd)
@@ -255,7 +256,7 @@ def _open_other(marker: Marker, name: str, opened: ExitStack) -> _Other | None:
 
 
 def _touched(marker: Marker, watched: list[_Other]) -> list[_Other]:
-    """Those of the markers, whose locks this process holds, that are touched within `_WATCH_SECONDS`."""
+    """The markers in `watched` that are touched within `_WATCH_SECONDS` although this process holds their locks."""
     touched: list[_Other] = []
     waiting = list(watched)
     deadline = time.monotonic() + _WATCH_SECONDS
@@ -264,14 +265,14 @@ def _touched(marker: Marker, watched: list[_Other]) -> list[_Other]:
         for other in list(waiting):
             now = _mtime(marker.directory_fd, other)
             if now is None:
-                waiting.remove(other)  # removed by its process, which proves nothing: it may not have had its lock yet
+                waiting.remove(other)  # removed by its process, which may not have locked it yet: proves nothing
             elif now != other.mtime:
                 touched.append(other)
     return touched
 
 
 def _mtime(directory_fd: int, other: _Other) -> int | None:
-    """When a marker was last touched, in ns. Opened anew: an NFS client asks the server at open (nfs(5), ac/noac)."""
+    """When a marker was last touched, in ns. Opened again: an NFS client asks the server at open (nfs(5), ac/noac)."""
     try:
         fd = os.open(other.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory_fd)
     except OSError:

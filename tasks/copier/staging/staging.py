@@ -1,16 +1,16 @@
 """Staging: where a fork is built, beside its destination, until one rename publishes it.
 
-Two directories stand in the destination's parent while a fork is made, so that they are on its filesystem, its
-subvolume and its quota, and need no right that the destination itself does not need:
+While a fork is made, its destination's parent holds two more directories. There they are on the destination's
+filesystem, subvolume and quota, and need no permission that the destination does not need:
 
     .forkvm-<key>             the control directory: lock, journal, manifest, reports; mode 0700
     .forkvm-<key>.<attempt>   the tree that becomes the destination; mode 0700 until it is published
 
-`key` is made from the fork's id, so every delivery of the same request meets the same control directory.
+`key` is a hash of the fork's id, so every delivery of the same request finds the same control directory.
 
-**The fence.** Whoever writes into the tree holds the lock file: shared for a chunk, exclusive for the planner and for
-the one who publishes or gives up. The journal's phase is read and changed under it. So nobody writes into a tree that
-was published: to publish is to hold the lock alone, and a late chunk finds the control directory gone.
+**The fence.** Every process that writes into the tree holds the lock file: shared for a chunk, exclusive to plan, to
+publish or to abandon the fork. The journal is read and written under this lock. So no process writes into a published
+tree: publishing needs the lock exclusively, and a late chunk finds that the control directory is gone.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from tasks.copier.staging.proof import NotOurs
 log = logging.getLogger(__name__)
 
 _JOURNAL = "journal"
-#: One line of the notes: which directory a tree is.
+#: One line of the notes: the name and the identity of a tree.
 _NOTED_TREE = re.compile(rb"^tree (\.[0-9a-f]{8}) (\d{1,39})$", re.MULTILINE)
-#: A snapshot that is to become a tree, in the control directory (of a campaign's trees: with their names behind it).
+#: A snapshot in the control directory that is to become a tree. In a campaign, the name of its tree is appended.
 SNAPSHOT = "snapshot"
 
 
@@ -50,37 +50,37 @@ class Staging(Parts):
     # -- the journal
 
     def journal(self) -> Journal | None:
-        """The journal, or None when the process that made the staging died before it had written one whole.
+        """The journal, or None if the process that made the staging died before it had written one.
 
-        Raises NotOurs for the journal of another job.
+        Raises NotOurs for the journal of another fork or campaign.
         """
         try:
             journal = Journal.from_bytes(self.read_file(_JOURNAL))
         except FileNotFoundError:
             return None
         if journal is not None and control_name(journal.job_id) != self.name:
-            raise NotOurs(proof.path_of(self.fd), "its journal is another fork's")
+            raise NotOurs(proof.path_of(self.fd), "its journal belongs to another fork")
         return journal
 
     def own_journal(self) -> Journal | None:
-        """As `journal`, and raises NotOurs too for a copy that somebody made of a control directory."""
+        """As `journal`, but raises NotOurs also if the control directory is a copy of another one."""
         journal = self.journal()
         if journal is not None and journal.control != os.fstat(self.fd).st_ino:
             raise NotOurs(proof.path_of(self.fd), "it is a copy of a staging directory")
         return journal
 
     def write_journal(self, journal: Journal, *, sync: bool = False) -> None:
-        """Replace the journal, in one step; `sync`: and have it on the disk."""
+        """Replace the journal atomically; `sync`: and write it to the disk."""
         self.write_file(_JOURNAL, journal.to_bytes(), sync=sync)
 
     def begin(self, spec: dict[str, Any], earlier: Journal | None) -> Journal:
-        """Write the journal of a new attempt; what an earlier one left in the staging goes."""
+        """Remove all that earlier attempts left in the staging, and write the journal of a new attempt."""
         if earlier is not None:
-            # Counted first: what kills its process here, too, must come to an end.
+            # Counted first: also a fork that kills its process here must end after a few tries.
             self.write_journal(replace(earlier, tries=earlier.tries + 1))
             self.discard_all_of(earlier)
         else:
-            self.discard_noted_trees()  # of a journal that was lost
+            self.discard_noted_trees()  # their journal was lost
         names = self._known_names()
         self._discard_snapshots(names)
         for name in names:
@@ -102,9 +102,9 @@ class Staging(Parts):
         return f"{self.name}.{journal.attempt}"
 
     def make_tree(self, journal: Journal) -> int:
-        """Make the tree's top directory, open to nobody else; the caller closes the descriptor.
+        """Make the tree's top directory, private to this user. The caller closes the descriptor.
 
-        Raises FileNotFoundError when the fork was taken over meanwhile.
+        Raises FileNotFoundError if the fork was taken over meanwhile, NotOurs, and OSError.
         """
         name = self.tree_name(journal)
         fd = self.make_named_tree(name)
@@ -116,11 +116,11 @@ class Staging(Parts):
         return fd
 
     def new_tree_name(self) -> str:
-        """A name for one of the trees of a campaign, which no other tree has."""
+        """A new name for one tree of a campaign."""
         return f"{self.name}.{secrets.token_hex(4)}"
 
     def make_named_tree(self, name: str) -> int:
-        """As `make_tree`, for a tree that `new_tree_name` named."""
+        """As `make_tree`, for a name from `new_tree_name`. It does not note the tree's identity."""
         os.mkdir(name, 0o700, dir_fd=self.parent_fd)
         if not self.is_current():
             with suppress(FileNotFoundError):
@@ -131,35 +131,38 @@ class Staging(Parts):
             if os.listdir(fd):
                 raise self._replaced(name)
             drop_inherited_acls(fd)
-            os.fchmod(fd, 0o700)  # without the bits that a set-gid parent adds
+            os.fchmod(fd, 0o700)  # drops the bits that a set-gid parent adds
         except BaseException:
             os.close(fd)
             raise
         return fd
 
     def note_trees(self, identities: Mapping[str, int]) -> None:
-        """Write down which directories the trees of these names are, before anything is put into them.
+        """Note the identities of the trees of these names, before anything is put into them.
 
-        What stands under such a name later and is another one was put there by somebody else.
+        If such a name leads to another directory later, another user has put it there.
         """
         lines = [f"tree {name.removeprefix(self.name)} {identity}\n" for name, identity in identities.items()]
         self.note("".join(lines).encode("ascii"))
 
     def _noted(self) -> dict[str, set[int]]:
-        """The identities that were written down of each tree, by its name."""
+        """The noted identities of each tree, by its name."""
         noted: dict[str, set[int]] = {}
         for attempt, identity in _NOTED_TREE.findall(self.notes()):
             noted.setdefault(self.name + attempt.decode("ascii"), set()).add(int(identity))
         return noted
 
     def _replaced(self, name: str) -> NotOurs:
-        return NotOurs(proof.path_of(self.parent_fd, name), "it is not the directory that this fork was made in")
+        return NotOurs(
+            proof.path_of(self.parent_fd, name),
+            "it is not the directory that this fork was made in",
+        )
 
     def exchange_tree(self, snapshot: str, name: str) -> None:
-        """Put the finished `snapshot` of the control directory into the place of the empty tree `name`.
+        """Exchange the finished `snapshot`, which no other user can reach in the control directory, for the empty tree.
 
-        It was made there, since nobody else can reach it there. Raises FileNotFoundError when the tree was taken over
-        (there is no moment without one), and NotOurs when somebody put another directory in its place.
+        `name` is the tree's name; at no moment is it free. Raises FileNotFoundError if the tree was taken over, and
+        NotOurs if another user has put another directory in its place.
         """
         identity = trees.identity_of(self.fd, snapshot)
         if identity is not None:
@@ -172,13 +175,13 @@ class Staging(Parts):
             raise self._replaced(name) from None
 
     def _discard_snapshots(self, names: list[str]) -> None:
-        """Remove the snapshots that did not come to be a tree, and take them from the `names` of the directory."""
+        """Remove the snapshots that became no tree, also from `names`, the directory's listing."""
         for name in [name for name in names if name.startswith(SNAPSHOT)]:
             trees.remove(self.fd, name)
             names.remove(name)
 
     def open_tree(self, journal: Journal) -> int:
-        """Open the tree; the caller closes the descriptor. Raises FileNotFoundError, and NotOurs for another one."""
+        """Open the tree. The caller closes the descriptor. Raises FileNotFoundError, and NotOurs if it was replaced."""
         name = self.tree_name(journal)
         fd = proof.open_plain_directory(self.parent_fd, name)
         if trees.identity(fd) not in {journal.tree, *self._noted().get(name, ())}:
@@ -187,9 +190,9 @@ class Staging(Parts):
         return fd
 
     def publish(self, journal: Journal, destination: str, *, sync: bool) -> None:
-        """Rename the tree to `destination` (a name in the same parent); `sync`: and have that on the disk.
+        """Rename the tree to `destination` (a name in the same parent); `sync`: and write that to the disk.
 
-        Raises FileExistsError, FileNotFoundError, NotOurs, OSError; then nothing of ours stands at `destination`.
+        Raises FileExistsError, FileNotFoundError, NotOurs, OSError; then the tree is not at `destination`.
         """
         tree = self.tree_name(journal)
         self.publish_tree(tree, destination, journal.tree)
@@ -201,17 +204,17 @@ class Staging(Parts):
                 raise
 
     def publish_tree(self, tree: str, destination: str, identity: int | None) -> None:
-        """Rename the tree of this name and identity to `destination`, and nothing else. Raises as `publish` does.
+        """Rename the tree of this name to `destination` if it has this identity. Raises the errors of `publish`.
 
-        A user who may write in the parent can put another directory in the tree's place, also between two calls: so
-        what was renamed is looked at once more, and put back if it is not the tree. Where that look fails, the one
-        before the rename decides: the fork is published, and must not be reported as failed.
+        A user who may write in the parent can replace the tree by another directory, also between two system calls. So
+        the identity is checked again after the rename, and the rename is undone if it differs. If the second check
+        fails, the first one decides: the fork is published and must not be reported as failed.
         """
-        standing = trees.identity_of(self.parent_fd, tree)
-        if identity is not None and standing not in (identity, None):
+        found = trees.identity_of(self.parent_fd, tree)
+        if identity is not None and found not in (identity, None):
             raise self._replaced(tree)
         syscalls.rename_noreplace(self.parent_fd, tree, self.parent_fd, destination)
-        published = standing
+        published = found
         with suppress(OSError):
             published = trees.identity_of(self.parent_fd, destination)
         if identity is not None and published not in (identity, None):  # None: moved or removed since
@@ -220,11 +223,11 @@ class Staging(Parts):
             raise self._replaced(tree)
 
     def is_published(self, journal: Journal, destination: str) -> bool:
-        """Whether what stands at `destination` is the tree whose identity the journal recorded."""
+        """Whether `destination` is the tree whose identity is in the journal."""
         return journal.tree is not None and trees.identity_of(self.parent_fd, destination) == journal.tree
 
     def discard_tree(self, journal: Journal) -> None:
-        """Remove the attempt's tree, if it stands."""
+        """Remove the attempt's tree, if there is one."""
         self.discard_named_tree(self.tree_name(journal), journal.tree)
 
     def discard_all_of(self, journal: Journal) -> None:
@@ -235,45 +238,45 @@ class Staging(Parts):
             self.discard_tree(journal)
 
     def discard_noted_trees(self) -> None:
-        """Remove all trees that were written down, for a control directory whose journal does not name them."""
+        """Remove all noted trees, when there is no journal that names them."""
         for name, identities in self._noted().items():
             self._discard(name, identities, None)
 
     def discard_named_tree(self, name: str, identity: int | None = None, *, made_as: str | None = None) -> None:
-        """Remove the tree of this name if it is the directory of this identity, or the one that was written down.
+        """Remove the tree of this name if it has this identity or a noted one.
 
-        `made_as` is the name that it had when it was made. What somebody else put in its place stays.
+        `made_as` is its name when it was made. A directory that another user put in its place stays.
         """
         self._discard(name, self._noted().get(made_as or name, set()), identity)
 
     def _discard(self, name: str, noted: set[int], identity: int | None) -> None:
-        standing = trees.identity_of(self.parent_fd, name)
-        if standing is None:
+        found = trees.identity_of(self.parent_fd, name)
+        if found is None:
             return
-        unknown = not noted and identity is None  # made by an earlier version, which noted nothing
-        if standing in noted or standing == identity or (unknown and proof.is_private(self.parent_fd, name)):
+        unknown = not noted and identity is None  # made by an earlier version, which noted no identities
+        if found in noted or found == identity or (unknown and proof.is_private(self.parent_fd, name)):
             trees.remove(self.parent_fd, name)
             return
         try:
-            os.rmdir(name, dir_fd=self.parent_fd)  # made by a process that died before it wrote down which it is
+            os.rmdir(name, dir_fd=self.parent_fd)  # made by a process that died before it noted the identity
         except OSError:
-            log.warning("%r is left as it is: %s", name, self._replaced(name))
+            log.warning("%r is not removed: %s", name, self._replaced(name))
 
     def discard_trees(self) -> None:
-        """Remove all trees that belong to this control directory; a campaign has many.
+        """Remove all trees of this control directory; a campaign has many.
 
-        All that can be removed are, also where one cannot. Raises OSError: the first one met.
+        If one cannot be removed, the others are. Raises the first OSError.
         """
         noted = self._noted()
-        noted_at_all = set().union(*noted.values())
+        all_noted = set().union(*noted.values())
         journal = self.journal()
         identity = journal.tree if journal is not None else None
         errors: list[OSError] = []
         for name in os.listdir(self.parent_fd):
             if name.startswith(f"{self.name}.") and STAGING_NAME.fullmatch(name):
                 try:
-                    # A process that renames a tree to remove it can die in between: the tree has another name then.
-                    known = noted.get(name) or noted_at_all & {trees.identity_of(self.parent_fd, name)}
+                    # A process that renames a tree to remove it may die in between: the tree has another name then.
+                    known = noted.get(name) or all_noted & {trees.identity_of(self.parent_fd, name)}
                     self._discard(name, known, identity)
                 except OSError as error:
                     errors.append(error)
@@ -281,10 +284,10 @@ class Staging(Parts):
             raise errors[0]
 
     def remove(self) -> None:
-        """Remove the control directory, the last step of every fork. The tree must be gone or published.
+        """Remove the control directory, the last step of every fork. The tree must be removed or published.
 
-        One that is gone, or that another process has in its place, is no error. Raises NotOurs when it holds what no
-        control directory does, and OSError.
+        A control directory that is gone, or replaced by that of another process, is not an error. Raises NotOurs if it
+        holds a file that no control directory has, and OSError.
         """
         if self.retired is None:
             if not self.is_current():
@@ -298,19 +301,19 @@ class Staging(Parts):
             self._remove_as(away)
 
     def remove_taken(self, name: str) -> None:
-        """As `remove`, of a control directory that was taken from its holder by a rename to `name`."""
+        """As `remove`, for a control directory that was taken from its holder by a rename to `name`."""
         self._known_names()
         self._remove_as(name)
 
     def _remove_as(self, name: str) -> None:
-        standing = trees.identity_of(self.parent_fd, name)
-        if standing is not None and standing == os.fstat(self.fd).st_ino:
+        found = trees.identity_of(self.parent_fd, name)
+        if found is not None and found == os.fstat(self.fd).st_ino:
             trees.remove(self.parent_fd, name)
 
     def _known_names(self) -> list[str]:
-        """The names in the directory. Raises NotOurs when one is not of staging: somebody moved a directory here."""
+        """The names in the directory. Raises NotOurs if one is not a name of staging: it is another directory."""
         names = os.listdir(self.fd)
         for name in names:
             if not is_known(name):
-                raise NotOurs(proof.path_of(self.fd), f"it holds {name!r}, which is not of forkvm")
+                raise NotOurs(proof.path_of(self.fd), f"it holds {name!r}, which is not a file of forkvm")
         return names

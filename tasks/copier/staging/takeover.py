@@ -1,9 +1,9 @@
-"""Taking a fork from holders that are paused: they hold the fence's lock, so this is done without it, by renames.
+"""Taking a fork from paused processes. They hold the lock, so this works without it, by renames.
 
-The rename of the tree decides. When it is done, no paused holder can publish the tree any more, and what one writes
-goes into files that are nobody's. Where no tree is made yet, the rename of the control directory decides:
-`Staging.make_tree` makes the tree and then looks whether its control directory stands, and here it is the other way
-round, so one of both sees the other.
+The rename of the tree decides. After it, a paused process cannot publish the tree, and writes only into files that
+belong to no fork. If there is no tree yet, the rename of the control directory decides: `Staging.make_tree` makes the
+tree and then checks its control directory; here the control directory is renamed and then the tree is checked. So at
+least one of the two processes sees the other.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from tasks.copier.staging.staging import Staging
 
 @dataclass(frozen=True)
 class Taken:
-    """A fork that was taken: its journal, where its holder had written one."""
+    """A fork that was taken: its journal, if its holder had written one."""
 
     journal: Journal | None
 
 
 def take_over(parent_fd: int, fork_id: str, heartbeat: int | None) -> Taken | None:
-    """Take a fork from holders that give no sign of life, or None where that cannot be done.
+    """Take a fork from processes that give no sign of life. Returns None if that is not possible.
 
-    `heartbeat` is the last sign of life that was seen; who gave another one since, keeps the fork. A fork that was
-    published is not taken; see `published`.
+    `heartbeat` is the last heartbeat that was seen; a process with a newer one keeps the fork. A published fork is not
+    taken; see `published`. Raises ForkError and OSError.
     """
     with Staging.peek(parent_fd, fork_id) as staging:
         if (
@@ -50,13 +50,13 @@ def take_over(parent_fd: int, fork_id: str, heartbeat: int | None) -> Taken | No
         except FileNotFoundError:
             return None
         if not _take_tree(staging, away) and not away and _is_publishing(staging):
-            # Its holder woke, made the tree and published it, all of it between two lines of this function.
+            # Its holder resumed, made the tree and published it, all between two lines of this function.
             syscalls.rename_noreplace(parent_fd, control, parent_fd, staging.name)
             return None
         journal = staging.journal()
         if journal is not None:
             for name in away:
-                with suppress(OSError):  # a tree of no attempt: gc removes what is left of it
+                with suppress(OSError):  # it has the name of no attempt: `gc` removes what is left of it
                     staging.discard_named_tree(name, journal.tree, made_as=staging.tree_name(journal))
         with suppress(OSError, ForkError):
             staging.remove_taken(control)
@@ -65,31 +65,31 @@ def take_over(parent_fd: int, fork_id: str, heartbeat: int | None) -> Taken | No
 
 @contextmanager
 def published(parent_fd: int, fork_id: str, destination: str) -> Iterator[Journal | None]:
-    """The journal of a fork that stands at `destination` (a name) although its staging does, too; else None.
+    """The journal of a fork that is published at `destination` (a name) and still has its staging; else None.
 
-    Raises ForkError for staging that is not ours, or damaged.
+    Its holder died or was paused before it stored the result. No process changes a published fork, so any process may
+    store its result. The staging is removed when the context ends.
 
-    Its holder died or was paused before it could tell. From the rename on nobody changes anything of the fork, so
-    anyone may tell its result; at the end the staging is removed.
+    Raises ForkError for a staging that is not the worker's own or is damaged, and OSError.
     """
     with Staging.peek(parent_fd, fork_id) as staging:
         journal = staging.own_journal() if staging is not None else None
-        if staging is None or journal is None or not _stands(staging, journal, destination):
+        if staging is None or journal is None or not _is_published(staging, journal, destination):
             yield None
             return
         if ForkSpec.from_data(journal.spec).options.durability == "sync":
             os.fsync(parent_fd)
         yield journal
-        with suppress(OSError, ForkError):  # gc removes what is left
+        with suppress(OSError, ForkError):  # `gc` removes what is left
             staging.remove()
 
 
-def _stands(staging: Staging, journal: Journal, destination: str) -> bool:
+def _is_published(staging: Staging, journal: Journal, destination: str) -> bool:
     return journal.phase is Phase.PUBLISHING and staging.is_published(journal, destination)
 
 
 def _take_tree(staging: Staging, away: list[str]) -> bool:
-    """Give the tree of the attempt a name that no attempt has, which is added to `away`; whether there was one."""
+    """Rename the attempt's tree to a name of no attempt, and add that to `away`. Returns whether there was one."""
     journal = staging.journal()
     if journal is None:
         return False

@@ -1,4 +1,4 @@
-"""A fork in the making, as every part of the work sees it: open ends, an open tree, and the caller's options."""
+"""One attempt at a fork, open in this process: its source and destination, its tree, and the request's options."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tasks.copier.source.manifest import Span
 from tasks.copier.source.walk import Block, Entry, join
 from tasks.copier.staging.staging import Staging
 
-#: The mode of a directory in the making.
+#: The mode of a directory until the fork is closed.
 _PRIVATE = 0o700
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """One attempt at one fork, open in this process. Whoever has it holds the staging's lock."""
+    """One attempt at one fork, open in this process, which holds the staging's lock."""
 
     ends: Endpoints
     staging: Staging
@@ -51,7 +51,7 @@ class Workspace:
             os.close(src_fd)
 
     def open_source(self, path: str) -> int:
-        """Open one directory of the source, to reach what it holds; the caller closes it."""
+        """Open one directory of the source. The caller closes the descriptor. Raises ForkError."""
         if not path:
             return os.dup(self.ends.source_fd)
         try:
@@ -61,7 +61,7 @@ class Workspace:
             raise from_source(error, "opening a directory of the source", name) from None
 
     def open_tree(self, path: str) -> int:
-        """Open one directory of the tree, to reach what it holds; the caller closes it."""
+        """Open one directory of the tree. The caller closes the descriptor. Raises ForkError."""
         if not path:
             return os.dup(self.tree_fd)
         try:
@@ -71,9 +71,9 @@ class Workspace:
             raise from_oserror(error, "opening a directory of the fork", name) from None
 
     def make_directories(self, path: str, names: list[str]) -> None:
-        """Make directories in the directory `path` of the tree, for us alone until the fork is closed.
+        """Make directories in the directory `path` of the tree, private until the fork is closed.
 
-        Raises ForkError, also where one exists: no earlier try made directories in this tree.
+        Raises ForkError, also if one exists: no earlier try made directories in this tree.
         """
         if not names:
             return
@@ -83,7 +83,7 @@ class Workspace:
             for name in names:
                 os.mkdir(name, _PRIVATE, dir_fd=fd)
             if os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode & _PRIVATE != _PRIVATE:
-                for name in names:  # the umask takes from the owner, and we have to get in
+                for name in names:  # the umask took a permission that this process needs
                     os.chmod(name, _PRIVATE, dir_fd=fd)
         except FileExistsError:
             raise self.name_taken(path, name) from None
@@ -93,16 +93,16 @@ class Workspace:
             os.close(fd)
 
     def name_taken(self, path: str, name: str) -> ForkError:
-        """The error for an entry `name` of the directory `path` that exists before it is made: see `names`."""
+        """The error for an entry `name` of the directory `path` that exists already; see `name_collisions`."""
         with self.place(path) as place:
             return name_taken(place.src_fd, place.dst_fd, name, place.destination_of(name))
 
     def blocks(
         self, planned_dev: int, *, closing: bool = False, backwards: bool = False, span: Span | None = None
     ) -> Iterator[Block]:
-        """The blocks of the manifest of what is cloned, or of what closes the fork, as this host numbers devices.
+        """The blocks of the manifest of what chunks clone, or (`closing`) of what closes the fork.
 
-        `planned_dev` is the source's st_dev as the walk saw it.
+        `planned_dev` is the source's st_dev on the host that walked it. Device numbers are those of this host.
         """
         fd = self.staging.manifest(closing=closing)
         try:
@@ -119,7 +119,7 @@ class Workspace:
 
 @contextmanager
 def open_work(ends: Endpoints, staging: Staging, options: Options, tree_fd: int) -> Iterator[Workspace]:
-    """The Work over an open tree, whose descriptor it takes over and closes."""
+    """The Workspace of an open tree. It owns the descriptor `tree_fd` and closes it."""
     try:
         source_dev, tree_dev = os.fstat(ends.source_fd).st_dev, os.fstat(tree_fd).st_dev
         yield Workspace(ends, staging, options, tree_fd, source_dev, tree_dev)
@@ -128,10 +128,10 @@ def open_work(ends: Endpoints, staging: Staging, options: Options, tree_fd: int)
 
 
 def changed(path: str) -> ForkError:
-    """The error for an entry of the source that is not what the walk saw."""
+    """The error for an entry of the source that changed since the walk."""
     return ForkError(Code.SOURCE_CHANGED, "it changed while the source was cloned", path)
 
 
 def on_this_host(entry: Entry, planned_dev: int, dev: int) -> Entry:
-    """`entry` as this host numbers the source's device; hosts of one domain may number one filesystem differently."""
+    """`entry` with this host's number of the source's device; hosts may number a shared filesystem differently."""
     return entry._replace(dev=dev) if entry.dev == planned_dev != dev else entry
