@@ -82,7 +82,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "journal is another user's": (lambda control: os.chown(control / "journal", OTHER, OTHER), "user 1000"),
     "journal is another fork's": (
         lambda control: rewrite_spec(control / "journal", fork_id="another"),
-        "another fork's",
+        "another fork",
     ),
     "lock is a FIFO": (lambda control: replaced(control / "lock", os.mkfifo), "FIFO"),
     "lock is a symlink": (
