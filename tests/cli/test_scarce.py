@@ -103,7 +103,7 @@ def test_a_fork_needs_no_proc(preserve: str, place: Path) -> None:
     result = without_proc("fork", str(place / "small"), str(place / "out" / "fork"), "--preserve", preserve)
 
     assert os.readlink(place / "out" / "fork" / "link") == "0"
-    lost = [{"path": "link", "what": "xattrs: without /proc those of a symlink are out of reach"}]
+    lost = [{"path": "link", "what": "xattrs: those of a symlink cannot be copied without /proc"}]
     assert result["metadata_lost"] == (lost if "xattrs" in preserve else [])
 
 

@@ -56,14 +56,14 @@ def test_what_may_not_be_read_is_not_called_equal(run_forkvm: RunForkvm, fresh: 
     assert (found["same"], found["differences"], found["unread_total"]) == (False, [], 2)
     unread = {one["path"]: one["what"] for one in found["unread"]}
     assert "the source: opening the directory: Permission denied (EACCES)" in unread["below"]
-    assert "opening it: Permission denied (EACCES)" in unread["secret"]
+    assert "opening the file: Permission denied (EACCES)" in unread["secret"]
 
 
 @pytest.mark.parametrize(
     ("call", "path", "at", "what"),
     [
         ("pread64:error=EIO", "disk", "disk", "reading: Input/output error (EIO)"),
-        ("openat:error=EIO", "disk", "disk", "opening it: Input/output error (EIO)"),
+        ("openat:error=EIO", "disk", "disk", "opening the file: Input/output error (EIO)"),
         ("fgetxattr:error=EIO", "disk", "disk", "reading its extended attributes: Input/output error (EIO)"),
         ("flistxattr:error=E2BIG", "disk", "disk", "reading its extended attributes: Argument list too long"),
         ("getdents64:error=EIO", "below", "below", "listing the directory: Input/output error (EIO)"),

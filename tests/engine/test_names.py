@@ -81,7 +81,7 @@ def source(fresh: Fresh) -> Path:
 
 def assert_names_both(error: ErrorRecord, *names: str) -> None:
     assert (error["code"], error["errno"]) == ("io_error", errno.EEXIST)
-    assert "are one name to the destination's filesystem" in error["message"]
+    assert "are the same name on the destination's filesystem" in error["message"]
     for name in names:
         assert repr(name) in error["message"]
 

@@ -1,4 +1,4 @@
-"""POSIX ACLs as the kernel shows them in extended attributes, and the mode of a file that loses one.
+"""POSIX ACLs in extended attributes, and the mode of a file that loses its ACL.
 
 Sources: acl(5) for how access is decided, <linux/posix_acl_xattr.h> for the format.
 """
@@ -19,11 +19,11 @@ _ALL = 0o7
 
 
 def mode_without_acl(mode: int, acl: bytes) -> int:
-    """The mode of a file of this `mode` that is to be without its access ACL: nobody gets a right by the loss.
+    """The mode of a clone of a file with this `mode` and `acl`, if the clone has no ACL. Nobody gains a permission.
 
-    With an ACL, the group bits of the mode are its mask, which may be more than the owning group has. Who is named in
-    the ACL is judged by the bits of the group or of the others without it: these are no more than each of them had.
-    Of an ACL that cannot be read, only the owner's bits are left.
+    With an ACL, the group bits of the mode are the ACL's mask, which may allow more than the owning group has. Without
+    it, the users and groups that it names get the bits of the group or of others. So these bits allow only what each of
+    them had. For an invalid ACL, only the owner's bits remain.
     """
     try:
         entries = _parsed(acl)
@@ -45,10 +45,10 @@ def mode_without_acl(mode: int, acl: bytes) -> int:
 
 
 def _parsed(acl: bytes) -> list[tuple[int, int]]:
-    """Tag and permissions of each entry. Raises ValueError, struct.error."""
+    """The tag and the permissions of each entry. Raises ValueError, struct.error."""
     if acl[: len(_VERSION)] != _VERSION:
-        raise ValueError("another version of ACLs")
+        raise ValueError("unknown version of the ACL format")
     entries = [(tag, bits) for tag, bits, _ in _ENTRY.iter_unpack(acl[len(_VERSION) :])]
     if not {_GROUP_OBJ, _OTHER} <= {tag for tag, _ in entries}:
-        raise ValueError("no whole ACL")
+        raise ValueError("the ACL is incomplete")
     return entries

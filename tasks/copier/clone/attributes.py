@@ -1,8 +1,8 @@
-"""Copying extended attributes one by one, with the outcome that `cp -a` gives to each.
+"""Copies extended attributes one by one, with the same result as `cp -a`.
 
-An attribute that the destination refuses is passed over, and the caller learns of it: one that only a privileged
-process may set, that only another filesystem knows, that is too large there, or that does not fit the file (btrfs
-refuses `btrfs.compression` in a NOCOW directory). A disk that fails or is full is an error.
+An attribute that the destination refuses is left out, and the caller is informed: one that needs privileges, that only
+another filesystem supports, that is too large, or that is invalid for the file (btrfs refuses `btrfs.compression` in a
+NOCOW directory). A failing or full disk is an error.
 
 Sources: xattr(7), setxattr(2), and attr_copy_fd(3) as GNU cp calls it.
 """
@@ -14,11 +14,11 @@ import os
 
 from tasks.copier.clone.acl import ACCESS_ACL, ACLS
 
-#: XFS shows root the same ACLs a second time, under the names it stores them by (attr's /etc/xattr.conf skips them).
+#: XFS shows the same ACLs to root again, under the names of its disk format (/etc/xattr.conf of attr skips them).
 XFS_ACLS = ("trusted.SGI_ACL_FILE", "trusted.SGI_ACL_DEFAULT")
-#: A filesystem without any attributes, or without this kind.
+#: Errnos of a filesystem without attributes, or without attributes of this kind.
 NOT_KNOWN_HERE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS})
-#: What is answered about the one attribute: not allowed, not valid here, too large.
+#: Errnos that concern this one attribute: not permitted, not valid here, too large.
 REFUSED = NOT_KNOWN_HERE | {
     errno.EPERM,
     errno.EACCES,
@@ -29,12 +29,12 @@ REFUSED = NOT_KNOWN_HERE | {
     errno.ENAMETOOLONG,
     errno.ENODATA,
 }
-#: Attributes of so few bytes in all fit on every filesystem: ENOSPC is not about their size.
+#: Attributes of so few bytes together fit on every filesystem, so ENOSPC does not concern their size.
 _SMALL_BYTES = 512
-#: A filesystem with less room than this, in bytes and inodes, is full.
+#: A filesystem with less free space, in bytes and inodes, is full.
 _ROOM_BYTES, _ROOM_INODES = 1 << 20, 128
 
-#: An open file, or a path for a symlink, which no descriptor reaches.
+#: A descriptor, or a path for a symlink, which cannot be opened.
 Target = int | str
 
 
@@ -47,9 +47,9 @@ class XattrError(OSError):
 
 
 def names_of(source: Target, *, follow: bool) -> tuple[list[str], bool]:
-    """The names of the extended attributes of `source`, and whether these are all.
+    """The names of the extended attributes of `source`, and whether the list is complete.
 
-    There may be more than the kernel lists (64 KiB of names); then the ACLs alone are named. Raises OSError.
+    The kernel cannot list more than 64 KiB of names; then only the names of the ACLs are returned. Raises OSError.
     """
     try:
         return os.listxattr(source, follow_symlinks=follow), True
@@ -62,7 +62,7 @@ def names_of(source: Target, *, follow: bool) -> tuple[list[str], bool]:
 
 
 def access_acl(source: int) -> bytes | None:
-    """The access ACL of an open file; None where it has none. Raises XattrError."""
+    """The access ACL of an open file, or None. Raises XattrError."""
     try:
         return os.getxattr(source, ACCESS_ACL)
     except OSError as error:
@@ -72,9 +72,9 @@ def access_acl(source: int) -> bytes | None:
 
 
 def copy(source: Target, target: Target, name: str, *, follow: bool) -> bool:
-    """Copy one attribute; False where the target does not hold it. Raises XattrError.
+    """Copy one attribute. Returns False if the target cannot hold it. Raises XattrError.
 
-    True also for one that was removed since it was listed: whether the source has changed, its ctime tells.
+    Returns True if the attribute was removed meanwhile: a changed source is found by its ctime.
     """
     try:
         value = os.getxattr(source, name, follow_symlinks=follow)
@@ -92,7 +92,7 @@ def copy(source: Target, target: Target, name: str, *, follow: bool) -> bool:
 
 
 def drop_inherited_acls(fd: int) -> None:
-    """Take the ACLs from a fresh directory that its parent's default ACL gave it, so that its entries get none."""
+    """Remove the ACLs that a new directory inherited from its parent, so that its entries do not inherit them."""
     names, _ = names_of(fd, follow=True)
     for name in names:
         if name in ACLS:
@@ -100,7 +100,7 @@ def drop_inherited_acls(fd: int) -> None:
 
 
 def _has(target: Target, name: str, value: bytes, follow: bool) -> bool:
-    """Whether the target has the attribute although it may not be set: a label that a policy gives to all files."""
+    """Whether the target has the attribute although setting it was refused, such as a label from a policy."""
     try:
         return os.getxattr(target, name, follow_symlinks=follow) == value
     except OSError:
@@ -108,7 +108,7 @@ def _has(target: Target, name: str, value: bytes, follow: bool) -> bool:
 
 
 def _is_too_large(target: Target, name: str, value: bytes, follow: bool) -> bool:
-    """Whether ENOSPC is about the size of the attributes (ext4, btrfs) and not about the filesystem's room.
+    """Whether ENOSPC means that the attributes are too large (ext4, btrfs), and not that the filesystem is full.
 
     Raises OSError.
     """
@@ -117,6 +117,6 @@ def _is_too_large(target: Target, name: str, value: bytes, follow: bool) -> bool
     if held + len(name) + len(value) <= _SMALL_BYTES:
         return False
     status = os.statvfs(target if isinstance(target, int) else os.path.dirname(target))
-    # Not f_bfree for root: ext4 counts blocks in it that it keeps for itself (statvfs(3)).
+    # f_bavail also for root: f_bfree includes blocks that ext4 reserves for itself (statvfs(3)).
     has_inodes = status.f_files == 0 or status.f_favail >= _ROOM_INODES
     return has_inodes and status.f_bavail * status.f_frsize >= _ROOM_BYTES

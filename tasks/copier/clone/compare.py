@@ -1,8 +1,8 @@
-"""Comparing a directory with its clone, entry by entry, and counting the bytes that they share on disk.
+"""Compares a directory with its clone, entry by entry, and counts the bytes that they share on disk.
 
-Both sides are only read: without changing an atime where the kernel permits that, without
-following a symlink, and without opening anything but directories and regular files. What cannot be read is never
-called equal: it is listed with the reason.
+Both sides are only read: without changing an atime where the kernel permits that, without following a symlink, and
+without opening anything but directories and regular files. An entry that cannot be read never counts as equal. It is
+listed with the reason.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from tasks.copier.source.selection import Selection
 from tasks.copier.source.walk import file_type, join
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-#: Findings of one kind that are kept; the others are only counted. Bounds the memory for two unlike trees.
+#: The most findings of one kind that are kept. Further ones are only counted, which limits the memory.
 MOST_FINDINGS = 10_000
-#: Data is compared in units of at least so many bytes: no filesystem here has larger blocks, unless st_blksize says so.
+#: The assumed block size in bytes, unless st_blksize is larger. No common filesystem has larger blocks.
 _LARGEST_BLOCK = 64 << 10
-#: What a filesystem without extended attributes answers.
+#: Errnos of a filesystem without extended attributes.
 _NO_ATTRIBUTES = frozenset({errno.EOPNOTSUPP, errno.ENOSYS})
 _ACLS = {"system.posix_acl_access": "ACL", "system.posix_acl_default": "default ACL"}
 
 
 class Finding(NamedTuple):
-    """What was found at one path, relative to both directories ("." for the directories themselves)."""
+    """A finding at one path, relative to both directories ("." for the directories themselves)."""
 
     path: str
     what: str
@@ -41,13 +41,13 @@ class Finding(NamedTuple):
 
 @dataclass
 class Findings:
-    """The first `MOST_FINDINGS` findings, and how many there were."""
+    """The first `MOST_FINDINGS` findings, and the number of all."""
 
     first: list[Finding] = field(default_factory=list)
     count: int = 0
 
     def add(self, path: str, what: str) -> None:
-        """Note one more."""
+        """Add a finding."""
         self.count += 1
         if len(self.first) < MOST_FINDINGS:
             self.first.append(Finding(path or ".", what))
@@ -55,32 +55,32 @@ class Findings:
 
 @dataclass
 class Comparison:
-    """What `compare` found. Bytes are of the clone's regular files."""
+    """The result of `compare`. Bytes are those of the clone's regular files."""
 
-    #: Entries compared; neither the two directories themselves nor the left-out entries of the source are counted.
+    #: Compared entries, without the two directories themselves and without left-out entries of the source.
     entries: int = 0
     differences: Findings = field(default_factory=Findings)
-    #: What could not be read, and so was not compared.
+    #: Entries that could not be read, and so were not compared.
     unread: Findings = field(default_factory=Findings)
     bytes_logical: int = 0
-    #: On disk; and the part of them that lies in the source's blocks.
+    #: Bytes on disk, and how many of them are in blocks of the source.
     bytes_mapped: int = 0
     bytes_shared: int = 0
-    #: Files whose blocks the filesystem does not report (no FIEMAP: tmpfs, NFS).
+    #: Files whose blocks the filesystem does not report (without FIEMAP, such as tmpfs and NFS).
     unmapped_files: int = 0
 
     @property
     def same(self) -> bool:
-        """Whether everything was compared and nothing differs."""
+        """Whether everything was compared, without a difference."""
         return not self.differences.count and not self.unread.count
 
 
 def compare(source_fd: int, clone_fd: int, selection: Selection) -> Comparison:
-    """Compare two open directories; `selection` is what the clone was made without.
+    """Compare two open directories. `selection` says what the clone was made without.
 
-    Compared are names, types, contents, sizes, holes, modes, owners, mtimes, extended attributes with ACLs, symlink
-    targets, hard links, and whether something is mounted in the clone; of the directories themselves too. Not
-    compared are atimes, which reading changes, and what Linux keeps from this user (`trusted.*` attributes).
+    Compares names, types, contents, sizes, holes, modes, owners, mtimes, extended attributes, ACLs, symlink targets and
+    hard links, also of the directories themselves, and finds mounts in the clone. Does not compare atimes, which
+    reading changes, and attributes that Linux hides from this user (`trusted.*`).
     """
     with _view(source_fd) as source_view, _view(clone_fd) as clone_view:
         comparer = _Comparer(source_fd, source_view, clone_fd, clone_view, selection)
@@ -90,7 +90,7 @@ def compare(source_fd: int, clone_fd: int, selection: Selection) -> Comparison:
 
 @contextmanager
 def _view(fd: int) -> Iterator[int]:
-    """The open directory on a mount that updates no atime, where this process may make one: symlinks are read there."""
+    """The directory on a mount without atime updates, if this process may make one. Symlinks are read there."""
     try:
         view = syscalls.readonly_view(fd)
     except OSError:
@@ -103,7 +103,7 @@ def _view(fd: int) -> Iterator[int]:
 
 
 class _Unread(Exception):
-    """Something could not be read; its text says what and why."""
+    """An entry could not be read. The text says which part, and why."""
 
 
 @contextmanager
@@ -112,11 +112,11 @@ def _reading(side: str, what: str) -> Iterator[None]:
         yield
     except OSError as error:
         name = errno_name(error.errno or 0)
-        raise _Unread(f"could not be compared: {side}: {what}: {error.strerror} ({name})") from None
+        raise _Unread(f"not compared: {side}: {what}: {error.strerror} ({name})") from None
 
 
 class _Comparer:
-    """One comparison. Memory grows with the largest directory, and with the hard links whose names are not all met."""
+    """One comparison. Its memory grows with the largest directory and the number of hard links."""
 
     def __init__(self, source_fd: int, source_view: int, clone_fd: int, clone_view: int, selection: Selection) -> None:
         self.found = Comparison()
@@ -138,7 +138,7 @@ class _Comparer:
             with self._at(path):
                 pending += self._directory(path)
         for path, links, met in self._names.unmet_of_clone():
-            what = f"a hard link out of the clone: the file has {links} names, {met} of them met in the clone"
+            what = f"a hard link out of the clone: the file has {links} names, {met} of them in the clone"
             # Where a directory could not be read, the missing name may lie in it.
             (self.found.unread if self.found.unread.count else self.found.differences).add(path, what)
 
@@ -162,7 +162,7 @@ class _Comparer:
             self._differ("", "a btrfs subvolume in the clone only")
 
     def _directory(self, path: str) -> list[str]:
-        """Compare one directory's attributes and entries; returns the paths of the directories to compare next."""
+        """Compare one directory's attributes and entries. Returns the paths of its subdirectories."""
         with ExitStack() as opened:
             left_fd, left = _list(self._source_fd, path, "the source", opened)
             right_fd, right = _list(self._clone_fd, path, "the clone", opened)
@@ -186,7 +186,7 @@ class _Comparer:
         right_fd: int,
         theirs: os.stat_result | None,
     ) -> bool:
-        """Compare one entry; returns whether it is a directory on both sides."""
+        """Compare one entry. Returns whether it is a directory on both sides."""
         path = join(directory, name)
         reason = None if ours is None else self._reason_to_leave_out(directory, name, ours)
         if theirs is None:
@@ -194,7 +194,7 @@ class _Comparer:
                 self._differ(path, "only in the source")
             return False
         if ours is None or reason is not None:
-            left_out = f", the source's is left out of a fork ({reason})" if reason else ""
+            left_out = f"; in the source it is left out ({reason})" if reason else ""
             self._differ(path, f"only in the clone: a {file_type(theirs.st_mode)}{left_out}")
             if not stat.S_ISDIR(theirs.st_mode):
                 self._names.meet_extra(path, theirs)
@@ -205,7 +205,7 @@ class _Comparer:
         self._place_in_clone(path, name, right_fd, theirs)
         has_directory = stat.S_ISDIR(ours.st_mode) or stat.S_ISDIR(theirs.st_mode)
         if not has_directory and not self._names.agree(path, ours, theirs):
-            self._differ(path, "the names of one file in the source are not the names of one file in the clone")
+            self._differ(path, "not the same hard links in source and clone")
         if stat.S_IFMT(ours.st_mode) != stat.S_IFMT(theirs.st_mode):
             return False
         if stat.S_ISREG(ours.st_mode):
@@ -220,14 +220,14 @@ class _Comparer:
         return self._selection.reason(directory, name, stat.S_ISDIR(ours.st_mode))
 
     def _place_in_clone(self, path: str, name: str, right_fd: int, theirs: os.stat_result) -> None:
-        """Report an entry of the clone that lies on another filesystem or subvolume: a fork makes neither."""
+        """Report an entry of the clone on another filesystem or subvolume. A fork makes neither."""
         with _reading("the clone", "reading its attributes"):
             mounted = syscalls.attributes(right_fd, name) & syscalls.STATX_ATTR_MOUNT_ROOT
         if mounted:
-            self._differ(path, "something is mounted there in the clone")
+            self._differ(path, "a mount point in the clone")
         elif stat.S_ISDIR(theirs.st_mode) and theirs.st_dev != self._clone_dev:
-            # Only of directories: on overlayfs a file may have the device number of a lower layer.
-            self._differ(path, "a subvolume or filesystem of its own in the clone")
+            # Only for directories: on overlayfs a file may have the device number of a lower layer.
+            self._differ(path, "a separate subvolume or filesystem in the clone")
 
     def _files(
         self, path: str, name: str, left_dir: int, ours: os.stat_result, right_dir: int, theirs: os.stat_result
@@ -251,8 +251,8 @@ class _Comparer:
         ours = _target(self._source_view, path, "the source")
         theirs = _target(self._clone_view, path, "the clone")
         if ours != theirs:
-            self._differ(path, "another symlink target in the clone")
-        # No *at call reaches a symlink's attributes; the magic link of its directory is race-free.
+            self._differ(path, "a different symlink target in the clone")
+        # No *at call accesses the attributes of a symlink. The path through the open directory cannot be exchanged.
         self._attributes(path, f"/proc/self/fd/{left_dir}/{name}", f"/proc/self/fd/{right_dir}/{name}")
 
     def _attributes(self, path: str, left: int | str, right: int | str) -> None:
@@ -265,7 +265,7 @@ class _Comparer:
     def _count_blocks(self, left_fd: int, right_fd: int) -> None:
         try:
             blocks = extents.measure(left_fd, right_fd)
-        except OSError:  # a number for the reader only: it says nothing about the contents
+        except OSError:  # the number is informative only; it says nothing about the contents
             blocks = None
         if blocks is None:
             self.found.unmapped_files += 1
@@ -275,7 +275,7 @@ class _Comparer:
 
 
 def _list(top_fd: int, path: str, side: str, opened: ExitStack) -> tuple[int, set[str]]:
-    """Open the directory `path` of one side, and list its names."""
+    """Open the directory `path` of one side. Returns its descriptor and its names."""
     with _reading(side, "opening the directory"):
         fd = trees.open_below(top_fd, path)
     opened.callback(os.close, fd)
@@ -289,10 +289,10 @@ def _status(dir_fd: int, name: str, side: str) -> os.stat_result:
 
 
 def _open(dir_fd: int, name: str, status: os.stat_result, side: str, opened: ExitStack) -> int:
-    with _reading(side, "opening it"):
+    with _reading(side, "opening the file"):
         try:
             fd = os.open(name, _READ | os.O_NOATIME, dir_fd=dir_fd)
-        except PermissionError:  # open(2): O_NOATIME is for the owner and the privileged
+        except PermissionError:  # open(2): O_NOATIME needs ownership or privilege
             fd = os.open(name, _READ, dir_fd=dir_fd)
     opened.callback(os.close, fd)
     _require_unchanged(fd, status, side)
@@ -310,7 +310,7 @@ def _target(view: int, path: str, side: str) -> str:
 def _require_unchanged(fd: int, before: os.stat_result, side: str) -> None:
     now = os.fstat(fd)
     if not os.path.samestat(now, before) or now.st_size != before.st_size or now.st_ctime_ns != before.st_ctime_ns:
-        raise _Unread(f"could not be compared: {side}: it was changed while it was compared")
+        raise _Unread(f"not compared: {side}: it was changed during the comparison")
 
 
 def _unlike_statuses(ours: os.stat_result, theirs: os.stat_result) -> Iterator[str]:
@@ -326,26 +326,26 @@ def _unlike_statuses(ours: os.stat_result, theirs: os.stat_result) -> Iterator[s
     if stat.S_ISREG(ours.st_mode) and ours.st_size != theirs.st_size:
         yield f"{ours.st_size} bytes, in the clone {theirs.st_size}"
     if (stat.S_ISCHR(ours.st_mode) or stat.S_ISBLK(ours.st_mode)) and ours.st_rdev != theirs.st_rdev:
-        yield "another device number in the clone"
+        yield "a different device number in the clone"
 
 
 def _seconds(nanoseconds: int) -> str:
-    """Seconds since the epoch with all digits, which a float does not have."""
+    """Nanoseconds as seconds, with all digits (a float would lose some)."""
     sign = "-" if nanoseconds < 0 else ""
     return f"{sign}{abs(nanoseconds) // 10**9}.{abs(nanoseconds) % 10**9:09}"
 
 
 def _unlike_contents(left_fd: int, ours: os.stat_result, right_fd: int, theirs: os.stat_result) -> str | None:
-    """What differs between the contents of two files of one size. Raises OSError."""
+    """The difference between the contents of two files of the same size, or None. Raises OSError."""
     at = contents.first_difference(left_fd, right_fd, 0, ours.st_size)
     if at is not None:
-        return f"other contents, first at byte {at}"
+        return f"different contents from byte {at}"
     if theirs.st_blocks <= ours.st_blocks:
         return None
     block = max(_LARGEST_BLOCK, ours.st_blksize, theirs.st_blksize)
     most = contents.data_bytes(left_fd, ours.st_size, block)
     data = min(contents.data_bytes(right_fd, theirs.st_size), theirs.st_blocks * 512)
-    return f"holes are filled: {most} bytes of data at most, in the clone {data}" if data > most else None
+    return f"holes are filled: at most {most} bytes of data in the source, {data} in the clone" if data > most else None
 
 
 def _attributes_of(entry: int | str, side: str) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""Cloning the entries of one directory: each file by the ladder FICLONE, copy_file_range, pread/pwrite."""
+"""Clones files and symlinks: FICLONE first, then copy_file_range, then pread and pwrite."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from tasks.copier.source.walk import Entry, Kind, join
 
 T = TypeVar("T")
 
-#: O_NONBLOCK: a file swapped for a FIFO must not hang us.
+#: O_NONBLOCK: opening a FIFO that replaced a file must not block.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = int(Kind.FILE)
-#: Files up to so many bytes get their size by being written, which saves a call (5 us on ext4). XFS, by default, does
-#: not preallocate behind a file so small.
+#: Files of at most this many bytes get their size from the writes, which saves a call (5 us on ext4). By default, XFS
+#: does not preallocate space after a file of this size.
 _GROWN_BYTES = 64 << 10
 _OPEN = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
 class DirectoryPair:
-    """One directory of the source and its counterpart in the tree, both open."""
+    """A directory of the source and its clone, both open."""
 
     src_fd: int
     dst_fd: int
-    #: st_dev of the destination's filesystem.
+    #: st_dev of the clone.
     dst_dev: int
-    #: Relative to the source.
+    #: The path of the directory, relative to the source.
     path: str
-    #: The absolute paths of source and destination, for messages.
+    #: The absolute paths of the source and the destination of the fork, for messages.
     source: str
     destination: str
 
@@ -52,16 +52,16 @@ class DirectoryPair:
         return join(self.source, join(self.path, name))
 
     def destination_of(self, name: str) -> str:
-        """The absolute path that the entry `name` is to have."""
+        """The absolute path of the entry `name` in the finished fork."""
         return join(self.destination, join(self.path, name))
 
     def paths_of(self, name: str) -> tuple[str, str]:
-        """Both."""
+        """The source path and the destination path of the entry `name`."""
         return self.source_of(name), self.destination_of(name)
 
 
 class ReflinkRefused(Exception):
-    """A file was to be reflinked or left: it was refused, and nothing of it is left. `refusal` says why."""
+    """The reflink of a file that must not be copied was refused. Nothing of the file is left."""
 
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(refusal)
@@ -69,15 +69,15 @@ class ReflinkRefused(Exception):
 
 
 class Cloner:
-    """Clones entries of one fork; keeps what is learnt on the way: refused pairs, the first fallback, one buffer."""
+    """Clones entries of one fork. It keeps the refused pairs of filesystems, the first fallback, and a buffer."""
 
     def __init__(
         self, options: Options, refused: dict[tuple[int, int], int], step: Step, *, replaces: bool = False
     ) -> None:
-        """`step` is called with the bytes of each piece copied, and raises to stop.
+        """`step` is called with the number of bytes just copied, and raises to stop.
 
-        `replaces`: an earlier try of the same work may have left entries, which are replaced. Otherwise an entry that
-        exists is an error.
+        `refused`: see `Reflinker`. `replaces`: replace entries that exist, since an earlier attempt of the same work
+        may have left them. Otherwise an entry that exists is an error.
         """
         self.reflinker = Reflinker(refused)
         self.metadata = Metadata(options.preserve)
@@ -91,13 +91,13 @@ class Cloner:
     # -- whole entries
 
     def entry(self, place: DirectoryPair, entry: Entry) -> FileResult:
-        """Clone one file or symlink. Raises ForkError; then nothing of the entry is left."""
+        """Clone one file or symlink. Raises ForkError, and then leaves nothing of the entry."""
         if entry.kind != _FILE:
             return self._symlink(place, entry)
         return self.file(place, entry)
 
     def file(self, place: DirectoryPair, entry: Entry, *, may_copy: bool = True) -> FileResult:
-        """Clone one regular file. Raises ForkError, and ReflinkRefused where it may not be copied instead."""
+        """Clone one regular file. Raises ForkError; ReflinkRefused instead of a copy if not `may_copy`."""
         src_fd = self.open_source(place, entry)
         try:
             return self.file_from(src_fd, place, entry, may_copy=may_copy)
@@ -107,10 +107,10 @@ class Cloner:
     def file_from(
         self, src_fd: int, place: DirectoryPair, entry: Entry, *, may_copy: bool = True, check: bool = True
     ) -> FileResult:
-        """As `file`, for a source that `open_source` opened.
+        """Clone a regular file that `open_source` opened; see `file`.
 
-        Who makes several clones of it may leave out the `check` that it is still what the walk saw, and calls
-        `check_source` after the last one.
+        `check`: call `check_source` at the end. A caller that makes several clones can call it once instead, after the
+        last one.
         """
         began = time.perf_counter()
         copied, refusal = 0, None
@@ -123,19 +123,19 @@ class Cloner:
                 copied = self._copy(place, entry, src_fd, dst_fd, refusal)
             self._complete(place, entry, src_fd, dst_fd)
             if check:
-                self.check_source(place, entry, src_fd)  # after its attributes were read: they change ctime too
+                self.check_source(place, entry, src_fd)  # after its attributes were read
         except ReflinkRefused:
             try:
                 os.unlink(entry.name, dir_fd=place.dst_fd)
-            except OSError as error:  # it is made again, as a copy, and would meet what is left of this one
-                doing_so = "removing what a refused reflink left"
+            except OSError as error:  # the file is created again, as a copy
+                doing_so = "removing the empty file after a refused reflink"
                 raise from_oserror(error, doing_so, place.destination_of(entry.name)) from None
             raise
         except BaseException as error:
             with suppress(OSError):
                 os.unlink(entry.name, dir_fd=place.dst_fd)
             if isinstance(error, ForkError) and error.code is not Code.CANCELLED:
-                self.check_source(place, entry, src_fd)  # where it changed, that is the cause
+                self.check_source(place, entry, src_fd)  # if it changed, that is the cause
             raise
         finally:
             os.close(dst_fd)
@@ -150,16 +150,17 @@ class Cloner:
         try:
             target = os.readlink(entry.name, dir_fd=place.src_fd)
         except OSError as error:
-            if error.errno == errno.EINVAL:  # no symlink any more (readlink(2))
-                raise ForkError(Code.SOURCE_CHANGED, "it was replaced while it was cloned", source) from None
-            raise from_source(error, "reading a symlink", source) from None
+            if error.errno == errno.EINVAL:  # it is not a symlink any more (readlink(2))
+                message = "the symlink was replaced while it was being cloned"
+                raise ForkError(Code.SOURCE_CHANGED, message, source) from None
+            raise from_source(error, "reading the symlink", source) from None
         try:
             try:
                 os.symlink(target, entry.name, dir_fd=place.dst_fd)
             except FileExistsError:
                 self._make_again(place, entry, lambda: os.symlink(target, entry.name, dir_fd=place.dst_fd))
         except OSError as error:
-            raise from_oserror(error, "making a symlink", place.destination_of(entry.name)) from None
+            raise from_oserror(error, "creating the symlink", place.destination_of(entry.name)) from None
         try:
             self._complete_symlink(place, entry)
         except BaseException:
@@ -169,26 +170,26 @@ class Cloner:
         seconds = time.perf_counter() - began
         return file_result(join(place.path, entry.name), "symlink", "symlink", seconds=seconds)
 
-    # -- a large file, in ranges that several processes share
+    # -- a large file, in ranges that several processes copy
 
     def create_for_ranges(self, place: DirectoryPair, entry: Entry) -> None:
-        """Make the file that ranges will fill: one hole of the final size. Raises ForkError."""
+        """Create the file for `copy_range`: a hole of the final size. Raises ForkError."""
         dst_fd = self._create(place, entry, None)
         try:
-            os.fchmod(dst_fd, 0o600)  # whatever the umask: other processes open it for their ranges
+            os.fchmod(dst_fd, 0o600)  # regardless of the umask: other processes open it for their ranges
             self._set_size(place, entry, dst_fd, fresh=True)
         except OSError as error:
-            raise from_oserror(error, "creating it", place.destination_of(entry.name)) from None
+            raise from_oserror(error, "creating the file", place.destination_of(entry.name)) from None
         finally:
             os.close(dst_fd)
 
     def copy_range(self, place: DirectoryPair, entry: Entry, start: int, end: int) -> int:
-        """Copy the data of [start, end) of a file that `create_for_ranges` made; returns the bytes copied."""
+        """Copy the data of [start, end) of a file. Returns the number of bytes copied. Raises ForkError."""
         with self._both(place, entry) as (src_fd, dst_fd):
             try:
                 copied = self._copy_data(place, entry, src_fd, dst_fd, start, end)
             except ForkError:
-                with suppress(OSError):  # the fork has failed: room for the report that says so, on a full filesystem
+                with suppress(OSError):  # free space for the report of the failed fork, if the filesystem is full
                     os.ftruncate(dst_fd, 0)
                 raise
             self.check_source(place, entry, src_fd)
@@ -197,7 +198,7 @@ class Cloner:
             return copied
 
     def complete_ranges(self, place: DirectoryPair, entry: Entry) -> None:
-        """Check the file whose ranges are all copied, and give it its metadata. Raises ForkError."""
+        """Check a file whose ranges are all copied, and set its metadata. Raises ForkError."""
         with self._both(place, entry) as (src_fd, dst_fd):
             self.check_source(place, entry, src_fd)
             self._complete(place, entry, src_fd, dst_fd, verified=True)
@@ -221,16 +222,16 @@ class Cloner:
             os.close(src_fd)
 
     def open_source(self, place: DirectoryPair, entry: Entry) -> int:
-        """Open one file of the source for reading; the caller closes it. Raises ForkError."""
+        """Open a file of the source for reading. The caller closes the descriptor. Raises ForkError."""
         try:
             try:
                 return os.open(entry.name, _READ | self._no_atime, dir_fd=place.src_fd)
             except PermissionError:
-                # open(2): O_NOATIME is for the owner and the privileged.
+                # open(2): O_NOATIME needs ownership or privilege.
                 self._no_atime = 0
                 return os.open(entry.name, _READ, dir_fd=place.src_fd)
         except OSError as error:
-            raise from_source(error, "opening it", place.source_of(entry.name)) from None
+            raise from_source(error, "opening the file", place.source_of(entry.name)) from None
 
     def _create(self, place: DirectoryPair, entry: Entry, src_fd: int | None) -> int:
         mode = 0o600
@@ -246,16 +247,16 @@ class Cloner:
             except FileExistsError:
                 return self._make_again(place, entry, partial(os.open, entry.name, _CREATE, mode, dir_fd=place.dst_fd))
         except OSError as error:
-            raise from_oserror(error, "creating it", place.destination_of(entry.name)) from None
+            raise from_oserror(error, "creating the file", place.destination_of(entry.name)) from None
 
     def _make_again(self, place: DirectoryPair, entry: Entry, make: Callable[[], T]) -> T:
-        """What `make` returns, which makes a file or symlink, in place of the one that exists.
+        """Remove the existing entry, then call `make`, which creates a file or symlink. Returns its result.
 
-        What an earlier try left is replaced by a fresh inode, so that no old descriptor reaches it. Raises ForkError
-        where it is not that, and OSError.
+        The new inode cannot be written through a descriptor of an earlier attempt. Raises ForkError if the existing
+        entry cannot be of an earlier attempt, and OSError.
         """
         if self._replaces:
-            with suppress(FileExistsError, IsADirectoryError):  # another chunk's: this one never made a directory
+            with suppress(FileExistsError, IsADirectoryError):  # it is of another chunk
                 os.unlink(entry.name, dir_fd=place.dst_fd)
                 return make()
         raise name_taken(place.src_fd, place.dst_fd, entry.name, place.destination_of(entry.name))
@@ -268,7 +269,7 @@ class Cloner:
             if refusal is None:
                 return None
         except OSError as error:
-            self.check_source(place, entry, src_fd)  # a directory by now, say: EISDIR
+            self.check_source(place, entry, src_fd)  # it may be a directory now (EISDIR)
             doing = f"reflinking {place.source_of(entry.name)}"
             raise from_oserror(error, doing, place.destination_of(entry.name)) from None
         if self._options.reflink == "always":
@@ -280,12 +281,12 @@ class Cloner:
         return refusal
 
     def _copy(self, place: DirectoryPair, entry: Entry, src_fd: int, dst_fd: int, refusal: Refusal) -> int:
-        self.check_source(place, entry, src_fd)  # before bytes are read from what may be something else by now
+        self.check_source(place, entry, src_fd)  # before reading from a file that may have been replaced
         grows = entry.size <= _GROWN_BYTES and not refusal.asked
         if not grows:
             self._set_size(place, entry, dst_fd, fresh=not refusal.asked)
         copied = self._copy_data(place, entry, src_fd, dst_fd, 0, entry.size)
-        if grows and copied < entry.size:  # it may end with a hole
+        if grows and copied < entry.size:  # the file may end with a hole
             self._set_size(place, entry, dst_fd, fresh=True)
         return copied
 
@@ -294,26 +295,26 @@ class Cloner:
         return self._sparse.copy(src_fd, entry.dev, dst_fd, part, lambda: place.paths_of(entry.name))
 
     def _set_size(self, place: DirectoryPair, entry: Entry, dst_fd: int, *, fresh: bool) -> None:
-        """Give the file its final size, as a hole after what it holds; `fresh`: no clone was tried on it.
+        """Set the final size of the file, before its data. `fresh`: no reflink was tried on it.
 
-        Empty first: a failed clone may have left something; but not without need, since ext4 writes a file out on
-        close that was cut to nothing (auto_da_alloc, ext4(5)). The size before the data: XFS preallocates behind
-        the end of a file that grows, and keeps it.
+        A refused reflink may have left data, so the file is truncated to 0 first, but only if it is not empty: ext4
+        writes a file to disk on close after such a truncation (auto_da_alloc, ext4(5)). The size comes before the data
+        because XFS preallocates space after the end of a growing file, and keeps it.
         """
         try:
             if not fresh and os.fstat(dst_fd).st_size:
                 os.ftruncate(dst_fd, 0)
             os.ftruncate(dst_fd, entry.size)
         except OSError as error:
-            raise from_oserror(error, "setting its size", place.destination_of(entry.name)) from None
+            raise from_oserror(error, "setting the size of the file", place.destination_of(entry.name)) from None
 
     def _complete(
         self, place: DirectoryPair, entry: Entry, src_fd: int, dst_fd: int, *, verified: bool = False
     ) -> None:
-        """Check the clone, and give it its metadata."""
+        """Check the clone, and set its metadata."""
         fresh = os.fstat(dst_fd)
         if fresh.st_size != entry.size:  # OpenZFS once truncated the clone and reported success (issue 15728)
-            message = f"the clone has {fresh.st_size} bytes where the source has {entry.size}"
+            message = f"the clone has {fresh.st_size} bytes, the source has {entry.size}"
             raise ForkError(Code.IO_ERROR, message, place.destination_of(entry.name))
         if self._options.verify == "content" and not verified:
             _verify(place, entry, src_fd, dst_fd, 0, entry.size)
@@ -323,12 +324,13 @@ class Cloner:
             raise from_oserror(error, doing(error), place.destination_of(entry.name)) from None
 
     def check_source(self, place: DirectoryPair, entry: Entry, src_fd: int) -> None:
-        """Raise ForkError source_changed when the open source file is not what the walk saw."""
+        """Raise ForkError source_changed if the open source file changed since the walk."""
         if not entry.is_still(os.fstat(src_fd)):
-            raise ForkError(Code.SOURCE_CHANGED, "it changed while it was cloned", place.source_of(entry.name))
+            message = "the file changed while it was being cloned"
+            raise ForkError(Code.SOURCE_CHANGED, message, place.source_of(entry.name))
 
     def _complete_symlink(self, place: DirectoryPair, entry: Entry) -> None:
-        """Give a symlink its metadata, then look whether it still is what the walk saw."""
+        """Set the metadata of a symlink, then check that the source symlink did not change."""
         source, failure = place.source_of(entry.name), None
         try:
             self.metadata.apply_to_symlink(place.dst_fd, entry, place.src_fd, place.path)
@@ -337,9 +339,9 @@ class Cloner:
         try:
             now = os.stat(entry.name, dir_fd=place.src_fd, follow_symlinks=False)
         except OSError as error:
-            raise from_source(error, "looking at a symlink once more", source) from None
+            raise from_source(error, "reading the status of the symlink again", source) from None
         if not entry.is_still(now):
-            raise ForkError(Code.SOURCE_CHANGED, "it changed while it was cloned", source)
+            raise ForkError(Code.SOURCE_CHANGED, "the symlink changed while it was being cloned", source)
         if failure is not None:
             raise failure
 
@@ -348,7 +350,7 @@ def _verify(place: DirectoryPair, entry: Entry, src_fd: int, dst_fd: int, start:
     try:
         at = first_difference(src_fd, dst_fd, start, end)
     except OSError as error:
-        raise from_oserror(error, "reading it back", place.destination_of(entry.name)) from None
+        raise from_oserror(error, "reading the clone to verify it", place.destination_of(entry.name)) from None
     if at is not None:
-        message = f"it differs from the source at byte {at}"
+        message = f"the clone differs from the source at byte {at}"
         raise ForkError(Code.VERIFY_FAILED, message, place.destination_of(entry.name))

@@ -1,4 +1,4 @@
-"""Whether the names of one file in a source are the names of one file in its clone, and of no file elsewhere."""
+"""Compares hard links: the names of one file in the source must be the names of one file in the clone."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _Inode = tuple[int, int]
 
 
 class _Known(NamedTuple):
-    """A file of one side with several names."""
+    """A file with several names, of one side."""
 
-    #: The file of the other side that the first name led to; None where that name is an additional one.
+    #: The file of the other side under the first name, or None if the other side has no such name.
     partner: _Inode | None
     path: str
     links: int
@@ -20,14 +20,14 @@ class _Known(NamedTuple):
 
 
 class LinkNames:
-    """The names met so far. A file is forgotten when all its names were met, which bounds the memory."""
+    """The names found so far. A file is dropped when all its names were found, which limits the memory."""
 
     def __init__(self) -> None:
         self._of_source: dict[_Inode, _Known] = {}
         self._of_clone: dict[_Inode, _Known] = {}
 
     def agree(self, path: str, ours: os.stat_result, theirs: os.stat_result) -> bool:
-        """Note that `path` is a name of these two files; whether all names of both so far led to this pair."""
+        """Add the name `path` of these two files. Returns whether all their names so far belong to this pair."""
         if ours.st_nlink == 1 and theirs.st_nlink == 1:
             return True
         source, clone = (ours.st_dev, ours.st_ino), (theirs.st_dev, theirs.st_ino)
@@ -36,11 +36,11 @@ class LinkNames:
         return of_source and of_clone
 
     def meet_extra(self, path: str, theirs: os.stat_result) -> None:
-        """Note a name that only the clone has."""
+        """Add a name that only the clone has."""
         _meet(self._of_clone, (theirs.st_dev, theirs.st_ino), None, path, theirs.st_nlink)
 
     def unmet_of_clone(self) -> Iterator[tuple[str, int, int]]:
-        """Yield (first path, number of names, number of names met) of each file of the clone with names not met."""
+        """Yield (first path, st_nlink, names found) of each file of the clone of which not all names were found."""
         for known in sorted(self._of_clone.values(), key=lambda known: known.path):
             yield known.path, known.links, known.met
 

@@ -1,10 +1,10 @@
-"""Giving a clone the source's owner, mode, extended attributes, ACLs and times, as `cp -a` does.
+"""Sets the owner, mode, extended attributes, ACLs and times of a clone, as `cp -a` does.
 
-Order matters: chown clears set-uid bits and capabilities, so it comes first; a new ACL changes the group bits, so
-the mode follows it; everything touches ctime, and writing touches mtime, so the times come last.
+The order matters. chown clears set-uid bits and capabilities, so it comes first. An ACL changes the group bits, so the
+mode comes after it. Writing changes mtime, so the times come last.
 
-What the destination cannot hold is passed over where `cp -a` passes it over, and noted in `losses`. Rights are never
-wider for it: without its ACL a file gets no more than the ACL gave.
+Metadata that the destination cannot hold is left out where `cp -a` leaves it out, and added to `losses`. That never
+widens permissions: a file without its ACL allows no more than the ACL did.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from tasks.copier.metadata_losses import Losses
 from tasks.copier.options import Preserve
 from tasks.copier.source.walk import Entry, join
 
-#: Where this process finds its own descriptors as paths (proc(5)).
+#: The descriptors of this process as paths (proc(5)).
 _DESCRIPTORS = "/proc/self/fd"
 _PERMISSIONS = 0o7777
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 _OWNER_READS_AND_WRITES = stat.S_IRUSR | stat.S_IWUSR
-#: How a filesystem, or the kernel, says that this owner, mode or time cannot be set. EINVAL: an owner that has no
-#: number in this user namespace (user_namespaces(7)).
+#: Errnos that mean that this owner, mode or time cannot be set. EINVAL: the owner has no id in this user namespace
+#: (user_namespaces(7)).
 _REFUSED = frozenset({errno.EPERM, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
-#: Filesystems that hold what they accept. Others (FUSE, CIFS, FAT) may accept an owner, a mode or a time and drop it.
+#: Filesystems that keep what they accept. Others (FUSE, CIFS, FAT) may accept an owner, mode or time and drop it.
 _FAITHFUL = frozenset(
     {
         syscalls.XFS,
@@ -44,17 +44,17 @@ _FAITHFUL = frozenset(
         syscalls.OVERLAYFS,
     }
 )
-#: A fresh file whose time is a multiple of so many nanoseconds may be on a filesystem that keeps no finer times.
+#: If the mtime of a new file is a multiple of this, in nanoseconds, the filesystem may have coarse timestamps.
 _COARSE = 100
-#: Times that every filesystem holds, in nanoseconds: others are cut to what 32 bits of seconds hold.
+#: The range of times that every filesystem can hold, in nanoseconds: signed 32-bit seconds.
 _FIRST_TIME, _LAST_TIME = 0, (2**31 - 1) * 10**9
-#: What `attributes.names_of` answers for a file that has none.
+#: The result of `attributes.names_of` for a file without attributes.
 _NO_ATTRIBUTES: tuple[list[str], bool] = ([], True)
 _WHAT = {ACCESS_ACL: "acl", DEFAULT_ACL: "default acl"}
 
 
 class Metadata:
-    """Applies what `preserve` names. All descriptors are of fresh entries that nobody else can reach yet."""
+    """Sets the metadata named in `preserve`. No other process can access the clones yet."""
 
     def __init__(self, preserve: Iterable[Preserve]) -> None:
         kept = frozenset(preserve)
@@ -63,37 +63,36 @@ class Metadata:
         self.timestamps = "timestamps" in kept
         self.xattrs = "xattrs" in kept
         self._keeps_all = self.ownership and self.mode and self.timestamps and self.xattrs
-        #: What could not be held since somebody moved the losses from here.
+        #: Losses that were not moved elsewhere yet.
         self.losses = Losses()
         self._umask = 0 if self.mode else _current_umask()
-        #: What is known of open source files, by their descriptors: the names of their attributes, and whether these
-        #: are all; their access ACLs.
+        #: Cached results for open source files, by descriptor: `attributes.names_of` and the access ACL.
         self._names: dict[int, tuple[Entry, tuple[list[str], bool]]] = {}
         self._acls: dict[int, tuple[Entry, bytes | None]] = {}
-        #: Whether the filesystem with this st_dev holds what it accepts.
+        #: st_dev → whether the filesystem is in `_FAITHFUL`.
         self._faithful: dict[int, bool] = {}
 
     def mode_to_create(self, entry: Entry, src_fd: int, *, ours: bool) -> int:
-        """The permission bits that the clone of a file is created with; `ours`: its owner is this process.
+        """The permission bits with which the clone of a file is created. `ours`: the source is owned by this process.
 
-        Until owner and ACL are right, nobody but us gets in. We do: a read-only file takes no user.* attributes, and
-        no second process to copy a range of it. Raises OSError.
+        Until owner and ACL are set, nobody else may open it. This process must: user.* attributes cannot be set on a
+        read-only file, and other processes open it to copy ranges. Raises OSError.
         """
         others = ours and self._acl_of(entry, src_fd) is None
         return entry.mode & (0o777 if others else 0o700) | _OWNER_READS_AND_WRITES
 
     def apply(self, fd: int, fresh: os.stat_result, entry: Entry, src_fd: int, directory: str) -> None:
-        """Give the file or directory `fd`, whose status is `fresh`, the metadata of `entry`, open as `src_fd`.
+        """Set the metadata of `entry` (open as `src_fd`) on the file or directory `fd`, whose status is `fresh`.
 
-        `directory` is the relative path of the directory that holds the entry. Calls the kernel only for what differs
-        from `fresh`. Raises OSError.
+        `directory` is the relative path of the parent, for `losses`. Sets only what differs from `fresh`. Raises
+        OSError.
         """
         path = directory, entry.name
         if self._needs_times_only(fresh, entry, src_fd):
             try:
                 os.utime(fd, ns=(entry.atime, entry.mtime))
                 return
-            except OSError:  # the long way says what is lost, or raises
+            except OSError:  # the steps below find the loss, or raise
                 pass
         owned = fresh.st_uid == entry.uid and fresh.st_gid == entry.gid
         chowned = self.ownership and not owned
@@ -117,9 +116,9 @@ class Metadata:
             self._lose_what_was_dropped(now, entry, path, owned=owned, has_times=has_times)
 
     def _needs_times_only(self, fresh: os.stat_result, entry: Entry, src_fd: int) -> bool:
-        """Whether a fresh clone has all but its times, which its filesystem holds: a file of ours without attributes.
+        """Whether only the times of a new clone are to be set. This is true of most files.
 
-        Most are such files.
+        They are owned by this process, have no attributes, and are on a filesystem that keeps what it accepts.
         """
         return (
             self._keeps_all
@@ -134,7 +133,7 @@ class Metadata:
         )
 
     def apply_to_symlink(self, dir_fd: int, entry: Entry, src_dir_fd: int, directory: str) -> None:
-        """Give the symlink `entry.name` of `dir_fd` the owner, attributes and times of that in `src_dir_fd`.
+        """Set the owner, attributes and times of the symlink `entry.name` of `dir_fd`, from the one in `src_dir_fd`.
 
         `directory` is the relative path of both directories. Raises OSError.
         """
@@ -159,24 +158,24 @@ class Metadata:
             self._lose_what_was_dropped(now, entry, path, owned=owned, has_times=has_times)
 
     def _copy_symlink_attributes(self, dir_fd: int, name: str, src_dir_fd: int, path: _Path) -> None:
-        # No *at call reaches a symlink's attributes; the magic link of the directory is race-free.
+        # No *at call accesses the attributes of a symlink. The path through the open directory cannot be exchanged.
         source, target = f"{_DESCRIPTORS}/{src_dir_fd}/{name}", f"{_DESCRIPTORS}/{dir_fd}/{name}"
         try:
             names, _ = attributes.names_of(source, follow=False)
         except FileNotFoundError:
             if os.path.exists(_DESCRIPTORS):
                 raise
-            self._lose(path, "xattrs: without /proc those of a symlink are out of reach")
+            self._lose(path, "xattrs: those of a symlink cannot be copied without /proc")
             return
         for attribute in names:
-            # A symlink has no ACL: where they are named, it is for want of a list.
+            # A symlink has no ACL. `names_of` returns their names when the list is incomplete.
             if attribute not in ACLS and not attributes.copy(source, target, attribute, follow=False):
                 self._lose(path, f"xattr {attribute}")
 
     def final_mode(self, mode: int, *, owned: bool) -> int:
-        """The permission bits that a clone of `mode` gets.
+        """The permission bits of the clone of a file with `mode`. `owned`: the clone has the owner of the source.
 
-        Set-id bits go only with the owner they were meant for. Without `mode` in preserve: as `cp` without -p.
+        Set-id bits are kept only with the same owner. Without `mode` in preserve, as `cp` without -p.
         """
         if not self.mode:
             return mode & 0o777 & ~self._umask
@@ -185,10 +184,10 @@ class Metadata:
     # -- ACLs and other extended attributes
 
     def _acl_of(self, entry: Entry, src_fd: int) -> bytes | None:
-        """The access ACL of the source file, or None: with one, the group bits of its mode are the ACL's mask.
+        """The access ACL of the source file, or None. With an ACL, the group bits of the mode are its mask.
 
-        Costs no call where the attributes are listed anyway and it has none, nor where the mode lets in nobody but
-        the owner. Raises OSError.
+        Makes no system call if the list of attributes has no ACL, or if the mode permits only the owner. Raises
+        OSError.
         """
         if self.xattrs:
             if ACCESS_ACL not in self._names_of(entry, src_fd)[0]:
@@ -201,9 +200,9 @@ class Metadata:
         return known[1]
 
     def _names_of(self, entry: Entry, src_fd: int) -> tuple[list[str], bool]:
-        """The names of the extended attributes of `entry`, which several clones may ask for while it is open.
+        """The names of the extended attributes of `entry`, cached for several clones while it is open.
 
-        A process that changes them changes the entry's ctime, which is compared when the clones are made.
+        A change of them changes the ctime of the entry, which is checked after the clones are made.
         """
         known = self._names.get(src_fd)
         if known is None or known[0] is not entry:
@@ -213,14 +212,14 @@ class Metadata:
     def _apply_attributes(
         self, fd: int, fresh: os.stat_result, entry: Entry, src_fd: int, path: _Path
     ) -> tuple[bool, bool]:
-        """Copy the extended attributes: whether there were any, and whether the access ACL is among them."""
+        """Copy the extended attributes. Returns whether there were any, and whether the access ACL was copied."""
         if not self.xattrs:
             return False, False
         names, complete = self._names_of(entry, src_fd)
         if not complete:
             self._lose(path, "xattrs")
         if names and fresh.st_mode & _OWNER_READS_AND_WRITES != _OWNER_READS_AND_WRITES:
-            os.fchmod(fd, _OWNER_READS_AND_WRITES)  # the umask took it: it takes no user.* attributes like this
+            os.fchmod(fd, _OWNER_READS_AND_WRITES)  # the umask removed these bits; user.* attributes need them
         has_acl = False
         for name in names:
             if name in XFS_ACLS or (name in ACLS and not self.mode):
@@ -234,7 +233,7 @@ class Metadata:
     # -- owner, mode and times
 
     def _chown(self, fd: int, entry: Entry, path: _Path) -> bool:
-        """Set owner and group; False where both may not be set (the group alone is tried, as cp does)."""
+        """Set owner and group, or else, as cp does, only the group. Returns whether both are set."""
         for uid in (entry.uid, -1):
             try:
                 os.fchown(fd, uid, entry.gid)
@@ -249,7 +248,7 @@ class Metadata:
         return False
 
     def _chown_symlink(self, dir_fd: int, entry: Entry, path: _Path) -> bool:
-        """As `_chown`, of a symlink."""
+        """The same as `_chown`, for a symlink."""
         for uid in (entry.uid, -1):
             try:
                 os.chown(entry.name, uid, entry.gid, dir_fd=dir_fd, follow_symlinks=False)
@@ -267,7 +266,7 @@ class Metadata:
         return owned
 
     def _chmod(self, fd: int, mode: int, path: _Path) -> bool:
-        """Set the mode; False where that is refused. Raises OSError where that would leave the entry open to more."""
+        """Set the mode. Returns False if refused; raises OSError if the entry would permit more than `mode`."""
         try:
             os.fchmod(fd, mode)
         except OSError as error:
@@ -275,7 +274,7 @@ class Metadata:
                 raise
             self._lose(path, "mode")
             return False
-        if mode & _SET_ID:  # chmod(2): without CAP_FSETID and outside the group, set-gid goes without a word
+        if mode & _SET_ID:  # chmod(2) clears set-gid silently outside the group without CAP_FSETID
             lost = mode & _SET_ID & ~os.fstat(fd).st_mode
             self._lose_set_id(lost, path)
             return not lost
@@ -288,7 +287,7 @@ class Metadata:
             self._lose(path, "mode: set-gid")
 
     def _set_times(self, fd: int, fresh: os.stat_result, entry: Entry, path: _Path) -> bool:
-        """Set the times; False where they are not held."""
+        """Set the times. Returns False if the filesystem did not keep them."""
         held = True
         try:
             os.utime(fd, ns=(entry.atime, entry.mtime))
@@ -303,12 +302,12 @@ class Metadata:
             self._lose(path, "timestamps")
         return held
 
-    # -- filesystems that accept what they do not hold
+    # -- filesystems that accept metadata and drop it
 
     def _lose_what_was_dropped(
         self, now: os.stat_result, entry: Entry, path: _Path, *, owned: bool, has_times: bool
     ) -> None:
-        """Note what was set without an error, and is not there `now`."""
+        """Add the metadata that was set without an error, but is missing in the status `now`, to the losses."""
         if self.ownership and owned and (now.st_uid, now.st_gid) != (entry.uid, entry.gid):
             self._lose(path, "ownership")
         if has_times and _times(now) != (entry.atime, entry.mtime):
@@ -324,17 +323,17 @@ class Metadata:
         self.losses.lose(join(*path), what)
 
 
-#: A directory's relative path and a name in it: joined only where a message needs it.
+#: The relative path of a directory and a name in it, joined only when a message needs them.
 _Path = tuple[str, str]
 
 
 def doing(error: OSError) -> str:
-    """What failed, for a message, where `apply` or `apply_to_symlink` raised `error`."""
-    return f"setting its attribute {error.attribute}" if isinstance(error, XattrError) else "setting its metadata"
+    """The beginning of the message for an OSError of `apply` or `apply_to_symlink`."""
+    return f"setting the attribute {error.attribute}" if isinstance(error, XattrError) else "setting the metadata"
 
 
 def _holds_times(fresh: os.stat_result, entry: Entry) -> bool:
-    """Whether a filesystem on which an entry was just made, with the status `fresh`, surely holds the entry's times."""
+    """Whether the filesystem of a new entry with the status `fresh` certainly keeps the times of `entry`."""
     return (
         fresh.st_mtime_ns % _COARSE != 0
         and _FIRST_TIME <= entry.atime <= _LAST_TIME
@@ -347,7 +346,7 @@ def _times(status: os.stat_result) -> tuple[int, int]:
 
 
 def _current_umask() -> int:
-    """This process's umask: from proc(5), status, or, where that is missing, by setting it for a moment."""
+    """The umask of this process, from /proc/self/status, or, without /proc, by setting it for a moment."""
     with suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as status:
         for line in status:
             if line.startswith("Umask:"):

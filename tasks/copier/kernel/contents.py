@@ -1,4 +1,4 @@
-"""Whether two open files hold the same bytes, and how many bytes of a file are data."""
+"""Compares the bytes of two open files, and counts the bytes of a file that are data."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import os
 
 from tasks.copier.kernel import syscalls
 
-#: Bytes read at a time from each side.
+#: Bytes in one read.
 _PIECE = 1 << 20
 
 
 def first_difference(a_fd: int, b_fd: int, start: int, end: int) -> int | None:
     """The offset of the first byte in [start, end) in which two files differ, or None. Raises OSError.
 
-    Reads what is data on either side; two holes need no reading. A byte that neither file has differs: files that
-    end before `end` were not compared.
+    Skips ranges that are holes in both files. If both files end before `end`, the first byte that neither has is
+    returned, since the rest was not compared.
     """
     for fd in (a_fd, b_fd):
         _settle_holes(fd)
@@ -37,9 +37,9 @@ def first_difference(a_fd: int, b_fd: int, start: int, end: int) -> int | None:
 
 
 def data_bytes(fd: int, size: int, block: int = 1) -> int:
-    """How many of the first `size` bytes of a file lie in data extents, each extended to whole blocks of `block`.
+    """How many of the first `size` bytes of a file are in data extents, each extended to whole blocks of `block`.
 
-    All of them where the filesystem cannot tell. Raises OSError.
+    Returns `size` if the filesystem does not report holes. Raises OSError.
     """
     total = at = 0
     while at < size:
@@ -59,13 +59,13 @@ def data_bytes(fd: int, size: int, block: int = 1) -> int:
 
 
 def _settle_holes(fd: int) -> None:
-    """Make the holes that the filesystem reports reliable: OpenZFS reports dirty data as holes (issue 15526)."""
+    """Make reported holes reliable. OpenZFS reports dirty data as holes until an fsync (issue 15526)."""
     if syscalls.filesystem_type(fd) == syscalls.ZFS:
         os.fsync(fd)
 
 
 def _next_data(fd: int, at: int, end: int) -> int:
-    """Where the next data at or after `at` begins; `at` itself where the filesystem cannot tell."""
+    """The offset of the next data at or after `at`, or `at` if the filesystem does not report holes."""
     try:
         return os.lseek(fd, at, os.SEEK_DATA)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Which blocks two files share on disk, as FIEMAP tells."""
+"""Counts the blocks that two files share on disk, as FIEMAP reports them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from tasks.copier.kernel import syscalls
 from tasks.copier.kernel.syscalls import Extent
 
 _NO_FIEMAP = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL})
-#: Extents without blocks of their own: not yet written out, or within the filesystem's tree (small files on btrfs).
+#: Extents without blocks: not written to disk yet, or stored in the metadata tree (small files on btrfs).
 _WITHOUT_BLOCKS = syscalls.FIEMAP_EXTENT_UNKNOWN | syscalls.FIEMAP_EXTENT_DATA_INLINE
 
 
 class Blocks(NamedTuple):
-    """Bytes on disk of one file, and how many of them are the very blocks of another."""
+    """Bytes of one file on disk, and how many of them are in blocks shared with another file."""
 
     mapped: int
     shared: int
 
 
 def measure(source_fd: int, clone_fd: int) -> Blocks | None:
-    """The blocks of `clone_fd` and those among them that are `source_fd`'s; None where the filesystem cannot tell.
+    """The blocks of `clone_fd`, and those that it shares with `source_fd`; None if the filesystem has no FIEMAP.
 
     Raises OSError.
     """
@@ -41,16 +41,16 @@ def _extents(fd: int) -> Iterator[Extent]:
 
 
 def _is_one_filesystem(a_fd: int, b_fd: int) -> bool:
-    """Whether equal block addresses mean equal blocks. btrfs gives each subvolume a device number of its own."""
+    """Whether equal block addresses mean equal blocks. On btrfs each subvolume has its own device number."""
     if os.fstat(a_fd).st_dev == os.fstat(b_fd).st_dev:
         return True
     return syscalls.filesystem_type(a_fd) == syscalls.filesystem_type(b_fd) == syscalls.BTRFS
 
 
 def _overlap(source: Iterator[Extent], clone: Iterator[Extent]) -> Blocks:
-    """All bytes of `clone`, and those at the same offset in both files that lie at the same place on disk.
+    """The bytes of `clone`, and those that have the same offset in both files and the same place on disk.
 
-    Both iterators are in order of the offsets; one extent of each is in memory.
+    Both iterators are ordered by offset. One extent of each is in memory.
     """
     mapped = shared = 0
     other = next(source, None)
@@ -60,7 +60,7 @@ def _overlap(source: Iterator[Extent], clone: Iterator[Extent]) -> Blocks:
         while other is not None and other.logical < end:
             shared += _common(extent, other)
             if other.logical + other.length > end:
-                break  # it reaches into the next extent of the clone
+                break  # it extends into the next extent of the clone
             other = next(source, None)
     return Blocks(mapped, shared)
 

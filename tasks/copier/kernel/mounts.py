@@ -1,4 +1,4 @@
-"""Which filesystems other hosts may have mounted too, and what is mounted below a directory.
+"""Filesystems that other hosts may mount too, their lock options, and mount points below a directory.
 
 Sources: statfs(2), include/uapi/linux/magic.h, coreutils' src/stat.c (its "remote" types), proc_pid_mountinfo(5).
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from tasks.copier.kernel import syscalls
 
 _MOUNTINFO = "/proc/self/mountinfo"
-#: f_type of network, cluster and user-space filesystems. virtiofs has the type of FUSE.
+#: f_type of network, cluster and user-space filesystems. virtiofs reports the type of FUSE.
 _SHARED_TYPES = frozenset(
     {
         0x6969,  # NFS
@@ -40,11 +40,11 @@ _SHARED_TYPES = frozenset(
         0x7C7C6673,  # Parallels' shared folders
     }
 )
-#: Mount options with which the kernel grants flock without asking others: nfs(5), mount.cifs(8), Lustre, OCFS2, GFS2.
+#: Mount options that make flock local to this host: nfs(5), mount.cifs(8), Lustre, OCFS2, GFS2.
 _LOCAL_LOCKS = frozenset(
     {"nolock", "local_lock=flock", "local_lock=all", "nobrl", "localflock", "localflocks", "noflock"}
 )
-#: mountinfo writes space, tab, newline and backslash as octal numbers.
+#: In mountinfo, space, tab, newline and backslash are octal escapes.
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 
@@ -56,25 +56,25 @@ class _Mount(NamedTuple):
 
 
 def may_be_shared(fd: int) -> bool:
-    """Whether the filesystem that holds `fd` is of a type that several hosts may have mounted. Raises OSError."""
+    """Whether the filesystem of `fd` is of a type that several hosts can mount at once. Raises OSError."""
     return syscalls.filesystem_type(fd) in _SHARED_TYPES
 
 
 def local_lock_options(fd: int) -> list[str]:
-    """The options of the mount that holds `fd` with which flock stays on this host. Raises OSError."""
+    """The options of the mount of `fd` that make flock local to this host. Raises OSError."""
     device = os.fstat(fd).st_dev
     return sorted({option for mount in _mounts() if mount.device == device for option in mount.options & _LOCAL_LOCKS})
 
 
 def mount_points_below(directory: str) -> list[str]:
-    """The paths below `directory` at which something is mounted, without automounts that are not in use."""
+    """The mount points below `directory`, without automounts that are not in use."""
     top = os.path.realpath(directory).rstrip("/") + "/"
     points = (mount.point for mount in _mounts() if mount.kind != "autofs")
     return sorted({point for point in points if point.startswith(top) and point != top})
 
 
 def _mounts() -> Iterator[_Mount]:
-    """The mounts of this process's namespace; none where /proc is not mounted."""
+    """The mounts in the namespace of this process; none if /proc is not mounted."""
     try:
         with open(_MOUNTINFO, "rb") as file:
             lines = file.read().splitlines()

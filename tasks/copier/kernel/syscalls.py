@@ -1,4 +1,4 @@
-"""The Linux system calls that Python does not offer: thin, typed, without policy.
+"""Typed wrappers of Linux system calls that Python does not offer.
 
 Each raises OSError with the kernel's errno. Sources: openat2(2), renameat2(2), syncfs(2), statfs(2), fallocate(2),
 ioctl_ficlone(2), prctl(2), statx(2), the kernel's Documentation/filesystems/fiemap.rst and include/uapi/linux/btrfs.h.
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-#: _IOW(0x94, 9, int). A wrong number answers ENOTTY and means a silent full copy for ever, so a test pins it.
+#: _IOW(0x94, 9, int). A wrong number would fail with ENOTTY and every fork would be copied, so a test pins it.
 FICLONE = 0x40049409
 #: _IOWR('f', 11, struct fiemap).
 FS_IOC_FIEMAP = 0xC020660B
@@ -60,7 +60,7 @@ BTRFS_IOC_GET_SUBVOL_INFO = 0x81F8943C
 _VOL_ARGS_V2 = struct.Struct("=qQQ32x4040s")
 #: fd, name.
 _VOL_ARGS = struct.Struct("=q4088s")
-#: The first fields, as far as the UUID: id, name, parent's id, inode of the parent, generation, flags.
+#: The first fields: id, name, id of the parent, inode of the parent, generation, flags, UUID.
 _SUBVOL_INFO = struct.Struct("=Q256sQQQQ16s")
 _SUBVOL_INFO_BYTES = 504
 
@@ -70,7 +70,7 @@ STATX_ATTR_MOUNT_ROOT = 0x2000
 STATX_ATTR_VERITY = 0x100000
 _STATX_INO, _STATX_BTIME = 0x100, 0x800
 _AT_SYMLINK_NOFOLLOW = 0x100
-#: The same number on every architecture (unlike renameat2, for which glibc has a function).
+#: This number is the same on every architecture. (That of renameat2 is not, but glibc has a function for it.)
 _SYS_OPENAT2 = 437
 _SYS_OPEN_TREE, _SYS_MOUNT_SETATTR = 428, 442
 _OPEN_TREE_CLONE = 0x1
@@ -79,7 +79,7 @@ _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOATIME, _MOUNT_ATTR_ATIME = 0x1, 0x10, 0x70
 _MS_PRIVATE = 1 << 18
 #: struct mount_attr: attributes to set and to clear, propagation, user namespace.
 _MOUNT_ATTR = struct.Struct("=QQQQ")
-#: openat2 answers EAGAIN when a rename raced with the lookup (openat2(2)); a few more tries settle it.
+#: openat2 fails with EAGAIN when a rename raced with the lookup (openat2(2)). A few retries are enough.
 _OPENAT2_TRIES = 100
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -93,7 +93,7 @@ def _check(result: int) -> int:
 
 
 def _uninterrupted(function: Callable[..., int], *arguments: object) -> int:
-    """Call again after EINTR, as Python does for the calls that it offers itself (PEP 475)."""
+    """Repeat a call after EINTR, as Python does for its own calls (PEP 475)."""
     while True:
         try:
             return _check(function(*arguments))
@@ -102,7 +102,7 @@ def _uninterrupted(function: Callable[..., int], *arguments: object) -> int:
 
 
 def openat2(dir_fd: int, path: str, flags: int, resolve: int) -> int:
-    """Open `path` below `dir_fd` under the `resolve` rules; always O_CLOEXEC. Returns the file descriptor."""
+    """Open `path` below `dir_fd` with the RESOLVE_* flags `resolve` and O_CLOEXEC. Returns the descriptor."""
     how = ctypes.create_string_buffer(struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, resolve), 24)
     name = ctypes.c_char_p(os.fsencode(path))
     for _ in range(_OPENAT2_TRIES):
@@ -115,37 +115,36 @@ def openat2(dir_fd: int, path: str, flags: int, resolve: int) -> int:
 
 
 def release(fd: int) -> None:
-    """Close a descriptor that nothing was written through.
+    """Close a descriptor through which nothing was written, and ignore errors.
 
-    close(2) frees it whatever it answers, and the answer would be about writing: no reason to call work undone that
-    is done.
+    close(2) releases the descriptor even if it fails, and its errors concern written data.
     """
     with suppress(OSError):
         os.close(fd)
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Write all of `data`, however often write(2) takes only a part of it. Raises OSError."""
+    """Write all of `data`, with several calls if write(2) accepts only a part. Raises OSError."""
     left = memoryview(data)
     while left:
         left = left[os.write(fd, left) :]
 
 
 def rename_noreplace(src_dir_fd: int, src: str, dst_dir_fd: int, dst: str) -> None:
-    """Rename, and fail with EEXIST when anything stands at `dst`, be it a dangling symlink."""
+    """Rename, and fail with EEXIST if anything is at `dst`, even a dangling symlink."""
     _check(_libc.renameat2(src_dir_fd, os.fsencode(src), dst_dir_fd, os.fsencode(dst), RENAME_NOREPLACE))
 
 
 def rename_exchange(src_dir_fd: int, src: str, dst_dir_fd: int, dst: str) -> None:
-    """Have `src` and `dst` take each other's place, in one step. ENOENT when either is not there."""
+    """Exchange `src` and `dst` atomically. ENOENT if one of them does not exist."""
     _check(_libc.renameat2(src_dir_fd, os.fsencode(src), dst_dir_fd, os.fsencode(dst), RENAME_EXCHANGE))
 
 
 def readonly_view(fd: int) -> int:
-    """Open the directory `fd` as a private mount that cannot be written to and that updates no atime.
+    """Open the directory `fd` as a private, read-only mount that updates no atime.
 
-    It holds what is mounted below too, and is gone when the descriptor is closed. No other call keeps readlink(2) from
-    updating a symlink's atime. Raises OSError: EPERM without CAP_SYS_ADMIN, ENOSYS before Linux 5.12.
+    It includes the mounts below the directory, and ends when the descriptor is closed. There is no other way to read a
+    symlink without updating its atime. Raises OSError: EPERM without CAP_SYS_ADMIN, ENOSYS before Linux 5.12.
     Sources: open_tree(2), mount_setattr(2), include/uapi/linux/mount.h.
     """
     view = _check(
@@ -162,21 +161,21 @@ def readonly_view(fd: int) -> int:
 
 
 def syncfs(fd: int) -> None:
-    """Write the whole filesystem that holds `fd` to its disk."""
+    """Write the whole filesystem of `fd` to disk."""
     _uninterrupted(_libc.syncfs, fd)
 
 
-#: How long an answer of statfs(2) is used again, in seconds: for the calls of one small fork, which takes a
-#: millisecond, and too short for another filesystem to be mounted with the same device number.
+#: How long a result of statfs(2) is cached, in seconds. It covers the calls of one small fork, which takes a
+#: millisecond, and is too short for another filesystem to get the same device number.
 _TYPE_SECONDS = 0.05
-#: The type of the filesystem of each device, and when it was asked for (monotonic clock).
+#: st_dev → (time of the call on the monotonic clock, f_type).
 _types: dict[int, tuple[float, int]] = {}
 
 
 def filesystem_type(fd: int) -> int:
-    """f_type of the filesystem that holds `fd`.
+    """f_type of the filesystem of `fd`, cached for `_TYPE_SECONDS`.
 
-    XFS pushes the removal of unlinked inodes on when it is asked (xfs_fs_statfs), which takes 0.1 ms after a fork.
+    On XFS, statfs(2) also removes unlinked inodes (xfs_fs_statfs), which takes 0.1 ms after a fork.
     """
     dev, now = os.fstat(fd).st_dev, time.monotonic()
     asked, kind = _types.get(dev, (-_TYPE_SECONDS, 0))
@@ -193,57 +192,57 @@ _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_l
 
 
 def allocate(fd: int, start: int, length: int) -> None:
-    """Give `length` bytes of a file, from `start`, their blocks, which read as zeros until they are written.
+    """Allocate the blocks of `length` bytes of a file from `start`. They read as zeros until they are written.
 
-    Its size stays. Not `os.posix_fallocate`, which writes zeros where the filesystem cannot.
+    The size of the file does not change. `os.posix_fallocate` would write zeros where the filesystem cannot allocate.
     """
     _uninterrupted(_fallocate, fd, FALLOC_FL_KEEP_SIZE, start, length)
 
 
 def die_with_parent(signal: int) -> None:
-    """Have the kernel send `signal` to this process when its parent ends."""
+    """Make the kernel send `signal` to this process when its parent ends."""
     _check(_libc.prctl(PR_SET_PDEATHSIG, signal, 0, 0, 0))
 
 
 def ficlone(dst_fd: int, src_fd: int) -> None:
-    """Make the file `dst_fd` share all extents of `src_fd`. Atomic against writers of the source."""
+    """Make the file `dst_fd` share all extents of `src_fd`. Atomic with respect to writes to the source."""
     fcntl.ioctl(dst_fd, FICLONE, src_fd)
 
 
 def create_snapshot(dir_fd: int, name: str, subvolume_fd: int) -> None:
-    """Make `name` in `dir_fd` a writable snapshot of the btrfs subvolume whose root `subvolume_fd` is.
+    """Create `name` in `dir_fd` as a writable snapshot of the btrfs subvolume with the root `subvolume_fd`.
 
-    It has the owner and the mode of that root from its first moment. Older kernels take any directory, and make a
-    snapshot of the subvolume that holds it.
+    It has the owner and the mode of that root from the beginning. Older kernels accept any directory, and make a
+    snapshot of the subvolume that contains it.
     """
     _long_ioctl(dir_fd, BTRFS_IOC_SNAP_CREATE_V2, _VOL_ARGS_V2.pack(subvolume_fd, 0, 0, os.fsencode(name)))
 
 
 def destroy_subvolume(dir_fd: int, name: str) -> None:
-    """Remove the btrfs subvolume `name` of `dir_fd` with all in it, in one step; open files in it live on unlinked.
+    """Remove the btrfs subvolume `name` of `dir_fd` with its content, in one step. Open files stay open, unlinked.
 
-    EPERM without CAP_SYS_ADMIN, unless the mount option user_subvol_rm_allowed lets its owner; EINVAL for what is no
-    subvolume.
+    EPERM without CAP_SYS_ADMIN, unless the mount option user_subvol_rm_allowed permits it for the owner. EINVAL for
+    anything that is not a subvolume.
     """
     _long_ioctl(dir_fd, BTRFS_IOC_SNAP_DESTROY, _VOL_ARGS.pack(0, os.fsencode(name)))
 
 
 def destroy_opened_subvolume(dir_fd: int, subvolume_fd: int) -> None:
-    """As `destroy_subvolume`, of the open subvolume itself, whatever is at its name by now.
+    """Remove an open btrfs subvolume, even if another entry has its name now; see `destroy_subvolume`.
 
-    `dir_fd` is any directory on its mount. ENOTTY before Linux 5.7.
+    `dir_fd` is any directory on the same mount. ENOTTY before Linux 5.7.
     """
     number = _subvolume_info(subvolume_fd)[0].to_bytes(8, sys.byteorder)
     _long_ioctl(dir_fd, BTRFS_IOC_SNAP_DESTROY_V2, _VOL_ARGS_V2.pack(0, 0, BTRFS_SUBVOL_SPEC_BY_ID, number))
 
 
 def _long_ioctl(fd: int, request: int, argument: bytes) -> None:
-    """An ioctl that may take seconds: fcntl.ioctl stops all threads meanwhile when the argument exceeds 1 KiB."""
+    """An ioctl that may take seconds. With an argument above 1 KiB, fcntl.ioctl would block all threads meanwhile."""
     _check(_libc.ioctl(fd, ctypes.c_ulong(request), argument))
 
 
 def subvolume_uuid(fd: int) -> bytes:
-    """The UUID of the btrfs subvolume that holds `fd`: no other subvolume ever has it, also on another host."""
+    """The UUID of the btrfs subvolume of `fd`. It is unique, across hosts too."""
     uuid: bytes = _subvolume_info(fd)[-1]
     return uuid
 
@@ -255,7 +254,7 @@ def _subvolume_info(fd: int) -> tuple[Any, ...]:
 
 
 class _Statx(ctypes.Structure):
-    """struct statx, as far as it is asked for."""
+    """struct statx, with names for the fields that are used."""
 
     _fields_ = (
         ("mask", ctypes.c_uint32),
@@ -275,14 +274,14 @@ _statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, c
 
 
 def attributes(dir_fd: int, name: str) -> int:
-    """The STATX_ATTR_* flags of the entry `name` of `dir_fd`, itself if it is a symlink."""
+    """The STATX_ATTR_* flags of the entry `name` of `dir_fd`. Does not follow a symlink."""
     status = _Statx()
     _check(_statx(dir_fd, os.fsencode(name), _AT_SYMLINK_NOFOLLOW, 0, status))
     return int(status.attributes)
 
 
 def inode_and_birth(dir_fd: int, name: str) -> tuple[int, int]:
-    """The inode of the entry `name` of `dir_fd`, and when it was made in nanoseconds; 0 where that is not kept."""
+    """The inode of the entry `name` of `dir_fd`, and its time of birth in nanoseconds (0 if it is not recorded)."""
     status = _Statx()
     _check(_statx(dir_fd, os.fsencode(name), _AT_SYMLINK_NOFOLLOW, _STATX_INO | _STATX_BTIME, status))
     if not status.mask & _STATX_BTIME:
@@ -305,9 +304,9 @@ _EXTENTS_A_CALL = 1024
 
 
 def fiemap(fd: int) -> Iterator[Extent]:
-    """Yield the mapped extents of a file in order, after writing its dirty pages out.
+    """Yield the mapped extents of a file in order, after writing its dirty pages to disk.
 
-    Without FIEMAP_FLAG_SYNC btrfs can report extents that are not yet what they will be.
+    Without FIEMAP_FLAG_SYNC, btrfs may report extents that will still change.
     """
     start = 0
     while True:

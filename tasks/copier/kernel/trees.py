@@ -1,11 +1,10 @@
-"""Directories below an opened one: opening them by relative path, identifying them, removing them, at any depth.
+"""Opens, identifies and removes directories below an open one, at any depth.
 
-Nothing here follows a symlink or recurses: a tree may be thousands of levels deep, and its paths longer than
-PATH_MAX.
+Nothing here follows a symlink or recurses: a tree may be thousands of levels deep, with paths longer than PATH_MAX.
 
-A removal enters no mount either (openat2(2): RESOLVE_NO_XDEV; a btrfs subvolume is no mount), and it ends: on FUSE and
-NFS an open file that is unlinked gets another name in the same directory until its last close (libfuse: .fuse_hidden…,
-NFS: .nfs…), so rmdir(2) may answer ENOTEMPTY however often the directory is emptied.
+A removal does not enter mounts (RESOLVE_NO_XDEV of openat2(2); a btrfs subvolume is not a mount), and it ends after a
+limited time: on FUSE and NFS, an open file that is unlinked gets another name in the same directory until its last
+close (.fuse_hidden…, .nfs…), so rmdir(2) may fail with ENOTEMPTY each time.
 """
 
 from __future__ import annotations
@@ -19,26 +18,26 @@ from tasks.copier.kernel import syscalls
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _BENEATH = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
-#: Longest relative path handed to the kernel in one call, in bytes; below PATH_MAX.
+#: The longest relative path in one call, in bytes. It is below PATH_MAX.
 _STRETCH = 4000
 
-#: How long a directory that does not become empty is emptied again and again, in seconds. A file that was open is gone
-#: some milliseconds after its last close; a process that writes there at that moment finds out that it may not.
+#: How long the removal of a directory that does not become empty is retried, in seconds. A file that was open
+#: disappears some milliseconds after its last close.
 _PATIENCE_SECONDS = 1.0
-#: Pause between two passes, in seconds.
+#: Pause between two attempts, in seconds.
 _PAUSE_SECONDS = 0.01
-#: What goes away by itself when another process closes or removes something. NFS answers EBUSY for a .nfs… file.
+#: Errnos that pass when another process closes or removes a file. NFS fails with EBUSY for a .nfs… file.
 _PASSING = frozenset({errno.ENOTEMPTY, errno.EBUSY})
 
-#: Inode of the root of every btrfs subvolume, and of the empty directory that a snapshot has in place of one.
+#: The inode of the root of every btrfs subvolume, and of the empty directory that replaces one in a snapshot.
 SUBVOLUME_INODE, NESTED_SUBVOLUME_INODE = 256, 2
 
 
 def open_below(dir_fd: int, path: str, *, cross_mounts: bool = True) -> int:
-    """Open the directory at the relative `path` ("" is `dir_fd` itself, opened anew); the caller closes it.
+    """Open the directory at the relative `path` ("" opens `dir_fd` again). The caller closes the descriptor.
 
-    Raises OSError: ENOENT, ENOTDIR; ELOOP for a symlink, and EXDEV for a way out and for a mount that is not to be
-    crossed.
+    Raises OSError: ENOENT; ENOTDIR; ELOOP for a symlink; EXDEV for a path that leaves `dir_fd`, or that enters a mount
+    although `cross_mounts` is false.
     """
     resolve = _BENEATH if cross_mounts else _BENEATH | syscalls.RESOLVE_NO_XDEV
     if len(path) * 4 < _STRETCH or len(os.fsencode(path)) < _STRETCH:
@@ -54,11 +53,11 @@ def open_below(dir_fd: int, path: str, *, cross_mounts: bool = True) -> int:
 
 
 def _open(dir_fd: int, path: str, resolve: int) -> int:
-    """Open one stretch of a path; reading the directory changes no atime where this process may ask for that."""
+    """Open a part of a path, with O_NOATIME where the process is permitted to use it."""
     try:
         return syscalls.openat2(dir_fd, path, _DIRECTORY | os.O_NOATIME, resolve)
     except OSError as error:
-        if error.errno != errno.EPERM:  # open(2): O_NOATIME is for the owner and the privileged
+        if error.errno != errno.EPERM:  # open(2): O_NOATIME needs ownership or privilege
             raise
         return syscalls.openat2(dir_fd, path, _DIRECTORY, resolve)
 
@@ -81,15 +80,15 @@ def is_subvolume(fd: int) -> bool:
 
 
 def identity(fd: int) -> int:
-    """A number that no other directory on the filesystem of `fd` has, the same on every host and after a reboot.
+    """A number that is unique on the filesystem of `fd`, and the same on every host and after a reboot.
 
-    The inode; of a btrfs subvolume its UUID, since the roots of all have one inode.
+    It is the inode, or the UUID of a btrfs subvolume, because the roots of all subvolumes have the same inode.
     """
     return int.from_bytes(syscalls.subvolume_uuid(fd), "big") if is_subvolume(fd) else os.fstat(fd).st_ino
 
 
 def identity_of(dir_fd: int, name: str) -> int | None:
-    """As `identity`, of what stands at `name` in `dir_fd`; None where nothing does."""
+    """The `identity` of the entry `name` of `dir_fd`, or None if there is none. Raises OSError."""
     try:
         status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
         if status.st_ino != SUBVOLUME_INODE or not stat.S_ISDIR(status.st_mode):
@@ -104,10 +103,10 @@ def identity_of(dir_fd: int, name: str) -> int | None:
 
 
 def remove(dir_fd: int, name: str) -> None:
-    """Remove the directory `name` of `dir_fd` with all below it; one that is gone already is no error.
+    """Remove the directory `name` of `dir_fd` with everything in it. A missing directory is not an error.
 
-    All that can be removed is, also where something cannot. Raises OSError: the first one met, with the path below
-    `dir_fd` as its filename; EXDEV for a mount in it, ENOTEMPTY where a process keeps files in it open or adds some.
+    Removes as much as possible, then raises the first OSError, whose filename is the path below `dir_fd`: EXDEV for a
+    mount point, ENOTEMPTY if a process keeps files open there or creates some.
     """
     try:
         top = open_below(dir_fd, name, cross_mounts=False)
@@ -143,16 +142,16 @@ def _remove_opened(dir_fd: int, name: str, top: int) -> None:
 
 
 def _destroyed(dir_fd: int, top: int) -> bool:
-    """Remove a btrfs subvolume in one step; whether that was allowed. rmdir(2) takes an empty one since Linux 4.18."""
+    """Remove a btrfs subvolume in one step. Returns whether that succeeded."""
     try:
         syscalls.destroy_opened_subvolume(dir_fd, top)
-    except OSError:  # not allowed, or it holds another subvolume: emptying it finds out
+    except OSError:  # not permitted, or it contains another subvolume: empty it; rmdir(2) removes it since Linux 4.18
         return False
     return True
 
 
 def _empty(top: int, path: str) -> OSError | None:
-    """Remove all that can be removed below the open directory `top`; the first error, which names its path."""
+    """Remove everything below the open directory `top`. Returns the first error, with its path, or None."""
     errors: list[OSError] = []
     directories = [""]
     for directory in directories:  # grows while it is read: breadth first
@@ -171,7 +170,10 @@ def _empty(top: int, path: str) -> OSError | None:
         try:
             _remove_empty(top, directory)
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # what is in it has its own error, or is new
+            if error.errno not in (
+                errno.ENOENT,
+                errno.ENOTEMPTY,
+            ):  # what is left in it has its own error, or is new
                 errors.append(_named(error, _join(path, directory)))
     return errors[0] if errors else None
 
@@ -186,7 +188,7 @@ def _remove_empty(top: int, directory: str) -> None:
 
 
 def _open_to_empty(top: int, directory: str) -> int:
-    """Open a directory below `top`; an ordinary user's own one that he may not read is made readable first."""
+    """Open a directory below `top`. If it is not readable, but owned by this process, make it readable first."""
     try:
         return open_below(top, directory, cross_mounts=False)
     except PermissionError:
@@ -203,18 +205,18 @@ def _make_enterable(parent_fd: int, name: str) -> None:
     flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
     fd = syscalls.openat2(parent_fd, name, flags, _BENEATH | syscalls.RESOLVE_NO_XDEV)
     try:
-        os.chmod(f"/proc/self/fd/{fd}", 0o700)  # fchmod(2) takes no O_PATH descriptor
+        os.chmod(f"/proc/self/fd/{fd}", 0o700)  # fchmod(2) does not accept an O_PATH descriptor
     finally:
         os.close(fd)
 
 
 def _unlink_files(fd: int, path: str, errors: list[OSError]) -> list[str]:
-    """Unlink all but the directories in `fd`; returns the names of these. What fails is added to `errors`."""
+    """Unlink everything but directories in `fd`. Adds failures to `errors`. Returns the names of the directories."""
     try:
         with os.scandir(fd) as entries:
             listed = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
         if listed and os.fstat(fd).st_mode & 0o300 != 0o300:
-            os.fchmod(fd, 0o700)  # an ordinary user cannot empty the copy of a read-only directory otherwise
+            os.fchmod(fd, 0o700)  # without privileges, a read-only directory cannot be emptied
     except OSError as error:
         errors.append(_named(error, path))
         return []
@@ -234,9 +236,10 @@ def _join(directory: str, name: str) -> str:
 
 
 def _named(error: OSError, path: str) -> OSError:
-    """The same error with its path, and in words what the kernel's own do not say."""
+    """The same error with its path, and with a clearer text than the kernel's where that is ambiguous."""
     if error.errno == errno.EXDEV:
-        return OSError(errno.EXDEV, "a filesystem is mounted there", path)
+        return OSError(errno.EXDEV, "a filesystem is mounted there; unmount it", path)
     if error.errno == errno.ENOTEMPTY:
-        return OSError(errno.ENOTEMPTY, "a process keeps files in it open, or adds some", path)
+        message = "a process keeps files in it open or creates files in it; stop that process"
+        return OSError(errno.ENOTEMPTY, message, path)
     return OSError(error.errno, error.strerror, path)

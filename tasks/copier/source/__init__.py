@@ -1,4 +1,8 @@
-"""The directory that is cloned: reading its entries, writing them into the manifest, leaving some out.
+"""The directory that is cloned. It is only read.
 
-It uses `kernel` only. It reads, and changes nothing.
+    walk         reading its entries
+    selection    which entries are left out
+    manifest     the list of entries on disk
+
+It may use `kernel`, `errors` and `validation`.
 """

@@ -1,4 +1,4 @@
-"""Which entries of a guest directory stay out of a fork, and why."""
+"""Which entries of a guest directory are left out of a fork, and why."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 
-#: Names that staging uses (see `staging`). They are never guest data: a fork into a directory of the source
-#: that runs at the same time must not end up in this one.
+#: Names that `tasks.copier.staging` uses. They are never cloned: another fork may be building in a directory of the
+#: source at the same time.
 STAGING_NAME = re.compile(r"\.forkvm-[0-9a-f]{16}(\.[0-9a-f]{8})?")
-#: Files by which workers on several hosts try each other's locks (see `fence`).
+#: Files with which workers on several hosts check each other's locks (`staging.shared_filesystems`).
 MARKER_NAME = re.compile(r"\.forkvm-worker-[0-9a-f]{16}")
 
 
 class Selection:
-    """The rule for one fork, made from `skip` (relative paths) and `exclude` (patterns).
+    """The rules of one fork, from `skip` (relative paths) and `exclude` (patterns).
 
-    A pattern with a slash at its start or within is matched against the whole relative path, others against the
-    name at any depth; a slash at the end keeps it to directories. `*` and `?` do not match a slash, as in a shell.
+    A pattern with a slash at its start or within is matched against the whole relative path, others against the name at
+    any depth. A slash at the end limits a pattern to directories. As in a shell, `*` and `?` do not match a slash.
     """
 
     def __init__(self, skip: Iterable[str], exclude: Iterable[str]) -> None:
@@ -25,7 +25,7 @@ class Selection:
         names: list[str] = [MARKER_NAME.pattern + r"\Z"]
         self._paths: list[tuple[re.Pattern[str], bool, str]] = []
         self._names: list[tuple[re.Pattern[str], bool, str]] = []
-        #: Whether the path of a file has to be looked at, beside its name.
+        #: Whether the path of a file must be compared too, not only its name.
         self._looks_at_file_paths = bool(self._skip)
         for pattern in exclude:
             only_directories = pattern.endswith("/")
@@ -37,11 +37,11 @@ class Selection:
             else:
                 self._names.append(rule)
                 names.append(rule[0].pattern)
-        # One match decides nearly every name; only a name that some pattern takes pays for finding which.
+        # One match is enough for nearly every name. Which pattern matches is only searched for if one does.
         self._any_name = re.compile("|".join(names))
 
     def reason(self, directory: str, name: str, is_directory: bool) -> str | None:
-        """Why the entry `name` of `directory` (relative, "" for the top) is left out, or None to take it."""
+        """Why the entry `name` of `directory` (relative, "" for the top) is left out, or None if it is cloned."""
         if self._any_name.match(name):
             if MARKER_NAME.fullmatch(name):
                 return "marker of a worker"
@@ -66,11 +66,11 @@ _PART = re.compile(r"\*+|\?|\[!?\]?[^]/]*\]|.", re.DOTALL)
 
 @lru_cache
 def _compile(pattern: str) -> re.Pattern[str]:
-    """A shell pattern as a regular expression over a whole name or path; no wildcard crosses a slash.
+    """A shell pattern as a regular expression for a whole name or path, in which no wildcard matches a slash.
 
-    `fnmatch.translate` would let `*` match a slash, so that `/a/*.raw` took files at any depth below `a`. As there,
-    what stands between two stars is matched at its first place and not tried again (an atomic group): a pattern of
-    many stars costs no more than one pass.
+    With `fnmatch.translate`, `*` would match a slash, and `/a/*.raw` would match at any depth below `a`. As there, the
+    text between two stars is matched at its first occurrence only (an atomic group), so that a pattern with many stars
+    needs one pass.
     """
     fixed: list[str] = [""]
     for part in _PART.findall(pattern):

@@ -1,4 +1,4 @@
-"""Reading the source once: every entry with its identity, in blocks, directory by directory."""
+"""Reads the source once: each entry with its identity, directory by directory, in blocks."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from tasks.copier.errors import Code, ForkError, from_oserror, from_source
 from tasks.copier.kernel import trees
 from tasks.copier.source.selection import Selection
 
-#: Entries a block at most: bounds what is in memory while a directory of a million files is read.
+#: The most entries in a block. It limits the memory for a directory of a million files.
 BLOCK_ENTRIES = 2_000
 
 
 class Kind(IntEnum):
-    """What an entry of the source is to the fork."""
+    """How an entry of the source is cloned."""
 
     FILE = 0
     SYMLINK = 1
     DIRECTORY = 2
-    #: A further name of a file that the walk met before; `note` is the first name's path.
+    #: Another name of a file that the walk found before. `note` is the path of the first name.
     HARDLINK = 3
-    #: Left out; `note` tells why.
+    #: Left out. `note` says why.
     SKIP = 4
 
 
 class Entry(NamedTuple):
-    """One entry of the source. dev, ino, size, mtime and ctime are its identity: they change when it does."""
+    """One entry of the source. A change of the entry changes its identity: dev, ino, size, mtime and ctime."""
 
     name: str
     note: str
@@ -43,16 +43,16 @@ class Entry(NamedTuple):
     ino: int
     nlink: int
     size: int  # bytes
-    data: int  # bytes allocated; the rest is holes
+    data: int  # allocated bytes (st_blocks); the rest is holes
     atime: int  # nanoseconds, as are the next two
     mtime: int
     ctime: int
 
     def is_still(self, status: os.stat_result) -> bool:
-        """Whether `status`, read later, is that of the same, unchanged entry.
+        """Whether `status`, which was read later, is of the same, unchanged entry.
 
-        Owner and mode are compared although a change of them moves ctime: this entry may come from a manifest that
-        somebody else wrote, and what a clone gets of them is then what the source has.
+        A change of owner or mode changes ctime too. They are still compared, because this entry may come from a forged
+        manifest, and the clone must get the owner and mode of the source.
         """
         return (
             status.st_ctime_ns == self.ctime
@@ -67,14 +67,14 @@ class Entry(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Some entries of one directory, which `path` names relative to the source ("" for its top)."""
+    """Entries of the directory `path` (relative to the source; "" is its top)."""
 
     path: str
     entries: list[Entry]
 
 
 def entry_of(name: str, note: str, kind: int, status: os.stat_result) -> Entry:
-    """The entry for what `status` tells."""
+    """An entry with the given status."""
     return Entry(
         name,
         note,
@@ -94,7 +94,7 @@ def entry_of(name: str, note: str, kind: int, status: os.stat_result) -> Entry:
 
 
 def join(directory: str, name: str) -> str:
-    """The path of `name`, which may be a relative path, in `directory`; either may be "", for its top."""
+    """Join two relative paths; either may be ""."""
     return f"{directory}/{name}" if directory and name else directory or name
 
 
@@ -114,25 +114,25 @@ _FILE_TYPES = {
 
 
 def file_type(mode: int) -> str:
-    """The word for the file type in `mode`: file, directory, symlink, socket …"""
+    """The name of the file type in `mode`: file, directory, symlink, socket …"""
     return _FILE_TYPES.get(stat.S_IFMT(mode), "unknown")
 
 
 @dataclass
 class Walk:
-    """One walk of the directory `source_fd`, whose absolute path `source` serves messages only."""
+    """One walk of the directory `source_fd`. Its absolute path `source` is for messages only."""
 
     source_fd: int
     source: str
     selection: Selection
     hardlinks: bool
-    #: Called now and then; raises to end the walk.
+    #: Called regularly. Raises to end the walk.
     checkpoint: Callable[[], None]
-    #: First path of each file that has further names, until all of them were met.
+    #: (dev, ino) of a file with several names → (path of the first, number of names not found yet).
     _first_names: dict[tuple[int, int], tuple[str, int]] = field(default_factory=dict)
 
     def blocks(self) -> Iterator[Block]:
-        """Yield all entries below the source, a directory before what it holds.
+        """Yield all entries below the source, each directory before its content.
 
         Raises ForkError: unsupported_file_type, permission_denied, source_changed, io_error.
         """
@@ -146,7 +146,7 @@ class Walk:
             pending += reversed(below)
 
     def refuse_unsupported(self) -> None:
-        """Raise what `blocks` would raise for a FIFO or a device, in a tenth of its time: no status is read."""
+        """Raise the error of `blocks` for a FIFO or a device, in a tenth of its time: it reads no status."""
         pending = [""]
         while pending:
             path = pending.pop()
@@ -159,7 +159,7 @@ class Walk:
                         self._entry(path, item)
 
     def read(self, path: str) -> Iterator[Block]:
-        """Yield the entries of the one directory `path`, in blocks. Raises as `blocks` does."""
+        """Yield the entries of the directory `path` alone, in blocks. Raises the same errors as `blocks`."""
         block = Block(path, [])
         with self._listing(path) as listing:
             for item in listing:
@@ -204,11 +204,11 @@ class Walk:
             return entry_of(name, "", kind, status)
         if kind_bits == stat.S_IFSOCK:
             return entry_of(name, "socket", Kind.SKIP, status)
-        message = f"a {file_type(status.st_mode)} cannot be forked; leave it out with skip or exclude"
+        message = f"a {file_type(status.st_mode)} cannot be cloned; leave it out with skip or exclude"
         raise ForkError(Code.UNSUPPORTED_FILE_TYPE, message, self._absolute(join(directory, name)))
 
     def _linked(self, path: str, name: str, kind: Kind, status: os.stat_result) -> Entry:
-        """The entry for a file with several names: the first met is the file, the others link to it."""
+        """The entry for a file with several names. The first one found is the file; the others are hard links."""
         key = (status.st_dev, status.st_ino)
         first, unmet = self._first_names.pop(key, ("", status.st_nlink))
         if unmet > 1:
