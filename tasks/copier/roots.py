@@ -77,10 +77,6 @@ class Roots:
                 raise ForkError(Code.INVALID_REQUEST, message, path, error.errno) from None
             raise _escape_or_fault(error, path) from None
 
-    def parent(self, path: str) -> Parent:
-        """The same as `open_parent`, which replaces it."""
-        return self.open_parent(path)
-
     def _open(self, path: str) -> int:
         root = self._root_of(path)
         if root is None:

@@ -137,8 +137,8 @@ class _Comparer:
             path = pending.pop()
             with self._at(path):
                 pending += self._directory(path)
-        for path, links, met in self._names.unmet_of_clone():
-            what = f"a hard link out of the clone: the file has {links} names, {met} of them in the clone"
+        for path, links, found in self._names.incomplete_of_clone():
+            what = f"a hard link out of the clone: the file has {links} names, {found} of them in the clone"
             # Where a directory could not be read, the missing name may lie in it.
             (self.found.unread if self.found.unread.count else self.found.differences).add(path, what)
 
@@ -197,14 +197,14 @@ class _Comparer:
             left_out = f"; in the source it is left out ({reason})" if reason else ""
             self._differ(path, f"only in the clone: a {file_type(theirs.st_mode)}{left_out}")
             if not stat.S_ISDIR(theirs.st_mode):
-                self._names.meet_extra(path, theirs)
+                self._names.add_extra(path, theirs)
             return False
         self.found.entries += 1
         for what in _unlike_statuses(ours, theirs):
             self._differ(path, what)
         self._place_in_clone(path, name, right_fd, theirs)
         has_directory = stat.S_ISDIR(ours.st_mode) or stat.S_ISDIR(theirs.st_mode)
-        if not has_directory and not self._names.agree(path, ours, theirs):
+        if not has_directory and not self._names.add_pair(path, ours, theirs):
             self._differ(path, "not the same hard links in source and clone")
         if stat.S_IFMT(ours.st_mode) != stat.S_IFMT(theirs.st_mode):
             return False

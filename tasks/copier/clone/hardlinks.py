@@ -16,7 +16,7 @@ class _Known(NamedTuple):
     partner: _Inode | None
     path: str
     links: int
-    met: int
+    found: int
 
 
 class LinkNames:
@@ -26,28 +26,28 @@ class LinkNames:
         self._of_source: dict[_Inode, _Known] = {}
         self._of_clone: dict[_Inode, _Known] = {}
 
-    def agree(self, path: str, ours: os.stat_result, theirs: os.stat_result) -> bool:
+    def add_pair(self, path: str, ours: os.stat_result, theirs: os.stat_result) -> bool:
         """Add the name `path` of these two files. Returns whether all their names so far belong to this pair."""
         if ours.st_nlink == 1 and theirs.st_nlink == 1:
             return True
         source, clone = (ours.st_dev, ours.st_ino), (theirs.st_dev, theirs.st_ino)
-        of_source = _meet(self._of_source, source, clone, path, ours.st_nlink)
-        of_clone = _meet(self._of_clone, clone, source, path, theirs.st_nlink)
+        of_source = _add(self._of_source, source, clone, path, ours.st_nlink)
+        of_clone = _add(self._of_clone, clone, source, path, theirs.st_nlink)
         return of_source and of_clone
 
-    def meet_extra(self, path: str, theirs: os.stat_result) -> None:
+    def add_extra(self, path: str, theirs: os.stat_result) -> None:
         """Add a name that only the clone has."""
-        _meet(self._of_clone, (theirs.st_dev, theirs.st_ino), None, path, theirs.st_nlink)
+        _add(self._of_clone, (theirs.st_dev, theirs.st_ino), None, path, theirs.st_nlink)
 
-    def unmet_of_clone(self) -> Iterator[tuple[str, int, int]]:
+    def incomplete_of_clone(self) -> Iterator[tuple[str, int, int]]:
         """Yield (first path, st_nlink, names found) of each file of the clone of which not all names were found."""
         for known in sorted(self._of_clone.values(), key=lambda known: known.path):
-            yield known.path, known.links, known.met
+            yield known.path, known.links, known.found
 
 
-def _meet(known: dict[_Inode, _Known], inode: _Inode, partner: _Inode | None, path: str, links: int) -> bool:
+def _add(known: dict[_Inode, _Known], inode: _Inode, partner: _Inode | None, path: str, links: int) -> bool:
     before = known.pop(inode, _Known(partner, path, links, 0))
-    now = before._replace(partner=before.partner or partner, met=before.met + 1)
-    if now.met < links:
+    now = before._replace(partner=before.partner or partner, found=before.found + 1)
+    if now.found < links:
         known[inode] = now
     return partner is None or now.partner == partner
