@@ -11,8 +11,8 @@ FINISH_CAMPAIGN_TASK = "forkvm.conclude"
 ABANDON_TASK = "forkvm.bury"
 SWEEP_TASK = "forkvm.sweep"
 
-#: Queues beside the one that clients use: a finish must not wait behind chunks, nor a new fork behind either. What
-#: this program sends again of a job goes past all that no worker has begun; a sweep goes behind all chunks.
+#: Queues beside the one that clients use: a finish must not wait behind chunks, nor a new fork behind either. A job
+#: that this program sends again passes all jobs that no worker has begun. A sweep waits behind all chunks.
 _INNER_QUEUES = {
     CHUNK_TASK: "#chunk",
     BATCH_TASK: "#batch",
@@ -26,8 +26,13 @@ _INNER_QUEUES = {
 
 
 def inner_queue(queue: str, task: str) -> str:
-    """Where this program itself sends a task in the domain whose own queue is `queue`."""
+    """The queue to which this program sends a task within the domain whose own queue is `queue`."""
     return queue + _INNER_QUEUES[task]
+
+
+def domain_of(queue: str) -> str:
+    """The domain's own queue, for that queue or for one of its inner queues."""
+    return queue.partition("#")[0]
 
 
 def inner_queues(queue: str) -> list[str]:

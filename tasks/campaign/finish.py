@@ -1,27 +1,25 @@
-"""`forkvm.finish_campaign`: the end of a campaign, whether all of its forks have ended or not."""
+"""`forkvm.conclude`: ends a campaign once all of its forks have ended, or once no further fork is to be made."""
 
 from __future__ import annotations
 
-import errno
 import logging
 from contextlib import suppress
-from typing import Any
 
-from tasks.campaign.context import results_in
+from tasks.campaign.ending import end_from_claim, store_result, stored_result
 from tasks.campaign.lanes import is_over, send_batches
-from tasks.campaign.start import end_unplanned, known_campaign, store_result
-from tasks.context import LOCK_WAIT, Context, RetryLater
-from tasks.contract.campaign_request import campaign_of
+from tasks.campaign.ledger import ledger_of
+from tasks.context import LOCK_WAIT, Context
 from tasks.copier.campaign.batch import seize_batch
 from tasks.copier.campaign.finish import end_rest, remove_annexes
 from tasks.copier.campaign.plan import Campaign, campaign_in
-from tasks.copier.campaign.spec import Aims, CampaignResult, CampaignSpec, campaign_result, forks_done
-from tasks.copier.errors import Code, ForkError, from_record
+from tasks.copier.campaign.spec import CampaignResult, campaign_result, forks_done
+from tasks.copier.errors import ForkError, from_record
 from tasks.copier.progress import Progress, Ticker
 from tasks.copier.staging.control_directory import Held
 from tasks.copier.staging.proof import NotOurs
 from tasks.copier.staging.staging import Staging
 from tasks.copier.validation import Malformed
+from tasks.delivery.outcome import RetryLater, open_parent_or_retry, outcome_of
 from tasks.names import CAMPAIGN_TASK
 from tasks.store.campaign.results import CampaignResults
 
@@ -33,36 +31,62 @@ def run_finish_campaign(
 ) -> CampaignResult | None:
     """End a campaign that is over, and leave nothing of it but its forks: its result.
 
-    None for one that is not over: what is to be done of it is sent again. Raises Again while batches are still made,
-    and when nothing is found of it. `seized`: all its holders were seen to be paused, so their batches are taken first.
+    None if it is not over: what remains to be done is sent again. `seized`: all its holders are stale, so their batches
+    are taken from them first. Raises RetryLater while batches are still made, and if nothing is found of the campaign.
     """
-    if (known := known_campaign(context, campaign_id)) is not None:
+    if (known := stored_result(context, campaign_id)) is not None:
         return known
-    results = results_in(context, campaign_id)
-    try:
-        parent = context.roots.open_parent(home)
-    except ForkError:
-        raise RetryLater(None) from None
-    with parent:
-        try:
-            with Staging.attach(parent.fd, campaign_id, LOCK_WAIT, alone=not seized) as staging:
-                if staging is not None:
-                    with staging.with_heartbeat():
-                        return _conclude(context, results, staging, home, seized=seized)
-        except Held as held:
-            raise RetryLater(held.heartbeat) from None
-        except (NotOurs, Malformed) as error:  # the campaign's own message gives each of its forks its end
-            return None if _send_again(context, campaign_id) else _settle_unplanned(context, results, error)
-        except OSError as error:  # a later try may be able to read it; otherwise `store_gone` ends the campaign
+
+    def fail(error: ForkError | OSError) -> CampaignResult | None:
+        if isinstance(error, OSError):  # a later try may be able to read it; otherwise a stale finish ends the campaign
             log.warning("the staging of campaign %s cannot be read: %s", campaign_id, error)
             raise RetryLater(None) from None
-    if (known := results.result()) is None and not _send_again(context, campaign_id):
-        raise RetryLater(None)  # it may be about to be planned
+        if not isinstance(error, NotOurs | Malformed):
+            raise error
+        # The campaign's own request, if it is kept, ends each of its forks.
+        return None if _send_request(context, campaign_id) else end_from_claim(context, campaign_id, error)
+
+    return outcome_of(lambda: _finish(context, campaign_id, home, seized=seized), fail)
+
+
+def _finish(context: Context, campaign_id: str, home: str, *, seized: bool) -> CampaignResult | None:
+    results = ledger_of(context, campaign_id)
+    with (
+        open_parent_or_retry(context.roots, home) as parent,
+        Staging.attach(parent.fd, campaign_id, LOCK_WAIT, alone=not seized) as staging,
+    ):
+        if staging is not None:
+            with staging.with_heartbeat():
+                return _finish_staging(context, results, staging, home, seized=seized)
+    known = results.result()
+    if known is None and not _send_request(context, campaign_id):
+        raise RetryLater(None)  # another task may be about to plan it
     return known
 
 
-def _send_again(context: Context, campaign_id: str) -> bool:
-    """Send the request of a campaign that is not planned again; whether it was kept whole."""
+def _finish_staging(
+    context: Context, results: CampaignResults, staging: Staging, home: str, *, seized: bool
+) -> CampaignResult | None:
+    campaign = campaign_in(staging)
+    if campaign is None:
+        error = results.reason_to_end(home)
+        if _send_request(context, results.campaign_id) or error is None:
+            return None  # the request plans the campaign, or ends each of its forks
+        result = end_from_claim(context, results.campaign_id, error)
+    elif not is_over(results, campaign):
+        send_batches(context, results, campaign, home)
+        return None
+    else:
+        _end_forks(context, results, campaign, seized=seized)
+        result = store_result(results, campaign.spec, _result(results, campaign))
+        remove_annexes(campaign, context.roots)
+    with suppress(OSError, ForkError):
+        staging.remove()
+    return result
+
+
+def _send_request(context: Context, campaign_id: str) -> bool:
+    """Send the campaign's own request again. False if its list of destinations was too long to keep."""
     claim = context.results.claims.get(campaign_id)
     request = claim["request"]["kept"] if claim is not None else {}
     if "destinations" not in request:
@@ -71,46 +95,19 @@ def _send_again(context: Context, campaign_id: str) -> bool:
     return True
 
 
-def store_gone(context: Context, campaign_id: str) -> CampaignResult:
-    """Settle a campaign whose staging was removed by others, or cannot be read."""
-    spec, _ = _known_of(context, campaign_id)
-    error = ForkError(Code.IO_ERROR, "its staging directory is gone or cannot be read", spec.source, errno.ENOENT)
-    return _settle_unplanned(context, results_in(context, campaign_id), error)
-
-
-def _conclude(
-    context: Context, results: CampaignResults, staging: Staging, home: str, *, seized: bool
-) -> CampaignResult | None:
-    campaign = campaign_in(staging)
-    if campaign is None:
-        error = results.reason_to_end(home)
-        if _send_again(context, results.campaign_id) or error is None:
-            return None  # its own message plans it, or gives each of its forks its end
-        result = _settle_unplanned(context, results, error)
-    elif not is_over(results, campaign):
-        send_batches(context, results, campaign, home)
-        return None
-    else:
-        _end_rest(context, results, campaign, seized=seized)
-        result = store_result(results, campaign.spec, _result(results, campaign))
-        remove_annexes(campaign, context.roots)
-    with suppress(OSError, ForkError):
-        staging.remove()
-    return result
-
-
-def _end_rest(context: Context, results: CampaignResults, campaign: Campaign, *, seized: bool) -> None:
+def _end_forks(context: Context, results: CampaignResults, campaign: Campaign, *, seized: bool) -> None:
+    """End every fork that is not published."""
     count, batch = campaign.spec.aims.count, campaign.plan.batch
     if forks_done(results.sums()) >= count:
         return
     if seized:
         for first in range(0, count, batch):
             if not results.is_batch_done(first):
-                with suppress(ForkError, OSError, Held):  # one that cannot be taken is refused or waited for below
+                with suppress(ForkError, OSError, Held):  # `end_rest` fails such a batch, or raises Held
                     seize_batch(campaign, context.roots, first)
     error = results.reason_to_end(campaign.spec.source)
     if error is not None:
-        end_rest(campaign, context.roots, Ticker(_go_on), results, error)
+        end_rest(campaign, context.roots, Ticker(_never_stop), results, error)
 
 
 def _result(results: CampaignResults, campaign: Campaign) -> CampaignResult:
@@ -123,23 +120,5 @@ def _result(results: CampaignResults, campaign: Campaign) -> CampaignResult:
     return campaign_result(campaign.spec, sums, failures, planned_at=campaign.planned_at, error=error)
 
 
-def _settle_unplanned(context: Context, results: CampaignResults, error: ForkError) -> CampaignResult:
-    """End a campaign whose staging is of no use, with why it was to end, or else with `error`."""
-    spec, paths = _known_of(context, results.campaign_id)
-    return end_unplanned(results, spec, paths, results.reason_to_end(spec.source) or error)
-
-
-def _known_of(context: Context, campaign_id: str) -> tuple[CampaignSpec, list[str]]:
-    """What the claim on the id says of a campaign, and its destinations; none where the list was too long to keep."""
-    claim = context.results.claims.get(campaign_id)
-    if claim is None:
-        return CampaignSpec(campaign_id=campaign_id, source=""), []
-    summary: dict[str, Any] = claim["request"]
-    with suppress(ForkError):
-        return campaign_of(summary["kept"], campaign_id, owner="queue")
-    aims = Aims(count=summary["forks"], start=summary["start"])
-    return CampaignSpec(campaign_id=campaign_id, source=summary["kept"].get("source", ""), aims=aims), []
-
-
-def _go_on(progress: Progress) -> None:
-    """Nobody ends the end of a campaign."""
+def _never_stop(progress: Progress) -> None:
+    """The end of a campaign cannot be cancelled."""

@@ -1,6 +1,6 @@
-"""A campaign's batches in the queue: some lanes of them, so that a campaign leaves room for what others send.
+"""Which batches of a campaign are in the queue: one of each lane, so that there is room for what others send.
 
-The batches of a lane follow one upon the other: who has made one sends the next.
+A lane is a sequence of batches. The task that has made one batch sends the next one of its lane.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tasks.store.campaign.results import CampaignResults
 
 
 def send_batches(context: Context, results: CampaignResults, campaign: Campaign, home: str) -> None:
-    """Send the first batch of each lane that is not done; or, of a campaign that is over, its conclusion."""
+    """Send the first batch of each lane that is not done; or the campaign's end if the campaign is over."""
     if is_over(results, campaign):
         context.send(FINISH_CAMPAIGN_TASK, {"home": home}, campaign.spec.campaign_id)
         return
@@ -28,12 +28,12 @@ def send_batches(context: Context, results: CampaignResults, campaign: Campaign,
 
 def send_batch(context: Context, campaign_id: str, home: str, first: int) -> None:
     """Send the batch that begins with the index `first`."""
-    kwargs = {"campaign_id": campaign_id, "home": home, "first": first}
-    context.send(BATCH_TASK, kwargs, f"{campaign_id}.batch.{first}")
+    arguments = {"campaign_id": campaign_id, "home": home, "first": first}
+    context.send(BATCH_TASK, arguments, f"{campaign_id}.batch.{first}")
 
 
 def is_over(results: CampaignResults, campaign: Campaign) -> bool:
-    """Whether no further fork is to be begun; notes why, where that is not known yet."""
+    """Whether no further fork is to be started. Stores the reason for an early end once it is known."""
     spec, sums = campaign.spec, results.sums()
     all_ended = forks_done(sums) >= spec.aims.count
     if all_ended and not sums.get("forks.cancelled"):

@@ -1,113 +1,61 @@
-"""The Celery tasks of campaigns: a few lines each over the functions that do the work."""
+"""The Celery tasks of a campaign: a few lines each over the functions that do the work."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
-from celery import Celery, states
-from celery.exceptions import Ignore
+from celery import Celery
 
-from tasks.campaign.batch import run_batch, take_over_batch
-from tasks.campaign.finish import run_finish_campaign, store_gone
-from tasks.campaign.start import run_campaign, take_over_campaign
-from tasks.context import Context, RetryLater
-from tasks.contract import ForkFailed
+from tasks.campaign.batch import run_batch
+from tasks.campaign.finish import run_finish_campaign
+from tasks.campaign.start import run_campaign
+from tasks.campaign.takeover import take_over_batch, take_over_finish, take_over_start
+from tasks.context import Context
 from tasks.copier.campaign.spec import CampaignResult
-from tasks.copier.errors import describe
-from tasks.delivery.backend import results_of
-from tasks.delivery.cancel import cancel_job
 from tasks.delivery.canvas import Job
-from tasks.delivery.message import Message
-from tasks.fork.tasks import (
-    AnyTask,
-    domain_queue,
-    given_request,
-    go_back,
-    is_expired,
-    is_stale,
-    job_id,
-    options_of,
-    queued,
-    seen_of,
-)
-from tasks.names import BATCH_TASK, CAMPAIGN_TASK, FINISH_CAMPAIGN_TASK, inner_queue
+from tasks.delivery.message import Message, task_options
+from tasks.delivery.outcome import end_task, with_retries
+from tasks.delivery.task_request import AnyTask, is_expired, job_id, request_argument, seconds_queued
+from tasks.names import BATCH_TASK, CAMPAIGN_TASK, FINISH_CAMPAIGN_TASK
 from tasks.store.campaign.results import CampaignResults
-from tasks.store.job_states import final_state
 
 
-def register_campaigns(app: Celery, context: Callable[[AnyTask], Context]) -> None:
-    """Give `app` the tasks of campaigns; `context` is what `tasks.fork.tasks.surroundings` gave."""
+class CampaignMessage(Message):
+    """A message of a campaign. If too many processes die of it, the campaign is abandoned."""
 
-    class CampaignMessage(Message):
-        """A message whose losses are counted in Redis; a campaign that kills whoever takes it up is ended."""
+    def abandon(self, job_id: str, destination: str) -> None:
+        """Send the task that ends the campaign. Raises RedisError, OperationalError."""
+        home = CampaignResults(self.results(), job_id).abandon()
+        self.send_end(FINISH_CAMPAIGN_TASK, {"home": home}, job_id)
 
-        def count_loss(self) -> int:
-            return results_of(app, patient=False).open_jobs.count_loss(str(self.id))
 
-        def abandon(self, job_id: str, destination: str) -> None:
-            results = CampaignResults(results_of(app, patient=False), job_id)
-            home = results.abandon()
-            queue = inner_queue(domain_queue(self), FINISH_CAMPAIGN_TASK)
-            app.send_task(FINISH_CAMPAIGN_TASK, kwargs={"home": home}, task_id=job_id, queue=queue, retry=False)
-
-        def cancel_job(self) -> None:
-            cancel_job(app, results_of(app, patient=False), self.job_id)
-
-    common = options_of(CampaignMessage)
-    job = common | {"base": Job}
+def register_campaigns(app: Celery, context_of: Callable[[AnyTask], Context]) -> None:
+    """Give `app` the tasks of campaigns. `context_of` makes the context of a running task."""
+    part = task_options(CampaignMessage) | {"ignore_result": True}
+    job = task_options(CampaignMessage) | {"base": Job}
 
     @app.task(name=CAMPAIGN_TASK, **job)
     def campaign(self: AnyTask, *args: Any, **kwargs: Any) -> CampaignResult:
-        """Many forks of one source; the contract's entry. Its one argument is `request`."""
-        request = given_request(args, kwargs)
-        try:
-            return _answer(
-                self, run_campaign(context(self), job_id(self), request, queued(self), expired=is_expired(self))
-            )
-        except RetryLater as again:
-            seen = seen_of(self, again)
-            if is_stale(seen):
-                take_over_campaign(context(self), job_id(self), again.heartbeat)
-            go_back(self, context(self), seen, {"request": request})
+        """Many forks of one source: an entry of the contract. Its one argument is `request`."""
+        context, request = context_of(self), request_argument(args, kwargs)
+        queued, expired = seconds_queued(self), is_expired(self)
+        run = partial(run_campaign, context, job_id(self), request, queued, expired=expired)
+        take_over = partial(take_over_start, context, job_id(self))
+        return end_task(self, with_retries(self, context, {"request": request}, run, take_over))
 
-    @app.task(name=BATCH_TASK, ignore_result=True, **common)
+    @app.task(name=BATCH_TASK, **part)
     def batch(self: AnyTask, campaign_id: str, home: str, first: int) -> None:
         """Some forks of a campaign."""
-        try:
-            run_batch(context(self), campaign_id, home, first)
-        except RetryLater as again:
-            seen = seen_of(self, again)
-            if is_stale(seen):
-                take_over_batch(context(self), campaign_id, home, first)
-            go_back(self, context(self), seen, {"campaign_id": campaign_id, "home": home, "first": first})
+        context, arguments = context_of(self), {"campaign_id": campaign_id, "home": home, "first": first}
+        run = partial(run_batch, context, campaign_id, home, first)
+        with_retries(self, context, arguments, run, partial(take_over_batch, context, campaign_id, home, first))
 
     @app.task(name=FINISH_CAMPAIGN_TASK, **job)
     def finish_campaign(self: AnyTask, home: str) -> CampaignResult:
-        """The end of a campaign; runs under the campaign's own id, so that its outcome is the campaign's."""
-        try:
-            return _answer(self, run_finish_campaign(context(self), job_id(self), home))
-        except RetryLater as again:
-            seen = seen_of(self, again)
-            if is_stale(seen) and again.heartbeat is None:
-                return _answer(self, store_gone(context(self), job_id(self)))
-            if is_stale(seen):
-                try:
-                    return _answer(self, run_finish_campaign(context(self), job_id(self), home, seized=True))
-                except RetryLater:  # held alone: by a planner, or by what is none of the worker's processes
-                    take_over_campaign(context(self), job_id(self), again.heartbeat)
-            go_back(self, context(self), seen, {"home": home})
-
-
-def _answer(task: AnyTask, result: CampaignResult | None) -> CampaignResult:
-    """End the task as its campaign ended; without a result, as if it had not run."""
-    if result is None:
-        raise Ignore
-    error = result["error"]
-    state = final_state(result)
-    if error is None or state == states.SUCCESS:
-        return result
-    if state == states.REVOKED:
-        cast(Job, task).end_as_revoked(job_id(task), describe(error))
-        raise Ignore
-    raise ForkFailed(describe(error))
+        """The end of a campaign. It has the campaign's own id, so its final state is the campaign's."""
+        context = context_of(self)
+        run = partial(run_finish_campaign, context, job_id(self), home)
+        take_over = partial(take_over_finish, context, job_id(self), home)
+        return end_task(self, with_retries(self, context, {"home": home}, run, take_over))

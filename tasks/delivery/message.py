@@ -1,14 +1,15 @@
-"""What a worker's main process knows of a message that one of its children works on."""
+"""The worker's main process: a message that one of its children works on, and its end if that child is lost."""
 
 from __future__ import annotations
 
 import logging
 import time
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 from billiard.einfo import ExceptionInfo
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
+from celery import Celery
 from celery.exceptions import Ignore, Reject, Retry
 from celery.utils.functional import maybe_list
 from celery.worker import state
@@ -20,43 +21,58 @@ from redis.exceptions import OutOfMemoryError, RedisError
 from tasks.contract import ForkFailed
 from tasks.contract.fork_request import text_of
 from tasks.copier.fork.chunk import MAX_TRIES
+from tasks.delivery.backend import results_of
+from tasks.delivery.cancel import cancel_job
+from tasks.names import domain_of, inner_queue
 from tasks.store.redis_errors import cause, is_passing
+from tasks.store.results import Results
 
 log = logging.getLogger(__name__)
 
-#: So many processes may die of one message; then nothing of its fork is tried any more. What dies while it plans,
-#: clones or closes is counted in the staging and ends before that. This is for what dies before it can count.
+#: The job of a message is abandoned after so many lost processes. The staging counts the tries of planning, cloning
+#: and closing and ends a fork earlier; this limit is for processes that die before they can count.
 MAX_LOSSES = 3 * MAX_TRIES
-#: What a task ends with by intention; anything else is a fault.
-_ENDS = (ForkFailed, Ignore, Reject, Retry)
+#: Exceptions with which a task ends intentionally. Any other one is a fault.
+_INTENDED = (ForkFailed, Ignore, Reject, Retry)
 
 
 class Message(Request):
-    """A message that knows when it was taken from the queue, which Redis does not tell, and who died of it.
+    """A message with the time at which the worker received it, and with this program's rules for its end.
 
-    Celery's own ends of a task (revoked, terminated, expired, out of time) are none of a fork: a fork is more than one
-    task, and must leave nothing. So the message always goes to a child, which ends its fork by the cancellation flag.
+    Celery ends a task when it is revoked, terminated, expired or out of time. A fork is more than one task and must
+    leave nothing behind, so this class always passes the message to a child process. The child ends the fork through
+    its cancellation flag.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.request_dict["received_at"] = time.time()
-        self.request_dict["ignore_result"] = self.task.ignore_result  # the result is the contract's, not the client's
+        # The contract, not the client, decides which tasks store a result.
+        self.request_dict["ignore_result"] = self.task.ignore_result
         self._client_limit = self._limit_of_client()
         self.time_limits = (self._client_limit, None)
 
     @property
     def job_id(self) -> str:
-        """The id of the fork or campaign that the message is a part of."""
+        """The id of the fork or campaign that the message belongs to."""
         return text_of(self.kwargs, "fork_id") or text_of(self.kwargs, "campaign_id") or str(self.id)
 
-    # -- Celery's own ends
+    def results(self) -> Results:
+        """The results in Redis. Nothing waits for a Redis that is away: the main process has other messages."""
+        return results_of(cast(Celery, self.app), patient=False)
+
+    def send_end(self, task: str, arguments: dict[str, Any], job_id: str) -> None:
+        """Send a task that ends a job, once. Raises RedisError, OperationalError."""
+        queue = inner_queue(domain_of(str(self.delivery_info["routing_key"])), task)
+        cast(Celery, self.app).send_task(task, kwargs=arguments, task_id=job_id, queue=queue, retry=False)
+
+    # -- Celery's own ways to end a task
 
     def _limit_of_client(self) -> float | None:
-        """How long its client lets the message take, in seconds; None: the worker's own limit holds alone.
+        """The time limit that the client set for the message, in seconds; None if only the worker's limit counts.
 
-        It holds once: what comes again needs its time to end the fork. This program's own messages carry the limit of
-        the process that sent them (`Celery.send_task`), which is no client's wish.
+        It counts for the first delivery only: a later one needs its time to end the fork. Messages of this program
+        carry the limit of the process that sent them (`Celery.send_task`), which no client asked for.
         """
         if "#" in str(self.delivery_info["routing_key"]) or self.request_dict.get("redelivered"):
             return None
@@ -73,76 +89,66 @@ class Message(Request):
         )
 
     def revoked(self) -> bool:
-        """No: what was revoked is cancelled by the child that takes it, and whether it expired is seen there."""
+        """False, always: the child cancels a revoked job, and it also checks whether the message has expired."""
         if self.is_revoked():
-            self._ask_for_end("it was revoked")
+            self._request_cancellation("it was revoked")
         return False
 
     def terminate(self, pool: Any, signal: Any = None) -> None:
-        """Have the fork cancelled; the child that works on it looks for that, and is not killed."""
-        self._ask_for_end("it was terminated")
+        """Request the job's cancellation. The child polls for it and is not killed."""
+        self._request_cancellation("it was terminated")
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
-        """Have the fork cancelled if the limit was its client's; `on_failure` does the rest.
+        """Request the job's cancellation if the limit was its client's; `on_failure` does the rest.
 
-        The worker's own limit is a net under what hangs: the task is done again by another process.
+        The worker's own limit is for a process that hangs: another process then does the task again.
         """
         log.error("%s[%s] took more than %s s; its process is killed", self.name, self.id, timeout)
         if self._client_limit is not None:
-            self._ask_for_end(f"it took more than its client's limit of {timeout} s")
+            self._request_cancellation(f"it took more than its client's limit of {timeout} s")
 
-    def _ask_for_end(self, why: str) -> None:
+    def _request_cancellation(self, why: str) -> None:
         log.warning("%s[%s]: cancellation requested: %s", self.name, self.id, why)
         try:
-            self.cancel_job()
+            cancel_job(cast(Celery, self.app), self.results(), self.job_id)
         except (RedisError, OperationalError, OSError) as error:
-            log.warning("%s[%s]: Redis did not take the cancellation: %s", self.name, self.id, cause(error))
+            log.warning("%s[%s]: Redis did not accept the cancellation: %s", self.name, self.id, cause(error))
 
     # -- failures
 
     def on_failure(self, exc_info: Any, *args: Any, **kwargs: Any) -> Any:
-        """As Celery does for a fork that failed. Any other failure is one of the process or of Redis, not of the fork.
+        """Celery's own handling for a failed job. Any other failure is one of the process or of Redis.
 
-        Where Redis did not take something, the message goes back to its queue. So it does where the process was lost,
-        in whichever way; but once too many processes died of a message, its fork is given up.
+        If Redis refused something, the message goes back to its queue. It also goes back if the process was lost;
+        after `MAX_LOSSES` lost processes, the job is abandoned.
         """
         error = getattr(exc_info.exception, "exc", exc_info.exception)  # billiard's ExceptionWithTraceback around it
         if isinstance(error, OutOfMemoryError) or is_passing(error):
             task_ready(self)
             log.warning("%s[%s] goes back to its queue: %s", self.name, self.id, cause(error))
             return self.reject(requeue=True)
-        if not isinstance(error, _ENDS) and not state.should_terminate:
+        if not isinstance(error, _INTENDED) and not state.should_terminate:
             exc_info = self._lost(error)
         return super().on_failure(exc_info, *args, **kwargs)
 
     def _lost(self, error: BaseException) -> Any:
-        """What Celery is given for a lost process: that it was lost, or that nothing is to be done."""
+        """The failure that Celery sees for a lost process: WorkerLostError, or Ignore if the job was abandoned."""
         late = isinstance(error, TimeLimitExceeded)
         reason = "it took too long" if late else f"{type(error).__name__}: {cause(error)}"
         with suppress(RedisError, OperationalError, OSError):  # then it is tried once more
-            losses = self.count_loss()
+            losses = self.results().open_jobs.count_loss(str(self.id))
             if losses >= MAX_LOSSES:
-                log.error("%d processes died of %s[%s]; its fork is given up", losses, self.name, self.id)
+                log.error("%d processes died while they ran %s[%s]; its job is abandoned", losses, self.name, self.id)
                 self.abandon(self.job_id, self._destination())
                 return _info(Ignore())
         return _info(error if isinstance(error, WorkerLostError) else WorkerLostError(reason))
 
     def _success_was_stored(self) -> bool:
-        """No: Celery 5.7 would take the message for done, and who gets it again removes what the lost process left."""
+        """False, always. Celery 5.7 would acknowledge the message; its redelivery removes what the process left."""
         return False
 
-    # -- what needs Redis
-
-    def cancel_job(self) -> None:
-        """Ask for the end of its fork or campaign. Raises RedisError, OperationalError."""
-        raise NotImplementedError
-
-    def count_loss(self) -> int:
-        """Count one more process that died of it; how many by now."""
-        raise NotImplementedError
-
     def abandon(self, job_id: str, destination: str) -> None:
-        """Have its fork given up."""
+        """Send the task that ends the job without trying it again. Raises RedisError, OperationalError."""
         raise NotImplementedError
 
     def _destination(self) -> str:
@@ -150,8 +156,19 @@ class Message(Request):
         return text_of(self.kwargs, "destination") or text_of(request, "destination")
 
 
+def task_options(message: type[Message]) -> dict[str, Any]:
+    """The Celery options of a task whose messages are of the class `message`."""
+    return {
+        "bind": True,
+        "shared": False,  # or every other Celery app of the process would get the tasks too
+        "Request": message,
+        "throws": (ForkFailed,),
+        "resultrepr_maxsize": 1,  # Celery's log line for a success would repeat the whole result
+    }
+
+
 def _info(error: Exception) -> ExceptionInfo:
-    """An error as Celery's callbacks are told it."""
+    """An error in the form that Celery's callbacks take."""
     try:
         raise error
     except Exception:

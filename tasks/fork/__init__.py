@@ -1,4 +1,13 @@
-"""The tasks of one fork: start, chunk, finish, abandon, and the takeover from a holder that is paused.
+"""The tasks of one fork. In the order in which a fork passes them:
 
-`tasks` registers them with Celery; the other modules do the work with `tasks.copier` and `tasks.store`.
+    tasks        registers the tasks with Celery
+    start        from a request to a result, or to chunks
+    chunk        one part of a large fork
+    finish       publishes a fork whose chunks are done, or removes one that failed or was cancelled
+    abandon      ends a fork whose messages kill the processes that work on it
+    takeover     takes a fork from a process that holds it and gives no heartbeat
+    ending       what all of these share: storing a result, removing the staging
+    foreign_ids  drops a request whose id belongs to another job
+
+They work with `tasks.copier` and `tasks.store`.
 """

@@ -1,25 +1,25 @@
-"""`forkvm.fork`: from a request to a result, or to the chunks that will make one."""
+"""`forkvm.fork`: from a request to a result, or to the chunks that will make the fork."""
 
 from __future__ import annotations
 
 import logging
 from typing import cast
 
-from tasks.context import LOCK_WAIT, Context, ForkLedger, RetryLater
+from tasks.context import LOCK_WAIT, Context, ForkLedger
 from tasks.contract import fork_request
 from tasks.copier.endpoints import open_endpoints
 from tasks.copier.errors import ForkError, cancelled, from_oserror
 from tasks.copier.fork.early_chunks import EarlyChunks
-from tasks.copier.fork.lifecycle import Superseded, start
+from tasks.copier.fork.lifecycle import start
 from tasks.copier.fork.plan import Plan
 from tasks.copier.fork_spec import ForkResult, ForkSpec
 from tasks.copier.kernel import trees
 from tasks.copier.progress import Cancellation, Ticker
-from tasks.copier.staging.control_directory import Held
 from tasks.copier.staging.staging import Staging
-from tasks.fork.finish import end_with, publish_again, refuse, store_ended
+from tasks.delivery.outcome import outcome_of
+from tasks.fork.chunk import send_chunks
+from tasks.fork.ending import end_fork, remove_leftovers_of, restore_result, store_failure
 from tasks.fork.foreign_ids import is_of_another_job
-from tasks.names import CHUNK_TASK
 from tasks.store.claims import Claim, reason_not_to_start
 
 log = logging.getLogger(__name__)
@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 def run_fork(
     context: Context, fork_id: str, request: object, queued: float, *, expired: bool = False
 ) -> ForkResult | None:
-    """Begin a fork, or continue one that was delivered before: its result, or None where other tasks will give it.
+    """Start a fork, or continue one that was delivered before: its result, or None if other tasks will store it.
 
-    `queued` is how long the request waited, in seconds. `expired`: it is not to be begun any more, but continued where
-    it was begun. Raises Again while another process holds the fork.
+    `queued` is how long the request waited, in seconds. If it is `expired`, a fork that no worker has begun is
+    cancelled. Raises RetryLater while another process holds the fork.
     """
     destination = fork_request.text_of(request, "destination")
     claim: Claim = {"request": request, "destination": destination, "queue": context.queue}
@@ -41,11 +41,13 @@ def run_fork(
     if is_of_another_job(context, fork_id, claimed.holder):
         return None
     if claimed.holder["request"] == request:
-        context.keep_canvas(fork_id)  # before the result is looked for again: who ends the fork meanwhile sees it
+        context.keep_canvas(fork_id)  # before the fork can end: the task that ends it sends what follows
     if claimed.result is not None:
-        return publish_again(context, cast(ForkResult, claimed.result))
+        result = cast(ForkResult, claimed.result)
+        remove_leftovers_of(context, result)
+        return result
     if claimed.holder["request"] != request:
-        log.warning("another request has the id %s already; this one is dropped", fork_id)
+        log.warning("fork %s: another request has this id already; this one is dropped", fork_id)
         return None
     try:
         spec = fork_request.spec_of(request, fork_id, owner="queue", queued=queued)
@@ -54,33 +56,31 @@ def run_fork(
         ForkLedger(context.results, fork_id).store_result(result)
         return result
     if (refusal := reason_not_to_start(claimed, spec.destination, expired=expired)) is not None:
-        return refuse(context, spec, refusal)
-    try:
-        return _start(context, spec)
-    except ForkError as error:
-        return end_with(context, spec, error)
-    except Held as held:
-        raise RetryLater(held.heartbeat) from None
-    except Superseded:
-        return None
-    except OSError as error:
-        return end_with(context, spec, from_oserror(error, "making the staging directory", spec.destination))
+        return store_failure(context, spec, refusal)
+
+    def fail(error: ForkError | OSError) -> ForkResult | None:
+        if isinstance(error, OSError):
+            error = from_oserror(error, "making the staging directory", spec.destination)
+        return end_fork(context, spec, error)
+
+    return outcome_of(lambda: _start(context, spec), fail)
 
 
 def _start(context: Context, spec: ForkSpec) -> ForkResult | None:
+    """Make the whole fork if it is small: its result. Else plan it, send its chunks, and return None."""
     ticker = Ticker(context.beat(spec.fork_id, "plan", spec.destination))
     with (
         open_endpoints(context.roots, spec.source, spec.destination) as ends,
         Staging.claim(ends.parent_fd, spec.fork_id, LOCK_WAIT) as staging,
     ):
-        fresh = staging.journal() is None
-        known, cancellation = context.results.final.status(spec.fork_id)  # another delivery may have ended it since
-        if fresh and known is None and trees.identity_of(ends.parent_fd, ends.name) is not None:
-            known = store_ended(context, spec)  # Redis may have forgotten it
-        if known is not None or (fresh and cancellation is Cancellation.REQUESTED):
-            if fresh:
+        is_new = staging.journal() is None
+        known, cancellation = context.results.final.status(spec.fork_id)  # another delivery may have ended it
+        if is_new and known is None and trees.identity_of(ends.parent_fd, ends.name) is not None:
+            known = restore_result(context, spec)
+        if known is not None or (is_new and cancellation is Cancellation.REQUESTED):
+            if is_new:
                 staging.remove()
-            return known or refuse(context, spec, cancelled(spec.destination))
+            return known or store_failure(context, spec, cancelled(spec.destination))
         with staging.with_heartbeat():
             ledger = context.ledger(spec, ends.parent_fd, ends.name)
             outcome = start(ends, staging, spec, context.limits, ticker, ledger, lambda work: EarlyChunks(work, ticker))
@@ -88,7 +88,5 @@ def _start(context: Context, spec: ForkSpec) -> ForkResult | None:
             return outcome
         context.publish_progress(spec.fork_id, "plan", ticker.progress)
         missing = [n for n in range(len(outcome.chunks)) if not staging.has_report(str(n))]
-    for number in missing or [0]:  # none missing: chunk 0, delivered again, sends the fork to its finish
-        kwargs = {"fork_id": spec.fork_id, "destination": spec.destination, "number": number}
-        context.send(CHUNK_TASK, kwargs, f"{spec.fork_id}.chunk.{number}")
+    send_chunks(context, spec, missing or [0])  # if all are done, a repeated chunk 0 sends the finish
     return None

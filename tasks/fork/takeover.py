@@ -1,4 +1,4 @@
-"""What becomes of a fork whose holder gives no sign of life: it is taken over, and made anew, or its end is told."""
+"""Taking a fork from a process that holds it and gives no heartbeat: the fork is made again, or its end is stored."""
 
 from __future__ import annotations
 
@@ -11,27 +11,41 @@ from tasks.context import Context
 from tasks.copier.errors import Code, ForkError, cancelled
 from tasks.copier.fork_spec import ForkResult, ForkSpec, result_of
 from tasks.copier.staging import takeover
-from tasks.fork.finish import is_asked_for, refuse, unknown_spec
+from tasks.delivery.outcome import RetryLater
+from tasks.fork.ending import is_of_claim, spec_from_claim, store_failure
+from tasks.names import FINISH_TASK, FORK_TASK
 
 log = logging.getLogger(__name__)
 
-#: A holder that is not seen to live for so long, in seconds, is taken for paused: five signs of life were left out.
-STALE_SECONDS = 10.0
 
+def take_over(context: Context, fork_id: str, destination: str, heartbeat: int | None) -> ForkResult | None:
+    """Take a fork from its stale holder; `heartbeat` is the holder's last one, or None if there is no staging.
 
-def take_over(context: Context, fork_id: str, destination: str, heartbeat: int | None) -> dict[str, Any] | None:
-    """Take a fork from paused holders: the request to make it anew, or None where there is nothing to take.
-
-    `heartbeat`: see `tasks.copier.staging.takeover`.
+    Returns the fork's result, or None if another task was sent that continues it. Raises RetryLater if there is nothing
+    to take.
     """
+    request = _take_request(context, fork_id, destination, heartbeat)
+    if request is not None:
+        context.send(FORK_TASK, {"request": request}, fork_id)
+        return None
+    if heartbeat is None:
+        return _store_removed(context, fork_id, destination)
+    if store_published(context, fork_id, destination):
+        context.send(FINISH_TASK, {"destination": destination}, fork_id)  # it stores the result as the fork's state
+        return None
+    raise RetryLater(heartbeat)
+
+
+def _take_request(context: Context, fork_id: str, destination: str, heartbeat: int | None) -> dict[str, Any] | None:
+    """Take the fork's staging from its holder: the request to make the fork again, or None if nothing was taken."""
     try:
         with context.roots.open_parent(destination) as parent:
             taken = takeover.take_over(parent.fd, fork_id, heartbeat)
-    except (ForkError, OSError):  # not ours: the next delivery of the fork reports it
+    except (ForkError, OSError):  # not the worker's own: the fork's next delivery fails for that
         return None
     if taken is None:
         return None
-    log.warning("fork %s was taken from a process that has been paused for %.0f s", fork_id, STALE_SECONDS)
+    log.warning("fork %s was taken from a process that gave no heartbeat", fork_id)
     claim = context.results.claims.get(fork_id)
     if claim is not None:
         request: dict[str, Any] = claim["request"]
@@ -42,24 +56,24 @@ def take_over(context: Context, fork_id: str, destination: str, heartbeat: int |
 
 
 def store_published(context: Context, fork_id: str, destination: str) -> bool:
-    """Settle a fork that its holder published before it was paused; whether that was so."""
+    """Store the result of a fork that its holder published before it was paused; False if it is not published."""
     try:
         with (
             context.roots.open_parent(destination) as parent,
             takeover.published(parent.fd, fork_id, parent.name) as journal,
         ):
-            if journal is None or not is_asked_for(context, journal, fork_id, destination):
+            if journal is None or not is_of_claim(context, journal, fork_id, destination):
                 return False
             spec = ForkSpec.from_data(journal.spec)
             context.ledger(spec, parent.fd, parent.name).store_result(result_of(journal.result, spec))
             return True
-    except (ForkError, OSError):  # not ours: the next delivery of the fork reports it
+    except (ForkError, OSError):  # not the worker's own: the fork's next delivery fails for that
         return False
 
 
-def store_lost(context: Context, fork_id: str, destination: str) -> ForkResult:
-    """Settle a fork whose staging someone removed."""
-    error = ForkError(Code.IO_ERROR, "its staging directory is gone", destination, errno.ENOENT)
+def _store_removed(context: Context, fork_id: str, destination: str) -> ForkResult:
+    """Store the failure of a fork whose staging someone removed."""
+    error = ForkError(Code.IO_ERROR, "its staging directory was removed", destination, errno.ENOENT)
     if context.results.cancellations.is_requested(fork_id):
         error = cancelled(destination)
-    return refuse(context, unknown_spec(context, fork_id, destination), error)
+    return store_failure(context, spec_from_claim(context, fork_id, destination), error)

@@ -13,12 +13,13 @@ import pytest
 
 from tasks.campaign.finish import run_finish_campaign
 from tasks.campaign.start import run_campaign
-from tasks.context import LOCK_WAIT, Context, RetryLater
+from tasks.context import LOCK_WAIT, Context
 from tasks.contract.campaign_request import campaign_of
 from tasks.copier.campaign.spec import CampaignResult, campaign_result
 from tasks.copier.options import Limits
 from tasks.copier.roots import Roots
 from tasks.copier.staging.staging import Staging
+from tasks.delivery.outcome import RetryLater
 from tasks.store.campaign.results import CampaignResults
 from tasks.store.results import Results
 from tests.fixtures.processes import wait_until

@@ -9,7 +9,8 @@ from celery import Celery
 from tasks.campaign.tasks import register_campaigns
 from tasks.delivery.backend import BACKENDS
 from tasks.delivery.canvas import route
-from tasks.fork.tasks import register, surroundings
+from tasks.delivery.sending import context_factory
+from tasks.fork.tasks import register_forks
 from worker.cpus import available_cpus
 from worker.environment import remove_celery_variables
 from worker.redis_url import SENTINEL, RedisUrl
@@ -94,9 +95,9 @@ def make_app(settings: Settings) -> Celery:
         worker_send_task_events=False,
         timezone="UTC",
     )
-    context = surroundings(app, roots_of(settings), settings.limits)
-    register(app, context)
-    register_campaigns(app, context)
+    context_of = context_factory(app, roots_of(settings), settings.limits)
+    register_forks(app, context_of)
+    register_campaigns(app, context_of)
     app.steps["consumer"] |= {
         Lease,
         PutBack,

@@ -1,4 +1,4 @@
-"""The results of one campaign, for the tasks of it."""
+"""The results of one campaign, for its tasks. They are also the ledger that the engine writes outcomes of forks to."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from tasks.store.campaign.results import CampaignResults
 from tasks.store.recent_forks.campaign_forks import RecentCampaignForks
 
 
-def results_in(context: Context, campaign_id: str) -> CampaignResults:
-    """The results of a campaign, for a task that may settle its forks."""
+def ledger_of(context: Context, campaign_id: str) -> CampaignResults:
+    """The results of a campaign, with the notes on this host about forks that ended."""
     return CampaignResults(context.results, campaign_id, RecentCampaignForks(context.recent_forks, context.roots))

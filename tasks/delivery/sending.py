@@ -1,0 +1,39 @@
+"""Sending tasks, and the context that each running task sends them from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from celery import Celery
+from redis.exceptions import OutOfMemoryError
+
+from tasks.context import Context
+from tasks.copier.options import Limits
+from tasks.copier.roots import Roots
+from tasks.delivery.backend import results_of
+from tasks.delivery.canvas import take_canvas
+from tasks.delivery.task_request import AnyTask, domain_queue
+from tasks.names import inner_queue
+from tasks.store.recent_forks.forks import RecentForks
+from tasks.store.redis_errors import wait_out
+
+
+def context_factory(app: Celery, roots: Roots, limits: Limits) -> Callable[[AnyTask], Context]:
+    """A function that makes the context of a running task."""
+    ended = RecentForks()  # one for all tasks of a process: it remembers when it purged, and whether it warned
+
+    def context_of(task: AnyTask) -> Context:
+        queue = domain_queue(task)
+
+        def send(task: str, kwargs: dict[str, Any], task_id: str) -> None:
+            send_patiently(app, task, kwargs, task_id, inner_queue(queue, task))
+
+        return Context(roots, limits, results_of(app, patient=True), send, queue, take_canvas(task.request), ended)
+
+    return context_of
+
+
+def send_patiently(app: Celery, task: str, kwargs: dict[str, Any], task_id: str, queue: str, **options: Any) -> None:
+    """Send a task. Waits while Redis is away, refuses writes, or is full."""
+    wait_out(lambda: app.send_task(task, kwargs=kwargs, task_id=task_id, queue=queue, **options), OutOfMemoryError)

@@ -1,0 +1,47 @@
+"""What a running task reads from its own message."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from celery import Task
+
+from tasks.names import domain_of
+
+AnyTask = Task[Any, Any]
+
+
+def job_id(task: AnyTask) -> str:
+    """The task's id. It is the id of the job in all tasks that can end a job."""
+    return str(task.request.id)
+
+
+def request_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The one argument of a task of the contract, `request`. None if the message has other arguments."""
+    given = [*args, *kwargs.values()]
+    return given[0] if len(given) == 1 and set(kwargs) <= {"request"} else None
+
+
+def domain_queue(task: AnyTask) -> str:
+    """The queue of the domain that the message came from."""
+    delivery: Mapping[str, Any] = task.request.delivery_info or {}
+    return domain_of(str(delivery["routing_key"]))
+
+
+def is_expired(task: AnyTask) -> bool:
+    """Whether the time has passed by which the client wanted the job to begin (`expires` in its message)."""
+    expires: Any = task.request.expires
+    if expires is None:
+        return False
+    moment = datetime.fromisoformat(expires)
+    return datetime.now(UTC) > (moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC))
+
+
+def seconds_queued(task: AnyTask) -> float:
+    """How long the message waited, in seconds: since its header `sent_at`, or else since the worker received it."""
+    sent, received = getattr(task.request, "sent_at", None), getattr(task.request, "received_at", None)
+    began = sent if isinstance(sent, int | float) else received
+    return max(0.0, time.time() - began) if began is not None else 0.0
