@@ -39,6 +39,9 @@ Result = TypeVar("Result", ForkResult, CampaignResult)
 RETRY_SECONDS = 1.0
 #: A holder without a heartbeat for so long, in seconds, is taken for paused: it has missed five heartbeats.
 STALE_SECONDS = 10.0
+#: The heartbeat in the header `seen` if no staging directory exists. Wire format: earlier versions compare it too, and
+#: with another value the time would start again each time that the message changes between two versions.
+NO_STAGING = 0
 
 
 class RetryLater(Exception):
@@ -52,13 +55,17 @@ class RetryLater(Exception):
         self.heartbeat = heartbeat
 
 
-class _Holder(NamedTuple):
-    """The last heartbeat of the process that holds a job, and since when it has not changed (seconds since 1970)."""
+class Holder(NamedTuple):
+    """The last heartbeat of the process that holds a job, and since when it has not changed (seconds since the epoch).
 
-    heartbeat: int | None
+    This is the header `seen` of a message that goes back to its queue.
+    """
+
+    heartbeat: int
     since: float
 
     def is_stale(self) -> bool:
+        """Whether the holder is taken for paused."""
         return time.time() - self.since > STALE_SECONDS
 
 
@@ -100,10 +107,10 @@ def with_retries(
     try:
         return run()
     except RetryLater as retry:
-        holder = _observe(task, retry.heartbeat)
+        heartbeat, holder = retry.heartbeat, holder_of(task, retry)
     if holder.is_stale():
         with suppress(RetryLater):
-            result = take_over(holder.heartbeat)
+            result = take_over(heartbeat)
             if result is None:
                 raise Ignore
             return result
@@ -126,15 +133,14 @@ def end_task(task: AnyTask, result: Result | None) -> Result:
     raise ForkFailed(describe(error))
 
 
-def _observe(task: AnyTask, heartbeat: int | None) -> _Holder:
-    """The holder as this message has seen it: the header `seen` carries the heartbeat of its earlier runs."""
+def holder_of(task: AnyTask, retry: RetryLater) -> Holder:
+    """The holder that a task has to wait for, as this run of it and its earlier runs have observed it."""
+    heartbeat = NO_STAGING if retry.heartbeat is None else retry.heartbeat
     seen = getattr(task.request, "seen", None)
-    if seen is not None and seen[0] == heartbeat:
-        return _Holder(*seen)
-    return _Holder(heartbeat, time.time())
+    return Holder(*seen) if seen and seen[0] == heartbeat else Holder(heartbeat, time.time())
 
 
-def _send_back(task: AnyTask, context: Context, arguments: dict[str, Any], holder: _Holder) -> NoReturn:
+def _send_back(task: AnyTask, context: Context, arguments: dict[str, Any], holder: Holder) -> NoReturn:
     """Send the task to its queue again under the same id, and end this run of it without any state."""
     queue, headers = inner_queue(context.queue, task.name), {"seen": list(holder)}
     send_patiently(task.app, task.name, arguments, job_id(task), queue, headers=headers, countdown=RETRY_SECONDS)
