@@ -6,8 +6,7 @@ import time
 from types import SimpleNamespace
 from typing import Any, cast
 
-from tasks.context import RetryLater
-from tasks.fork.tasks import is_stale, seen_of
+from tasks.delivery.outcome import RetryLater, holder_of
 
 
 def task_with(seen: list[float] | None) -> Any:
@@ -16,13 +15,13 @@ def task_with(seen: list[float] | None) -> Any:
 
 
 def test_a_missing_staging_directory_is_zero_as_in_earlier_versions() -> None:
-    heartbeat, since = seen_of(task_with(None), RetryLater(None))
+    heartbeat, since = holder_of(task_with(None), RetryLater(None))
 
     assert heartbeat == 0
     assert abs(since - time.time()) < 5
 
 
 def test_the_time_that_an_earlier_version_noted_counts() -> None:
-    seen = seen_of(task_with([0, time.time() - 60]), RetryLater(None))
+    holder = holder_of(task_with([0, time.time() - 60]), RetryLater(None))
 
-    assert is_stale(seen)
+    assert holder.is_stale()

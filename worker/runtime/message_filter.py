@@ -88,7 +88,7 @@ class _Headers(_Strict):
     sent_at: Any = None
     #: kombu's, where a worker gave it back.
     redelivered: bool | None = None
-    #: See `tasks.fork.tasks`: the pulse that was seen of a holder, and since when.
+    #: See `tasks.delivery.outcome.Holder`: the last heartbeat of a holder, and since when it has not changed.
     seen: _Pair | None = None
 
 
