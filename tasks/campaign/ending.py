@@ -13,8 +13,8 @@ from tasks.contract.campaign_request import campaign_of
 from tasks.copier.campaign.finish import not_started
 from tasks.copier.campaign.spec import Aims, CampaignResult, CampaignSpec, campaign_result
 from tasks.copier.errors import ForkError
-from tasks.store.campaign.results import CampaignResults
 from tasks.store.campaign.fork_ids import expire_forks
+from tasks.store.campaign.results import CampaignResults
 
 log = logging.getLogger(__name__)
 

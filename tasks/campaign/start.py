@@ -23,8 +23,8 @@ from tasks.copier.progress import Beat, Progress, Ticker
 from tasks.copier.staging.staging import Staging
 from tasks.delivery.outcome import outcome_of
 from tasks.fork.foreign_ids import is_of_another_job
-from tasks.store.campaign.results import CampaignResults
 from tasks.store.campaign.fork_ids import free_fork_ids
+from tasks.store.campaign.results import CampaignResults
 from tasks.store.claims import Claim, reason_not_to_start
 
 log = logging.getLogger(__name__)
