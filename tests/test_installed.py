@@ -21,7 +21,8 @@ from tests.support.guests import make_guest
 #: Directories of the repository, and files at its top, that its tests and its users need.
 _DIRECTORIES = ("worker", "tasks", "tests", "benchmarks", "scripts", "docs", "deploy")
 _FILES = (
-    *("LICENSE", "README.md", "SECURITY.md", "pyproject.toml", "constraints.txt", "Makefile", "Dockerfile"),
+    *("LICENSE", "README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"),
+    *("pyproject.toml", "constraints.txt", "Makefile", "Dockerfile"),
     *(".dockerignore", ".gitignore", "docker-compose.yml"),
 )
 _COMMANDS = (

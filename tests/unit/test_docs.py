@@ -1,4 +1,4 @@
-"""The documents: links lead somewhere, the README stays short, and what they name in the source exists."""
+"""The documents: links lead somewhere, the README stays short, what they name exists, and the language is plain."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 HISTORY = ROOT / "CHANGELOG.md"
 
 MOST_LINES_OF_README = 150
+
+#: Words of a dialect that earlier documents were written in. The field has plain terms for each.
+BANNED = (
+    *("whoever", "stands", "standing", "mend", "mends", "mended", "bury", "buried", "anew", "for ever", "forever"),
+    *("vanguard", "crew", "pulse", "unbegun", "but for", "struck", "the books", "goes on with", "there is nobody"),
+)
 
 _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -77,3 +83,10 @@ def test_a_document_names_what_is_in_the_source(document: Path) -> None:
 
     assert [name for name in modules if not _is_in_source(name)] == []
     assert [path for path in paths if not any((ROOT / f"{path}{end}").exists() for end in ("", ".py"))] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=_name)
+def test_a_document_is_written_in_plain_english(document: Path) -> None:
+    words = re.sub(r"\s+", " ", _CODE.sub("", _prose(document)))
+
+    assert re.findall(rf"\b(?:{'|'.join(BANNED)})\b", words, re.IGNORECASE) == []
