@@ -18,12 +18,12 @@ from tasks.copier.staging.staging import Staging
 from tasks.copier.staging.workspace import Workspace
 from tasks.copier.validation import Malformed
 
-#: How often a chunk is begun before its fork is given up as worker_lost: whatever is in it kills its worker.
+#: How often a chunk is begun before its fork ends as worker_lost: its content may kill every worker.
 MAX_TRIES = 4
 
 
 def run_chunk(work: Workspace, plan: Plan, chunk: Chunk, cloner: Cloner, ticker: Ticker) -> Report:
-    """Do one chunk. A failure is told in the report (`totals.error`), not raised; the work stops at the first."""
+    """Do one chunk. Its first failure ends the work and is reported in `totals.error`, not raised."""
     report = Report()
     try:
         if chunk.kind == "range":
@@ -45,11 +45,11 @@ def run_held_chunk(
     ticker: Ticker,
     keep: Callable[[Report], None] = lambda report: None,
 ) -> Report | None:
-    """Do `chunk`, which is chunk `number`, unless it is done, and leave its report in the staging.
+    """Do `chunk`, which is chunk `number`, unless it is done, and write its report into the staging.
 
-    `keep` is called before: who finds all reports publishes the fork, and nobody keeps FileResults after that. Returns
-    None while another process does the chunk. The fork is told to stop when the chunk fails. Raises OSError when the
-    staging cannot be written, and what `keep` raises.
+    `keep` is called before the report is written, because a process that finds all reports publishes the fork, and no
+    FileResults are kept after that. Returns None while another process does the chunk. If the chunk fails, all chunks
+    of the fork are told to end. Raises OSError if the staging cannot be written, and what `keep` raises.
     """
     staging = work.staging
     with staging.hold_chunk(number) as begun:
@@ -68,8 +68,8 @@ def run_held_chunk(
         report.replaced = begun > 1
         report.during_walk = journal is None or journal.phase is Phase.PLANNING
         error = report.totals.error
-        if error is None or error["code"] != Code.CANCELLED:  # who was told to stop is not the cause
-            if not staging.is_current():  # taken over: another process keeps the results by now
+        if error is None or error["code"] != Code.CANCELLED:  # a chunk that was told to end is not the cause
+            if not staging.is_current():  # taken over: another process keeps the results
                 raise FileNotFoundError(errno.ENOENT, "the fork was taken over", staging.name)
             keep(report)
             staging.write_report(str(number), report)
@@ -79,17 +79,17 @@ def run_held_chunk(
 
 
 def fail_chunk(staging: Staging, number: int, error: ForkError) -> Report:
-    """Record that chunk `number` cannot be done, and stop the others."""
+    """Report that chunk `number` cannot be done, and tell the others to end. Raises OSError."""
     report = Report()
     report.totals.error = error.record()
-    staging.write_report(str(number), report)  # before the others stop: who dies in between has told the cause
+    staging.write_report(str(number), report)  # before `stop`, in case this process dies in between
     staging.stop()
     return report
 
 
 def worker_lost(path: str) -> ForkError:
-    """The error for work that was begun too often without an end."""
-    message = f"the processes that worked on it died {MAX_TRIES} times; see the worker's log for why"
+    """The error for work that was begun MAX_TRIES times and never completed."""
+    message = f"the processes that worked on it died {MAX_TRIES} times; the worker's log may say why"
     return ForkError(Code.WORKER_LOST, message, path)
 
 
@@ -98,7 +98,7 @@ def _clone_files(work: Workspace, plan: Plan, chunk: Chunk, cloner: Cloner, tick
         done = plan.cloned_in(block.path)
         with work.place(block.path) as place:
             for entry in block.entries:
-                if entry.name in done:  # perhaps while the walk still went on: see `changes`
+                if entry.name in done:  # perhaps during the walk: see `source_changes`
                     refuse_changed_files(work, Block(block.path, [entry]))
                     continue
                 try:
@@ -116,7 +116,7 @@ def _copy_range(work: Workspace, plan: Plan, chunk: Chunk, cloner: Cloner, ticke
     block = next(_blocks(work, plan, chunk))
     entry = block.entries[0]
     if chunk.end > entry.size:
-        raise Malformed(f"a range ends at {chunk.end}, and its file at {entry.size}")
+        raise Malformed(f"a range ends at byte {chunk.end} of a file of {entry.size} bytes")
     done: RangeDone = {
         "path": join(block.path, entry.name),
         "size": entry.size,

@@ -1,4 +1,7 @@
-"""Closing a fork: what needs the whole tree. Files in ranges, hard links, the directories' metadata, the books."""
+"""Closing a fork: the steps that need the whole tree, and the check that every entry has a FileResult.
+
+These are files that were copied in ranges, hard links, and the metadata of directories.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +25,21 @@ from tasks.copier.source.manifest import Span
 from tasks.copier.source.walk import Block, Entry, Kind, file_type, join
 from tasks.copier.staging.workspace import Workspace, changed, on_this_host
 
-#: The names that FUSE and NFS give to an open file that is unlinked.
+#: How the names begin that FUSE and NFS give to an unlinked file that is open.
 _UNLINKED = (".fuse_hidden", ".nfs")
-#: What is made before a fork is closed.
+#: The entries that are made before a fork is closed.
 _MADE_BEFORE = frozenset({Kind.FILE, Kind.SYMLINK, Kind.DIRECTORY})
-#: How often a directory gets its metadata while entries come and go in the source's.
+#: How often a directory's metadata is applied again because entries come and go in its source.
 _TRIES = 5
 
 
 def close_tree(
     work: Workspace, plan: Plan, reports: Mapping[str, Report], cloner: Cloner, ticker: Ticker, *, replaces: bool
 ) -> Report:
-    """Complete the tree after all chunks are done, whose `reports` are known by their numbers; returns what closing
-    did itself.
+    """Complete the tree after all chunks are done. Returns the report of closing itself.
 
-    `replaces`: an earlier closing may have left hard links, which are replaced. Raises ForkError; also when the
-    FileResults of all parts are not one for each entry of the manifest.
+    `reports` are those of the chunks, by their numbers, and of `plan`. `replaces`: an earlier closing may have left
+    hard links, which are replaced. Raises ForkError, also unless each entry of the manifest has one FileResult.
     """
     totals, ranges = Totals(), []
     for part in reports.values():
@@ -65,9 +67,9 @@ def close_tree(
 
 
 def refuse_unbalanced(work: Workspace, plan: Plan, results: int) -> None:
-    """Raise ForkError when there is not one FileResult for each entry of the manifest."""
+    """Raise ForkError if there is not one FileResult for each entry of the manifest."""
     if results != plan.entries:
-        message = f"the books do not balance: {plan.entries} entries, {results} results"
+        message = f"the source has {plan.entries} entries, and {results} results were recorded"
         raise ForkError(Code.IO_ERROR, message, work.ends.source)
 
 
@@ -97,10 +99,10 @@ def _directories(work: Workspace, plan: Plan, chunks: list[Chunk]) -> set[str]:
 
 
 def refuse_lost_entries(work: Workspace, plan: Plan, directories: Collection[str], kinds: Set[Kind]) -> None:
-    """Raise ForkError where one of the directories has not all entries of these kinds that the manifest lists.
+    """Raise ForkError if one of the directories lacks an entry of these kinds that the manifest lists.
 
-    What replaces entries of an earlier try may have replaced one of another name, if both names are one to the
-    filesystem.
+    A try that replaces entries of an earlier one may replace an entry with another name, if the filesystem takes both
+    names for one.
     """
     if not directories:
         return
@@ -123,7 +125,7 @@ def refuse_lost_entries(work: Workspace, plan: Plan, directories: Collection[str
 
 
 def link_and_skip(work: Workspace, block: Block, report: Report, ticker: Ticker, *, replaces: bool = False) -> bool:
-    """Make the further names of files that have several, and note what was left out; whether there were such names.
+    """Make the hard links of one block, and report the entries that are left out. Returns whether links were made.
 
     `replaces`: see `close_tree`.
     """
@@ -163,18 +165,18 @@ def _link(work: Workspace, first: str, directory: str, name: str, *, replaces: b
 
 
 def _replace_link(first_name: str, name: str, first_fd: int, fd: int) -> None:
-    """Make a hard link in place of the one that an earlier closing left. Raises FileExistsError for another entry."""
+    """Replace the hard link that an earlier closing left. Raises FileExistsError if it is another entry."""
     try:
         os.unlink(name, dir_fd=fd)
         os.link(first_name, name, src_dir_fd=first_fd, dst_dir_fd=fd, follow_symlinks=False)
-    except (IsADirectoryError, FileNotFoundError):  # the first name went with it: both are one
+    except (IsADirectoryError, FileNotFoundError):  # both names are one to the filesystem
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
 
 
 def complete_directories(
     work: Workspace, block: Block, cloner: Cloner, report: Report, touched: Touched, ticker: Ticker
 ) -> None:
-    """Give the directories of one block their metadata, after all below them have theirs."""
+    """Apply the metadata of the directories of one block, after that of all directories below them."""
     for entry in block.entries:
         if entry.kind == Kind.DIRECTORY:
             began = time.perf_counter()
@@ -186,15 +188,15 @@ def complete_directories(
 def complete_directory(
     work: Workspace, path: str, entry: Entry, cloner: Cloner, totals: Totals, touched: Touched
 ) -> None:
-    """Give one directory the metadata of its source, which the walk saw as `entry`.
+    """Give one directory the metadata of its source, which the walk saw as `entry`. Raises ForkError.
 
-    Where entries came or went in the source's directory since, the clone gets the times of now: its attributes are
-    read now, and the source never had these with the earlier times. Raises ForkError.
+    If entries came or went in the source's directory since, the clone gets its present times: its attributes are read
+    now, and the source never had them together with the earlier times.
     """
     state = touched.get(path, entry)
     try:
         with work.place(path) as place:
-            # Before anything is applied, so that no clone ever has what the manifest alone says of owner and mode.
+            # Checked before anything is applied: a clone never gets an owner and mode that only the manifest states.
             before, state = state, directory_now(state, os.fstat(place.src_fd), join(work.ends.source, path))
             if state is not before:
                 touched[path] = state

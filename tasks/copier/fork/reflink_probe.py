@@ -1,4 +1,4 @@
-"""The question that decides a plan: can the source be reflinked to its destination? Its largest files are asked."""
+"""Finding out whether the source can be reflinked to its destination, by reflinking its largest files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tasks.copier.report import FileResult, Report, failed
 from tasks.copier.source.walk import Entry
 from tasks.copier.staging.workspace import Workspace
 
-#: Two files with at least so many bytes of data are worth a thread; what has less is reflinked as soon as that starts.
+#: Two files of at least this many bytes of data are worth a thread: a smaller one is done before the thread starts.
 _LARGE_BYTES = 64 << 20
 
 #: A file's path below the source, and its entry.
@@ -23,11 +23,11 @@ File = tuple[str, Entry]
 
 @dataclass(frozen=True)
 class Probed:
-    """What the filesystems said when the largest files were to be reflinked."""
+    """The outcome of reflinking the largest files, by relative paths."""
 
-    #: The files that were.
+    #: The files that were reflinked.
     cloned: tuple[str, ...]
-    #: Files that refused for themselves.
+    #: Files that cannot be reflinked, although others can.
     refused: frozenset[str] = frozenset()
 
     @property
@@ -36,48 +36,48 @@ class Probed:
         return bool(self.cloned)
 
 
-class _Beside(Thread):
-    """Reflinks one file while the caller does another: the kernel is all that works on it."""
+class _SecondReflink(Thread):
+    """Reflinks one file while the caller reflinks another: only the kernel works meanwhile."""
 
     def __init__(self, work: Workspace, file: File) -> None:
         super().__init__()
         self.file = file
         self._work = work
         self._outcome: FileResult | ReflinkRefused | ForkError | None = None
-        #: A cloner of its own: it keeps what it learns, and threads share none of that.
+        #: Its own cloner: a cloner keeps state that threads must not share.
         self.cloner = Cloner(work.options, {}, lambda count: None)
 
     def run(self) -> None:
-        """Reflink it."""
+        """Reflink the file, and keep the outcome."""
         try:
             self._outcome = _clone(self._work, self.cloner, self.file)
         except (ReflinkRefused, ForkError) as error:
             self._outcome = error
 
     def result(self) -> FileResult:
-        """Wait for what came of it. Raises ReflinkRefused, and ForkError."""
+        """Wait for the outcome. Raises ReflinkRefused, and ForkError."""
         self.join()
         if self._outcome is None:
-            raise AssertionError("its thread met an error in this program")
+            raise AssertionError("the thread that reflinks a file met an error in this program")
         if isinstance(self._outcome, Exception):
             raise self._outcome
         return self._outcome
 
 
 def probe(work: Workspace, cloner: Cloner, largest: list[File], ticker: Ticker, report: Report) -> Probed:
-    """Reflink the largest file; its answer is the plan's. What was cloned goes into `report`.
+    """Reflink the largest file: if that works, the plan is to reflink. Cloned files are added to `report`.
 
-    A file may refuse for itself (NOCOW on btrfs); then the next largest is asked. Raises ForkError.
+    A single file may not be reflinkable (NOCOW on btrfs); then the next largest is tried. Raises ForkError.
     """
     if work.options.reflink == "never":
         return Probed(())
     cloned: list[str] = []
     refused: set[str] = set()
-    beside = _begin_second(work, largest)
+    parallel = _begin_second(work, largest)
     try:
         for file in largest:
             path, entry = file
-            second = beside if beside is not None and file is beside.file else None
+            second = parallel if parallel is not None and file is parallel.file else None
             if cloned and second is None:
                 break
             try:
@@ -95,8 +95,8 @@ def probe(work: Workspace, cloner: Cloner, largest: list[File], ticker: Ticker, 
             ticker(1, entry.size)
             cloned.append(path)
     finally:
-        if beside is not None:
-            beside.join()
+        if parallel is not None:
+            parallel.join()
     return Probed(tuple(cloned), frozenset(refused))
 
 
@@ -106,20 +106,20 @@ def _clone(work: Workspace, cloner: Cloner, file: File) -> FileResult:
         return cloner.file(place, entry, may_copy=False)
 
 
-def _begin_second(work: Workspace, largest: list[File]) -> _Beside | None:
-    """Begin with the second largest file at once, where two reflinks side by side take less time than one by one.
+def _begin_second(work: Workspace, largest: list[File]) -> _SecondReflink | None:
+    """Start to reflink the second largest file if two reflinks in parallel take less time than in sequence.
 
-    XFS works on one file's extents one after the other, each a transaction of its own. Not so btrfs: its trees' locks
-    make two at once slower.
+    XFS reflinks the extents of a file one by one, each in a transaction of its own. On btrfs two reflinks in parallel
+    are slower, because of the locks of its trees.
     """
     pair = largest[:2]
     if len(pair) < 2 or any(entry.data < _LARGE_BYTES or entry.dev != work.source_dev for _, entry in pair):
         return None
     if work.tree_dev != work.source_dev or syscalls.filesystem_type(work.tree_fd) != syscalls.XFS:
         return None
-    beside = _Beside(work, pair[1])
+    second = _SecondReflink(work, pair[1])
     try:
-        beside.start()
-    except RuntimeError:  # the system has no thread to spare: one after the other, then
+        second.start()
+    except RuntimeError:  # the system has no thread left: one file after the other
         return None
-    return beside
+    return second

@@ -1,9 +1,9 @@
-"""A whole btrfs subvolume cloned in one step: the first rung of the ladder, above the reflink of each file.
+"""Cloning a whole btrfs subvolume by a snapshot, the method that is tried before reflinks.
 
-One call gives a tree that shares everything with the source and has all its metadata, in a few milliseconds whatever
-its size, and as the source was at one moment. It is walked then, once: for the FileResults, to take out what the fork
-is to be without, and to see that nothing in it is other than a clone entry by entry would have it. Where something is,
-or where the kernel refuses, nothing of it is left, and the ladder goes on below.
+A snapshot takes a few milliseconds whatever its size, shares all data and metadata with the source, and shows it at one
+moment. It is then walked once: to make the FileResults, to remove the entries that the fork leaves out, and to check
+that it equals a clone that is made entry by entry. If it differs, the snapshot is removed. Then, or if the kernel
+refuses a snapshot, the source is cloned entry by entry.
 
 Sources: ioctl(2) of btrfs in fs/btrfs/ioctl.c, btrfs-subvolume(8), and statx(2) for the attributes.
 """
@@ -35,8 +35,7 @@ log = logging.getLogger(__name__)
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOATIME
-#: What a reflink leaves behind and a snapshot carries over: a machine could not write to its disk. Who made them so
-#: cannot be removed either.
+#: Attributes that a snapshot keeps and a reflink does not. A file that has one can be neither written nor removed.
 _LOCKED = syscalls.STATX_ATTR_IMMUTABLE | syscalls.STATX_ATTR_APPEND | syscalls.STATX_ATTR_VERITY
 _METHODS: dict[int, Method] = {
     Kind.FILE: "snapshot",
@@ -48,11 +47,11 @@ _METHODS: dict[int, Method] = {
 
 
 class Unlike(Exception):
-    """A snapshot would not be what cloning entry by entry gives, or could not be removed; the message says why."""
+    """A snapshot would differ from a clone entry by entry, or could not be removed; the message says why."""
 
 
 class Snapshot(NamedTuple):
-    """A finished snapshot in the tree's place: its descriptor, which the caller closes, and what was done."""
+    """A finished snapshot that replaced the tree: its descriptor, which the caller closes, and its report."""
 
     fd: int
     report: Report
@@ -61,19 +60,19 @@ class Snapshot(NamedTuple):
 def snapshot_tree(
     work: Workspace, staging: Staging, tree: str, ticker: Ticker, name: str = SNAPSHOT
 ) -> Snapshot | None:
-    """Make the fork's tree a finished snapshot of the source: what was done, or None with nothing changed.
+    """Replace the fork's empty tree by a finished snapshot of the source. Returns None if nothing was changed.
 
-    None where the source is no subvolume, where it may not be snapshotted, or where the outcome would be another than
-    that of a clone entry by entry. `tree` is the tree's name, `work.tree_fd` the empty one, which is gone then; `name`
-    is the snapshot's while it is made. Raises ForkError, and OSError; then nothing of the snapshot is left.
+    That is the case if the source is not a subvolume, if a snapshot is not allowed, or if it would differ from a clone
+    entry by entry. `tree` is the tree's name; the empty tree `work.tree_fd` is removed. `name` is the snapshot's name
+    while it is made. Raises ForkError and OSError; then the snapshot is removed.
 
-    Nothing is written to the snapshot without need: at the first write btrfs copies a block that it shares, and counts
-    a reference to each extent that the block names, 3 to 4 ms for an image in pieces.
+    The snapshot is written to only if necessary: with the first write to a shared block btrfs copies it and counts a
+    reference to each of its extents, which takes 3 to 4 ms for a fragmented image.
     """
     ends, before = work.ends, ticker.progress
     if not is_wanted(work.options) or not is_whole_subvolume(ends.source_fd):
         return None
-    ticker.enter("copy", 0, 0)  # what is to be done shows on the way
+    ticker.enter("copy", 0, 0)  # the totals become known during the walk
     try:
         fd = take(ends.source_fd, ends.source, staging.fd, name)
         if fd is None:
@@ -83,7 +82,7 @@ def snapshot_tree(
             top = _top(fd)
             keeps_out = top.mode & stat.S_IRWXU != stat.S_IRWXU
             if keeps_out:
-                os.fchmod(fd, 0o700)  # or an ordinary user could not walk through it, and move it
+                os.fchmod(fd, 0o700)  # or an unprivileged worker could neither walk nor move it
             report = complete(fd, top, ends, work.options, ticker)
             ticker.enter("publish", report.totals.total, report.totals.bytes_logical)
             staging.exchange_tree(name, tree)
@@ -104,18 +103,18 @@ def snapshot_tree(
     return Snapshot(fd, report)
 
 
-# -- whether
+# -- whether a snapshot is allowed
 
 
 def is_wanted(options: Options) -> bool:
-    """Whether the caller's wishes allow a snapshot: it shares all data, and leaves no metadata out."""
+    """Whether the options allow a snapshot, which shares all data and keeps all metadata."""
     return options.snapshot == "auto" and options.reflink != "never" and options.preserve == PRESERVE_ALL
 
 
 def is_whole_subvolume(fd: int) -> bool:
-    """Whether the open directory is the root of a btrfs subvolume with nothing mounted in it.
+    """Whether the open directory is the root of a btrfs subvolume in which nothing is mounted.
 
-    A snapshot shows what lies below a mount, where a walk shows what is mounted.
+    A snapshot contains the directory under a mount point, and a walk sees the mounted filesystem.
     """
     return trees.is_subvolume(fd) and not _holds_mounts(fd)
 
@@ -128,38 +127,39 @@ def _holds_mounts(fd: int) -> bool:
         top = os.readlink(b"/proc/self/fd/%d" % fd).rstrip(b"/") + b"/"
         with open("/proc/self/mountinfo", "rb") as mounts:
             points = [line.split(b" ", 5)[4] for line in mounts]
-    except OSError:  # without /proc nobody can know
+    except OSError:  # unknown without /proc
         return True
     return any(_OCTAL.sub(lambda match: bytes([int(match[1], 8)]), point).startswith(top) for point in points)
 
 
-# -- taking it
+# -- making it
 
 
 def take(source_fd: int, source: str, parent_fd: int, name: str) -> int | None:
-    """Make `name` in `parent_fd` a snapshot of the subvolume `source_fd`, and open it; the caller closes it.
+    """Make `name` in `parent_fd` a snapshot of the subvolume `source_fd`, and open it. The caller closes it.
 
-    Its mode is the source's at once, so `parent_fd` must keep others out. None where it is refused, and where it could
-    not be removed again. Raises Unlike, ForkError for an errno that no copy must follow, and OSError.
+    It has the source's mode at once, so `parent_fd` must not be open to other users. Returns None if the kernel refuses
+    a snapshot, or if it could not be removed again. Raises Unlike, OSError, and ForkError for an errno after which
+    nothing must be copied.
     """
     if syscalls.filesystem_type(parent_fd) != syscalls.BTRFS:
         return None
-    _Likeness().require(source_fd, ".", _top(source_fd))  # before: an immutable top keeps a subvolume from going
+    _Likeness().require(source_fd, ".", _top(source_fd))  # before: a subvolume with an immutable root cannot be removed
     try:
         if not _may_destroy(parent_fd, name) and not _can_be_emptied(source_fd, source):
             return None
         syscalls.create_snapshot(parent_fd, name, source_fd)
     except OSError as error:
         if meaning(error.errno or 0) is Answer.ERROR:
-            raise from_oserror(error, "making a snapshot of it", source) from None
+            raise from_oserror(error, "making a snapshot", source) from None
         return None
     return os.open(name, _DIRECTORY, dir_fd=parent_fd)
 
 
 def _may_destroy(parent_fd: int, name: str) -> bool:
-    """Whether this process may remove a subvolume of its own in one step, whatever is in it.
+    """Whether this process may remove one of its subvolumes in one step, whatever it contains.
 
-    Asked about an empty directory: who may is told that it is no subvolume.
+    This is tried with an empty directory: EINVAL means that it may, and that the directory is not a subvolume.
     """
     os.mkdir(name, 0o700, dir_fd=parent_fd)
     try:
@@ -172,9 +172,9 @@ def _may_destroy(parent_fd: int, name: str) -> bool:
 
 
 def _can_be_emptied(source_fd: int, source: str) -> bool:
-    """Whether this process could remove a snapshot entry by entry: all of it is its own, also what is to be left out.
+    """Whether this process could remove a snapshot entry by entry, because it owns all entries, also those left out.
 
-    Without this look, a directory of another user in it would stay for ever.
+    Without this check, a directory of another user in the snapshot could never be removed.
     """
     walk = Walk(source_fd, source, Selection((), ()), hardlinks=False, checkpoint=lambda: None)
     likeness = _Likeness()
@@ -196,37 +196,37 @@ def _top(fd: int) -> Entry:
 
 
 class _Likeness:
-    """Tells what a snapshot has otherwise than a clone entry by entry that this process would make."""
+    """Finds entries that would differ in a clone entry by entry made by this process."""
 
     def __init__(self) -> None:
         self._user = os.geteuid()
         self._groups = frozenset((os.getegid(), *os.getgroups()))
 
     def require(self, dir_fd: int, name: str, entry: Entry) -> None:
-        """Raise Unlike for the entry `name` of `dir_fd` if it is such a thing, and OSError."""
+        """Raise Unlike if the entry `name` of `dir_fd` would differ. Raises OSError."""
         if entry.kind == Kind.DIRECTORY and entry.ino == trees.NESTED_SUBVOLUME_INODE:
-            raise Unlike("a subvolume lies in it")
+            raise Unlike("it contains another subvolume")
         if self._user != 0 and (entry.uid != self._user or entry.gid not in self._groups):
-            raise Unlike("something in it would not keep its owner")
+            raise Unlike("this process could not give an entry its owner")
         if entry.kind != Kind.SYMLINK and syscalls.attributes(dir_fd, name) & _LOCKED:
-            raise Unlike("something in it cannot be written to")
+            raise Unlike("an entry is immutable, append-only or has fs-verity")
 
 
 # -- completing it
 
 
 def _restore_times(fd: int, directory: Entry) -> None:
-    """Give a directory of the snapshot its times again, where they differ: see `snapshot_tree`."""
+    """Restore the times of a directory of the snapshot if they differ: see `snapshot_tree`."""
     now = os.fstat(fd)
     if (now.st_atime_ns, now.st_mtime_ns) != (directory.atime, directory.mtime):
         os.utime(fd, ns=(directory.atime, directory.mtime))
 
 
 def complete(fd: int, top: Entry, ends: Endpoints, options: Options, ticker: Ticker) -> Report:
-    """Walk the snapshot `fd`, and make it the fork: what was done. `top` is its root as it was made.
+    """Walk the snapshot `fd` and make it the fork. Returns the report. `top` is its root as it was made.
 
-    What is left out is removed, and the times of the directories are as before; not those of the root, which is still
-    to be moved. Raises Unlike, ForkError, OSError.
+    Entries that are left out are removed, and the times of directories are restored, except those of the root, which
+    is moved later. Raises Unlike, ForkError, OSError.
     """
     completion = _Completion(fd, ends, options, ticker)
     pending = [("", top)]
@@ -237,7 +237,7 @@ def complete(fd: int, top: Entry, ends: Endpoints, options: Options, ticker: Tic
 
 
 class _Completion:
-    """One walk of a fresh snapshot."""
+    """The walk of a new snapshot that completes it."""
 
     def __init__(self, fd: int, ends: Endpoints, options: Options, ticker: Ticker) -> None:
         self.report = Report()
@@ -247,7 +247,7 @@ class _Completion:
         self._walk = Walk(fd, ends.source, Selection(options.skip, options.exclude), True, ticker.poll)
 
     def directory(self, path: str, directory: Entry) -> list[tuple[str, Entry]]:
-        """Take in one directory; returns those in it."""
+        """Complete one directory. Returns the directories in it."""
         below: list[tuple[str, Entry]] = []
         fd = trees.open_below(self._fd, path)
         try:
@@ -273,7 +273,7 @@ class _Completion:
         self._ticker(1, _bytes_of(entry))
 
     def _compare(self, fd: int, path: str, entry: Entry) -> None:
-        """Read a file back, and compare it with the source's. Raises ForkError: verify_failed, source_changed …"""
+        """Compare a file with the source's. Raises Unlike, and ForkError: verify_failed, source_changed …"""
         source = join(self._ends.source, join(path, entry.name))
         with ExitStack() as opened:
             try:
@@ -285,7 +285,7 @@ class _Completion:
                 opened.callback(os.close, clone_fd)
                 at = first_difference(src_fd, clone_fd, 0, entry.size)
             except PermissionError:
-                raise Unlike("something in it cannot be read") from None
+                raise Unlike("a file cannot be read") from None
             except OSError as error:
                 raise from_source(error, "reading it back", source) from None
             if at is None:
@@ -303,8 +303,8 @@ def _remove(fd: int, entry: Entry) -> None:
             trees.remove(fd, entry.name)
         else:
             os.unlink(entry.name, dir_fd=fd)
-    except PermissionError:  # immutable, or an ordinary user's read-only directory
-        raise Unlike("what is to be left out cannot be removed") from None
+    except PermissionError:  # immutable, or in a read-only directory of an unprivileged worker
+        raise Unlike("an entry that is left out cannot be removed") from None
 
 
 def _bytes_of(entry: Entry) -> int:

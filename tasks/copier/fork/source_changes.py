@@ -1,11 +1,11 @@
-"""Whether the source was changed after its entries were cloned.
+"""Whether the source changed while it was cloned.
 
-A file that was compared with the walk when it had been cloned was the same from the one moment to the other. So where
-all of that came after the walk, the fork is the source as it was when the walk ended, whatever happens to it later.
-What was cloned while the walk went on is compared once more: it may have changed before later entries were walked.
+A file is compared with the walk after it is cloned; if it is the same, it did not change in between. So if all files
+are cloned after the walk, the fork is the source as it was when the walk ended. A file that was cloned during the walk
+is compared once more at the end: it may have changed before later entries were walked.
 
-A directory is compared when the clone has got its metadata. What is left out of a fork (a socket, a half-written
-compression) comes and goes in the directories of a running guest, and that is no change of what is cloned.
+A directory is compared when its clone gets its metadata. Entries that a fork leaves out (a socket, a half-written
+compressed file) come and go in the directories of a running guest; that is not a change of the source.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from tasks.copier.source.selection import Selection
 from tasks.copier.source.walk import Block, Entry, Kind, Walk, join
 from tasks.copier.staging.workspace import Workspace, changed, on_this_host
 
-#: Forks of at most so many entries are compared as a whole once more: they are the source as it is when they are
-#: published. That costs some 3 us a file.
+#: A source of at most this many entries is compared as a whole at the end, so the fork equals the source as it is when
+#: the fork is published. This takes about 3 us a file.
 MOST_FILES = 10_000
 
-#: Directories, by relative path, in which entries came or went since the walk: as they were seen last.
+#: Directories in which entries came or went since the walk, by relative path: as they were last seen.
 Touched = dict[str, Entry]
 
 
 def refuse_changes(work: Workspace, plan: Plan, touched: Touched, early: Iterable[Span] = ()) -> None:
-    """Raise ForkError source_changed when the source is not what the walk saw.
+    """Raise ForkError source_changed if the source is not what the walk saw.
 
-    `touched` are directories that were seen to be touched so far, `early` the parts of the manifest that were cloned
-    while the walk went on.
+    `touched` are the directories in which entries came or went so far, `early` the parts of the manifest that were
+    cloned during the walk.
     """
     for span in [None] if plan.entries <= MOST_FILES else early:
         for block in work.blocks(plan.top.dev, span=span):
@@ -43,7 +43,7 @@ def refuse_changes(work: Workspace, plan: Plan, touched: Touched, early: Iterabl
 
 
 def refuse_changed_files(work: Workspace, block: Block) -> None:
-    """Raise ForkError source_changed when one of the files and symlinks of `block` is not what the walk saw."""
+    """Raise ForkError source_changed if a file or symlink of `block` is not what the walk saw."""
     fd = work.open_source(block.path)
     path = ""
     try:
@@ -52,17 +52,17 @@ def refuse_changed_files(work: Workspace, block: Block) -> None:
             if not entry.is_still(os.stat(entry.name, dir_fd=fd, follow_symlinks=False)):
                 raise changed(path)
     except OSError as error:
-        raise from_source(error, "looking at it once more", path) from None
+        raise from_source(error, "checking it again", path) from None
     finally:
         os.close(fd)
 
 
 def directory_now(seen: Entry, now: os.stat_result, source: str) -> Entry:
-    """The directory `seen` as `now` says that it is: itself where it is unchanged, or where entries came or went in it.
+    """The directory `seen` with the times of its present status `now`; `seen` itself if it is unchanged.
 
-    These set its mtime and ctime to one moment. A new mode, owner, attribute or ACL sets ctime alone, and times that
-    are set differ from it (inode_set_ctime_current in the kernel's fs/). Raises ForkError source_changed for such a
-    change; `source` is the directory's absolute path.
+    An entry that comes or goes sets mtime and ctime of its directory to the same time. A new mode, owner, attribute or
+    ACL sets only ctime, and utimensat(2) sets an mtime that differs from it (inode_set_ctime_current in the kernel's
+    fs/). Raises ForkError source_changed for such a change; `source` is the directory's absolute path.
     """
     if (now.st_dev, now.st_ino) != (seen.dev, seen.ino):
         raise changed(source)
@@ -76,9 +76,9 @@ def directory_now(seen: Entry, now: os.stat_result, source: str) -> Entry:
 
 
 def _refuse_changed_metadata(work: Workspace, plan: Plan, touched: Touched) -> None:
-    """Raise ForkError source_changed for a directory that changed after its clone got its metadata."""
+    """Raise ForkError source_changed if a directory changed after its clone got its metadata."""
     top = on_this_host(plan.top, plan.top.dev, work.source_dev)
-    _look_again(touched, "", top, os.fstat(work.ends.source_fd), work.ends.source)
+    _check_again(touched, "", top, os.fstat(work.ends.source_fd), work.ends.source)
     for block in work.blocks(plan.top.dev, closing=True):
         directories = [entry for entry in block.entries if entry.kind == Kind.DIRECTORY]
         if not directories:
@@ -90,14 +90,14 @@ def _refuse_changed_metadata(work: Workspace, plan: Plan, touched: Touched) -> N
                 path = join(block.path, entry.name)
                 source = join(work.ends.source, path)
                 now = os.stat(entry.name, dir_fd=fd, follow_symlinks=False)
-                _look_again(touched, path, entry, now, source)
+                _check_again(touched, path, entry, now, source)
         except OSError as error:
-            raise from_source(error, "looking at it once more", source) from None
+            raise from_source(error, "checking it again", source) from None
         finally:
             os.close(fd)
 
 
-def _look_again(touched: Touched, path: str, entry: Entry, now: os.stat_result, source: str) -> None:
+def _check_again(touched: Touched, path: str, entry: Entry, now: os.stat_result, source: str) -> None:
     seen = touched.get(path, entry)
     state = directory_now(seen, now, source)
     if state is not seen:
@@ -105,7 +105,7 @@ def _look_again(touched: Touched, path: str, entry: Entry, now: os.stat_result, 
 
 
 def _refuse_changed_entries(work: Workspace, plan: Plan, touched: Touched) -> None:
-    """List the touched directories again, and compare by name and inode: what is left out may come and go."""
+    """List the touched directories again and compare names and inodes. Entries that are left out may come and go."""
     if not touched:
         return
     before: dict[str, set[tuple[str, int]]] = {path: set() for path in touched}
@@ -127,4 +127,4 @@ def _refuse_changed_entries(work: Workspace, plan: Plan, touched: Touched) -> No
 
 
 def _go_on() -> None:
-    """No look-up on the way: the lists are short."""
+    """Checks nothing: the lists are short."""

@@ -1,4 +1,4 @@
-"""Walking the source into the manifest, making its directories in the tree on the way."""
+"""Walking the source: writes its entries to the manifest and makes its directories in the tree."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tasks.copier.source.selection import Selection
 from tasks.copier.source.walk import Block, Entry, Kind, Walk, join
 from tasks.copier.staging.workspace import Workspace
 
-#: How many of the largest files are remembered.
+#: How many of the largest files are kept for the reflink probe.
 LARGEST = 8
-#: As plain numbers: they are compared with those of every entry, and the members of an enum are slow to get at.
+#: Plain numbers, because they are compared with every entry, and reading an enum's member is slow.
 _FILE, _SYMLINK = int(Kind.FILE), int(Kind.SYMLINK)
 
 
 @dataclass
 class Unit:
-    """A run of blocks in the manifest that stays together."""
+    """Consecutive blocks of the manifest that go into the same chunk."""
 
     offset: int
     length: int = 0  # bytes
@@ -35,32 +35,32 @@ class Unit:
 
     @property
     def span(self) -> Span:
-        """Where the unit lies in the manifest."""
+        """The unit's part of the manifest."""
         return Span(self.offset, self.length)
 
     def append(self, unit: Unit) -> None:
-        """Take in the unit that lies behind this one."""
+        """Add the unit that follows this one in the manifest."""
         self.length += unit.length
         self.files += unit.files
         self.data += unit.data
 
 
 class Survey:
-    """What the walk has found so far. `units` are those that no chunk has taken yet; who takes them removes them."""
+    """What the walk has found so far. `units` are those that are in no chunk yet; the planner removes them."""
 
     def __init__(self, work: Workspace, limits: Limits, files: manifest.Writer, closing: manifest.Writer) -> None:
         self._work, self._limits = work, limits
         self._files, self._closing = files, closing
         self.units: list[Unit] = []
         self.entries = 0
-        #: Files and symlinks; logical bytes; bytes of data, to be read for a copy.
+        #: Files and symlinks; logical bytes; bytes of data, which a copy has to read.
         self.files = 0
         self.bytes = 0
         self.data = 0
         self._heap: list[tuple[int, str, Entry]] = []
-        #: Size of the smallest of the largest.
+        #: Size of the smallest of the largest files.
         self._least = -1
-        #: Whether holes cost nothing; where they are found by reading, the work is the whole file.
+        #: Whether holes are skipped. If they are found by reading, a copy reads the whole file.
         self._skips_holes = reports_holes(work.ends.source_fd)
 
     def largest(self) -> list[tuple[str, Entry]]:
@@ -68,18 +68,18 @@ class Survey:
         return [(path, entry) for _, path, entry in sorted(self._heap, reverse=True)]
 
     def flush(self) -> None:
-        """Make what was found readable for others."""
+        """Write the manifests so far, so that other processes can read them."""
         self._files.flush()
         self._closing.flush()
 
     def walk(self, ticker: Ticker) -> Iterator[None]:
         """Walk the source, and yield after each block of it. Raises ForkError as `Walk.blocks` does, and OSError."""
         for block in self._new_walk(ticker.poll).blocks():
-            self._take_in(block)
+            self._add(block)
             yield
 
     def refuse_unsupported(self, ticker: Ticker) -> None:
-        """Raise ForkError now if the walk will meet what cannot be forked, wherever in the source."""
+        """Walk the source ahead. Raises ForkError if it holds an entry that cannot be forked."""
         self._new_walk(ticker.poll).refuse_unsupported()
 
     def _new_walk(self, checkpoint: Callable[[], None]) -> Walk:
@@ -87,8 +87,8 @@ class Survey:
         selection = Selection(options.skip, options.exclude)
         return Walk(ends.source_fd, ends.source, selection, "hardlinks" in options.preserve, checkpoint)
 
-    def _take_in(self, block: Block) -> None:
-        """Write one block to the manifests, make its directories, and count."""
+    def _add(self, block: Block) -> None:
+        """Write one block to the manifests, make its directories, and count its entries."""
         small: list[Entry] = []
         others: list[Entry] = []
         size = data = 0
@@ -117,13 +117,13 @@ class Survey:
             self._work.make_directories(block.path, [entry.name for entry in others if entry.kind == Kind.DIRECTORY])
 
     def _add_large(self, directory: str, entry: Entry, amount: int) -> None:
-        """Make one file with more data than a chunk may have a block and a unit of its own."""
+        """Add one file with more data than a chunk may have: it gets a block and a unit of its own."""
         span = self._files.append(Block(directory, [entry]))
         self.units.append(Unit(*span, 1, amount, (directory, entry)))
         self.data += amount
 
     def _add_to_last(self, span: Span, files: int, data: int) -> None:
-        """Join a block to the unit before it while that is small: there may be a hundred thousand small directories."""
+        """Add a block to the previous unit while that is small: there may be 100,000 small directories."""
         self.data += data
         last = self.units[-1] if self.units else None
         if (
@@ -148,6 +148,6 @@ class Survey:
 
 @contextmanager
 def open_survey(work: Workspace, limits: Limits) -> Iterator[Survey]:
-    """A survey that writes the manifests of `work`; they are whole when the context ends."""
+    """A survey that writes the manifests of `work`; they are complete when the context ends."""
     with open(work.staging.manifest(), "wb") as files, open(work.staging.manifest(closing=True), "wb") as closing:
         yield Survey(work, limits, manifest.Writer(files), manifest.Writer(closing))
