@@ -107,14 +107,19 @@ class Books:
         """No job has another result than its first one, and no late delivery made a fork again."""
         assert self.wrong == [], "\n".join(self.wrong)
         assert set(self.results) == {job.fork_id for job in jobs}
+        changed = {
+            job.fork_id: (self.results[job.fork_id], final)
+            for job in jobs
+            if (final := self.scheduler.results.final.get(job.fork_id)) != self.results[job.fork_id]
+        }
+        assert changed == {}, f"{len(changed)} results changed after their jobs had ended: {changed}"
         for job in jobs:
-            assert self.scheduler.results.final.get(job.fork_id) == self.results[job.fork_id]
             status = self.scheduler.results.states.get(job.fork_id)["status"]
-            assert status == _end(job, self.results[job.fork_id])
+            assert status == _end(job, self.results[job.fork_id]), f"{job.fork_id} is {status}"
             for fork_id, destination in job.destinations.items():
                 assert not os.path.lexists(destination), f"{fork_id} was made again"
-        assert self.most_files <= MOST_FILES
-        assert self.most_memory <= MOST_MEMORY
+        assert self.most_files <= MOST_FILES, f"a process had {self.most_files} open files"
+        assert self.most_memory <= MOST_MEMORY, f"a process had {self.most_memory} bytes of memory"
 
 
 def _end(job: Job, result: dict[str, Any]) -> str:
