@@ -90,7 +90,7 @@ def test_a_bad_call_exits_with_2_in_one_line_and_makes_nothing(run_forkvm: RunFo
 
 def test_a_retry_refuses_every_wish_that_it_would_not_hear(run_forkvm: RunForkvm, place: Path) -> None:
     """No broker is asked: there is none here."""
-    wishes = {
+    arguments = {
         "SOURCE": [f"{place}/vm"],
         "--to": ["--to", f"{place}/vm-{{n}}"],
         "--count": ["--count", "2"],
@@ -104,7 +104,7 @@ def test_a_retry_refuses_every_wish_that_it_would_not_hear(run_forkvm: RunForkvm
         "--label": ["--label", "a=b"],
     }
 
-    for name, wish in wishes.items():
+    for name, wish in arguments.items():
         done = run_forkvm("campaign", "--retry", "c1", *wish, env={"FORKVM_BROKER_URL": "redis+socket:///nobody"})
         assert (done.returncode, done.stdout) == (2, ""), name
         assert done.stderr.endswith(f"leave out {name}\n"), (name, done.stderr)

@@ -15,7 +15,7 @@ from pathlib import Path
 #: Where the images of the file systems are, and how the files and control groups of a run are named, with its pid.
 _SCRATCH, _PREFIX = Path("/var/tmp"), "forkvm-deploy-"
 #: Seconds for dockerd to answer, and to end.
-_PATIENCE = 60.0
+_TIMEOUT = 60.0
 
 # Becomes PID 1 of the namespaces. /run is hidden, because containerd and the network namespaces of containers have
 # fixed paths in it. The forwarding that dockerd turns on is that of the new network namespace.
@@ -143,7 +143,7 @@ def _make_filesystem(directory: Path, name: str, gibibytes: int, mkfs: list[str]
 def _wait_until_it_answers(process: subprocess.Popen[bytes], directory: Path) -> int:
     """The pid of the namespaces' init, as soon as the daemon answers."""
     log = directory / "dockerd.log"
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _TIMEOUT
     while True:
         answer = subprocess.run(
             ["docker", "--host", f"unix://{directory}/docker.sock", "version"],
@@ -171,7 +171,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(init, signal.SIGTERM)
     try:
-        process.wait(_PATIENCE)
+        process.wait(_TIMEOUT)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
@@ -181,7 +181,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _wait_until_gone(pid: int) -> None:
     """The kernel ends a PID namespace after its init; the mounts go with its last process."""
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _TIMEOUT
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
 

@@ -15,7 +15,7 @@ from tests.fixtures.processes import ROOT
 
 _CLIENT_PROGRAM = (ROOT / "tests/deploy/client.py").read_text()
 #: Seconds for a service to become healthy, and for a job to end; on a machine that does other work too.
-_PATIENCE = 300.0
+_TIMEOUT = 300.0
 
 #: Prints [pid, parent, state, name] of each process of a container.
 _PROCESSES = """
@@ -126,7 +126,7 @@ class Stack:
 
     def result(self, job_id: str) -> dict[str, Any]:
         """The result of a fork that succeeded; AssertionError with what the client got where it did not."""
-        answer = self.client("get", job_id, str(_PATIENCE))
+        answer = self.client("get", job_id, str(_TIMEOUT))
         assert answer["state"] == "SUCCESS", answer
         result: dict[str, Any] = answer["result"]
         assert result["status"] == "succeeded", result
@@ -153,7 +153,7 @@ def running_stack(
         stack.compose("down", "--volumes", "--timeout", "5")
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = _PATIENCE) -> None:
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = _TIMEOUT) -> None:
     """Returns when `condition` holds; AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():

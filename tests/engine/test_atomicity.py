@@ -18,7 +18,7 @@ from tasks.copier.progress import Progress
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import wait_until
 from tests.support.engine.child_processes import Child, children_of_this_process
-from tests.support.engine.forks import CHUNKED, INLINE, MIB, assert_alike, fork, fork_with_books, forked, leftovers
+from tests.support.engine.forks import CHUNKED, INLINE, MIB, assert_alike, fork, fork_with_ledger, forked, leftovers
 from tests.support.guests import SKIPPED_BY_DEFAULT, GuestSizes, make_guest, make_sparse_file
 from tests.support.tree import snapshot
 
@@ -38,11 +38,11 @@ def source(directory: Path) -> Path:
     return source
 
 
-def settled(source: Path, destination: Path, **wishes: object) -> ForkResult:
+def settled(source: Path, destination: Path, **arguments: object) -> ForkResult:
     """The fork, as soon as the children of one that was killed are gone and let go of its lock."""
     deadline = time.monotonic() + 10
     while True:
-        result = fork(source, destination, **wishes)  # type: ignore[arg-type]
+        result = fork(source, destination, **arguments)  # type: ignore[arg-type]
         held = result["error"] is not None and "another process" in result["error"]["message"]
         if not held or time.monotonic() > deadline:
             return result
@@ -235,9 +235,9 @@ def test_a_cancelled_fork_leaves_nothing(
 def test_a_fork_that_is_cancelled_while_its_last_results_are_kept_leaves_nothing(
     directory: Path, source: Path, limits: Limits
 ) -> None:
-    books = fork_with_books(source, directory / "fork", limits=limits, ended=True)
+    ledger = fork_with_ledger(source, directory / "fork", limits=limits, ended=True)
 
-    assert books.result["status"] == "cancelled"
+    assert ledger.result["status"] == "cancelled"
     assert [path.name for path in directory.iterdir()] == ["source"]
 
 

@@ -16,7 +16,7 @@ from tests.support.engine.forks import assert_alike, leftovers
 from tests.support.engine.local_campaigns import (
     SIZES,
     campaign,
-    campaign_with_books,
+    campaign_with_ledger,
     counts,
     destinations,
     holding,
@@ -26,7 +26,7 @@ from tests.support.engine.local_campaigns import (
 from tests.support.extents import sharing
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
 from tests.support.sources import make_everything
-from tests.support.system.result_checks import check_books, check_fork_result, entries_of
+from tests.support.system.result_checks import check_file_results, check_fork_result, entries_of
 from tests.support.tree import snapshot
 
 KINDS: list[Kind] = ["xfs", "btrfs", "ext4", "tmpfs"]
@@ -105,19 +105,19 @@ def test_the_books_of_each_fork_balance_and_the_campaigns_are_their_sums(
     paths = destinations(directory, 11)
     (directory / "vm-003").mkdir()
 
-    result, books = campaign_with_books(source, paths, tmp_path / "books")
+    result, ledger = campaign_with_ledger(source, paths, tmp_path / "ledger")
 
     assert (result["status"], counts(result)) == ("partial", (10, 1, 0))
-    assert [fork["fork_id"] for fork in books.forks] == [f"fan.{n}" for n in range(1, 12)]
-    assert [fork["destination"] for fork in books.forks] == [str(path) for path in paths]
-    for n, fork in enumerate(books.forks):
+    assert [fork["fork_id"] for fork in ledger.forks] == [f"fan.{n}" for n in range(1, 12)]
+    assert [fork["destination"] for fork in ledger.forks] == [str(path) for path in paths]
+    for n, fork in enumerate(ledger.forks):
         check_fork_result(fork)
-        check_books(fork, books.files(n))
+        check_file_results(fork, ledger.files(n))
         if fork["status"] == "succeeded":
-            assert {file["path"] for file in books.files(n)} == entries_of(source)
+            assert {file["path"] for file in ledger.files(n)} == entries_of(source)
     for group in ("files", "bytes"):
         for name, value in result[group].items():
-            assert value == sum(fork[group][name] for fork in books.forks)
+            assert value == sum(fork[group][name] for fork in ledger.forks)
 
 
 def test_forks_go_into_several_parents_on_several_filesystems(fresh: Fresh, tmp_path: Path) -> None:
@@ -127,16 +127,16 @@ def test_forks_go_into_several_parents_on_several_filesystems(fresh: Fresh, tmp_
     paths = [places[n % 4] / f"vm-{n}" for n in range(24)]
 
     # When
-    result, books = campaign_with_books(source, paths, tmp_path / "books")
+    result, ledger = campaign_with_ledger(source, paths, tmp_path / "ledger")
 
     # Then
     assert counts(result) == (24, 0, 0)
     for n, path in enumerate(paths):
         assert_alike(source, path, SKIPPED_BY_DEFAULT)
-        check_books(books.forks[n], books.files(n))
+        check_file_results(ledger.forks[n], ledger.files(n))
         same = path.parent in (places[0], places[3])
-        assert (books.forks[n]["fallback"] is None) == same
-        assert (books.forks[n]["files"]["copied"] == 0) == same
+        assert (ledger.forks[n]["fallback"] is None) == same
+        assert (ledger.forks[n]["files"]["copied"] == 0) == same
 
 
 def test_a_campaign_with_children_goes_into_several_parents(fresh: Fresh) -> None:
@@ -165,7 +165,7 @@ def test_the_largest_batch_needs_few_of_the_descriptors_that_a_process_has(direc
         nonlocal most
         most = max(most, len(os.listdir("/proc/self/fd")))
 
-    result, _ = campaign_with_books(source, destinations(directory, 128), tmp_path / "books", beat=count)
+    result, _ = campaign_with_ledger(source, destinations(directory, 128), tmp_path / "ledger", beat=count)
 
     assert counts(result) == (128, 0, 0)
     assert 128 < most < 256  # of 1,024

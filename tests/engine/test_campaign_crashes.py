@@ -28,7 +28,7 @@ from tests.support.engine.child_processes import Child, children_of_this_process
 from tests.support.engine.forks import assert_alike, leftovers
 from tests.support.engine.local_campaigns import (
     ID,
-    Books,
+    Ledger,
     campaign,
     destinations,
     end,
@@ -39,7 +39,7 @@ from tests.support.engine.local_campaigns import (
 )
 from tests.support.guests import MIB, SKIPPED_BY_DEFAULT, GuestSizes, make_guest
 from tests.support.journals import rewrite_spec
-from tests.support.system.result_checks import check_books, identity
+from tests.support.system.result_checks import check_file_results, identity
 from tests.support.tree import snapshot
 
 SIZES = GuestSizes(overlay=4 * MIB, overlay_data=MIB, memory=MIB, memory_data=MIB // 2, config=64 << 10)
@@ -55,7 +55,7 @@ STEPS: dict[str, tuple[Any, str, int]] = {
     "before its second record": (batch_record, "write", 1),
     "before its first rename": (syscalls, "rename_noreplace", 0),
     "between two renames": (syscalls, "rename_noreplace", 3),
-    "before it is settled": (Books, "store_outcomes", 0),
+    "before it is settled": (Ledger, "store_outcomes", 0),
     "after it was settled": (batch_record, "forget", 0),
     "before its lock goes": (Staging, "forget_chunk", 0),
 }
@@ -77,9 +77,9 @@ def source(directory: Path) -> Path:
 
 
 @pytest.fixture
-def books(tmp_path: Path) -> Books:
-    (tmp_path / "books").mkdir()
-    return Books(tmp_path / "books")
+def ledger(tmp_path: Path) -> Ledger:
+    (tmp_path / "ledger").mkdir()
+    return Ledger(tmp_path / "ledger")
 
 
 def acting_at(step: str, act: Callable[[], Any], work: Callable[[], Any]) -> Child[Any]:
@@ -118,82 +118,82 @@ def wait_for_pause(child: Child[Any]) -> None:
     wait_until(lambda: Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "the pause")
 
 
-def assert_all_are_whole(source: Path, paths: list[Path], books: Books) -> None:
+def assert_all_are_whole(source: Path, paths: list[Path], ledger: Ledger) -> None:
     """Each fork is there once, is the source, and has its one result."""
-    assert [fork["status"] for fork in books.forks] == ["succeeded"] * len(paths), books.forks
-    assert [fork["destination"] for fork in books.forks] == [str(path) for path in paths]
+    assert [fork["status"] for fork in ledger.forks] == ["succeeded"] * len(paths), ledger.forks
+    assert [fork["destination"] for fork in ledger.forks] == [str(path) for path in paths]
     for n, path in enumerate(paths):
         assert_alike(source, path, SKIPPED_BY_DEFAULT)
-        check_books(books.forks[n], books.files(n))
+        check_file_results(ledger.forks[n], ledger.files(n))
 
 
 @pytest.mark.parametrize("step", list(STEPS))
 def test_a_batch_whose_process_is_killed_is_taken_up_where_it_was(
-    directory: Path, source: Path, books: Books, step: str
+    directory: Path, source: Path, ledger: Ledger, step: str
 ) -> None:
     # Given
     paths = destinations(directory, FORKS)
     plan(source, paths)
 
     # When
-    wait_for_death(acting_at(step, die, lambda: make_batches(paths[0], books)))
+    wait_for_death(acting_at(step, die, lambda: make_batches(paths[0], ledger)))
     published = {path: identity(path) for path in paths if path.exists()}
     for path in published:
         assert_alike(source, path, SKIPPED_BY_DEFAULT)
-    make_batches(paths[0], books)
+    make_batches(paths[0], ledger)
 
     # Then
-    assert_all_are_whole(source, paths, books)
+    assert_all_are_whole(source, paths, ledger)
     assert {path: identity(path) for path in published} == published
-    assert end(paths[0], books)["status"] == "succeeded"
+    assert end(paths[0], ledger)["status"] == "succeeded"
     assert leftovers(directory) == []
 
 
 @pytest.mark.parametrize("step", ["between two renames", "before it is settled"])
 @pytest.mark.parametrize("change", ["gone", "replaced"])
 def test_what_a_dead_process_published_has_succeeded_although_the_source_is_no_more(
-    directory: Path, source: Path, books: Books, step: str, change: str
+    directory: Path, source: Path, ledger: Ledger, step: str, change: str
 ) -> None:
     # Given a batch that died when some of its forks were published, and all were complete
     paths = destinations(directory, FORKS)
     plan(source, paths)
-    wait_for_death(acting_at(step, die, lambda: make_batches(paths[0], books)))
+    wait_for_death(acting_at(step, die, lambda: make_batches(paths[0], ledger)))
     published = [path.exists() for path in paths]
     moved = source.rename(directory / "moved")
     if change == "replaced":
         source.mkdir()
 
     # When
-    make_batches(paths[0], books)
+    make_batches(paths[0], ledger)
 
     # Then none of them is told to have failed that stands there
     assert any(published)
-    for path, fork in zip(paths, books.forks, strict=True):
+    for path, fork in zip(paths, ledger.forks, strict=True):
         assert (fork["status"] == "succeeded") == path.exists()
     for path, before in zip(paths, published, strict=True):
         assert path.exists() or not before
         if path.exists():
             assert_alike(moved, path, SKIPPED_BY_DEFAULT)
-    end(paths[0], books)
+    end(paths[0], ledger)
     assert leftovers(directory) == []
 
 
 @pytest.mark.parametrize("step", ["before its first file", "before its first rename", "between two renames"])
 def test_a_batch_that_died_and_is_to_end_keeps_what_is_published_and_nothing_else(
-    directory: Path, source: Path, books: Books, step: str
+    directory: Path, source: Path, ledger: Ledger, step: str
 ) -> None:
     paths = destinations(directory, FORKS)
     plan(source, paths)
-    wait_for_death(acting_at(step, die, lambda: make_batches(paths[0], books)))
+    wait_for_death(acting_at(step, die, lambda: make_batches(paths[0], ledger)))
     published = [path for path in paths if path.exists()]
 
-    make_batches(paths[0], books, abort=ForkError(Code.CANCELLED, "cancelled on request"))
+    make_batches(paths[0], ledger, abort=ForkError(Code.CANCELLED, "cancelled on request"))
 
-    for path, fork in zip(paths, books.forks, strict=True):
+    for path, fork in zip(paths, ledger.forks, strict=True):
         assert fork["status"] == ("succeeded" if path.exists() else "cancelled")
     for path in published:
         assert_alike(source, path, SKIPPED_BY_DEFAULT)
-    end(paths[0], books)
+    end(paths[0], ledger)
     assert leftovers(directory) == []
 
 
@@ -202,90 +202,92 @@ def test_a_batch_that_is_killed_at_any_moment_and_often_has_every_fork_once(
 ) -> None:
     dice, killed = random.Random(11), 0
     (tmp_path / "whole").mkdir()
-    whole, paths = Books(tmp_path / "whole"), destinations(directory, FORKS)
+    whole, paths = Ledger(tmp_path / "whole"), destinations(directory, FORKS)
     plan(source, paths)
     began = time.monotonic()
     in_child(lambda: make_batches(paths[0], whole))
     pace = time.monotonic() - began
     end(paths[0], whole)
     for turn in range(8):
-        (tmp_path / f"books-{turn}").mkdir()
-        books = Books(tmp_path / f"books-{turn}")
+        (tmp_path / f"ledger-{turn}").mkdir()
+        ledger = Ledger(tmp_path / f"ledger-{turn}")
         paths = [directory / f"t{turn}-{n}" for n in range(FORKS)]
         plan(source, paths)
         for _ in range(3):  # the fourth try is the last one
-            child = Child(lambda: make_batches(paths[0], books))  # noqa: B023 - forked here and now
+            child = Child(lambda: make_batches(paths[0], ledger))  # noqa: B023 - forked here and now
             killed += not child.is_done(dice.uniform(0, pace))
             child.kill()
-        make_batches(paths[0], books)
+        make_batches(paths[0], ledger)
 
-        assert_all_are_whole(source, paths, books)
-        end(paths[0], books)
+        assert_all_are_whole(source, paths, ledger)
+        end(paths[0], ledger)
         assert leftovers(directory) == []
     assert killed > 4
 
 
 def test_a_tree_whose_removal_was_interrupted_by_a_kill_is_removed_at_the_end(
-    directory: Path, source: Path, books: Books
+    directory: Path, source: Path, ledger: Ledger
 ) -> None:
     """To remove a tree, its name is changed first; and a finished tree has the mode of the source."""
     # Given a batch that died with finished trees, and died again when it had renamed one of them
     paths = destinations(directory, FORKS)
     plan(source, paths)
-    wait_for_death(acting_at("before its second record", die, lambda: make_batches(paths[0], books)))
+    wait_for_death(acting_at("before its second record", die, lambda: make_batches(paths[0], ledger)))
     STEPS["between the rename of a tree and its removal"] = (Staging, "discard_named_tree", 0)
     wait_for_death(
-        acting_at("between the rename of a tree and its removal", die, lambda: make_batches(paths[0], books))
+        acting_at("between the rename of a tree and its removal", die, lambda: make_batches(paths[0], ledger))
     )
     before = leftovers(directory)
 
     # When
-    make_batches(paths[0], books)
-    end(paths[0], books)
+    make_batches(paths[0], ledger)
+    end(paths[0], ledger)
 
     # Then
     assert len(before) == 1 + FORKS
-    assert_all_are_whole(source, paths, books)
+    assert_all_are_whole(source, paths, ledger)
     assert leftovers(directory) == []
 
 
 def test_a_batch_that_kills_its_process_each_time_ends_as_worker_lost(
-    directory: Path, source: Path, books: Books
+    directory: Path, source: Path, ledger: Ledger
 ) -> None:
     paths = destinations(directory, FORKS)
     plan(source, paths)
     for _ in range(4):
-        wait_for_death(acting_at("between two files", die, lambda: make_batches(paths[0], books)))
+        wait_for_death(acting_at("between two files", die, lambda: make_batches(paths[0], ledger)))
 
-    make_batches(paths[0], books)
+    make_batches(paths[0], ledger)
 
-    assert {fork["error"] and fork["error"]["code"] for fork in books.forks} == {"worker_lost"}
-    result = end(paths[0], books)
+    assert {fork["error"] and fork["error"]["code"] for fork in ledger.forks} == {"worker_lost"}
+    result = end(paths[0], ledger)
     assert (result["status"], result["forks"]["failed"]) == ("failed", FORKS)
     assert [path.name for path in directory.iterdir()] == ["source"]
 
 
-def test_a_batch_of_two_parents_is_taken_up_in_both(directory: Path, source: Path, books: Books, fresh: Fresh) -> None:
+def test_a_batch_of_two_parents_is_taken_up_in_both(
+    directory: Path, source: Path, ledger: Ledger, fresh: Fresh
+) -> None:
     # Given a batch that died between two renames in the second parent
     elsewhere = fresh("xfs")
     paths = [*destinations(directory, 3), *destinations(elsewhere, 3)]
     plan(source, paths)
     STEPS["in the second parent"] = (syscalls, "rename_noreplace", 4)
-    wait_for_death(acting_at("in the second parent", die, lambda: make_batches(paths[0], books)))
+    wait_for_death(acting_at("in the second parent", die, lambda: make_batches(paths[0], ledger)))
     assert [path.exists() for path in paths] == [True, True, True, True, False, False]
     assert leftovers(elsewhere) != []
 
     # When
-    make_batches(paths[0], books)
+    make_batches(paths[0], ledger)
 
     # Then
-    assert_all_are_whole(source, paths, books)
-    end(paths[0], books)
+    assert_all_are_whole(source, paths, ledger)
+    end(paths[0], ledger)
     assert leftovers(directory) == leftovers(elsewhere) == []
 
 
 def test_what_an_earlier_campaign_of_the_same_id_left_is_never_published(
-    directory: Path, source: Path, books: Books, fresh: Fresh
+    directory: Path, source: Path, ledger: Ledger, fresh: Fresh
 ) -> None:
     """Its trees are complete and written down, but of another time, and for other destinations."""
     # Given a campaign that died with complete trees in both of its parents
@@ -293,7 +295,7 @@ def test_what_an_earlier_campaign_of_the_same_id_left_is_never_published(
     paths = [directory / "vm-0", elsewhere / "vm-1"]
     plan(source, paths)
     STEPS["in the second parent"] = (syscalls, "rename_noreplace", 1)
-    wait_for_death(acting_at("in the second parent", die, lambda: make_batches(paths[0], books)))
+    wait_for_death(acting_at("in the second parent", die, lambda: make_batches(paths[0], ledger)))
 
     # When another one has its id, and the source is not what it was
     (source / "new").write_text("later")
@@ -309,7 +311,7 @@ def test_what_an_earlier_campaign_of_the_same_id_left_is_never_published(
 
 @pytest.fixture
 def sleeper(
-    directory: Path, source: Path, books: Books, request: pytest.FixtureRequest
+    directory: Path, source: Path, ledger: Ledger, request: pytest.FixtureRequest
 ) -> Iterator[tuple[Child[Any], list[Path]]]:
     """A child that is stopped at the step that the test names, in the middle of a batch, and the destinations."""
     paths = destinations(directory, FORKS)
@@ -317,7 +319,7 @@ def sleeper(
 
     def work() -> str:
         try:
-            make_batches(paths[0], books)
+            make_batches(paths[0], ledger)
         except Superseded:
             return "superseded"
         return "done"
@@ -338,16 +340,16 @@ def seize(home: Path) -> None:
 
 @pytest.mark.parametrize("sleeper", list(STEPS)[:-2], indirect=True)
 def test_who_lost_a_batch_while_it_was_paused_writes_nothing_into_what_others_published(
-    source: Path, books: Books, sleeper: tuple[Child[Any], list[Path]], directory: Path
+    source: Path, ledger: Ledger, sleeper: tuple[Child[Any], list[Path]], directory: Path
 ) -> None:
     # Given a batch that was taken from a paused process, and made
     child, paths = sleeper
     with pytest.raises(Held):
-        make_batches(paths[0], books)
+        make_batches(paths[0], ledger)
     seize(paths[0])
-    make_batches(paths[0], books)
-    assert_all_are_whole(source, paths, books)
-    published, outcomes = {path: (identity(path), snapshot(path)) for path in paths}, books.outcomes
+    make_batches(paths[0], ledger)
+    assert_all_are_whole(source, paths, ledger)
+    published, outcomes = {path: (identity(path), snapshot(path)) for path in paths}, ledger.outcomes
 
     # When
     os.kill(child.pid, signal.SIGCONT)
@@ -355,53 +357,53 @@ def test_who_lost_a_batch_while_it_was_paused_writes_nothing_into_what_others_pu
     # Then
     assert child.result() in ("superseded", "done")
     assert {path: (identity(path), snapshot(path)) for path in paths} == published
-    assert books.outcomes == outcomes
-    end(paths[0], books)
+    assert ledger.outcomes == outcomes
+    end(paths[0], ledger)
     assert leftovers(directory) == []
 
 
 @pytest.mark.parametrize("sleeper", list(STEPS)[:-2], indirect=True)
 def test_who_lost_a_batch_while_it_was_paused_publishes_nothing_of_what_was_given_up(
-    books: Books, sleeper: tuple[Child[Any], list[Path]], directory: Path
+    ledger: Ledger, sleeper: tuple[Child[Any], list[Path]], directory: Path
 ) -> None:
     child, paths = sleeper
     seize(paths[0])
-    make_batches(paths[0], books, abort=ForkError(Code.CANCELLED, "cancelled on request"))
-    told = [fork["status"] == "succeeded" for fork in books.forks]
+    make_batches(paths[0], ledger, abort=ForkError(Code.CANCELLED, "cancelled on request"))
+    told = [fork["status"] == "succeeded" for fork in ledger.forks]
 
     os.kill(child.pid, signal.SIGCONT)
 
     child.result()
     assert [path.exists() for path in paths] == told
-    end(paths[0], books)
+    end(paths[0], ledger)
     assert leftovers(directory) == []
 
 
 @pytest.mark.parametrize("sleeper", ["between two files", "before its first rename"], indirect=True)
 def test_who_lost_a_batch_and_wakes_when_the_campaign_is_over_leaves_nothing(
-    source: Path, books: Books, sleeper: tuple[Child[Any], list[Path]], directory: Path
+    source: Path, ledger: Ledger, sleeper: tuple[Child[Any], list[Path]], directory: Path
 ) -> None:
     child, paths = sleeper
     seize(paths[0])
-    make_batches(paths[0], books)
-    end(paths[0], books)
+    make_batches(paths[0], ledger)
+    end(paths[0], ledger)
 
     os.kill(child.pid, signal.SIGCONT)
 
     child.result()
     assert leftovers(directory) == []
-    assert_all_are_whole(source, paths, books)
+    assert_all_are_whole(source, paths, ledger)
 
 
 def test_gc_leaves_a_live_campaign_alone_and_reaps_a_dead_one_with_all_its_trees(
-    directory: Path, source: Path, books: Books, fresh: Fresh
+    directory: Path, source: Path, ledger: Ledger, fresh: Fresh
 ) -> None:
     # Given a local campaign in two parents
     elsewhere = fresh("ext4")
     paths = [*destinations(directory, 3), *destinations(elsewhere, 3)]
     plan(source, paths)
     STEPS["in the second parent"] = (syscalls, "rename_noreplace", 3)
-    child = acting_at("in the second parent", pause, lambda: make_batches(paths[0], books))
+    child = acting_at("in the second parent", pause, lambda: make_batches(paths[0], ledger))
     wait_for_pause(child)
     standing = leftovers(directory), leftovers(elsewhere)
     assert len(standing[1]) > 3

@@ -18,7 +18,7 @@ from tasks.copier.kernel import syscalls
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import ROOT
 from tests.support.engine.child_processes import Child
-from tests.support.engine.local_campaigns import Books, campaign_with_books, destinations, holding, make_batches, plan
+from tests.support.engine.local_campaigns import Ledger, campaign_with_ledger, destinations, holding, make_batches, plan
 from tests.support.guests import MIB, make_sparse_file
 from tests.support.requirements import require_command
 
@@ -49,7 +49,7 @@ def trace(source: Path, directory: Path, tmp_path: Path, durability: str) -> lis
     command = [strace, "-f", "-y", "-o", str(tmp_path / "trace"), "-e", "trace=syncfs,fsync,rename,renameat,renameat2"]
     paths = map(str, destinations(directory, 3))
     subprocess.run(
-        [*command, sys.executable, "-c", script, str(source), str(tmp_path / "books"), durability, *paths],
+        [*command, sys.executable, "-c", script, str(source), str(tmp_path / "ledger"), durability, *paths],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
         check=True,
@@ -71,7 +71,7 @@ def test_data_is_on_the_disk_before_the_record_the_record_before_the_renames_and
     record, control = only("fsync", "batch-0-1.new")[0], only("fsync", "/.forkvm-")[-1]
     published = [at for at, (call, what) in enumerate(calls) if call == "renameat2" and '"vm-00' in what]
     (parent,) = only("fsync", f"<{directory}>")
-    settled = only("rename", "/books/")[0]
+    settled = only("rename", "/ledger/")[0]
     assert len(published) == 3
     assert data < record < control < published[0]
     assert published[-1] < parent < settled
@@ -88,35 +88,35 @@ def test_what_is_taken_up_from_a_dead_process_is_on_the_disk_too_before_it_is_to
 ) -> None:
     # Given a batch that died between two renames
     monkeypatch.setattr(campaign_plan, "LEAST_BATCHES", 1)
-    (tmp_path / "books").mkdir()
-    books, paths = Books(tmp_path / "books"), destinations(directory, 3)
+    (tmp_path / "ledger").mkdir()
+    ledger, paths = Ledger(tmp_path / "ledger"), destinations(directory, 3)
     plan(source, paths, durability="sync")
-    child = Child(lambda: _die_at_the_second_rename(paths, books))
+    child = Child(lambda: _die_at_the_second_rename(paths, ledger))
     with pytest.raises(AssertionError, match="the child ended with -9"):
         child.result()
 
     # When
     events: list[str] = []
-    sync, store_outcomes = os.fsync, Books.store_outcomes
+    sync, store_outcomes = os.fsync, Ledger.store_outcomes
 
     def sync_noted(fd: int) -> None:
         events.append(os.readlink(f"/proc/self/fd/{fd}"))
         sync(fd)
 
-    def settle_noted(ledger: Books, first: int, outcomes: list[Outcome]) -> None:
+    def settle_noted(ledger: Ledger, first: int, outcomes: list[Outcome]) -> None:
         events.append("settled")
         store_outcomes(ledger, first, outcomes)
 
     monkeypatch.setattr(os, "fsync", sync_noted)
-    monkeypatch.setattr(Books, "store_outcomes", settle_noted)
-    make_batches(paths[0], books)
+    monkeypatch.setattr(Ledger, "store_outcomes", settle_noted)
+    make_batches(paths[0], ledger)
 
     # Then
-    assert [fork["status"] for fork in books.forks] == ["succeeded"] * 3
+    assert [fork["status"] for fork in ledger.forks] == ["succeeded"] * 3
     assert events == [str(directory), "settled"]
 
 
-def _die_at_the_second_rename(paths: list[Path], books: Books) -> None:
+def _die_at_the_second_rename(paths: list[Path], ledger: Ledger) -> None:
     rename, calls = syscalls.rename_noreplace, [0]
 
     def counted(src_dir_fd: int, src: str, dst_dir_fd: int, dst: str) -> None:
@@ -126,7 +126,7 @@ def _die_at_the_second_rename(paths: list[Path], books: Books) -> None:
         rename(src_dir_fd, src, dst_dir_fd, dst)
 
     syscalls.rename_noreplace = counted  # in this child alone
-    make_batches(paths[0], books)
+    make_batches(paths[0], ledger)
 
 
 def test_a_parent_directory_that_cannot_be_synced_takes_the_forks_back(
@@ -139,23 +139,23 @@ def test_a_parent_directory_that_cannot_be_synced_takes_the_forks_back(
     monkeypatch.setattr(campaign_plan, "LEAST_BATCHES", 1)
     monkeypatch.setattr(os, "fsync", refuse)
 
-    result, books = campaign_with_books(source, destinations(directory, 3), tmp_path / "books", durability="sync")
+    result, ledger = campaign_with_ledger(source, destinations(directory, 3), tmp_path / "ledger", durability="sync")
 
     assert result["forks"]["failed"] == 3
-    assert {fork["error"] and fork["error"]["code"] for fork in books.forks} == {"io_error"}
+    assert {fork["error"] and fork["error"]["code"] for fork in ledger.forks} == {"io_error"}
     assert [path.name for path in directory.iterdir()] == ["source"]
 
 
 def test_a_record_that_power_loss_cut_short_is_none(directory: Path, source: Path, tmp_path: Path) -> None:
     """Nothing of it was published: it is on the disk before the first rename is."""
-    (tmp_path / "books").mkdir()
-    books, paths = Books(tmp_path / "books"), destinations(directory, 3)
+    (tmp_path / "ledger").mkdir()
+    ledger, paths = Ledger(tmp_path / "ledger"), destinations(directory, 3)
     plan(source, paths)
     (control,) = directory.glob(".forkvm-*")
     for cut in (b"", b"{", b'{"trees": {"0": "x"}}'):
         (control / "batch-0-1").write_bytes(cut)
         with holding(paths[0]) as found:
             assert list(batch_record.read_all(found.staging, 0)) == []
-    make_batches(paths[0], books)
+    make_batches(paths[0], ledger)
 
-    assert [fork["status"] for fork in books.forks] == ["succeeded"] * 3
+    assert [fork["status"] for fork in ledger.forks] == ["succeeded"] * 3

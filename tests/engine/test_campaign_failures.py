@@ -17,14 +17,14 @@ from tests.support.engine.forks import assert_alike, leftovers
 from tests.support.engine.local_campaigns import (
     SIZES,
     campaign,
-    campaign_with_books,
+    campaign_with_ledger,
     codes,
     counts,
     destinations,
 )
 from tests.support.engine.source_writers import wait_for_clock_tick
 from tests.support.guests import MIB, SKIPPED_BY_DEFAULT, make_guest, make_sparse_file
-from tests.support.system.result_checks import check_books
+from tests.support.system.result_checks import check_file_results
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_a_source_that_changes_in_the_middle_gives_no_torn_fork(
             source.rename(directory / "moved")
 
     # When
-    result, books = campaign_with_books(source, destinations(directory, 6), tmp_path / "books", beat=meddle)
+    result, ledger = campaign_with_ledger(source, destinations(directory, 6), tmp_path / "ledger", beat=meddle)
 
     # Then
     assert done
@@ -203,8 +203,8 @@ def test_a_source_that_changes_in_the_middle_gives_no_torn_fork(
     if change != "rename the source":
         assert counts(result) == (0, 6, 0)
         assert set(codes(result).values()) == {"source_changed"}
-    for n, fork in enumerate(books.forks):
-        check_books(fork, books.files(n))
+    for n, fork in enumerate(ledger.forks):
+        check_file_results(fork, ledger.files(n))
 
 
 @pytest.mark.usefixtures("every_beat", "few_batches")
@@ -220,11 +220,11 @@ def test_a_file_that_changes_while_it_is_cloned_is_named_by_every_fork(
             with (source / "config.ext4").open("ab") as file:
                 file.write(b"the machine goes on")
 
-    result, books = campaign_with_books(source, destinations(directory, 4), tmp_path / "books", beat=append)
+    result, ledger = campaign_with_ledger(source, destinations(directory, 4), tmp_path / "ledger", beat=append)
 
     assert counts(result) == (0, 4, 0)
     for n in range(4):
-        assert [file["path"] for file in books.files(n) if file["error"]] == ["config.ext4"]
+        assert [file["path"] for file in ledger.files(n) if file["error"]] == ["config.ext4"]
 
 
 @pytest.mark.usefixtures("every_beat", "few_batches")
@@ -240,8 +240,8 @@ def test_a_corruption_of_one_fork_is_found_by_verify_and_fails_it_alone(
                 with path.open("r+b") as file:
                     file.write(b"a flipped bit")
 
-    result, _ = campaign_with_books(
-        source, destinations(directory, 4), tmp_path / "books", beat=corrupt, reflink="never", verify="content"
+    result, _ = campaign_with_ledger(
+        source, destinations(directory, 4), tmp_path / "ledger", beat=corrupt, reflink="never", verify="content"
     )
 
     assert spoilt

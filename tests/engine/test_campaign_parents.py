@@ -14,11 +14,11 @@ from tasks.copier.progress import Ticker
 from tasks.copier.roots import Roots
 from tasks.copier.staging.control_directory import control_name
 from tests.fixtures.filesystems import Fresh
-from tests.support.engine.forks import go_on, leftovers
+from tests.support.engine.forks import leftovers, never_stop
 from tests.support.engine.local_campaigns import (
     ID,
     SIZES,
-    Books,
+    Ledger,
     campaign,
     codes,
     counts,
@@ -84,10 +84,10 @@ def test_end_of_a_campaign_passes_over_the_parent(what: str, parents: list[Path]
     # Given a campaign, half done, whose annex in one parent was replaced
     paths = [path for parent in parents for path in destinations(parent, 3)]
     plan(source, paths)
-    books = Books(tmp_path)
+    ledger = Ledger(tmp_path)
     with holding(paths[0]) as found:
         some = list(firsts(found))[::2]
-    make(paths[0], books, only=some)
+    make(paths[0], ledger, only=some)
     annex = parents[1] / control_name(ID)
     if annex.exists():
         annex.rename(parents[1] / "away")
@@ -95,11 +95,11 @@ def test_end_of_a_campaign_passes_over_the_parent(what: str, parents: list[Path]
 
     # When
     with holding(paths[0]) as found:
-        end_rest(found, Roots(), Ticker(go_on), books, cancelled(found.spec.source))
+        end_rest(found, Roots(), Ticker(never_stop), ledger, cancelled(found.spec.source))
         remove_annexes(found, Roots())
         found.staging.remove()
 
     # Then every fork has its end, and nothing of ours is left
-    assert {fork["destination"] for fork in books.forks} == set(map(os.fspath, paths))
+    assert {fork["destination"] for fork in ledger.forks} == set(map(os.fspath, paths))
     assert [leftovers(parent) for parent in (parents[0], parents[2])] == [[], []]
     assert os.path.lexists(annex)

@@ -13,9 +13,9 @@ from tasks.copier.campaign import batch_build
 from tasks.copier.campaign import plan as campaign_plan
 from tests.fixtures.filesystems import Fresh, Kind, fresh_directory
 from tests.support.engine.forks import assert_alike, leftovers
-from tests.support.engine.local_campaigns import campaign, campaign_with_books
+from tests.support.engine.local_campaigns import campaign, campaign_with_ledger
 from tests.support.engine.random_trees import Directory, make, trees
-from tests.support.system.result_checks import check_books
+from tests.support.system.result_checks import check_file_results
 
 KINDS: list[Kind] = ["xfs", "btrfs", "ext4", "tmpfs"]
 EXAMPLES = settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
@@ -39,7 +39,7 @@ def test_every_fork_of_any_tree_is_that_tree(
         patch.object(campaign_plan, "MOST_IN_BATCH", most),
         patch.object(batch_build, "OPEN_FILES", open_files),
     ):
-        source, books = directory / "source", directory / "books"
+        source, records = directory / "source", directory / "records"
         make(os.fsencode(source), tree, [])
         paths = [directory / f"vm-{n}" for n in range(count)]
         for n in taken & set(range(count)):
@@ -48,9 +48,9 @@ def test_every_fork_of_any_tree_is_that_tree(
         if children:
             result = campaign(source, paths, exclude=())
         else:
-            result, ledger = campaign_with_books(source, paths, books, exclude=())
+            result, ledger = campaign_with_ledger(source, paths, records, exclude=())
             for n, fork in enumerate(ledger.forks):
-                check_books(fork, ledger.files(n))
+                check_file_results(fork, ledger.files(n))
 
         assert result["forks"]["failed"] == len(taken & set(range(count)))
         assert result["forks"]["succeeded"] == count - result["forks"]["failed"]

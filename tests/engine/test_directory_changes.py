@@ -137,12 +137,12 @@ def test_a_campaign_makes_no_fork_of_a_directory_whose_metadata_changes(
     local_campaigns.plan(source, paths)
     wait_for_clock_tick()
     CHANGES[change](source / name)
-    books = local_campaigns.Books(tmp_path)
+    ledger = local_campaigns.Ledger(tmp_path)
 
-    local_campaigns.make_batches(paths[0], books)
-    local_campaigns.end(paths[0], books)
+    local_campaigns.make_batches(paths[0], ledger)
+    local_campaigns.end(paths[0], ledger)
 
-    errors = [result["error"] for result in books.forks]
+    errors = [result["error"] for result in ledger.forks]
     assert [error and (error["code"], error["path"]) for error in errors] == [
         ("source_changed", str(source / name))
     ] * 3
@@ -156,9 +156,9 @@ def test_a_campaign_goes_on_while_entries_that_are_left_out_come_and_go(
     local_campaigns.plan(source, paths)
     wait_for_clock_tick()
     (source / "new.sock").touch()
-    books = local_campaigns.Books(tmp_path)
+    ledger = local_campaigns.Ledger(tmp_path)
 
-    local_campaigns.make_batches(paths[0], books)
-    local_campaigns.end(paths[0], books)
+    local_campaigns.make_batches(paths[0], ledger)
+    local_campaigns.end(paths[0], ledger)
 
-    assert [result["status"] for result in books.forks] == ["succeeded"] * 3
+    assert [result["status"] for result in ledger.forks] == ["succeeded"] * 3

@@ -13,7 +13,7 @@ from tasks.copier.options import Limits
 from tasks.copier.progress import Progress
 from tests.fixtures.filesystems import Fresh
 from tests.support.engine.file_results import assert_balanced
-from tests.support.engine.forks import CHUNKED, MIB, fork_with_books, forked, spec_of
+from tests.support.engine.forks import CHUNKED, MIB, fork_with_ledger, forked, spec_of
 from tests.support.extents import data_extents
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
 from tests.support.sources import make_everything, make_images
@@ -23,11 +23,11 @@ from tests.support.tree import snapshot
 def test_what_an_earlier_attempt_kept_is_no_part_of_the_books(fs: Path, limits: Limits) -> None:
     """It may have been cut into more parts, by a worker with other limits or before the source changed."""
     source = make_guest(fs / "source")
-    pages = fork_with_books(source, fs / "earlier", fork_id="fork-0", limits=CHUNKED).pages
+    pages = fork_with_ledger(source, fs / "earlier", fork_id="fork-0", limits=CHUNKED).pages
 
-    books = fork_with_books(source, fs / "fork", limits=limits, earlier={**pages, "99": pages["0"]})
+    ledger = fork_with_ledger(source, fs / "fork", limits=limits, earlier={**pages, "99": pages["0"]})
 
-    assert_balanced(books, snapshot(source))
+    assert_balanced(ledger, snapshot(source))
 
 
 @pytest.mark.parametrize("reflink", ["auto", "never"])
@@ -36,11 +36,11 @@ def test_every_entry_has_exactly_one_result_and_the_totals_are_their_sums(
 ) -> None:
     source = make_everything(fs / "source")
 
-    books = fork_with_books(source, fs / "fork", limits=limits, reflink=reflink)
+    ledger = fork_with_ledger(source, fs / "fork", limits=limits, reflink=reflink)
 
     entries = snapshot(source)
-    assert_balanced(books, entries)
-    for path, one in books.files.items():
+    assert_balanced(ledger, entries)
+    for path, one in ledger.files.items():
         entry = entries[os.fsencode(path)]
         assert one["type"] == entry.kind
         assert one["seconds"] >= 0
@@ -51,7 +51,7 @@ def test_every_entry_has_exactly_one_result_and_the_totals_are_their_sums(
             assert one["bytes"] == one["copied_bytes"] == 0
         if one["method"] == "skip":
             assert one["reason"] is not None
-    assert {os.fsencode(path) for path, one in books.files.items() if one["method"] == "skip"} == set(
+    assert {os.fsencode(path) for path, one in ledger.files.items() if one["method"] == "skip"} == set(
         SKIPPED_BY_DEFAULT - {b"logs/console.log"}
     )
 
@@ -61,9 +61,9 @@ def test_copied_bytes_are_those_of_the_data_extents(fs: Path, limits: Limits) ->
     source.mkdir()
     make_images(source)
 
-    books = fork_with_books(source, fs / "fork", limits=limits, reflink="never")
+    ledger = fork_with_ledger(source, fs / "fork", limits=limits, reflink="never")
 
-    for path, one in books.files.items():
+    for path, one in ledger.files.items():
         assert one["copied_bytes"] == sum(
             min(end, one["bytes"]) - start for start, end in data_extents(source / path)
         ), path
@@ -73,12 +73,12 @@ def test_results_of_a_fork_are_json_whatever_its_names(fresh: Fresh) -> None:
     directory = fresh("xfs")
     source = make_everything(directory / os.fsdecode(b"source-\xff"))
 
-    books = fork_with_books(source, directory / os.fsdecode(b"fork-\xfe"))
+    ledger = fork_with_ledger(source, directory / os.fsdecode(b"fork-\xfe"))
 
-    result = json.loads(json.dumps(books.result))
+    result = json.loads(json.dumps(ledger.result))
     assert os.fsencode(result["source"]) == os.fsencode(source)
     assert os.fsencode(result["destination"]) == os.fsencode(directory / os.fsdecode(b"fork-\xfe"))
-    assert os.fsdecode(b"names/not-utf8-\xff\xfe") in books.files
+    assert os.fsdecode(b"names/not-utf8-\xff\xfe") in ledger.files
 
 
 def test_a_result_tells_when_and_how_long_and_echoes_its_labels(fresh: Fresh, limits: Limits) -> None:
@@ -120,9 +120,9 @@ def test_a_skipped_directory_is_one_entry_and_what_is_below_it_none(fresh: Fresh
     directory = fresh("xfs")
     source = make_guest(directory / "source")
 
-    books = fork_with_books(source, directory / "fork", limits=limits, skip=("snapshots", "state", "not/there"))
+    ledger = fork_with_ledger(source, directory / "fork", limits=limits, skip=("snapshots", "state", "not/there"))
 
-    files = books.files
+    files = ledger.files
     assert {path: one["reason"] for path, one in files.items() if one["method"] == "skip"} == {
         "logs": "excluded by /logs/",
         "vsock.sock": "excluded by *.sock",
@@ -163,9 +163,9 @@ def test_a_hard_link_whose_first_name_is_left_out_is_cloned_under_its_second(fre
     os.link(source / "a", source / "b")
     os.link(source / "a", source / "c")
 
-    books = fork_with_books(source, directory / "fork", limits=limits, skip=("a",))
+    ledger = fork_with_ledger(source, directory / "fork", limits=limits, skip=("a",))
 
-    assert sorted(one["method"] for one in books.files.values()) == ["hardlink", "reflink", "skip"]
+    assert sorted(one["method"] for one in ledger.files.values()) == ["hardlink", "reflink", "skip"]
     assert (directory / "fork" / "b").samefile(directory / "fork" / "c")
     assert (directory / "fork" / "c").read_bytes() == b"three names"
 
@@ -174,14 +174,14 @@ def test_a_failed_file_has_its_result_and_its_error_and_counts_as_failed(fresh: 
     directory = fresh("ext4")
     source = make_guest(directory / "source")
 
-    books = fork_with_books(source, directory / "fork", limits=limits, reflink="always")
+    ledger = fork_with_ledger(source, directory / "fork", limits=limits, reflink="always")
 
-    assert books.result["status"] == "failed"
-    assert books.result["files"]["failed"] == 1
-    (failed,) = [one for one in books.files.values() if one["error"] is not None]
-    assert failed["error"] == books.result["error"]
+    assert ledger.result["status"] == "failed"
+    assert ledger.result["files"]["failed"] == 1
+    (failed,) = [one for one in ledger.files.values() if one["error"] is not None]
+    assert failed["error"] == ledger.result["error"]
     assert failed["path"] == "overlay.raw"
-    assert books.result["files"]["total"] == len(books.files)
+    assert ledger.result["files"]["total"] == len(ledger.files)
 
 
 def test_limits_of_any_size_make_the_same_fork(fresh: Fresh) -> None:
@@ -198,8 +198,8 @@ def test_limits_of_any_size_make_the_same_fork(fresh: Fresh) -> None:
             Limits(inline_files=0, chunk_files=10**9, chunk_bytes=10**15),
         )
     ):
-        books = fork_with_books(source, directory / f"fork-{number}", fork_id=f"fork-{number}", limits=limits)
-        assert_balanced(books, snapshot(source))
-        totals.append((books.result["files"], books.result["bytes"]))
+        ledger = fork_with_ledger(source, directory / f"fork-{number}", fork_id=f"fork-{number}", limits=limits)
+        assert_balanced(ledger, snapshot(source))
+        totals.append((ledger.result["files"], ledger.result["bytes"]))
 
     assert totals == [totals[0]] * len(totals)

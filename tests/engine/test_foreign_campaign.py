@@ -17,7 +17,7 @@ from tasks.copier.staging.control_directory import control_name
 from tests.fixtures.filesystems import Fresh
 from tests.support.engine.child_processes import in_child
 from tests.support.engine.forks import assert_alike, leftovers
-from tests.support.engine.local_campaigns import ID, Books, destinations, end, make_batches, plan
+from tests.support.engine.local_campaigns import ID, Ledger, destinations, end, make_batches, plan
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
 from tests.support.tree import snapshot
 
@@ -35,7 +35,7 @@ def yard(fresh: Fresh) -> Path:
     make_guest(yard / "outside")
     (yard / "home").mkdir()
     (yard / "home").chmod(0o777)
-    (yard / "books").mkdir()
+    (yard / "ledger").mkdir()
     plan(yard / "source", destinations(yard / "home", 2))
     return yard
 
@@ -43,8 +43,8 @@ def yard(fresh: Fresh) -> Path:
 def make(yard: Path) -> None:
     """Have a worker make all batches of it, and end it; each fork must be the source."""
     home = destinations(yard / "home", 2)
-    make_batches(home[0], Books(yard / "books"))
-    end(home[0], Books(yard / "books"))
+    make_batches(home[0], Ledger(yard / "ledger"))
+    end(home[0], Ledger(yard / "ledger"))
     for path in home:
         if path.exists():
             assert_alike(yard / "source", path, SKIPPED_BY_DEFAULT)
@@ -135,13 +135,13 @@ def test_an_annex_that_another_user_made_fails_the_forks_of_its_parent_alone(fre
     for name in ("one", "two"):
         (yard / name).mkdir()
         (yard / name).chmod(0o777)
-    (yard / "books").mkdir()
+    (yard / "ledger").mkdir()
     paths = [yard / "one" / "vm", yard / "two" / "vm"]
     plan(yard / "source", paths)
     in_child(lambda: os.mkdir(yard / "two" / NAME, 0o700), user=ATTACKER)
 
-    make_batches(paths[0], Books(yard / "books"))
-    result = end(paths[0], Books(yard / "books"))
+    make_batches(paths[0], Ledger(yard / "ledger"))
+    result = end(paths[0], Ledger(yard / "ledger"))
 
     assert_alike(yard / "source", paths[0], SKIPPED_BY_DEFAULT)
     assert not paths[1].exists()

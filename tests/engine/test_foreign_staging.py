@@ -21,7 +21,7 @@ from tasks.copier.staging.staging import Staging
 from tests.fixtures.filesystems import Fresh
 from tests.support.engine import staged_forks
 from tests.support.engine.child_processes import NOBODY, in_child
-from tests.support.engine.forks import CHUNKED, assert_alike, fork_with_books, leftovers
+from tests.support.engine.forks import CHUNKED, assert_alike, fork_with_ledger, leftovers
 from tests.support.guests import MIB, SKIPPED_BY_DEFAULT, make_guest, make_sparse_file
 from tests.support.tree import snapshot
 
@@ -43,15 +43,15 @@ def yard(fresh: Fresh) -> Path:
 
 def deliver(yard: Path) -> ForkResult:
     """The request comes to a worker, which does all chunks itself: what it settles."""
-    return fork_with_books(yard / "source", yard / "parent" / "fork", limits=CHUNKED).result
+    return fork_with_ledger(yard / "source", yard / "parent" / "fork", limits=CHUNKED).result
 
 
 def begun(yard: Path) -> tuple[Path, dict[str, Any]]:
-    return staged_forks.begin(yard / "source", yard / "parent" / "fork")
+    return staged_forks.begin_fork(yard / "source", yard / "parent" / "fork")
 
 
 def go_on_with(yard: Path) -> str:
-    return staged_forks.go_on_with(yard / "source", yard / "parent" / "fork")
+    return staged_forks.continue_fork(yard / "source", yard / "parent" / "fork")
 
 
 # -- what somebody made in the control directory's place
@@ -251,7 +251,7 @@ def test_a_journal_that_no_worker_wrote_never_leads_out_nor_on_and_on(yard: Path
         data = json.dumps(journal).encode()
     (staging / "journal").write_bytes(data)
 
-    outcome = staged_forks.cancel(yard / "source", yard / "parent" / "fork") if cancels else go_on_with(yard)
+    outcome = staged_forks.cancel_fork(yard / "source", yard / "parent" / "fork") if cancels else go_on_with(yard)
 
     assert "unexpected" not in outcome
     assert snapshot(yard / "outside") == before
@@ -316,7 +316,7 @@ def test_the_journal_of_another_fork_is_not_taken_up(yard: Path) -> None:
     (staging / "journal").write_text(json.dumps(journal))
 
     assert "its journal belongs to another fork" in go_on_with(yard)
-    assert "its journal belongs to another fork" in staged_forks.cancel(yard / "source", yard / "parent" / "fork")
+    assert "its journal belongs to another fork" in staged_forks.cancel_fork(yard / "source", yard / "parent" / "fork")
 
 
 def test_a_copy_of_a_control_directory_is_not_taken_up(yard: Path) -> None:
@@ -326,7 +326,7 @@ def test_a_copy_of_a_control_directory_is_not_taken_up(yard: Path) -> None:
     staging.chmod(0o700)
 
     assert "it is a copy of a staging directory" in go_on_with(yard)
-    assert "it is a copy of a staging directory" in staged_forks.cancel(yard / "source", yard / "parent" / "fork")
+    assert "it is a copy of a staging directory" in staged_forks.cancel_fork(yard / "source", yard / "parent" / "fork")
 
 
 # -- the tree

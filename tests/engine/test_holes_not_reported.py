@@ -12,8 +12,8 @@ from tasks.copier.options import Limits
 from tasks.copier.progress import Progress
 from tests.fixtures.filesystems import Fresh, Kind
 from tests.fixtures.fuse import Bindfs, Passthrough
-from tests.support.engine.forks import CHUNKED, MIB, assert_alike, fork, fork_with_books, forked, leftovers
-from tests.support.engine.local_campaigns import campaign_with_books, destinations
+from tests.support.engine.forks import CHUNKED, MIB, assert_alike, fork, fork_with_ledger, forked, leftovers
+from tests.support.engine.local_campaigns import campaign_with_ledger, destinations
 from tests.support.extents import allocated_bytes, data_extents
 from tests.support.sources import make_images
 
@@ -42,17 +42,17 @@ def test_holes_stay_holes_and_the_books_have_what_was_written(
     source, backing = images
     destination = fresh(kind) / "fork"
 
-    books = fork_with_books(source, destination, limits=limits, reflink=reflink, verify="content")
+    ledger = fork_with_ledger(source, destination, limits=limits, reflink=reflink, verify="content")
 
-    assert books.result["status"] == "succeeded", books.result["error"]
+    assert ledger.result["status"] == "succeeded", ledger.result["error"]
     assert_alike(source, destination)
-    for name, result in books.files.items():
+    for name, result in ledger.files.items():
         clone = destination / name
         assert allocated_bytes(clone) <= allocated_bytes(backing / name) + MIB, name
         assert result["copied_bytes"] == data_of(clone), name
         assert result["copied_bytes"] <= data_of(backing / name), name
     assert data_extents(destination / "all-hole.raw") == []
-    assert books.result["bytes"]["copied"] == sum(result["copied_bytes"] for result in books.files.values())
+    assert ledger.result["bytes"]["copied"] == sum(result["copied_bytes"] for result in ledger.files.values())
     assert leftovers(destination.parent) == []
 
 
@@ -65,10 +65,10 @@ def test_a_file_in_ranges_keeps_its_holes(fresh: Fresh, passthrough: Passthrough
             os.pwrite(disk.fileno(), os.urandom(MIB), at)
     source, destination = passthrough(backing) / "source", fresh("xfs") / "fork"
 
-    books = fork_with_books(source, destination, limits=CHUNKED)
+    ledger = fork_with_ledger(source, destination, limits=CHUNKED)
 
-    assert books.result["chunks"] > 8  # by its size, which is to be read
-    assert books.result["bytes"]["copied"] == 3 * MIB
+    assert ledger.result["chunks"] > 8  # by its size, which is to be read
+    assert ledger.result["bytes"]["copied"] == 3 * MIB
     assert data_extents(destination / "disk.raw") == [(at * MIB, (at + 1) * MIB) for at in (0, 50, 199)]
     assert_alike(source, destination)
 
@@ -89,7 +89,7 @@ def test_a_campaign_keeps_the_holes_too(images: tuple[Path, Path], fresh: Fresh,
     source, backing = images
     place = fresh("xfs")
 
-    result, _ = campaign_with_books(source, destinations(place, 2), tmp_path / "books")
+    result, _ = campaign_with_ledger(source, destinations(place, 2), tmp_path / "ledger")
 
     assert result["status"] == "succeeded"
     for path in destinations(place, 2):

@@ -109,10 +109,10 @@ def test_a_fork_that_is_to_be_without_acls_gives_nobody_more_than_they_gave(
 def test_each_fork_of_a_campaign_lists_its_losses(guarded: Path, ramfs: Path, tmp_path: Path) -> None:
     paths = local_campaigns.destinations(ramfs, 3)
 
-    _, books = local_campaigns.campaign_with_books(guarded, paths, tmp_path / "books")
+    _, ledger = local_campaigns.campaign_with_ledger(guarded, paths, tmp_path / "ledger")
 
     assert [modes(path) for path in paths] == [WITHOUT_ACLS] * 3
-    assert [lost(result) for result in books.forks] == [ACLS_LOST | {("key", "xattr user.origin")}] * 3
+    assert [lost(result) for result in ledger.forks] == [ACLS_LOST | {("key", "xattr user.origin")}] * 3
 
 
 @pytest.mark.parametrize("limits", [Limits(), CHUNKED], ids=["inline", "chunked"])

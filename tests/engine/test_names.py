@@ -23,7 +23,17 @@ from tasks.copier.staging.staging import Staging
 from tasks.copier.staging.workspace import Workspace, open_work
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.fuse import Passthrough
-from tests.support.engine.forks import CHUNKED, MIB, Books, assert_alike, forked, go_on, leftovers, refused, spec_of
+from tests.support.engine.forks import (
+    CHUNKED,
+    MIB,
+    Ledger,
+    assert_alike,
+    forked,
+    leftovers,
+    never_stop,
+    refused,
+    spec_of,
+)
 from tests.support.engine.local_campaigns import campaign, counts, destinations
 from tests.support.guests import make_sparse_file
 
@@ -164,12 +174,12 @@ def fork_with_crashes(
 
     `in_closing` does so for a process that died while it closed the fork.
     """
-    spec, books, ticker = spec_of(source, destination), Books(), Ticker(go_on)
+    spec, ledger, ticker = spec_of(source, destination), Ledger(), Ticker(never_stop)
     with (
         open_endpoints(Roots(), spec.source, spec.destination) as ends,
         Staging.claim(ends.parent_fd, spec.fork_id, wait=0) as staging,
     ):
-        plan = start(ends, staging, spec, CHUNKED, ticker, books)
+        plan = start(ends, staging, spec, CHUNKED, ticker, ledger)
         assert isinstance(plan, Plan)
         journal = staging.journal()
         assert journal is not None
@@ -182,7 +192,7 @@ def fork_with_crashes(
             if in_closing is not None:
                 in_closing(work, plan)
                 staging.write_journal(replace(journal, closings=1))
-        result = finish(ends, staging, ticker, books)
+        result = finish(ends, staging, ticker, ledger)
     assert result is not None
     assert leftovers(destination.parent) == []
     return result
@@ -310,12 +320,12 @@ def test_a_first_try_replaces_nothing_whatever_the_filesystem(fresh: Fresh) -> N
     source = place / "source"
     source.mkdir()
     file(source / "state")
-    spec, books, ticker = spec_of(source, place / "fork", reflink="never"), Books(), Ticker(go_on)
+    spec, ledger, ticker = spec_of(source, place / "fork", reflink="never"), Ledger(), Ticker(never_stop)
     with (
         open_endpoints(Roots(), spec.source, spec.destination) as ends,
         Staging.claim(ends.parent_fd, spec.fork_id, wait=0) as staging,
     ):
-        plan = start(ends, staging, spec, CHUNKED, ticker, books)
+        plan = start(ends, staging, spec, CHUNKED, ticker, ledger)
         assert isinstance(plan, Plan)
         journal = staging.journal()
         assert journal is not None
@@ -334,4 +344,4 @@ def test_a_first_try_replaces_nothing_whatever_the_filesystem(fresh: Fresh) -> N
             )
             assert "'state' exists already" in error["message"]
             assert os.stat("state", dir_fd=work.tree_fd).st_size == 0
-        assert finish(ends, staging, ticker, books) is not None
+        assert finish(ends, staging, ticker, ledger) is not None

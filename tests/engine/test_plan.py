@@ -23,7 +23,7 @@ from tasks.copier.source import manifest
 from tasks.copier.staging.staging import Staging
 from tasks.copier.staging.workspace import open_work
 from tests.fixtures.filesystems import Fresh, Kind
-from tests.support.engine.forks import INLINE, MIB, assert_alike, fork_with_books, go_on, spec_of
+from tests.support.engine.forks import INLINE, MIB, assert_alike, fork_with_ledger, never_stop, spec_of
 from tests.support.guests import make_sparse_file
 from tests.support.requirements import require_command
 
@@ -75,7 +75,7 @@ def planned(source: Path, limits: Limits, early: EarlyWorkers | None = None, **o
         journal = staging.begin(spec.to_data(), None)
         work = stack.enter_context(open_work(ends, staging, spec.options, staging.make_tree(journal)))
         cloner = Cloner(spec.options, {}, lambda count: None)
-        plan = make_plan(work, limits, cloner, Ticker(go_on), Report(), early)
+        plan = make_plan(work, limits, cloner, Ticker(never_stop), Report(), early)
         with open(staging.manifest(), "rb") as file:
             files = [
                 [
@@ -207,7 +207,7 @@ def test_an_empty_file_with_blocks_behind_its_end_is_forked_as_an_empty_file(fre
     (source / "reserved").touch()
     subprocess.run([fallocate, "--keep-size", "--length", "4MiB", source / "reserved"], check=True)
 
-    fork_with_books(source, directory / "fork", limits=Limits(inline_bytes=0, chunk_bytes=MIB))
+    fork_with_ledger(source, directory / "fork", limits=Limits(inline_bytes=0, chunk_bytes=MIB))
 
     assert_alike(source, directory / "fork")
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tasks.copier.options import Limits
 from tests.fixtures.filesystems import Fresh, Kind, fresh_directory
-from tests.support.engine.forks import MIB, assert_alike, fork_with_books, forked, times
+from tests.support.engine.forks import MIB, assert_alike, fork_with_ledger, forked, times
 from tests.support.engine.random_trees import Directory, make, trees
 
 KINDS: list[Kind] = ["xfs", "btrfs", "ext4", "tmpfs"]
@@ -42,10 +42,10 @@ def test_any_tree_is_forked_as_it_was(mount: Path, tree: Directory, limits: Limi
         make(os.fsencode(source), tree, [])
         before = times(source)
 
-        books = fork_with_books(source, directory / "fork", limits=limits, reflink=reflink, exclude=())
+        ledger = fork_with_ledger(source, directory / "fork", limits=limits, reflink=reflink, exclude=())
 
-        assert books.result["error"] is None
-        assert books.result["files"]["total"] == len(books.files) == len(before) - 1
+        assert ledger.result["error"] is None
+        assert ledger.result["files"]["total"] == len(ledger.files) == len(before) - 1
         assert {path: time for path, time in times(source).items() if path in before} == before
         assert_alike(source, directory / "fork")
 

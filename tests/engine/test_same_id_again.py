@@ -13,7 +13,7 @@ from tasks.copier.fork_spec import ForkResult
 from tasks.copier.staging.control_directory import control_name
 from tests.fixtures.filesystems import Fresh
 from tests.support.engine import staged_forks
-from tests.support.engine.forks import CHUNKED, Books, assert_alike, fork_with_books, leftovers
+from tests.support.engine.forks import CHUNKED, Ledger, assert_alike, fork_with_ledger, leftovers
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
 
 Phase = Literal["cloning", "publishing", "published"]
@@ -34,23 +34,23 @@ def yard(fresh: Fresh) -> Path:
 
 def leave(yard: Path, phase: Phase) -> None:
     """Have a fork of `a` to `first` stand in that phase, with no process at work on it."""
-    control, journal = staged_forks.begin(yard / "a", yard / "first")
+    control, journal = staged_forks.begin_fork(yard / "a", yard / "first")
     if phase == "cloning":
         return
 
-    class Dying(Books):
+    class Dying(Ledger):
         def store_result(self, result: ForkResult) -> None:
             raise Lost
 
     with pytest.raises(Lost):
-        staged_forks.go_on_with(yard / "a", yard / "first", Dying())
+        staged_forks.continue_fork(yard / "a", yard / "first", Dying())
     assert json.loads((control / "journal").read_bytes())["phase"] == "publishing"
     if phase == "publishing":
         (yard / "first").rename(yard / f"{control_name(staged_forks.ID)}.{journal['attempt']}")
 
 
 def ask(source: Path, destination: Path) -> ForkResult:
-    return fork_with_books(source, destination, fork_id=staged_forks.ID, limits=CHUNKED, reflink="never").result
+    return fork_with_ledger(source, destination, fork_id=staged_forks.ID, limits=CHUNKED, reflink="never").result
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -89,7 +89,7 @@ def test_another_source_for_the_same_destination_is_never_reported_with_the_firs
 def test_other_options_make_another_request(yard: Path) -> None:
     leave(yard, "cloning")
 
-    result = fork_with_books(
+    result = fork_with_ledger(
         yard / "a", yard / "first", fork_id=staged_forks.ID, limits=CHUNKED, reflink="never", skip=("state",)
     ).result
 
@@ -102,7 +102,7 @@ def test_the_same_request_is_gone_on_with(yard: Path, phase: Phase) -> None:
     leave(yard, phase)
     tree = _inode(yard)
 
-    assert staged_forks.go_on_with(yard / "a", yard / "first") == "succeeded"
+    assert staged_forks.continue_fork(yard / "a", yard / "first") == "succeeded"
 
     assert (yard / "first").stat().st_ino == tree
     assert_alike(yard / "a", yard / "first", SKIPPED_BY_DEFAULT)

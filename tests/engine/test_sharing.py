@@ -12,7 +12,7 @@ import pytest
 
 from tasks.copier.options import Limits
 from tests.fixtures.filesystems import Fresh, OverlayOver
-from tests.support.engine.forks import CHUNKED, INLINE, MIB, assert_alike, fork, fork_with_books, forked
+from tests.support.engine.forks import CHUNKED, INLINE, MIB, assert_alike, fork, fork_with_ledger, forked
 from tests.support.extents import allocated_bytes_of_tree, set_nocow, sharing
 from tests.support.guests import GIB, SKIPPED_BY_DEFAULT, GuestSizes, make_guest, make_sparse_file
 from tests.support.sources import make_everything
@@ -105,14 +105,14 @@ def test_one_nocow_file_is_copied_and_all_others_are_reflinked(fresh: Fresh, lim
         os.pwrite(file.fileno(), os.urandom(3 * MIB), 0)
         os.truncate(file.fileno(), 100 * MIB)
 
-    books = fork_with_books(source, directory / "fork", limits=limits)
+    ledger = fork_with_ledger(source, directory / "fork", limits=limits)
 
     assert_alike(source, directory / "fork", SKIPPED_BY_DEFAULT)
-    methods = {path: one["method"] for path, one in books.files.items() if one["type"] == "file"}
+    methods = {path: one["method"] for path, one in ledger.files.items() if one["type"] == "file"}
     assert [path for path, method in methods.items() if method == "copy"] == ["swap.raw"]
-    assert books.result["files"]["copied"] == 1
-    assert books.result["files"]["reflinked"] == 6
-    assert books.result["fallback"] == {
+    assert ledger.result["files"]["copied"] == 1
+    assert ledger.result["files"]["reflinked"] == 6
+    assert ledger.result["fallback"] == {
         "reason": "EINVAL: this file cannot be reflinked",
         "errno": errno.EINVAL,
         "path": "swap.raw",
@@ -158,23 +158,23 @@ def test_on_overlayfs_each_file_is_asked_for_itself(overlay_over: OverlayOver, f
         file.write(b"copied up")
     os.sync()
 
-    books = fork_with_books(source, overlay / "fork", limits=limits)
+    ledger = fork_with_ledger(source, overlay / "fork", limits=limits)
 
     assert_alike(source, overlay / "fork", SKIPPED_BY_DEFAULT)
-    methods = {path: one["method"] for path, one in books.files.items() if one["type"] == "file"}
+    methods = {path: one["method"] for path, one in ledger.files.items() if one["type"] == "file"}
     assert [path for path, method in methods.items() if method == "reflink"] == ["snapshots/snapshot-latest/memory"]
-    assert books.result["fallback"] is not None
-    assert books.result["fallback"]["errno"] == errno.EXDEV
+    assert ledger.result["fallback"] is not None
+    assert ledger.result["fallback"]["errno"] == errno.EXDEV
 
 
 def test_a_pair_that_refused_is_not_asked_again(fresh: Fresh, limits: Limits) -> None:
     source, destination = make_guest(fresh("xfs") / "source"), fresh("btrfs") / "fork"
 
-    books = fork_with_books(source, destination, limits=limits)
+    ledger = fork_with_ledger(source, destination, limits=limits)
 
-    reasons = {one["reason"] for one in books.files.values() if one["method"] == "copy"}
+    reasons = {one["reason"] for one in ledger.files.values() if one["method"] == "copy"}
     assert "EXDEV: this pair of filesystems refused a reflink before" in reasons
-    assert books.result["fallback"] == {
+    assert ledger.result["fallback"] == {
         "reason": "EXDEV: this pair of filesystems cannot reflink",
         "errno": errno.EXDEV,
         "path": "overlay.raw",

@@ -16,7 +16,7 @@ from tests.support.engine.file_results import assert_balanced
 from tests.support.engine.forks import (
     MIB,
     assert_alike,
-    fork_with_books,
+    fork_with_ledger,
     forked,
     leftovers,
     refused,
@@ -64,8 +64,8 @@ def test_a_snapshot_is_entry_by_entry_what_clones_of_all_entries_are(directory: 
     source.chmod(0o2751)
     age(source)
 
-    whole = fork_with_books(source, directory / "whole")
-    by_files = fork_with_books(source, directory / "by-files", fork_id="fork-2", snapshot="never")
+    whole = fork_with_ledger(source, directory / "whole")
+    by_files = fork_with_ledger(source, directory / "by-files", fork_id="fork-2", snapshot="never")
 
     assert _atimes(directory / "whole") == _atimes(directory / "by-files")  # first: to compare is to read
     assert (by_files.result["subvolume"], whole.result["subvolume"]) == (False, True)
@@ -214,7 +214,7 @@ def test_a_fork_of_a_fork_of_a_mounted_subvolume_and_of_a_read_only_one(director
 
 
 @pytest.mark.parametrize(
-    "wishes",
+    "arguments",
     [
         {"snapshot": "never"},
         {"reflink": "never"},
@@ -224,11 +224,11 @@ def test_a_fork_of_a_fork_of_a_mounted_subvolume_and_of_a_read_only_one(director
     ids=["snapshot=never", "reflink=never", "without hard links", "hard links alone"],
 )
 def test_a_wish_that_a_snapshot_cannot_fulfil_is_fulfilled_without(
-    directory: Path, source: Path, wishes: dict[str, object]
+    directory: Path, source: Path, arguments: dict[str, object]
 ) -> None:
-    result = file_by_file(source, directory / "fork", **wishes)
+    result = file_by_file(source, directory / "fork", **arguments)
 
-    assert result["files"]["copied" if "reflink" in wishes else "reflinked"] > 5
+    assert result["files"]["copied" if "reflink" in arguments else "reflinked"] > 5
 
 
 def test_always_a_reflink_is_one_by_snapshot_too(directory: Path, source: Path) -> None:

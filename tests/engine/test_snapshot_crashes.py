@@ -24,11 +24,11 @@ from tests.fixtures.processes import wait_until
 from tests.support.engine.child_processes import Child
 from tests.support.engine.forks import (
     INLINE,
-    Books,
+    Ledger,
     assert_alike,
     fork,
-    go_on,
     leftovers,
+    never_stop,
     spec_of,
 )
 from tests.support.engine.snapshots import by_snapshot, is_subvolume, make_subvolume_guest
@@ -73,7 +73,7 @@ def test_a_fork_that_is_killed_on_the_way_leaves_nothing_for_long(
     assert not half_made.exists()
 
 
-class _DiesAtTheEnd(Books):
+class _DiesAtTheEnd(Ledger):
     """A ledger whose process is killed after the rename, before the result is kept."""
 
     def store_result(self, result: ForkResult) -> None:
@@ -93,20 +93,20 @@ def published(directory: Path, source: Path) -> Iterator[Path]:
     assert leftovers(directory) == []
 
 
-def _deliver(source: Path, destination: Path, books: Books) -> Books:
+def _deliver(source: Path, destination: Path, ledger: Ledger) -> Ledger:
     spec = spec_of(source, destination)
     with (
         open_endpoints(Roots(), spec.source, spec.destination) as ends,
         Staging.claim(ends.parent_fd, "fork-1", wait=0) as staging,
     ):
-        start(ends, staging, spec, INLINE, Ticker(go_on), books)
-    return books
+        start(ends, staging, spec, INLINE, Ticker(never_stop), ledger)
+    return ledger
 
 
 def test_a_fork_that_was_published_is_known_again(source: Path, published: Path) -> None:
     before = published.stat()
 
-    result = _deliver(source, published, Books()).result
+    result = _deliver(source, published, Ledger()).result
 
     assert (result["error"], result["subvolume"]) == (None, True)
     assert published.stat() == before
@@ -118,7 +118,7 @@ def test_another_subvolume_at_the_destination_is_not_taken_for_the_fork(source: 
     make_subvolume(published)
     (published / "theirs").touch()
 
-    result = _deliver(source, published, Books()).result
+    result = _deliver(source, published, Ledger()).result
 
     assert result["error"] is not None
     assert os.listdir(published) == ["theirs"]

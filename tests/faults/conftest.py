@@ -1,4 +1,4 @@
-"""Systems whose workers stop or die at armed moments, and forks that stand still at each of them."""
+"""Systems whose workers stop or die at armed points of a fork."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.fault_points import Moments, directory_of
-from tests.faults.paused_forks import Guests, StartStruck
+from tests.faults.fault_points import FaultPoints, directory_of
+from tests.faults.paused_forks import Guests, StartArmedWorker
 from tests.fixtures.filesystems import Fresh, fresh_directory
 from tests.fixtures.processes import StartWorker
 from tests.support.guests import MIB, make_sparse_file
 from tests.support.system.scheduler import Scheduler
 from tests.support.system.systems import System
 
-#: Small forks in chunks, and smaller ones in one task. A dead or stopped one's work is delivered again after 5 s.
+#: Small forks are made in chunks. The work of a dead or stopped process is delivered again after 5 s.
 LIMITS = {
     "FORKVM_INLINE_FILES": "4",
     "FORKVM_CHUNK_FILES": "8",
@@ -24,8 +24,8 @@ LIMITS = {
 
 
 @pytest.fixture
-def start_struck(own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path) -> StartStruck:
-    """Starts a worker whose children strike themselves at the moments that are armed."""
+def start_armed_worker(own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path) -> StartArmedWorker:
+    """Starts a worker whose children stop or kill themselves at armed points (`fault_points`)."""
 
     def start(concurrency: int = 2, env: Mapping[str, str] | None = None) -> System:
         args = ["-I", "tests.faults.armed_worker", "--without-mingle"]
@@ -36,8 +36,8 @@ def start_struck(own_scheduler: Scheduler, start_worker: StartWorker, mounts: Pa
 
 
 @pytest.fixture
-def moments(own_scheduler: Scheduler) -> Moments:
-    return Moments(directory_of(own_scheduler.server.broker_url))
+def fault_points(own_scheduler: Scheduler) -> FaultPoints:
+    return FaultPoints(directory_of(own_scheduler.server.broker_url))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The moments of a fork at which a fault may strike, and how a test arms them; `tests.faults.armed_worker` does it."""
+"""The points of a fork at which a test may stop or kill its process. `tests.faults.armed_worker` carries it out."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Literal
 
-#: In the order of a fork. The result is kept at `settled`, but the staging stands and nothing is acknowledged.
-MOMENTS = (
+#: In the order of a fork. At "result stored" the staging still exists and the message is not yet acknowledged.
+FAULT_POINTS = (
     "begin uncounted",
     "no tree",
     "plan",
@@ -19,39 +19,39 @@ MOMENTS = (
     "finish",
     "before the rename",
     "after the rename",
-    "settled",
+    "result stored",
 )
-#: The one moment that only a small fork has; those of chunks it has not.
+#: The only point of a small fork that a fork in chunks does not have.
 INLINE = "inline copy"
-#: At these the fork is published, and no other process may make it again.
-PUBLISHED = ("after the rename", "settled")
+#: At these the fork is already published, and no other process may publish it again.
+PUBLISHED = ("after the rename", "result stored")
 
-#: To itself: SIGSTOP once, SIGKILL once, SIGKILL each time.
+#: What a process does at an armed point: stop once, die once, or die each time.
 Action = Literal["stop", "kill", "poison"]
 
 
-class Moments:
-    """Arms moments of forks, and tells which processes came to them."""
+class FaultPoints:
+    """Arms points of forks, and reports which processes reached them."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         directory.mkdir(exist_ok=True)
 
-    def arm(self, fork_id: str, moment: str, action: Action) -> None:
-        """Have whoever comes to this moment of this fork strike itself."""
+    def arm(self, fork_id: str, point: str, action: Action) -> None:
+        """Have the next process of this fork that reaches `point` stop or kill itself."""
         new = self._directory / f"new-{fork_id}"
         new.write_text(action)
-        new.rename(self._directory / f"{fork_id}@{moment}")
+        new.rename(self._directory / f"{fork_id}@{point}")
 
-    def disarm(self, fork_id: str, moment: str) -> None:
-        (self._directory / f"{fork_id}@{moment}").unlink(missing_ok=True)
+    def disarm(self, fork_id: str, point: str) -> None:
+        (self._directory / f"{fork_id}@{point}").unlink(missing_ok=True)
 
-    def reached(self, fork_id: str, moment: str) -> list[int]:
-        """The pids of those who came to it."""
-        prefix = f"{fork_id}@{moment}="
+    def reached(self, fork_id: str, point: str) -> list[int]:
+        """The pids of the processes that reached it."""
+        prefix = f"{fork_id}@{point}="
         return [int(name.removeprefix(prefix)) for name in os.listdir(self._directory) if name.startswith(prefix)]
 
 
 def directory_of(broker_url: str) -> Path:
-    """Where the moments of a worker lie: beside the socket of its Redis."""
-    return Path(broker_url.partition("://")[2]).parent / "moments"
+    """Where a worker keeps its armed points: beside the socket of its Redis."""
+    return Path(broker_url.partition("://")[2]).parent / "fault_points"

@@ -1,4 +1,4 @@
-"""A fork for every moment, each of them standing still there: so one fault strikes at all moments at once."""
+"""One paused fork for every fault point, so that one fault hits all of them at once."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from tests.faults.fault_points import INLINE, MOMENTS, Moments
+from tests.faults.fault_points import FAULT_POINTS, INLINE, FaultPoints
 from tests.fixtures.processes import wait_until
-from tests.support.system.result_checks import check_books, check_fork_result
-from tests.support.system.scheduler import PATIENCE, Scheduler
+from tests.support.system.result_checks import check_file_results, check_fork_result
+from tests.support.system.scheduler import TIMEOUT, Scheduler
 from tests.support.system.staging_view import leftovers
 from tests.support.system.systems import System, send
 from tests.support.tree import snapshot
 
-#: One for each moment to stand still at, and some to do all else: also what comes again while the others stand.
-CHILDREN = len(MOMENTS) + 4
+#: One child for each paused fork, and some for all other work, redelivered messages included.
+CHILDREN = len(FAULT_POINTS) + 4
 
 
-class StartStruck(Protocol):
+class StartArmedWorker(Protocol):
     def __call__(self, concurrency: int = 2, env: Mapping[str, str] | None = None) -> System: ...
 
 
@@ -33,58 +33,58 @@ class Guests:
 
 
 @dataclass(frozen=True)
-class Struck:
-    """One fork, the moment that is armed for it, and the process that came there."""
+class PausedFork:
+    """A fork, the point at which it is paused, and the pid of the paused process."""
 
-    moment: str
+    point: str
     fork_id: str
     source: Path
     destination: Path
     pid: int
 
-    def wait_for_success(self, scheduler: Scheduler, timeout: float = PATIENCE, *, emptied: bool = False) -> None:
-        """Waits for its true result: the fork stands, whole, and its books balance. Asks Redis, which may restart.
+    def wait_for_success(self, scheduler: Scheduler, timeout: float = TIMEOUT, *, emptied: bool = False) -> None:
+        """Wait until the fork has succeeded and check its files and results. Polls Redis, which may restart meanwhile.
 
-        `emptied`: Redis was, and what it had of the FileResults is gone.
+        `emptied`: Redis lost its data, so there are no FileResults to check.
         """
-        what = f"the result of the fork struck at {self.moment}"
+        what = f"the result of the fork paused at {self.point}"
         wait_until(
             lambda: scheduler.results.states.get(self.fork_id)["status"] in ("SUCCESS", "FAILURE"), what, timeout
         )
         result = scheduler.results.final.fork(self.fork_id)
         assert result is not None, what
         check_fork_result(result)
-        assert result["error"] is None, f"struck at {self.moment}: {result['error']}"
+        assert result["error"] is None, f"paused at {self.point}: {result['error']}"
         assert scheduler.results.states.get(self.fork_id)["status"] == "SUCCESS"
         if not emptied:
-            check_books(result, scheduler.files(self.fork_id))
+            check_file_results(result, scheduler.files(self.fork_id))
         assert snapshot(self.destination) == snapshot(self.source)
 
 
-def stand_at(
-    system: System, moments: Moments, guests: Guests, place: Path, which: Iterable[str] = MOMENTS
-) -> list[Struck]:
-    """Begins a fork for each moment, and returns when each has come to it and stands still."""
+def start_paused_forks(
+    system: System, fault_points: FaultPoints, guests: Guests, place: Path, which: Iterable[str] = FAULT_POINTS
+) -> list[PausedFork]:
+    """Start a fork for each point, and return when each is paused there."""
     forks = []
-    for moment in which:
-        fork_id = moment.replace(" ", "-")
-        source = guests.small if moment == INLINE else guests.large
-        forks.append((moment, fork_id, source, place / fork_id))
-        moments.arm(fork_id, moment, "stop")
+    for point in which:
+        fork_id = point.replace(" ", "-")
+        source = guests.small if point == INLINE else guests.large
+        forks.append((point, fork_id, source, place / fork_id))
+        fault_points.arm(fork_id, point, "stop")
         system.scheduler.send({"source": str(source), "destination": str(place / fork_id)}, fork_id)
-    for moment, fork_id, *_ in forks:
-        wait_until(lambda m=moment, f=fork_id: bool(moments.reached(f, m)), f"a process at {moment}")  # type: ignore[misc]
-    return [Struck(*fork, pid=moments.reached(fork[1], fork[0])[0]) for fork in forks]
+    for point, fork_id, *_ in forks:
+        wait_until(lambda m=point, f=fork_id: bool(fault_points.reached(f, m)), f"a process at {point}")  # type: ignore[misc]
+    return [PausedFork(*fork, pid=fault_points.reached(fork[1], fork[0])[0]) for fork in forks]
 
 
-def go_on(struck: Iterable[Struck]) -> None:
-    """Let those who stand still go on."""
-    send([one.pid for one in struck], signal.SIGCONT)
+def resume(paused: Iterable[PausedFork]) -> None:
+    """Send SIGCONT to the paused processes."""
+    send([one.pid for one in paused], signal.SIGCONT)
 
 
 def assert_served_and_clean(system: System, guests: Guests, place: Path, name: str = "next") -> None:
-    """The worker serves another fork, nothing is on its way any more, and no staging is left."""
+    """The worker serves another fork; afterwards no message is in flight and no staging is left."""
     system.scheduler.send({"source": str(guests.small), "destination": str(place / name)}, name)
-    Struck("no fault", name, guests.small, place / name, 0).wait_for_success(system.scheduler)
+    PausedFork("no fault", name, guests.small, place / name, 0).wait_for_success(system.scheduler)
     system.scheduler.wait_quiet()
     wait_until(lambda: not leftovers(place), f"the end of all staging: {leftovers(place)}")

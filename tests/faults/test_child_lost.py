@@ -1,4 +1,4 @@
-"""A pool child that dies or is stopped, at every moment of a fork."""
+"""A pool child that dies or is stopped, at every point of a fork."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ from typing import Any
 
 import pytest
 
-from tests.faults.fault_points import Moments
-from tests.faults.paused_forks import CHILDREN, Guests, StartStruck, Struck, assert_served_and_clean, go_on, stand_at
+from tests.faults.fault_points import FaultPoints
+from tests.faults.paused_forks import (
+    CHILDREN,
+    Guests,
+    PausedFork,
+    StartArmedWorker,
+    assert_served_and_clean,
+    resume,
+    start_paused_forks,
+)
 from tests.fixtures.processes import wait_until
 from tests.support.extents import fiemap
 from tests.support.system.result_checks import identity
@@ -20,48 +28,48 @@ from tests.support.tree import snapshot
 
 
 def test_child_killed_once_at_any_moment_costs_nothing_but_time(
-    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
+    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
-    system = start_struck(CHILDREN)
-    struck = stand_at(system, moments, guests, place)
+    system = start_armed_worker(CHILDREN)
+    paused = start_paused_forks(system, fault_points, guests, place)
 
-    send([one.pid for one in struck], signal.SIGKILL)
+    send([one.pid for one in paused], signal.SIGKILL)
 
-    for one in struck:
+    for one in paused:
         one.wait_for_success(system.scheduler)
     assert_served_and_clean(system, guests, place)
 
 
 def test_fork_of_a_stopped_child_is_made_by_another_and_the_sleeper_writes_nothing_into_it(
-    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
+    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
-    # Given a child that stopped at each moment, while its worker lives on
-    system = start_struck(CHILDREN)
-    struck = stand_at(system, moments, guests, place)
+    # Given a child that stopped at each point, while its worker lives on
+    system = start_armed_worker(CHILDREN)
+    paused = start_paused_forks(system, fault_points, guests, place)
 
     # When the others have had the time to take the forks
-    for one in struck:
+    for one in paused:
         one.wait_for_success(system.scheduler, 60)
     system.scheduler.wait_quiet()
-    published = {one: _picture(system, one) for one in struck}
+    published = {one: _picture(system, one) for one in paused}
 
     # Then what the sleepers do when they wake changes nothing: no byte, no time, no extent, no result
-    go_on(struck)
-    wait_until(lambda: not any(_works(one.pid) for one in struck), "the end of what the sleepers do")
+    resume(paused)
+    wait_until(lambda: not any(_works(one.pid) for one in paused), "the end of what the sleepers do")
     assert_served_and_clean(system, guests, place)
-    for one in struck:
-        assert _picture(system, one) == published[one], one.moment
+    for one in paused:
+        assert _picture(system, one) == published[one], one.point
         assert system.scheduler.results.states.get(one.fork_id)["status"] == "SUCCESS"
 
 
 @pytest.mark.alone
 def test_child_that_hangs_longer_than_the_time_limit_is_killed_and_its_work_done_by_another(
-    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
+    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
-    system = start_struck(CHILDREN, {"FORKVM_TASK_TIME_LIMIT": "2", "FORKVM_VISIBILITY_TIMEOUT": "60"})
-    struck = stand_at(system, moments, guests, place)
+    system = start_armed_worker(CHILDREN, {"FORKVM_TASK_TIME_LIMIT": "2", "FORKVM_VISIBILITY_TIMEOUT": "60"})
+    paused = start_paused_forks(system, fault_points, guests, place)
 
-    for one in struck:  # no lease lapses, no sweep comes so soon
+    for one in paused:  # no lease lapses, no sweep comes so soon
         one.wait_for_success(system.scheduler, 20)
 
     assert "took more than 2 s" in system.worker.output()
@@ -69,11 +77,11 @@ def test_child_that_hangs_longer_than_the_time_limit_is_killed_and_its_work_done
 
 
 def test_what_a_child_leaves_that_hangs_after_the_result_is_removed_also_when_another_told_the_result(
-    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
+    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
     # Given a fork that a second delivery found done while the process that made it hung
-    system = start_struck(4, {"FORKVM_TASK_TIME_LIMIT": "12", "FORKVM_VISIBILITY_TIMEOUT": "60"})
-    [one] = stand_at(system, moments, guests, place, ["settled"])
+    system = start_armed_worker(4, {"FORKVM_TASK_TIME_LIMIT": "12", "FORKVM_VISIBILITY_TIMEOUT": "60"})
+    [one] = start_paused_forks(system, fault_points, guests, place, ["result stored"])
     system.scheduler.send({"source": str(one.source), "destination": str(one.destination)}, one.fork_id)
     one.wait_for_success(system.scheduler)
     assert "took more than" not in system.worker.output()
@@ -85,7 +93,7 @@ def test_what_a_child_leaves_that_hangs_after_the_result_is_removed_also_when_an
     assert_served_and_clean(system, guests, place)
 
 
-def _picture(system: System, one: Struck) -> tuple[Any, ...]:
+def _picture(system: System, one: PausedFork) -> tuple[Any, ...]:
     """All of a fork that a late writer could change: inodes, times, contents, where the bytes lie, its results."""
     root = one.destination
     extents = {path: fiemap(path) for path in root.rglob("*") if path.is_file()}

@@ -16,7 +16,7 @@ from tests.support.engine.forks import assert_alike
 from tests.support.guests import MIB, SKIPPED_BY_DEFAULT, GuestSizes, make_guest
 from tests.support.requirements import require
 from tests.support.system.queued_campaigns import (
-    assert_books_balance,
+    assert_results_are_consistent,
     done,
     make_source,
     paths_of,
@@ -126,7 +126,7 @@ def test_deadline_of_a_campaign_goes_by_one_clock(
     wait_until(lambda: own_scheduler.results.final.get("c") is not None, "the end", 60)
     own_scheduler.wait_quiet()
     assert result_of(own_scheduler, "c")["status"] == status
-    assert_books_balance(own_scheduler, result_of(own_scheduler, "c"), paths_of(place, 600))
+    assert_results_are_consistent(own_scheduler, result_of(own_scheduler, "c"), paths_of(place, 600))
 
 
 def _hour(worker: Worker) -> str:

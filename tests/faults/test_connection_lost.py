@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 from tests.faults.fault_points import INLINE
-from tests.faults.paused_forks import Guests, Struck, assert_served_and_clean
+from tests.faults.paused_forks import Guests, PausedFork, assert_served_and_clean
 from tests.fixtures.processes import StartWorker, wait_until
-from tests.support.system.queued_campaigns import assert_books_balance, paths_of, request_of, result_of, send
+from tests.support.system.queued_campaigns import assert_results_are_consistent, paths_of, request_of, result_of, send
 from tests.support.system.redis_proxy import Proxy
-from tests.support.system.scheduler import PATIENCE, Scheduler
+from tests.support.system.scheduler import TIMEOUT, Scheduler
 from tests.support.system.systems import System
 
 #: Forks that are sent, one a step; between two steps the connection suffers.
@@ -47,7 +47,7 @@ def test_forks_and_campaigns_over_a_bad_connection_end_with_their_true_results(
         forks = []
         for n in range(FORKS):
             source = guests.large if n % 3 == 0 else guests.small
-            fork = Struck(INLINE, f"fork-{n}", source, place / f"fork-{n}", 0)
+            fork = PausedFork(INLINE, f"fork-{n}", source, place / f"fork-{n}", 0)
             _send(system, fork)
             forks.append(fork)
             proxy.delay = dice.choice([0.0, 0.0, 0.002, 0.02])
@@ -67,8 +67,8 @@ def test_forks_and_campaigns_over_a_bad_connection_end_with_their_true_results(
             send(own_scheduler, many, "many")
         for fork in forks:
             fork.wait_for_success(own_scheduler)
-        wait_until(lambda: own_scheduler.results.final.get("many") is not None, "the campaign's result", PATIENCE)
-        made = assert_books_balance(
+        wait_until(lambda: own_scheduler.results.final.get("many") is not None, "the campaign's result", TIMEOUT)
+        made = assert_results_are_consistent(
             own_scheduler, result_of(own_scheduler, "many"), paths_of(place / "many", FANNED_OUT)
         )
         assert {fork["status"] for fork in made} == {"succeeded"}
@@ -76,5 +76,5 @@ def test_forks_and_campaigns_over_a_bad_connection_end_with_their_true_results(
         assert_served_and_clean(system, guests, place)
 
 
-def _send(system: System, fork: Struck) -> None:
+def _send(system: System, fork: PausedFork) -> None:
     system.scheduler.send({"source": str(fork.source), "destination": str(fork.destination)}, fork.fork_id)

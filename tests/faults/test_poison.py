@@ -1,4 +1,4 @@
-"""Work that kills its process each time, at every moment: it ends after a bounded number of tries, others go on."""
+"""Work that kills its process each time, at every point: it ends after a bounded number of tries, others go on."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from pathlib import Path
 
 from tasks.copier.fork.chunk import MAX_TRIES
 from tasks.delivery.message import MAX_LOSSES
-from tests.faults.fault_points import INLINE, MOMENTS, PUBLISHED, Moments
-from tests.faults.paused_forks import Guests, StartStruck, Struck, assert_served_and_clean
+from tests.faults.fault_points import FAULT_POINTS, INLINE, PUBLISHED, FaultPoints
+from tests.faults.paused_forks import Guests, PausedFork, StartArmedWorker, assert_served_and_clean
 from tests.fixtures.processes import wait_until
-from tests.support.system.result_checks import check_books, check_fork_result
+from tests.support.system.result_checks import check_file_results, check_fork_result
 
 #: At these the process dies before it can count its try in the staging.
 UNCOUNTED = ("begin uncounted", "finish uncounted", "before the rename")
 
 
 def test_work_that_kills_its_process_each_time_ends_after_a_bounded_number_of_tries(
-    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
+    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
-    # Given a poison at every moment, and good forks beside them
-    system = start_struck(6)
+    # Given a poison at every point, and good forks beside them
+    system = start_armed_worker(6)
     scheduler = system.scheduler
     poisoned = []
-    for moment in MOMENTS:
-        source = guests.small if moment == INLINE else guests.large
-        fork_id = moment.replace(" ", "-")
-        moments.arm(fork_id, moment, "poison")
-        poisoned.append(Struck(moment, fork_id, source, place / fork_id, 0))
-    good = [Struck("no moment", f"good-{n}", guests.large, place / f"good-{n}", 0) for n in range(4)]
+    for point in FAULT_POINTS:
+        source = guests.small if point == INLINE else guests.large
+        fork_id = point.replace(" ", "-")
+        fault_points.arm(fork_id, point, "poison")
+        poisoned.append(PausedFork(point, fork_id, source, place / fork_id, 0))
+    good = [PausedFork("no point", f"good-{n}", guests.large, place / f"good-{n}", 0) for n in range(4)]
 
     # When
     for fork in [*poisoned, *good]:
@@ -40,20 +40,20 @@ def test_work_that_kills_its_process_each_time_ends_after_a_bounded_number_of_tr
 
     # and each of the poisoned ends: published where the poison comes after that, else as a failure with nothing left
     for fork in poisoned:
-        wait_until(lambda f=fork: scheduler.results.final.fork(f.fork_id) is not None, f"the end of {fork.moment}", 60)  # type: ignore[misc]
-        if fork.moment in PUBLISHED:
-            moments.disarm(fork.fork_id, fork.moment)
+        wait_until(lambda f=fork: scheduler.results.final.fork(f.fork_id) is not None, f"the end of {fork.point}", 60)  # type: ignore[misc]
+        if fork.point in PUBLISHED:
+            fault_points.disarm(fork.fork_id, fork.point)
             fork.wait_for_success(scheduler)
             continue
         result = scheduler.results.final.fork(fork.fork_id)
         assert result is not None
         check_fork_result(result)
-        assert result["error"] is not None, fork.moment
-        assert result["error"]["code"] == "worker_lost", fork.moment
-        check_books(result, scheduler.files(fork.fork_id))
+        assert result["error"] is not None, fork.point
+        assert result["error"]["code"] == "worker_lost", fork.point
+        check_file_results(result, scheduler.files(fork.fork_id))
         assert not fork.destination.exists()
-        tries = len(moments.reached(fork.fork_id, fork.moment))
-        assert 2 <= tries <= (2 * MAX_LOSSES if fork.moment in UNCOUNTED else MAX_TRIES + 1), (fork.moment, tries)
+        tries = len(fault_points.reached(fork.fork_id, fork.point))
+        assert 2 <= tries <= (2 * MAX_LOSSES if fork.point in UNCOUNTED else MAX_TRIES + 1), (fork.point, tries)
         state = partial(scheduler.results.states.get, fork.fork_id)
         wait_until(lambda state=state: state()["status"] == "FAILURE", f"the state of {fork}")  # type: ignore[misc]
     assert_served_and_clean(system, guests, place)

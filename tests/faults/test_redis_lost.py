@@ -1,4 +1,4 @@
-"""Redis goes away, is emptied or is full, with a fork at every moment."""
+"""Redis goes away, is emptied or is full, with a fork at every point."""
 
 from __future__ import annotations
 
@@ -15,8 +15,16 @@ from tasks.copier.errors import cancelled
 from tasks.copier.fork_spec import ForkResult
 from tasks.copier.staging.control_directory import control_name
 from tasks.store.campaign.results import CampaignResults
-from tests.faults.fault_points import INLINE, PUBLISHED, Moments
-from tests.faults.paused_forks import CHILDREN, Guests, StartStruck, Struck, assert_served_and_clean, go_on, stand_at
+from tests.faults.fault_points import INLINE, PUBLISHED, FaultPoints
+from tests.faults.paused_forks import (
+    CHILDREN,
+    Guests,
+    PausedFork,
+    StartArmedWorker,
+    assert_served_and_clean,
+    resume,
+    start_paused_forks,
+)
 from tests.fixtures.processes import wait_until
 from tests.support.system.scheduler import Scheduler
 from tests.support.system.staging_view import StagingView, leftovers
@@ -32,100 +40,105 @@ from tests.support.tree import snapshot
     ],
 )
 def test_forks_whose_redis_goes_away_end_with_their_true_results(
-    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path, kill: bool, seconds: float
+    start_armed_worker: StartArmedWorker,
+    fault_points: FaultPoints,
+    guests: Guests,
+    place: Path,
+    kill: bool,
+    seconds: float,
 ) -> None:
     # Given
-    system = start_struck(CHILDREN)
-    struck = stand_at(system, moments, guests, place)
+    system = start_armed_worker(CHILDREN)
+    paused = start_paused_forks(system, fault_points, guests, place)
 
     # When Redis is away while all of them go on
     system.server.kill() if kill else system.server.stop()
-    go_on(struck)
+    resume(paused)
     time.sleep(seconds)
     system.server.start()
 
     # Then
-    for one in struck:
+    for one in paused:
         one.wait_for_success(system.scheduler)
     assert system.worker.running
     assert_served_and_clean(system, guests, place)
 
 
 def test_redis_emptied_in_mid_fork_gives_no_false_success_and_its_staging_is_reaped(
-    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
+    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
-    # Given forks at every moment, untouched for long, as far as their files tell
-    system = start_struck(CHILDREN)
-    struck = stand_at(system, moments, guests, place)
-    for one in struck:
+    # Given forks at every point, untouched for long, as far as their files tell
+    system = start_armed_worker(CHILDREN)
+    paused = start_paused_forks(system, fault_points, guests, place)
+    for one in paused:
         StagingView(place, one.fork_id).grow_old()
 
     # When Redis forgets all and their processes die
     system.scheduler.redis.flushall()
-    send([one.pid for one in struck], signal.SIGKILL)
+    send([one.pid for one in paused], signal.SIGKILL)
 
     # Then what was not published is nowhere, not even as staging; but a worker may have had a message at hand
     wait_until(lambda: not leftovers(place), "the end of all staging")
     system.scheduler.wait_quiet()
-    forgotten = [one for one in struck if system.scheduler.results.final.fork(one.fork_id) is None]
-    assert len(forgotten) > len(struck) // 2
-    for one in struck:
+    forgotten = [one for one in paused if system.scheduler.results.final.fork(one.fork_id) is None]
+    assert len(forgotten) > len(paused) // 2
+    for one in paused:
         if one not in forgotten:
             one.wait_for_success(system.scheduler, emptied=True)
-    published = {one.moment for one in forgotten if one.destination.exists()}
-    assert published == {one.moment for one in forgotten} & set(PUBLISHED)
+    published = {one.point for one in forgotten if one.destination.exists()}
+    assert published == {one.point for one in forgotten} & set(PUBLISHED)
 
     # and the same ids can be sent again
     for one in forgotten:
         _send_again(system.scheduler, one)
     for one in forgotten:
-        if one.moment == "after the rename":  # it died before it could note that it had ended
+        if one.point == "after the rename":  # it died before it could note that it had ended
             _assert_destination_exists(system.scheduler, one)
         else:
-            one.wait_for_success(system.scheduler, emptied=one.moment in PUBLISHED)
+            one.wait_for_success(system.scheduler, emptied=one.point in PUBLISHED)
     assert_served_and_clean(system, guests, place)
 
 
 def test_redis_emptied_while_forks_go_on_gives_no_false_success_and_the_ids_can_be_sent_again(
-    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
+    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
-    system = start_struck(CHILDREN)
-    struck = stand_at(system, moments, guests, place)
+    system = start_armed_worker(CHILDREN)
+    paused = start_paused_forks(system, fault_points, guests, place)
 
     system.scheduler.redis.flushall()
-    go_on(struck)
-    for one in struck:
+    resume(paused)
+    for one in paused:
         _send_again(system.scheduler, one)
 
-    for one in struck:
+    for one in paused:
         result = _wait_for_result(system.scheduler, one)
-        assert result["error"] is None, one.moment
+        assert result["error"] is None, one.point
         assert snapshot(one.destination) == snapshot(one.source)
     assert_served_and_clean(system, guests, place)
 
 
 def test_full_redis_fails_forks_clearly_and_all_works_again_when_there_is_room(
-    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
+    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
     # Given
-    system = start_struck(CHILDREN)
-    struck = stand_at(system, moments, guests, place)
+    system = start_armed_worker(CHILDREN)
+    paused = start_paused_forks(system, fault_points, guests, place)
 
     # When there is no room until those that must write FileResults have given up
     system.scheduler.redis.config_set("maxmemory", "1mb")
-    go_on(struck)
+    resume(paused)
     with pytest.raises(OutOfMemoryError):
         system.scheduler.redis.set("more", "x", ex=60)
-    writers = [one for one in struck if one.moment in ("plan", INLINE)]
+    writers = [one for one in paused if one.point in ("plan", INLINE)]
     wait_until(lambda: not any(_trees(one) for one in writers), "the end of the trees whose results found no room")
-    assert not [one.moment for one in writers if one.destination.exists()]
+    assert not [one.point for one in writers if one.destination.exists()]
     time.sleep(1)
     system.scheduler.redis.config_set("maxmemory", "0")
 
     # Then each fork ends, as a success that is there, or as a failure that left nothing
-    for one in struck:
+    for one in paused:
         result = _wait_for_result(system.scheduler, one)
-        assert result["error"] is not None or one not in writers, f"{one.moment}: its results had no room"
+        assert result["error"] is not None or one not in writers, f"{one.point}: its results had no room"
         if result["error"] is None:
             one.wait_for_success(system.scheduler)
         else:
@@ -151,23 +164,23 @@ def test_full_redis_takes_nothing_of_the_forks_of_a_batch(own_scheduler: Schedul
     assert [fork["fork_id"] for fork in campaign.forks(1, 3)] == ["c.1", "c.2", "c.3"]
 
 
-def _send_again(scheduler: Scheduler, one: Struck) -> None:
+def _send_again(scheduler: Scheduler, one: PausedFork) -> None:
     scheduler.send({"source": str(one.source), "destination": str(one.destination)}, one.fork_id)
 
 
-def _trees(one: Struck) -> list[Path]:
+def _trees(one: PausedFork) -> list[Path]:
     """What stands of the fork while it is made; its control directory waits for the result to be kept."""
     return list(one.destination.parent.glob(f"{control_name(one.fork_id)}.*"))
 
 
-def _wait_for_result(scheduler: Scheduler, one: Struck) -> ForkResult:
-    wait_until(lambda: scheduler.results.final.fork(one.fork_id) is not None, f"the result of {one.moment}")
+def _wait_for_result(scheduler: Scheduler, one: PausedFork) -> ForkResult:
+    wait_until(lambda: scheduler.results.final.fork(one.fork_id) is not None, f"the result of {one.point}")
     result = scheduler.results.final.fork(one.fork_id)
     assert result is not None
     return result
 
 
-def _assert_destination_exists(scheduler: Scheduler, one: Struck) -> None:
+def _assert_destination_exists(scheduler: Scheduler, one: PausedFork) -> None:
     result = _wait_for_result(scheduler, one)
     assert result["error"] is not None
     assert result["error"]["code"] == "destination_exists"

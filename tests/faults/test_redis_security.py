@@ -88,12 +88,12 @@ def test_running_campaigns_are_cancelled_and_retried_under_the_documented_rights
     run_forkvm("campaign", source, *aims, "--id", "many", env=environment)
     wait_until((directory / "vm-0001").exists, "the first fork")
     send(worker.children, signal.SIGSTOP)
-    go_on = threading.Timer(1.5, send, (worker.children, signal.SIGCONT))  # while `cancel` waits for the end
-    go_on.start()
+    resume = threading.Timer(1.5, send, (worker.children, signal.SIGCONT))  # while `cancel` waits for the end
+    resume.start()
 
     # When
     cancelled = run_forkvm("cancel", "many", "--json", env=environment)
-    go_on.join()
+    resume.join()
     retried = run_forkvm("campaign", "--retry", "many", "--id", "rest", "--wait", "--json", env=environment)
 
     # Then

@@ -13,8 +13,15 @@ import pytest
 from redis import Redis
 from redis.exceptions import ResponseError
 
-from tests.faults.fault_points import Moments
-from tests.faults.paused_forks import CHILDREN, Guests, StartStruck, assert_served_and_clean, go_on, stand_at
+from tests.faults.fault_points import FaultPoints
+from tests.faults.paused_forks import (
+    CHILDREN,
+    Guests,
+    StartArmedWorker,
+    assert_served_and_clean,
+    resume,
+    start_paused_forks,
+)
 from tests.fixtures.processes import wait_until
 from tests.support.system.scheduler import Scheduler, states
 
@@ -47,25 +54,25 @@ REFUSALS = {
 
 @pytest.mark.parametrize("kind", REFUSALS)
 def test_forks_wait_while_redis_refuses_writes_and_no_state_goes_back(
-    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path, kind: str
+    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path, kind: str
 ) -> None:
-    # Given a fork at every moment
-    system = start_struck(CHILDREN)
-    struck = stand_at(system, moments, guests, place)
-    with system.scheduler.watching(struck[0].fork_id) as first, system.scheduler.watching(struck[-1].fork_id) as last:
+    # Given a fork at every point
+    system = start_armed_worker(CHILDREN)
+    paused = start_paused_forks(system, fault_points, guests, place)
+    with system.scheduler.watching(paused[0].fork_id) as first, system.scheduler.watching(paused[-1].fork_id) as last:
         # When Redis refuses writes while all of them go on
         REFUSALS[kind].begin(system.scheduler)
         with pytest.raises(ResponseError):
             system.scheduler.redis.set("more", "x", ex=60)
-        go_on(struck)
+        resume(paused)
         time.sleep(2)
         assert not [
-            one.moment for one in struck if system.scheduler.results.states.get(one.fork_id)["status"] == "FAILURE"
+            one.point for one in paused if system.scheduler.results.states.get(one.fork_id)["status"] == "FAILURE"
         ]
         REFUSALS[kind].end(system.scheduler.redis)
 
         # Then
-        for one in struck:
+        for one in paused:
             one.wait_for_success(system.scheduler)
     for records in (first, last):
         assert "FAILURE" not in states(records)

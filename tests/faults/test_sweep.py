@@ -22,8 +22,15 @@ from tasks.store.campaign.results import CampaignResults
 from tasks.store.claims import Claim
 from tasks.store.results import Results
 from tasks.sweep import remove_abandoned, run_sweep, sweep_forks
-from tests.faults.fault_points import Moments
-from tests.faults.paused_forks import CHILDREN, Guests, StartStruck, Struck, assert_served_and_clean, stand_at
+from tests.faults.fault_points import FaultPoints
+from tests.faults.paused_forks import (
+    CHILDREN,
+    Guests,
+    PausedFork,
+    StartArmedWorker,
+    assert_served_and_clean,
+    start_paused_forks,
+)
 from tests.fixtures.processes import RunForkvm, StartWorker, wait_until
 from tests.support.system.scheduler import QUEUE, QUEUES, UNACKED, Scheduler
 from tests.support.system.staging_view import StagingView, leftovers
@@ -31,20 +38,20 @@ from tests.support.system.systems import System
 
 
 def test_fork_whose_messages_are_lost_is_finished(
-    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
+    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
-    # Given forks that stand at every moment
-    system = start_struck(CHILDREN)
+    # Given forks that stand at every point
+    system = start_armed_worker(CHILDREN)
     redis = system.scheduler.redis
-    struck = stand_at(system, moments, guests, place)
+    paused = start_paused_forks(system, fault_points, guests, place)
 
     # When every message of theirs is lost, as if Redis had gone between kombu's two steps, and their processes die
     redis.delete(*QUEUES, UNACKED, f"{UNACKED}_index")
     system.worker.kill()
 
     # Then another worker, which has no message of theirs, finishes them
-    other = start_struck(4)
-    for one in struck:
+    other = start_armed_worker(4)
+    for one in paused:
         one.wait_for_success(other.scheduler)
     assert_served_and_clean(other, guests, place)
 
@@ -88,7 +95,7 @@ def test_sweeps_and_searches_in_a_tight_loop_leave_every_live_fork_alone(
         # When forks are made beside them, by the worker and by a local command
         forks = []
         for n in range(30):
-            fork = Struck("no moment", f"live-{n}", guests.large, place / f"live-{n}", 0)
+            fork = PausedFork("no point", f"live-{n}", guests.large, place / f"live-{n}", 0)
             system.scheduler.send({"source": str(fork.source), "destination": str(fork.destination)}, fork.fork_id)
             forks.append(fork)
         local = run_forkvm("fork", guests.large, place / "local")
@@ -107,11 +114,11 @@ def test_sweeps_and_searches_in_a_tight_loop_leave_every_live_fork_alone(
 
 
 def test_staging_that_no_queue_knows_goes_when_it_is_old_and_that_of_an_open_fork_stays(
-    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
+    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
     # Given the staging of two dead forks, one of which Redis still knows
-    system = start_struck(2)
-    stand_at(system, moments, guests, place, ["middle", "finish"])
+    system = start_armed_worker(2)
+    start_paused_forks(system, fault_points, guests, place, ["middle", "finish"])
     system.worker.kill()
     redis = system.scheduler.redis
     redis.delete("forkvm:middle:claim")
@@ -196,10 +203,10 @@ def test_search_of_a_worker_passes_over_bad_entries(own_scheduler: Scheduler, pl
 
 @pytest.mark.parametrize("what", PLANTED)
 def test_campaign_whose_staging_was_replaced_ends_and_others_are_served(
-    what: str, start_struck: StartStruck, guests: Guests, place: Path
+    what: str, start_armed_worker: StartArmedWorker, guests: Guests, place: Path
 ) -> None:
     # Given a campaign that was claimed, whose message is lost, and whose staging is none of ours any more
-    system = start_struck(2)
+    system = start_armed_worker(2)
     destinations = [str(place / f"vm-{n}") for n in range(3)]
     request = {"source": str(guests.small), "destinations": destinations}
     spec, _ = campaign_of(request, "c1", owner="queue")

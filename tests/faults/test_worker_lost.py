@@ -1,4 +1,4 @@
-"""A whole worker that dies or is told to end, with a fork at every moment."""
+"""A whole worker that dies or is told to end, with a fork at every point."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.fault_points import PUBLISHED, Moments
-from tests.faults.paused_forks import CHILDREN, Guests, StartStruck, assert_served_and_clean, go_on, stand_at
+from tests.faults.fault_points import PUBLISHED, FaultPoints
+from tests.faults.paused_forks import (
+    CHILDREN,
+    Guests,
+    StartArmedWorker,
+    assert_served_and_clean,
+    resume,
+    start_paused_forks,
+)
 from tests.fixtures.processes import wait_until
 from tests.support.system.result_checks import identity
 from tests.support.system.scheduler import UNACKED
@@ -23,20 +30,20 @@ TAKEN_OVER_SECONDS = 15.0
 
 @pytest.mark.alone
 def test_forks_of_a_worker_that_died_with_its_machine_are_done_by_another_within_seconds(
-    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
+    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
-    # Given a worker with a fork at every moment, and another worker beside it
-    system = start_struck(CHILDREN)
-    struck = stand_at(system, moments, guests, place)
-    other = start_struck()
-    published = {one: identity(one.destination) for one in struck if one.moment in PUBLISHED}
+    # Given a worker with a fork at every point, and another worker beside it
+    system = start_armed_worker(CHILDREN)
+    paused = start_paused_forks(system, fault_points, guests, place)
+    other = start_armed_worker()
+    published = {one: identity(one.destination) for one in paused if one.point in PUBLISHED}
 
     # When
     system.worker.kill()
     died = time.monotonic()
 
     # Then
-    for one in struck:
+    for one in paused:
         one.wait_for_success(other.scheduler)
     assert time.monotonic() - died < TAKEN_OVER_SECONDS
     assert {one: identity(one.destination) for one in published} == published  # not made twice
@@ -52,33 +59,37 @@ def test_forks_of_a_worker_that_died_with_its_machine_are_done_by_another_within
     ],
 )
 def test_worker_that_is_told_to_end_hands_back_or_finishes_all_it_has(
-    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path, signals: list[signal.Signals]
+    start_armed_worker: StartArmedWorker,
+    fault_points: FaultPoints,
+    guests: Guests,
+    place: Path,
+    signals: list[signal.Signals],
 ) -> None:
     # Given
-    system = start_struck(CHILDREN)
-    struck = stand_at(system, moments, guests, place)
+    system = start_armed_worker(CHILDREN)
+    paused = start_paused_forks(system, fault_points, guests, place)
 
     # When
     for number in signals:
         send([system.worker.pid], number)
         wait_until(lambda: "\nworker: " in system.worker.output(), "the worker's word that it ends")
-    go_on(struck)
+    resume(paused)
 
     # Then it ends by itself, and nothing is its own any more
     system.worker.wait()
     assert system.scheduler.messages()[UNACKED] == 0
-    next_worker = start_struck(4)
-    for one in struck:
+    next_worker = start_armed_worker(4)
+    for one in paused:
         one.wait_for_success(next_worker.scheduler)
     assert_served_and_clean(next_worker, guests, place)
 
 
 def test_worker_that_died_while_it_put_messages_back_keeps_no_other_from_it(
-    start_struck: StartStruck, moments: Moments, guests: Guests, place: Path
+    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
     # Given a worker that died with a fork, and with kombu's lock, as its settings have it taken
-    doomed = start_struck(1)
-    struck = stand_at(doomed, moments, guests, place, ["plan"])
+    doomed = start_armed_worker(1)
+    paused = start_paused_forks(doomed, fault_points, guests, place, ["plan"])
     doomed.worker.kill()
     settings = read_settings(roots=str(place), broker_url=doomed.server.broker_url)
     options = make_app(settings).conf.broker_transport_options
@@ -86,9 +97,9 @@ def test_worker_that_died_while_it_put_messages_back_keeps_no_other_from_it(
     assert lock.acquire(blocking=False)
 
     # When another one comes
-    other = start_struck()
+    other = start_armed_worker()
 
     # Then
-    for one in struck:
+    for one in paused:
         one.wait_for_success(other.scheduler, TAKEN_OVER_SECONDS)
     assert_served_and_clean(other, guests, place)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.soak.plan import SECONDS, SEED
 
-#: What the last forks and the books may take, in seconds.
+#: What the last forks and the checks may take, in seconds.
 _REST_SECONDS = 600
 
 

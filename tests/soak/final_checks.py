@@ -15,7 +15,7 @@ from celery import states
 from tasks.copier.fork_spec import ForkResult
 from tasks.copier.report import FileResult
 from tests.soak.jobs import Job
-from tests.support.system.result_checks import check_books, check_fork_result
+from tests.support.system.result_checks import check_file_results, check_fork_result
 from tests.support.system.scheduler import Scheduler
 from tests.support.tree import Entry, snapshot
 
@@ -25,7 +25,7 @@ MOST_MEMORY = 200 << 20
 
 
 @dataclass
-class Books:
+class FinalChecks:
     """Each job's first final result, and what every worker's processes had open at most."""
 
     scheduler: Scheduler
@@ -69,7 +69,7 @@ class Books:
             check_fork_result(fork)
             # Known gap: a part whose file is damaged between two tries may be counted, and have no FileResults.
             if not job.may_be_damaged:
-                check_books(fork, files[fork["fork_id"]])
+                check_file_results(fork, files[fork["fork_id"]])
         if job.forks:
             ends: Counter[str] = Counter(fork["status"] for fork in forks)
             assert result["forks"] == {"total": job.forks, **{end: ends[end] for end in _STATES}}

@@ -43,11 +43,11 @@ _EVERY_SECONDS = 0.7
 #: How long after a task ran a fault of Redis may still lose its acknowledgement.
 _ACKNOWLEDGED_SECONDS = 3.0
 #: Seconds for the last tasks to run.
-_PATIENCE = 60.0
+_TIMEOUT = 60.0
 
 
 class OtherApplication:
-    """Its worker, its client, and the books of its tasks."""
+    """Its worker, its client, and the checks of its tasks."""
 
     def __init__(self, directory: Path, server: RedisServer, dice: random.Random) -> None:
         self._directory = directory
@@ -59,7 +59,7 @@ class OtherApplication:
         self._next = 0.0
         self._process: subprocess.Popen[bytes] | None = None
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Start the worker if it has ended, and send a task if it is time for one."""
         if self._process is None or self._process.poll() is not None:
             self._start()
@@ -72,9 +72,9 @@ class OtherApplication:
             self._sent[number] = time.time()
 
     def check(self, faults: list[Interval]) -> str:
-        """Wait for the tasks that met no fault of Redis, see that each ran once, and return the books as one line."""
+        """Wait for the tasks that met no fault of Redis, see that each ran once, and return the checks as one line."""
         wait_until(
-            lambda: not self._missing(faults), f"tasks of the other application: {self._missing(faults)}", _PATIENCE
+            lambda: not self._missing(faults), f"tasks of the other application: {self._missing(faults)}", _TIMEOUT
         )
         runs = self._runs()
         judged = {n: times for n, times in runs.items() if n in self._sent and not self._met(n, times[0], faults)}

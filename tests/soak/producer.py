@@ -12,7 +12,7 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
-from tests.soak.final_checks import Books
+from tests.soak.final_checks import FinalChecks
 from tests.soak.jobs import KINDS, Job, Kind, Sources
 
 #: Jobs in flight at once.
@@ -25,14 +25,14 @@ class Producer:
     def __init__(
         self,
         app: Celery,
-        books: Books,
+        checks: FinalChecks,
         sources: Sources,
         places: tuple[Path, Path],
         seed: int,
         kinds: Sequence[Kind] = KINDS,
     ) -> None:
         self._app = app
-        self._books = books
+        self._checks = checks
         self._sources = sources
         self._places = places
         self._dice = random.Random(seed)
@@ -58,7 +58,7 @@ class Producer:
     def close_ended(self) -> None:
         """Check the jobs that have ended."""
         for job in list(self.open):
-            if self._books.close(job):
+            if self._checks.close(job):
                 self.open.remove(job)
 
     def send(self, job: Job) -> None:
@@ -81,7 +81,7 @@ class Producer:
     def send_unknown_again(self) -> None:
         """Send the jobs again that no worker has begun: Redis lost their messages."""
         for job in self.open:
-            if self._books.scheduler.results.claims.get(job.fork_id) is None:
+            if self._checks.scheduler.results.claims.get(job.fork_id) is None:
                 self.send(job)
 
     def damageable(self) -> list[Job]:
@@ -92,7 +92,7 @@ class Producer:
         for fork_id, (when, job) in list(self._cancels.items()):
             if time.monotonic() > when:
                 if job.cancel_by == "cancel":
-                    self._books.scheduler.results.cancellations.request(fork_id)
+                    self._checks.scheduler.results.cancellations.request(fork_id)
                 else:
                     self._app.control.revoke(fork_id, terminate=job.cancel_by == "terminate")
                 del self._cancels[fork_id]

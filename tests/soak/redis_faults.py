@@ -129,7 +129,7 @@ class RedisFaults:
         """What is on its way, also over new connections, comes much later."""
         self._proxy.hold()
         time.sleep(self._dice.uniform(1.0, _LONGEST_SILENCE))
-        self._proxy.go_on()
+        self._proxy.release()
 
     def deliver_again(self) -> None:
         """Messages that wait are put into their queue once more, in the other order."""

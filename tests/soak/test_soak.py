@@ -27,7 +27,7 @@ from tests.fixtures.redis_server import RedisServer
 from tests.soak import plan
 from tests.soak.damage import Damage
 from tests.soak.faults import Faults
-from tests.soak.final_checks import Books
+from tests.soak.final_checks import FinalChecks
 from tests.soak.jobs import Job, make_sources
 from tests.soak.other_application import other_application
 from tests.soak.producer import Producer
@@ -37,7 +37,7 @@ from tests.support.system.scheduler import Scheduler
 from tests.support.system.staging_view import leftovers
 
 #: Seconds for all jobs to end when no fault strikes any more.
-PATIENCE = 120.0
+TIMEOUT = 120.0
 LIMITS = {
     "FORKVM_INLINE_FILES": "10",
     "FORKVM_INLINE_BYTES": "1048576",
@@ -95,8 +95,8 @@ def test_every_job_has_one_true_end_whatever_strikes(
             return start_worker(mounts, env=LIMITS | addresses, args=["--without-mingle"])
 
         scheduler = Scheduler(app, redis_server)
-        books = Books(scheduler)
-        producer = Producer(app, books, sources, places, seed)
+        checks = FinalChecks(scheduler)
+        producer = Producer(app, checks, sources, places, seed)
         damage = Damage(producer.damageable, aside, random.Random(seed + 4))
         dice = random.Random(seed + 1)
         faults = Faults(start, RedisFaults(redis_server, proxy, dice), damage, dice)
@@ -107,13 +107,13 @@ def test_every_job_has_one_true_end_whatever_strikes(
         with _in_background(strikes, until) as failures:
             while time.monotonic() < until and not failures:
                 producer.produce()
-                other.go_on()
-                books.measure([pid for worker in faults.workers for pid in (worker.pid, *worker.children)])
+                other.resume()
+                checks.measure([pid for worker in faults.workers for pid in (worker.pid, *worker.children)])
                 time.sleep(0.1)
         assert failures == []
 
         # Then
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + TIMEOUT
         while producer.open and time.monotonic() < end:
             producer.close_ended()
             if not any(scheduler.messages().values()):
@@ -124,13 +124,13 @@ def test_every_job_has_one_true_end_whatever_strikes(
         damage.clear()
         left_to_gc = _collect(redis_server, mounts, places, producer.jobs)
         wait_until(lambda: not any(map(leftovers, places)), f"the end of all staging: {[*map(leftovers, places)]}")
-        books.check_end(producer.jobs)
+        checks.check_end(producer.jobs)
         others = other.check(faults.of_redis)
         assert all(worker.running for worker in faults.workers)
         other.end()
         leaked = redis_server.leaked_keys()
         assert leaked == []
-        _report(seed, seconds, producer, faults, books)
+        _report(seed, seconds, producer, faults, checks)
         print(f"  {others}")
         print(f"  of damaged staging, left to gc: {left_to_gc}")
         scheduler.close()
@@ -161,12 +161,12 @@ def _collect(server: RedisServer, roots: Path, places: tuple[Path, ...], jobs: l
     return len(left)
 
 
-def _report(seed: int, seconds: int, producer: Producer, faults: Faults, books: Books) -> None:
+def _report(seed: int, seconds: int, producer: Producer, faults: Faults, checks: FinalChecks) -> None:
     jobs = producer.jobs
     sent, tries = sum(job.sent for job in jobs), faults.deliveries()
     print(f"\nsoak: seed {seed}, {seconds} s: {len(jobs)} jobs, {sent} requests sent, {tries} tries of tasks")
-    print(f"  ends: {', '.join(f'{count} {end}' for end, count in books.ends.most_common())}")
+    print(f"  ends: {', '.join(f'{count} {end}' for end, count in checks.ends.most_common())}")
     print(f"  faults: {faults.counts.total()}: {', '.join(f'{n} {fault}' for fault, n in faults.counts.most_common())}")
     lost = sum(job.sent > job.copies for job in jobs)
     print(f"  sent again by their clients, never begun: {lost}")
-    print(f"  at most {books.most_files} open files and {books.most_memory >> 20} MiB in a process of a worker")
+    print(f"  at most {checks.most_files} open files and {checks.most_memory >> 20} MiB in a process of a worker")

@@ -19,7 +19,7 @@ from tests.fixtures.processes import PublicProgram, Worker, program_environment
 from tests.fixtures.redis_server import RedisServer
 from tests.support.guests import MIB, make_guest, make_sparse_file
 from tests.support.outcome import LOGS
-from tests.support.system.result_checks import check_books, check_fork_result
+from tests.support.system.result_checks import check_file_results, check_fork_result
 from tests.support.system.scheduler import Scheduler
 from tests.support.system.staging_view import StagingView
 from tests.support.system.systems import System, stopped_in_the_middle
@@ -188,7 +188,7 @@ def test_bad_request_ends_with_its_code_and_path_and_leaves_nothing(
     assert message.startswith(": ".join(filter(None, (row.code, filled(row.error_path), error["message"]))))
     assert (result["source"], result["destination"]) == (request["source"], request["destination"])
     assert result["status"] == "failed"
-    check_books(result, scheduler.files(result["fork_id"]))
+    check_file_results(result, scheduler.files(result["fork_id"]))
     assert _entries(directory) == before
     assert list(other.iterdir()) == []
     system.assert_left_nothing_in(directory, other)
@@ -292,7 +292,7 @@ def test_full_destination_is_no_space_and_leaves_nothing(
         assert error["errno"] == errno.ENOSPC
         assert error["path"].startswith(str(full / "b"))
         assert result["files"]["failed"] <= 2
-        check_books(result, scheduler.files(result["fork_id"]))
+        check_file_results(result, scheduler.files(result["fork_id"]))
         system.assert_left_nothing_in(full)
         assert list(full.iterdir()) == []
 
@@ -339,7 +339,7 @@ def test_source_that_changes_while_it_is_cloned_is_source_changed(
     assert message.startswith(f"source_changed: {source}")
     assert result["error"] is not None
     assert result["error"]["code"] == "source_changed"
-    check_books(result, scheduler.files(fork_id))
+    check_file_results(result, scheduler.files(fork_id))
     assert not (directory / "b").exists()
     system.assert_left_nothing_in(directory)
 
@@ -355,7 +355,7 @@ def test_destination_that_someone_makes_while_the_fork_runs_is_left_as_it_is(
     message, result = scheduler.wait_failed(sent)
 
     assert message.startswith(f"destination_exists: {place / 'b'}: ")
-    check_books(result, scheduler.files("overtaken"))
+    check_file_results(result, scheduler.files("overtaken"))
     assert [path.name for path in (place / "b").iterdir()] == ["mine"]
     system.assert_left_nothing_in(place)
 
@@ -427,7 +427,7 @@ def test_what_the_workers_user_may_not_do_is_permission_denied(
         assert message.startswith(f"permission_denied: {path}: "), message
         assert result["error"] is not None
         assert result["error"]["errno"] == errno.EACCES
-        check_books(result, scheduler.files(result["fork_id"]))
+        check_file_results(result, scheduler.files(result["fork_id"]))
         system.assert_left_nothing_in(directory)
         assert not (directory / "b").exists()
 

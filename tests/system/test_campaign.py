@@ -17,15 +17,15 @@ from tests.support.guests import GuestSizes, make_guest
 from tests.support.system.messages import Recorder, deliver
 from tests.support.system.queued_campaigns import (
     assert_all_are_whole,
-    assert_books_balance,
+    assert_results_are_consistent,
     done,
     forks_of,
     make_source,
     paths_of,
+    published_forks,
     request_of,
     result_of,
     send,
-    standing,
 )
 from tests.support.system.result_checks import FILE_FIELDS, identity
 from tests.support.system.scheduler import Scheduler, states
@@ -119,7 +119,7 @@ def test_a_list_of_destinations_in_several_directories_keeps_its_order(
     request = {"source": str(source), "destinations": [str(path) for path in paths]}
     result = send(scheduler, request, "listed").get(timeout=30)
 
-    forks = assert_books_balance(scheduler, result, paths)
+    forks = assert_results_are_consistent(scheduler, result, paths)
     assert result["status"] == "succeeded"
     assert [fork["fallback"] is None for fork in forks] == [n % 3 == 0 for n in range(60)]
     system.assert_left_nothing_in(*places)
@@ -232,11 +232,11 @@ def test_cancel_in_the_middle_keeps_what_is_published_and_leaves_nothing_else(
 
     # Then
     scheduler.wait_quiet()
-    forks = assert_books_balance(scheduler, result_of(scheduler, "cancelled"), paths)
+    forks = assert_results_are_consistent(scheduler, result_of(scheduler, "cancelled"), paths)
     assert result["status"] == "cancelled"
     assert result["forks"]["succeeded"] > 0
     assert result["forks"]["cancelled"] > 0
-    assert standing(place) == [Path(fork["destination"]).name for fork in forks if fork["status"] == "succeeded"]
+    assert published_forks(place) == [Path(fork["destination"]).name for fork in forks if fork["status"] == "succeeded"]
     assert str(scheduler.app.AsyncResult("cancelled.2000").state) == "REVOKED"
     assert str(sent.state) == "REVOKED"
     system.assert_left_nothing_in(place)
@@ -252,7 +252,7 @@ def test_a_campaign_that_is_cancelled_before_it_begins_makes_nothing(
 
     spin_until(lambda: scheduler.results.final.get("early"), "the end")
     scheduler.wait_quiet()
-    assert_books_balance(scheduler, result_of(scheduler, "early"), paths_of(place, 30))
+    assert_results_are_consistent(scheduler, result_of(scheduler, "early"), paths_of(place, 30))
     assert result_of(scheduler, "early")["forks"]["cancelled"] == 30
     assert str(sent.state) == "REVOKED"
     assert list(place.iterdir()) == []
@@ -269,11 +269,11 @@ def test_forks_that_fail_are_told_and_the_others_are_made(
     assert (result["status"], result["error"]) == ("partial", None)
     assert [failure["fork_id"] for failure in result["failures"]] == ["partial.3", "partial.40", "partial.41"]
     assert {failure["error"]["code"] for failure in result["failures"]} == {"destination_exists"}
-    assert_books_balance(scheduler, result, paths_of(place, 60))
+    assert_results_are_consistent(scheduler, result, paths_of(place, 60))
     message, fork = scheduler.wait_failed(scheduler.app.AsyncResult("partial.40"))
     assert message.startswith(f"destination_exists: {place}/vm-0040")
     assert fork["status"] == "failed"
-    assert standing(place) == [path.name for path in paths_of(place, 60)]
+    assert published_forks(place) == [path.name for path in paths_of(place, 60)]
 
 
 def test_on_error_abort_ends_what_is_not_begun(system: System, scheduler: Scheduler, source: Path, place: Path) -> None:
@@ -285,8 +285,8 @@ def test_on_error_abort_ends_what_is_not_begun(system: System, scheduler: Schedu
     assert result["error"]["code"] == "destination_exists"
     assert result["forks"]["failed"] == 1
     assert result["forks"]["cancelled"] > 0
-    assert_books_balance(scheduler, result, paths_of(place, 1500))
-    assert len(standing(place)) == result["forks"]["succeeded"] + 1
+    assert_results_are_consistent(scheduler, result, paths_of(place, 1500))
+    assert len(published_forks(place)) == result["forks"]["succeeded"] + 1
     system.assert_left_nothing_in(place)
 
 
@@ -301,8 +301,8 @@ def test_a_deadline_ends_what_is_not_published_by_then(
     assert result["status"] == "cancelled"
     assert "deadline" in result["error"]["message"]
     assert result["seconds"]["total"] < 0.4 + MOMENT
-    assert_books_balance(scheduler, result_of(scheduler, "late"), paths_of(place, 1500))
-    assert len(standing(place)) == result["forks"]["succeeded"]
+    assert_results_are_consistent(scheduler, result_of(scheduler, "late"), paths_of(place, 1500))
+    assert len(published_forks(place)) == result["forks"]["succeeded"]
     assert str(sent.state) == "REVOKED"
     system.assert_left_nothing_in(place)
 
@@ -343,7 +343,7 @@ def test_what_cannot_be_begun_fails_with_every_fork(system: System, scheduler: S
         sent.get(timeout=10)
 
     scheduler.wait_quiet()
-    assert_books_balance(scheduler, result_of(scheduler, "missing"), paths_of(place, 5))
+    assert_results_are_consistent(scheduler, result_of(scheduler, "missing"), paths_of(place, 5))
     assert result_of(scheduler, "missing")["forks"]["failed"] == 5
     assert scheduler.app.AsyncResult("missing.5").state == "FAILURE"
     assert list(place.iterdir()) == []

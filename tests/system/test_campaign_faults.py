@@ -18,10 +18,10 @@ from tests.support.system.queued_campaigns import (
     forks_of,
     make_source,
     paths_of,
+    published_forks,
     request_of,
     result_of,
     send,
-    standing,
 )
 from tests.support.system.result_checks import identity
 from tests.support.system.scheduler import UNACKED, Scheduler
@@ -206,7 +206,7 @@ def test_a_redis_that_was_emptied_tells_no_false_success_and_the_id_works_again(
     # Then
     assert scheduler.results.final.get("forgotten") is None
     assert scheduler.results.states.get("forgotten")["status"] not in ("SUCCESS", "FAILURE")
-    before = standing(place)
+    before = published_forks(place)
     assert len(before) < 1000
 
     # and another campaign of that id is what it asks for, beside what is left of the first
@@ -214,7 +214,7 @@ def test_a_redis_that_was_emptied_tells_no_false_success_and_the_id_works_again(
     result = send(scheduler, request, "forgotten").get(timeout=30)
     assert result["forks"]["total"] == 30
     assert_all_are_whole(scheduler, result, source, [place / f"again-{n}" for n in range(30)])
-    assert standing(place) == before
+    assert published_forks(place) == before
     system.assert_left_nothing_in(place)
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests.fixtures.filesystems import Fresh
 from tests.support.guests import make_guest
 from tests.support.system.messages import Recorder, deliver
-from tests.support.system.result_checks import check_books, check_fork_result, identity
+from tests.support.system.result_checks import check_file_results, check_fork_result, identity
 from tests.support.system.scheduler import Scheduler, states
 from tests.support.system.staging_view import StagingView
 from tests.support.system.systems import System, spin_until, stopped_in_the_middle
@@ -27,7 +27,7 @@ def _assert_cancelled(scheduler: Scheduler, fork_id: str, destination: Path) -> 
     assert (result["status"], result["destination"]) == ("cancelled", str(destination))
     assert result["error"] is not None
     assert result["error"]["code"] == "cancelled"
-    check_books(result, scheduler.files(fork_id))
+    check_file_results(result, scheduler.files(fork_id))
     assert not destination.exists()
 
 
@@ -170,5 +170,5 @@ def test_other_forks_go_on_when_one_is_cancelled(
     _assert_cancelled(scheduler, "x", place / "x")
     result = scheduler.wait(sent["y"])
     assert result["status"] == "succeeded"
-    check_books(result, scheduler.files("y"))
+    check_file_results(result, scheduler.files("y"))
     system.assert_left_nothing_in(place)

@@ -14,7 +14,7 @@ from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import wait_until
 from tests.support.guests import make_guest
 from tests.support.system.messages import Recorder, deliver
-from tests.support.system.result_checks import check_books, check_fork_result
+from tests.support.system.result_checks import check_file_results, check_fork_result
 from tests.support.system.scheduler import QUEUE, Scheduler, states
 from tests.support.system.staging_view import StagingView
 from tests.support.system.systems import System, send, spin_until
@@ -46,7 +46,7 @@ def _assert_cancelled(scheduler: Scheduler, fork_id: str, destination: Path, wor
     check_fork_result(result)
     assert (result["status"], not destination.exists()) == ("cancelled", True)
     assert word in str(result["error"])
-    check_books(result, scheduler.files(fork_id))
+    check_file_results(result, scheduler.files(fork_id))
 
 
 @pytest.mark.parametrize("way", REVOKED)

@@ -10,7 +10,7 @@ from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import StartWorker
 from tests.support.extents import allocated_bytes, data_extents, sharing
 from tests.support.guests import MIB, make_guest, make_sparse_file
-from tests.support.system.result_checks import check_books, check_fork_result, entries_of
+from tests.support.system.result_checks import check_file_results, check_fork_result, entries_of
 from tests.support.system.scheduler import Scheduler
 from tests.support.system.systems import SMALL_LIMITS, StartSystem, System
 from tests.support.tree import snapshot
@@ -38,7 +38,7 @@ def test_both_children_work_on_the_chunks_of_one_fork(
     assert snapshot(place / "b") == snapshot(large_source)
     check_fork_result(result)
     files = scheduler.files("fork-both")
-    check_books(result, files)
+    check_file_results(result, files)
     assert {file["path"] for file in files} == entries_of(large_source)
 
 
@@ -62,7 +62,7 @@ def test_fork_beyond_the_inline_limits_without_reflink_copies_a_large_file_in_ra
     assert result["status"] == "succeeded"
     assert result["chunks"] > 20
     files = {file["path"]: file for file in scheduler.files(result["fork_id"])}
-    check_books(result, list(files.values()))
+    check_file_results(result, list(files.values()))
     first, second = sorted(("disk.raw", "disk.again"), key=lambda name: files[name]["method"])
     assert (files[first]["method"], files[second]["method"]) == ("copy", "hardlink")
     data = sum(end - start for start, end in data_extents(disk))
@@ -91,7 +91,7 @@ def test_reflinked_fork_of_many_files_is_fanned_out_and_every_extent_is_shared(
 
     assert result["chunks"] > 2
     assert (result["files"]["reflinked"], result["files"]["copied"]) == (506, 0)
-    check_books(result, scheduler.files("fork-layers"))
+    check_file_results(result, scheduler.files("fork-layers"))
     assert all(sharing(path).whole for path in (directory / "b").rglob("block-*"))
     # and a write to the fork leaves the source as it was
     before = snapshot(source)
@@ -149,5 +149,5 @@ def test_two_workers_share_the_chunks_of_one_fork(
     shares = [_workers_of_chunks(worker.output(), "fork-shared") for worker in (system.worker, other)]
     assert all(shares)
     assert set().union(*shares) < set(range(result["chunks"]))  # the planner's process did the others
-    check_books(result, system.scheduler.files("fork-shared"))
+    check_file_results(result, system.scheduler.files("fork-shared"))
     assert snapshot(place / "b") == snapshot(large_source)

@@ -20,7 +20,7 @@ from tests.support.system.queued_campaigns import (
     result_of,
     send,
 )
-from tests.support.system.result_checks import check_books
+from tests.support.system.result_checks import check_file_results
 from tests.support.system.scheduler import Scheduler
 from tests.support.system.systems import StartSystem, System
 
@@ -81,7 +81,7 @@ def test_a_fork_that_redis_forgot_ends_with_the_same_result(
     assert after == before
     assert own_scheduler.results.states.get("forgotten")["status"] == "SUCCESS"
     assert own_scheduler.files("forgotten") == files
-    check_books(after, files)
+    check_file_results(after, files)
     assert (place / "b").stat().st_ino == inode
     own_scheduler.wait_quiet()
 

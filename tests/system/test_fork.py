@@ -16,7 +16,7 @@ import pytest
 from tests.fixtures.filesystems import Fresh, make_subvolume
 from tests.support.extents import allocated_bytes, sharing
 from tests.support.guests import MIB, make_guest, make_sparse_file
-from tests.support.system.result_checks import check_books, check_fork_result, entries_of
+from tests.support.system.result_checks import check_file_results, check_fork_result, entries_of
 from tests.support.system.scheduler import Scheduler, states
 from tests.support.system.staging_view import StagingView
 from tests.support.system.systems import System, spin_until
@@ -74,7 +74,7 @@ def test_guest_on_xfs_is_reflinked_and_its_result_has_every_field_of_the_contrac
 
     # and the files' results are one for each entry, and sum up to the fork's
     files = scheduler.files("fork-17")
-    check_books(result, files)
+    check_file_results(result, files)
     assert {file["path"] for file in files} == entries_of(source) - {"logs/console.log"}
     assert {file["path"]: file["reason"] for file in files if file["method"] == "skip"} == SKIPPED
     assert {file["type"] for file in files} == {"file", "directory", "symlink", "socket"}
@@ -98,7 +98,7 @@ def test_subvolume_is_forked_by_one_snapshot(system: System, scheduler: Schedule
     result = scheduler.fork(source, directory / "b", "fork-18", verify="content", durability="sync")
 
     check_fork_result(result)
-    check_books(result, scheduler.files("fork-18"))
+    check_file_results(result, scheduler.files("fork-18"))
     assert (result["status"], result["subvolume"]) == ("succeeded", True)
     assert {file["method"] for file in scheduler.files("fork-18")} == {"snapshot", "mkdir", "skip"}
     assert (directory / "b").stat().st_ino == source.stat().st_ino == 256
@@ -114,7 +114,7 @@ def test_empty_source_succeeds(system: System, scheduler: Scheduler, fresh: Fres
     result = scheduler.fork(directory / "a", directory / "b")
 
     check_fork_result(result)
-    check_books(result, scheduler.files(result["fork_id"]))
+    check_file_results(result, scheduler.files(result["fork_id"]))
     assert (result["status"], result["files"]["total"]) == ("succeeded", 0)
     assert list((directory / "b").iterdir()) == []
     system.assert_left_nothing_in(directory)
@@ -169,7 +169,7 @@ def test_pages_are_readable_while_a_large_fork_runs(
     files = scheduler.files("fork-pages")
     assert 0 < len(early) < len(files)
     assert all(file in files for file in early)
-    check_books(result, files)
+    check_file_results(result, files)
     system.assert_left_nothing_in(place)
 
 
@@ -180,10 +180,10 @@ def test_pages_are_read_from_redis_as_the_readme_tells(
     campaign = {"source": str(large_source), "destinations": [str(place / "c")]}
     scheduler.app.send_task("forkvm.campaign", args=[campaign], task_id="campaign-raw", queue="forkvm").get(timeout=40)
 
-    # Then a chunked fork has pages of several parts, and its books balance
+    # Then a chunked fork has pages of several parts, and its totals are the sums of its FileResults
     files = _files_by_the_readme(scheduler.redis, "fork-raw")
     assert len(scheduler.redis.hkeys("forkvm:fork-raw:pages")) > 1
-    check_books(result, files)
+    check_file_results(result, files)
     assert files == scheduler.files("fork-raw")
     # and so has one of a campaign
     assert {file["path"] for file in _files_by_the_readme(scheduler.redis, "campaign-raw.1")} == {

@@ -13,15 +13,15 @@ from tests.fixtures.filesystems import Fresh, fresh_directory
 from tests.fixtures.processes import RunForkvm, StartWorker, program_environment, wait_until
 from tests.support.system.queued_campaigns import (
     assert_all_are_whole,
-    assert_books_balance,
+    assert_results_are_consistent,
     done,
     forks_of,
     make_source,
     paths_of,
+    published_forks,
     request_of,
     result_of,
     send,
-    standing,
 )
 from tests.support.system.scheduler import Scheduler
 from tests.support.system.systems import System, spin_until, stopped_when
@@ -96,7 +96,7 @@ def test_campaign_whose_fork_would_have_the_id_of_another_job_is_refused(
         sent.get(timeout=30)
     scheduler.wait_quiet()
     assert result_of(scheduler, campaign_id)["forks"]["total"] == 0
-    assert standing(place) == []
+    assert published_forks(place) == []
     assert scheduler.results.final.get(f"{campaign_id}.1200") == before
     assert forks_of(scheduler, campaign_id, 1199) == []
 
@@ -176,7 +176,7 @@ def test_every_fork_has_a_result_when_the_campaigns_directory_is_lost(
     scheduler.wait_quiet()
     result = result_of(scheduler, campaign_id)
     assert result["status"] == "partial"
-    forks = assert_books_balance(scheduler, result, paths_of(home, 1000))
+    forks = assert_results_are_consistent(scheduler, result, paths_of(home, 1000))
     assert result["forks"]["succeeded"] + result["forks"]["failed"] == 1000
     assert {fork["error"]["code"] for fork in forks if fork["error"]} == {"io_error"}
     assert str(sent.state) == "SUCCESS"

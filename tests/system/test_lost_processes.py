@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.fixtures.filesystems import Fresh
 from tests.support.guests import make_guest
-from tests.support.system.result_checks import check_books
+from tests.support.system.result_checks import check_file_results
 from tests.support.system.scheduler import Scheduler
 from tests.support.system.staging_view import StagingView
 from tests.support.system.systems import System, send, spin_until
@@ -30,7 +30,7 @@ def test_children_killed_again_and_again_at_any_moment_cost_nothing_but_time(
 
     result = scheduler.wait(large)
     assert result["status"] == "succeeded"
-    check_books(result, scheduler.files("killed-often"))
+    check_file_results(result, scheduler.files("killed-often"))
     assert snapshot(place / "b") == snapshot(large_source)
     for n, sent in small.items():
         assert scheduler.wait(sent)["destination"] == str(directory / f"b-{n}")
@@ -57,7 +57,7 @@ def test_fork_of_a_stopped_child_is_not_published_before_it_wakes_and_then_is_wh
     finally:
         send([sleeper], signal.SIGCONT)
     result = scheduler.wait(sent)
-    check_books(result, scheduler.files("sleeper"))
+    check_file_results(result, scheduler.files("sleeper"))
     assert snapshot(place / "b") == snapshot(large_source)
     system.assert_left_nothing_in(place)
 

@@ -11,7 +11,7 @@ import pytest
 from tests.fixtures.filesystems import Fresh, fresh_directory
 from tests.fixtures.processes import wait_until
 from tests.support.guests import MIB, make_guest, make_sparse_file
-from tests.support.system.result_checks import check_books, check_fork_result
+from tests.support.system.result_checks import check_file_results, check_fork_result
 from tests.support.system.scheduler import UNACKED, Scheduler
 from tests.support.system.staging_view import StagingView, leftovers
 from tests.support.system.systems import StartSystem, System, spin_until
@@ -101,7 +101,7 @@ def _wait_for_success(scheduler: Scheduler, fork_id: str) -> None:
     assert (result["status"], result["error"]) == ("succeeded", None)
     wait_until(lambda: scheduler.results.states.get(fork_id)["status"] == "SUCCESS", f"the state of {fork_id}")
     assert scheduler.results.states.get(fork_id)["result"] == result
-    check_books(result, scheduler.files(fork_id))
+    check_file_results(result, scheduler.files(fork_id))
 
 
 def test_no_fork_is_lost_and_nothing_stays_unacknowledged_over_several_outages(

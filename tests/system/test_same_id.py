@@ -12,7 +12,7 @@ from tests.fixtures.filesystems import Fresh
 from tests.support.extents import fiemap
 from tests.support.guests import make_guest
 from tests.support.system.messages import Message, Recorder, deliver
-from tests.support.system.result_checks import check_books, identity
+from tests.support.system.result_checks import check_file_results, identity
 from tests.support.system.scheduler import Scheduler, states
 from tests.support.system.staging_view import StagingView
 from tests.support.system.systems import System, stopped_in_the_middle
@@ -55,7 +55,7 @@ def test_the_same_small_fork_sent_twice_at_once_is_made_once(
         assert scheduler.wait(second) == result == scheduler.results.final.fork(f"twice-{turn}")
         assert identity(destination) == published
         _assert_one_end(records, "SUCCESS")
-        check_books(result, scheduler.files(f"twice-{turn}"))
+        check_file_results(result, scheduler.files(f"twice-{turn}"))
     system.assert_left_nothing_in(directory)
 
 
@@ -74,7 +74,7 @@ def test_the_same_large_fork_sent_three_times_at_once_is_made_once(
         assert all(scheduler.wait(other) == result for other in sent)
         assert identity(destination) == published
         _assert_one_end(records, "SUCCESS")
-        check_books(result, scheduler.files(f"thrice-{turn}"))
+        check_file_results(result, scheduler.files(f"thrice-{turn}"))
     assert snapshot(place / "b-2") == snapshot(large_source)
     system.assert_left_nothing_in(place)
 
@@ -149,7 +149,7 @@ def test_another_request_under_the_id_of_a_running_fork_changes_nothing(
     _assert_one_end(records, "SUCCESS")
     assert [path.name for path in place.iterdir()] == ["b"]
     assert snapshot(place / "b") == snapshot(large_source)
-    check_books(result, scheduler.files(fork_id))
+    check_file_results(result, scheduler.files(fork_id))
 
 
 def test_first_message_delivered_again_after_success_gives_the_same_result(
@@ -234,7 +234,7 @@ def test_every_message_of_a_large_fork_delivered_twice_gives_one_fork_and_one_re
     _assert_one_end(records, "SUCCESS")
     assert identity(place / "b") == published
     assert snapshot(place / "b") == snapshot(large_source)
-    check_books(result, scheduler.files("doubled"))
+    check_file_results(result, scheduler.files("doubled"))
     system.assert_left_nothing_in(place)
 
 
@@ -262,7 +262,7 @@ def test_messages_of_a_half_done_fork_delivered_again_in_reverse_give_one_fork_a
     assert result["chunks"] // 2 < len(_chunks_of(again)) == len(again) - 1
     _assert_one_end(records, "SUCCESS")
     assert snapshot(place / "b") == snapshot(large_source)
-    check_books(result, scheduler.files("reversed"))
+    check_file_results(result, scheduler.files("reversed"))
     system.assert_left_nothing_in(place)
 
 

@@ -85,12 +85,12 @@ def test_a_delivery_that_comes_while_the_first_one_ends_a_cancelled_campaign_wai
 ) -> None:
     # Given a campaign that was cancelled, and whose forks are settled, but not yet itself
     yard.results.cancellations.request("c")
-    at_the_end, go_on = threading.Event(), threading.Event()
+    at_the_end, resume = threading.Event(), threading.Event()
     store_outcomes = CampaignResults.store_campaign_result
 
     def slowly(self: CampaignResults, result: CampaignResult) -> None:
         at_the_end.set()
-        go_on.wait()
+        resume.wait()
         store_outcomes(self, result)
 
     told: list[object] = []
@@ -111,7 +111,7 @@ def test_a_delivery_that_comes_while_the_first_one_ends_a_cancelled_campaign_wai
     again = threading.Thread(target=deliver_again, daemon=True)
     again.start()
     again.join(LOCK_WAIT + 5)
-    go_on.set()
+    resume.set()
     first.join()
 
     # Then

@@ -16,12 +16,12 @@ import pytest
 
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import forkvm_script, program_environment, wait_until
-from tests.soak.final_checks import Books
+from tests.soak.final_checks import FinalChecks
 from tests.soak.jobs import UNDAMAGED_KINDS, make_sources
 from tests.soak.producer import Producer
 from tests.support.guests import make_slow_file
 from tests.support.system import queued_campaigns as campaigns
-from tests.support.system.result_checks import check_books, check_fork_result
+from tests.support.system.result_checks import check_file_results, check_fork_result
 from tests.support.system.scheduler import Scheduler
 from tests.support.system.staging_view import StagingView, leftovers
 from tests.support.system.systems import stopped_in_the_middle
@@ -31,7 +31,7 @@ from tests.upgrade.conftest import StartVersion, Version
 from tests.upgrade.killing import Workers
 
 #: Seconds for all jobs to end when no worker is killed any more.
-PATIENCE = 120.0
+TIMEOUT = 120.0
 #: Forks of the campaign that one version begins.
 FORKS = 400
 
@@ -64,12 +64,12 @@ def test_one_version_finishes_what_the_other_began(
 
     # Then
     for job in ("f1", "c1"):
-        wait_until(lambda job=job: own_scheduler.results.final.get(job) is not None, f"the end of {job}", PATIENCE)  # type: ignore[misc]
+        wait_until(lambda job=job: own_scheduler.results.final.get(job) is not None, f"the end of {job}", TIMEOUT)  # type: ignore[misc]
     own_scheduler.wait_quiet()
     fork = own_scheduler.results.final.fork("f1")
     assert fork is not None
     check_fork_result(fork)
-    check_books(fork, own_scheduler.files("f1"))
+    check_file_results(fork, own_scheduler.files("f1"))
     assert fork["error"] is None
     assert snapshot(place / "fork") == snapshot(source)
     paths = campaigns.paths_of(campaign_place, FORKS)
@@ -89,8 +89,8 @@ def test_nothing_is_lost_while_workers_of_both_versions_are_killed(
     # Given
     seed, seconds = options.seed(), options.seconds()
     places = fresh("xfs"), fresh("xfs_noreflink")
-    books = Books(own_scheduler)
-    producer = Producer(own_scheduler.app, books, make_sources(*places), places, seed, UNDAMAGED_KINDS)
+    checks = FinalChecks(own_scheduler)
+    producer = Producer(own_scheduler.app, checks, make_sources(*places), places, seed, UNDAMAGED_KINDS)
     workers = Workers(start_version, random.Random(seed + 1))
 
     # When
@@ -102,19 +102,19 @@ def test_nothing_is_lost_while_workers_of_both_versions_are_killed(
         killing.result()
 
     # Then
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + TIMEOUT
     while producer.open and time.monotonic() < end:
         producer.close_ended()
         time.sleep(0.2)
     assert [(job.fork_id, job.kind) for job in producer.open] == []
     own_scheduler.wait_quiet()
-    books.check_end(producer.jobs)
+    checks.check_end(producer.jobs)
     wait_until(lambda: not any(map(leftovers, places)), f"the end of all staging: {[*map(leftovers, places)]}")
     assert workers.all_run()
     taken = workers.jobs_taken()
     shared = set(taken["earlier"]) & set(taken["this"])
     assert shared, "no job was served by workers of both versions"
-    _report(producer, books, workers)
+    _report(producer, checks, workers)
 
 
 def _printed(program: str, command: str, scheduler: Scheduler) -> list[object]:
@@ -127,12 +127,12 @@ def _printed(program: str, command: str, scheduler: Scheduler) -> list[object]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def _report(producer: Producer, books: Books, workers: Workers) -> None:
+def _report(producer: Producer, checks: FinalChecks, workers: Workers) -> None:
     taken = workers.jobs_taken()
     shared = set(taken["earlier"]) & set(taken["this"])
     forks = sum(len(job.destinations) for job in producer.jobs)
     print(f"\nupgrade: seed {options.seed()}, {options.seconds()} s: {len(producer.jobs)} jobs with {forks} forks")
-    print(f"  ends: {', '.join(f'{count} {end}' for end, count in books.ends.most_common())}")
+    print(f"  ends: {', '.join(f'{count} {end}' for end, count in checks.ends.most_common())}")
     for version, jobs in taken.items():
         print(f"  {version} version: {jobs.total()} tasks of {len(jobs)} jobs")
     print(f"  served by both versions: {len(shared)} jobs")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from tests.support.engine.forks import Books
+from tests.support.engine.forks import Ledger
 from tests.support.tree import Entry
 
 METHODS = {
@@ -24,8 +24,8 @@ def expected_paths(entries: dict[bytes, Entry]) -> set[str]:
     return {os.fsdecode(path) for path in entries if path != b"." and path not in below}
 
 
-def assert_balanced(books: Books, entries: dict[bytes, Entry]) -> None:
-    files, result = books.files, books.result
+def assert_balanced(ledger: Ledger, entries: dict[bytes, Entry]) -> None:
+    files, result = ledger.files, ledger.result
     assert files.keys() == expected_paths(entries)
     counts = dict.fromkeys(METHODS.values(), 0)
     for one in files.values():

@@ -1,4 +1,4 @@
-"""Forks as these tests ask for them, and what must hold after each of them."""
+"""Forks made without Celery and Redis, and what must hold after each of them."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ CHUNKED = Limits(inline_files=0, inline_bytes=0, chunk_files=3, chunk_bytes=MIB)
 WAYS: Mapping[str, Limits] = {"inline": INLINE, "chunked": CHUNKED}
 
 
-def go_on(progress: Progress) -> None:
-    """A beat that never stops the work."""
+def never_stop(progress: Progress) -> None:
+    """A progress callback that never stops the work."""
 
 
 def spec_of(source: Path | str, destination: Path | str, fork_id: str = "fork-1", **options: Any) -> ForkSpec:
@@ -50,45 +50,45 @@ def fork(
     roots: Iterable[Path] = (),
     limits: Limits = INLINE,
     processes: int = 2,
-    beat: Beat = go_on,
+    beat: Beat = never_stop,
     **options: Any,
 ) -> ForkResult:
-    """One fork, whatever becomes of it."""
+    """Make one fork with child processes; it may succeed or fail."""
     spec = spec_of(source, destination, fork_id, **options)
     return fork_here(spec, Roots(tuple(map(os.fspath, roots))), limits, processes, beat)
 
 
-def forked(source: Path, destination: Path, **wishes: Any) -> ForkResult:
-    """One fork that must succeed and leave nothing beside its destination. `wishes` as for `fork`."""
-    result = fork(source, destination, **wishes)
+def forked(source: Path, destination: Path, **arguments: Any) -> ForkResult:
+    """Make one fork, which must succeed and leave nothing beside its destination. `arguments` as for `fork`."""
+    result = fork(source, destination, **arguments)
     assert result["status"] == "succeeded", result["error"]
     assert result["error"] is None
     assert leftovers(destination.parent) == []
     return result
 
 
-def refused(source: Path | str, destination: Path | str, **wishes: Any) -> ErrorRecord:
-    """One fork that must fail and change nothing where it was to appear; returns why. `wishes` as for `fork`."""
+def refused(source: Path | str, destination: Path | str, **arguments: Any) -> ErrorRecord:
+    """Make one fork, which must fail and leave its destination as it was; returns the error. `arguments`: of `fork`."""
     place = Path(destination)
-    before = _standing(place)
-    result = fork(source, destination, **wishes)
+    before = _status_of(place)
+    result = fork(source, destination, **arguments)
     assert result["status"] == "failed", "it succeeded"
     assert result["error"] is not None
-    assert _standing(place) == before
+    assert _status_of(place) == before
     assert leftovers(place.parent) == []
     return result["error"]
 
 
 def leftovers(directory: Path) -> list[str]:
-    """What staging left in `directory`; nothing where that is no directory."""
+    """The names of staging directories in `directory`; empty if it is not a directory."""
     try:
         return sorted(name for name in os.listdir(directory) if name.startswith(".forkvm"))
     except OSError:
         return []
 
 
-def _standing(path: Path) -> tuple[int, int, int] | None:
-    """What stands at `path`: its inode, mode and ctime, or None."""
+def _status_of(path: Path) -> tuple[int, int, int] | None:
+    """Inode, mode and ctime of `path`, or None if there is nothing."""
     try:
         status = os.lstat(path)
     except OSError:
@@ -97,15 +97,15 @@ def _standing(path: Path) -> tuple[int, int, int] | None:
 
 
 @dataclass
-class Books:
-    """A fork's result and all its FileResults. Also the ledger that the engine writes them to."""
+class Ledger:
+    """Keeps a fork's result and all its FileResults in memory, where a worker keeps them in Redis."""
 
     pages: dict[str, list[bytes]] = field(default_factory=dict)
-    settled: list[ForkResult] = field(default_factory=list)
+    stored: list[ForkResult] = field(default_factory=list)
     cancellation: Cancellation = Cancellation.NOT_REQUESTED
 
     def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> Cancellation:
-        # A part may be kept again: what it did is told whole each time.
+        # A part may be stored again: each time it holds all that the part did.
         self.pages = dict(parts) if anew else self.pages | parts
         return self.cancellation
 
@@ -114,16 +114,16 @@ class Books:
         return self.cancellation
 
     def store_result(self, result: ForkResult) -> None:
-        self.settled.append(result)
+        self.stored.append(result)
 
     @property
     def result(self) -> ForkResult:
-        (result,) = self.settled
+        (result,) = self.stored
         return result
 
     @property
     def all_files(self) -> list[FileResult]:
-        """Every FileResult, in the order in which they came."""
+        """Every FileResult, in the order in which they were stored."""
         return [result for pages in self.pages.values() for result in unpack_pages(pages)]
 
     @property
@@ -135,7 +135,7 @@ class Books:
         return by_path
 
 
-def fork_with_books(
+def fork_with_ledger(
     source: Path,
     destination: Path,
     *,
@@ -144,18 +144,18 @@ def fork_with_books(
     earlier: Mapping[str, list[bytes]] | None = None,
     ended: bool = False,
     **options: Any,
-) -> Books:
-    """One fork in this process, its chunks one after another as a single worker would do them, with its books.
+) -> Ledger:
+    """Make one fork in this process, chunk after chunk as a single worker would, and return what it stored.
 
-    `earlier`: pages that an earlier attempt left in them. `ended`: someone has asked for an end of it.
+    `earlier`: the pages that an earlier attempt stored. `ended`: cancellation was requested.
     """
     spec = spec_of(source, destination, fork_id, **options)
-    books, ticker = Books(dict(earlier or {}), cancellation=Cancellation.of(ended)), Ticker(go_on)
+    ledger, ticker = Ledger(dict(earlier or {}), cancellation=Cancellation.of(ended)), Ticker(never_stop)
     with (
         open_endpoints(Roots(), spec.source, spec.destination) as ends,
         Staging.claim(ends.parent_fd, fork_id, wait=0) as staging,
     ):
-        outcome = start(ends, staging, spec, limits, ticker, books)
+        outcome = start(ends, staging, spec, limits, ticker, ledger)
         if isinstance(outcome, Plan):
             journal = staging.journal()
             assert journal is not None
@@ -163,9 +163,9 @@ def fork_with_books(
                 for number in range(len(outcome.chunks)):
                     report = run_held_chunk(work, outcome, outcome.chunks[number], number, ticker)
                     assert report is not None
-                    books.keep_pages({str(number): report.close()})
-            assert finish(ends, staging, ticker, books) is not None
-    return books
+                    ledger.keep_pages({str(number): report.close()})
+            assert finish(ends, staging, ticker, ledger) is not None
+    return ledger
 
 
 def without(entries: Mapping[bytes, Entry], left_out: Iterable[bytes]) -> dict[bytes, Entry]:
@@ -191,7 +191,7 @@ def _xattrs(entry: Entry) -> tuple[tuple[bytes, bytes], ...]:
 
 
 def assert_alike(source: Path, destination: Path, left_out: Iterable[bytes] = ()) -> None:
-    """Entry by entry, the fork is the source without `left_out`."""
+    """The fork has exactly the entries of the source without `left_out`, each with the same content and metadata."""
     ours, theirs = without(snapshot(source), left_out), without(snapshot(destination), ())
     differing_names = ours.keys() ^ theirs.keys()
     assert not differing_names, f"only on one side: {sorted(differing_names)}"

@@ -1,4 +1,4 @@
-"""Campaigns as these tests ask for them: at once with children, or batch by batch in this process, with their books."""
+"""Campaigns made without Celery and Redis: with child processes, or batch by batch in this process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tasks.copier.progress import Beat, Ticker
 from tasks.copier.report import FileResult, unpack_pages
 from tasks.copier.roots import Roots
 from tasks.copier.staging.staging import Staging
-from tests.support.engine.forks import go_on, leftovers
+from tests.support.engine.forks import leftovers, never_stop
 from tests.support.guests import MIB, GuestSizes
 
 ID = "fan"
@@ -68,11 +68,11 @@ def campaign(
     roots: Iterable[Path] = (),
     processes: int = 2,
     beat: CampaignBeat = lambda progress: None,
-    **wishes: Any,
+    **arguments: Any,
 ) -> CampaignResult:
-    """One local campaign, whatever becomes of it. `wishes` as for `spec_of`."""
+    """One local campaign, whatever becomes of it. `arguments` as for `spec_of`."""
     names = [os.fspath(path) for path in paths]
-    spec = spec_of(source, len(names), **wishes)
+    spec = spec_of(source, len(names), **arguments)
     return campaign_here(spec, names, Roots(tuple(map(os.fspath, roots))), processes, beat)
 
 
@@ -89,9 +89,8 @@ def codes(result: CampaignResult) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Books:
-    """The outcomes of a campaign's forks, and the ledger that the engine writes them to: files, so that they outlive
-    whoever wrote them."""
+class Ledger:
+    """Keeps the outcomes of a campaign's forks in files, so that they outlive the process that stored them."""
 
     directory: Path
 
@@ -122,22 +121,22 @@ class Books:
         return campaign_result(campaign.spec, sums_of(self.forks), failures_of(self.forks))
 
 
-def plan(source: Path, paths: Iterable[Path], **wishes: Any) -> None:
-    """Plan a campaign, and leave it standing. Raises ForkError."""
+def plan(source: Path, paths: Iterable[Path], **arguments: Any) -> None:
+    """Plan a campaign and return. Raises ForkError."""
     names = [os.fspath(path) for path in paths]
-    spec = spec_of(source, len(names), **wishes)
+    spec = spec_of(source, len(names), **arguments)
     with (
         open_endpoints(Roots(), spec.source, find_home(Roots(), names)) as ends,
         Staging.claim(ends.parent_fd, spec.campaign_id, wait=0) as staging,
     ):
-        plan_campaign(ends, staging, spec, names, Ticker(go_on))
+        plan_campaign(ends, staging, spec, names, Ticker(never_stop))
 
 
 @contextmanager
 def holding(home: Path, campaign_id: str = ID) -> Iterator[Campaign]:
-    """A planned campaign, held shared."""
+    """Open a planned campaign with a shared lock."""
     with open_campaign(Roots(), os.fspath(home), campaign_id, 5.0) as found:
-        assert found is not None, "no planned campaign stands here"
+        assert found is not None, "no planned campaign here"
         yield found
 
 
@@ -147,39 +146,44 @@ def firsts(campaign: Campaign) -> range:
 
 
 def make_batches(
-    home: Path, books: Books, *, only: Iterable[int] | None = None, beat: Beat = go_on, abort: ForkError | None = None
+    home: Path,
+    ledger: Ledger,
+    *,
+    only: Iterable[int] | None = None,
+    beat: Beat = never_stop,
+    abort: ForkError | None = None,
 ) -> None:
-    """Make all batches of a planned campaign, or `only` these; what was settled before is not made again."""
+    """Make all batches of a planned campaign, or `only` these. A batch whose outcomes are stored is not made again."""
     with holding(home) as found:
         for first in firsts(found) if only is None else only:
-            make_batch(found, Roots(), first, Ticker(beat), books, abort)
+            make_batch(found, Roots(), first, Ticker(beat), ledger, abort)
 
 
-def end(home: Path, books: Books) -> CampaignResult:
+def end(home: Path, ledger: Ledger) -> CampaignResult:
     """Remove what is left of a campaign whose forks have all ended."""
     with holding(home) as found:
-        result = books.result(found)
+        result = ledger.result(found)
         remove_annexes(found, Roots())
         found.staging.remove()
     return result
 
 
-def campaign_with_books(
-    source: Path, paths: list[Path], directory: Path, *, beat: Beat = go_on, **wishes: Any
-) -> tuple[CampaignResult, Books]:
-    """One campaign in this process, batch after batch; its books are kept in `directory`."""
+def campaign_with_ledger(
+    source: Path, paths: list[Path], directory: Path, *, beat: Beat = never_stop, **arguments: Any
+) -> tuple[CampaignResult, Ledger]:
+    """One campaign in this process, batch after batch; its outcomes are kept in `directory`."""
     directory.mkdir()
-    books = Books(directory)
-    plan(source, paths, **wishes)
-    make_batches(paths[0], books, beat=beat)
-    result = end(paths[0], books)
+    ledger = Ledger(directory)
+    plan(source, paths, **arguments)
+    make_batches(paths[0], ledger, beat=beat)
+    result = end(paths[0], ledger)
     for parent in {path.parent for path in paths}:
         assert leftovers(parent) == []
-    return result, books
+    return result, ledger
 
 
 def main(argv: Sequence[str] = sys.argv) -> None:
-    """A process of its own, for a trace: the source, a directory for the books, the durability, the destinations."""
-    source, books, durability, *paths = argv[1:]
-    result, _ = campaign_with_books(Path(source), [Path(path) for path in paths], Path(books), durability=durability)
+    """A process of its own, for a trace: the source, a directory for the ledger, the durability, the destinations."""
+    source, ledger, durability, *paths = argv[1:]
+    result, _ = campaign_with_ledger(Path(source), [Path(path) for path in paths], Path(ledger), durability=durability)
     assert result["status"] == "succeeded", result

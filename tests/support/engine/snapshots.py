@@ -29,17 +29,17 @@ def is_subvolume(path: Path) -> bool:
     return path.stat().st_ino == 256
 
 
-def by_snapshot(source: Path, destination: Path, **wishes: object) -> ForkResult:
+def by_snapshot(source: Path, destination: Path, **arguments: object) -> ForkResult:
     """One fork that must be made by a snapshot."""
-    result = forked(source, destination, **wishes)
+    result = forked(source, destination, **arguments)
     assert result["subvolume"]
     assert is_subvolume(destination)
     return result
 
 
-def file_by_file(source: Path, destination: Path, **wishes: object) -> ForkResult:
+def file_by_file(source: Path, destination: Path, **arguments: object) -> ForkResult:
     """One fork that must be made without a snapshot."""
-    result = forked(source, destination, **wishes)
+    result = forked(source, destination, **arguments)
     assert not result["subvolume"]
     assert not is_subvolume(destination)
     return result

@@ -1,4 +1,4 @@
-"""Forks that stand half done in their staging, and what becomes of them when a worker goes on with them."""
+"""Forks that are half done in their staging, and a worker that continues or cancels them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tasks.copier.staging.control_directory import control_name
 from tasks.copier.staging.journal import Phase
 from tasks.copier.staging.staging import Staging
 from tasks.copier.staging.workspace import open_work
-from tests.support.engine.forks import CHUNKED, Books, go_on, spec_of
+from tests.support.engine.forks import CHUNKED, Ledger, never_stop, spec_of
 
 ID = "fork-1"
 
 
-def begin(source: Path, destination: Path) -> tuple[Path, dict[str, Any]]:
+def begin_fork(source: Path, destination: Path) -> tuple[Path, dict[str, Any]]:
     """Plan a fork in chunks, and do the first of them: its control directory, and its journal.
 
     The journal is without its checksum, so that what a test changes in it is read.
@@ -38,7 +38,7 @@ def begin(source: Path, destination: Path) -> tuple[Path, dict[str, Any]]:
         open_endpoints(Roots(), spec.source, spec.destination) as ends,
         Staging.claim(ends.parent_fd, ID, wait=0) as staging,
     ):
-        plan = start(ends, staging, spec, CHUNKED, Ticker(go_on), Books())
+        plan = start(ends, staging, spec, CHUNKED, Ticker(never_stop), Ledger())
         assert isinstance(plan, Plan)
         assert len(plan.chunks) > 2
         _do_chunks(ends, staging, plan, 1)
@@ -48,9 +48,9 @@ def begin(source: Path, destination: Path) -> tuple[Path, dict[str, Any]]:
     return control, journal
 
 
-def go_on_with(source: Path, destination: Path, books: Books | None = None) -> str:
-    """Have another process's worker do the rest, as its tasks do: "succeeded", or what the fork failed with."""
-    books = books or Books()
+def continue_fork(source: Path, destination: Path, ledger: Ledger | None = None) -> str:
+    """Do the rest of the fork as the tasks of a worker do. Returns "succeeded", or the error."""
+    ledger = ledger or Ledger()
     spec = spec_of(source, destination, ID, reflink="never")
     try:
         with open_endpoints(Roots(), spec.source, spec.destination) as ends, _held(ends) as staging:
@@ -62,23 +62,23 @@ def go_on_with(source: Path, destination: Path, books: Books | None = None) -> s
                     _do_chunks(ends, staging, Plan.from_data(journal.plan), None)
             except (ForkError, OSError) as error:
                 abort = error if isinstance(error, ForkError) else ForkError(Code.IO_ERROR, str(error))
-                return _outcome(finish(ends, staging, Ticker(go_on), books, abort)) + str(abort)
-            return _outcome(finish(ends, staging, Ticker(go_on), books))
+                return _outcome(finish(ends, staging, Ticker(never_stop), ledger, abort)) + str(abort)
+            return _outcome(finish(ends, staging, Ticker(never_stop), ledger))
     except ForkError as error:
         return str(error)
 
 
-def cancel(source: Path, destination: Path) -> str:
-    """Have a worker end the fork: "succeeded", or what it ended with."""
+def cancel_fork(source: Path, destination: Path) -> str:
+    """Cancel the fork as a worker does. Returns "succeeded", or the error."""
     try:
         with open_endpoints(Roots(), os.fspath(source), os.fspath(destination)) as ends, _held(ends) as staging:
-            return _outcome(finish(ends, staging, Ticker(go_on), Books(), cancelled(ends.destination)))
+            return _outcome(finish(ends, staging, Ticker(never_stop), Ledger(), cancelled(ends.destination)))
     except ForkError as error:
         return str(error)
 
 
 def change_manifest(path: Path, fields: dict[str, Any]) -> None:
-    """Have every entry of a manifest on disk say something else."""
+    """Replace fields of every entry of a manifest on disk."""
     with path.open("rb") as file:
         blocks = list(manifest.read(file.fileno(), manifest.whole(file.fileno())))
     with path.open("r+b") as file:
@@ -95,10 +95,10 @@ def _held(ends: Endpoints) -> Iterator[Staging]:
 
 
 def _delivered(ends: Endpoints, staging: Staging, spec: ForkSpec) -> Any:
-    outcome = start(ends, staging, spec, CHUNKED, Ticker(go_on), Books())
+    outcome = start(ends, staging, spec, CHUNKED, Ticker(never_stop), Ledger())
     if isinstance(outcome, Plan):
         _do_chunks(ends, staging, outcome, None)
-        return finish(ends, staging, Ticker(go_on), Books())
+        return finish(ends, staging, Ticker(never_stop), Ledger())
     return outcome
 
 
@@ -108,7 +108,7 @@ def _do_chunks(ends: Endpoints, staging: Staging, plan: Plan, count: int | None)
     options = ForkSpec.from_data(journal.spec).options
     with open_work(ends, staging, options, staging.open_tree(journal)) as work:
         for number, chunk in list(enumerate(plan.chunks))[:count]:
-            run_held_chunk(work, plan, chunk, number, Ticker(go_on))
+            run_held_chunk(work, plan, chunk, number, Ticker(never_stop))
 
 
 def _outcome(result: Any) -> str:

@@ -16,7 +16,7 @@ from tasks.copier.fork_spec import ForkResult
 from tasks.copier.kernel import reflink
 from tasks.copier.report import FileResult
 from tasks.copier.staging.control_directory import control_name
-from tests.support.engine.forks import CHUNKED, INLINE, fork, fork_with_books
+from tests.support.engine.forks import CHUNKED, INLINE, fork, fork_with_ledger
 
 _ROOT = Path(__file__).resolve().parents[3]
 #: What the tree's name ends in, so that strace can be told its files before they exist.
@@ -77,16 +77,16 @@ def trace_fork(
     """Make one fork and record the system calls `calls`, those only that touch `paths` if any are given.
 
     `inject` are strace's expressions, such as `ioctl:error=EIO`; they hold for recorded calls alone. `here`: by
-    `fork_here` with two children (then without FileResults), else as `fork_with_books` does it.
+    `fork_here` with two children (then without FileResults), else as `fork_with_ledger` does it.
     """
     log = destination.parent / "trace"
     command = [strace, "-f", "-y", "-o", os.fspath(log), "-e", f"trace={calls}"]
     command += [part for expression in inject for part in ("-e", f"inject={expression}")]
     command += [part for path in paths for part in ("-P", os.fspath(path))]
-    wishes = json.dumps({"chunked": chunked, "here": here, "options": options})
+    arguments = json.dumps({"chunked": chunked, "here": here, "options": options})
     script = "from tests.support.engine.traced_forks import main; main()"
     done = subprocess.run(
-        [*command, sys.executable, "-c", script, source, destination, wishes],
+        [*command, sys.executable, "-c", script, source, destination, arguments],
         cwd=_ROOT,
         env={**os.environ, "PYTHONPATH": os.fspath(_ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
         stdin=subprocess.DEVNULL,
@@ -107,11 +107,11 @@ def main(argv: Sequence[str] = sys.argv) -> None:
     """The traced process."""
     secrets.token_hex = lambda nbytes=None: _ATTEMPT
     reflink.RETRY_SECONDS = _RETRY_SECONDS
-    source, destination, wishes = Path(argv[1]), Path(argv[2]), json.loads(argv[3])
-    limits = CHUNKED if wishes["chunked"] else INLINE
-    if wishes["here"]:
-        result, files = fork(source, destination, limits=limits, **wishes["options"]), {}
+    source, destination, arguments = Path(argv[1]), Path(argv[2]), json.loads(argv[3])
+    limits = CHUNKED if arguments["chunked"] else INLINE
+    if arguments["here"]:
+        result, files = fork(source, destination, limits=limits, **arguments["options"]), {}
     else:
-        books = fork_with_books(source, destination, limits=limits, **wishes["options"])
-        result, files = books.result, books.files
+        ledger = fork_with_ledger(source, destination, limits=limits, **arguments["options"])
+        result, files = ledger.result, ledger.files
     json.dump({"result": result, "files": files}, sys.stdout)

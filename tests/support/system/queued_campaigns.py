@@ -12,11 +12,11 @@ from celery.result import AsyncResult
 from tasks.copier.campaign.spec import CampaignResult
 from tasks.copier.fork_spec import ForkResult
 from tasks.store.campaign.results import CampaignResults
-from tests.support.system.result_checks import check_books, check_fork_result
+from tests.support.system.result_checks import check_file_results, check_fork_result
 from tests.support.system.scheduler import QUEUE, Scheduler
 from tests.support.tree import snapshot
 
-#: Of every so many forks, one is compared byte by byte, and its books are looked at.
+#: One fork of this many is compared byte by byte, and its FileResults are checked.
 _SAMPLE = 25
 
 
@@ -62,8 +62,10 @@ def result_of(scheduler: Scheduler, campaign_id: str) -> CampaignResult:
     return cast(CampaignResult, result)
 
 
-def assert_books_balance(scheduler: Scheduler, result: CampaignResult, paths: Sequence[Path]) -> list[ForkResult]:
-    """Each fork has its one result, and stands exactly if it succeeded; the sums are sums. Returns the results."""
+def assert_results_are_consistent(
+    scheduler: Scheduler, result: CampaignResult, paths: Sequence[Path]
+) -> list[ForkResult]:
+    """Each fork has exactly one result, and the campaign's totals are their sums. Returns the forks' results."""
     campaign_id = result["campaign_id"]
     forks = forks_of(scheduler, campaign_id, len(paths))
     assert [fork["fork_id"] for fork in forks] == [f"{campaign_id}.{n}" for n in range(1, len(paths) + 1)]
@@ -78,14 +80,14 @@ def assert_books_balance(scheduler: Scheduler, result: CampaignResult, paths: Se
             assert value == sum(fork[group][name] for fork in forks)
     for fork in forks[::_SAMPLE]:
         check_fork_result(fork)
-        check_books(fork, scheduler.files(fork["fork_id"]))
+        check_file_results(fork, scheduler.files(fork["fork_id"]))
     return forks
 
 
 def assert_all_are_whole(scheduler: Scheduler, result: CampaignResult, source: Path, paths: Sequence[Path]) -> None:
     """Every fork succeeded once, and is the source."""
     assert (result["status"], result["error"], result["failures"]) == ("succeeded", None, [])
-    assert_books_balance(scheduler, result, paths)
+    assert_results_are_consistent(scheduler, result, paths)
     names = sorted(os.listdir(source / "layers"))
     assert all(sorted(os.listdir(path / "layers")) == names for path in paths)
     whole = snapshot(source)
@@ -93,6 +95,6 @@ def assert_all_are_whole(scheduler: Scheduler, result: CampaignResult, source: P
         assert snapshot(path) == whole
 
 
-def standing(place: Path) -> list[str]:
-    """The names of the forks that stand."""
+def published_forks(place: Path) -> list[str]:
+    """The names of the published forks."""
     return sorted(name for name in os.listdir(place) if name.startswith("vm-"))

@@ -1,4 +1,4 @@
-"""A proxy before Redis' socket that is slow, breaks off in the middle of an answer, or cuts every connection."""
+"""A proxy in front of Redis' socket that can delay, cut off in the middle of an answer, or drop every connection."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ class Proxy:
             self._silent.update(self._pairs)
 
     def hold(self) -> None:
-        """Keep all bytes of all connections, also new ones, until `go_on`."""
+        """Keep all bytes of all connections, also new ones, until `release`."""
         self._flowing.clear()
 
-    def go_on(self) -> None:
+    def release(self) -> None:
         """Pass on what was kept, and all that comes."""
         self._flowing.set()
 

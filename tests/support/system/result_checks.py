@@ -1,4 +1,4 @@
-"""What the contract says of results, as checks: names, types, and that the books balance."""
+"""Checks of results against the contract: names, types, and that totals are the sums of their parts."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def check_fork_result(result: ForkResult) -> None:
     assert abs((finished - started).total_seconds() - result["seconds"]["total"]) < 0.001
 
 
-def check_books(result: ForkResult, files: list[FileResult]) -> None:
+def check_file_results(result: ForkResult, files: list[FileResult]) -> None:
     """Each FileResult has its fields, no path has two, and the fork's totals are their sums."""
     for file in files:
         assert set(file) == FILE_FIELDS

@@ -1,4 +1,4 @@
-"""A scheduler that knows the contract and nothing else of the program, and what it can see of a fork."""
+"""A client that uses only the contract: it sends forks and reads their results."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from tests.fixtures.redis_server import RedisServer
 from worker.runtime.configuration import UNACKED_KEY
 
 QUEUE = "forkvm"
-#: All queues of the default domain, and kombu's books of what was delivered and not acknowledged.
+#: All queues of the default domain, and kombu's hash of messages that were delivered and not acknowledged.
 QUEUES = (QUEUE, f"{QUEUE}#chunk", f"{QUEUE}#finish", f"{QUEUE}#batch")
 UNACKED = UNACKED_KEY
-#: Seconds for a fork of a test to end: far more than any takes.
-PATIENCE = 40.0
-#: How often in a row, 20 ms apart, nothing must be on its way.
-_QUIET_LOOKS = 5
+#: Seconds to wait for a fork to end, far more than any takes.
+TIMEOUT = 40.0
+#: How many polls in a row, 20 ms apart, must find no message.
+_QUIET_POLLS = 5
 
 
 class Scheduler:
-    """Sends forks by name; looks at their results through Celery, and through `Results` where it tells more."""
+    """Sends forks by name. Reads their results through Celery, and what Celery does not have through `Results`."""
 
     def __init__(self, app: Celery, server: RedisServer) -> None:
         self.app = app
@@ -65,11 +65,11 @@ class Scheduler:
         """One fork from its request to its result; raises what Celery raises for a failed one."""
         return self.wait(self.send({"source": str(source), "destination": str(destination), **fields}, fork_id))
 
-    def wait(self, sent: AsyncResult[Any], timeout: float = PATIENCE) -> ForkResult:
+    def wait(self, sent: AsyncResult[Any], timeout: float = TIMEOUT) -> ForkResult:
         result: ForkResult = sent.get(timeout=timeout)
         return result
 
-    def wait_failed(self, sent: AsyncResult[Any], timeout: float = PATIENCE) -> tuple[str, ForkResult]:
+    def wait_failed(self, sent: AsyncResult[Any], timeout: float = TIMEOUT) -> tuple[str, ForkResult]:
         """Waits for a failure: the exception's message, and the whole ForkResult."""
         with pytest.raises(Exception) as raised:  # noqa: PT011 - the type is made up by the client's Celery
             sent.get(timeout=timeout)
@@ -82,15 +82,15 @@ class Scheduler:
         return list(self.results.pages.files(fork_id))
 
     def wait_quiet(self) -> None:
-        """Returns when no message is in a queue or unacknowledged: whatever was to happen has happened.
+        """Return when no message is queued or unacknowledged, so that nothing more will happen.
 
-        For a moment a message is in neither: kombu takes it from the list before it writes it down as unacknowledged.
+        Several polls in a row must agree: kombu takes a message from its list before it records it as unacknowledged.
         """
-        looks = [0]
+        quiet_polls = [0]
 
         def quiet() -> bool:
-            looks[0] = 0 if any(self.messages().values()) else looks[0] + 1
-            return looks[0] >= _QUIET_LOOKS
+            quiet_polls[0] = 0 if any(self.messages().values()) else quiet_polls[0] + 1
+            return quiet_polls[0] >= _QUIET_POLLS
 
         wait_until(quiet, "the end of all messages")
 

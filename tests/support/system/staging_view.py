@@ -1,4 +1,4 @@
-"""A fork's staging as somebody sees it who looks into the destination's parent from outside."""
+"""A fork's staging, read from the destination's parent without the program's own code."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class StagingView:
         return len((self.journal().get("plan") or {"chunks": ()})["chunks"])
 
     def begun(self) -> set[int]:
-        """The chunks that somebody has begun."""
+        """The chunks that some process has begun."""
         return self._numbers("chunk-")
 
     def done(self) -> set[int]:

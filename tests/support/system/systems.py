@@ -1,4 +1,4 @@
-"""A running system, and the moments at which a test may stop it."""
+"""A running system, and how a test stops its children at a chosen point of a fork."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class System:
     scheduler: Scheduler
 
     def assert_left_nothing_in(self, *directories: Path) -> None:
-        """Waits until all messages are dealt with, and looks for staging."""
+        """Wait until all messages are processed, and check that no staging is left."""
         self.scheduler.wait_quiet()
         for directory in directories:
             assert leftovers(directory) == []
@@ -73,10 +73,7 @@ def stopped_in_the_middle(
 
 @contextmanager
 def stopped_when(worker: Worker, condition: Callable[[], bool], what: str) -> Iterator[list[int]]:
-    """Stops the worker's children in a moment at which `condition` holds; yields their pids.
-
-    Those that still live go on at the end.
-    """
+    """Stop the worker's children while `condition` holds, and yield their pids. The living continue at the end."""
     children = worker.children
 
     def stop() -> bool:
