@@ -21,6 +21,7 @@ from celery.worker.consumer.mingle import Mingle
 
 from tasks.names import inner_queues
 from worker.checks.shared_filesystems import Unfenced, raise_fence
+from worker.exit_codes import BAD_CALL
 from worker.runtime.configuration import make_app
 from worker.runtime.message_filter import install_message_filter
 from worker.runtime.node_name import node_name
@@ -54,7 +55,7 @@ def _settings() -> Settings:
 def _refuse(message: str) -> NoReturn:
     """End with one line and the exit code of a bad call."""
     print(f"forkvm: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(BAD_CALL)
 
 
 @signals.celeryd_init.connect

@@ -1,4 +1,4 @@
-"""The command line: `forkvm`. Exit codes: 0 done, 1 the fork failed, 2 a bad call, 3 no broker, 130 Ctrl-C."""
+"""The command `forkvm`: a group that finds each command in its module."""
 
 from __future__ import annotations
 
@@ -9,17 +9,14 @@ from typing import Never
 
 import click
 
-from tasks.copier.errors import Code, ForkError, describe
-from worker.commands.options import BAD_CALL, DONE, FAILED, INTERRUPTED, NO_BROKER
-from worker.commands.output import say_usage
-from worker.commands.signals import end_on_signals
-from worker.commands.streams import close_streams, open_streams, use_utf8
-from worker.commands.unexpected_errors import exit_code, unexpected
+from worker.commands.errors import run
+from worker.commands.help import write_exit_codes
 from worker.environment import remove_celery_variables
-from worker.settings import BadSettings, NoBroker
-from worker.terminal import say
+from worker.exit_codes import FAILED, MEANINGS
+from worker.terminal.signals import exit_on_signals
+from worker.terminal.streams import close_streams, open_streams, use_utf8
 
-#: Where each command is defined, under its own name.
+#: The module of each command, which defines it under its own name; in the order of the help.
 _MODULES = {
     "fork": "worker.commands.fork",
     "submit": "worker.commands.queue",
@@ -37,45 +34,22 @@ _MODULES = {
 
 
 def main() -> Never:
-    """The entry point; turns what is known to go wrong into one line and an exit code."""
+    """The entry point of the program: runs the command and ends the process with its exit code."""
     use_utf8()
     open_streams()
-    end_on_signals()
+    exit_on_signals()
     remove_celery_variables()
-    logging.getLogger("tasks").addHandler(logging.NullHandler())  # only a worker logs what it does
+    logging.getLogger("tasks").addHandler(logging.NullHandler())  # log lines are for workers only
     try:
-        code = _run()
+        # Without its standalone mode, click returns the code of an Exit instead of ending the process.
+        code = run(lambda: cli(standalone_mode=False))
     finally:
         close_streams()
     sys.exit(code)
 
 
-def _run() -> int:
-    """Run the command; its exit code."""
-    try:
-        # Without its standalone mode, click returns the code of an Exit instead of ending the process.
-        return cli(standalone_mode=False) or DONE
-    except click.ClickException as error:
-        say_usage(error)
-        return BAD_CALL
-    except click.Abort:  # Ctrl-C
-        return INTERRUPTED
-    except BadSettings as error:
-        say(str(error))
-        return BAD_CALL
-    except NoBroker as error:
-        say(str(error))
-        return NO_BROKER
-    except ForkError as error:
-        say(describe(error.record()))
-        return BAD_CALL if error.code is Code.INVALID_REQUEST else FAILED
-    except Exception as error:
-        say(unexpected(error))
-        return exit_code(error)
-
-
 class _Commands(click.Group):
-    """Finds each command in its module when it is called: most need modules that the others do without."""
+    """Imports a command's module when the command is called: most need modules that the others do not."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names of all commands, in the order of the help."""
@@ -86,11 +60,19 @@ class _Commands(click.Group):
         module = _MODULES.get(cmd_name)
         return None if module is None else getattr(import_module(module), cmd_name)
 
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the exit codes of all commands."""
+        failed = "The work failed or was cancelled. Each command's help has the details."
+        write_exit_codes(formatter, MEANINGS | {FAILED: failed})
+
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="forkvm")
 def cli() -> None:
-    """Clone the directories of virtual machines: by reflink where the filesystem can, sparsely where it cannot."""
+    """Clone directories of virtual machines.
+
+    Files are reflinked where the filesystem supports it, and copied without their holes elsewhere.
+    """
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from tasks.store.redis_errors import cause
 from tasks.store.results import Results
 from worker.runtime.configuration import UNACKED_KEY, make_app
 from worker.settings import NoBroker, Settings
-from worker.terminal import ShowProgress, say
+from worker.terminal.printing import ShowProgress, print_message
 
 #: How often a waiting command looks, in seconds.
 _LOOK_SECONDS = 0.1
@@ -129,7 +129,7 @@ class Client:
             if status.state == states.PENDING and waited > _UNSERVED_SECONDS and not asked:
                 asked = True
                 if not self.is_served(queue):
-                    say(f"no worker serves the queue {queue or self._queue}; {job_id} waits until one does")
+                    print_message(f"no worker serves the queue {queue or self._queue}; {job_id} waits until one does")
             time.sleep(_LOOK_SECONDS)
 
     def cancel(self, fork_id: str) -> None:

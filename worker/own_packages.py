@@ -6,6 +6,8 @@ import os
 import sys
 from importlib.util import find_spec
 
+from worker.exit_codes import BAD_CALL
+
 #: The directory that holds the packages `worker` and `tasks`.
 _HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -21,7 +23,7 @@ def prefer_own_packages() -> None:
         found = f"{ascii(place)[1:-1]} is imported in place of the package tasks in {_HOME}"
         remedy = "take its directory out of PYTHONPATH, or install forkvm in an environment of its own"
         print(f"forkvm: {found}: {remedy}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(BAD_CALL)
 
 
 def _put_working_directory_last() -> None:

@@ -9,10 +9,8 @@ from typing import Any, NoReturn
 from celery import Celery
 from kombu.exceptions import OperationalError
 
+from worker.exit_codes import NO_BROKER
 from worker.redis_url import RedisUrl
-
-#: Exit code of what finds no broker that it may talk to.
-NO_BROKER = 3
 
 
 def tls_options(url: RedisUrl, ca: str) -> dict[str, Any] | None:

@@ -140,7 +140,7 @@ def test_an_id_that_is_no_campaigns_is_a_bad_call(run_forkvm: RunForkvm, redis_s
     for call in (["campaign", "--retry", "never"], ["forks", "never"]):
         done = run_forkvm(*call, env=environment)
         assert (done.returncode, done.stdout) == (2, "")
-        assert "never: no campaign of this id" in done.stderr
+        assert "never: no campaign with this id" in done.stderr
         assert "Traceback" not in done.stderr
 
 
@@ -199,7 +199,7 @@ def test_a_campaign_is_sent_waited_for_listed_and_retried(
         (f"{place}/vm-{n}", {"rack": "7"}) for n in (3, 7)
     ]
     assert nothing.returncode == 0
-    assert "nothing to do again" in nothing.stderr
+    assert "nothing to retry" in nothing.stderr
 
 
 def test_a_running_campaign_is_watched_with_a_bar_and_cancelled(

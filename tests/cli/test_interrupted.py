@@ -55,7 +55,7 @@ def test_ctrl_c_ends_the_waiting_and_says_that_the_job_goes_on(
 
     # Then
     assert (process.returncode, told) == (130, "")
-    ended = "forkvm: the job continues without this command; to see it: forkvm status 'the job'\n"
+    ended = "forkvm: the job continues; to see it: forkvm status 'the job'\n"
     assert said.endswith(ended)
     assert json.loads(run_forkvm("status", "the job", "--json", env=environment).stdout)["state"] == "PENDING"
     with redis_server.client() as client:

@@ -226,4 +226,4 @@ def test_a_working_directory_that_was_removed_is_a_bad_call(tmp_path: Path) -> N
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
 
     assert done.returncode == 2
-    assert "Error: the working directory was removed; give absolute paths" in done.stderr
+    assert "Error: the working directory was removed; use absolute paths" in done.stderr

@@ -124,7 +124,7 @@ def test_a_fork_that_waits_in_the_queue_is_known_and_can_be_cancelled(
     wait_until(lambda: run_forkvm("status", "f1", env=environment).returncode == 1, "the end of the fork")
 
     # Then
-    assert (waiting.returncode, waiting.stdout) == (0, "f1: PENDING; it waits in the queue\n")
+    assert (waiting.returncode, waiting.stdout) == (0, "f1: PENDING; waiting in the queue\n")
     assert (cancelled.returncode, cancelled.stdout) == (0, "f1: cancellation requested; waiting for a worker\n")
     assert run_forkvm("status", "f2", env=environment).stdout.startswith("succeeded")
     assert "cancelled" in run_forkvm("status", "f1", env=environment).stdout
@@ -145,7 +145,7 @@ def test_submit_that_waits_shows_its_id_and_says_when_no_worker_serves_the_queue
     assert done.stderr.splitlines() == [
         "forkvm: waiting for f 1",
         "forkvm: no worker serves the queue forkvm; f 1 waits until one does",
-        "forkvm: f 1 has not ended within 4 s; it continues: forkvm status 'f 1'",
+        "forkvm: f 1 did not end within 4 s and continues; to see it: forkvm status 'f 1'",
     ]
     with redis_server.client() as client:
         client.delete("forkvm")
@@ -209,7 +209,7 @@ def test_cancel_of_a_finished_fork_changes_nothing_and_exits_with_1(
 
     assert done.returncode == 1
     assert done.stdout.startswith("succeeded")
-    assert done.stderr == "forkvm: f1: nothing was cancelled: it has ended already (SUCCESS)\n"
+    assert done.stderr == "forkvm: f1: not cancelled: it has ended already (SUCCESS)\n"
     assert (place / "vm-2").is_dir()
 
 

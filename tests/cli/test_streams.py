@@ -67,7 +67,7 @@ def test_an_answer_that_cannot_be_written_is_one_line_on_stderr(source: Path, tm
     done = shell("$F fork src dst > /dev/full", tmp_path)
 
     assert done.returncode == 0
-    assert done.stderr == b"forkvm: the answer could not be written to stdout: No space left on device\n"
+    assert done.stderr == b"forkvm: the result could not be written to stdout: No space left on device\n"
 
 
 def test_a_pipe_that_another_process_made_non_blocking_gets_everything(source: Path, tmp_path: Path) -> None:

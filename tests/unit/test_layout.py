@@ -45,6 +45,7 @@ LAYERS = (
     ("tasks.fork",),
     ("tasks.campaign",),
     (
+        "worker.exit_codes",
         "worker.terminal",
         "worker.own_packages",
         "worker.environment",

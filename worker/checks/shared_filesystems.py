@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tasks.copier.errors import errno_name
 from tasks.copier.kernel import mounts
 from tasks.copier.staging.shared_filesystems import marked, prove
-from worker.terminal import printable
+from worker.terminal.printing import printable
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 #: What an operator can do where locks are not shared.

@@ -1,8 +1,17 @@
 """The commands of `forkvm`: one module for each group of commands, and what they share.
 
-    fork, campaign, queue, gc, worker, doctor, demo      the commands
-    options, output, waiting                             what they take, print and wait for
-    signals, streams, unexpected_errors                  how they end
+    fork         fork, verify: in this process, without a broker
+    queue        submit, status, files, cancel
+    campaign     campaign, forks
+    worker       worker, demo
+    demo         what `forkvm demo` does
+    doctor, gc   the commands of these names
+    options      options, and the requests and settings that they make
+    help         the example and the exit codes in a command's help
+    output       results as text, and the progress bar
+    waiting      waiting for the result of a queued job
+    errors       the message and the exit code of an error
 
-A command's module is imported when the command is called: `forkvm fork` starts without Celery.
+It may use everything but `worker.cli`. A command's module is imported when the command is called: `forkvm fork` starts
+without Celery.
 """

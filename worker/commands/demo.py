@@ -23,7 +23,7 @@ from tasks.names import CAMPAIGN_TASK, FORK_TASK
 from worker.client import Client
 from worker.commands.output import any_result_lines, file_line, progress_bar
 from worker.settings import read_settings
-from worker.terminal import answer, say
+from worker.terminal.printing import print_line, print_message
 
 _MIB = 1 << 20
 #: The guest: two images of 1 GiB, each with so many pieces of data of 1 MiB.
@@ -80,9 +80,9 @@ def _fork(client: Client, redis: str, request: dict[str, Any], private: Path) ->
     if result is None:
         sys.exit(f"forkvm: the fork did not end; the worker's log:\n{(private / 'worker.log').read_text()}")
     for entry in client.results.pages.files(fork_id):
-        answer(f"  {file_line(entry)}")
+        print_line(f"  {file_line(entry)}")
     for line in any_result_lines(result):
-        answer(line)
+        print_line(line)
     if result["error"] is not None:
         sys.exit(1)
     return result
@@ -95,7 +95,7 @@ def _campaign(client: Client, redis: str, request: dict[str, Any]) -> None:
     with progress_bar() as show:
         result = client.wait(campaign_id, show, timeout=_JOB_SECONDS).result
     for line in any_result_lines(result) if result is not None else ():
-        answer(line)
+        print_line(line)
     if result is None or result["status"] != "succeeded":
         sys.exit("forkvm: the campaign failed")
 
@@ -108,7 +108,7 @@ def _copy(source: Path, copy: Path, reflink: str) -> None:
     began = time.monotonic()
     done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode == 0:
-        answer(f"{' '.join(command[:3])}: {time.monotonic() - began:.3f} s")
+        print_line(f"{' '.join(command[:3])}: {time.monotonic() - began:.3f} s")
     shutil.rmtree(copy, ignore_errors=True)
 
 
@@ -150,7 +150,9 @@ def _guests(private: Path, directory: str | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="forkvm-demo-", dir=directory) as path:
             yield Path(path)
     elif os.geteuid() != 0 or shutil.which("mkfs.xfs") is None:
-        say("no XFS can be made here, which needs root and mkfs.xfs: if /tmp cannot reflink, the fork is a sparse copy")
+        print_message(
+            "using /tmp, where the fork may be a sparse copy: only root with mkfs.xfs can make an XFS filesystem"
+        )
         (private / "guests").mkdir()
         yield private / "guests"
     else:
@@ -250,5 +252,5 @@ def _run(*command: str) -> None:
 
 
 def _step(text: str) -> None:
-    answer(f"== {text}")
+    print_line(f"== {text}")
     sys.stdout.flush()  # before what child processes print

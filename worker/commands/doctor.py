@@ -1,4 +1,4 @@
-"""The command `forkvm doctor`: what this host can do, what is wrong, and the mend."""
+"""The command `forkvm doctor`: checks this host and its Redis, and shows how to fix each problem."""
 
 from __future__ import annotations
 
@@ -8,37 +8,47 @@ from dataclasses import asdict
 import click
 
 from worker.checks.host import Check, Verdict, host_checks
-from worker.commands.options import FAILED, NO_BROKER, as_json
+from worker.commands.help import command
+from worker.commands.options import as_json
+from worker.exit_codes import DONE, FAILED, NO_BROKER
 from worker.settings import NoBroker, Settings, read_settings
-from worker.terminal import answer_json, printable
+from worker.terminal.printing import print_json, printable
 
 _STYLES: dict[Verdict, str] = {"ok": "green", "warn": "yellow", "bad": "bold red"}
 
 
-@click.command()
+@command(
+    example="FORKVM_ROOTS=/guests forkvm doctor",
+    done="No check is bad. There may be warnings.",
+    failed="At least one check is bad.",
+    codes=(NO_BROKER,),
+)
 @as_json
 def doctor(as_json: bool) -> None:
-    """What this host can do: its kernel, roots and Redis; what is wrong, and the mend."""
+    """Check this host, its roots and its Redis.
+
+    Each check is ok, a warning or bad. A problem is shown with its fix.
+    """
     settings = read_settings()
     checks = list(host_checks(settings.roots))
-    code = 0
+    code = DONE
     try:
-        for check in _of_redis(settings):  # what was found before Redis went away is told, too
+        for check in _redis_checks(settings):  # keeps the checks that were made before Redis went away
             checks.append(check)
     except NoBroker as error:
         checks.append(Check("Redis", "bad", str(error), "start it, or set FORKVM_BROKER_URL and FORKVM_RESULT_BACKEND"))
         code = NO_BROKER
     verdict = _worst(checks)
     if as_json:
-        answer_json({"verdict": verdict, "checks": [asdict(check) for check in checks]})
+        print_json({"verdict": verdict, "checks": [asdict(check) for check in checks]})
     else:
         _show(checks)
     if code or verdict == "bad":
         raise click.exceptions.Exit(code or FAILED)
 
 
-def _of_redis(settings: Settings) -> Iterator[Check]:
-    from worker.checks.redis import redis_checks  # and Celery with it
+def _redis_checks(settings: Settings) -> Iterator[Check]:
+    from worker.checks.redis import redis_checks  # imports Celery
 
     return redis_checks(settings)
 
@@ -48,7 +58,7 @@ def _worst(checks: list[Check]) -> Verdict:
 
 
 def _show(checks: list[Check]) -> None:
-    """A line for each check, and one below it for what mends it."""
+    """Print a line for each check, and its fix on the next line."""
     from rich.console import Console
     from rich.text import Text
 

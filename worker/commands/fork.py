@@ -16,42 +16,55 @@ from tasks.copier.fork_spec import ForkResult
 from tasks.copier.options import DEFAULT_EXCLUDE
 from tasks.copier.progress import Beat
 from tasks.copier.source.selection import Selection
-from worker.commands.options import FAILED, absolute, answer_result, as_json, fork_options, local_processes, request_of
+from worker.commands.help import command
+from worker.commands.options import absolute, as_json, fork_options, local_processes, print_result, request_of
 from worker.commands.output import comparison_lines, comparison_record, progress_bar
-from worker.commands.signals import ended_by_signals
+from worker.exit_codes import FAILED
 from worker.settings import Settings, read_settings, roots_of
-from worker.terminal import answer, answer_json
+from worker.terminal.printing import print_json, print_line
+from worker.terminal.signals import cancelled_by_signals
 
 
-@click.command()
+@command(
+    example="forkvm fork /guests/vm-1 /guests/vm-2",
+    failed="The fork failed, or a signal cancelled it. DESTINATION is not created.",
+)
 @click.argument("source")
 @click.argument("destination")
 @fork_options
 @as_json
 def fork(source: str, destination: str, as_json: bool, **fields: Any) -> None:
-    """Make one fork here and now, without a broker."""
+    """Clone a directory in this process.
+
+    SOURCE is cloned to DESTINATION, which must not exist. No broker and no worker are needed. The fork appears at
+    DESTINATION when it is complete.
+    """
     settings = read_settings()
     request = request_of({"source": absolute(source), "destination": absolute(destination)}, fields)
-    with progress_bar() as show, ended_by_signals(show) as beat:
+    with progress_bar() as show, cancelled_by_signals(show) as beat:
         result = _fork_here(settings, request, beat)
-    answer_result(result, as_json)
+    print_result(result, as_json)
 
 
-@click.command()
+@command(
+    example="forkvm verify /guests/vm-1 /guests/vm-2",
+    done="The directories are the same.",
+    failed="The directories differ, or something could not be read.",
+)
 @click.argument("source")
 @click.argument("clone")
-@click.option("--skip", multiple=True, metavar="PATH", help="What the clone was made without; as for fork.")
-@click.option("--exclude", multiple=True, metavar="PATTERN", help="As for fork.")
-@click.option("--no-exclude", is_flag=True, help="The clone was made without leaving anything out by pattern.")
+@click.option("--skip", multiple=True, metavar="PATH", help="The fork's --skip. Repeatable.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="The fork's --exclude. Repeatable.")
+@click.option("--no-exclude", is_flag=True, help="The fork was made with --no-exclude.")
 @as_json
 def verify(
     source: str, clone: str, skip: tuple[str, ...], exclude: tuple[str, ...], no_exclude: bool, as_json: bool
 ) -> None:
-    """Compare a directory with its clone, and print how many bytes they share on disk.
+    """Compare a directory with its clone.
 
-    Exit code 1: they differ, or something could not be compared.
+    Also prints how many bytes the two share on disk.
     """
-    from tasks.copier.clone.compare import compare  # a fork does without it
+    from tasks.copier.clone.compare import compare  # not needed by `fork`
 
     roots = roots_of(read_settings())
     source, clone = absolute(source), absolute(clone)
@@ -63,10 +76,10 @@ def verify(
         opened.callback(os.close, clone_fd)
         found = compare(source_fd, clone_fd, Selection(skip, patterns))
     if as_json:
-        answer_json(comparison_record(source, clone, found))
+        print_json(comparison_record(source, clone, found))
     else:
         for line in comparison_lines(source, clone, found):
-            answer(line)
+            print_line(line)
     if not found.same:
         raise click.exceptions.Exit(FAILED)
 

@@ -11,44 +11,51 @@ import click
 from tasks.copier.errors import ForkError
 from tasks.copier.roots import normal_path
 from tasks.copier.staging.gc import Finding, collect
-from worker.commands.options import FAILED, absolute, as_json, connect
-from worker.commands.unexpected_errors import is_redis_fault
+from worker.commands.errors import is_redis_error
+from worker.commands.help import command
+from worker.commands.options import absolute, as_json, connect
+from worker.exit_codes import FAILED
 from worker.settings import NoBroker, Settings, read_settings
-from worker.terminal import answer, answer_json, say
+from worker.terminal.printing import print_json, print_line, print_message
 
 if TYPE_CHECKING:
     from worker.client import Client
 
 
-@click.command()
+@command(
+    example="forkvm gc /guests",
+    done="Everything was searched.",
+    failed="Something could not be searched, read or removed. The rest was searched.",
+)
 @click.argument("directories", nargs=-1)
 @as_json
 def gc(directories: tuple[str, ...], as_json: bool) -> None:
-    """Remove the staging that a dead machine left below DIRECTORIES (default: the roots), never a live fork's.
+    """Remove abandoned staging directories.
 
-    What is in use or not proved to be forkvm's own is kept. The exit code is 1 where something could not be searched,
-    read or removed; the search goes on behind it.
+    Searches DIRECTORIES (default: FORKVM_ROOTS) for staging directories of forks whose process or machine died. A
+    staging directory that is in use, or that may not be forkvm's own, is kept. If Redis cannot be reached, those of
+    queued forks are kept.
     """
     settings = read_settings()
     searched = [normal_path(absolute(directory), "directory") for directory in directories] or list(settings.roots)
     if not searched:
-        raise click.UsageError("nothing to search: name directories, or set FORKVM_ROOTS")
+        raise click.UsageError("nothing to search: name DIRECTORIES, or set FORKVM_ROOTS")
     findings = list(_findings(searched, settings))
     counts = Counter(finding.verdict for finding in findings)
     if as_json:
-        answer_json([vars(finding) for finding in findings])
+        print_json([vars(finding) for finding in findings])
     else:
         for finding in findings:
             fork = f" (fork {finding.fork_id})" if finding.fork_id else ""
-            answer(f"{finding.verdict} {finding.path}{fork}: {finding.reason}")
+            print_line(f"{finding.verdict} {finding.path}{fork}: {finding.reason}")
         failed = f", {counts['failed']} failed" if counts["failed"] else ""
-        answer(f"{counts['removed']} removed, {counts['kept']} kept{failed}")
+        print_line(f"{counts['removed']} removed, {counts['kept']} kept{failed}")
     if counts["failed"]:
         raise click.exceptions.Exit(FAILED)
 
 
 def _findings(searched: list[str], settings: Settings) -> Iterator[Finding]:
-    is_live = _asking(settings)
+    is_live = _liveness(settings)
     for directory in searched:
         try:
             yield from collect(directory, is_live)
@@ -56,8 +63,11 @@ def _findings(searched: list[str], settings: Settings) -> Iterator[Finding]:
             yield Finding(directory, "", "failed", error.message)
 
 
-def _asking(settings: Settings) -> Callable[[str], bool | None]:
-    """Asks the queue whether it has still to deliver a fork; connects when it is first asked."""
+def _liveness(settings: Settings) -> Callable[[str], bool | None]:
+    """A function that says whether a fork has started and not ended; None if Redis cannot be asked.
+
+    It connects when it is called first.
+    """
     clients: list[Client | None] = []
 
     def is_live(fork_id: str) -> bool | None:
@@ -68,10 +78,10 @@ def _asking(settings: Settings) -> Callable[[str], bool | None]:
         except NoBroker as error:
             reason = str(error)
         except Exception as error:
-            if not is_redis_fault(error):
+            if not is_redis_error(error):
                 raise
             reason = f"Redis: {error}"
-        say(reason)
+        print_message(reason)
         clients[:] = [None]
         return None
 

@@ -1,9 +1,8 @@
-"""What the commands take: options and the environment, made into requests, settings, connections and beats."""
+"""The options that several commands share, and the requests, settings and connections that they make."""
 
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,53 +13,71 @@ from tasks.copier.fork_spec import ForkResult
 from tasks.copier.options import DEFAULT_EXCLUDE
 from worker.commands.output import result_lines
 from worker.cpus import available_cpus
+from worker.exit_codes import BAD_CALL, FAILED
 from worker.settings import Settings, read_settings
-from worker.terminal import answer, answer_json, say
+from worker.terminal.printing import print_json, print_line, print_message
 
 if TYPE_CHECKING:
     from worker.client import Client
 
-#: Exit codes.
-DONE, FAILED, BAD_CALL, NO_BROKER = 0, 1, 2, 3
-#: Nothing ended within the time that a command was to wait, as timeout(1) has it.
-TIMED_OUT = 124
-#: Ended by Ctrl-C, as a shell has it: 128 and the signal's number.
-INTERRUPTED = 128 + signal.SIGINT
-#: More processes than this gain nothing: the filesystem's own locks are the limit.
+#: More processes do not make a local fork faster: the filesystem's own locks are the limit.
 _MOST_PROCESSES = 4
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Answer with one JSON document.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+domain_option = click.option(
+    "--domain", metavar="NAME", help="Domain whose workers run the job. Default: FORKVM_DOMAIN."
+)
 
 
 def fork_options(command: Callable[..., None]) -> Callable[..., None]:
     """The fields of a ForkRequest as options."""
     for option in reversed(
         (
-            click.option("--reflink", help="auto (default), always or never."),
-            click.option("--snapshot", help="auto (default) or never: a btrfs subvolume is cloned by a snapshot."),
-            click.option("--skip", multiple=True, metavar="PATH", help="Relative path to leave out; may be repeated."),
+            click.option(
+                "--reflink",
+                metavar="WHEN",
+                help="auto (default): copy a file that cannot be reflinked; always: fail instead; never: copy all.",
+            ),
+            click.option(
+                "--snapshot",
+                metavar="WHEN",
+                help="auto (default): clone a btrfs subvolume by a snapshot if possible; never: clone its files.",
+            ),
+            click.option("--skip", multiple=True, metavar="PATH", help="Leave out this relative path. Repeatable."),
             click.option(
                 "--exclude",
                 multiple=True,
                 metavar="PATTERN",
-                help=f"Pattern to leave out, in place of {', '.join(DEFAULT_EXCLUDE)}; may be repeated.",
+                help=f"Leave out entries that match. Repeatable. Default: {', '.join(DEFAULT_EXCLUDE)}.",
             ),
-            click.option("--no-exclude", is_flag=True, help="Leave nothing out by pattern."),
+            click.option("--no-exclude", is_flag=True, help="Exclude nothing by pattern."),
             click.option(
-                "--preserve", metavar="LIST", help="mode,ownership,timestamps,xattrs,hardlinks (default all)."
+                "--preserve",
+                metavar="LIST",
+                help="Metadata to keep, separated by commas. Default: mode,ownership,timestamps,xattrs,hardlinks.",
             ),
-            click.option("--durability", help="none (default) or sync: on the disk before it is called done."),
-            click.option("--verify", help="none (default) or content: every byte is read back and compared."),
-            click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Echoed back in the result."),
+            click.option(
+                "--durability",
+                metavar="LEVEL",
+                help="none (default); sync: write the fork to the disk before it is published.",
+            ),
+            click.option(
+                "--verify",
+                metavar="LEVEL",
+                help="none (default); content: compare every byte of the fork with the source.",
+            ),
+            click.option(
+                "--label", "labels", multiple=True, metavar="KEY=VALUE", help="Copied to the result. Repeatable."
+            ),
         )
     ):
         command = option(command)
     return command
 
 
-def request_of(ends: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """The request that `ends` (source and destinations) and the options stand for, without what was not given."""
-    request = dict(ends)
+def request_of(paths: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """The request made of `paths` (source and destinations) and the options that were given."""
+    request = dict(paths)
     for name in ("reflink", "snapshot", "durability", "verify"):
         if fields[name] is not None:
             request[name] = fields[name]
@@ -76,16 +93,16 @@ def request_of(ends: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def absolute(path: str) -> str:
-    """`path` as an absolute path: a relative one begins at the working directory. Raises UsageError.
+    """`path` as an absolute path. Raises UsageError if the working directory was removed.
 
-    `..` is resolved as the kernel does it, through symlinks: a request may not hold any.
+    `..` is resolved as the kernel does it, through symlinks, because a request must not contain it.
     """
     if path.startswith("/") or not path:
         return path
     try:
         whole = os.path.join(os.getcwd(), path)
     except FileNotFoundError:
-        raise click.UsageError("the working directory was removed; give absolute paths") from None
+        raise click.UsageError("the working directory was removed; use absolute paths") from None
     if ".." not in path.split("/"):
         return whole
     parent, name = os.path.split(whole.rstrip("/"))
@@ -93,32 +110,32 @@ def absolute(path: str) -> str:
 
 
 def with_domain(settings: Settings, domain: str | None) -> Settings:
-    """The settings, with the domain that an option named instead of the environment's. Raises BadSettings."""
+    """The settings with the domain of the option --domain, if it was given. Raises BadSettings."""
     if domain is None:
         return settings
     return read_settings(domain=domain)
 
 
 def local_processes() -> int:
-    """How many processes work on what is done without a broker."""
+    """The number of processes of a local fork or campaign."""
     return min(_MOST_PROCESSES, available_cpus())
 
 
 def connect(settings: Settings) -> Client:
-    """A connection to the queue. Celery is imported for who needs it: it would cost a local fork 0.3 s."""
+    """A connection to the queue. Celery is imported here because that takes 0.3 s, which a local fork saves."""
     from worker.client import Client
 
     return Client(settings)
 
 
-def answer_result(result: ForkResult, as_json: bool) -> None:
-    """Print the result of a fork, and end the command as the fork ended."""
+def print_result(result: ForkResult, as_json: bool) -> None:
+    """Print the result of a fork, and end the command with exit code 1 or 2 if the fork failed."""
     error = result["error"]
     if as_json:
-        answer_json(result)
+        print_json(result)
     elif error is None:
         for line in result_lines(result):
-            answer(line)
+            print_line(line)
     if error is not None:
-        say(describe(error))
+        print_message(describe(error))
         raise click.exceptions.Exit(BAD_CALL if error["code"] == Code.INVALID_REQUEST else FAILED)

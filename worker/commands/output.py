@@ -15,14 +15,14 @@ from tasks.copier.errors import describe
 from tasks.copier.fork_spec import ForkResult
 from tasks.copier.progress import Progress
 from tasks.copier.report import FileResult
-from worker.terminal import ShowProgress, printable
+from worker.terminal.printing import ShowProgress, printable
 
 #: Failures of a campaign that are shown to a person; all of them are in the JSON, or in `forkvm forks`.
 _SHOWN_FAILURES = 10
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
-def say_usage(error: click.ClickException) -> None:
+def print_usage_error(error: click.ClickException) -> None:
     """Print what is wrong with a call, and how it is made. What the caller typed is escaped like any other text."""
     if isinstance(error, click.UsageError) and error.ctx is not None:
         print(error.ctx.get_usage(), file=sys.stderr)

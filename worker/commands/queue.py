@@ -1,4 +1,4 @@
-"""The commands of jobs in the queue: `forkvm submit`, `status`, `files` and `cancel`."""
+"""The commands for queued jobs: `forkvm submit`, `status`, `files` and `cancel`."""
 
 from __future__ import annotations
 
@@ -11,34 +11,41 @@ import click
 
 from tasks.contract import fork_request
 from tasks.copier.fork_spec import ForkResult
+from worker.commands.help import command
 from worker.commands.options import (
-    FAILED,
     absolute,
-    answer_result,
     as_json,
     connect,
+    domain_option,
     fork_options,
+    print_result,
     request_of,
     with_domain,
 )
 from worker.commands.output import any_result_lines, file_line, progress_line
-from worker.commands.streams import reader_is_gone
 from worker.commands.waiting import is_over, unknown, wait_for_result, wait_options, watching
+from worker.exit_codes import FAILED, NO_BROKER, TIMED_OUT
 from worker.settings import read_settings
-from worker.terminal import answer, answer_json, say
+from worker.terminal.printing import print_json, print_line, print_message
+from worker.terminal.streams import stdout_failed
 
 if TYPE_CHECKING:
     from worker.client import Client, Status
 
-#: How long `cancel` waits to see the end, in seconds.
+#: How long `cancel` waits for the job to end, in seconds.
 _CANCEL_SECONDS = 10.0
 
 
-@click.command()
+@command(
+    example="forkvm submit /guests/vm-1 /guests/vm-2 --id vm-2 --wait",
+    done="The fork is queued or, with --wait, has succeeded.",
+    failed="With --wait: the fork failed or was cancelled.",
+    codes=(NO_BROKER, TIMED_OUT),
+)
 @click.argument("source")
 @click.argument("destination")
-@click.option("--id", "fork_id", help="The fork's id, and its idempotency key; made up by default.")
-@click.option("--domain", help="The domain that is to make it.")
+@click.option("--id", "fork_id", metavar="ID", help="Id of the fork; an id is run only once. Default: random.")
+@domain_option
 @wait_options
 @fork_options
 @as_json
@@ -52,24 +59,33 @@ def submit(
     as_json: bool,
     **fields: Any,
 ) -> None:
-    """Enqueue a fork for a worker. Relative paths are resolved here, so the worker must see the same directories."""
+    """Queue a fork for a worker, and print its id.
+
+    SOURCE and DESTINATION are made absolute first, if they are relative. The worker must see them under the same
+    absolute paths.
+    """
     request = request_of({"source": absolute(source), "destination": absolute(destination)}, fields)
-    fork_request.parse(request)  # the caller learns here what is wrong with it
+    fork_request.parse(request)  # refuses a wrong request at once
     client = connect(with_domain(read_settings(), domain))
     fork_id = fork_id or uuid.uuid4().hex
     client.submit(request, fork_id)
     if not wait:
-        answer_json({"id": fork_id}) if as_json else answer(fork_id)
+        print_json({"id": fork_id}) if as_json else print_line(fork_id)
         return
-    answer_result(cast(ForkResult, wait_for_result(client, fork_id, timeout)), as_json)
+    print_result(cast(ForkResult, wait_for_result(client, fork_id, timeout)), as_json)
 
 
-@click.command()
+@command(
+    example="forkvm status vm-2 --watch",
+    done="The job has succeeded or has not ended.",
+    failed="The job failed or was cancelled, or the id is unknown.",
+    codes=(NO_BROKER,),
+)
 @click.argument("fork_id", metavar="ID")
-@click.option("--watch", is_flag=True, help="Show the progress until the fork has ended.")
+@click.option("--watch", is_flag=True, help="Show the progress until the job has ended.")
 @as_json
 def status(fork_id: str, watch: bool, as_json: bool) -> None:
-    """The result of a fork or campaign, or its progress."""
+    """Show a fork's or campaign's progress or result."""
     client = connect(read_settings())
     found = client.status(fork_id)
     known = client.is_known(fork_id, found)
@@ -77,76 +93,90 @@ def status(fork_id: str, watch: bool, as_json: bool) -> None:
         with watching(fork_id) as show:
             found = client.wait(fork_id, show)
     if as_json:
-        answer_json({"id": fork_id, "state": found.state, "progress": found.progress, "result": found.result})
+        print_json({"id": fork_id, "state": found.state, "progress": found.progress, "result": found.result})
     elif known:
-        _answer_status(fork_id, found)
+        _print_status(fork_id, found)
     if not known:
-        say(unknown(fork_id))
+        print_message(unknown(fork_id))
     if not known or (found.result is not None and found.result["status"] != "succeeded"):
         raise click.exceptions.Exit(FAILED)
 
 
-@click.command()
+@command(
+    example="forkvm files vm-2 --failed", failed="The id is unknown.", done="The list was printed.", codes=(NO_BROKER,)
+)
 @click.argument("fork_id", metavar="ID")
-@click.option("--failed", is_flag=True, help="Only the entries that failed.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document a line.")
+@click.option("--failed", is_flag=True, help="List only the files that failed.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document a line.")
 def files(fork_id: str, failed: bool, as_json: bool) -> None:
-    """The results of a fork's entries, as many as there are by now."""
+    """List what was done with each file of a fork.
+
+    While the fork runs, the list has the files that are done so far.
+    """
     client = connect(read_settings())
     results = client.results.pages.files(fork_id)
     first = next(results, None)
     if first is None and not client.is_known(fork_id, client.status(fork_id)):
-        say(unknown(fork_id))
+        print_message(unknown(fork_id))
         raise click.exceptions.Exit(FAILED)
     for result in chain([] if first is None else [first], results):
-        if reader_is_gone():
+        if stdout_failed():
             return
         if not failed or result["error"] is not None:
-            answer_json(result) if as_json else answer(file_line(result))
+            print_json(result) if as_json else print_line(file_line(result))
 
 
-@click.command()
+@command(
+    example="forkvm cancel vm-2",
+    done="The job was cancelled, or a worker will cancel it.",
+    failed="The job has ended already, the fork belongs to a campaign, or the id is unknown.",
+    codes=(NO_BROKER,),
+)
 @click.argument("fork_id", metavar="ID")
 @as_json
 def cancel(fork_id: str, as_json: bool) -> None:
-    """End a fork or campaign, and leave nothing that is not published."""
+    """Cancel a fork or campaign.
+
+    Its unpublished files are removed. The forks that a campaign has published already are kept. Waits up to 10 seconds
+    for the job to end.
+    """
     client = connect(read_settings())
     found = client.status(fork_id)
     _refuse_fork_of_campaign(client, fork_id, found)
     if not client.is_known(fork_id, found):
-        say(unknown(fork_id))
+        print_message(unknown(fork_id))
         raise click.exceptions.Exit(FAILED)
     if is_over(found):
-        say(f"{fork_id}: nothing was cancelled: it has ended already ({found.state})")
+        print_message(f"{fork_id}: not cancelled: it has ended already ({found.state})")
     else:
         client.cancel(fork_id)
         found = client.wait(fork_id, lambda progress: None, _CANCEL_SECONDS)
     if as_json:
-        answer_json({"id": fork_id, "state": found.state, "result": found.result})
+        print_json({"id": fork_id, "state": found.state, "result": found.result})
     elif is_over(found):
-        _answer_status(fork_id, found)
+        _print_status(fork_id, found)
     else:
-        answer(f"{fork_id}: cancellation requested; waiting for a worker")
+        print_line(f"{fork_id}: cancellation requested; waiting for a worker")
     if found.result is not None and found.result["status"] != "cancelled":
         raise click.exceptions.Exit(FAILED)
 
 
 def _refuse_fork_of_campaign(client: Client, fork_id: str, found: Status) -> None:
-    """A campaign's forks are made together, in batches; only the campaign can be cancelled."""
+    """End the command if the fork belongs to a campaign, of which a single fork cannot be cancelled."""
     campaign_id = None if is_over(found) else client.campaign_of_fork(fork_id)
     if campaign_id is not None:
         whole = f"cancel the campaign: forkvm cancel {shlex.quote(campaign_id)}"
-        say(f"{fork_id}: nothing was cancelled: it is a fork of the campaign {campaign_id}; {whole}")
+        print_message(f"{fork_id}: not cancelled: it is a fork of the campaign {campaign_id}; {whole}")
         raise click.exceptions.Exit(FAILED)
 
 
-def _answer_status(job_id: str, found: Status) -> None:
+def _print_status(job_id: str, found: Status) -> None:
     if found.result is not None:
         for line in any_result_lines(found.result):
-            answer(line)
+            print_line(line)
     elif found.progress is not None:
-        answer(progress_line(job_id, found.progress))
+        print_line(progress_line(job_id, found.progress))
     elif is_over(found):
-        answer(f"{job_id}: {found.state}, without a result; the worker's log has the reason")
+        print_line(f"{job_id}: {found.state} without a result; see the worker's log")
     else:
-        answer(f"{job_id}: {found.state}{'; it waits in the queue' if found.state == 'PENDING' else ''}")
+        print_line(f"{job_id}: {found.state}{'; waiting in the queue' if found.state == 'PENDING' else ''}")

@@ -1,4 +1,4 @@
-"""Waiting for a job of the queue, and what is said of one."""
+"""Waiting for the result of a queued job, and the messages about it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from tasks.copier.errors import Code, ForkError
-from worker.commands.options import INTERRUPTED, TIMED_OUT
 from worker.commands.output import progress_bar
-from worker.terminal import ShowProgress, say
+from worker.exit_codes import INTERRUPTED, TIMED_OUT
+from worker.terminal.printing import ShowProgress, print_message
 
 if TYPE_CHECKING:
     from tasks.copier.campaign.spec import CampaignResult
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 
 def wait_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Whether, and for how long, a command that enqueues a job waits for its result."""
+    """The options --wait and --timeout of a command that queues a job."""
     for option in (
         click.option(
             "--timeout",
             type=click.FloatRange(0, min_open=True),
             metavar="SECONDS",
-            help="With --wait: give up waiting after so long; exit code 124, and the job continues.",
+            help="With --wait: stop waiting after this time, with exit code 124. The job continues.",
         ),
-        click.option("--wait", is_flag=True, help="Wait for the result, and answer with it."),
+        click.option("--wait", is_flag=True, help="Wait for the job to end, and print its result."),
     ):
         command = option(command)
     return command
@@ -38,40 +38,42 @@ def wait_options(command: Callable[..., None]) -> Callable[..., None]:
 def wait_for_result(
     client: Client, job_id: str, timeout: float | None, queue: str | None = None
 ) -> ForkResult | CampaignResult:
-    """Wait for the result of a job that was sent to `queue` (default: that of the settings).
+    """Wait for the result of a job that was sent to `queue` (default: the queue of the settings).
 
-    Ends the command with exit code 124 after `timeout` seconds. Raises ForkError where the job ends without a result.
+    Ends the command with exit code 124 after `timeout` seconds. Raises ForkError if the job ends without a result.
     """
-    say(f"waiting for {job_id}")
+    print_message(f"waiting for {job_id}")
     with watching(job_id) as show:
         found = client.wait(job_id, show, timeout, queue)
     if found.result is not None:
         return found.result
     if is_over(found):
-        raise ForkError(Code.IO_ERROR, f"it ended as {found.state} without a result; see the worker's log", job_id)
-    say(f"{job_id} has not ended within {timeout:g} s; it continues: forkvm status {shlex.quote(job_id)}")
+        raise ForkError(Code.IO_ERROR, f"the job ended as {found.state} without a result; see the worker's log", job_id)
+    print_message(
+        f"{job_id} did not end within {timeout:g} s and continues; to see it: forkvm status {shlex.quote(job_id)}"
+    )
     raise click.exceptions.Exit(TIMED_OUT)
 
 
 def is_over(status: Status) -> bool:
-    """Whether a job has ended, in whatever way."""
+    """Whether a job has ended, with a result or without."""
     return status.result is not None or status.state in ("SUCCESS", "FAILURE", "REVOKED")
 
 
 def unknown(job_id: str) -> str:
-    """What is said of an id that nothing is known of."""
+    """The message for an unknown id."""
     return (
-        f"{job_id}: unknown id: no worker has begun it, and it does not wait in this domain's queue; "
+        f"{job_id}: unknown id: no worker has started it, and it is not in this domain's queue; "
         "check the id and FORKVM_DOMAIN (results expire after FORKVM_RESULT_EXPIRES seconds)"
     )
 
 
 @contextmanager
 def watching(job_id: str) -> Iterator[ShowProgress]:
-    """Show the progress of a job of the queue. Ctrl-C ends the waiting, not the job."""
+    """Show the progress of a queued job. Ctrl-C ends the command but not the job."""
     try:
         with progress_bar() as show:
             yield show
     except KeyboardInterrupt:
-        say(f"{job_id} continues without this command; to see it: forkvm status {shlex.quote(job_id)}")
+        print_message(f"{job_id} continues; to see it: forkvm status {shlex.quote(job_id)}")
         raise click.exceptions.Exit(INTERRUPTED) from None

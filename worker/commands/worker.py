@@ -7,20 +7,31 @@ import sys
 
 import click
 
-from worker.commands.options import DONE, with_domain
+from worker.commands.help import command
+from worker.commands.options import with_domain
+from worker.exit_codes import DONE, NO_BROKER
 from worker.settings import NO_ROOTS, read_settings
 
 
-@click.command()
-@click.option("--domain", help="The domain to serve; FORKVM_DOMAIN by default.")
+@command(
+    example="FORKVM_ROOTS=/guests forkvm worker --concurrency 4",
+    done="The worker was stopped by a signal.",
+    failed="A shared filesystem has no working locks, or Celery ended with an error.",
+    codes=(NO_BROKER,),
+)
+@click.option("--domain", metavar="NAME", help="Domain to serve. Default: FORKVM_DOMAIN.")
 @click.option(
     "--concurrency",
     type=click.IntRange(1),
-    help="Pool processes; FORKVM_CONCURRENCY, or as many as the worker may use CPUs, by default.",
+    metavar="N",
+    help="Number of pool processes. Default: FORKVM_CONCURRENCY, else the number of CPUs that the worker may use.",
 )
-@click.option("--loglevel", default="INFO", show_default=True)
+@click.option("--loglevel", metavar="LEVEL", default="INFO", show_default=True, help="DEBUG, INFO, WARNING or ERROR.")
 def worker(domain: str | None, concurrency: int | None, loglevel: str) -> None:
-    """Serve a domain's queue until TERM, which lets running work end first."""
+    """Run a worker for the queue of a domain.
+
+    SIGTERM stops the worker after it has finished its running tasks.
+    """
     settings = with_domain(read_settings(), domain)
     if not settings.roots:
         raise click.UsageError(NO_ROOTS)
@@ -28,20 +39,28 @@ def worker(domain: str | None, concurrency: int | None, loglevel: str) -> None:
         os.environ["FORKVM_DOMAIN"] = domain
     from celery.bin.celery import celery
 
-    from worker.app import app  # the settings above are its own
+    from worker.app import app  # reads FORKVM_DOMAIN
 
     arguments = ["worker", "-Q", settings.queue, "--loglevel", loglevel]
     if concurrency is not None:
         arguments += ["--concurrency", str(concurrency)]
-    # What Celery.worker_main does, but for the exit code, which that drops.
+    # As Celery.worker_main, which drops the exit code.
     celery.params[0].default = app
     sys.exit(celery.main(args=arguments, standalone_mode=False) or DONE)
 
 
-@click.command()
-@click.option("--dir", "directory", help="Where to make the guest directory; by default an XFS of its own, or /tmp.")
+@command(example="forkvm demo --dir /guests", failed="The demo could not be run, or a step of it failed.")
+@click.option(
+    "--dir",
+    "directory",
+    metavar="DIR",
+    help="Directory for the demo's guests. Default: a new XFS filesystem as root, else /tmp.",
+)
 def demo(directory: str | None) -> None:
-    """The whole system at once on this machine: Redis, a worker, a guest directory, a fork, its results, the proof."""
+    """Show the whole system on this machine.
+
+    Starts a Redis and a worker, makes a guest directory, forks it, verifies the fork, and removes everything again.
+    """
     from worker.commands.demo import run_demo
 
     run_demo(directory)

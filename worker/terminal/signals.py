@@ -1,6 +1,6 @@
-"""How a command ends on a signal: in order, with nothing left behind.
+"""How a command ends on a signal: it cleans up first.
 
-INT, TERM, HUP (the terminal was closed) and QUIT mean the same. A signal that was ignored when the command started
+INT, TERM, HUP (the terminal was closed) and QUIT are treated alike. A signal that was ignored when the command started
 stays ignored: `nohup` and a shell's background jobs rely on it.
 """
 
@@ -15,21 +15,25 @@ from typing import Any
 
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.kernel.processes import ENDING_SIGNALS
-from worker.terminal import ShowProgress
+from worker.exit_codes import of_signal
+from worker.terminal.printing import ShowProgress
 
 
-def end_on_signals() -> None:
-    """Make each ending signal but INT (Python's own KeyboardInterrupt) unwind the program: exit code 128 + signal."""
-    for number in _heard():
+def exit_on_signals() -> None:
+    """Make each signal except INT raise SystemExit with its exit code. Python raises KeyboardInterrupt for INT."""
+    for number in _not_ignored():
         if number != signal.SIGINT:
             signal.signal(number, _exit)
 
 
 @contextmanager
-def ended_by_signals(show: ShowProgress) -> Iterator[Callable[[Any], None]]:
-    """Yield a beat that shows progress, and that ends the work with ForkError cancelled once a signal has come."""
+def cancelled_by_signals(show: ShowProgress) -> Iterator[Callable[[Any], None]]:
+    """Yield a function for the engine to call with its progress.
+
+    It shows the progress. After a signal it raises ForkError cancelled, so that the engine removes what it made.
+    """
     received: list[int] = []
-    handlers = {number: signal.signal(number, lambda n, _: received.append(n)) for number in _heard()}
+    handlers = {number: signal.signal(number, lambda n, _: received.append(n)) for number in _not_ignored()}
 
     def beat(progress: Any) -> None:
         show(progress)
@@ -43,9 +47,9 @@ def ended_by_signals(show: ShowProgress) -> Iterator[Callable[[Any], None]]:
             signal.signal(number, handler)
 
 
-def _heard() -> list[signal.Signals]:
+def _not_ignored() -> list[signal.Signals]:
     return [number for number in ENDING_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def _exit(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
+    sys.exit(of_signal(number))

@@ -1,4 +1,4 @@
-"""How a command writes: answers on stdout, everything else on stderr, with nothing in it that a terminal obeys."""
+"""How a command prints: results on stdout, messages on stderr, and no control character in either."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from tasks.copier.progress import Progress
 
 
 class ShowProgress(Protocol):
-    """Takes the progress so far."""
+    """A function that shows the progress of a fork or campaign to the user."""
 
     def __call__(self, progress: Progress | CampaignProgress) -> None:
-        """Show it, or not."""
+        """Show `progress`."""
 
 
-def answer(text: str) -> None:
-    """Print one line of an answer; what a terminal must not get is escaped."""
+def print_line(text: str) -> None:
+    """Print one line of a result on stdout."""
     print(printable(text))
 
 
-def say(text: str) -> None:
-    """Print one line that is no answer."""
+def print_message(text: str) -> None:
+    """Print one line on stderr that is not part of a result."""
     print(f"forkvm: {printable(text)}", file=sys.stderr)
 
 
-def answer_json(data: Any) -> None:
-    """Print one JSON document on one line: ASCII, with surrogate escapes for bytes that are not UTF-8."""
+def print_json(data: Any) -> None:
+    """Print one JSON document on one line of stdout: ASCII, with surrogate escapes for bytes that are not UTF-8."""
     print(json.dumps(data), flush=True)
 
 
 def printable(text: str) -> str:
     """`text` with control characters and bytes that are not UTF-8 as backslash escapes.
 
-    File names come from guests; none of them may move a terminal's cursor or end a line.
+    Guests choose file names. Unescaped, a name could move the cursor of the terminal or end a line.
     """
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
