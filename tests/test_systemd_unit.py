@@ -115,7 +115,7 @@ def test_worker_without_any_place_for_temporary_files_says_so_and_ends(guests: P
     )
 
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "forkvm: no temporary directory can be written to: name one in TMPDIR"
+    assert done.stderr.splitlines()[-1] == "forkvm: no temporary directory is writable: set TMPDIR to a writable one"
 
 
 @pytest.mark.parametrize("command", ["forkvm", "celery"])

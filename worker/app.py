@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from worker.own_packages import prefer_own_packages
 
-prefer_own_packages()  # `celery -A` imports `worker` first, and then this with the working directory first once more
+prefer_own_packages()  # again: after it imports `worker`, `celery -A` puts the working directory first
 
 import logging
 import os
@@ -20,7 +20,7 @@ from celery.worker.consumer.gossip import Gossip
 from celery.worker.consumer.mingle import Mingle
 
 from tasks.names import inner_queues
-from worker.checks.shared_filesystems import Unfenced, raise_fence
+from worker.checks.shared_filesystems import LocksNotShared, place_markers
 from worker.exit_codes import BAD_CALL
 from worker.runtime.configuration import make_app
 from worker.runtime.message_filter import install_message_filter
@@ -30,19 +30,19 @@ from worker.runtime.patches import (
     patch_closed_channels,
     patch_connections_of_children,
     patch_end_of_children,
-    patch_unacknowledged_messages,
+    patch_unacked_messages,
 )
 from worker.runtime.remote_control import register_remote_control
 from worker.settings import NO_ROOTS, BadSettings, Settings, read_settings
 from worker.tls import refuse_untrusted
 
-#: What a system without a writable file system still has (ProtectSystem=strict, a read-only container).
+#: Writable even where no filesystem is (systemd's ProtectSystem=strict, a read-only container).
 _SHARED_MEMORY = "/dev/shm"
 log = logging.getLogger(__name__)
 
-#: This worker's markers on filesystems that other hosts may use, and what is to be logged of them.
-_fence = ExitStack()
-_fence_warnings: list[str] = []
+#: This worker's markers on filesystems that other hosts may use, and the warnings to log when logging is set up.
+_markers = ExitStack()
+_lock_warnings: list[str] = []
 
 
 def _settings() -> Settings:
@@ -53,7 +53,7 @@ def _settings() -> Settings:
 
 
 def _refuse(message: str) -> NoReturn:
-    """End with one line and the exit code of a bad call."""
+    """Print one line and exit with the code of a bad call."""
     print(f"forkvm: {message}", file=sys.stderr)
     sys.exit(BAD_CALL)
 
@@ -74,12 +74,12 @@ def _require_roots(conf: Any = None, **_: Any) -> None:
 
 @signals.celeryd_init.connect
 def _require_a_temporary_directory(**_: Any) -> None:
-    """Let billiard have its files (the memory that pool processes share) where no usual directory can be written to."""
+    """Use /dev/shm for temporary files if no usual directory is writable: billiard needs them for shared memory."""
     try:
         tempfile.gettempdir()
     except FileNotFoundError:
         if not os.access(_SHARED_MEMORY, os.W_OK):
-            _refuse("no temporary directory can be written to: name one in TMPDIR")
+            _refuse("no temporary directory is writable: set TMPDIR to a writable one")
         tempfile.tempdir = _SHARED_MEMORY
 
 
@@ -89,28 +89,28 @@ def _refuse_an_untrusted_broker(**_: Any) -> None:
 
 
 @signals.celeryd_init.connect
-def _refuse_to_share_a_filesystem_without_locks(**_: Any) -> None:
+def _require_shared_locks(**_: Any) -> None:
     try:
-        _fence_warnings.extend(raise_fence(_settings().roots, _fence))
-    except Unfenced as error:
-        _fence.close()
+        _lock_warnings.extend(place_markers(_settings().roots, _markers))
+    except LocksNotShared as error:
+        _markers.close()
         sys.exit(f"forkvm: {error}")
 
 
 @signals.celeryd_after_setup.connect
-def _log_what_the_fence_lacks(**_: Any) -> None:
-    for warning in _fence_warnings:
+def _log_lock_warnings(**_: Any) -> None:
+    for warning in _lock_warnings:
         log.warning("%s", warning)
 
 
 @signals.worker_shutdown.connect
-def _take_the_markers_away(**_: Any) -> None:
-    _fence.close()
+def _remove_markers(**_: Any) -> None:
+    _markers.close()
 
 
 @signals.celeryd_init.connect
 def _require_heartbeat_file(**_: Any) -> None:
-    """Refuse to start where the heartbeat file cannot be written: the health check would have the worker killed."""
+    """Refuse to start if the heartbeat file cannot be written: a health check would kill the worker."""
     path = _settings().heartbeat_file
     if path:
         try:
@@ -120,36 +120,36 @@ def _require_heartbeat_file(**_: Any) -> None:
 
 
 @signals.celeryd_init.connect
-def _leave_other_workers_alone(**_: Any) -> None:
-    """Exchange no lists of revoked tasks and no events with other workers.
+def _ignore_other_workers(**_: Any) -> None:
+    """Do not exchange revoked tasks and events with other workers.
 
-    Celery does so with every worker of the Redis database, also with those of other applications.
+    Celery exchanges them with every worker on the Redis database, including those of other applications.
     """
     Mingle.compatible_transports = Gossip.compatible_transports = set()
 
 
 @signals.celeryd_init.connect
-def _mend_kombu(**_: Any) -> None:
+def _patch_kombu(**_: Any) -> None:
     patch_closed_channels()
     patch_connections_of_children()
-    patch_unacknowledged_messages()
+    patch_unacked_messages()
 
 
 @signals.celeryd_init.connect
-def _mend_celery(**_: Any) -> None:
+def _patch_celery(**_: Any) -> None:
     patch_end_of_children()
     ignore_soft_time_limits()
     register_remote_control()
 
 
 @signals.celeryd_init.connect
-def _watch_the_gate(**_: Any) -> None:
+def _install_message_filter(**_: Any) -> None:
     install_message_filter(app)
 
 
 @signals.celeryd_after_setup.connect
 def _consume_inner_queues(instance: Any = None, **_: Any) -> None:
-    """Consume the queues of chunks and finishes beside each domain's own."""
+    """Consume the inner queues of each domain queue too."""
     queues = instance.app.amqp.queues
     for name in list(queues.consume_from):
         for inner in inner_queues(name):

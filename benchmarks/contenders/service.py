@@ -24,6 +24,8 @@ from tasks.names import FORK_TASK
 
 _PROJECT = Path(__file__).resolve().parents[2]
 _QUEUE = "forkvm"
+#: A task of the measured worker that does nothing.
+EMPTY_TASK = "benchmarks.empty"
 #: How long Redis and the worker may take to start, in seconds.
 _READY_SECONDS = 30.0
 #: How long one fork may take, in seconds.
@@ -150,7 +152,7 @@ def _redis(executable: str, private: Path) -> Iterator[Path]:
 
 @contextmanager
 def _worker(url: str, root: Path, log: Path) -> Iterator[int]:
-    command = [sys.executable, "-m", "worker.cli", "worker", "--concurrency", "2"]
+    command = [sys.executable, "-m", "benchmarks.contenders.measured_worker", "worker", "--concurrency", "2"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FORKVM_")}
     environment |= {"FORKVM_BROKER_URL": url, "FORKVM_ROOTS": str(root)}
     with _process(command, environment, log) as worker:

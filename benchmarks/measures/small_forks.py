@@ -6,17 +6,15 @@ from collections.abc import Iterator
 from statistics import median
 
 from benchmarks.cases import MINI
-from benchmarks.contenders.service import Message, Service
+from benchmarks.contenders.service import EMPTY_TASK, Message, Service
 from benchmarks.filesystems import Filesystem
 from benchmarks.log import log
 from benchmarks.report.tables import Finding
 from benchmarks.rounds import built, remove, sync
 from tasks.names import FORK_TASK
-from worker.runtime.message_filter import EMPTY_TASK
 
 CASES = (MINI,)
 
-#: A task that every Celery worker has.
 _EMPTY = Message(EMPTY_TASK, {})
 _MESSAGES = 1_000
 _ROUNDS = 7

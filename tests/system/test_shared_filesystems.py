@@ -45,7 +45,7 @@ def test_a_second_host_that_does_not_see_the_locks_of_the_first_does_not_start(
     backing = fresh("ext4")
     one, other = bindfs(backing), bindfs(backing)
     first = start_worker(one, 1)
-    assert "whether they share its locks (flock) cannot be tried from here alone" in first.output()
+    assert "can show whether its locks (flock) are shared" in first.output()
 
     second = start_worker(other, 1, wait=False)
     by_command = start_worker(other, 1, command="forkvm", wait=False)
@@ -246,7 +246,7 @@ def test_where_no_marker_can_be_made_the_worker_starts_and_says_so(
     try:
         worker = start_worker(point, 1)
 
-        assert "no lock (flock) can be tried here: Operation not permitted (EPERM)" in worker.output()
+        assert "its locks (flock) cannot be checked: Operation not permitted (EPERM)" in worker.output()
         assert checks(run_forkvm, redis_server, point)[f"locks in {point}"]["verdict"] == "warn"
     finally:
         subprocess.run([chattr, "-i", backing], check=True)

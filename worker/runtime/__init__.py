@@ -1,4 +1,15 @@
-"""The Celery process: its configuration, what it does beside its tasks, and which messages it accepts.
+"""The Celery side of a worker.
 
-It uses `tasks` and the settings; it prints nothing.
+    configuration      the Celery app and its options
+    timeouts           timeouts of connections to Redis
+    bootsteps          what a worker does next to its tasks: leases, heartbeat, sweeps
+    earlier_versions   redelivery of messages that workers of earlier versions took
+    message_filter     the validation of messages before Celery sees them
+    refused_messages   the result that the client of a refused message gets
+    compression        compressed message bodies
+    remote_control     Celery's remote-control commands
+    node_name          the worker's name among Celery's nodes
+    patches            patches of kombu and Celery
+
+It uses `tasks` and the settings. It prints nothing; it logs.
 """

@@ -1,4 +1,4 @@
-"""What a worker does beside its tasks, for as long as its consumer's loop turns."""
+"""What a worker does next to its tasks, while it is connected to Redis: leases, heartbeat, sweeps."""
 
 from __future__ import annotations
 
@@ -18,68 +18,67 @@ from tasks.delivery.backend import results_of
 from tasks.names import SWEEP_TASK, inner_queue
 from tasks.store import keys
 from tasks.store.redis_errors import is_passing
-from worker.runtime.patches import put_unnoted_back
+from worker.runtime.patches import restore_unrecorded
 
 log = logging.getLogger(__name__)
 
-#: How often the lease is renewed and the heartbeat file touched, in seconds.
+#: Interval in which leases are renewed and the heartbeat file is touched, in seconds.
 INTERVAL_SECONDS = 2.0
-#: A sweep that is not over after so many intervals is taken for lost, and another one is sent.
+#: A sweep that has not ended after this number of intervals counts as lost, and another one is sent.
 _SWEEP_LOST_INTERVALS = 3
 
 
-class PutBack(bootsteps.StartStopStep):
-    """Puts what was taken when Redis went away back into its queue; see `mending.patch_unacknowledged_messages`."""
+class RestoreMessages(bootsteps.StartStopStep):
+    """Returns messages to their queues that were taken when Redis went away; see `patches.patch_unacked_messages`."""
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
     def start(self, parent: Any) -> None:
-        """Redis is back."""
-        put_unnoted_back(parent.task_consumer.channel)
+        """Return them; called when the worker has connected."""
+        restore_unrecorded(parent.task_consumer.channel)
 
 
 class Lease(bootsteps.StartStopStep):
-    """Keeps what this worker has taken from being delivered again while it works on it.
+    """Renews the lease of each message that this worker has taken, so that it is not redelivered meanwhile.
 
-    kombu's Redis transport delivers a message again when it was taken longer ago than the visibility timeout, and
-    never renews that. Renewed here, the timeout can be short, so that a dead worker's messages come back within
-    seconds, and a fork of any length is delivered once. It leans on kombu's private `_delivered`
-    (kombu/transport/virtual/base.py, QoS), which a test holds against the installed version; a renewal that is missed
-    costs a second delivery, which does no harm.
+    kombu's Redis transport redelivers a message when the visibility timeout has passed since it was taken, and has no
+    renewal. With renewal the timeout can be short: a dead worker's messages are redelivered within seconds, and a fork
+    of any length is delivered once. A missed renewal causes a second delivery, which is harmless. The code reads
+    kombu's private `_delivered` (kombu/transport/virtual/base.py, QoS); a test checks it on the installed version.
 
-    What a stopped child has (SIGSTOP, a debugger) is not renewed: it is delivered again, and another
+    The messages of a stopped child process (SIGSTOP, a debugger) are not renewed: they are redelivered, and another
     process takes the fork over.
     """
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
     def start(self, parent: Any) -> None:
-        """Begin to renew."""
+        """Start to renew."""
         self._timer = parent.timer.call_repeatedly(INTERVAL_SECONDS, self._renew, (parent,))
 
     def stop(self, parent: Any) -> None:
-        """End it; without a connection there is nothing to renew."""
+        """Stop it: without a connection nothing can be renewed."""
         self._timer.cancel()
 
     def _renew(self, parent: Any) -> None:
         channel = parent.task_consumer.channel
         now = time.time()
-        held_up = _held_up(parent.pool.info.get("processes", []))
-        taken = dict.fromkeys((tag for tag in list(channel.qos._delivered) if tag not in held_up), now)
+        stopped = _tags_of_stopped_children(parent.pool.info.get("processes", []))
+        taken = dict.fromkeys((tag for tag in list(channel.qos._delivered) if tag not in stopped), now)
         if not taken:
             return
         try:
             with channel.conn_or_acquire() as client:
                 client.zadd(channel.qos.unacked_index_key, taken, xx=True)
         except (*channel.connection_errors, OSError):
-            return  # the consumer's loop meets the same, and reconnects
+            return  # the consumer loop gets the same error and reconnects
         except ResponseError as error:
             if not is_passing(error):
-                raise  # the next renewal comes in time
+                raise  # a passing error: the next renewal is in time
 
 
-def _held_up(children: list[int]) -> set[str]:
-    """The delivery tags of what a stopped child has, or may have been given before it took it up."""
+def _tags_of_stopped_children(children: list[int]) -> set[str]:
+    """The delivery tags of messages that a stopped child process has, or may have been sent."""
     stopped = {pid for pid in children if is_stopped(pid)}
     if not stopped:
         return set()
@@ -91,58 +90,60 @@ def _held_up(children: list[int]) -> set[str]:
 
 
 class Heartbeat(bootsteps.StartStopStep):
-    """Touches a file, for a health check.
+    """Touches a file for a health check.
 
-    `inspect ping` would be answered by a worker that no longer consumes, and costs half a second of CPU.
+    Celery's `inspect ping` is no substitute: a worker that no longer consumes answers it, and it costs 0.5 s of CPU.
     """
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
-    #: Empty: none.
+    #: Path of the file; empty for no heartbeat.
     path = ""
 
     def start(self, parent: Any) -> None:
-        """Touch it now, and again and again."""
+        """Touch it now and in each interval."""
         if self.path:
             self._has_warned = False
             self._touch()
             self._timer = parent.timer.call_repeatedly(INTERVAL_SECONDS, self._touch)
 
     def stop(self, parent: Any) -> None:
-        """Let it go stale."""
+        """Stop touching it."""
         if self.path:
             self._timer.cancel()
 
     def _touch(self) -> None:
-        """An error here is none of the connection to Redis, for which Celery would take any OSError."""
+        """Touch the file; an error is logged. Celery would take a raised OSError for a lost connection to Redis."""
         try:
             Path(self.path).touch()
             self._has_warned = False
         except OSError as error:
             if not self._has_warned:
-                log.warning("the heartbeat file %s cannot be written: %s; serving goes on", self.path, error.strerror)
+                log.warning(
+                    "the heartbeat file %s cannot be written: %s; the worker continues", self.path, error.strerror
+                )
             self._has_warned = True
 
 
 class Sweeper(bootsteps.StartStopStep):
-    """Has one of a domain's workers look, again and again, after what stands still; see `tasks.sweep`."""
+    """Sends the sweep task in each interval, which one of the domain's workers runs; see `tasks.sweep`."""
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
-    #: Seconds between two sweeps: a dead worker's messages are delivered again by then, so what stands still is lost.
+    #: Seconds between two sweeps. A dead worker's messages are redelivered by then: a job without a message is lost.
     interval = 10
 
     def start(self, parent: Any) -> None:
-        """Begin to send sweeps."""
+        """Start to send sweeps."""
         self._timer = parent.timer.call_repeatedly(self.interval, self._send, (parent.app,))
 
     def stop(self, parent: Any) -> None:
-        """End it."""
+        """Stop it."""
         self._timer.cancel()
 
     def _send(self, app: Any) -> None:
-        # One try each: the consumer's loop waits for this.
+        # Not patient: the consumer loop waits for this call.
         results = results_of(app, patient=False)
         queues = [name for name in app.amqp.queues.consume_from if "#" not in name]
-        with suppress(OperationalError, RedisError, OSError):  # the consumer's loop meets the same, and reconnects
+        with suppress(OperationalError, RedisError, OSError):  # the consumer loop gets the same error and reconnects
             for queue in queues:
                 if results.periodic_work.start(keys.SWEEP, queue, _SWEEP_LOST_INTERVALS * self.interval):
                     queue = inner_queue(queue, SWEEP_TASK)

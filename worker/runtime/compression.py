@@ -1,6 +1,6 @@
-"""Compressed bodies of messages, as Celery clients send them (`task_compression`), decompressed within a bound.
+"""Decompression of message bodies that Celery clients compress (`task_compression`), within a limit.
 
-A few bytes can be gigabytes, so nothing is decompressed beyond the longest body, nor with more memory than that takes.
+A few compressed bytes can expand to gigabytes, so decompression stops at the longest permitted body.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ _LZMA_MEMORY = 128 << 20
 
 
 class Undecodable(Exception):
-    """The body cannot be decompressed; the text has nothing of its contents."""
+    """The body cannot be decompressed. The text contains no part of it."""
 
 
 def decompress(body: bytes, method: str, longest: int) -> bytes:
-    """The body as it was before its client compressed it; `method` is the message's header `compression`.
+    """The decompressed body; `method` is the message's header `compression`.
 
-    Raises Undecodable, also where it would be longer than `longest` bytes.
+    Raises Undecodable, also if the decompressed body is longer than `longest` bytes.
     """
     decoder = _DECODERS.get(method)
     if decoder is None:
-        raise Undecodable(f"compression {method[:50]!r}: unknown; known are {', '.join(_NAMES)}")
+        raise Undecodable(f"compression {method[:50]!r} is unknown; use one of {', '.join(_NAMES)}")
     try:
         text = decoder(body, longest + 1)
     except Undecodable:
         raise
-    except Exception as error:  # each library has errors of its own
-        raise Undecodable(f"compression: the body is no {method[:50]}: {type(error).__name__}") from None
+    except Exception as error:  # each library has its own exceptions
+        raise Undecodable(f"compression: the body is not valid {method[:50]}: {type(error).__name__}") from None
     if len(text) > longest:
         raise Undecodable(f"compression: the body is longer than {longest} bytes")
     return text
@@ -66,7 +66,7 @@ def _brotli(body: bytes, most: int) -> bytes:
     try:
         return cast(bytes, decoder.process(body, output_buffer_limit=most))
     except TypeError:
-        raise Undecodable("compression: this worker's brotli cannot bound what it decompresses") from None
+        raise Undecodable("compression: the brotli package of this worker cannot limit the decompressed size") from None
 
 
 def _whole(text: bytes, most: int, decoder: Any) -> bytes:
@@ -81,10 +81,10 @@ def _optional(*names: str) -> Any:
             return importlib.import_module(name)
         except ImportError:
             continue
-    raise Undecodable(f"compression: this worker has no {names[-1]}")
+    raise Undecodable(f"compression: the Python package {names[-1]} is not installed at this worker")
 
 
-#: By kombu's content types and their other names (kombu.compression).
+#: Content type and decoder of each name that kombu.compression knows.
 _NAMES: dict[str, tuple[str, Callable[[bytes, int], bytes]]] = {
     "gzip": ("application/x-gzip", _zlib),
     "zlib": ("application/x-gzip", _zlib),

@@ -1,4 +1,4 @@
-"""How Celery is set up: nothing but JSON, and nothing lost."""
+"""The Celery app: built from the settings alone, JSON only, and configured so that no accepted task is lost."""
 
 from __future__ import annotations
 
@@ -14,102 +14,126 @@ from tasks.fork.tasks import register_forks
 from worker.cpus import available_cpus
 from worker.environment import remove_celery_variables
 from worker.redis_url import SENTINEL, RedisUrl
-from worker.runtime.bootsteps import Heartbeat, Lease, PutBack, Sweeper
-from worker.runtime.earlier_versions import Inheritance
-from worker.runtime.timeouts import broker_bounds, result_bounds
+from worker.runtime.bootsteps import Heartbeat, Lease, RestoreMessages, Sweeper
+from worker.runtime.earlier_versions import RestoreEarlierMessages
+from worker.runtime.timeouts import broker_timeouts, result_timeouts
 from worker.settings import Settings, roots_of
 from worker.tls import tls_options
 
-#: Where kombu keeps the messages that were delivered and not acknowledged, of all domains; see `make_app`.
+#: Hash in which kombu keeps the unacknowledged messages of all domains.
 UNACKED_KEY = "forkvm:unacked"
 
-#: Celery's own for an app; named, or CELERY_LOADER would be asked.
+#: Celery's default for an app. Named here because Celery would otherwise read CELERY_LOADER.
 _LOADER = "celery.loaders.app:AppLoader"
-#: A sentinel that does not answer for so long is passed over for the next.
+#: If a sentinel does not answer within this time, in seconds, the next one is asked.
 _SENTINEL_SECONDS = 2.0
 
 
 def make_app(settings: Settings) -> Celery:
-    """The app for some settings, which alone decide: Celery's own variables leave this process's environment.
+    """The Celery app for `settings`. It connects to nothing.
 
-    Connects to nothing.
+    Celery's own environment variables are removed from this process first: only the settings count.
     """
     remove_celery_variables()
-    broker, backend = settings.broker, settings.backend
     app = Celery(
         "forkvm",
-        broker=broker.render(settings.redis_password),
-        backend=backend.render(settings.redis_password),
+        broker=settings.broker.render(settings.redis_password),
+        backend=settings.backend.render(settings.redis_password),
         loader=_LOADER,
-        fixups=[],  # Celery's own is for Django: it would read another application's settings
+        fixups=[],  # the default fixup reads the settings of a Django application
     )
     app.loader.override_backends = BACKENDS
-    app.conf.update(
-        broker_use_ssl=tls_options(broker, settings.redis_ca),
-        redis_backend_use_ssl=tls_options(backend, settings.redis_ca),
-        result_backend_transport_options=_sentinel_options(backend, settings),
-        **result_bounds(),
-        # JSON and nothing else, in both directions.
-        task_serializer="json",
-        result_serializer="json",
-        accept_content=["json"],
-        result_accept_content=["json"],
-        task_default_queue=settings.queue,
-        task_routes=[route],
-        # A message is gone when its work is done, and a worker holds no more than it works on.
-        task_acks_late=True,
-        worker_prefetch_multiplier=1,
-        # A child that died in the middle: its message goes back at once. The tries are counted in the staging
-        # journal, so that what kills its worker each time comes to an end all the same (chunk.MAX_TRIES).
-        task_reject_on_worker_lost=True,
-        # Redis away or full for a while is no reason to lose what is done, to end, or to revoke what runs.
-        result_backend_always_retry=True,
-        task_publish_retry_policy={"max_retries": None, "interval_start": 0, "interval_step": 0.2, "interval_max": 1},
-        broker_connection_retry_on_startup=True,
-        broker_connection_max_retries=None,
-        broker_channel_error_retry=True,  # what a full Redis answers to a worker that connects again
-        worker_cancel_long_running_tasks_on_connection_loss=False,
-        broker_transport_options={
-            # Not kombu's own keys: all Celery applications of a Redis database share those, and a short visibility
-            # timeout would deliver the other applications' messages again. No queue can have such a name.
-            "unacked_key": UNACKED_KEY,
-            "unacked_index_key": f"{UNACKED_KEY}_index",
-            "unacked_mutex_key": f"{UNACKED_KEY}_mutex",
-            **_sentinel_options(broker, settings),
-            **broker_bounds(),
-            "visibility_timeout": settings.visibility_timeout,  # renewed by steps.Lease
-            "unacked_restore_interval": 2,
-            "unacked_restore_throttle": 1,
-            # Who puts messages back holds a lock for it, and may die, or lose its connection, with it: kombu's own 300
-            # s would keep all workers from it for so long. Two at once do no harm: a message is moved in one step.
-            "unacked_mutex_expire": 3,
-            "queue_order_strategy": "round_robin",
-        },
-        result_expires=settings.result_expires,
-        # A net under what hangs: its lease would be renewed for ever. Killed, it counts as a process that was lost.
-        task_time_limit=settings.task_time_limit,
-        worker_concurrency=settings.concurrency or available_cpus(),
-        # A net under leaks.
-        worker_max_tasks_per_child=10_000,
-        worker_hijack_root_logger=True,
-        worker_send_task_events=False,
-        timezone="UTC",
-    )
+    app.conf.update(_message_options(settings) | _process_options(settings) | _connection_options(settings))
     context_of = context_factory(app, roots_of(settings), settings.limits)
     register_forks(app, context_of)
     register_campaigns(app, context_of)
     app.steps["consumer"] |= {
         Lease,
-        PutBack,
-        type("Inheritance", (Inheritance,), {"visibility_timeout": settings.visibility_timeout}),
+        RestoreMessages,
+        type("RestoreEarlierMessages", (RestoreEarlierMessages,), {"visibility_timeout": settings.visibility_timeout}),
         type("Heartbeat", (Heartbeat,), {"path": settings.heartbeat_file}),
         type("Sweeper", (Sweeper,), {"interval": settings.visibility_timeout}),
     }
     return app
 
 
+def _message_options(settings: Settings) -> dict[str, Any]:
+    """What messages and results hold, where they go, and when they are acknowledged."""
+    return {
+        "task_serializer": "json",
+        "result_serializer": "json",
+        "accept_content": ["json"],
+        "result_accept_content": ["json"],
+        "task_default_queue": settings.queue,
+        "task_routes": [route],
+        # A message is acknowledged when its task is done. A worker takes one message for each pool process.
+        "task_acks_late": True,
+        "worker_prefetch_multiplier": 1,
+        # The message of a pool process that died goes back to its queue at once. The staging journal counts the tries,
+        # so a task that kills its process each time is given up in the end.
+        "task_reject_on_worker_lost": True,
+        "result_expires": settings.result_expires,
+        "worker_send_task_events": False,
+        "timezone": "UTC",
+    }
+
+
+def _process_options(settings: Settings) -> dict[str, Any]:
+    """The pool processes and their limits."""
+    return {
+        "worker_concurrency": settings.concurrency or available_cpus(),
+        # Without a limit, the lease of a task that hangs would be renewed endlessly. A killed process counts as lost.
+        "task_time_limit": settings.task_time_limit,
+        # Bounds the effect of memory leaks.
+        "worker_max_tasks_per_child": 10_000,
+        "worker_hijack_root_logger": True,
+    }
+
+
+def _connection_options(settings: Settings) -> dict[str, Any]:
+    """The connections to Redis. A Redis that is away or full is waited for: no result is dropped, no task cancelled."""
+    return {
+        "broker_use_ssl": tls_options(settings.broker, settings.redis_ca),
+        "redis_backend_use_ssl": tls_options(settings.backend, settings.redis_ca),
+        "broker_transport_options": _transport_options(settings),
+        "result_backend_transport_options": _sentinel_options(settings.backend, settings),
+        **result_timeouts(),
+        "result_backend_always_retry": True,
+        "task_publish_retry_policy": {
+            "max_retries": None,
+            "interval_start": 0,
+            "interval_step": 0.2,
+            "interval_max": 1,
+        },
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,
+        "broker_channel_error_retry": True,  # a full Redis answers a worker that connects again with such an error
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
+    }
+
+
+def _transport_options(settings: Settings) -> dict[str, Any]:
+    """The options of kombu's Redis transport."""
+    return {
+        # Keys of our own instead of kombu's defaults, which all Celery applications of a Redis database share: with
+        # our short visibility timeout, their messages would be delivered twice. No queue can have these names.
+        "unacked_key": UNACKED_KEY,
+        "unacked_index_key": f"{UNACKED_KEY}_index",
+        "unacked_mutex_key": f"{UNACKED_KEY}_mutex",
+        **_sentinel_options(settings.broker, settings),
+        **broker_timeouts(),
+        "visibility_timeout": settings.visibility_timeout,  # renewed by bootsteps.Lease
+        "unacked_restore_interval": 2,
+        "unacked_restore_throttle": 1,
+        # Redelivery is guarded by a kombu lock. If its holder dies, the others wait 3 s instead of kombu's 300 s. Two
+        # holders at once are harmless, because a message is moved in one step.
+        "unacked_mutex_expire": 3,
+        "queue_order_strategy": "round_robin",
+    }
+
+
 def _sentinel_options(url: RedisUrl, settings: Settings) -> dict[str, Any]:
-    """What kombu and Celery take beside a `sentinel://` URL; nothing for any other."""
+    """The options that kombu and Celery need for a `sentinel://` URL; none for other URLs."""
     if url.scheme != SENTINEL:
         return {}
     password = {"password": settings.sentinel_password} if settings.sentinel_password else {}

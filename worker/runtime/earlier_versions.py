@@ -1,8 +1,8 @@
-"""Messages that a worker of an earlier version took and did not finish.
+"""Redelivery of messages that a worker of an earlier version took and did not finish.
 
 Earlier versions kept their unacknowledged messages under kombu's default keys, which all Celery applications of a Redis
-database share. What a dead worker of such a version held is put back into its queue here. The messages of other
-applications are not touched.
+database share. If such a worker died, its messages are returned to their queues here. Messages of other applications
+are not touched.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _UNACKED, _INDEX = "unacked", "unacked_index"
 #: The queue of a domain, without the suffix of an inner queue.
 _DOMAIN_QUEUE = re.compile(r"forkvm(\.[A-Za-z0-9_.-]+)?")
 
-#: Moves a message back into its queue, unless its worker has renewed or finished it meanwhile.
+#: Returns a message to its queue, unless its worker has renewed or finished it meanwhile.
 #:
 #: KEYS: the hash, the index, the queue. ARGV: delivery tag, the entry as it was read, the latest time, the message.
-_PUT_BACK = """
+_RESTORE = """
 local score = redis.call('ZSCORE', KEYS[2], ARGV[1])
 if not score or tonumber(score) > tonumber(ARGV[3]) or redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then
     return 0
@@ -39,44 +39,44 @@ return 1
 """
 
 
-class Inheritance(bootsteps.StartStopStep):
-    """Puts messages of dead workers of earlier versions back, at the start and again and again."""
+class RestoreEarlierMessages(bootsteps.StartStopStep):
+    """Returns messages of dead workers of earlier versions to their queues, at the start and in each interval."""
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
-    #: Seconds after which an unrenewed message belongs to a dead worker; and seconds between two looks.
+    #: Seconds without renewal after which the worker of a message counts as dead; also the interval of the search.
     visibility_timeout = 10
 
     def start(self, parent: Any) -> None:
-        """Look now, and then after each timeout."""
+        """Search now, and then in each interval."""
         self._foreign: set[bytes] = set()
-        self._look(parent)
-        self._timer = parent.timer.call_repeatedly(self.visibility_timeout, self._look, (parent,))
+        self._restore(parent)
+        self._timer = parent.timer.call_repeatedly(self.visibility_timeout, self._restore, (parent,))
 
     def stop(self, parent: Any) -> None:
-        """Stop looking."""
+        """Stop it."""
         self._timer.cancel()
 
-    def _look(self, parent: Any) -> None:
+    def _restore(self, parent: Any) -> None:
         channel = parent.task_consumer.channel
         try:
             with channel.conn_or_acquire() as client:
-                self._foreign = put_back(client, time.time() - self.visibility_timeout, self._foreign)
+                self._foreign = restore(client, time.time() - self.visibility_timeout, self._foreign)
         except (RedisError, OSError) as error:
             if isinstance(error, RedisError) and not is_passing(error):
                 raise
 
 
-def put_back(redis: Redis, latest: float, foreign: set[bytes]) -> set[bytes]:
-    """Put back the messages of this program that were taken before `latest` (seconds since the epoch).
+def restore(redis: Redis, latest: float, foreign: set[bytes]) -> set[bytes]:
+    """Return the messages of this program that were taken before `latest` (seconds since the epoch) to their queues.
 
-    `foreign`: delivery tags that are known to be another application's. Returns those that still are there.
+    `foreign` are delivery tags known to belong to other applications. Returns those that still exist, and new ones.
     Raises RedisError.
     """
     tags = set(cast("list[bytes]", redis.zrangebyscore(_INDEX, "-inf", latest)))
     unknown = sorted(tags - foreign)
     if not unknown:
         return foreign & tags
-    script = redis.register_script(_PUT_BACK)
+    script = redis.register_script(_RESTORE)
     entries = cast("list[bytes | None]", redis.hmget(_UNACKED, [tag.decode() for tag in unknown]))
     for tag, entry in zip(unknown, entries, strict=True):
         ours = _ours(entry)
@@ -89,7 +89,7 @@ def put_back(redis: Redis, latest: float, foreign: set[bytes]) -> set[bytes]:
 
 
 def _ours(entry: bytes | None) -> tuple[str, str] | None:
-    """The queue and the message in an entry of the hash; None if it is not a message of this program."""
+    """The queue and the message of an entry of the hash; None if it is not a message of this program."""
     try:
         message, _, routing_key = json.loads(entry or b"null")
         message["headers"]["redelivered"] = True

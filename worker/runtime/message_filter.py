@@ -1,10 +1,9 @@
-"""What a worker takes from its queues: messages of tasks, whole and of the types that Celery and the tasks expect.
+"""Validation of messages before kombu and Celery see them.
 
-Anyone who reaches Redis can put anything there. kombu and Celery look at a message in many places, and what they do not
-expect in some of them ends the worker (no JSON, no body, a list for an id); what they refuse, they log with its whole
-contents. So each message is checked once, before either sees it. A refused one is logged with its id and the part that
-is wrong, without its contents; where the id is usable, its client gets the reason as the job's result (see
-`refused_messages`).
+Anyone who can write to Redis can queue anything. Some malformed messages end a Celery worker (invalid JSON, no body, a
+list as id), and Celery logs messages that it refuses with their contents. So each message is validated first. A refused
+message is logged with its id and the wrong field, without its contents. If its id is usable, the client gets the reason
+as the result of its job (see `refused_messages`).
 """
 
 from __future__ import annotations
@@ -35,37 +34,37 @@ from tasks.names import (
     SWEEP_TASK,
 )
 from worker.runtime.compression import Undecodable, decompress
-from worker.runtime.refused_messages import LONGEST_TOLD_ID, Body, Refused, ending, id_of, old_body
+from worker.runtime.refused_messages import LONGEST_RESULT_ID, Body, Refused, id_of, old_body, replacement
 
 log = logging.getLogger(__name__)
 
-#: Longest body that is decoded, in characters: the list of a campaign of a million forks takes half of it.
+#: Longest body that is decoded, in characters. The list of a million forks of a campaign takes half of it.
 _LONGEST_BODY = 128 << 20
-#: Longest time between two sweeps, in seconds; Redis takes no TTL without a bound.
+#: Longest interval between two sweeps, in seconds: Redis limits the TTLs that are computed from it.
 _LONGEST_INTERVAL = 1_000_000_000
-#: Farthest time to come of a message, in seconds.
-_FARTHEST = 366 * 86400
-#: How kombu's JSON writes what JSON has no type for.
+#: How far in the future `eta` and `expires` may be, in seconds.
+_LONGEST_DELAY = 366 * 86400
+#: How kombu's JSON writes values of types that JSON does not have.
 _TYPED = {"__type__", "__value__"}
 _KOMBU_TYPES = {"uuid", "datetime", "date", "time", "decimal", "bytes", "base64"}
-#: Longest id that a client may give, in characters; those of a fork's chunks are longer.
+#: Longest id of a client's message, in characters. Ids of chunks are longer.
 _LONGEST_ID = 512
 
-#: Without the surrogates that a key in Redis cannot have.
-_Word = Annotated[str, StringConstraints(max_length=LONGEST_TOLD_ID + 64)]
+#: Text without surrogates, which a key in Redis cannot contain.
+_Word = Annotated[str, StringConstraints(max_length=LONGEST_RESULT_ID + 64)]
 _Moment = Annotated[str, Field(max_length=64)]
-#: Two numbers or nulls, as JSON has them.
+#: A JSON list of two numbers or nulls.
 _Pair = Annotated[list[float | None], Field(min_length=2, max_length=2)]
 
 
 class _Strict(BaseModel):
-    """Types as they are; what else a client adds is not read."""
+    """Values are not converted. Unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
 
 
 class _Headers(_Strict):
-    """Celery's message protocol 2, as far as anything here reads it, and our own."""
+    """The headers of Celery's message protocol 2 that are read here or by Celery, and our own."""
 
     task: _Word
     id: Annotated[_Word, Field(min_length=1)]
@@ -84,9 +83,9 @@ class _Headers(_Strict):
     group_index: int | None = None
     argsrepr: InstanceOf[str] | None = None
     kwargsrepr: InstanceOf[str] | None = None
-    #: When the client sent it, in seconds since the epoch; anything else is passed over.
+    #: When the client sent the message, in seconds since the epoch; other values are ignored.
     sent_at: Any = None
-    #: kombu's, where a worker gave it back.
+    #: Set by kombu in a message that was returned to its queue.
     redelivered: bool | None = None
     #: See `tasks.delivery.outcome.Holder`: the last heartbeat of a holder, and since when it has not changed.
     seen: _Pair | None = None
@@ -108,7 +107,7 @@ class _Message(_Strict):
 
 
 class _Arguments(BaseModel):
-    """Types as they are, and nothing else."""
+    """Values are not converted. Unknown fields are an error."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -137,10 +136,7 @@ class _Sweep(_Arguments):
     every: Annotated[int, Field(ge=2, le=_LONGEST_INTERVAL)]
 
 
-#: Of Celery's own tasks the one that does nothing, by which a worker's pace is measured. Others could call any task.
-EMPTY_TASK = "celery.accumulate"
-#: The arguments of the tasks that this program sends itself; all by name. Those of the contract tell their client what
-#: is wrong.
+#: The keyword arguments of the tasks that workers send to each other. The tasks of the contract check theirs.
 _ARGUMENTS: dict[str, type[_Arguments]] = {
     CHUNK_TASK: _Chunk,
     FINISH_TASK: _End,
@@ -152,10 +148,10 @@ _ARGUMENTS: dict[str, type[_Arguments]] = {
 
 
 def install_message_filter(app: Celery) -> None:
-    """Have this process take no message but such as `checked` lets through."""
+    """Make kombu in this process validate each message that it takes from a queue, with `checked`."""
     redis: Any = kombu.transport.redis
     decode, deliver = redis.loads, redis.Transport._deliver
-    if hasattr(deliver, "is_gate"):
+    if hasattr(deliver, "is_filter"):
         return
 
     def loads(text: str) -> Any:
@@ -164,40 +160,39 @@ def install_message_filter(app: Celery) -> None:
         except (ValueError, RecursionError):
             return None
 
-    def gate(self: Any, message: Any, queue: str) -> None:
-        is_ours = queue in app.amqp.queues.consume_from  # the others are Celery's own: events, remote control
+    def deliver_checked(self: Any, message: Any, queue: str) -> None:
+        is_ours = queue in app.amqp.queues.consume_from  # the others are Celery's: events, remote control
         taken = message
         if is_ours or message is None:
             try:
                 taken = checked(message, queue, app.tasks)
             except Refused as refusal:
                 job_id = id_of(message)
-                named = "" if job_id is None else f" (id {job_id[:_LONGEST_ID]!r}; its client is told so)"
+                named = "" if job_id is None else f" (id {job_id[:_LONGEST_ID]!r}; its result has the reason)"
                 log.warning("a message in the queue %s was refused: %s%s", queue, refusal, named)
-                taken = ending(message, refusal, queue)
+                taken = replacement(message, refusal, queue)
         if taken is not None:
             deliver(self, taken, queue)
 
-    vars(gate)["is_gate"] = True
-    redis.loads, redis.Transport._deliver = loads, gate
+    vars(deliver_checked)["is_filter"] = True
+    redis.loads, redis.Transport._deliver = loads, deliver_checked
 
 
 def checked(message: Any, queue: str, tasks: Any) -> dict[str, Any]:
-    """The message as it is to be taken from `queue`; `tasks` are those that there are, by name. Raises Refused.
+    """The validated form of a message from `queue`. `tasks` are the registered tasks by name. Raises Refused.
 
-    How it came is said by the worker that took it, not by its sender: so no sender leads the answers into another
-    queue, and two messages never have one tag. Headers that nobody here reads are left out: Celery makes attributes of
-    them all.
+    The delivery tag and the routing key are set here, so a sender cannot redirect retries into another queue, and no
+    two messages have the same tag. Unknown headers are removed, because Celery turns each header into an attribute.
     """
     plain = _decompressed(message)
     try:
         parsed = _Message.model_validate(plain)
     except ValidationError as error:
         if isinstance(message, dict) and isinstance(message.get("properties"), dict) and old_body(message):
-            raise Refused("it has Celery's message protocol 1; this worker takes protocol 2") from None
+            raise Refused("it uses Celery's message protocol 1; use protocol 2") from None
         raise Refused(_explain(error)) from None
     name = parsed.headers.task
-    if name not in tasks or (name.startswith("celery.") and name != EMPTY_TASK):
+    if name not in tasks or name.startswith("celery."):
         raise Refused(f"there is no task {name[:_LONGEST_ID]!r}")
     body = _body(parsed)
     if name in (FORK_TASK, CAMPAIGN_TASK):
@@ -214,11 +209,11 @@ def checked(message: Any, queue: str, tasks: Any) -> dict[str, Any]:
 
 
 def _check_job(message: _Message, body: Body) -> None:
-    """A message of a client; the task itself says what is wrong with its request. Raises Refused."""
+    """Check a message of a client, except its request, which the task checks. Raises Refused."""
     if len(message.headers.id) > _LONGEST_ID:
         raise Refused(f"its id is longer than {_LONGEST_ID} characters", body)
-    if "self" in body.kwargs:  # no function of Celery's takes that
-        raise Refused("the message carries no request: one argument, `request`, an object", body)
+    if "self" in body.kwargs:  # it would collide with the first parameter of Celery's functions
+        raise Refused("the message must have one argument, `request`, an object", body)
     for moment in (message.headers.eta, message.headers.expires):
         _check_moment(moment, body)
     try:
@@ -230,20 +225,20 @@ def _check_job(message: _Message, body: Body) -> None:
 
 
 def _check_part(name: str, body: Body) -> None:
-    """A message of this program, or the empty task. Raises Refused."""
+    """Check a message that a worker sends to others. Raises Refused."""
     if name in _ARGUMENTS:
         try:
             _ARGUMENTS[name].model_validate(body.kwargs)
         except ValidationError as error:
             raise Refused(f"{name}: {_explain(error)}") from None
         if body.args:
-            raise Refused(f"{name}: its arguments have names")
+            raise Refused(f"{name}: takes keyword arguments only")
     if any(body.options.values()) or not set(body.options) <= set(FOLLOWERS):
-        raise Refused(f"{name}: it has options")
+        raise Refused(f"{name}: takes no options")
 
 
 def _check_moment(moment: str | None, body: Body) -> None:
-    """Celery drops a message whose time it cannot compute with, and keeps one in memory until its time has come."""
+    """Check `eta` or `expires`. Celery drops messages with an invalid time, and holds others in memory until then."""
     if moment is None:
         return
     try:
@@ -251,13 +246,13 @@ def _check_moment(moment: str | None, body: Body) -> None:
         seconds = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() - time.time()
         when.astimezone(UTC)
     except (ValueError, OverflowError, OSError):
-        raise Refused("eta or expires is no time of ISO 8601", body) from None
-    if seconds > _FARTHEST:
-        raise Refused(f"eta or expires is more than {_FARTHEST // 86400} days away", body)
+        raise Refused("eta or expires is not an ISO 8601 time", body) from None
+    if seconds > _LONGEST_DELAY:
+        raise Refused(f"eta or expires is more than {_LONGEST_DELAY // 86400} days away", body)
 
 
 def _decompressed(message: Any) -> Any:
-    """The message as it would be without its client's `task_compression`."""
+    """The message with its body decompressed. Raises Refused."""
     headers = message.get("headers") if isinstance(message, dict) else None
     if not isinstance(headers, dict) or headers.get("compression") is None:
         return message
@@ -265,7 +260,7 @@ def _decompressed(message: Any) -> Any:
     body, properties = message.get("body"), message.get("properties")
     is_base64 = isinstance(properties, dict) and properties.get("body_encoding") == "base64"
     if not isinstance(method, str) or not isinstance(body, str) or not is_base64 or len(body) > _LONGEST_BODY:
-        raise Refused("compression: the body is not in base64")
+        raise Refused("compression: the body is not base64")
     try:
         text = decompress(base64.b64decode(body), method, _LONGEST_BODY)
     except (Undecodable, ValueError) as error:
@@ -279,7 +274,7 @@ def _body(message: _Message) -> Body:
     text: str | bytes = message.body
     typed: list[dict[str, Any]] = []
 
-    def poll(value: dict[str, Any]) -> dict[str, Any]:
+    def note_type(value: dict[str, Any]) -> dict[str, Any]:
         if value.keys() == _TYPED:
             typed.append(value)
         return value
@@ -287,11 +282,11 @@ def _body(message: _Message) -> Body:
     try:
         if message.properties.body_encoding is not None:
             text = base64.b64decode(text)
-        decoded = json.loads(text, object_hook=poll)
+        decoded = json.loads(text, object_hook=note_type)
     except (ValueError, RecursionError):
-        raise Refused("the body is no JSON") from None
+        raise Refused("the body is not JSON") from None
     if not isinstance(decoded, list) or [type(part) for part in decoded] != [list, dict, dict]:
-        raise Refused("the body is not [arguments, arguments by name, options]")
+        raise Refused("the body is not a list of arguments, keyword arguments and options")
     body = Body(*decoded)
     if typed:
         _check_types(text, body)
@@ -299,7 +294,7 @@ def _body(message: _Message) -> Body:
 
 
 def _check_types(text: str | bytes, body: Body) -> None:
-    """Refuse what kombu's JSON makes other objects of, but in what is passed on to the client's own tasks."""
+    """Refuse values that kombu's JSON converts to other types, except in the client's callbacks. Raises Refused."""
     waiting: list[Any] = [body.args, body.kwargs]
     while waiting:
         value = waiting.pop()
@@ -311,16 +306,16 @@ def _check_types(text: str | bytes, body: Body) -> None:
             waiting += value
     try:
         kombu.utils.json.loads(text)
-    except Exception:  # each type has errors of its own
-        raise Refused("options: a value that kombu cannot decode", Body(body.args, body.kwargs, {})) from None
+    except Exception:  # each type has its own exceptions
+        raise Refused("options: kombu cannot decode a value", Body(body.args, body.kwargs, {})) from None
 
 
 def _not_json(kind: object) -> str:
     word = kind if isinstance(kind, str) and kind in _KOMBU_TYPES else "special"
-    return f"a {word} value: only what JSON has itself is taken; write it as text"
+    return f"a {word} value is not a JSON type; send it as a string"
 
 
 def _explain(error: ValidationError) -> str:
-    """The parts that are wrong, and how, without what they hold."""
+    """The invalid fields and the reasons, without their values."""
     details = error.errors(include_url=False, include_context=False, include_input=False)
     return "; ".join(f"{'.'.join(map(str, detail['loc']))[:99]}: {detail['msg']}" for detail in details[:3])

@@ -6,14 +6,14 @@ import os
 import socket
 import uuid
 
-#: Holds the name until this process ends.
+#: The socket that holds the name until this process ends.
 _claims: list[socket.socket] = []
 
 
 def node_name(name: str, host: str) -> str:
-    """`name@host` for the first worker of the host that asks for `name`; the next ones get `name-<random>@host`.
+    """`name@host` for the first worker of the host with that name, `name-<random>@host` for the others.
 
-    Without a name it is `forkvm-<random>@host`. Two nodes of one name would both answer to commands for one of them.
+    Without a name it is `forkvm-<random>@host`. Two nodes with the same name would both execute commands for one.
     """
     suffix = uuid.uuid4().hex[:8]
     if not name:
@@ -22,7 +22,7 @@ def node_name(name: str, host: str) -> str:
 
 
 def _claim(name: str) -> bool:
-    """Whether no other worker of this host has `name`. An abstract socket is freed by the kernel with its process."""
+    """Take `name` if no other worker of this host has it. The kernel frees an abstract socket when its process ends."""
     claim = socket.socket(socket.AF_UNIX)
     try:
         claim.bind(f"\0forkvm.node.{name}")

@@ -1,7 +1,7 @@
-"""Faults of kombu 5.7 and Celery 5.7, mended until they do it.
+"""Patches of bugs in kombu 5.7, Celery 5.7 and billiard 4.3.
 
-Those of kombu end a worker, hold it up or lose a message when a connection to Redis ends; that of Celery holds up a
-worker that is to end.
+kombu's bugs stop a worker, block it or lose a message when a connection to Redis is lost. Celery's delays the shutdown
+of a worker.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ log = logging.getLogger(__name__)
 
 @cache  # once a process
 def patch_closed_channels() -> None:
-    """Have a channel whose connection is closed say so with a ConnectionError.
+    """Make a channel raise ConnectionError if its connection is closed.
 
-    When Redis goes away, Celery closes the connection, and then acknowledges what ends meanwhile, or puts back what
-    is unacknowledged, over the closed channel. kombu's redis Channel answers with AttributeError ('NoneType' object
-    has no attribute 'hostname'), which nobody expects, and the worker ends; a ConnectionError is expected everywhere.
+    When Redis goes away, Celery closes the connection, and then uses the closed channel to acknowledge finished tasks
+    and to return unacknowledged messages. kombu's Redis channel raises AttributeError ('NoneType' object has no
+    attribute 'hostname'), which Celery does not handle, so the worker ends. Celery handles ConnectionError everywhere.
     """
     channel: Any = Channel  # the method is private
     original = channel._connparams
@@ -47,53 +47,55 @@ def patch_closed_channels() -> None:
 
 @cache  # once a process
 def patch_connections_of_children() -> None:
-    """Have no child keep the connections on which the worker waits for messages.
+    """Close inherited broker sockets in forked children.
 
-    A child that is started after the worker has connected gets copies of their sockets. kombu means to close them, but
-    redis-py's pool, asked in another process, forgets its connections first. Two things come of it:
+    A child that is forked after the worker has connected inherits the sockets on which the worker waits for messages.
+    kombu tries to close them, but redis-py's connection pool drops its connections first when it is used in another
+    process. An open copy has two effects:
 
-    - Where the worker dies alone, the copy keeps the connection open, and Redis gives it the next message: to nobody.
-    - Where the worker closes the connection, epoll goes on to tell of it (epoll(7): a file is removed when its last
-      descriptor is closed). The worker's loop turns without a pause; and once the next connection has the same number,
-      it reads from that one though it asked for nothing, and waits for ever.
+    - If only the worker dies, the connection stays open, and Redis sends the next message to it: the message is lost.
+    - If the worker closes the connection, epoll still reports events for it (epoll(7): a file is removed when its last
+      descriptor is closed). The worker's event loop spins. When the next connection gets the same descriptor number,
+      the worker reads from it without having sent a request, and blocks.
     """
     channel: Any = Channel  # the method is private
     original = channel._after_fork
 
     def after_fork(self: Any) -> None:
-        made = vars(self)  # an attribute that is asked for is made
+        existing = vars(self)  # getattr would create the client
         for client in ("client", "subclient"):
-            connection = getattr(made.get(client), "connection", None)
+            connection = getattr(existing.get(client), "connection", None)
             if connection is not None:
-                connection.disconnect()  # in another process than its own it only closes the socket
+                connection.disconnect()  # only closes the socket, since another process opened it
         original(self)
 
     channel._after_fork = after_fork
 
 
-#: Messages, each with its exchange and routing key, that were taken from their queue and not noted as taken.
-_unnoted: list[tuple[dict[str, Any], str, str]] = []
+#: Messages that were taken from their queue and could not be recorded as taken, with exchange and routing key.
+_unrecorded: list[tuple[dict[str, Any], str, str]] = []
 
 
 @cache  # once a process
-def patch_unacknowledged_messages() -> None:
-    """Lose no message, and no slot for one, when Redis does not let it be noted as taken, done, or handed back.
+def patch_unacked_messages() -> None:
+    """Keep messages that Redis does not let kombu record as taken, acknowledged or rejected.
 
-    kombu takes a message (BRPOP) in one step and notes it (HSET unacked) in another one. When that fails, the message
-    is nowhere but in this process, which forgets it; `put_unnoted_back` is for when Redis is back. A full Redis refuses
-    also what would make room, since kombu asks for it in a transaction; then a message that was done would count as at
-    work for ever, and one that was handed back would be kept from others by its lease.
+    kombu takes a message (BRPOP) in one step and records it (HSET unacked) in another. If the second fails, only this
+    process has the message, and kombu drops it. Here it is kept until `restore_unrecorded` returns it to its queue.
+
+    A full Redis refuses kombu's transaction for an acknowledgement too, although that frees memory. Then a finished
+    message would never be acknowledged, and the lease of a rejected one would keep other workers from it.
     """
-    books: Any = QoS
-    append, ack, reject = books.append, books.ack, books.reject
+    qos: Any = QoS
+    append, ack, reject = qos.append, qos.ack, qos.reject
 
     def append_or_keep(self: Any, message: Any, delivery_tag: str) -> None:
         try:
             append(self, message, delivery_tag)
         except Exception as error:
             delivery = message.delivery_info
-            _unnoted.append((message._raw, delivery["exchange"], delivery["routing_key"]))
-            raise ConnectionError(f"a message could not be noted as taken: {cause(error)}") from error
+            _unrecorded.append((message._raw, delivery["exchange"], delivery["routing_key"]))
+            raise ConnectionError(f"a message could not be recorded as taken: {cause(error)}") from error
 
     def ack_also_when_full(self: Any, delivery_tag: str) -> None:
         try:
@@ -104,45 +106,45 @@ def patch_unacknowledged_messages() -> None:
                 client.hdel(self.unacked_key, delivery_tag)
             virtual.QoS.ack(self, delivery_tag)
         except ResponseError as error:
-            _give_back(self, delivery_tag, error)
+            _stop_renewal(self, delivery_tag, error)
 
     def reject_also_when_full(self: Any, delivery_tag: str, requeue: bool = False) -> None:
         try:
             reject(self, delivery_tag, requeue)
         except ResponseError as error:
-            _give_back(self, delivery_tag, error)
+            _stop_renewal(self, delivery_tag, error)
 
-    books.append, books.ack, books.reject = append_or_keep, ack_also_when_full, reject_also_when_full
+    qos.append, qos.ack, qos.reject = append_or_keep, ack_also_when_full, reject_also_when_full
 
 
-def _give_back(books: Any, delivery_tag: str, error: ResponseError) -> None:
-    """Stop renewing a message where Redis refuses writes for a while: it is delivered again, which does no harm."""
+def _stop_renewal(qos: Any, delivery_tag: str, error: ResponseError) -> None:
+    """Stop renewing the lease of a message if Redis refuses writes for now: it is redelivered, which is harmless."""
     if not isinstance(error, OutOfMemoryError) and not is_passing(error):
         raise error
-    log.warning("a message is delivered again, since Redis refused a write: %s", cause(error))
-    virtual.QoS.ack(books, delivery_tag)
+    log.warning("a message will be redelivered because Redis refused a write: %s", cause(error))
+    virtual.QoS.ack(qos, delivery_tag)
 
 
-def put_unnoted_back(channel: Any) -> None:
-    """Put what could not be noted as taken back into its queue, to be taken next. Raises ConnectionError."""
-    while _unnoted:
-        payload, exchange, routing_key = _unnoted[-1]
+def restore_unrecorded(channel: Any) -> None:
+    """Return messages that could not be recorded as taken to the head of their queue. Raises ConnectionError."""
+    while _unrecorded:
+        payload, exchange, routing_key = _unrecorded[-1]
         try:
             with channel.conn_or_acquire() as client:
                 channel._do_restore_message(payload, exchange, routing_key, client)
         except RedisError as error:
-            raise ConnectionError(f"a message could not be put back: {cause(error)}") from error
-        _unnoted.pop()
+            raise ConnectionError(f"a message could not be returned to its queue: {cause(error)}") from error
+        _unrecorded.pop()
 
 
 @cache  # once a process
 def ignore_soft_time_limits() -> None:
-    """Let SIGUSR1 do nothing in children.
+    """Ignore SIGUSR1 in children.
 
-    billiard raises SoftTimeLimitExceeded at it, in the middle of whatever the child does: it would be an error of the
-    fork. A client's soft limit is its only limit here (`tasks.delivery.message.Message`).
+    billiard raises SoftTimeLimitExceeded on this signal, at any point of the task, and the fork would fail. A client's
+    soft time limit is applied as its hard one (`tasks.delivery.message.Message`).
     """
-    pool: Any = billiard.pool  # it has None where there is no such signal
+    pool: Any = billiard.pool  # None is its value on systems without the signal
     pool.SIG_SOFT_TIMEOUT = None
     signals.worker_process_init.connect(_ignore_sigusr1)
 
@@ -151,27 +153,26 @@ def _ignore_sigusr1(**_: Any) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-#: How often a worker that ends looks after children that ended without a word, in seconds.
-_LOOK_SECONDS = 0.1
-#: How often a child that ends looks whether its results were read, every 0.1 s; billiard's is 300 times.
-_CHILD_LOOKS = 20
+#: Interval in which a worker that shuts down checks for ended children, in seconds.
+_CHECK_SECONDS = 0.1
+#: How often a child that ends checks, every 0.1 s, that its results were read. billiard's value is 300.
+_CHILD_CHECKS = 20
 
 
 @cache  # once a process
 def patch_end_of_children() -> None:
-    """Have a worker that was told to end (SIGTERM) read what its children say until the last of them has ended.
+    """Make a worker that shuts down (SIGTERM) read the results of its children until the last child has ended.
 
-    Celery 5.7.0 reads on only for as long as it knows of a task at work, and forgets those that were given to a child
-    and of which it did not read yet that they were taken up (`AsynPool.flush`: when it ends, and when its connection is
-    lost). But a child of billiard 4.3.2 ends only when its last result was read, or after 30 s more
-    (`Worker._ensure_messages_consumed`), and the worker waits for its children. Where Celery does read, it waits half a
-    second at each child that says nothing, one after the other.
+    Celery 5.7.0 stops reading when it knows of no running task. It does not count tasks that were sent to a child but
+    not yet confirmed by it (`AsynPool.flush`, on shutdown and on a lost connection). A child of billiard 4.3.2 ends
+    only when its last result was read, or after 30 s (`Worker._ensure_messages_consumed`), and the worker waits for
+    it. Also, Celery reads from one child after the other, and waits 0.5 s for each that sends nothing.
 
-    What was forgotten is done, and its message goes back to its queue: whoever takes it finds it done. After a loss of
-    the connection it can be that a result is never counted as read, for a reason not known. A child waits for that for
-    two seconds here: the wait guards nothing, since what it wrote is read also when it has ended.
+    The message of an uncounted task goes back to its queue. The worker that takes it finds the task done. After a lost
+    connection, a result is sometimes never counted as read; the reason is not known. So a child waits only 2 s for
+    that. The wait protects nothing: the results of an ended child are read as well.
     """
-    billiard.pool.GUARANTEE_MESSAGE_CONSUMPTION_RETRY_LIMIT = _CHILD_LOOKS
+    billiard.pool.GUARANTEE_MESSAGE_CONSUMPTION_RETRY_LIMIT = _CHILD_CHECKS
     handler: Any = ResultHandler
 
     def read_to_the_end(self: Any) -> None:
@@ -180,7 +181,7 @@ def patch_end_of_children() -> None:
             while unread and self._state != TERMINATE:
                 if self.check_timeouts is not None:
                     self.check_timeouts()
-                for fd in wait(unread, _LOOK_SECONDS):
+                for fd in wait(unread, _CHECK_SECONDS):
                     self._flush_outqueue(fd, unread.discard, self.fileno_to_outq, self.on_state_change)
                 self.join_exited_workers(shutdown=True)
 

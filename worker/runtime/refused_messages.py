@@ -1,8 +1,8 @@
-"""The end of a job whose message is refused: its client is told why.
+"""The result of a job whose message is refused.
 
-The message is replaced by one of the same task and id whose request says only why it was refused. A child takes that as
-it takes any request: where another request holds the id, or its job has ended, nothing changes; otherwise the job ends
-as FAILURE, `invalid_request`.
+The refused message is replaced by one with the same task and id, whose request contains only the reason. A pool process
+handles it like any request. If another request has the id, or the job has ended, nothing changes. Otherwise the job
+ends as FAILURE with the code `invalid_request`, and its client can read the reason.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from tasks.contract.fork_request import REFUSED, text_of
 from tasks.delivery.signatures import BadSignature, followers_of
 from tasks.names import CAMPAIGN_TASK, FORK_TASK
 
-#: Longest id under which a client is told anything, in characters; a fork's own may have fewer.
-LONGEST_TOLD_ID = 4096
-#: Longest path of a refused request that is repeated in its result, in characters.
+#: Longest id under which a result is stored, in characters. The limit for a fork's id is lower.
+LONGEST_RESULT_ID = 4096
+#: Longest path of a refused request that is copied to its result, in characters.
 _LONGEST_PATH = 4096
-#: Longest body that is decoded only to find the id of a message of protocol 1, in characters.
+#: Longest body that is decoded to find the id of a message of protocol 1, in characters.
 _LONGEST_OLD_BODY = 1 << 20
 
 
 class Body(NamedTuple):
-    """A decoded body of protocol 2."""
+    """The decoded body of a message of Celery's protocol 2."""
 
     args: list[Any]
     kwargs: dict[str, Any]
@@ -33,7 +33,7 @@ class Body(NamedTuple):
 
 
 class Refused(Exception):
-    """The message is not taken; says why, without its contents. `body`: what it carries, as far as that is known."""
+    """The message is refused. The text is the reason, without contents of the message; `body` is its body if known."""
 
     def __init__(self, reason: str, body: Body | None = None) -> None:
         super().__init__(reason)
@@ -41,13 +41,13 @@ class Refused(Exception):
 
 
 def id_of(message: Any) -> str | None:
-    """The id under which the message's client can be told something; None if there is none."""
+    """The id under which a result for the message's client can be stored; None if there is none."""
     found = _task_and_id(message)
     return found[1] if found is not None else None
 
 
-def ending(message: Any, refusal: Refused, queue: str) -> dict[str, Any] | None:
-    """The message that ends the job of a refused one, to be taken in its place; None where none can be told."""
+def replacement(message: Any, refusal: Refused, queue: str) -> dict[str, Any] | None:
+    """The message that is taken in place of a refused one and ends its job; None if it has no usable task and id."""
     found = _task_and_id(message)
     if found is None:
         return None
@@ -65,7 +65,7 @@ def ending(message: Any, refusal: Refused, queue: str) -> dict[str, Any] | None:
         "content-type": "application/json",
         "content-encoding": "utf-8",
         "headers": {"lang": "py", "task": task, "id": job_id, "root_id": job_id, "parent_id": None}
-        | _place(message.get("headers")),
+        | _group(message.get("headers")),
         "properties": {
             "correlation_id": job_id,
             "delivery_mode": 2,
@@ -83,8 +83,8 @@ def _followers(options: dict[str, Any]) -> dict[str, Any]:
         return {}
 
 
-def _place(headers: Any) -> dict[str, Any]:
-    """The message's place in a group, by which a chord counts it."""
+def _group(headers: Any) -> dict[str, Any]:
+    """The message's group and its index in it, which a chord counts."""
     group, index = headers.get("group"), headers.get("group_index")
     if not isinstance(group, str):
         return {}
@@ -92,25 +92,29 @@ def _place(headers: Any) -> dict[str, Any]:
 
 
 def _task_and_id(message: Any) -> tuple[str, str] | None:
-    """Of a task of the contract; also of protocol 1, which has both in its body."""
+    """The task and the id of a message to a task of the contract. Protocol 1 has both in its body."""
     headers = message.get("headers") if isinstance(message, dict) else None
     if not isinstance(headers, dict):
         return None
     found = headers if headers.get("task") is not None else old_body(message) or {}
     task, job_id = found.get("task"), found.get("id")
-    if isinstance(job_id, uuid.UUID):  # kombu's JSON carries it
+    if isinstance(job_id, uuid.UUID):  # a type of kombu's JSON
         job_id = str(job_id)
-    if task not in (FORK_TASK, CAMPAIGN_TASK) or not isinstance(job_id, str) or not 0 < len(job_id) <= LONGEST_TOLD_ID:
+    if (
+        task not in (FORK_TASK, CAMPAIGN_TASK)
+        or not isinstance(job_id, str)
+        or not 0 < len(job_id) <= LONGEST_RESULT_ID
+    ):
         return None
     try:
         job_id.encode()
-    except UnicodeEncodeError:  # a surrogate, which no key in Redis can have
+    except UnicodeEncodeError:  # a surrogate, which a key in Redis cannot contain
         return None
     return task, job_id
 
 
 def old_body(message: dict[str, Any]) -> dict[str, Any] | None:
-    """The body of a message of protocol 1; None if it is none."""
+    """The body of a message of protocol 1; None for other messages."""
     body, properties = message.get("body"), message.get("properties")
     if not isinstance(body, str) or len(body) > _LONGEST_OLD_BODY or not isinstance(properties, dict):
         return None

@@ -1,4 +1,4 @@
-"""Celery's remote control, as far as this program has its own: revoking is cancelling, and a queue brings its own."""
+"""Remote-control commands that replace Celery's: revoking cancels a job; a queue comes with its inner queues."""
 
 from __future__ import annotations
 
@@ -23,44 +23,44 @@ from tasks.store.results import Results
 log = logging.getLogger(__name__)
 
 Answer = dict[str, Any]
-#: The id of a message that this program sent for a part of a job.
+#: The id of a chunk's or batch's message; the group is the id of the fork or campaign.
 _PART = re.compile(r"(.+)\.(?:chunk|batch)\.[0-9]+", re.DOTALL)
-#: Celery's own commands; celery-types does not know them.
+#: Celery's commands, which celery-types does not declare.
 _celery: Any = control
 
 
 def register_remote_control() -> None:
-    """Put this program's commands in the place of Celery's."""
+    """Replace Celery's commands in this process."""
     for command in (revoke, terminate, revoke_by_stamped_headers, add_consumer, cancel_consumer):
         Panel.data[command.__name__] = command
 
 
 def revoke(worker: Any, task_id: Any, terminate: bool = False, signal: Any = None, **_: Any) -> Answer:
-    """Cancel forks and campaigns by their ids, begun or not.
+    """Cancel forks and campaigns by their ids, started or not.
 
-    No process is killed: the one that works on a fork looks for the request several times a second, and removes what
-    it made.
+    No process is killed. A process that runs a fork checks for a cancellation several times a second, and then removes
+    what it made.
     """
     return _cancel(worker.app, map(str, maybe_list(task_id) or []))
 
 
 def terminate(worker: Any, signal: Any = None, task_id: Any = None, **_: Any) -> Answer:
-    """As `revoke`."""
+    """The same as `revoke`."""
     return revoke(worker, task_id)
 
 
 def revoke_by_stamped_headers(
     worker: Any, headers: Any, terminate: bool = False, signal: Any = None, **_: Any
 ) -> Answer:
-    """Cancel the forks and campaigns whose messages carry one of these stamps, at work or still to come."""
+    """Cancel the running and future forks and campaigns whose messages have one of these stamps."""
     answer: Answer = _celery.revoke_by_stamped_headers(worker, headers)
-    at_work = [request for request in list(state.requests.values()) if isinstance(request, Message)]
-    _cancel(worker.app, [request.job_id for request in at_work if request.is_revoked()])
+    running = [request for request in list(state.requests.values()) if isinstance(request, Message)]
+    _cancel(worker.app, [request.job_id for request in running if request.is_revoked()])
     return answer
 
 
 def add_consumer(worker: Any, queue: str, **options: Any) -> Answer:
-    """Consume another domain's queue, and with it the queues for the chunks and ends of its forks."""
+    """Consume another domain's queue and its inner queues."""
     answer: Answer = _celery.add_consumer(worker, queue, **options)
     for inner in inner_queues(queue):
         _celery.add_consumer(worker, inner)
@@ -68,7 +68,7 @@ def add_consumer(worker: Any, queue: str, **options: Any) -> Answer:
 
 
 def cancel_consumer(worker: Any, queue: str, **_: Any) -> Answer:
-    """Stop consuming a domain's queue and those that belong to it."""
+    """Stop consuming a domain's queue and its inner queues."""
     for inner in inner_queues(queue):
         _celery.cancel_consumer(worker, inner)
     answer: Answer = _celery.cancel_consumer(worker, queue)
@@ -84,14 +84,14 @@ def _cancel(app: Any, ids: Iterable[str]) -> Answer:
             cancel_job(app, results, job_id)
             cancelled.append(job_id)
     except (RedisError, OperationalError, OSError) as error:
-        log.warning("not everything was cancelled that was revoked: %s", cause(error))
-        return {"error": f"Redis did not take the cancellation: {cause(error)}"}
-    log.info("cancellation requested by remote control: %s", ", ".join(map(repr, cancelled)))
+        log.warning("remote control: some of the revoked jobs were not cancelled: %s", cause(error))
+        return {"error": f"Redis did not accept the cancellation: {cause(error)}"}
+    log.info("remote control: cancellation requested: %s", ", ".join(map(repr, cancelled)))
     return {"ok": f"cancellation requested: {', '.join(cancelled)}"}
 
 
 def _job_of(results: Results, task_id: str) -> str:
-    """The fork or campaign that a message is a part of, whose id is `task_id`; that id itself where none is known."""
+    """The id of the fork or campaign that the message `task_id` is a part of; `task_id` itself if none is known."""
     request = state.requests.get(task_id)
     if isinstance(request, Message):
         return request.job_id

@@ -1,7 +1,7 @@
-"""How long a connection to Redis may be silent, for each connection of workers and commands.
+"""Timeouts of the connections to Redis, of workers and commands alike.
 
-A peer that vanishes without a word (a dead NAT entry, a node that was cut off) closes nothing: without bounds, whoever
-waits for its answer waits forever. Redis itself keeps nobody waiting for longer than kombu's BRPOP, which is 1 s.
+A peer that disappears (an expired NAT entry, a network partition) does not close the connection. Without a timeout, a
+read from it would never return. The longest wait that is normal is kombu's BRPOP of 1 s.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import socket
 from typing import Any
 
-#: For an answer, in seconds. A Redis that is busy for longer is asked again, which does no harm.
+#: For an answer, in seconds. A command that takes longer is sent again, which is harmless.
 _ANSWER_SECONDS = 5.0
 #: For a new connection, in seconds.
 _CONNECT_SECONDS = 5.0
-#: How often a connection that waits for messages or commands is checked, in seconds.
+#: Interval in which a connection that waits for messages or commands is checked, in seconds.
 _CHECK_SECONDS = 10
-#: tcp(7): first probe of an idle connection, further ones, and how many; and how long data may be unacknowledged, in
-#: milliseconds. They are for whoever does not wait for an answer at the moment.
+#: For connections on which no answer is awaited; see tcp(7). TCP_USER_TIMEOUT is in ms, the others in s.
 _KEEPALIVE = {
     socket.TCP_KEEPIDLE: 15,
     socket.TCP_KEEPINTVL: 5,
@@ -25,8 +24,8 @@ _KEEPALIVE = {
 }
 
 
-def broker_bounds() -> dict[str, Any]:
-    """The bounds as kombu's transport options."""
+def broker_timeouts() -> dict[str, Any]:
+    """The timeouts as kombu's transport options."""
     return {
         "socket_timeout": _ANSWER_SECONDS,
         "socket_connect_timeout": _CONNECT_SECONDS,
@@ -36,8 +35,8 @@ def broker_bounds() -> dict[str, Any]:
     }
 
 
-def result_bounds() -> dict[str, Any]:
-    """The bounds as settings of Celery's result backend. Keepalive is redis-py's own default; here it does no more."""
+def result_timeouts() -> dict[str, Any]:
+    """The timeouts as settings of Celery's result backend, which has no setting for keepalive options."""
     return {
         "redis_socket_timeout": _ANSWER_SECONDS,
         "redis_socket_connect_timeout": _CONNECT_SECONDS,
