@@ -45,7 +45,7 @@ def test_a_second_host_that_does_not_see_the_locks_of_the_first_does_not_start(
     backing = fresh("ext4")
     one, other = bindfs(backing), bindfs(backing)
     first = start_worker(one, 1)
-    assert "can show whether its locks (flock) are shared" in first.output()
+    assert "shows whether its locks (flock) are shared" in first.output()
 
     second = start_worker(other, 1, wait=False)
     by_command = start_worker(other, 1, command="forkvm", wait=False)

@@ -65,12 +65,12 @@ def try_locks(path: str, held: ExitStack) -> Locks:
         return Locks(None, f"other hosts may use this filesystem, and its locks (flock) cannot be checked: {why}")
     if proof.unfenced:
         hosts = ", ".join(proof.unfenced)
-        return Locks(
-            False, f"locks (flock) are not shared: one that a process on {hosts} holds was granted here too"
-        )
+        return Locks(False, f"locks (flock) are not shared: a process on {hosts} holds one that was granted here too")
     if proof.fenced:
         return Locks(True, f"locks (flock) are shared with {', '.join(proof.fenced)}")
-    found = "other hosts may use this filesystem; only a worker on one of them can show whether its locks (flock) are shared"
+    found = (
+        "other hosts may use this filesystem; only a worker on one of them shows whether its locks (flock) are shared"
+    )
     if options:
         found += f". It is mounted with {', '.join(options)}, which keeps locks on this host"
     return Locks(None, found)
