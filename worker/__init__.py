@@ -1,22 +1,27 @@
-"""The process: the command line, the settings, and Celery's app and worker.
+"""The command line and the worker process.
 
-    cli         the command `forkvm`
-    app         the Celery app of a worker
-    commands    one module for each group of commands
-    checks      what `forkvm doctor` and a starting worker check
-    runtime     the Celery process beside its tasks
-    client      the command line's side of the queue
-    settings    FORKVM_* and what they mean; redis_url, tls, environment, cpus and own_packages serve it
-    terminal    what a command prints
+    cli             the entry point of the command `forkvm`
+    app             the Celery app of a worker, and what it checks at its start
+    commands        the commands, one module for each group
+    client          the commands' connection to the queue and the results
+    terminal        output, standard streams and signals of a command
+    exit_codes      the exit codes of all commands
+    checks          the checks of `forkvm doctor` and of a starting worker
+    runtime         the Celery side of a worker: configuration, bootsteps, patches, message filter
+    settings        the settings FORKVM_*
+    redis_url, tls  the URLs of Redis, and TLS
+    environment     environment variables of other programs
+    cpus            the number of CPUs that a worker may use
+    own_packages    the import path
 
-It uses `tasks`, and nothing uses it.
+It uses `tasks`. `tasks` does not use it.
 """
 
 import os
 
 from worker.own_packages import prefer_own_packages
 
-# pydantic would read the metadata of every installed package, to find plugins that are none of ours: 20 ms a command.
+# Otherwise pydantic searches the metadata of all installed packages for plugins, which takes 20 ms.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 prefer_own_packages()  # before anything imports `tasks`

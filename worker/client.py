@@ -1,4 +1,4 @@
-"""The command line's side of the queue: sending, asking, waiting, ending."""
+"""The commands' connection to the queue and the results: submit, status, wait, cancel."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from worker.runtime.configuration import UNACKED_KEY, make_app
 from worker.settings import NoBroker, Settings
 from worker.terminal.printing import ShowProgress, print_message
 
-#: How often a waiting command looks, in seconds.
-_LOOK_SECONDS = 0.1
-#: After so long, in seconds, a waiting command asks whether any worker serves the queue.
+#: Interval in which a waiting command reads the status, in seconds.
+_POLL_SECONDS = 0.1
+#: Time after which a waiting command asks whether any worker serves the queue, in seconds.
 _UNSERVED_SECONDS = 2.0
-#: How long workers have to answer that, in seconds.
+#: Time that workers have to answer that, in seconds.
 _ANSWER_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Status:
-    """What is known of a fork or campaign: Celery's state, the progress while it runs, the result at its end."""
+    """The status of a fork or campaign: Celery's state, the progress while it runs, the result when it has ended."""
 
     state: str
     progress: Progress | CampaignProgress | None
@@ -48,14 +48,14 @@ class Status:
 
 
 class Client:
-    """One connection to the queue and the results."""
+    """A connection to the queue and the results. Raises NoBroker if Redis cannot be reached."""
 
     def __init__(self, settings: Settings) -> None:
         self._app: Celery = make_app(settings)
         self._queue = settings.queue
         self.results: Results = results_of(self._app, patient=False)
         try:
-            # One try each: a person waits at the terminal.
+            # One attempt, because a person waits at the terminal.
             with self._app.connection_for_write() as connection:
                 connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
             self.results.redis.ping()
@@ -63,22 +63,22 @@ class Client:
             raise NoBroker(f"no broker at {settings.broker.shown()}: {cause(error)}") from None
 
     def submit(self, request: dict[str, Any], fork_id: str) -> None:
-        """Enqueue a fork. Raises ForkError invalid_request where another job has the id."""
+        """Queue a fork. Raises ForkError invalid_request if another job has the id."""
         self._check_id(fork_id, self._queue)
         self._send(FORK_TASK, {"request": request}, fork_id, self._queue, {"sent_at": time.time()})
 
     def submit_campaign(self, request: dict[str, Any], campaign_id: str, queue: str | None = None) -> None:
-        """Enqueue a campaign; into the settings' domain, unless `queue` is another's.
+        """Queue a campaign in `queue` (default: the queue of the settings).
 
-        Raises ForkError invalid_request where another job has the id.
+        Raises ForkError invalid_request if another job has the id.
         """
         queue = queue or self._queue
         self._check_id(campaign_id, queue)
         self._send(CAMPAIGN_TASK, {"request": request}, campaign_id, queue, {"sent_at": time.time()})
 
     def status(self, job_id: str) -> Status:
-        """What is known of a fork or campaign."""
-        # The state first: a job whose state is final had its result kept before.
+        """The status of a fork or campaign."""
+        # The state first: a result is stored before its job's state becomes final.
         record = self.results.states.get(job_id)
         result = cast("ForkResult | CampaignResult | None", self.results.final.get(job_id))
         if result is not None:
@@ -87,11 +87,11 @@ class Client:
         return Status(record["status"], progress, None)
 
     def campaign_forks(self, campaign_id: str, summary: Summary) -> Iterator[ForkResult]:
-        """Yield the results of a campaign's forks that have ended by now, in order."""
+        """Yield the results of those forks of a campaign that have ended, in order."""
         return CampaignResults(self.results, campaign_id).forks(summary["start"], summary["forks"])
 
     def campaign_of_fork(self, job_id: str) -> str | None:
-        """The campaign that this is a fork of; None for a job of its own, or an unknown id."""
+        """The id of the campaign to which a fork belongs; None for other jobs and unknown ids."""
         return None if self.results.claims.get(job_id) is not None else campaign_of_fork(self.results, job_id)
 
     def is_known(self, job_id: str, status: Status) -> bool:
@@ -104,18 +104,18 @@ class Client:
             channel: Any = connection.default_channel
             if is_waiting(channel.client, job_id, self._queue, UNACKED_KEY):
                 return True
-        return self.status(job_id).state != states.PENDING  # a worker took it between the two looks
+        return self.status(job_id).state != states.PENDING  # a worker took it meanwhile
 
     def is_served(self, queue: str | None = None) -> bool:
-        """Whether a worker takes messages from `queue` (default: that of the settings); takes a second."""
+        """Whether a worker consumes `queue` (default: the queue of the settings). Takes 1 s."""
         inspect = self._app.control.inspect(timeout=_ANSWER_SECONDS)
         queues = (inspect.active_queues() or {}).values()
         return any(found["name"] == (queue or self._queue) for served in queues for found in served)
 
     def wait(self, job_id: str, show: ShowProgress, timeout: float | None = None, queue: str | None = None) -> Status:
-        """Wait until the job has ended, for at most `timeout` seconds; returns its last status.
+        """Wait until the job has ended, for at most `timeout` seconds. Returns its last status.
 
-        A line on stderr says so where no worker serves its `queue` (default: that of the settings).
+        Prints a line on stderr if no worker serves its `queue` (default: the queue of the settings).
         """
         began = time.monotonic()
         asked = False
@@ -130,17 +130,17 @@ class Client:
                 asked = True
                 if not self.is_served(queue):
                     print_message(f"no worker serves the queue {queue or self._queue}; {job_id} waits until one does")
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
 
     def cancel(self, fork_id: str) -> None:
-        """Ask for an end of the fork, and see that someone looks after it."""
+        """Request the cancellation of a fork or campaign. Raises NoBroker."""
         try:
             cancel_job(self._app, self.results, fork_id)
         except (OperationalError, RedisError) as error:
-            raise NoBroker(f"the broker did not take the cancellation: {cause(error)}") from None
+            raise NoBroker(f"the broker did not accept the cancellation: {cause(error)}") from None
 
     def _check_id(self, job_id: str, queue: str) -> None:
-        """What a worker would drop the request for, the caller learns here."""
+        """Raise ForkError invalid_request for an id with which a worker would drop the request."""
         why = why_taken(self.results, job_id, queue, self.results.claims.get(job_id))
         if why is not None:
             raise ForkError(Code.INVALID_REQUEST, why, job_id)
@@ -151,4 +151,4 @@ class Client:
                 task, kwargs=kwargs, task_id=fork_id, queue=queue, headers=headers, retry=False, time_limit=None
             )
         except (OperationalError, RedisError) as error:
-            raise NoBroker(f"the broker did not take the message: {cause(error)}") from None
+            raise NoBroker(f"the broker did not accept the message: {cause(error)}") from None

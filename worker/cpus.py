@@ -1,8 +1,8 @@
 """How many CPUs this process may use: its affinity, bounded by the CPU quotas of its control groups.
 
-The host's CPU count says nothing in a container: `docker run --cpus 2` and a Kubernetes limit are quotas of a control
-group (cgroup), `--cpuset-cpus` and `taskset` are the affinity. Files and formats: cgroups(7),
-Documentation/admin-guide/cgroup-v2.rst (cpu.max), Documentation/scheduler/sched-bwc.rst (v1) and proc_pid_mountinfo(5).
+A container sees all CPUs of its host. `docker run --cpus 2` and a Kubernetes limit set a quota of a control group
+(cgroup); `--cpuset-cpus` and `taskset` set the affinity. Sources: cgroups(7), proc_pid_mountinfo(5) and, in the Linux
+documentation, admin-guide/cgroup-v2.rst (cpu.max) and scheduler/sched-bwc.rst (version 1).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 
 def available_cpus() -> int:
-    """The CPUs that this process may use, at least 1; without /proc, those of its affinity."""
+    """The number of CPUs that this process may use, at least 1. Without /proc, only the affinity counts."""
     affinity = len(os.sched_getaffinity(0))
     try:
         cgroups, mounts = Path("/proc/self/cgroup").read_text(), Path("/proc/self/mountinfo").read_text()
@@ -25,14 +25,15 @@ def available_cpus() -> int:
 
 
 def cpus_within(affinity: int, quotas: list[float]) -> int:
-    """The smallest of `affinity` and `quotas`, rounded up: a quota of 1.5 CPUs is used whole only by two processes."""
+    """The smallest of `affinity` and `quotas`, rounded up: one process alone cannot use a quota of 1.5 CPUs."""
     return max(1, math.ceil(min([affinity, *quotas])))
 
 
 def cpu_quotas(cgroups: str, mounts: str) -> list[float]:
-    """The quotas, in CPUs, of the cgroups that /proc/PID/cgroup (`cgroups`) names and of those above them.
+    """The quotas of a process's cgroups and of their parents, in CPUs.
 
-    `mounts` is the text of /proc/PID/mountinfo. Groups whose files cannot be read, or that have no quota, are left out.
+    `cgroups` is the text of /proc/PID/cgroup, `mounts` that of /proc/PID/mountinfo. Groups without a quota and
+    unreadable ones are skipped.
     """
     found = []
     for directory in _directories(cgroups, mounts):
@@ -43,14 +44,14 @@ def cpu_quotas(cgroups: str, mounts: str) -> list[float]:
 
 
 def _directories(cgroups: str, mounts: str) -> Iterator[Path]:
-    """The directories of this process's CPU cgroups, from each hierarchy's own up to its mount point."""
+    """The directories of the CPU cgroups in each hierarchy, from the process's own up to the mount point."""
     mounted = list(_cpu_mounts(mounts))
     for line in cgroups.splitlines():
         _, controllers, path = line.split(":", 2)
         for kind, root, point in mounted:
             if (kind == "cgroup2") != (controllers == "") or (controllers and "cpu" not in controllers.split(",")):
                 continue
-            # A container may see its own group as the top of the mount, under the path that the host has for it.
+            # In a container, the root of the mount may be its own group, named by its path on the host.
             group = PurePosixPath(path)
             inner = group.relative_to(root) if group.is_relative_to(root) else PurePosixPath()
             directory = Path(point, inner)
@@ -59,7 +60,7 @@ def _directories(cgroups: str, mounts: str) -> Iterator[Path]:
 
 
 def _cpu_mounts(mounts: str) -> Iterator[tuple[str, str, str]]:
-    """(type, root, mount point) of each mount of the unified hierarchy, and of version 1's for CPU time."""
+    """(type, root, mount point) of each mount of the unified hierarchy (v2) and of the cpu controller (v1)."""
     for line in mounts.splitlines():
         fields, _, rest = line.partition(" - ")
         kind, _, options = rest.split(" ", 2)

@@ -1,4 +1,4 @@
-"""Sees to it that `import tasks` gives this program's package: Celery's own tutorial calls its module tasks.py too."""
+"""The import path: `import tasks` must give this program's package, not a tasks.py as in Celery's tutorial."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from importlib.util import find_spec
 
 from worker.exit_codes import BAD_CALL
 
-#: The directory that holds the packages `worker` and `tasks`.
+#: The directory of the packages `worker` and `tasks`.
 _HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def prefer_own_packages() -> None:
-    """Have nothing imported from the working directory that is elsewhere too; end where `tasks` is another's still.
+    """Move the working directory to the end of the import path. Exit if `tasks` is still another package.
 
-    `python -m` and `celery -A` put the working directory first on the path, and so does an empty entry of PYTHONPATH.
+    `python -m`, `celery -A` and an empty entry of PYTHONPATH put the working directory first.
     """
     _put_working_directory_last()
     place = _place_of_tasks()
     if place is not None and os.path.dirname(place) != os.path.join(_HOME, "tasks"):
-        found = f"{ascii(place)[1:-1]} is imported in place of the package tasks in {_HOME}"
-        remedy = "take its directory out of PYTHONPATH, or install forkvm in an environment of its own"
+        found = f"{ascii(place)[1:-1]} would be imported instead of the package tasks in {_HOME}"
+        remedy = "remove its directory from PYTHONPATH, or install forkvm in its own virtual environment"
         print(f"forkvm: {found}: {remedy}", file=sys.stderr)
         sys.exit(BAD_CALL)
 
@@ -36,7 +36,7 @@ def _put_working_directory_last() -> None:
 
 
 def _place_of_tasks() -> str | None:
-    """The file that `import tasks` gives."""
+    """The file that `import tasks` loads or has loaded."""
     loaded = sys.modules.get("tasks")
     if loaded is not None:
         return getattr(loaded, "__file__", None)

@@ -1,4 +1,4 @@
-"""The settings: one environment variable `FORKVM_*` each, or a file of that name in a directory of secrets."""
+"""The settings. Each is an environment variable `FORKVM_*`, or a file of that name in the secrets directory."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from worker.environment import new_warnings, unknown_variables
 from worker.redis_url import SENTINEL, RedisUrl, read_redis_url
 
 _PREFIX = "FORKVM_"
-#: Names the directory in which each file `forkvm_broker_url` and so on holds the setting of that name.
+#: The variable that names the secrets directory. Its file `forkvm_broker_url`, for example, holds that setting.
 _SECRETS = "FORKVM_SECRETS_DIR"
-#: Where docker and compose put secrets.
+#: The default secrets directory, which docker and compose use.
 _SECRETS_DIRECTORY = "/run/secrets"
-#: Why a worker does not start.
-NO_ROOTS = "no roots: set FORKVM_ROOTS to the directories that may be served, separated by colons"
+#: The message of a worker that is started without roots.
+NO_ROOTS = "no roots: set FORKVM_ROOTS to the directories that the worker may use, separated by colons"
 
 
 class BadSettings(Exception):
-    """Settings that cannot be meant; the message names each and never holds a value that may be secret."""
+    """A setting is invalid. The message names each invalid setting, and never contains a value that may be secret."""
 
 
 class NoBroker(Exception):
-    """Redis cannot be reached; the message says which and why."""
+    """Redis cannot be reached. The message names its address and the reason."""
 
 
 def _paths(value: object) -> object:
@@ -42,34 +42,34 @@ def _redis_url(value: str) -> str:
 
 
 class Settings(BaseSettings):
-    """Every setting, with its default. Sizes are bytes, times are seconds."""
+    """All settings with their defaults. Sizes are in bytes, times in seconds."""
 
     model_config = SettingsConfigDict(env_prefix=_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
 
     broker_url: Annotated[str, Field(min_length=1), AfterValidator(_redis_url)] = "redis://localhost:6379/0"
-    #: Where results are kept; the broker's Redis unless it is set.
+    #: Redis of the results; the broker's by default.
     result_backend: Annotated[str, AfterValidator(_redis_url)] = ""
-    #: The password of Redis, for URLs that have none; meant for a file of secrets.
+    #: The password of Redis, for URLs without one. Meant for the secrets directory.
     redis_password: str = ""
-    #: A file of the authorities (PEM) that a `rediss://` server's certificate is verified by; the system's unless set.
+    #: PEM file of the authorities that a `rediss://` server's certificate is verified with; the system's by default.
     redis_ca: str = ""
-    #: The name under which the sentinels of a `sentinel://` URL know the master.
+    #: The name of the master at the sentinels of a `sentinel://` URL.
     sentinel_master: str = ""
-    #: The password of the sentinels themselves, where they have one.
+    #: The password of the sentinels, if they have one.
     sentinel_password: str = ""
-    #: Directories that a worker serves requests within, separated by colons.
+    #: Directories in which a worker may fork, separated by colons. It accepts no paths outside of them.
     roots: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_paths)] = ()
-    #: The hosts that see one filesystem; names the queue.
+    #: Name of the hosts that share a filesystem. The queue is named after it.
     domain: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*$")] = ""
-    #: TTL of everything that is kept of a fork.
+    #: TTL of everything that Redis holds about a fork.
     result_expires: Annotated[int, Field(ge=60)] = 86_400
-    #: After so long the messages of a dead worker are delivered again; a live one renews this every 2 s.
+    #: Time after which a dead worker's messages are redelivered. A live worker renews its messages every 2 s.
     visibility_timeout: Annotated[int, Field(ge=5)] = 10
-    #: A process that works on one task for so long is killed, and the task done again by another.
+    #: A process whose task takes longer is killed, and another process does the task again.
     task_time_limit: Annotated[int, Field(ge=1)] = 14_400
-    #: Pool processes of a worker; as many as it may use CPUs (`worker.cpus`) unless it is set.
+    #: Number of pool processes of a worker; by default the number of CPUs that it may use (`worker.cpus`).
     concurrency: Annotated[int | None, Field(ge=1)] = None
-    #: A worker's name among Celery's nodes; see `worker.runtime.node_name`.
+    #: The worker's name among Celery's nodes; see `worker.runtime.node_name`.
     name: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9_.-]*$")] = ""
     #: See `tasks.copier.options.Limits`.
     inline_files: Annotated[int, Field(ge=0)] = Limits.inline_files
@@ -77,27 +77,27 @@ class Settings(BaseSettings):
     chunk_files: Annotated[int, Field(ge=1)] = Limits.chunk_files
     chunk_bytes: Annotated[int, Field(ge=1 << 20)] = Limits.chunk_bytes
     max_chunks: Annotated[int, Field(ge=1, le=10_000)] = Limits.max_chunks
-    #: A file that a worker touches while it consumes, for a health check.
+    #: File that a worker touches while it consumes, for a health check; empty for none.
     heartbeat_file: str = ""
 
     @property
     def queue(self) -> str:
-        """The queue of the domain."""
+        """The name of the domain's queue."""
         return f"forkvm.{self.domain}" if self.domain else "forkvm"
 
     @property
     def broker(self) -> RedisUrl:
-        """The Redis of the queue."""
+        """The URL of the queue's Redis."""
         return read_redis_url(self.broker_url)
 
     @property
     def backend(self) -> RedisUrl:
-        """The Redis of the results."""
+        """The URL of the results' Redis."""
         return read_redis_url(self.result_backend or self.broker_url)
 
     @property
     def limits(self) -> Limits:
-        """The sizes of the work."""
+        """The limits of inline forks and chunks."""
         return Limits(
             inline_files=self.inline_files,
             inline_bytes=self.inline_bytes,
@@ -108,9 +108,9 @@ class Settings(BaseSettings):
 
 
 def read_settings(**given: Any) -> Settings:
-    """The settings: those `given` by name first, then variables that are not empty, then secret files.
+    """The settings. Keyword arguments override environment variables, and these override secret files.
 
-    Raises BadSettings. A variable `FORKVM_*` that is no setting is warned of on stderr, once a process.
+    Raises BadSettings. For each unknown variable `FORKVM_*`, one warning a process is printed on stderr.
     """
     for warning in new_warnings(unknown_variables(os.environ, _VARIABLES)):
         print(f"forkvm: {ascii(warning)[1:-1]}", file=sys.stderr)
@@ -122,14 +122,14 @@ def read_settings(**given: Any) -> Settings:
             for detail in error.errors(include_url=False, include_context=False, include_input=False)
         ]
         raise BadSettings("; ".join(clauses)) from None
-    except (SettingsError, OSError, UnicodeDecodeError):  # the text of the last repeats the secret
-        raise BadSettings(f"{_SECRETS}: a secret file cannot be read, is too large, or is not UTF-8") from None
+    except (SettingsError, OSError, UnicodeDecodeError):  # the text of UnicodeDecodeError contains the secret
+        raise BadSettings(f"{_SECRETS}: a file in it cannot be read, is too large, or is not UTF-8") from None
     _check(settings)
     return settings
 
 
 def roots_of(settings: Settings) -> Roots:
-    """The roots as the engine takes them."""
+    """The roots of the settings."""
     return Roots(settings.roots)
 
 
@@ -137,21 +137,21 @@ def _variable(name: str) -> str:
     return f"{_PREFIX}{name.upper()}"
 
 
-#: Every variable that means something to the program.
+#: The variables of all settings.
 _VARIABLES = frozenset((*map(_variable, Settings.model_fields), _SECRETS))
 
 
 def _secrets_directory() -> str | None:
-    """The directory of secrets. Raises BadSettings where one is named and is none."""
+    """The secrets directory, or None. Raises BadSettings if the named directory does not exist."""
     named = os.environ.get(_SECRETS)
     if named and not os.path.isdir(named):
-        raise BadSettings(f"{_SECRETS}: {named} is no directory")
+        raise BadSettings(f"{_SECRETS}: {named} is not a directory")
     directory = named or _SECRETS_DIRECTORY
     return directory if os.path.isdir(directory) else None
 
 
 def _check(settings: Settings) -> None:
-    """What no setting shows alone. Raises BadSettings."""
+    """Check settings that depend on others or on files. Raises BadSettings."""
     for root in settings.roots:
         if not root.startswith("/"):
             raise BadSettings(f"{_PREFIX}ROOTS: {root} is not an absolute path")
@@ -159,8 +159,8 @@ def _check(settings: Settings) -> None:
         raise BadSettings(f"{_PREFIX}REDIS_CA: {settings.redis_ca} cannot be read")
     for variable, url in ((f"{_PREFIX}BROKER_URL", settings.broker), (f"{_PREFIX}RESULT_BACKEND", settings.backend)):
         if url.scheme == SENTINEL and not (url.master or settings.sentinel_master):
-            remedy = "set FORKVM_SENTINEL_MASTER, or write ?master_name=NAME"
-            raise BadSettings(f"{variable}: sentinel:// needs the name of the master: {remedy}")
+            remedy = "set FORKVM_SENTINEL_MASTER, or add ?master_name=NAME"
+            raise BadSettings(f"{variable}: a sentinel:// URL needs the name of the master: {remedy}")
         for option, path in url.tls_files:
             if not os.access(path, os.R_OK):
                 raise BadSettings(f"{variable}: {option}: the file cannot be read")

@@ -1,4 +1,4 @@
-"""TLS to Redis: the server's certificate and host name are verified, and a server that fails that is refused."""
+"""TLS to Redis. The server's certificate and host name are always verified."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from worker.redis_url import RedisUrl
 
 
 def tls_options(url: RedisUrl, ca: str) -> dict[str, Any] | None:
-    """redis-py's options for a connection to `url`, None where it is without TLS.
+    """redis-py's options for a TLS connection to `url`; None for a URL without TLS.
 
-    `ca` is a file of trusted authorities, "" for the system's.
+    `ca` is a PEM file of trusted authorities; "" means those of the system.
     """
     if not url.is_tls:
         return None
@@ -25,7 +25,7 @@ def tls_options(url: RedisUrl, ca: str) -> dict[str, Any] | None:
 
 
 def is_untrusted(error: BaseException | None) -> bool:
-    """Whether a connection failed because the server's certificate is not to be trusted, or is another host's."""
+    """Whether a connection failed because the server's certificate is not trusted or belongs to another host."""
     while error is not None:
         if isinstance(error, ssl.SSLCertVerificationError):
             return True
@@ -34,7 +34,7 @@ def is_untrusted(error: BaseException | None) -> bool:
 
 
 def refuse_untrusted(app: Celery, url: RedisUrl) -> None:
-    """End a worker whose broker cannot be verified: unlike a broker that is away, waiting does not help."""
+    """End the worker if its broker cannot be verified. An unreachable broker is waited for; this one is not."""
     if not url.is_tls:
         return
     try:
@@ -42,7 +42,7 @@ def refuse_untrusted(app: Celery, url: RedisUrl) -> None:
             connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
     except (OperationalError, OSError) as error:
         if is_untrusted(error):
-            _refuse(f"the broker at {url.shown()} is not to be trusted: {error}")
+            _refuse(f"the broker at {url.shown()} cannot be trusted: {error}")
 
 
 def _refuse(message: str) -> NoReturn:

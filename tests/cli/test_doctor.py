@@ -66,7 +66,7 @@ def test_a_person_reads_a_line_for_each_check_and_the_mend_below(
     assert (done.returncode, done.stderr) == (0, "")  # a warning is no fault
     assert {line[:5] for line in lines} == {"ok   ", "warn ", "     "}
     assert lines[warned].startswith(f"warn root {place}: reflink: refused (EOPNOTSUPP")
-    assert "all bytes are copied" in lines[warned]
+    assert "forks copy all data" in lines[warned]
     assert lines[warned + 1].startswith("     -> keep guests on XFS")
     assert [line for line in lines if line.startswith("     ")] == [lines[warned + 1]]
     assert list(place.iterdir()) == []
@@ -87,7 +87,7 @@ def test_roots_that_cannot_be_served_are_bad_and_without_redis_the_exit_code_is_
         checks = found_in(done)
         assert checks[f"root {tmp_path}/missing"]["verdict"] == "bad"
         assert checks[f"root {tmp_path}/missing"]["found"] == "it does not exist"
-        assert checks[f"root {tmp_path}/file"]["found"] == "it is no directory"
+        assert checks[f"root {tmp_path}/file"]["found"] == "it is not a directory"
         assert json.loads(done.stdout)["verdict"] == "bad"
         assert "secret" not in done.stdout
     assert found_in(without)["Redis"]["found"].startswith("no broker at redis+socket://")
@@ -138,9 +138,9 @@ def test_the_user_that_security_md_describes_is_told_that_it_may_not_look_at_all
     assert checks[redis]["found"] == "reached over TLS, certificate and host name verified"
     assert checks[f"{redis}: appendonly"]["verdict"] == "bad"  # as that server is
     fsync = checks[f"{redis}: appendfsync"]
-    assert (fsync["verdict"], fsync["found"]) == ("warn", "CONFIG: not permitted to look")
+    assert (fsync["verdict"], fsync["found"]) == ("warn", "unknown: CONFIG is not permitted")
     settings = found_in(may_not)[f"{redis}: settings"]
-    assert (settings["verdict"], settings["found"]) == ("warn", "INFO: not permitted to look")
+    assert (settings["verdict"], settings["found"]) == ("warn", "unknown: INFO is not permitted")
     assert (may_ask.returncode, may_not.returncode) == (1, 0)
     for done in (may_ask, may_not):
         assert done.stderr == ""
@@ -157,7 +157,7 @@ def test_a_root_that_is_not_the_users_to_write_to_is_a_warning_and_nothing_is_le
 
     check = found_in(done)[f"root {place}"]
     assert check["verdict"] == "warn"
-    assert check["found"] == f"XFS, not writable for uid {_NOBODY}; reflink not tried"
+    assert check["found"] == f"XFS, not writable for uid {_NOBODY}; reflink not checked"
     assert list(place.iterdir()) == []
 
 
@@ -168,7 +168,7 @@ def test_a_read_only_root_says_so(run_forkvm: RunForkvm, fresh: Fresh, tmp_path:
         done = run_forkvm("doctor", "--json", env=nowhere | {"FORKVM_ROOTS": str(view)})
 
     check = found_in(done)[f"root {view}"]
-    assert (check["verdict"], check["found"]) == ("warn", "XFS, read-only; reflink not tried")
+    assert (check["verdict"], check["found"]) == ("warn", "XFS, read-only; reflink not checked")
 
 
 def test_staging_without_a_sign_of_life_is_counted_and_left_to_gc(
@@ -199,5 +199,5 @@ def test_a_root_where_no_fork_can_be_published_is_bad(
 
     check = found_in(done)[f"root {place}"]
     assert (check["verdict"], check["found"]) == ("bad", "FUSE, refuses RENAME_NOREPLACE: EINVAL: Invalid argument")
-    assert "no fork can be published here" in check["fix"]
+    assert "forks cannot be published here" in check["fix"]
     assert list(place.iterdir()) == []

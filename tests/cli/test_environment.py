@@ -116,7 +116,7 @@ def test_unknown_variable_is_warned_of_once_by_a_command_and_by_a_worker(
         "FORKVM_GUESTS": "/srv",
         "FORKVM_USER": "0:0",
     }
-    warning = "forkvm: FORKVM_ROOT is no setting and is ignored; FORKVM_ROOTS may be meant"
+    warning = "forkvm: FORKVM_ROOT is not a setting and is ignored; did you mean FORKVM_ROOTS?"
 
     done = run_forkvm("gc", tmp_path, env=environment)
     workers = [start_worker(tmp_path, 1, command=command, env=environment) for command in ("forkvm", "celery")]

