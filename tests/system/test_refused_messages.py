@@ -157,7 +157,7 @@ def test_client_of_protocol_1_is_told(system: System, fresh: Fresh) -> None:
     client.conf.task_protocol = 1
     sent = client.send_task("forkvm.fork", kwargs={"request": _request(fresh("xfs"))}, queue=QUEUE)
 
-    with pytest.raises(Exception, match="this worker takes protocol 2"):
+    with pytest.raises(Exception, match="use protocol 2"):
         sent.get(timeout=20)
     client.close()
 
