@@ -1,14 +1,14 @@
-"""`forkvm.sweep`: looks after what has no end yet and nobody to give it one, so that nothing accepted is lost.
+"""`forkvm.sweep`: sends jobs again whose message was lost, and removes abandoned staging.
 
-The workers of a domain send it, one at a time, again and again (see `Sweeper`). A message can be lost: kombu
-takes one from its list in one step and notes it as taken in another, and Redis, or the connection, may go in between.
-Then a fork stands still: its journal tells how far it is, and nobody goes on.
+The workers of a domain send a sweep periodically, one at a time (see `worker.runtime.bootsteps.Sweeper`). A message can
+be lost: kombu removes it from its list in one step and notes it as unacknowledged in another. If Redis or the
+connection fails in between, no worker continues the job.
 
-**Who stands still.** The sweep goes through the queue of chunks, behind every message that was there when it was sent.
-So between two sweeps of a fork whatever was waiting for it was taken. If nothing has moved in its staging meanwhile,
-nobody is at work on it: who works gives a sign every `HEARTBEAT_SECONDS`. Then its request is sent again, which goes on
-with it wherever it stopped, or takes it from a process that is paused. A sweep that errs does no harm: a second
-delivery never does.
+**How a lost job is found.** The sweep waits in the queue of chunks, behind every message that was there when it was
+sent. So between two sweeps, workers have taken all messages of a job. A process that works on it gives a heartbeat
+every `HEARTBEAT_SECONDS`. If the heartbeat has not changed between two sweeps, the job's request is sent again. It
+continues where the job stopped, or takes the job from a paused process. If the sweep is wrong, it does no harm: any
+message may be delivered twice.
 """
 
 from __future__ import annotations
@@ -29,28 +29,27 @@ from tasks.store.redis_errors import cause
 
 log = logging.getLogger(__name__)
 
-#: How often the roots are searched for abandoned staging, in seconds. Redis tells of all other: this is for what it
-#: does not know, of a local fork that was killed, or from before it was emptied (then it forgot the last search too).
+#: How often the roots are searched for abandoned staging, in seconds. The search finds staging of which Redis has no
+#: claim: of a local fork that was killed, or from before Redis lost its data (then the search is due at once).
 WALK_SECONDS = 3600
-#: How long nothing must have moved in a staging that Redis does not know before it is removed, in seconds: a worker of
-#: another deployment on the same disks may be about to go on with it. What is younger is looked at again after so long.
+#: Staging of which Redis has no claim is removed once it has had no heartbeat for so long, in seconds: a worker of
+#: another deployment on the same disks may be about to continue it. Younger staging is checked again after this time.
 SILENT_SECONDS = 300
 
-#: What the claim or the staging of one fork may cause; a Redis that does not answer ends the sweep.
-_OF_ONE_FORK = (OSError, ForkError, ValueError, TypeError, LookupError, AttributeError)
+#: Errors that a bad claim or bad staging of one job can cause. They do not end the sweep; errors of Redis do.
+_ERRORS_OF_ONE_JOB = (OSError, ForkError, ValueError, TypeError, LookupError, AttributeError)
 #: How each verdict of a search is logged.
 _LOGGED = {
     "removed": (logging.WARNING, "removed staging of fork %r: %r: %s"),
     "kept": (logging.INFO, "kept staging of fork %r: %r: %s"),
-    "failed": (logging.WARNING, "could not look after staging of fork %r: %r: %s"),
+    "failed": (logging.WARNING, "could not check staging of fork %r: %r: %s"),
 }
 
 
 def run_sweep(context: Context, every: int) -> None:
-    """Send again what nobody works on, and remove what is abandoned. The next sweep comes in `every` seconds.
+    """Send again the jobs that no process works on, and remove abandoned staging. The next sweep is in `every` seconds.
 
-    It does not wait for a Redis that is away: another sweep follows, and a worker that is told to end waits for this
-    one.
+    It does not wait while Redis is away: another sweep follows, and a worker that shuts down waits for this one.
     """
     context = replace(context, results=replace(context.results, patient=False))
     try:
@@ -59,37 +58,39 @@ def run_sweep(context: Context, every: int) -> None:
             remove_abandoned(context)
         context.results.periodic_work.set_due(keys.SWEEP, context.queue, every - 1)
     except RedisError as error:
-        log.warning("a sweep was abandoned, since Redis does not answer: %s", cause(error))
+        log.warning("a sweep was ended early: Redis does not answer: %s", cause(error))
 
 
 def sweep_forks(context: Context) -> None:
-    """Send again the requests of forks and campaigns in which nothing moves.
+    """Send again the requests of forks and campaigns whose heartbeat has not changed since the last sweep.
 
-    One that cannot be judged is logged and passed over.
+    A job that cannot be checked is logged and skipped.
     """
     for job in context.results.open_jobs.of_queue(context.queue):
         try:
-            _look_after(context, job)
-        except _OF_ONE_FORK as error:
-            log.warning("%r is passed over: %s: %s", job.job_id, type(error).__name__, error)
+            _check(context, job)
+        except _ERRORS_OF_ONE_JOB as error:
+            log.warning("the sweep skips job %r: %s: %s", job.job_id, type(error).__name__, error)
 
 
-def _look_after(context: Context, job: OpenJob) -> None:
-    sign = _sign_of_life(context, job.job_id, job.claim["destination"])
-    if sign != job.heartbeat:
-        context.results.open_jobs.store_heartbeat(job.job_id, sign)
+def _check(context: Context, job: OpenJob) -> None:
+    heartbeat = _last_heartbeat(context, job.job_id, job.claim["destination"])
+    if heartbeat != job.heartbeat:
+        context.results.open_jobs.store_heartbeat(job.job_id, heartbeat)
         return
-    log.warning("nothing moves in %s: its message was lost, or its process is paused; it is sent again", job.job_id)
-    if job.claim.get("campaign"):  # not over: what is left of it is sent again
+    log.warning(
+        "job %r is sent again: without a new heartbeat, its message was lost or its process is paused", job.job_id
+    )
+    if job.claim.get("campaign"):  # this task sends the batches that are not done
         context.send(FINISH_CAMPAIGN_TASK, {"home": job.claim["destination"]}, job.job_id)
     else:
         context.send(FORK_TASK, {"request": job.claim["request"]}, job.job_id)
 
 
 def remove_abandoned(context: Context) -> None:
-    """Remove the staging below the roots that no process holds and whose fork has ended, or is not known any more.
+    """Remove staging below the roots that no process holds and whose job has ended, or has no claim in Redis.
 
-    What is kept or cannot be removed is logged, and does not end the search.
+    Staging that is kept or cannot be removed is logged, and does not end the search.
     """
     for root in context.roots.paths:
         try:
@@ -99,13 +100,13 @@ def remove_abandoned(context: Context) -> None:
                 if finding.reason == YOUNG:
                     context.results.periodic_work.set_due(keys.WALK, context.queue, SILENT_SECONDS)
         except (ForkError, OSError) as error:
-            log.warning("abandoned staging was not looked for: %s", error)
+            log.warning("the search for abandoned staging failed: %s", error)
 
 
-def _sign_of_life(context: Context, fork_id: str, destination: str) -> int:
-    """When anything last moved in a fork's staging; 0 where it has none, or none that can be looked at."""
+def _last_heartbeat(context: Context, fork_id: str, destination: str) -> int:
+    """The last heartbeat in a job's staging, in milliseconds since the epoch; 0 if there is none that can be read."""
     try:
         with context.roots.open_parent(destination) as parent:
             return last_sign_of_life(parent.fd, fork_id)
     except (ForkError, OSError):
-        return 0  # sent again, it ends with the error that its worker meets
+        return 0  # the job is then sent again, and its worker reports the error

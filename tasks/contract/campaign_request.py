@@ -1,4 +1,4 @@
-"""The contract with schedulers for campaigns: what a CampaignRequest may say."""
+"""The contract with schedulers: the fields of a CampaignRequest, and how it becomes a CampaignSpec."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from tasks.contract.fork_request import AnyRequest, parse_as, text_of
 from tasks.copier.campaign.spec import Aims, CampaignResult, CampaignSpec, OnError, campaign_result
 from tasks.copier.errors import ForkError
 
-#: A list is counted from here, as a template is by default.
+#: The number of the first fork of a list of destinations; also the default of a template.
 _FIRST = 1
-#: A request of at most so many characters is kept whole, and can be sent again when its message was lost.
+#: A request of at most so many characters is kept whole, so that it can be sent again if its message was lost.
 _KEPT_WHOLE = 64 << 10
 #: Longest deadline, in seconds: ten years.
 _LONGEST = 315_360_000
 
 
 class CampaignRequest(AnyRequest):
-    """A request for many forks of one source, as JSON carries it."""
+    """A request for many forks of one source, as decoded from JSON."""
 
     destinations: Annotated[
         Annotated[list[InstanceOf[str]], Field(min_length=1, max_length=MOST_FORKS), Tag("list")]
         | Annotated[Template, Tag("template")],
         Discriminator(lambda value: "template" if isinstance(value, dict) else "list"),
     ]
-    #: Forks in flight at most, so that a campaign leaves room for others; None: as many as the workers take.
+    #: The most forks that are made at the same time, so that a campaign leaves room for others. None: no limit.
     max_parallel: Annotated[int, Field(ge=1)] | None = None
     on_error: OnError = "continue"
-    #: Seconds from the campaign's start; what is not published by then is cancelled. None: there is none.
+    #: Seconds from the campaign's start. Forks that are not published by then are cancelled. None: no deadline.
     deadline: Annotated[float, Field(gt=0, le=_LONGEST)] | None = None
 
 
@@ -46,9 +46,9 @@ def campaign_of(
     queued: float = 0.0,
     clock: Callable[[], float] = time.time,
 ) -> tuple[CampaignSpec, list[str]]:
-    """The campaign that plain data asks for, and its forks' destinations, in order.
+    """The campaign that a request asks for, and its forks' destinations, in order.
 
-    `queued` is how long the request waited, in seconds; `clock` is that of `Aims.deadline`. Raises ForkError
+    `queued` is how long the request waited, in seconds. `clock` is the clock of `Aims.deadline`. Raises ForkError
     invalid_request, which names the field.
     """
     started = time.time()
@@ -76,7 +76,7 @@ def campaign_of(
 
 
 class Summary(TypedDict):
-    """What is kept of a request: a digest of it, and all of it but a long list of destinations."""
+    """What is kept of a request in Redis: a digest of it, and its fields except a long list of destinations."""
 
     kept: dict[str, Any]
     forks: int
@@ -85,7 +85,7 @@ class Summary(TypedDict):
 
 
 def summary_of(request: object, spec: CampaignSpec) -> Summary:
-    """The summary of a request; of one that asks for no campaign, `spec` has no forks."""
+    """The summary of a request. `spec` has no forks if the request is invalid."""
     text = json.dumps(request, sort_keys=True, default=str)
     asked = request if isinstance(request, dict) and spec.aims.count else {}
     whole = len(text) <= _KEPT_WHOLE
@@ -98,7 +98,7 @@ def summary_of(request: object, spec: CampaignSpec) -> Summary:
 
 
 def refused_campaign(request: object, campaign_id: str, error: ForkError) -> CampaignResult:
-    """The result of what could not be made a campaign of."""
+    """The result of a request that is not a valid CampaignRequest."""
     return campaign_result(
         CampaignSpec(campaign_id=campaign_id, source=text_of(request, "source")), {}, [], error=error
     )

@@ -1,4 +1,4 @@
-"""Where the forks of a campaign go: a list of paths, or a template that is counted through."""
+"""The destinations of a campaign: a list of paths, or a template with a number in it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.roots import normal_path
 
-#: Most forks of one campaign: what Redis keeps of each is about 1.5 KB.
+#: The most forks of one campaign. Redis keeps about 1.5 KB of each.
 MOST_FORKS = 1_000_000
 #: What may follow the colon in `{n:04}`: a width, with or without leading zeros.
 _WIDTH = re.compile(r"(0?[1-9][0-9]?)?d?")
 
 
 def _counted(template: str) -> str:
-    """A template holds `{n}` or `{n:04}`, and no other field: a format string could reach into objects."""
+    """Refuse any field but `{n}` and `{n:04}`: other format strings can read attributes of objects."""
     try:
         fields = [(name, width, conversion) for _, name, width, conversion in Formatter().parse(template)]
     except ValueError as error:
-        raise ValueError(f"no template: {error}") from None
+        raise ValueError(f"the template is not valid: {error}") from None
     for name, width, conversion in fields:
         if name is not None and (name != "n" or conversion or not _WIDTH.fullmatch(width or "")):
-            raise ValueError("a template takes {n} and {n:04} (a width of at most 99), and no other field")
+            raise ValueError("use only {n} or {n:04} (a width of at most 99) in a template")
     return template
 
 
@@ -47,24 +47,26 @@ class Template(BaseModel):
 
 
 def normal_paths(paths: Iterable[str]) -> list[str]:
-    """The destinations as the engine takes them, in order.
+    """The destinations, normalized, in order.
 
-    Raises ForkError invalid_request for a path that is none, that stands there twice, or that lies inside another:
-    forks are never merged, and none may be made within another one's tree.
+    Raises ForkError invalid_request for an invalid path, for a path that is given twice, and for a path inside another
+    destination: no fork may be made inside the tree of another one.
     """
     normal = [normal_path(path, "destinations") for path in paths]
     known = set(normal)
     if len(known) < len(normal):
         twice = next(path for path, times in Counter(normal).items() if times > 1)
-        raise ForkError(Code.INVALID_REQUEST, "destinations: the same path twice", twice)
-    parents: set[str] = set()  # most share theirs
+        raise ForkError(Code.INVALID_REQUEST, "destinations: the path is given twice; remove one", twice)
+    parents: set[str] = set()  # most destinations have the same parent
     for path in normal:
         parent = path.rpartition("/")[0]
         while parent and parent not in parents:
             if parent in known:
-                raise ForkError(Code.INVALID_REQUEST, f"destinations: it lies inside another one, {parent}", path)
+                raise ForkError(
+                    Code.INVALID_REQUEST, f"destinations: the path is inside another destination, {parent}", path
+                )
             parents.add(parent)
             parent = parent.rpartition("/")[0]
     if "/" in known and len(normal) > 1:
-        raise ForkError(Code.INVALID_REQUEST, "destinations: the others lie inside it", "/")
+        raise ForkError(Code.INVALID_REQUEST, "destinations: the other destinations are inside it", "/")
     return normal

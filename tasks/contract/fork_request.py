@@ -1,4 +1,7 @@
-"""The contract with schedulers: what a request may say. Results are in `tasks.copier.fork_spec` and `report`."""
+"""The contract with schedulers: the fields of a ForkRequest, and how it becomes a ForkSpec.
+
+The results are defined in `tasks.copier.fork_spec` and `tasks.copier.report`.
+"""
 
 from __future__ import annotations
 
@@ -16,48 +19,48 @@ from tasks.copier.report import Totals
 from tasks.copier.roots import normal_path
 from tasks.copier.source.selection import Selection
 
-#: Most entries of a list or mapping in a request, and characters of one pattern or label.
+#: The most entries of a list or mapping in a request, and the most characters of one pattern or label.
 _MOST = 10_000
 _LONGEST = 4096
 
 
 def _short(text: str) -> str:
     if len(text) > _LONGEST:
-        raise ValueError(f"longer than {_LONGEST} characters")
+        raise ValueError(f"the text has {len(text)} characters; at most {_LONGEST} are allowed")
     return text
 
 
 def _name(text: str) -> str:
-    """What is matched against file names: no NUL, and no surrogate that stands for no byte."""
+    """Refuse text that no file name can contain."""
     try:
         encoded = os.fsencode(text)
     except UnicodeEncodeError:
-        raise ValueError("a surrogate in it stands for no byte") from None
+        raise ValueError("it contains a surrogate character that cannot be encoded; remove it") from None
     if b"\0" in encoded:
-        raise ValueError("a file name cannot hold a NUL character")
+        raise ValueError("it contains a NUL character, which no file name can contain; remove it")
     return text
 
 
 def _relative(path: str) -> str:
     parts = path.split("/")
     if path.startswith("/") or ".." in parts:
-        raise ValueError("a path relative to the source, without '..', is wanted")
+        raise ValueError("give a path relative to the source, without '..'")
     return "/".join(part for part in parts if part not in ("", "."))
 
 
-#: A Python string as it is. pydantic's own `str` refuses the lone surrogates that stand for bytes that are not UTF-8.
+#: Any Python string. pydantic's own `str` refuses lone surrogates, which represent bytes that are not UTF-8.
 Text = Annotated[InstanceOf[str], AfterValidator(_short)]
 Pattern = Annotated[Text, AfterValidator(_name)]
 RelativePath = Annotated[Pattern, AfterValidator(_relative)]
 
 
-#: Absolute paths. Bytes that are not UTF-8 are written as Python's surrogateescape does (`\udcff` for 0xff).
+#: Absolute paths. Bytes that are not UTF-8 are encoded with Python's surrogateescape (`\udcff` for 0xff).
 SourcePath = Annotated[InstanceOf[str], AfterValidator(lambda path: normal_path(path, "source"))]
 DestinationPath = Annotated[InstanceOf[str], AfterValidator(lambda path: normal_path(path, "destination"))]
 
 
 class AnyRequest(BaseModel):
-    """What every request says: the source, and how it is to be cloned. An unknown field is an error."""
+    """The fields of every request: the source, and how to clone it. An unknown field is an error."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -69,11 +72,11 @@ class AnyRequest(BaseModel):
     preserve: Annotated[list[Preserve], Field(max_length=_MOST)] = sorted(PRESERVE_ALL)
     durability: Durability = "none"
     verify: Verify = "none"
-    #: Echoed back in the result as they came.
+    #: Returned unchanged in the result.
     labels: Annotated[dict[Text, Text] | list[Text], Field(max_length=_MOST)] = {}
 
     def options(self) -> Options:
-        """What the engine is told."""
+        """The options of the engine that the request asks for."""
         return Options(
             reflink=self.reflink,
             snapshot=self.snapshot,
@@ -86,7 +89,7 @@ class AnyRequest(BaseModel):
 
 
 class ForkRequest(AnyRequest):
-    """A request for one fork, as JSON carries it."""
+    """A request for one fork, as decoded from JSON."""
 
     destination: DestinationPath
 
@@ -95,21 +98,22 @@ Request = TypeVar("Request", bound=AnyRequest)
 
 
 def parse(request: object) -> ForkRequest:
-    """The fork that plain data from a client asks for. Raises ForkError invalid_request, which names the field."""
+    """The ForkRequest in plain data from a client. Raises ForkError invalid_request, which names the field."""
     return parse_as(ForkRequest, request)
 
 
-#: The field of what the worker makes of a message that it refused: why. See `worker.runtime.refused_messages`.
+#: A worker that refuses a message replaces its request by one with this field, which holds the reason; see
+#: `worker.runtime.refused_messages`.
 REFUSED = "refused"
 
 
 def parse_as(model: type[Request], request: object) -> Request:
-    """The request of the given kind that plain data from a client stands for.
+    """The request in plain data from a client, as an instance of `model`.
 
     Raises ForkError invalid_request, which names the field.
     """
     if not isinstance(request, dict):
-        raise ForkError(Code.INVALID_REQUEST, "the message carries no request: one argument, `request`, an object", "")
+        raise ForkError(Code.INVALID_REQUEST, "the message has no request; send one argument, `request`, an object", "")
     if isinstance(request.get(REFUSED), str):
         raise ForkError(Code.INVALID_REQUEST, request[REFUSED], text_of(request, "source"))
     try:
@@ -119,13 +123,13 @@ def parse_as(model: type[Request], request: object) -> Request:
     try:
         Selection(parsed.skip, parsed.exclude)
     except re.error as error:
-        message = f"exclude: {error.pattern!r} is no pattern: {error.msg}"
+        message = f"exclude: {error.pattern!r} is not a valid pattern: {error.msg}"
         raise ForkError(Code.INVALID_REQUEST, message, parsed.source) from None
     return parsed
 
 
 def spec_of(request: object, fork_id: str, *, owner: Literal["queue", "local"], queued: float = 0.0) -> ForkSpec:
-    """The fork that plain data asks for; `queued` is how long it waited, in seconds. Raises ForkError."""
+    """The fork that a request asks for. `queued` is how long it waited, in seconds. Raises ForkError."""
     started = time.time()
     parsed = parse(request)
     return ForkSpec(
@@ -141,19 +145,19 @@ def spec_of(request: object, fork_id: str, *, owner: Literal["queue", "local"], 
 
 
 def refused(request: object, fork_id: str, error: ForkError) -> ForkResult:
-    """The result of what could not be made a fork of."""
+    """The result of a request that is not a valid ForkRequest."""
     spec = ForkSpec(fork_id=fork_id, source=text_of(request, "source"), destination=text_of(request, "destination"))
     return failed(spec, error, Totals(), 0, Clock(spec.started))
 
 
 def text_of(request: object, field: str) -> str:
-    """The text in a field of what may be no request at all, for messages and failed results."""
+    """The text in a field of a request that may be invalid, for messages and failed results; empty if there is none."""
     value: Any = request.get(field) if isinstance(request, dict) else None
     return value if isinstance(value, str) else ""
 
 
 def _explain(error: ValidationError) -> str:
-    """All that is wrong, one clause a field: `reflink: Input should be 'auto', 'always' or 'never'`."""
+    """All errors, one clause per field: `reflink: Input should be 'auto', 'always' or 'never'`."""
     clauses = []
     for detail in error.errors(include_url=False, include_context=False, include_input=False):
         where = ".".join(str(part) for part in detail["loc"]) or "request"

@@ -1,4 +1,4 @@
-"""Celery's result backend, with two rules of this program: a final state never changes, and the engine decides it."""
+"""Celery's result backend, with two rules: a final state never changes, and only a job's result decides it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _FINAL_STATES = f" {' '.join(sorted(states.READY_STATES))} "
 
 
 class FinalStates(RedisBackend):
-    """What this program adds to Celery's Redis backends, which keep a SUCCESS only, and look and write in two steps."""
+    """Keeps every final state. Celery's Redis backends keep only SUCCESS, and read and write in two separate steps."""
 
     def exception_safe_to_retry(self, exc: BaseException) -> bool:
-        """Whether Celery tries an operation again: also where Redis refuses writes for a while."""
+        """Whether Celery retries an operation: also if Redis refuses writes for a while."""
         return is_passing(exc)
 
     def set(self, key: Any, value: Any, expires: int | None = None, **_: Any) -> Any:
-        """Keep and publish a record, unless the record under `key` is final; waits while Redis is away or full."""
+        """Store and publish a record, unless the record at `key` is final. Waits while Redis is away or full."""
         backend: Any = self  # celery-types does not know `expires`
         ttl = expires or backend.expires
         return wait_out(
@@ -38,27 +38,33 @@ class FinalStates(RedisBackend):
         )
 
     def mark_as_failure(self, task_id: str, exc: Exception, *args: Any, **kwargs: Any) -> None:
-        """Store a failure. Of a task of this program only a ForkFailed, whose fork has its result, is one.
+        """Store a failure. For this program's tasks, only ForkFailed is one: the job's result is stored already.
 
-        Anything else is a fault of the process or of Redis: the message goes back to its queue
-        (`tasks.delivery.message.Message.on_failure`), and the fork has no end yet.
+        Any other exception is a fault of the process or of Redis. The message then goes back to its queue
+        (`tasks.delivery.message.Message.on_failure`), and the job has not ended.
         """
         request = kwargs.get("request")
         if _is_ours(request) and not isinstance(exc, ForkFailed):
-            log.error("%s[%s] did not end: %s: %s", getattr(request, "task", ""), task_id, type(exc).__name__, exc)
+            log.error(
+                "%s[%s] failed without a result, and is delivered again: %s: %s",
+                getattr(request, "task", ""),
+                task_id,
+                type(exc).__name__,
+                exc,
+            )
             return
         super().mark_as_failure(task_id, exc, *args, **kwargs)
 
 
 class RedisResults(FinalStates):
-    """The result backend at a `redis://` or `rediss://` address."""
+    """The result backend for `redis://` and `rediss://` URLs."""
 
 
 class SentinelResults(FinalStates, SentinelBackend):
     """The result backend behind sentinels."""
 
 
-#: Celery's loader takes these in the place of its own backends, by the scheme of the address.
+#: Replace Celery's own backends, by the scheme of the URL.
 BACKENDS = {
     "redis": "tasks.delivery.backend:RedisResults",
     "rediss": "tasks.delivery.backend:RedisResults",

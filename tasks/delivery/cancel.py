@@ -1,4 +1,4 @@
-"""Asking for the end of a job, by the command line or by Celery's `revoke`."""
+"""Cancelling a job, from the command line or by Celery's `revoke`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tasks.store.results import Results
 
 
 def cancel_job(app: Celery, results: Results, job_id: str) -> None:
-    """Ask for the end of a fork or campaign, also of one that no worker has begun, and send the task that ends it.
+    """Request the cancellation of a fork or campaign, started or not, and send the task that ends it.
 
     Raises RedisError, OperationalError.
     """

@@ -1,20 +1,20 @@
-"""What a client asked to follow its job (Celery's canvas: link, link_error, chain, chord), whichever task ends it.
+"""The tasks that a client wants sent after its job (Celery's canvas: link, link_error, chain, chord).
 
-A fork in chunks and a campaign are ended by other tasks than the one that the client sent, which may also be lost and
-sent again by the worker. So what follows is kept in Redis under the job's id as soon as the id is claimed, and sent by
-the task that has stored the final state:
+A fork in chunks and a campaign are ended by other tasks than the one that the client sent, and the worker may send that
+one again. So these tasks are kept in Redis under the job's id as soon as the id is claimed. The task that stores the
+final state sends them. The key is `tasks.store.keys.CANVAS`, a hash: digest -> the tasks as JSON, or nothing once they
+were sent.
 
-    forkvm:{id}:canvas     a hash: for each digest what follows, as JSON; empty once it was sent
+**How often.** At least once: the task that ends a job sends the tasks that follow, and then notes that. If its process
+dies in between, its message is delivered again and sends them again. A callback without an id from its client has the
+same id each time. A message that is delivered again, or sent again by its client, has the same digest and sends nothing
+more.
 
-**How often.** At least once: who ends a job sends what follows, and then notes that. A process that dies in between has
-its message delivered again, which sends once more; a callback that got no id from its client has then the same id each
-time. A message that is delivered again, or sent again by its client, has the same digest, and nothing more is sent.
+**Errors.** A task that cannot be sent (a wrong queue, arguments that cannot be encoded) is logged and changes no state.
+While Redis is away, sending waits.
 
-**When it fails.** What cannot be sent (a wrong queue, arguments that cannot be encoded) is logged and changes no state.
-While Redis is away it is waited for.
-
-**A cancelled job** has, as in Celery, no callbacks and no errbacks; its chord fails, and the rest of its chain is
-REVOKED as it is, so that nobody waits for it.
+**A cancelled job** has, as in Celery, no callbacks and no errbacks. Its chord fails, and the rest of its chain is
+REVOKED too, so that no client waits for it.
 """
 
 from __future__ import annotations
@@ -42,38 +42,42 @@ from tasks.store.results import Results
 
 log = logging.getLogger(__name__)
 
-#: Longest canvas that is kept, in characters of JSON.
+#: The longest canvas that is kept, in characters of JSON.
 LONGEST_CANVAS = 1 << 20
-#: So many different canvases are kept of one id; a client that sends its job again has the same.
+#: The most different canvases of one id. A client that sends its job again sends the same one.
 _MOST = 16
-#: How kombu sends again on another connection. Waiting for Redis is done here: kombu would also repeat what Redis never
-#: takes (WRONGTYPE).
+#: How kombu retries on another connection. This module waits for Redis itself, since kombu also retries errors that do
+#: not pass (WRONGTYPE).
 _RETRIES = {"max_retries": 2, "interval_start": 0, "interval_step": 0.1, "interval_max": 0.2}
-#: The place of a message in its client's workflow.
+#: The headers that say where a message is in its client's workflow.
 _PLACE = ("group", "group_index", "root_id", "parent_id")
-#: Where tasks go that are not this program's and name no queue: Celery's own default, which their workers serve.
+#: The queue of tasks that are not this program's and name no queue: Celery's default, which clients' workers serve.
 CLIENTS_QUEUE = "celery"
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """What follows a job, and the job's place in its client's workflow, as JSON; see `tasks.delivery.signatures`."""
+    """The tasks that follow a job, and the job's place in its client's workflow, as JSON."""
 
     text: str
 
     @property
     def digest(self) -> str:
-        """Tells it from the canvases of other messages under the same id."""
+        """Distinguishes it from the canvases of other messages with the same id."""
         return hashlib.sha256(self.text.encode()).hexdigest()[:32]
 
     def keep(self, results: Results, job_id: str) -> None:
-        """Keep it for the task that ends the job; what was sent already stays so."""
+        """Keep it for the task that ends the job. A canvas that was sent already is not sent again."""
         key = keys.CANVAS.of(job_id)
 
         def write() -> None:
             known = cast("list[bytes]", results.redis.hkeys(key))
             if len(known) >= _MOST and self.digest.encode() not in known:
-                log.warning("job %r has %d workflows already; a further one is not followed", job_id, len(known))
+                log.warning(
+                    "job %r has %d different canvases already; the tasks of a further one are not sent",
+                    job_id,
+                    len(known),
+                )
                 return
             with results.redis.pipeline(transaction=True) as pipe:
                 pipe.hsetnx(key, self.digest, self.text)
@@ -84,7 +88,7 @@ class Canvas:
 
 
 def take_canvas(request: Any) -> Canvas | None:
-    """Take what follows a job out of its task's request, so that Celery does not send it: it would do so too early."""
+    """Take the tasks that follow a job out of its task's request. Celery would send them before the job has ended."""
     options = {name: getattr(request, name, None) for name in FOLLOWERS}
     for name in FOLLOWERS:
         setattr(request, name, None)
@@ -96,16 +100,16 @@ def take_canvas(request: Any) -> Canvas | None:
 
 
 class Job(Task):  # type: ignore[type-arg]  # Celery's class takes no arguments at run time
-    """A task that may end a job; what follows the job is sent once the final state is stored."""
+    """A task that can end a job. The tasks that follow the job are sent once its final state is stored."""
 
     abstract = True
 
     def on_success(self, retval: Any, task_id: str, *_: Any) -> None:
-        """Celery has stored SUCCESS."""
+        """Called after Celery has stored SUCCESS."""
         self.follow(task_id, states.SUCCESS, retval)
 
     def on_failure(self, exc: Exception, task_id: str, *_: Any) -> None:
-        """Celery has stored FAILURE, if the job failed; anything else is a fault of the process."""
+        """Called after a task failed. Only with ForkFailed has the job ended, and Celery stored FAILURE."""
         if isinstance(exc, ForkFailed):
             self.follow(task_id, states.FAILURE, exc)
 
@@ -116,7 +120,7 @@ class Job(Task):  # type: ignore[type-arg]  # Celery's class takes no arguments 
         self.follow(task_id, states.REVOKED, error)
 
     def follow(self, job_id: str, state: str, outcome: Any) -> None:
-        """Send what follows a job whose final state is stored."""
+        """Send the tasks that follow a job whose final state is stored."""
         results = results_of(self.app, patient=True)
         key = keys.CANVAS.of(job_id)
         kept = cast("dict[bytes, bytes]", results.ask(lambda: results.redis.hgetall(key)))
@@ -128,7 +132,7 @@ class Job(Task):  # type: ignore[type-arg]  # Celery's class takes no arguments 
 
 @dataclass(frozen=True)
 class _Following:
-    """What follows one message of a job that is over."""
+    """The tasks that follow one message of a job that has ended."""
 
     app: Celery
     job_id: str
@@ -142,7 +146,7 @@ class _Following:
             for number, callback in enumerate(self.canvas.get("callbacks", [])):
                 self._apply("callback", number, callback, outcome, related)
             chain = self.canvas.get("chain")
-            if chain:  # its next task is the last one
+            if chain:  # Celery keeps a chain in reverse order
                 self._apply("chain", 0, chain[-1], outcome, related | {"chain": chain[:-1]})
         elif state == states.FAILURE:
             for number, errback in enumerate(self.canvas.get("errbacks", [])):
@@ -162,7 +166,7 @@ class _Following:
         self._try(f"the {kind} {given['task']!r}", send)
 
     def _answer_workflow(self, state: str, outcome: Any, place: Mapping[str, Any]) -> None:
-        """Count the job's part of a chord; and give the rest of a chain that does not go on the job's end."""
+        """Count the job in its chord. If the job did not succeed, end the chord and the rest of the chain likewise."""
         chord, backend = self.canvas.get("chord"), self.app.backend
         request = Request(
             {**place, "id": self.job_id, "task": "forkvm", "chord": chord, "delivery_info": {}, "errbacks": None}
@@ -183,7 +187,7 @@ class _Following:
     def _try(self, what: str, send: Callable[[], object]) -> None:
         try:
             wait_out(send, OutOfMemoryError)
-        except Exception as error:  # whatever a client may have written there
+        except Exception as error:  # a client can write anything into a signature
             if is_passing(error):
                 raise
             log.warning("%s of %r could not be sent: %s", what, self.job_id, type(error).__name__)

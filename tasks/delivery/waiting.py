@@ -1,7 +1,7 @@
-"""Messages that no worker has begun with: those in a queue, and those that a worker took before it died.
+"""Messages that no worker has started: those in a queue, and those that a worker took before it died.
 
-A queue is a Redis list, which kombu fills from the left and empties from the right. What a worker has taken is in a
-hash until it is acknowledged or delivered again.
+A queue is a Redis list. kombu pushes messages on its left and pops them on its right. A message that a worker has taken
+is in a hash until it is acknowledged or delivered again.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import cast
 
 from redis import Redis
 
-#: Messages that are read at a time.
+#: Messages per read.
 _PAGE = 1_000
 
 
 def is_waiting(redis: Redis, job_id: str, queue: str, unacked: str) -> bool:
-    """Whether a message with the id `job_id` is in `queue` or in the hash `unacked`; reads all of both if not.
+    """Whether a message with the id `job_id` is in `queue` or in the hash `unacked`; if not, it reads all of both.
 
-    The queue from left to right, so that messages which arrive meanwhile move none past the reader.
+    It reads the queue from left to right, so that messages that arrive meanwhile cannot make it skip one.
     """
     needle = json.dumps(job_id)[1:-1].encode()
     start = 0
@@ -31,7 +31,7 @@ def is_waiting(redis: Redis, job_id: str, queue: str, unacked: str) -> bool:
 
 
 def _id_of(data: bytes, *path: int) -> object:
-    """The id of the message at `path` in some JSON; None where it is not one of Celery's."""
+    """The id of the message at `path` in JSON data; None if it is not a Celery message."""
     try:
         message = json.loads(data)
         for part in path:

@@ -1,4 +1,4 @@
-"""Requests whose id belongs to another job. The state under the id is that job's, so nothing is written under it."""
+"""Requests whose id belongs to another job. They are dropped: nothing may change the state of that job."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ log = logging.getLogger(__name__)
 
 
 def is_of_another_job(context: Context, job_id: str, holder: Claim | None) -> bool:
-    """Whether a request is to be dropped, since its id was taken in another domain or by a campaign's fork; logs that.
+    """Whether a request is to be dropped because its id is used in another domain or by a campaign's fork; logs that.
 
-    `holder`: the claim on the id, if there is one. It counts also after its job has ended, until its result expires:
-    the result says what that job did.
+    `holder`: the claim on the id, if there is one. It counts until the result of its job expires.
     """
     why = why_taken(context.results, job_id, context.queue, holder)
     if why is not None:
@@ -25,7 +24,7 @@ def is_of_another_job(context: Context, job_id: str, holder: Claim | None) -> bo
 
 
 def why_taken(results: Results, job_id: str, queue: str, holder: Claim | None) -> str | None:
-    """Why no request with this id can be served from `queue`; None if nothing speaks against it."""
+    """Why a request with this id cannot be served from `queue`; None if it can."""
     if holder is not None and holder["queue"] == queue:
         return None
     if holder is not None:
