@@ -1,10 +1,10 @@
-"""One batch of a campaign: some of its forks, made in one task, each published by a rename of its own.
+"""One batch of a campaign: some of its forks, made in one task, each published by its own rename.
 
-What a process that died left of a batch, the next one finds in the records (see `batch_record`) and finishes or
-removes.
+If a process dies, the next one reads its records (see `batch_record`), and publishes or removes its trees.
 
-**The fence.** Who makes a batch holds the campaign's lock shared, as a chunk does its fork's, and the batch's own lock
-alone: nobody else ever writes into its trees, and when it lets go, all of them are published or removed.
+**The fence.** A process that makes a batch holds the campaign's lock shared, as a chunk holds its fork's, and the
+batch's own lock exclusively. So no other process writes into its trees, and when it releases the lock, all of them are
+published or removed.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ from tasks.copier.staging.publishing import cannot_publish, noreplace_refusal
 from tasks.copier.staging.staging import Staging
 from tasks.copier.validation import Malformed
 
-#: How long a batch waits for the control directory in a further parent, in seconds: who makes it holds it shortly.
+#: How long a batch waits for the lock of a further parent's control directory, in seconds. It is held for a short time.
 _LOCK_WAIT = 5.0
 
 
 class CampaignLedger(Protocol):
-    """Where the outcomes of a campaign's forks are kept. Forks are named by their index in the campaign."""
+    """Where the outcomes of a campaign's forks are stored. Forks are identified by their index in the campaign."""
 
     def has_outcomes(self, first: int) -> bool:
-        """Whether the outcomes of the run of forks that begins with `first` are kept."""
+        """Whether the outcomes of the run of forks that begins with `first` are stored."""
 
     def store_outcomes(self, first: int, outcomes: list[Outcome]) -> None:
-        """Keep the outcomes of the run of forks that begins with `first`; once, however often it is called."""
+        """Store the outcomes of the run of forks that begins with `first`. A second call has no effect."""
 
 
 def make_batch(
@@ -62,11 +62,11 @@ def make_batch(
     ledger: CampaignLedger,
     abort: ForkError | None = None,
 ) -> None:
-    """Make the forks of the batch that begins with the index `first`, but for those that are settled; settle them.
+    """Make the forks of the batch that begins with the index `first` and have no stored outcome, and store it.
 
-    A fork that fails is an outcome. `abort` ends all that are not published; so does ForkError cancelled, which
-    `ticker` may raise. Raises Held while another process makes one of them, Superseded when the batch was taken from
-    this process, and OSError where the staging cannot be written.
+    A failed fork is an outcome. `abort` ends all forks that are not published; so does the ForkError cancelled that
+    `ticker` may raise. Raises Held while another process makes one of them, Superseded if the batch was taken from this
+    process, and OSError if the staging cannot be written.
     """
     for at, destinations in _runs(campaign, first):
         if not ledger.has_outcomes(at):
@@ -76,8 +76,8 @@ def make_batch(
 def seize_batch(campaign: Campaign, roots: Roots, first: int) -> None:
     """Take the batch that begins with the index `first` from a holder that gives no sign of life.
 
-    The rename of its trees decides: when it is done, the holder cannot publish them any more, and what it writes goes
-    into files that are nobody's. What it has published is found by its record. Raises ForkError, Held, OSError.
+    The rename of its trees decides: after it, the holder cannot publish them, and writes only into files that belong to
+    no fork. Its record shows what it has published. Raises ForkError, Held, OSError.
     """
     for at, destinations in _runs(campaign, first):
         with (
@@ -90,14 +90,14 @@ def seize_batch(campaign: Campaign, roots: Roots, first: int) -> None:
 
 def _seize_run(staging: Staging, first: int) -> None:
     records = list(batch_record.read_all(staging, first))
-    staging.seize_chunk(first)  # before the trees: who makes some later sees that the batch is not its own any more
+    staging.seize_chunk(first)  # before the trees: a holder that makes trees later finds that it lost the batch
     for record in records:
         for name in record.trees.values():
             _discard(staging, name)
 
 
 def _discard(staging: Staging, name: str) -> None:
-    """Remove a tree that nobody can publish any more from the moment at which that begins."""
+    """Remove a tree. It is renamed first, so that no process can publish it meanwhile."""
     away = staging.new_tree_name()
     with suppress(FileNotFoundError):
         os.rename(name, away, src_dir_fd=staging.parent_fd, dst_dir_fd=staging.parent_fd)
@@ -105,7 +105,7 @@ def _discard(staging: Staging, name: str) -> None:
 
 
 def _runs(campaign: Campaign, first: int) -> Iterator[tuple[int, list[str]]]:
-    """The runs of forks with one parent in a batch: the index of the first, and the destinations."""
+    """The runs of forks with the same parent in a batch: the index of the first fork, and the destinations."""
     for _, group in groupby(campaign.destinations(first, campaign.plan.batch), key=os.path.dirname):
         run = list(group)
         yield first, run
@@ -121,7 +121,7 @@ def _make_run(
     ledger: CampaignLedger,
     abort: ForkError | None,
 ) -> None:
-    """Make forks that have one parent."""
+    """Make forks that have the same parent, and store their outcomes."""
     began = time.time()
     forks = {first + n: campaign.spec.fork(first + n, path, began) for n, path in enumerate(destinations)}
 
@@ -142,16 +142,18 @@ def _make_run(
                 with staging.hold_chunk(first) as begun:
                     if begun is None:
                         raise Held(campaign.staging.holder_heartbeat())
-                    if not ledger.has_outcomes(first):  # it may have been, before the lock was ours
+                    if not ledger.has_outcomes(
+                        first
+                    ):  # another process may have stored them before this one got the lock
                         run = _Run(campaign, staging, ends, first, begun, forks, ticker)
                         ledger.store_outcomes(first, run.make(abort))
                     batch_record.forget(staging, first)
                     staging.forget_chunk(first)
             except OSError as error:
-                if batch_record.has_any(staging, first):  # an earlier try may have published some: not to be refused
+                if batch_record.has_any(staging, first):  # an earlier try may have published some
                     raise Held(campaign.staging.holder_heartbeat()) from None
                 refuse(from_oserror(error, "working in the staging directory", destinations[0]))
-    except ForkError as error:  # nothing can be made here
+    except ForkError as error:  # no fork can be made in this parent
         refuse(error)
     except OSError as error:
         refuse(from_oserror(error, "making the staging directory", destinations[0]))
@@ -163,10 +165,10 @@ def _open_both(campaign: Campaign, roots: Roots, destination: str) -> AbstractCo
 
 @contextmanager
 def _open_parent(campaign: Campaign, roots: Roots, destination: str) -> Iterator[Endpoints]:
-    """As `_open_both`, without a source: for what can only be taken up or given up. Raises ForkError.
+    """As `_open_both`, without the source: enough to resume or to end forks. Raises ForkError.
 
-    The home's parent is open already, also where its path leads somewhere else just now. Who gave a batch up for that
-    without a look into it would tell of forks that they failed which another process is about to publish.
+    The home's parent is open already, even if its path leads elsewhere now. Without a look into it, forks would be
+    reported as failed that another process is about to publish.
     """
     directory, name = os.path.split(destination)
     if directory == campaign.plan.parent:
@@ -179,7 +181,7 @@ def _open_parent(campaign: Campaign, roots: Roots, destination: str) -> Iterator
 
 @contextmanager
 def _control(campaign: Campaign, parent_fd: int, *, make: bool = True) -> Iterator[Staging | None]:
-    """The campaign's control directory in this parent, held shared. Where there is none yet: made, or None."""
+    """The campaign's control directory in this parent, held shared. If there is none, it is made (`make`) or None."""
     if os.path.samestat(os.fstat(campaign.staging.parent_fd), os.fstat(parent_fd)):
         yield campaign.staging
         return
@@ -200,7 +202,7 @@ def _control(campaign: Campaign, parent_fd: int, *, make: bool = True) -> Iterat
 
 
 def _is_of(campaign: Campaign, journal: Journal | None) -> bool:
-    """Whether a control directory is this campaign's, and not what a dead one of the same id left."""
+    """Whether a control directory belongs to this campaign, and not to an earlier one with the same id."""
     with suppress(Malformed):
         return journal is not None and journal.is_campaign and CampaignSpec.from_data(journal.spec) == campaign.spec
     return False
@@ -208,7 +210,7 @@ def _is_of(campaign: Campaign, journal: Journal | None) -> bool:
 
 @dataclass
 class _Run:
-    """Forks with one parent, which nobody else makes meanwhile."""
+    """Forks with the same parent, whose lock this process holds."""
 
     campaign: Campaign
     staging: Staging
@@ -223,12 +225,12 @@ class _Run:
     outcomes: dict[int, Outcome] = field(default_factory=dict)
 
     def make(self, abort: ForkError | None) -> list[Outcome]:
-        """What becomes of the forks, in order. Raises Superseded, and OSError."""
+        """Make the forks. Returns their outcomes in order. Raises Superseded, and OSError."""
         self.lock = self.staging.chunk_lock(self.first)
         if abort is None and self.attempt > MAX_TRIES:
             abort = worker_lost(self.campaign.spec.source)
         try:
-            self._take_up()
+            self._resume()
             if abort is None and len(self.outcomes) < len(self.forks):
                 self._make_rest()
         except OSError as error:
@@ -240,11 +242,11 @@ class _Run:
         ]
 
     def _is_ours(self) -> bool:
-        """Whether nobody has taken the batch from this process meanwhile."""
+        """Whether no other process has taken the batch from this one."""
         return self.staging.chunk_lock(self.first) == self.lock
 
-    def _take_up(self) -> None:
-        """Publish what earlier tries had completed, and remove what they had not."""
+    def _resume(self) -> None:
+        """Publish the trees that earlier tries completed, and remove the others."""
         for record in batch_record.read_all(self.staging, self.first):
             for index, name in record.trees.items():
                 outcome = self._outcome_of(record, index)
@@ -258,7 +260,7 @@ class _Run:
             os.fsync(self.ends.parent_fd)
 
     def _outcome_of(self, record: Record, index: int) -> Outcome | None:
-        """What the record says that a complete tree is, if it is one of this run's forks."""
+        """The outcome that the record gives a complete tree, if it is one of this run's forks."""
         outcome, spec = record.outcomes.get(index), self.forks.get(index)
         if outcome is None or spec is None:
             return None
@@ -274,7 +276,7 @@ class _Run:
         """Make the forks that have no outcome yet."""
         missing = {index: spec for index, spec in self.forks.items() if index not in self.outcomes}
         refusal = noreplace_refusal(self.staging.fd)
-        if refusal is not None:  # in this parent; the campaign may have others
+        if refusal is not None:  # in this parent only; the campaign may have others
             for index, spec in missing.items():
                 self.outcomes[index] = failed_outcome(spec, cannot_publish(refusal, spec.destination))
             return
@@ -319,12 +321,12 @@ class _Run:
             self._sync_parent(made)
 
     def _publish(self, index: int, tree: str, identity: int, outcome: Outcome) -> None:
-        """Rename a complete tree to its destination; the outcome is what the fork came to."""
+        """Rename a complete tree to its destination, and keep the fork's outcome."""
         spec = self.forks[index]
         try:
             self.staging.publish_tree(tree, os.path.basename(spec.destination), identity)
         except FileNotFoundError:
-            return  # somebody removed the tree, or took it from us while we were paused
+            return  # the tree was removed, or taken from this process while it was paused
         except ForkError as error:
             outcome = failed_outcome(spec, ForkError(error.code, error.message, spec.destination))
         except OSError as error:
@@ -336,7 +338,7 @@ class _Run:
         self.outcomes[index] = outcome
 
     def _sync_parent(self, made: Trees) -> None:
-        """Have the renames on the disk; where that fails, none of them was."""
+        """Write the renames to the disk. If that fails, they are undone."""
         parent_fd = self.ends.parent_fd
         try:
             os.fsync(parent_fd)
@@ -355,11 +357,11 @@ class _Run:
 
 
 def failed_outcome(spec: ForkSpec, error: ForkError, report: Report | None = None) -> Outcome:
-    """The outcome of a fork that was given up; `report` is what had been done of it."""
+    """The outcome of a fork that failed; `report` is what had been done of it."""
     report = report or Report()
     return Outcome(failed(spec, error, report.totals, 1, Clock(spec.started)), report.close())
 
 
 def _gone(spec: ForkSpec) -> ForkError:
-    message = "the finished fork is gone: it was moved or removed by someone else"
+    message = "the finished fork was moved or removed by another process before it was published"
     return ForkError(Code.IO_ERROR, message, spec.destination, errno.ENOENT)

@@ -1,4 +1,4 @@
-"""Building the trees of one batch side by side: each of the source's files is opened once for all of them."""
+"""Filling the trees of one batch together: each file of the source is opened once for all of them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from tasks.copier.report import FileResult, failed
 from tasks.copier.source.walk import Block, Entry, Kind, join
 from tasks.copier.staging.workspace import on_this_host
 
-#: Most files of the source that are open at once.
+#: Most open files of the source at once.
 OPEN_FILES = 16
 
 
 def build(made: Trees) -> None:
-    """Fill all trees, up to what is to be published. A failure is the trees' own; raises ForkError cancelled."""
+    """Fill and close all trees. A failure ends one tree, or all if it is of the source. Raises ForkError cancelled."""
     try:
         _make_directories(made)
         _clone_files(made)
         _close(made)
-    except ForkError as error:  # of the source: no tree can be completed
+    except ForkError as error:  # an error of the source: no tree can be completed
         if error.code is Code.CANCELLED:
             raise
         for tree in list(made.alive):
@@ -38,7 +38,7 @@ def build(made: Trees) -> None:
 
 
 def _blocks(made: Trees, *, closing: bool = False, backwards: bool = False) -> Iterable[Block]:
-    """The manifest's blocks, as long as there is a tree to take them."""
+    """The blocks of the manifest, if a tree is left to fill."""
     if made.alive:
         yield from made.alive[0].work.blocks(made.plan.top.dev, closing=closing, backwards=backwards)
 
@@ -55,14 +55,14 @@ def _make_directories_in(tree: Tree, path: str, names: list[str]) -> None:
 
 
 class _Source(NamedTuple):
-    """One file of the source, open for all trees as `fd`; or a symlink, which has none."""
+    """One file of the source, open for all trees as `fd`, or a symlink, without `fd`."""
 
     entry: Entry
     fd: int | None
 
 
 class _Directory(NamedTuple):
-    """Some entries of one directory, of which `place` has the source's side alone."""
+    """Some entries of one directory; `place` has only the source's directory open."""
 
     place: DirectoryPair
     sources: list[_Source]
@@ -71,8 +71,8 @@ class _Directory(NamedTuple):
 def _clone_files(made: Trees) -> None:
     """Clone all files and symlinks, some of them at a time, which are open meanwhile.
 
-    Of these, all go into one tree before the next tree is begun: what is new in a directory lies side by side in the
-    filesystem's own trees, and two processes that wait for each other at one file go on with two different ones.
+    All of these are cloned into one tree before the next tree: new entries of a directory are then adjacent in the
+    filesystem's own trees, and two processes that have met at the lock of one file go on with different files.
     """
     for window in _windows(_blocks(made)):
         if not made.alive:
@@ -99,7 +99,7 @@ def _windows(blocks: Iterable[Block]) -> Iterator[list[Block]]:
 
 
 def _clone_window(made: Trees, window: list[Block], opened: ExitStack) -> None:
-    """Clone some entries into every tree, and compare each file with the walk once all its clones are made."""
+    """Clone some entries into every tree, and then compare each file with the walk."""
     results: dict[Tree, list[FileResult]] = {tree: [] for tree in made.alive}
     try:
         directories = [_open_directory(made, block, results, opened) for block in window]
@@ -112,7 +112,7 @@ def _clone_window(made: Trees, window: list[Block], opened: ExitStack) -> None:
 
 
 def _open_directory(made: Trees, block: Block, results: dict[Tree, list[FileResult]], opened: ExitStack) -> _Directory:
-    """Open one directory of the source, and its files. Raises ForkError, which is then the entry's in every tree."""
+    """Open one directory of the source and its files. Raises ForkError, which every tree's result of the entry has."""
     cloner, work = made.cloner, made.alive[0].work
     src_fd = work.open_source(block.path)
     opened.callback(os.close, src_fd)
@@ -125,7 +125,7 @@ def _open_directory(made: Trees, block: Block, results: dict[Tree, list[FileResu
         try:
             fd = cloner.open_source(place, entry)
             opened.callback(os.close, fd)
-            cloner.check_source(place, entry, fd)  # before a clone gets the owner and the mode that `entry` tells
+            cloner.check_source(place, entry, fd)  # before a clone gets the owner and mode of `entry`
         except ForkError as error:
             for reached in results.values():
                 reached.append(failed(join(block.path, entry.name), entry, error))
@@ -166,7 +166,7 @@ def _clone_into(
 
 
 def _check_sources(made: Trees, directories: list[_Directory], results: dict[Tree, list[FileResult]]) -> None:
-    """Compare each file with what the walk saw. Raises ForkError, which is then the entry's in every tree."""
+    """Compare each file with the walk. Raises ForkError, which every tree's result of the entry has."""
     number = 0
     for place, sources in directories:
         for entry, fd in sources:
@@ -181,7 +181,7 @@ def _check_sources(made: Trees, directories: list[_Directory], results: dict[Tre
 
 
 def _close(made: Trees) -> None:
-    """Hard links, the directories' metadata, a last look at the source, the books: see `close`."""
+    """Close all trees: hard links, metadata of directories, the last comparison of the source; see `fork.close`."""
     plan, cloner, ticker = made.plan, made.cloner, made.ticker
     touched: Touched = {}
     for block in _blocks(made, closing=True):

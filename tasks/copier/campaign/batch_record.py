@@ -1,7 +1,7 @@
-"""What one try at a batch wrote down: its trees, and before the first of them is published, what each one will be.
+"""The record of one try at a batch: its trees, and their outcomes, which are written before the first rename.
 
-A try leaves one record in the control directory, under a name of its own, so that a paused process that comes to life
-again cannot replace the record of the one that took its place.
+Each try has one record in the control directory, with its own name: so a paused process that resumes cannot replace the
+record of the process that took its place.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from tasks.copier.staging.staging import Staging
 
 T = TypeVar("T")
 
-#: An index of a fork, or the number of a try.
+#: An index of a fork, or the number of a try, as text.
 _NUMBER = re.compile(r"[0-9]{1,18}")
-#: Pages of one fork, at most; far above what is ever written.
+#: Most pages of one fork; far more than are ever written.
 _MOST_PAGES = 1_000_000
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -39,19 +39,19 @@ class Outcome:
 
     @cached_property
     def as_json(self) -> str:
-        """The result as JSON, which both the record and the ledger keep."""
+        """The result as JSON, which is both in the record and in the ledger."""
         return _encode(self.result)
 
 
 @dataclass
 class Record:
-    """Forks are named by their index in the campaign."""
+    """The record of one try. Forks are identified by their index in the campaign."""
 
-    #: Names of the trees, in the destinations' parent.
+    #: Names of the trees in the parent of the destinations.
     trees: dict[int, str]
-    #: Of the trees that are complete, what `trees.identity` says; from then on the renames may have happened.
+    #: `trees.identity` of the complete trees; once they are written, renames may have happened.
     identities: dict[int, int] = field(default_factory=dict)
-    #: What is true of each of these once it is published.
+    #: The outcome of each complete tree once it is published.
     outcomes: dict[int, Outcome] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
@@ -76,7 +76,7 @@ class Record:
             identities = _by_index(head["identities"], partial(validation.number, end=validation.IDENTITY))
             lengths = _by_index(head["pages"], lambda value: validation.items(value, validation.number, _MOST_PAGES))
             if not identities.keys() == lengths.keys() <= names.keys():
-                raise validation.Malformed("it does not identify each complete tree")
+                raise validation.Malformed("trees, identities and results are not of the same forks")
             *results, rest = rest.split(b"\n", len(lengths))
             pages = pages_in(rest, [length for some in lengths.values() for length in some])
             outcomes: dict[int, Outcome] = {}
@@ -89,7 +89,7 @@ class Record:
 
 
 def write(staging: Staging, first: int, attempt: int, record: Record, *, sync: bool = False) -> None:
-    """Keep the record of one try at the batch that begins with the fork `first`; `sync`: and have it on the disk."""
+    """Write the record of one try at the batch that begins with the fork `first`; `sync`: to the disk."""
     staging.write_file(_name(first, attempt), record.to_bytes(), sync=sync)
 
 
@@ -105,7 +105,7 @@ def read_all(staging: Staging, first: int) -> Iterator[Record]:
 
 
 def has_any(staging: Staging, first: int) -> bool:
-    """Whether a try at a batch left a record."""
+    """Whether there is a record of any try at a batch."""
     return bool(_names(staging, first))
 
 
@@ -130,7 +130,7 @@ def _by_index(data: Any, check: Callable[[Any], T]) -> dict[int, T]:
     checked: dict[int, T] = {}
     for index, value in validation.record(data).items():
         if not _NUMBER.fullmatch(index):
-            raise validation.Malformed(f"{index!r:.80} is no index of a fork")
+            raise validation.Malformed(f"{index!r:.80} is not the index of a fork")
         checked[int(index)] = check(value)
     return checked
 
@@ -138,5 +138,5 @@ def _by_index(data: Any, check: Callable[[Any], T]) -> dict[int, T]:
 def _tree_name(value: Any) -> str:
     name = validation.text(value)
     if "." not in name.removeprefix(".") or not STAGING_NAME.fullmatch(name):
-        raise validation.Malformed(f"{name!r:.80} is no tree's name")
+        raise validation.Malformed(f"{name!r:.80} is not the name of a tree")
     return name

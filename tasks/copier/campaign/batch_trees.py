@@ -1,4 +1,4 @@
-"""The trees of one batch: clones of one source. One that fails is removed at once, and the others go on."""
+"""The trees of one batch, clones of the same source. If one fails, it is removed at once, and the others go on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ P = ParamSpec("P")
 
 @dataclass(eq=False)
 class Tree:
-    """One fork in the making. `index` is its place in the campaign, `name` the tree's in the destination's parent."""
+    """The tree of one fork. `index` is the fork's in the campaign, `name` the tree's beside the destination."""
 
     index: int
     spec: ForkSpec
@@ -36,7 +36,7 @@ class Tree:
 
 
 class Failure(NamedTuple):
-    """Why a fork was given up, and what had been done of it."""
+    """Why a fork failed, and what had been done of it."""
 
     spec: ForkSpec
     error: ForkError
@@ -47,7 +47,7 @@ class Failure(NamedTuple):
 class Trees:
     """The trees of one batch. `opened` closes their descriptors."""
 
-    #: Where the manifests lie, and where the trees belong to.
+    #: The control directory with the manifests, and the one to which the trees belong.
     source: Staging
     staging: Staging
     ends: Endpoints
@@ -55,13 +55,13 @@ class Trees:
     cloner: Cloner
     ticker: Ticker
     opened: ExitStack
-    #: Those that are still to be filled, and those that are.
+    #: The trees that are still to be filled, and those that are complete.
     alive: list[Tree] = field(default_factory=list)
     complete: list[Tree] = field(default_factory=list)
     failures: dict[int, Failure] = field(default_factory=dict)
 
     def make(self, index: int, spec: ForkSpec, name: str) -> None:
-        """Make the top directory of one fork's tree, open to nobody else."""
+        """Make the top directory of one fork's tree, private to this user."""
         source_fd, parent_fd = self.ends.source_fd, self.ends.parent_fd
         ends = Endpoints(spec.source, spec.destination, source_fd, parent_fd, os.path.basename(spec.destination))
         try:
@@ -79,23 +79,23 @@ class Trees:
         self.alive.append(Tree(index, spec, name, Workspace(ends, self.source, spec.options, tree_fd, *devices)))
 
     def note(self) -> None:
-        """Write down which directories the trees are, before anything is put into them. Raises OSError."""
+        """Note the identities of the trees, before anything is put into them. Raises OSError."""
         self.staging.note_trees({tree.name: trees.identity(tree.work.tree_fd) for tree in self.alive})
 
     def fail(self, tree: Tree, error: ForkError) -> None:
-        """Give one tree up, and remove it."""
+        """Record the failure of one tree, and remove it."""
         (self.alive if tree in self.alive else self.complete).remove(tree)
         self.failures[tree.index] = Failure(tree.spec, error, tree.report)
-        with suppress(OSError):  # what cannot be removed now goes with the campaign's staging
+        with suppress(OSError):  # removed with the campaign's staging
             self.staging.discard_named_tree(tree.name)
 
     def fail_all(self, error: ForkError) -> None:
-        """Give all trees up."""
+        """Record the failure of all trees, and remove them."""
         for tree in [*self.alive, *self.complete]:
             self.fail(tree, error)
 
     def each(self, step: Callable[Concatenate[Tree, P], None], *args: P.args, **kwargs: P.kwargs) -> None:
-        """Do one step of every tree. Raises ForkError cancelled; any other error is the one tree's own."""
+        """Do one step for every tree. Raises ForkError cancelled; any other ForkError fails only its tree."""
         for tree in list(self.alive):
             try:
                 step(tree, *args, **kwargs)
@@ -106,7 +106,7 @@ class Trees:
 
 
 def snapshot_trees(made: Trees) -> None:
-    """Make trees finished snapshots of the source, as far as that is possible; see `snapshot`."""
+    """Replace trees by finished snapshots of the source where possible; see `fork.snapshot`."""
 
     def snapshot(tree: Tree) -> None:
         snapshot = snapshot_tree(tree.work, made.staging, tree.name, made.ticker, f"{SNAPSHOT}{tree.name}")

@@ -1,4 +1,4 @@
-"""The end of a campaign: what was not made is given up, and its control directories go."""
+"""The end of a campaign: forks that were not made are ended, and the control directories are removed."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from tasks.copier.roots import Roots
 from tasks.copier.staging.control_directory import Held
 from tasks.copier.staging.staging import Staging
 
-#: Forks that were not begun are settled so many at a time.
-_SETTLED_AT_ONCE = 500
-#: Destinations that are looked at at a time.
+#: Outcomes of forks that were not started are stored this many at a time.
+_STORED_AT_ONCE = 500
+#: Destinations that are read at a time.
 _SLICE = 10_000
 
 
 def late(campaign: Campaign, clock: Callable[[], float] = time.time) -> ForkError | None:
-    """The error that ends a campaign whose deadline has passed by the clock of `Aims.deadline`; None before."""
+    """The error of a campaign whose deadline has passed by the clock of `Aims.deadline`, or None."""
     if campaign.spec.is_late(clock):
         return ForkError(Code.CANCELLED, "the campaign's deadline passed", campaign.spec.source)
     return None
 
 
 def aborted(campaign: Campaign) -> ForkError:
-    """The error that ends what is left of a campaign when `on_error` is abort."""
+    """The error of the remaining forks of a campaign after a failure, if `on_error` is abort."""
     return ForkError(Code.CANCELLED, "another fork of the campaign failed, and on_error is abort", campaign.spec.source)
 
 
 def end_rest(campaign: Campaign, roots: Roots, ticker: Ticker, ledger: CampaignLedger, error: ForkError) -> None:
-    """End every fork that is not published with `error`, and settle it; nothing is left of those that were begun.
+    """End every fork that is not published with `error`, store its outcome, and remove what was made of it.
 
-    The control directory is held alone. Raises Held, OSError.
+    The control directory is held exclusively. Raises Held, OSError.
     """
     not_started: dict[int, str] = {}
     begun = campaign.staging.begun_chunks()
@@ -50,22 +50,23 @@ def end_rest(campaign: Campaign, roots: Roots, ticker: Ticker, ledger: CampaignL
             make_batch(campaign, roots, first, ticker, ledger, error)
             continue
         not_started |= {first + n: path for n, path in enumerate(destinations)}
-        if len(not_started) >= _SETTLED_AT_ONCE:
-            _settle_unbegun(campaign, ledger, not_started, error)
+        if len(not_started) >= _STORED_AT_ONCE:
+            _store_not_started(campaign, ledger, not_started, error)
             not_started = {}
-    _settle_unbegun(campaign, ledger, not_started, error)
+    _store_not_started(campaign, ledger, not_started, error)
 
 
-def _settle_unbegun(campaign: Campaign, ledger: CampaignLedger, forks: dict[int, str], error: ForkError) -> None:
-    """Settle forks that nobody has begun (their destinations by index) with `error`."""
+def _store_not_started(campaign: Campaign, ledger: CampaignLedger, forks: dict[int, str], error: ForkError) -> None:
+    """Store `error` as the outcome of forks that were not started: destinations by index."""
     if forks:
         ledger.store_outcomes(min(forks), not_started(campaign.spec, forks, time.time(), error))
 
 
 def not_started(spec: CampaignSpec, forks: Mapping[int, str], started: float, error: ForkError) -> list[Outcome]:
-    """The outcomes of forks that nobody has begun and that end with `error`: one or more destinations, by index.
+    """The outcomes of forks that were not started and end with `error`: one or more destinations, by index.
 
-    They differ by id and destination alone, since there may be a hundred thousand. `started`: see `CampaignSpec.fork`.
+    They are copies that differ in id and destination only, because there may be 100,000. `started`: see
+    `CampaignSpec.fork`.
     """
     index, destination = next(iter(forks.items()))
     like = failed_outcome(spec.fork(index, destination, started), error).result
@@ -73,7 +74,7 @@ def not_started(spec: CampaignSpec, forks: Mapping[int, str], started: float, er
 
 
 def _is_home(campaign: Campaign, roots: Roots, parent: str) -> bool:
-    """Whether the control directory that is held stands in `parent`; what lies elsewhere has books there."""
+    """Whether the control directory that is held is in `parent`. A batch in another parent has its records there."""
     path = f"{parent}/any name"
     try:
         with roots.open_parent(path) as opened:
@@ -83,9 +84,9 @@ def _is_home(campaign: Campaign, roots: Roots, parent: str) -> bool:
 
 
 def remove_annexes(campaign: Campaign, roots: Roots) -> None:
-    """Remove the control directories in further parents, with all trees that are left there, and here.
+    """Remove the control directories in further parents, and all trees that are left in any parent.
 
-    What cannot be removed now, `gc` removes later.
+    If one cannot be removed now, `gc` removes it later.
     """
     home = os.fstat(campaign.staging.parent_fd)
     for path in _one_of_each_parent(campaign):

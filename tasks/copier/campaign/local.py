@@ -39,7 +39,7 @@ from tasks.copier.staging.control_directory import Held
 from tasks.copier.staging.staging import Staging
 
 #: Files that hold the outcomes of one run of forks each: the name before the index of its first fork.
-_SETTLED = "settled-"
+_OUTCOMES = "settled-"
 
 #: Called about ten times a second with the progress; raises ForkError to cancel the campaign.
 CampaignBeat = Callable[[CampaignProgress], None]
@@ -94,7 +94,7 @@ def _make_all(campaign: Campaign, roots: Roots, processes: int, beat: CampaignBe
         except ForkError as error:
             return error
         _require(campaign_in(staging), spec.source)
-        sums, failures = _settled(staging)
+        sums, failures = _stored(staging)
         if staging.is_stopped() and failures:
             return from_record(failures[0]["error"])
         if forks_done(sums) == spec.aims.count or spec.is_late():
@@ -112,7 +112,7 @@ def _end(campaign: Campaign, roots: Roots, error: ForkError | None) -> CampaignR
     if error is not None:
         cause = aborted(campaign) if campaign.spec.aims.on_error == "abort" and error.code != Code.CANCELLED else error
         end_rest(campaign, roots, Ticker(_continue), ledger, cause)
-    sums, failures = _settled(campaign.staging, ledger.settled)
+    sums, failures = _stored(campaign.staging, ledger.stored)
     remove_annexes(campaign, roots)
     with suppress(OSError):  # all forks have ended; `gc` removes what cannot be removed now
         campaign.staging.remove()
@@ -151,26 +151,26 @@ class _Files:
 
     def has_outcomes(self, first: int) -> bool:
         """See `CampaignLedger`."""
-        return self.staging.has_file(f"{_SETTLED}{first}")
+        return self.staging.has_file(f"{_OUTCOMES}{first}")
 
     def store_outcomes(self, first: int, outcomes: list[Outcome]) -> None:
         """See `CampaignLedger`."""
-        self.staging.write_file(f"{_SETTLED}{first}", json.dumps(_run_of(outcomes)).encode("ascii"))
+        self.staging.write_file(f"{_OUTCOMES}{first}", json.dumps(_run_of(outcomes)).encode("ascii"))
 
 
 @dataclass(frozen=True)
 class _Ending(_Files):
     """As `_Files`, but keeps outcomes in memory: the campaign may end because the disk is full."""
 
-    settled: dict[int, _Run] = field(default_factory=dict)
+    stored: dict[int, _Run] = field(default_factory=dict)
 
     def has_outcomes(self, first: int) -> bool:
         """See `CampaignLedger`."""
-        return first in self.settled or super().has_outcomes(first)
+        return first in self.stored or super().has_outcomes(first)
 
     def store_outcomes(self, first: int, outcomes: list[Outcome]) -> None:
         """See `CampaignLedger`."""
-        self.settled[first] = _run_of(outcomes)
+        self.stored[first] = _run_of(outcomes)
 
 
 def _run_of(outcomes: list[Outcome]) -> _Run:
@@ -178,11 +178,9 @@ def _run_of(outcomes: list[Outcome]) -> _Run:
     return {"sums": sums_of(results), "failures": failures_of(results)[:MOST_FAILURES]}
 
 
-def _settled(
-    staging: Staging, ended: Mapping[int, _Run] = MappingProxyType({})
-) -> tuple[dict[str, int], list[Failure]]:
+def _stored(staging: Staging, ended: Mapping[int, _Run] = MappingProxyType({})) -> tuple[dict[str, int], list[Failure]]:
     """The outcomes in files and in `ended`: their sums, and the first failures in the order of the forks."""
-    numbers = [name.removeprefix(_SETTLED) for name in os.listdir(staging.fd) if name.startswith(_SETTLED)]
+    numbers = [name.removeprefix(_OUTCOMES) for name in os.listdir(staging.fd) if name.startswith(_OUTCOMES)]
     runs = {int(number): _read_run(staging, number) for number in numbers if number.isascii() and number.isdigit()}
     runs |= ended
     sums: dict[str, int] = {}
@@ -196,7 +194,7 @@ def _settled(
 
 def _read_run(staging: Staging, number: str) -> _Run:
     with validation.reading("the sums of a batch"):
-        data = validation.record(validation.load(staging.read_file(f"{_SETTLED}{number}")))
+        data = validation.record(validation.load(staging.read_file(f"{_OUTCOMES}{number}")))
         sums = {key: validation.number(value) for key, value in validation.record(data["sums"]).items()}
         return {"sums": sums, "failures": validation.items(data["failures"], _failure_of, MOST_FAILURES)}
 

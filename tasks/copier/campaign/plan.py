@@ -1,8 +1,8 @@
-"""Planning a campaign: its one walk of the source, what the filesystems can, and how many forks a task makes.
+"""Planning a campaign: one walk of the source, whether it can be reflinked, and how many forks a task makes.
 
-The campaign's control directory stands beside its first destination, its *home*; there lie the manifests and the list
-of destinations. Further parents get a control directory of the same name, without these, so that every tree in the
-making has one beside it.
+The campaign's control directory is beside its first destination, its *home*. It holds the manifests and the list of
+destinations. Each further parent gets a control directory of the same name without these files, so that every tree has
+a control directory beside it.
 """
 
 from __future__ import annotations
@@ -38,17 +38,16 @@ from tasks.copier.staging.workspace import open_work
 
 log = logging.getLogger(__name__)
 
-#: About how long one batch is to take, in seconds: short enough that a single fork does not wait for it.
+#: How long one batch should take, in seconds: a single fork in the queue does not wait long for it.
 BATCH_SECONDS = 0.125
-#: Most forks a batch: each needs descriptors, of which a process has 1,024 by default.
+#: Most forks in a batch: each needs file descriptors, and a process may have 1,024 by default.
 MOST_IN_BATCH = 128
-#: A small campaign is cut into at least so many batches, so that all processes have a part of it.
+#: A small campaign is cut into at least this many batches, so that all processes share it.
 LEAST_BATCHES = 8
-#: Most batches of one campaign that are in the queue at once: so many processes can work on it, and so little waits
-#: before the batches of others.
+#: Most batches of one campaign in the queue at once: the most processes that work on it, and the most messages before
+#: those of other jobs.
 _MOST_LANES = 16
-#: What is reckoned for each fork, for each entry of it, and for each byte that is copied, in seconds, where two
-#: processes work side by side.
+#: Estimated seconds for each fork, for each entry of it, and for each byte that is copied, with two processes at work.
 _FORK_SECONDS = 250e-6
 _ENTRY_SECONDS = 100e-6
 _BYTE_SECONDS = 1e-9
@@ -56,12 +55,12 @@ _BYTE_SECONDS = 1e-9
 #: file.
 _SNAPSHOT_ENTRIES = 200
 _SNAPSHOT_BYTES = 256 << 20
-#: What a smaller file took tells more of that moment than of the file, in bytes.
-_TELLING_BYTES = 1 << 20
-#: The whole source at once: a campaign's forks are not cut into chunks.
+#: The time of a reflink is used for the estimate from this file size on, in bytes: below it varies too much.
+_LEAST_TIMED_BYTES = 1 << 20
+#: Limits that put the whole source into one chunk: the forks of a campaign are not divided.
 _WHOLE = Limits(inline_files=1 << 62, inline_bytes=1 << 62)
 
-#: Files that a batch has open at once: of each of its trees, and beside them those of the process.
+#: Open files of a batch for each of its trees, and the other open files of the process.
 _FILES_OF_TREE = 3
 _OTHER_FILES = 64
 
@@ -70,26 +69,26 @@ _DESTINATIONS = "destinations"
 
 @dataclass(frozen=True, kw_only=True)
 class CampaignPlan:
-    """How a campaign is made: small whatever its size."""
+    """How a campaign is made. Its size does not depend on the number of forks."""
 
-    #: Of each of its forks.
+    #: The plan of each fork.
     fork: Plan
     fallback: Fallback | None
-    #: Forks a batch, and batches in the queue at once.
+    #: Forks in a batch, and batches in the queue at once.
     batch: int
     lanes: int
-    #: Whether each fork is to be a snapshot of the source, a btrfs subvolume.
+    #: Whether each fork should be a snapshot of the source, a btrfs subvolume.
     snapshot: bool
-    #: The home's parent, as the request names it.
+    #: The parent directory of the home, as the request names it.
     parent: str
 
     def to_data(self) -> dict[str, Any]:
-        """As plain data for the journal."""
+        """Plain data for the journal."""
         return {**vars(self), "fork": self.fork.to_data()}
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> CampaignPlan:
-        """From what `to_data` gave. Raises ForkError (Malformed) for anything else."""
+        """The plan that `to_data` returned. Raises ForkError (Malformed) for anything else."""
         with validation.reading("the campaign's plan"):
             return cls(
                 **{
@@ -106,7 +105,7 @@ class CampaignPlan:
 
 @dataclass(frozen=True)
 class Campaign:
-    """A planned campaign, open in this process, whose control directory is held."""
+    """A planned campaign, open in this process, which holds its control directory."""
 
     staging: Staging
     spec: CampaignSpec
@@ -115,12 +114,12 @@ class Campaign:
     planned_at: float
 
     def destinations(self, first: int, count: int) -> list[str]:
-        """The destinations of `count` forks (fewer at the end) from the index `first` on."""
+        """The destinations of `count` forks (fewer at the end), beginning with the index `first`."""
         return _read_destinations(self.staging, self.spec.aims.count, first, count)
 
 
 def plan_campaign(ends: Endpoints, staging: Staging, spec: CampaignSpec, paths: Iterable[str], ticker: Ticker) -> None:
-    """Plan the campaign; `staging` is held alone, and `ends` leads to the source and to the campaign's home.
+    """Plan the campaign. `staging` is held exclusively; `ends` are the source and the campaign's home.
 
     Raises ForkError (as `make_plan` does, and worker_lost), and OSError.
     """
@@ -129,8 +128,8 @@ def plan_campaign(ends: Endpoints, staging: Staging, spec: CampaignSpec, paths: 
         raise worker_lost(spec.source)
     journal = staging.begin(spec.to_data(), journal)
     try:
-        # The walk makes directories, and the largest file is cloned to learn whether the filesystems can reflink:
-        # in a tree that is thrown away.
+        # The walk makes directories, and the largest files are cloned to find out whether a reflink works: in a tree
+        # that is removed afterwards.
         with open_work(ends, staging, spec.options, staging.make_tree(journal)) as work:
             cloner, report = Cloner(spec.options, {}, ticker.step), Report()
             plan = make_plan(work, _WHOLE, cloner, ticker, report)
@@ -158,9 +157,9 @@ def plan_campaign(ends: Endpoints, staging: Staging, spec: CampaignSpec, paths: 
 def open_campaign(
     roots: Roots, home: str, campaign_id: str, wait: float, *, alone: bool = False
 ) -> Iterator[Campaign | None]:
-    """Hold a planned campaign, shared or `alone`; None where there is none (any more). `home`: its first destination.
+    """Hold a planned campaign, shared or exclusively (`alone`). Yields None if there is none.
 
-    Raises Held when others hold it for `wait` seconds, ForkError and OSError.
+    `home` is its first destination. Raises Held if another process holds it for `wait` seconds, ForkError and OSError.
     """
     with (
         roots.open_parent(home) as parent,
@@ -170,7 +169,7 @@ def open_campaign(
 
 
 def campaign_in(staging: Staging) -> Campaign | None:
-    """The campaign whose control directory is held; None while it is not planned, or what was planned is damaged.
+    """The campaign whose control directory is held. None if it is not planned, or its plan is damaged.
 
     Raises NotOurs (a ForkError), and OSError.
     """
@@ -180,13 +179,13 @@ def campaign_in(staging: Staging) -> Campaign | None:
     try:
         spec, plan = CampaignSpec.from_data(journal.spec), CampaignPlan.from_data(journal.plan)
     except validation.Malformed as error:
-        log.warning("the campaign %r is planned anew: %s", journal.job_id, error)
+        log.warning("the plan of the campaign %r is damaged; planning it again: %s", journal.job_id, error)
         return None
     return Campaign(staging, spec, plan, journal.planned_at)
 
 
 def find_home(roots: Roots, paths: Iterable[str]) -> str:
-    """The first destination whose parent can be opened. Raises the ForkError of the first where there is none."""
+    """The first destination whose parent can be opened. If there is none, raises the ForkError of the first."""
     first: ForkError | None = None
     tried: set[str] = set()
     for path in paths:
@@ -203,10 +202,10 @@ def find_home(roots: Roots, paths: Iterable[str]) -> str:
 
 
 def _expected_seconds(plan: Plan, report: Report) -> float:
-    """About how long one fork takes, in seconds. Reflinks of large files are reckoned by that of the largest one."""
+    """The estimated seconds for one fork. The time of large reflinks is estimated from that of the largest file."""
     seconds = _FORK_SECONDS + plan.entries * _ENTRY_SECONDS
     probe = next(unpack_pages(report.close()), None)
-    if probe is not None and probe["bytes"] >= _TELLING_BYTES:
+    if probe is not None and probe["bytes"] >= _LEAST_TIMED_BYTES:
         return seconds + probe["seconds"] * plan.bytes / probe["bytes"]
     if probe is not None and probe["method"] == "reflink":
         return seconds
@@ -214,7 +213,7 @@ def _expected_seconds(plan: Plan, report: Report) -> float:
 
 
 def _batch_size(spec: CampaignSpec, seconds: float) -> int:
-    """Forks a batch: for two batches at once within `max_parallel`, and an even number of them if they are as good."""
+    """Forks in a batch, so that two batches fit into `max_parallel`; preferably an even number of batches."""
     count = spec.aims.count
     parallel = spec.aims.max_parallel
     most = min(
@@ -230,7 +229,7 @@ def _batch_size(spec: CampaignSpec, seconds: float) -> int:
     return -(-count // (2 * pairs))
 
 
-# -- the list of destinations: the offset of each, and of the end; a checksum of each; then all of them
+# -- the list of destinations: the offset of each, and of the end; a checksum of each; then all paths
 
 _OFFSET_BYTES, _CHECK_BYTES = 8, 4
 
@@ -245,7 +244,7 @@ def _write_destinations(staging: Staging, paths: Iterable[str]) -> None:
 
 
 def _read_destinations(staging: Staging, total: int, first: int, wanted: int) -> list[str]:
-    """Some of the destinations. Raises ForkError (Malformed) for a list that `_write_destinations` did not write."""
+    """Some of the destinations. Raises ForkError (Malformed) if the list is damaged."""
     wanted = max(0, min(wanted, total - first))
     fd = staging.open_file(_DESTINATIONS)
     try:
@@ -256,18 +255,18 @@ def _read_destinations(staging: Staging, total: int, first: int, wanted: int) ->
             checks.frombytes(os.pread(fd, wanted * _CHECK_BYTES, begin + first * _CHECK_BYTES))
             at, length = offsets[0], offsets[-1] - offsets[0]
             if len(offsets) <= wanted or not 0 <= length <= wanted * PATH_MAX:
-                raise validation.Malformed(f"{wanted} paths from number {first} on have no place in it")
+                raise validation.Malformed(f"the offsets of {wanted} paths from number {first} on are wrong")
             names = os.pread(fd, length, begin + total * _CHECK_BYTES + at)
             paths = [names[start - at : end - at] for start, end in pairwise(offsets)]
             if list(map(_check, paths, itertools.count(first))) != checks.tolist():
-                raise validation.Malformed(f"{wanted} paths from number {first} on are not those that were written")
+                raise validation.Malformed(f"a checksum of {wanted} paths from number {first} on does not match")
             return list(map(_destination_of, paths))
     finally:
         os.close(fd)
 
 
 def _check(path: bytes, index: int) -> int:
-    """A checksum of one destination: a damaged path is a path too, and a fork would be published there."""
+    """A checksum of one destination. Without it, a fork could be published at a damaged path."""
     return zlib.crc32(path, index & 0xFFFFFFFF)
 
 
@@ -276,4 +275,4 @@ def _destination_of(path: bytes) -> str:
     with suppress(ForkError):
         if normal_path(destination, "destination") == destination:
             return destination
-    raise validation.Malformed(f"{destination!r:.80} is no destination")
+    raise validation.Malformed(f"{destination!r:.80} is not a destination")

@@ -1,4 +1,4 @@
-"""A campaign as the engine is asked for it, and as it answers: many forks of one source, each a fork of its own."""
+"""A campaign as the engine sees it: the request, the progress and the result of many forks of one source."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from tasks.copier.options import Options
 OnError = Literal["continue", "abort"]
 Status = Literal["succeeded", "partial", "failed", "cancelled"]
 
-#: More forks than any campaign has.
+#: Upper limit of the forks of a campaign.
 _MOST_FORKS = 10_000_000
-#: Failures that a CampaignResult tells; all are in the forks' own results.
+#: Most failures in a CampaignResult; the results of the forks have all.
 MOST_FAILURES = 100
-#: Bytes of them at most, since a path may have 4 KiB: no value in Redis is to pass 1 MiB.
+#: Most bytes of these failures, since a path may have 4 KiB: no value in Redis may exceed 1 MiB.
 _FAILURE_BYTES = 512 << 10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Aims:
-    """What a campaign is to come to."""
+    """How a campaign is to be made."""
 
     #: Number of forks, and the `n` of the first: the fork ids are `<campaign id>.<n>`.
     count: int = 0
     start: int = 1
-    #: Forks in flight at most; None: as many as there are processes to make them.
+    #: Most forks in progress at once; None: no limit.
     max_parallel: int | None = None
     #: abort: the first fork that fails ends the campaign.
     on_error: OnError = "continue"
-    #: When what is not published is cancelled, in seconds since the epoch; None: never. By the clock that all hosts of
-    #: the campaign share: Redis's, or this host's for a local campaign.
+    #: When the forks that are not published are cancelled, in seconds since the epoch, or None. By the clock that all
+    #: hosts of the campaign share: that of Redis, or of this host for a local campaign.
     deadline: float | None = None
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Aims:
-        """From its fields as plain data. Raises ForkError (Malformed) for anything else."""
+        """Aims from plain data. Raises ForkError (Malformed) for anything else."""
         return cls(
             **{
                 **data,
@@ -56,7 +56,7 @@ class Aims:
 
 @dataclass(frozen=True, kw_only=True)
 class CampaignSpec:
-    """One campaign to be made, but for its destinations, of which there may be a million. Times are seconds."""
+    """The request of one campaign, without its destinations, of which there may be a million. Times are seconds."""
 
     campaign_id: str
     source: str
@@ -64,18 +64,18 @@ class CampaignSpec:
     labels: Labels = field(default_factory=dict)
     #: See `ForkSpec.owner`.
     owner: Literal["queue", "local"] = "local"
-    #: How long the request waited, and when (since the epoch) work on it began.
+    #: How long the request waited in the queue, and when (since the epoch) work on it began.
     queued: float = 0.0
     started: float = field(default_factory=time.time)
     aims: Aims = field(default_factory=Aims)
 
     def to_data(self) -> dict[str, Any]:
-        """As plain data for the journal."""
+        """Plain data for the journal."""
         return {**vars(self), "options": self.options.to_data(), "aims": vars(self.aims)}
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> CampaignSpec:
-        """From what `to_data` gave. Raises ForkError (Malformed) for anything else."""
+        """The request that `to_data` returned. Raises ForkError (Malformed) for anything else."""
         with validation.reading("the campaign's request"):
             return cls(
                 **{
@@ -120,7 +120,7 @@ class CampaignProgress(TypedDict):
     forks_done: int
     forks_total: int
     forks_failed: int
-    #: What is left at the pace so far, in seconds; None before the first fork is done.
+    #: Remaining time at the present rate, in seconds; None before the first fork is done.
     eta_seconds: float | None
 
 
@@ -134,12 +134,12 @@ class Failure(TypedDict):
 
 @final
 class CampaignResult(TypedDict):
-    """What became of a campaign; the contract's CampaignResult."""
+    """The result of a campaign; the contract's CampaignResult."""
 
     campaign_id: str
     status: Status
     source: str
-    #: Why the campaign as a whole was given up: it could not be begun, or was ended early.
+    #: Why the campaign could not be started or ended early, or None.
     error: ErrorRecord | None
     forks: dict[str, int]
     files: dict[str, int]
@@ -158,7 +158,7 @@ _BYTES = ("logical", "reflinked", "copied")
 
 
 def sums_of(results: list[ForkResult]) -> dict[str, int]:
-    """The sums over some ForkResults; zeros are left out."""
+    """The sums over some ForkResults, without zeros."""
     sums: dict[str, int] = {}
     for result in results:
         sums[f"forks.{result['status']}"] = sums.get(f"forks.{result['status']}", 0) + 1
@@ -171,12 +171,12 @@ def sums_of(results: list[ForkResult]) -> dict[str, int]:
 
 
 def forks_done(sums: Sums) -> int:
-    """How many forks have ended, in whatever way."""
+    """The number of forks that succeeded, failed or were cancelled."""
     return sum(sums.get(f"forks.{status}", 0) for status in _FORKS)
 
 
 def progress_of(spec: CampaignSpec, sums: Sums, planned_at: float) -> CampaignProgress:
-    """How far a campaign is whose forks began to be made at `planned_at` (seconds since the epoch)."""
+    """The progress of a campaign that was planned at `planned_at` (seconds since the epoch)."""
     done, total = forks_done(sums), spec.aims.count
     elapsed = max(0.0, time.time() - planned_at)
     return {
@@ -188,7 +188,7 @@ def progress_of(spec: CampaignSpec, sums: Sums, planned_at: float) -> CampaignPr
 
 
 def failures_of(results: list[ForkResult]) -> list[Failure]:
-    """The failed ones among some ForkResults."""
+    """The failures among some ForkResults."""
     return [
         {"fork_id": result["fork_id"], "destination": result["destination"], "error": result["error"]}
         for result in results
@@ -204,7 +204,7 @@ def campaign_result(
     planned_at: float = 0.0,
     error: ForkError | None = None,
 ) -> CampaignResult:
-    """The result of a campaign whose forks have all ended, or that was not begun; `error` is why it ended early."""
+    """The result of a campaign whose forks have all ended, or that was not started. `error`: why it ended early."""
     now = time.time()
     forks = {"total": spec.aims.count, **{name: sums.get(f"forks.{name}", 0) for name in _FORKS}}
     planned = planned_at or now
