@@ -99,11 +99,11 @@ class ForkLedger:
     #: The FileResults that this process has kept, by part.
     pages: Pages = field(default_factory=dict)
 
-    def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> Cancellation:
+    def keep_pages(self, parts: dict[str, list[bytes]], *, replace_all: bool = False) -> Cancellation:
         """Keep FileResults; see `Pages.store`. Raises ForkError no_space if Redis refuses them."""
         self._remember(parts)
         with _redis_full_as_no_space():
-            return self.results.pages.store(self.fork_id, parts, only=anew)
+            return self.results.pages.store(self.fork_id, parts, only=replace_all)
 
     def keep_all_pages(self, pages: list[bytes]) -> Cancellation:
         """Keep FileResults; see `Pages.store_all`. Raises ForkError no_space if Redis refuses them."""

@@ -18,10 +18,10 @@ from tasks.copier.staging.staging import Staging
 class Ledger(Protocol):
     """Where the results of a fork are kept for its client."""
 
-    def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> Cancellation:
+    def keep_pages(self, parts: dict[str, list[bytes]], *, replace_all: bool = False) -> Cancellation:
         """Keep the FileResults of parts of the fork (a chunk's number, `plan` or `close`). Raises ForkError.
 
-        `anew`: replace all that an earlier attempt kept. Returns whether cancellation was requested.
+        `replace_all`: replace all that an earlier attempt kept. Returns whether cancellation was requested.
         """
 
     def keep_all_pages(self, pages: list[bytes]) -> Cancellation:

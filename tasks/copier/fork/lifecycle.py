@@ -201,7 +201,7 @@ def _read_early_reports(attempt: Attempt, early: EarlyWorkers | None) -> None:
 
 def _write_plan(attempt: Attempt, journal: Journal, work: Workspace, plan: Plan) -> None:
     """Keep the FileResults so far and write the plan; when this returns, any process may do its chunks."""
-    attempt.ledger.keep_pages({part: report.close() for part, report in attempt.reports.items()}, anew=True)
+    attempt.ledger.keep_pages({part: report.close() for part, report in attempt.reports.items()}, replace_all=True)
     attempt.in_parts = True
     attempt.staging.write_report("plan", attempt.reports["plan"])
     planned = replace(

@@ -27,7 +27,7 @@ _TIMES_SMALLER = 5
 class _NoLedger:
     """Keeps no results: the caller of a local fork gets them, and cancels it by raising in `beat`."""
 
-    def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> Cancellation:
+    def keep_pages(self, parts: dict[str, list[bytes]], *, replace_all: bool = False) -> Cancellation:
         """Keep nothing."""
         return Cancellation.NOT_REQUESTED
 

@@ -104,9 +104,9 @@ class Ledger:
     stored: list[ForkResult] = field(default_factory=list)
     cancellation: Cancellation = Cancellation.NOT_REQUESTED
 
-    def keep_pages(self, parts: dict[str, list[bytes]], *, anew: bool = False) -> Cancellation:
+    def keep_pages(self, parts: dict[str, list[bytes]], *, replace_all: bool = False) -> Cancellation:
         # A part may be stored again: each time it holds all that the part did.
-        self.pages = dict(parts) if anew else self.pages | parts
+        self.pages = dict(parts) if replace_all else self.pages | parts
         return self.cancellation
 
     def keep_all_pages(self, pages: list[bytes]) -> Cancellation:
