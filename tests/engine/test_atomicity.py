@@ -155,6 +155,33 @@ def test_a_child_that_is_stopped_is_not_waited_for_and_its_chunk_is_done_by_anot
     assert result["files"]["copied"] == 1
 
 
+def test_no_child_outlives_a_fork_whose_tree_was_replaced_while_it_was_planned(
+    directory: Path, every_beat: None
+) -> None:
+    # Given a source of which chunks are begun during the walk
+    source = directory / "source"
+    for number in range(40):
+        (source / f"{number}").mkdir(parents=True)
+        (source / f"{number}" / "file").write_bytes(b"data")
+    others = children_of_this_process()
+    moved: list[Path] = []
+
+    def replace_tree(progress: Progress) -> None:
+        if not moved and set(children_of_this_process()) - set(others):
+            (tree,) = (path for path in directory.glob(".forkvm-*.*") if path.is_dir())
+            moved.append(tree.rename(directory / "moved"))
+            tree.mkdir()
+
+    # When
+    result = fork(source, directory / "fork", beat=replace_tree, limits=CHUNKED, reflink="never")
+
+    # Then
+    assert moved
+    assert result["error"] is not None
+    assert "not the directory that this fork was made in" in result["error"]["message"]
+    assert children_of_this_process() == others
+
+
 @pytest.mark.parametrize("count", [2, 6])
 def test_of_forks_to_one_destination_exactly_one_wins(
     directory: Path, source: Path, count: int, limits: Limits

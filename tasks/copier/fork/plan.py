@@ -184,7 +184,7 @@ def make_plan(
     return plan(probed.cloned, inline=False)
 
 
-# -- the cut
+# -- cutting into chunks
 
 
 def _cut_early(survey: Survey, limits: Limits, cut: int, *, reflinks: bool) -> Iterator[Chunk]:
