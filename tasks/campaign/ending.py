@@ -1,4 +1,4 @@
-"""The end of a campaign, whichever task ends it: its result is stored, also if there is no plan to work from."""
+"""The end of a campaign, whichever task ends it: its result is stored, even if the campaign has no usable plan."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def store_result(results: CampaignResults, spec: CampaignSpec, result: CampaignR
     return result
 
 
-def end_unplanned(results: CampaignResults, spec: CampaignSpec, paths: list[str], error: ForkError) -> CampaignResult:
+def end_without_plan(
+    results: CampaignResults, spec: CampaignSpec, paths: list[str], error: ForkError
+) -> CampaignResult:
     """End a campaign that has no usable staging: every fork without a result fails with `error`.
 
     `paths` are the destinations of the forks. If the list is too short, the results of the other forks have an empty
@@ -68,7 +70,7 @@ def end_from_claim(context: Context, campaign_id: str, error: ForkError) -> Camp
     """
     results = ledger_of(context, campaign_id)
     spec, paths = claimed_campaign(context, campaign_id)
-    return end_unplanned(results, spec, paths, results.reason_to_end(spec.source) or error)
+    return end_without_plan(results, spec, paths, results.reason_to_end(spec.source) or error)
 
 
 def claimed_campaign(context: Context, campaign_id: str) -> tuple[CampaignSpec, list[str]]:

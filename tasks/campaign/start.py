@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from redis.exceptions import RedisError
 
-from tasks.campaign.ending import end_unplanned, store_result, stored_result
+from tasks.campaign.ending import end_without_plan, store_result, stored_result
 from tasks.campaign.lanes import send_batches
 from tasks.campaign.ledger import ledger_of
 from tasks.context import LOCK_WAIT, Context
@@ -73,7 +73,7 @@ def run_campaign(
         return store_result(results, spec, refused_campaign(request, campaign_id, refusal))
     refusal = refusal or reason_not_to_start(claimed, spec.source, expired=expired)
     if refusal is not None:
-        return end_unplanned(results, spec, paths, refusal)
+        return end_without_plan(results, spec, paths, refusal)
     return outcome_of(
         lambda: _start(context, results, spec, paths, claim["destination"]),
         lambda error: _fail(results, spec, paths, error),
@@ -179,4 +179,4 @@ def _poll_end(results: CampaignResults, spec: CampaignSpec) -> Beat:
 def _fail(results: CampaignResults, spec: CampaignSpec, paths: list[str], cause: ForkError | OSError) -> CampaignResult:
     """End a campaign that cannot be made."""
     error = cause if isinstance(cause, ForkError) else from_oserror(cause, "making the staging directory", paths[0])
-    return end_unplanned(results, spec, paths, error)
+    return end_without_plan(results, spec, paths, error)
