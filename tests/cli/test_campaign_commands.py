@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.filesystems import Fresh
-from tests.fixtures.processes import RunForkvm, StartWorker, forkvm_script, program_environment, wait_until
+from tests.fixtures.processes import (
+    RunForkvm,
+    StartWorker,
+    ended_at_exit,
+    forkvm_script,
+    program_environment,
+    wait_until,
+)
 from tests.fixtures.redis_server import RedisServer
 from tests.support.guests import GuestSizes, make_guest
 
@@ -256,11 +263,12 @@ def test_a_running_campaign_is_watched_with_a_bar_and_cancelled(
 
 def test_an_interrupted_local_campaign_keeps_what_is_published_and_says_so(place: Path) -> None:
     command = [forkvm_script(), "campaign", str(place / "vm"), "--to", f"{place}/vm-{{n}}", "--count", "5000"]
-    process = subprocess.Popen([*command, "--local"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_until((place / "vm-1").exists, "the first fork")
+    started = subprocess.Popen([*command, "--local"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with ended_at_exit(started) as process:
+        wait_until((place / "vm-1").exists, "the first fork")
 
-    process.send_signal(signal.SIGINT)
-    told, said = process.communicate(timeout=30)
+        process.send_signal(signal.SIGINT)
+        told, said = process.communicate(timeout=30)
 
     assert process.returncode == 1
     assert told.startswith("cancelled: ")

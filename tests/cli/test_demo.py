@@ -8,7 +8,7 @@ import signal
 import subprocess
 from pathlib import Path
 
-from tests.fixtures.processes import RunForkvm, forkvm_script
+from tests.fixtures.processes import RunForkvm, ended_at_exit, forkvm_script
 from tests.support.foreign_modules import make_foreign_modules
 from tests.support.requirements import require_command
 
@@ -42,13 +42,14 @@ def test_the_demo_shows_a_reflinked_fork_and_cleans_up_also_beside_a_tasks_py(mo
 def test_a_demo_that_is_ended_by_a_signal_cleans_up(tmp_path: Path) -> None:
     require_command("mkfs.xfs", "the demo on an XFS of its own")
     environment = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)}
-    process = subprocess.Popen([forkvm_script(), "demo"], env=environment, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    while not (line := process.stdout.readline()).startswith("== a guest directory"):
-        assert line, "the demo ended"
+    command = [forkvm_script(), "demo"]
+    with ended_at_exit(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)) as process:
+        assert process.stdout is not None
+        while not (line := process.stdout.readline()).startswith("== a guest directory"):
+            assert line, "the demo ended"
 
-    process.send_signal(signal.SIGHUP)
-    process.communicate(timeout=60)
+        process.send_signal(signal.SIGHUP)
+        process.communicate(timeout=60)
 
     assert process.returncode == 128 + signal.SIGHUP
     assert leftovers() == []

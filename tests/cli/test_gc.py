@@ -7,12 +7,20 @@ import os
 import shutil
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.fixtures.filesystems import Fresh
-from tests.fixtures.processes import RunForkvm, StartWorker, forkvm_script, program_environment, wait_until
+from tests.fixtures.processes import (
+    RunForkvm,
+    StartWorker,
+    ended_at_exit,
+    forkvm_script,
+    program_environment,
+    wait_until,
+)
 from tests.fixtures.redis_server import RedisServer
 from tests.support.guests import make_slow_file
 
@@ -36,16 +44,20 @@ def begun(place: Path) -> bool:
     return any(any(path.iterdir()) for path in place.glob(".forkvm-*.*"))
 
 
-def fork_in_background(place: Path) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen([forkvm_script(), "fork", str(place / "vm-1"), str(place / "vm-2")])
-    wait_until(lambda: begun(place), "a fork at work")
-    return process
+@pytest.fixture
+def background_fork(place: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A fork that has begun to copy."""
+    command = [forkvm_script(), "fork", str(place / "vm-1"), str(place / "vm-2")]
+    with ended_at_exit(subprocess.Popen(command)) as process:
+        wait_until(lambda: begun(place), "a fork at work")
+        yield process
 
 
-def test_the_staging_of_a_killed_fork_is_removed(run_forkvm: RunForkvm, place: Path) -> None:
-    process = fork_in_background(place)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+def test_the_staging_of_a_killed_fork_is_removed(
+    run_forkvm: RunForkvm, place: Path, background_fork: subprocess.Popen[bytes]
+) -> None:
+    background_fork.send_signal(signal.SIGKILL)
+    background_fork.wait()
     assert len(stagings(place)) == 2
 
     def collected() -> bool:  # the kernel ends the children a moment after their parent
@@ -58,23 +70,25 @@ def test_the_staging_of_a_killed_fork_is_removed(run_forkvm: RunForkvm, place: P
     assert "0 removed, 0 kept" in run_forkvm("gc", place).stdout
 
 
-def test_a_live_fork_is_never_touched(run_forkvm: RunForkvm, place: Path) -> None:
-    process = fork_in_background(place)
-    while process.poll() is None:
+def test_a_live_fork_is_never_touched(
+    run_forkvm: RunForkvm, place: Path, background_fork: subprocess.Popen[bytes]
+) -> None:
+    while background_fork.poll() is None:
         found = json.loads(run_forkvm("gc", place, "--json").stdout)
         assert [finding for finding in found if finding["verdict"] == "removed"] == []
 
-    assert process.returncode == 0
+    assert background_fork.returncode == 0
     assert run_forkvm("verify", place / "vm-1", place / "vm-2").returncode == 0
 
 
-def test_a_copy_of_a_staging_directory_is_not_ours_to_remove(run_forkvm: RunForkvm, place: Path) -> None:
-    process = fork_in_background(place)
+def test_a_copy_of_a_staging_directory_is_not_ours_to_remove(
+    run_forkvm: RunForkvm, place: Path, background_fork: subprocess.Popen[bytes]
+) -> None:
     control = min(stagings(place), key=len)
     elsewhere = place / "backup"
     elsewhere.mkdir()
     shutil.copytree(place / control, elsewhere / control)
-    process.wait()
+    background_fork.wait()
 
     done = run_forkvm("gc", place)
 

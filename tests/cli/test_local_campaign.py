@@ -17,11 +17,12 @@ import pytest
 from tests.fixtures.filesystems import Fresh, SmallTmpfs
 from tests.fixtures.processes import forkvm_script, wait_until
 from tests.support.system.queued_campaigns import make_source
+from tests.support.system.systems import send
 from tests.support.tree import snapshot
 
 COUNT = 3000
-#: Seconds from a signal to the end of the command, on a busy machine.
-MOMENT = 2.0
+#: Seconds from a signal to the end of the command. A busy machine needs some; the rest of the campaign takes longer.
+END_SECONDS = 10.0
 
 
 @pytest.fixture
@@ -94,8 +95,7 @@ def test_killed_children_cost_no_fork(place: Path) -> None:
     with campaign(place, COUNT) as process:
         for _ in range(3):
             wait_for_forks(place, process, len(forks_in(place)) + 20)
-            for child in children(process):
-                os.kill(child, signal.SIGKILL)
+            send(children(process), signal.SIGKILL)  # a child may have ended meanwhile
 
         result = end(process, place)
 
@@ -130,7 +130,7 @@ def test_the_first_signal_ends_a_campaign_at_once_and_leaves_only_whole_forks(
         took = time.monotonic() - began
         result = end(process, place)
 
-    assert took < MOMENT
+    assert took < END_SECONDS
     assert result["status"] == "cancelled"
     assert result["forks"]["cancelled"] > 0
     assert process.returncode in (1, 128 + number)

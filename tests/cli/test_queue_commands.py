@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.filesystems import Fresh
-from tests.fixtures.processes import RunForkvm, StartWorker, forkvm_script, program_environment, wait_until
+from tests.fixtures.processes import (
+    RunForkvm,
+    StartWorker,
+    ended_at_exit,
+    forkvm_script,
+    program_environment,
+    wait_until,
+)
 from tests.fixtures.redis_server import RedisServer
 from tests.support.guests import GuestSizes, make_guest, make_slow_file
 
@@ -156,12 +163,12 @@ def test_a_redis_that_goes_away_while_a_command_waits_is_one_line(
 ) -> None:
     environment = program_environment(redis_server, place)
     command = [forkvm_script(), "submit", str(place / "vm-1"), str(place / "vm-2"), "--wait"]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    assert process.stderr.readline().startswith("forkvm: waiting for ")
+    with ended_at_exit(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("forkvm: waiting for ")
 
-    redis_server.stop()
-    said = process.communicate(timeout=60)[1]
+        redis_server.stop()
+        said = process.communicate(timeout=60)[1]
 
     assert (process.returncode, said.count("\n")) == (3, 1)
     assert said.startswith("forkvm: Redis: ")

@@ -15,6 +15,7 @@ from tasks.copier.fork_spec import ForkResult
 from tasks.copier.options import Limits
 from tests.fixtures.filesystems import Fresh, SmallExt4
 from tests.fixtures.fuse import Passthrough
+from tests.fixtures.processes import ended_at_exit
 from tests.support.engine import local_campaigns
 from tests.support.engine.child_processes import NOBODY, in_child
 from tests.support.engine.forks import CHUNKED, MIB, assert_alike, fork, forked, leftovers
@@ -291,17 +292,16 @@ def test_an_attribute_that_is_removed_after_it_was_listed_is_a_change_of_the_sou
     os.setxattr(source / "file", "user.origin", b"here")
     clone = in_tree(place / "fork", "file")
     script = f"until [ -e {clone} ]; do :; done; sleep 0.1; setfattr -x user.origin {source / 'file'}"
-    remover = subprocess.Popen(["sh", "-c", script])
-
-    traced = trace_fork(
-        strace,
-        source,
-        place / "fork",
-        calls="fgetxattr",
-        inject=["fgetxattr:delay_enter=500000"],
-        chunked=chunked,
-    )
-    assert remover.wait() == 0
+    with ended_at_exit(subprocess.Popen(["sh", "-c", script])) as remover:
+        traced = trace_fork(
+            strace,
+            source,
+            place / "fork",
+            calls="fgetxattr",
+            inject=["fgetxattr:delay_enter=500000"],
+            chunked=chunked,
+        )
+        assert remover.wait() == 0
 
     assert traced.result is not None
     assert traced.result["error"] is not None

@@ -22,6 +22,9 @@ from tests.support.tree import snapshot
 from worker.runtime.configuration import make_app
 from worker.settings import read_settings
 
+#: Seconds for a cancelled fork to end. A busy machine needs tens of them to remove its 45,000 entries.
+_END_TIMEOUT = 90.0
+
 #: Ways of Celery's clients to end a task, each with the id of the fork.
 REVOKED: dict[str, Callable[[Any, str], None]] = {
     "revoke": lambda control, fork_id: control.revoke(fork_id),
@@ -40,7 +43,8 @@ def _send(scheduler: Scheduler, request: Mapping[str, str], fork_id: str, **opti
 
 
 def _assert_cancelled(scheduler: Scheduler, fork_id: str, destination: Path, word: str = "") -> None:
-    wait_until(lambda: scheduler.results.states.get(fork_id)["status"] == "REVOKED", f"the end of {fork_id}")
+    ended = f"the end of {fork_id}"
+    wait_until(lambda: scheduler.results.states.get(fork_id)["status"] == "REVOKED", ended, _END_TIMEOUT)
     result = scheduler.results.final.fork(fork_id)
     assert result is not None
     check_fork_result(result)
