@@ -304,7 +304,7 @@ def test_a_fork_whose_planning_left_no_report_fails(yard: Path) -> None:
     staging, _ = begun(yard)
     (staging / "report-plan").unlink()
 
-    assert "the report of its planning is gone" in go_on_with(yard)
+    assert "the report of its planning is missing" in go_on_with(yard)
 
     assert not (yard / "parent" / "fork").exists()
     assert leftovers(yard / "parent") == []
