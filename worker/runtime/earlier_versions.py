@@ -17,26 +17,13 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from tasks.names import inner_queues
+from tasks.store import lua
 from tasks.store.redis_errors import is_passing
 
 #: kombu's default keys: a hash of messages by delivery tag, and a sorted set of when each was taken.
 _UNACKED, _INDEX = "unacked", "unacked_index"
 #: The queue of a domain, without the suffix of an inner queue.
 _DOMAIN_QUEUE = re.compile(r"forkvm(\.[A-Za-z0-9_.-]+)?")
-
-#: Returns a message to its queue, unless its worker has renewed or finished it meanwhile.
-#:
-#: KEYS: the hash, the index, the queue. ARGV: delivery tag, the entry as it was read, the latest time, the message.
-_RESTORE = """
-local score = redis.call('ZSCORE', KEYS[2], ARGV[1])
-if not score or tonumber(score) > tonumber(ARGV[3]) or redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then
-    return 0
-end
-redis.call('RPUSH', KEYS[3], ARGV[4])
-redis.call('HDEL', KEYS[1], ARGV[1])
-redis.call('ZREM', KEYS[2], ARGV[1])
-return 1
-"""
 
 
 class RestoreEarlierMessages(bootsteps.StartStopStep):
@@ -76,7 +63,6 @@ def restore(redis: Redis, latest: float, foreign: set[bytes]) -> set[bytes]:
     unknown = sorted(tags - foreign)
     if not unknown:
         return foreign & tags
-    script = redis.register_script(_RESTORE)
     entries = cast("list[bytes | None]", redis.hmget(_UNACKED, [tag.decode() for tag in unknown]))
     for tag, entry in zip(unknown, entries, strict=True):
         ours = _ours(entry)
@@ -84,7 +70,16 @@ def restore(redis: Redis, latest: float, foreign: set[bytes]) -> set[bytes]:
             foreign = foreign | {tag}
             continue
         queue, message = ours
-        script(keys=[_UNACKED, _INDEX, queue], args=[tag, cast(bytes, entry), latest, message])
+        lua.PUT_BACK.run(
+            redis,
+            unacked_key=_UNACKED,
+            index_key=_INDEX,
+            queue=queue,
+            tag=tag,
+            entry=cast(bytes, entry),
+            latest=latest,
+            message=message,
+        )
     return foreign & tags
 
 

@@ -28,7 +28,7 @@ from redis.exceptions import NoScriptError
 _NAMES = re.compile(r"^local ([\w, ]+) = unpack\((KEYS|ARGV)(?:, 1, \d+)?\)$", re.MULTILINE)
 
 #: What can be sent to Redis.
-Value = str | bytes | int
+Value = str | bytes | int | float
 
 
 class Script:
@@ -78,6 +78,7 @@ CANCEL = Script("cancel")
 CLAIM = Script("claim")
 EXPIRE_FORKS = Script("expire_forks")
 FREE_FORK_IDS = Script("free_fork_ids")
+PUT_BACK = Script("put_back")
 SET_STATE = Script("set_state")
 STORE_OUTCOMES = Script("store_outcomes")
 STORE_RESULT = Script("store_result")
