@@ -84,6 +84,7 @@ CANVAS = _key_of_job(
     "hash",
     "for each message of the job, JSON: what its client wants sent when the job ends; empty once it was sent",
     lifetime=Lifetime.OPEN,
+    is_reset=True,
 )
 SUMS = _key_of_job("sums", "hash", "sums over the results of a campaign's forks that have ended", is_reset=True)
 SETTLED = _key_of_job(

@@ -121,6 +121,18 @@ def test_id_of_a_campaign_s_fork_cannot_be_claimed_once_it_has_succeeded(
     assert results.open_jobs.of_queue("forkvm") == []
 
 
+def test_a_new_claim_deletes_the_callbacks_of_an_earlier_job(results: Results, redis: fakeredis.FakeRedis) -> None:
+    """They are kept longer than its result. The callback of the new job would be taken for one that was sent."""
+    redis.hset(keys.CANVAS.of("fork-1"), "digest", b"")
+
+    results.claims.take("fork-1", _claim())
+    redis.hset(keys.CANVAS.of("fork-1"), "digest", b"{}")
+    redis.expire(keys.CANVAS.of("fork-1"), EXPIRES)
+    results.claims.take("fork-1", _claim())
+
+    assert redis.hgetall(keys.CANVAS.of("fork-1")) == {b"digest": b"{}"}
+
+
 def test_claim_keeps_the_state_of_one_whose_claim_was_lost(results: Results, redis: fakeredis.FakeRedis) -> None:
     _store_state(redis, "PROGRESS")
 
