@@ -1,4 +1,7 @@
-"""The names of the tasks and queues. They are part of the wire format: workers of two versions share a queue."""
+"""The names of the tasks and queues.
+
+They are part of the wire format: workers of two versions share a queue. So some are older than the names in the code.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ FINISH_CAMPAIGN_TASK = "forkvm.conclude"
 ABANDON_TASK = "forkvm.bury"
 SWEEP_TASK = "forkvm.sweep"
 
-#: Queues beside the one that clients use: a finish must not wait behind chunks, nor a new fork behind either. A job
-#: that this program sends again passes all jobs that no worker has begun. A sweep waits behind all chunks.
+#: The suffix of the inner queue in which this program itself sends each task. Clients use the queue without a suffix.
+#: A finish must not wait behind chunks, and a new fork behind neither. A fork or campaign that is sent again overtakes
+#: all that have not started. A sweep follows all chunks: see `tasks.sweep`.
 _INNER_QUEUES = {
     CHUNK_TASK: "#chunk",
     BATCH_TASK: "#batch",
@@ -26,7 +30,7 @@ _INNER_QUEUES = {
 
 
 def inner_queue(queue: str, task: str) -> str:
-    """The queue to which this program sends a task within the domain whose own queue is `queue`."""
+    """The queue in which this program itself sends `task`, in the domain whose clients use `queue`."""
     return queue + _INNER_QUEUES[task]
 
 
@@ -36,5 +40,5 @@ def domain_of(queue: str) -> str:
 
 
 def inner_queues(queue: str) -> list[str]:
-    """The queues that a worker of the domain queue `queue` consumes beside it."""
+    """The inner queues of the domain whose clients use `queue`: its workers consume these too."""
     return sorted({inner_queue(queue, task) for task in _INNER_QUEUES})

@@ -1,4 +1,4 @@
-"""Which errors of Redis pass by themselves, and how to wait until they have passed."""
+"""Which errors of Redis are temporary, and how to wait until they are over."""
 
 from __future__ import annotations
 
@@ -26,28 +26,29 @@ log = logging.getLogger(__name__)
 
 #: Pause between two tries while Redis is away, in seconds.
 _PAUSE_SECONDS = 0.5
-#: What redis-py raises while Redis is away, starts, or is no master. LOADING is a ConnectionError.
+#: What redis-py raises while Redis is away, is starting, or is not a master. LOADING is a ConnectionError.
 _PASSING = (ConnectionError, TimeoutError, ReadOnlyError, TryAgainError, ClusterDownError, MasterDownError)
-#: The same as codes in the text, where redis-py has no class for it: from a script, where Redis before 7 puts a place
-#: before the code, and in MULTI, where redis-py puts the command before it. EXECABORT: a command in MULTI was refused.
+#: The same as codes in the text, where redis-py raises a plain ResponseError: from a script, where Redis before 7 puts
+#: the line of the script before the code; and in MULTI, where redis-py puts the command before it. EXECABORT: Redis
+#: refused a command in MULTI.
 _PASSING_CODE = re.compile(
     r"\b(READONLY|NOREPLICAS|MISCONF|LOADING|BUSY|TRYAGAIN|CLUSTERDOWN|MASTERDOWN|UNBLOCKED|EXECABORT)\b"
 )
 
-#: What redis-py puts before the error of a command of a pipeline: the command and the beginning of its arguments,
-#: which are results and names of a guest's files.
+#: What redis-py puts before the error of a command in a pipeline: the command and the beginning of its arguments, which
+#: can be results and names of a guest's files.
 _COMMAND = re.compile(r"^Command # \d+ \(.*\) of pipeline caused error: ", re.DOTALL)
 
 
 def cause(error: BaseException) -> str:
-    """What Redis or the connection said, for a log or a message: without the command and its arguments."""
+    """The text of an error for a log or a message, without the command and its arguments."""
     return _COMMAND.sub("", str(error))
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether Redis, or the connection to it, failed for a while only: a failover, a restart, a full disk.
+    """Whether an error of Redis or of the connection is temporary: a failover, a restart, a full disk.
 
-    A full Redis (OOM) is not among them: callers decide whether they wait for it.
+    A full Redis (OOM) is not among them: each caller decides whether to wait for it.
     """
     if isinstance(error, ResponseError):
         return isinstance(error, _PASSING) or bool(_PASSING_CODE.search(str(error)))
@@ -55,7 +56,7 @@ def is_passing(error: BaseException) -> bool:
 
 
 def wait_out(call: Callable[[], T], *also: type[RedisError]) -> T:
-    """Call until Redis answers; errors that pass, and those of the classes `also`, are waited out."""
+    """Call until Redis answers. Waits after a temporary error and one of the classes `also`; raises any other."""
     while True:
         try:
             return call()
