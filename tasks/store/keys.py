@@ -10,7 +10,6 @@ sets the TTL of all its keys to `FORKVM_RESULT_EXPIRES`. They expire together, a
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from enum import Enum
 
@@ -23,10 +22,14 @@ _OF_JOB = "forkvm:{id}:"
 class Lifetime(Enum):
     """When a key expires."""
 
-    JOB = "30 days until the job ends; then `FORKVM_RESULT_EXPIRES`, together with the result"
-    OPEN = "30 days"
-    RESULT = "`FORKVM_RESULT_EXPIRES` from the last write"
-    INTERVAL = "until the work is due again"
+    #: `open_ttl` until the job ends, then `FORKVM_RESULT_EXPIRES`.
+    JOB = "with the job"
+    #: `open_ttl` after the last write.
+    OPEN = "after 30 days"
+    #: `FORKVM_RESULT_EXPIRES` after the last write.
+    RESULT = "after `FORKVM_RESULT_EXPIRES`"
+    #: After the time that `PeriodicWork` was given.
+    INTERVAL = "when the work is due again"
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,6 @@ class Key:
     def of(self, job_id: str) -> str:
         """This key for a job."""
         return f"forkvm:{job_id}:{self.name}"
-
-    def matches(self, key: str) -> bool:
-        """Whether `key` is of this kind. Ids and queues may contain any character."""
-        return re.fullmatch(re.sub(r"\\\{\w+\\\}", ".+", re.escape(self.pattern)), key, re.DOTALL) is not None
 
 
 def _key_of_job(name: str, *args: str, lifetime: Lifetime = Lifetime.JOB, is_reset: bool = False) -> Key:

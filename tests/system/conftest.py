@@ -70,7 +70,7 @@ def system(module_worker: tuple[RedisServer, Worker], request: pytest.FixtureReq
         if body_passed(request.node):
             scheduler.wait_quiet()
             leaked = server.leaked_keys()
-            assert not leaked, f"left in Redis without a TTL: {', '.join(leaked)}"
+            assert not leaked, f"left in Redis without a TTL, or not in the table of keys: {', '.join(leaked)}"
             assert "Logging error" not in worker.output()[begin:]
         else:  # what a failed test left must not fail the next one
             scheduler.redis.delete(*QUEUES)

@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 
+from tasks.store import keys
+from tasks.store.keys import Lifetime
 from tests.fixtures.filesystems import Fresh, make_subvolume
 from tests.support.extents import allocated_bytes, sharing
 from tests.support.guests import MIB, make_guest, make_sparse_file
+from tests.support.redis_keys import kind_of
 from tests.support.system.result_checks import check_file_results, check_fork_result, entries_of
 from tests.support.system.scheduler import Scheduler, states
 from tests.support.system.staging_view import StagingView
@@ -207,10 +210,15 @@ def test_every_key_of_a_fork_has_the_ttl_that_was_set(
     scheduler.fork(large_source, place / "b", "fork-ttl")
 
     scheduler.wait_quiet()
-    keys = [*scheduler.redis.scan_iter("forkvm:fork-ttl:*"), b"celery-task-meta-fork-ttl"]
-    assert {b"forkvm:fork-ttl:claim", b"forkvm:fork-ttl:result", b"forkvm:fork-ttl:pages"} <= set(keys)
-    for key in keys:
-        assert 86_400 - 60 < scheduler.redis.ttl(key) <= 86_400, key
+    found = {
+        key.decode(): scheduler.redis.ttl(key)
+        for pattern in ("forkvm:fork-ttl:*", "celery-task-meta-fork-ttl")
+        for key in scheduler.redis.scan_iter(pattern)
+    }
+    of_job = {key: ttl for key, ttl in found.items() if kind_of(key).lifetime is Lifetime.JOB}
+    assert {kind_of(key) for key in of_job} >= {keys.CLAIM, keys.RESULT, keys.PAGES, keys.PART_PAGE, keys.STATE}
+    assert {key: ttl for key, ttl in of_job.items() if not 86_400 - 60 < ttl <= 86_400} == {}
+    assert {key: ttl for key, ttl in found.items() if not 0 < ttl <= keys.OPEN_SECONDS} == {}
 
 
 def test_destination_appears_whole(system: System, scheduler: Scheduler, large_source: Path, place: Path) -> None:
