@@ -32,7 +32,7 @@ _HEAD = """\
 # Error texts
 
 Every error text in `tasks/` and `worker/`, so that they can be read together. A text says what happened, where, and
-what to do. The path of the error is a field of its own and stands before the text in logs and messages.
+what to do. The path of the error is a field of its own and comes before the text in logs and messages.
 
 - `{…}` is a value that is filled in.
 - `by errno`: the code is `no_space` for ENOSPC and EDQUOT, `permission_denied` for EACCES and EPERM, otherwise
