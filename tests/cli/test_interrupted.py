@@ -68,8 +68,10 @@ def test_ctrl_c_elsewhere_exits_with_130_and_no_traceback(run_forkvm: RunForkvm,
     """Where `cancel` waits for an end; the cancellation stays requested."""
     environment = program_environment(redis_server)
     assert run_forkvm("submit", "/guests/a", "/guests/b", "--id", "the job", env=environment).returncode == 0
-    before = looks(redis_server)
     with started(["cancel", "the job"], environment) as process:
+        with redis_server.client() as client:
+            wait_until(lambda: bool(client.exists("forkvm:the job:cancel")), "the request to cancel")
+        before = looks(redis_server)
         wait_until(lambda: looks(redis_server) > before + 2, "a command that waits")
 
         process.send_signal(signal.SIGINT)

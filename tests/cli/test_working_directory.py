@@ -89,4 +89,4 @@ def test_foreign_package_that_is_imported_instead_is_named_in_one_line(tmp_path:
 
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"forkvm: {elsewhere}/tasks.py is imported in place of ")
+    assert line.startswith(f"forkvm: {elsewhere}/tasks.py would be imported instead of ")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tasks.copier.report import Report
 from tasks.copier.staging.control_directory import Held, control_name
 from tasks.copier.staging.journal import Phase
 from tasks.copier.staging.staging import Staging
-from tests.fixtures.filesystems import Fresh
+from tests.fixtures.filesystems import Fresh, SmallTmpfs
 from tests.fixtures.processes import wait_until
 from tests.support.engine.child_processes import Child
 from tests.support.engine.forks import leftovers
@@ -267,3 +267,29 @@ def test_a_publish_replaces_nothing(fresh: Fresh, taken: str) -> None:
             assert os.lstat(destination) == before
     finally:
         os.close(fd)
+
+
+def test_notes_of_which_a_full_disk_took_a_part_are_an_error_and_hide_no_later_note(small_tmpfs: SmallTmpfs) -> None:
+    directory = small_tmpfs(64 << 10)
+    filler = directory / "filler"
+    parent = os.open(directory, os.O_RDONLY)
+    with Staging.claim(parent, "fork-1", 0.0) as staging:
+        tree = staging.new_tree_name()
+        os.close(staging.make_named_tree(tree))
+        (directory / tree / "data").touch()
+        (directory / tree).chmod(0o755)
+        staging.note(b"the lock file has a page of memory\n")
+        with filler.open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+        # When there is room for the first of the lines only
+        with pytest.raises(OSError, match="No space left"):
+            staging.note_trees({staging.new_tree_name(): n for n in range(1 << 40, (1 << 40) + 1000)})
+        filler.unlink()
+        staging.note_trees({tree: (directory / tree).stat().st_ino})
+
+        # Then
+        staging.discard_trees()
+        assert not (directory / tree).exists()
+    os.close(parent)

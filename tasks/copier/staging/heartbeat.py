@@ -57,7 +57,7 @@ class _Heartbeats:
                     with suppress(OSError):  # the next heartbeat may succeed; without any, the work is taken over
                         os.utime(fd)
                         if fd not in self._signed:
-                            os.pwritev(fd, [_own_line()], 0, os.RWF_APPEND)
+                            os.pwritev(fd, [b"\n" + _own_line()], 0, os.RWF_APPEND)
                             self._signed.add(fd)
                 if not self._files:
                     self._has_thread = False
