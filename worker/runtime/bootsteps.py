@@ -146,5 +146,8 @@ class Sweeper(bootsteps.StartStopStep):
         with suppress(OperationalError, RedisError, OSError):  # the consumer loop gets the same error and reconnects
             for queue in queues:
                 if results.periodic_work.start(keys.SWEEP, queue, _SWEEP_LOST_INTERVALS * self.interval):
-                    queue = inner_queue(queue, SWEEP_TASK)
-                    app.send_task(SWEEP_TASK, kwargs={"every": self.interval}, queue=queue, retry=False)
+                    queue, arguments = inner_queue(queue, SWEEP_TASK), {"every": self.interval}
+                    # A connection of its own: where Redis does not answer, kombu opens another channel and keeps the
+                    # sockets of the first one until the connection is closed.
+                    with app.connection_for_write() as connection:
+                        app.send_task(SWEEP_TASK, kwargs=arguments, queue=queue, retry=False, connection=connection)
