@@ -29,6 +29,10 @@ def started(command: list[str], environment: dict[str, str]) -> Iterator[subproc
         process.communicate()
 
 
+#: More reads than a command does before it waits; the wait itself reads again and again.
+READS = 5
+
+
 def looks(server: RedisServer) -> int:
     """How often anyone has read keys, as a command that waits does again and again."""
     with server.client() as client:
@@ -47,7 +51,7 @@ def test_ctrl_c_ends_the_waiting_and_says_that_the_job_goes_on(
         assert run_forkvm("submit", "/guests/a", "/guests/b", "--id", "the job", env=environment).returncode == 0
     before = looks(redis_server)
     with started(command, environment) as process:
-        wait_until(lambda: looks(redis_server) > before + 1, "a command that waits")
+        wait_until(lambda: looks(redis_server) > before + READS, "a command that waits")
 
         # When
         process.send_signal(signal.SIGINT)
@@ -72,7 +76,7 @@ def test_ctrl_c_elsewhere_exits_with_130_and_no_traceback(run_forkvm: RunForkvm,
         with redis_server.client() as client:
             wait_until(lambda: bool(client.exists("forkvm:the job:cancel")), "the request to cancel")
         before = looks(redis_server)
-        wait_until(lambda: looks(redis_server) > before + 2, "a command that waits")
+        wait_until(lambda: looks(redis_server) > before + READS, "a command that waits")
 
         process.send_signal(signal.SIGINT)
         told, said = process.communicate(timeout=30)
@@ -87,7 +91,7 @@ def test_ctrl_c_elsewhere_exits_with_130_and_no_traceback(run_forkvm: RunForkvm,
 def test_other_signals_end_a_command_that_waits_in_order(number: signal.Signals, redis_server: RedisServer) -> None:
     with started(_SUBMIT, program_environment(redis_server)) as process:
         before = looks(redis_server)
-        wait_until(lambda: looks(redis_server) > before + 1, "a command that waits")
+        wait_until(lambda: looks(redis_server) > before + READS, "a command that waits")
 
         process.send_signal(number)
         told, said = process.communicate(timeout=30)
