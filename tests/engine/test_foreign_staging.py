@@ -241,7 +241,7 @@ RAW: dict[str, bytes] = {
 @pytest.mark.parametrize("what", [*HOSTILE, *RAW])
 @pytest.mark.parametrize("cancels", [False, True])
 def test_a_journal_that_no_worker_wrote_never_leads_out_nor_on_and_on(yard: Path, what: str, cancels: bool) -> None:
-    """It is begun anew, or it fails; then the same request can be made."""
+    """It starts again, or it fails; then the same request can be made."""
     staging, journal = begun(yard)
     before = snapshot(yard / "outside")
     if what in RAW:
