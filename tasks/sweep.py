@@ -29,10 +29,10 @@ from tasks.store.redis_errors import cause
 
 log = logging.getLogger(__name__)
 
-#: How often the roots are searched for abandoned staging, in seconds. The search finds staging of which Redis has no
+#: How often the roots are searched for abandoned staging, in seconds. The search finds staging for which Redis has no
 #: claim: of a local fork that was killed, or from before Redis lost its data (then the search is due at once).
 WALK_SECONDS = 3600
-#: Staging of which Redis has no claim is removed once it has had no heartbeat for so long, in seconds: a worker of
+#: Staging for which Redis has no claim is removed once it has had no heartbeat for so long, in seconds: a worker of
 #: another deployment on the same disks may be about to continue it. Younger staging is checked again after this time.
 SILENT_SECONDS = 300
 

@@ -71,7 +71,7 @@ def _stored_or_failed(context: Context, spec: ForkSpec, error: ForkError) -> For
 
 
 def store_failure(context: Context, spec: ForkSpec, error: ForkError) -> ForkResult:
-    """Store the failure of a fork of which nothing was made; or its success, if it succeeded and Redis lost that."""
+    """Store the failure of a fork that made nothing; or its success, if it succeeded and Redis lost that."""
     if (restored := restore_result(context, spec)) is not None:
         return restored
     result = failed(spec, error, Totals(), 0, Clock(spec.started))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from tasks.copier.staging import heartbeat
 from tasks.copier.staging.heartbeat import with_heartbeat
+from tests.fixtures.filesystems import SmallTmpfs
 from tests.fixtures.processes import wait_until
 
 LONG_AGO = 1_000_000_000
@@ -87,3 +88,21 @@ def test_a_forked_child_has_a_heartbeat_of_its_own(tmp_path: Path) -> None:
                 os._exit(code)
 
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_holder_whose_line_a_full_disk_cut_off_writes_it_again(small_tmpfs: SmallTmpfs) -> None:
+    directory = small_tmpfs(64 << 10)
+    lock, filler = directory / "lock", directory / "filler"
+    lock.write_bytes(bytes(4090))  # a page of 4096 bytes has room for a part of the line
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    fd = os.open(lock, os.O_RDWR)
+
+    with heartbeat.with_heartbeat(fd):
+        wait_until(lambda: lock.stat().st_size == 4096, "a part of the line")
+        assert not heartbeat.names_living_holder(lock.read_bytes())
+        filler.unlink()
+
+        wait_until(lambda: heartbeat.names_living_holder(lock.read_bytes()), "the whole line")
+    os.close(fd)

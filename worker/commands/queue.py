@@ -162,7 +162,7 @@ def cancel(fork_id: str, as_json: bool) -> None:
 
 
 def _refuse_fork_of_campaign(client: Client, fork_id: str, found: Status) -> None:
-    """End the command if the fork belongs to a campaign, of which a single fork cannot be cancelled."""
+    """End the command if the fork belongs to a campaign: only the whole campaign can be cancelled."""
     campaign_id = None if is_over(found) else client.campaign_of_fork(fork_id)
     if campaign_id is not None:
         whole = f"cancel the campaign: forkvm cancel {shlex.quote(campaign_id)}"

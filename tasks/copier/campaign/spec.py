@@ -56,7 +56,7 @@ class Aims:
 
 @dataclass(frozen=True, kw_only=True)
 class CampaignSpec:
-    """The request of one campaign, without its destinations, of which there may be a million. Times are seconds."""
+    """The request of one campaign, without its destinations (there may be a million). Times are seconds."""
 
     campaign_id: str
     source: str

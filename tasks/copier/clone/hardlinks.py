@@ -40,7 +40,7 @@ class LinkNames:
         _add(self._of_clone, (theirs.st_dev, theirs.st_ino), None, path, theirs.st_nlink)
 
     def incomplete_of_clone(self) -> Iterator[tuple[str, int, int]]:
-        """Yield (first path, st_nlink, names found) of each file of the clone of which not all names were found."""
+        """Yield (first path, st_nlink, names found) of each file of the clone that has more names than were found."""
         for known in sorted(self._of_clone.values(), key=lambda known: known.path):
             yield known.path, known.links, known.found
 

@@ -129,6 +129,17 @@ def write_all(fd: int, data: bytes) -> None:
         left = left[os.write(fd, left) :]
 
 
+def append_lines(fd: int, lines: bytes) -> None:
+    """Append lines to a file at once, also while other processes append to it (pwritev2(2), RWF_APPEND).
+
+    Raises OSError; ENOSPC also if only a part was written. Such a part may end within a line, so each append begins
+    with a line end of its own.
+    """
+    data = b"\n" + lines
+    if os.pwritev(fd, [data], 0, os.RWF_APPEND) < len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def rename_noreplace(src_dir_fd: int, src: str, dst_dir_fd: int, dst: str) -> None:
     """Rename, and fail with EEXIST if anything is at `dst`, even a dangling symlink."""
     _check(_libc.renameat2(src_dir_fd, os.fsencode(src), dst_dir_fd, os.fsencode(dst), RENAME_NOREPLACE))

@@ -226,14 +226,8 @@ class ControlDirectory:
     # -- notes: lines in the lock file, which is open already
 
     def note(self, lines: bytes) -> None:
-        """Append lines to the notes atomically, also while other processes append (pwritev2(2)).
-
-        Raises OSError; ENOSPC also if only a part of them was written. Such a part may end within a line, so each
-        append begins with a new line.
-        """
-        data = b"\n" + lines
-        if os.pwritev(self._lock_fd, [data], 0, os.RWF_APPEND) < len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), LOCK)
+        """Append lines to the notes, whole or with an error. Raises OSError."""
+        syscalls.append_lines(self._lock_fd, lines)
 
     def notes(self) -> bytes:
         """All lines of the notes."""

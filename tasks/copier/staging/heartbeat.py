@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from tasks.copier.kernel import processes
+from tasks.copier.kernel import processes, syscalls
 
 #: Seconds between two heartbeats of a process that holds a staging.
 HEARTBEAT_SECONDS = 2.0
@@ -57,7 +57,7 @@ class _Heartbeats:
                     with suppress(OSError):  # the next heartbeat may succeed; without any, the work is taken over
                         os.utime(fd)
                         if fd not in self._signed:
-                            os.pwritev(fd, [b"\n" + _own_line()], 0, os.RWF_APPEND)
+                            syscalls.append_lines(fd, _own_line())
                             self._signed.add(fd)
                 if not self._files:
                     self._has_thread = False
