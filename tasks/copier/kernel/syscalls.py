@@ -122,6 +122,19 @@ def release(fd: int) -> None:
         os.close(fd)
 
 
+def fstat(fd: int) -> os.stat_result:
+    """The status of an open file. Raises FileNotFoundError for one that was removed on FUSE or NFS, and OSError.
+
+    Other filesystems still have it, with no names. These two look up a path or a handle, and report ESTALE.
+    """
+    try:
+        return os.fstat(fd)
+    except OSError as error:
+        if error.errno == errno.ESTALE:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
+        raise
+
+
 def write_all(fd: int, data: bytes) -> None:
     """Write all of `data`, with several calls if write(2) accepts only a part. Raises OSError."""
     left = memoryview(data)

@@ -163,8 +163,8 @@ class ControlDirectory:
         return with_heartbeat(self._lock_fd)
 
     def heartbeat(self) -> int:
-        """The last heartbeat of any holder: a number that is only compared with an earlier one."""
-        return os.fstat(self._lock_fd).st_mtime_ns
+        """The last heartbeat of any holder: a number that is only compared with an earlier one. Raises OSError."""
+        return syscalls.fstat(self._lock_fd).st_mtime_ns
 
     def holder_heartbeat(self) -> int:
         """The last heartbeat, or NO_HOLDER if the lock file names no holder that may be alive."""
@@ -174,9 +174,9 @@ class ControlDirectory:
         """Whether the control directory still has its name; the lock of a removed one protects nothing."""
         try:
             status = os.stat(self.name, dir_fd=self.parent_fd, follow_symlinks=False)
+            return os.path.samestat(status, syscalls.fstat(self.fd))
         except FileNotFoundError:
             return False
-        return os.path.samestat(status, os.fstat(self.fd))
 
     def clear(self, names: list[str]) -> bool:
         """Remove the control directory and its files `names`. Returns False if another process still uses a file.
@@ -200,10 +200,14 @@ class ControlDirectory:
         return True
 
     def _is_claimed_again(self) -> bool:
-        with suppress(FileNotFoundError):
+        try:
             lock = os.stat(LOCK, dir_fd=self.fd, follow_symlinks=False)
-            return not os.path.samestat(lock, os.fstat(self._lock_fd))
-        return False
+        except FileNotFoundError:
+            return False
+        try:
+            return not os.path.samestat(lock, syscalls.fstat(self._lock_fd))
+        except FileNotFoundError:  # ours was removed, and this is another one
+            return True
 
     def retire(self) -> str | None:
         """Rename the control directory to the name of a tree, and release its lock. Returns that name, or None.
@@ -231,7 +235,7 @@ class ControlDirectory:
 
     def notes(self) -> bytes:
         """All lines of the notes."""
-        size = 0 if self.retired is not None else min(os.fstat(self._lock_fd).st_size, proof.most_bytes(LOCK))
+        size = 0 if self.retired is not None else min(syscalls.fstat(self._lock_fd).st_size, proof.most_bytes(LOCK))
         return os.pread(self._lock_fd, size, 0) if size else b""
 
     # -- files
@@ -314,7 +318,7 @@ def sign_of_life(control_fd: int) -> int:
 
     Every step of a fork makes or renames a file in it, and during a step the holder touches the lock file.
     """
-    signs = [os.fstat(control_fd).st_mtime_ns]
+    signs = [syscalls.fstat(control_fd).st_mtime_ns]
     with suppress(FileNotFoundError):
         signs.append(os.stat(LOCK, dir_fd=control_fd, follow_symlinks=False).st_mtime_ns)
     return max(signs) // 1_000_000

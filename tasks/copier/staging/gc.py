@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tasks.copier.errors import ForkError, errno_name, from_oserror
-from tasks.copier.kernel import trees
+from tasks.copier.kernel import syscalls, trees
 from tasks.copier.source.selection import STAGING_NAME
 from tasks.copier.staging.control_directory import Held, sign_of_life
 from tasks.copier.staging.files import holds_only_staging
@@ -213,13 +213,13 @@ def _visit_tree(staging: Staging, name: str, path: str, attempt: str) -> Finding
 def _visit_control(staging: Staging, path: str, search: _Search) -> Finding:
     journal = staging.journal()
     if journal is None:
-        if time.time() - os.fstat(staging.fd).st_mtime < _FRESH_SECONDS:
+        if time.time() - syscalls.fstat(staging.fd).st_mtime < _FRESH_SECONDS:
             return Finding(path, "", "kept", "it was made a moment ago")
         staging.discard_trees()
         staging.remove()
         return Finding(path, "", "removed", "its process died before it wrote a journal")
     fork_id = journal.job_id
-    if journal.control != os.fstat(staging.fd).st_ino:
+    if journal.control != syscalls.fstat(staging.fd).st_ino:
         return Finding(path, fork_id, "kept", "it is a copy of a staging directory")
     return _reap(staging, journal, path, fork_id, search)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from tasks.copier.report import Report
+from tasks.copier.staging import proof
 from tasks.copier.staging.control_directory import ControlDirectory
 
 _MANIFEST = "manifest"
@@ -35,11 +36,7 @@ class Parts(ControlDirectory):
         Two processes in one chunk would replace each other's files, and one could die half-way through a file that the
         other has already reported as done.
         """
-        name = f"chunk-{number}"
-        try:
-            fd, is_new = self.create_file(name), True
-        except FileExistsError:
-            fd, is_new = self.open_file(name, create=True), False
+        fd, is_new = self._open_chunk(f"chunk-{number}")
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -53,6 +50,14 @@ class Parts(ControlDirectory):
             yield begun
         finally:
             os.close(fd)
+
+    def _open_chunk(self, name: str) -> tuple[int, bool]:
+        """Open a chunk's lock file, and say whether this process made it. Raises OSError if the fork is gone."""
+        while True:
+            with suppress(FileExistsError):
+                return self.create_file(name), True
+            with suppress(FileNotFoundError):  # its holder removed it between the two calls
+                return proof.open_file(self.fd, name, os.O_RDWR), False
 
     def chunk_lock(self, number: int) -> int | None:
         """Inode of the lock of chunk `number`, or None. A holder that finds another inode has lost the chunk."""

@@ -17,6 +17,7 @@ from contextlib import suppress
 
 from tasks.copier.clone.attributes import drop_inherited_acls
 from tasks.copier.errors import Code, ForkError
+from tasks.copier.kernel import syscalls
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _SAFE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -131,7 +132,7 @@ def _make_enterable(parent_fd: int, name: str) -> bool:
 
 
 def _prove_directory(fd: int, parent_fd: int, name: str) -> None:
-    status = os.fstat(fd)
+    status = syscalls.fstat(fd)
     user, mode = os.geteuid(), stat.S_IMODE(status.st_mode)
     if status.st_uid != user:
         what = f"it belongs to the user {status.st_uid}, and this process runs as the user {user}"
@@ -183,7 +184,7 @@ def open_file(dir_fd: int, name: str, flags: int) -> int:
 
 
 def _prove_file(fd: int, dir_fd: int, name: str) -> None:
-    status = os.fstat(fd)
+    status = syscalls.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         raise NotOurs(path_of(dir_fd, name), _kind_of(dir_fd, name))
     if status.st_uid != os.geteuid():

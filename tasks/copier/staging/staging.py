@@ -65,7 +65,7 @@ class Staging(Parts):
     def own_journal(self) -> Journal | None:
         """As `journal`, but raises NotOurs also if the control directory is a copy of another one."""
         journal = self.journal()
-        if journal is not None and journal.control != os.fstat(self.fd).st_ino:
+        if journal is not None and journal.control != syscalls.fstat(self.fd).st_ino:
             raise NotOurs(proof.path_of(self.fd), "it is a copy of a staging directory")
         return journal
 
@@ -88,7 +88,7 @@ class Staging(Parts):
                 os.unlink(name, dir_fd=self.fd)
         journal = Journal(
             spec=spec,
-            control=os.fstat(self.fd).st_ino,
+            control=syscalls.fstat(self.fd).st_ino,
             attempt=secrets.token_hex(4),
             tries=earlier.tries + 1 if earlier else 1,
         )
@@ -307,7 +307,7 @@ class Staging(Parts):
 
     def _remove_as(self, name: str) -> None:
         found = trees.identity_of(self.parent_fd, name)
-        if found is not None and found == os.fstat(self.fd).st_ino:
+        if found is not None and found == syscalls.fstat(self.fd).st_ino:
             trees.remove(self.parent_fd, name)
 
     def _known_names(self) -> list[str]:
