@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+from tasks.copier.fork.chunk import MAX_TRIES
 from tests.fixtures.filesystems import Fresh
 from tests.support.guests import make_guest
 from tests.support.system.result_checks import check_file_results
@@ -24,7 +25,7 @@ def test_children_killed_again_and_again_at_any_moment_cost_nothing_but_time(
     small = {
         n: scheduler.send({"source": str(directory / "a"), "destination": str(directory / f"b-{n}")}) for n in range(5)
     }
-    for _ in range(6):
+    for _ in range(MAX_TRIES - 1):  # one more, and what died in the same chunk each time would be given up
         time.sleep(0.15)
         send(system.worker.children[:1], signal.SIGKILL)
 
