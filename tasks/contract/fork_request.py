@@ -72,6 +72,7 @@ class AnyRequest(BaseModel):
     preserve: Annotated[list[Preserve], Field(max_length=_MOST)] = sorted(PRESERVE_ALL)
     durability: Durability = "none"
     verify: Verify = "none"
+    max_copied_bytes: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
     #: Returned unchanged in the result.
     labels: Annotated[dict[Text, Text] | list[Text], Field(max_length=_MOST)] = {}
 
@@ -85,6 +86,7 @@ class AnyRequest(BaseModel):
             preserve=frozenset(self.preserve),
             durability=self.durability,
             verify=self.verify,
+            max_copied_bytes=self.max_copied_bytes,
         )
 
 

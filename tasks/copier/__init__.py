@@ -3,6 +3,7 @@
     kernel     system calls, and what each refusal means
     source     the directory that is cloned: its entries, and which of them are left out
     clone      one file or directory: data, metadata, and the comparison of a clone with its source
+    space      what a fork may copy, and what it will copy
     staging    the directory in which a fork is built: its lock, its journal, its removal
     fork       one fork, from the plan to the rename that publishes it
     campaign   many forks of one source, in batches
@@ -12,5 +13,5 @@
     report, metadata_losses, fork_spec               requests and results as the engine sees them
     child_processes                                  the supervisor of child processes
 
-Imports point down: kernel, then source, clone, staging, fork and campaign.
+Imports point down: kernel, then source, clone, staging, space, fork and campaign.
 """

@@ -33,6 +33,8 @@ class Code(StrEnum):
     SPARSE_UNSUPPORTED = "sparse_unsupported"
     #: The source was changed, truncated, replaced or removed while it was being cloned.
     SOURCE_CHANGED = "source_changed"
+    #: The fork would copy more bytes than the request's `max_copied_bytes`.
+    COPY_BUDGET_EXCEEDED = "copy_budget_exceeded"
     #: The destination's filesystem or quota is full.
     NO_SPACE = "no_space"
     #: A system call failed, and no fallback exists for it.

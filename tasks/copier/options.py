@@ -35,10 +35,13 @@ class Options:
     durability: Durability = "none"
     #: content: read back and compare every byte before the fork is published.
     verify: Verify = "none"
+    #: The most bytes that the fork may copy. 0: reflinks only. None: no bound.
+    max_copied_bytes: int | None = None
 
     def to_data(self) -> dict[str, Any]:
-        """JSON-ready data for the journal."""
-        return {**vars(self), "preserve": sorted(self.preserve)}
+        """JSON-ready data for the journal. A later option is left out at its default: earlier versions refuse it."""
+        data = {**vars(self), "preserve": sorted(self.preserve)}
+        return {name: value for name, value in data.items() if name not in _LATER or value != _LATER[name]}
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Options:
@@ -54,10 +57,13 @@ class Options:
                     "preserve": frozenset(validation.items(data["preserve"], _preserved, _MOST)),
                     "durability": validation.word(data["durability"], get_args(Durability)),
                     "verify": validation.word(data["verify"], get_args(Verify)),
+                    "max_copied_bytes": validation.optional(data.get("max_copied_bytes"), validation.number),
                 }
             )
 
 
+#: The options that the first version did not have, with their defaults.
+_LATER: dict[str, Any] = {"max_copied_bytes": None}
 #: The most items in a list of a request; the contract's limit.
 _MOST = 10_000
 

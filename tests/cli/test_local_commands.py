@@ -69,6 +69,17 @@ def test_a_failed_fork_still_prints_its_result_and_exits_with_1(run_forkvm: RunF
     assert str(place / "vm-2") in done.stderr
 
 
+def test_a_fork_that_would_copy_more_than_its_budget_exits_with_1(run_forkvm: RunForkvm, fresh: Fresh) -> None:
+    place = fresh("ext4")
+    make_guest(place / "vm-1", SMALL)
+
+    done = run_forkvm("fork", place / "vm-1", place / "vm-2", "--max-copied-bytes", "0")
+
+    assert done.returncode == 1
+    assert "copy_budget_exceeded" in done.stderr
+    assert [path.name for path in place.iterdir()] == ["vm-1"]
+
+
 def test_a_bad_call_exits_with_2_in_one_line(run_forkvm: RunForkvm, tmp_path: Path) -> None:
     no_name = run_forkvm("fork", "", tmp_path / "vm-2")
     wrong_word = run_forkvm("fork", tmp_path, tmp_path / "vm-2", "--reflink", "maybe")

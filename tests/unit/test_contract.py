@@ -47,6 +47,7 @@ def test_every_field_is_taken() -> None:
             "preserve": ["mode"],
             "durability": "sync",
             "verify": "content",
+            "max_copied_bytes": 0,
             "labels": ["x"],
         },
         "fork-1",
@@ -57,6 +58,7 @@ def test_every_field_is_taken() -> None:
     assert (spec.fork_id, spec.source, spec.destination) == ("fork-1", "/guests/a", "/guests/b")
     assert (spec.options.reflink, spec.options.snapshot) == ("never", "never")
     assert (spec.options.durability, spec.options.verify) == ("sync", "content")
+    assert spec.options.max_copied_bytes == 0
     assert spec.options.skip == ("a/b", "c")
     assert spec.options.exclude == ()
     assert spec.options.preserve == {"mode"}
@@ -106,6 +108,11 @@ def test_longest_path_is_taken_and_one_byte_more_is_not() -> None:
         ({"reflink": None}, "reflink"),
         ({"durability": True}, "durability"),
         ({"verify": 1}, "verify"),
+        ({"max_copied_bytes": -1}, "max_copied_bytes"),
+        ({"max_copied_bytes": 1.5}, "max_copied_bytes"),
+        ({"max_copied_bytes": True}, "max_copied_bytes"),
+        ({"max_copied_bytes": "1G"}, "max_copied_bytes"),
+        ({"max_copied_bytes": 1 << 63}, "max_copied_bytes"),
         ({"skip": "a"}, "skip"),
         ({"skip": ["/a"]}, "skip"),
         ({"skip": ["a/../b"]}, "skip"),

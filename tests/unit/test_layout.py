@@ -36,6 +36,7 @@ LAYERS = (
     ),
     ("tasks.copier.clone",),
     ("tasks.copier.staging",),
+    ("tasks.copier.space",),
     ("tasks.copier.fork",),
     ("tasks.copier.campaign",),
     ("tasks.names", "tasks.contract"),

@@ -67,6 +67,12 @@ def fork_options(command: Callable[..., None]) -> Callable[..., None]:
                 help="none (default); content: compare every byte of the fork with the source.",
             ),
             click.option(
+                "--max-copied-bytes",
+                type=int,
+                metavar="N",
+                help="Fail instead of copying more than N bytes; 0: reflinks only. Default: no bound.",
+            ),
+            click.option(
                 "--label", "labels", multiple=True, metavar="KEY=VALUE", help="Copied to the result. Repeatable."
             ),
         )
@@ -78,7 +84,7 @@ def fork_options(command: Callable[..., None]) -> Callable[..., None]:
 def request_of(paths: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     """The request made of `paths` (source and destinations) and the options that were given."""
     request = dict(paths)
-    for name in ("reflink", "snapshot", "durability", "verify"):
+    for name in ("reflink", "snapshot", "durability", "verify", "max_copied_bytes"):
         if fields[name] is not None:
             request[name] = fields[name]
     if fields["skip"]:

@@ -143,6 +143,7 @@ def _clone_into(
 ) -> None:
     """Clone the sources into one tree. Raises ForkError."""
     work, reached = tree.work, results[tree]
+    cloner.use_budget(tree.budget)
     for directory in directories:
         path = directory.place.path
         dst_fd = work.open_tree(path)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Concatenate, NamedTuple, ParamSpec
 
 from tasks.copier.clone.file import Cloner
+from tasks.copier.clone.sparse_copy import Take
 from tasks.copier.endpoints import Endpoints
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.fork.plan import Plan
@@ -17,6 +18,7 @@ from tasks.copier.fork_spec import ForkSpec
 from tasks.copier.kernel import trees
 from tasks.copier.progress import Ticker
 from tasks.copier.report import Report
+from tasks.copier.space.budget import budget_of, take_all
 from tasks.copier.staging.staging import SNAPSHOT, Staging
 from tasks.copier.staging.workspace import Workspace
 
@@ -33,6 +35,7 @@ class Tree:
     work: Workspace
     report: Report = field(default_factory=Report)
     is_subvolume: bool = False
+    budget: Take = take_all
 
 
 class Failure(NamedTuple):
@@ -76,7 +79,8 @@ class Trees:
             return
         self.opened.callback(os.close, tree_fd)
         devices = os.fstat(source_fd).st_dev, os.fstat(tree_fd).st_dev
-        self.alive.append(Tree(index, spec, name, Workspace(ends, self.source, spec.options, tree_fd, *devices)))
+        work = Workspace(ends, self.source, spec.options, tree_fd, *devices)
+        self.alive.append(Tree(index, spec, name, work, budget=budget_of(spec.options.max_copied_bytes)))
 
     def note(self) -> None:
         """Note the identities of the trees, before anything is put into them. Raises OSError."""

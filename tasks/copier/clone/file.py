@@ -14,7 +14,7 @@ from typing import TypeVar
 from tasks.copier.clone.metadata import Metadata, doing
 from tasks.copier.clone.name_collisions import name_taken
 from tasks.copier.clone.reflinker import NOT_ASKED_FOR, Reflinker, Refusal
-from tasks.copier.clone.sparse_copy import Part, SparseCopier, Step
+from tasks.copier.clone.sparse_copy import Part, SparseCopier, Step, Take
 from tasks.copier.errors import Code, ForkError, from_oserror, from_source
 from tasks.copier.kernel.contents import first_difference
 from tasks.copier.options import Options
@@ -87,6 +87,10 @@ class Cloner:
         self._sparse = SparseCopier(step, offload=options.reflink != "never")
         self._user, self._group = os.geteuid(), os.getegid()
         self._no_atime = os.O_NOATIME
+
+    def use_budget(self, take: Take) -> None:
+        """Call `take` with the number of bytes before they are copied; if it returns False, the file fails."""
+        self._sparse.take = take
 
     # -- whole entries
 

@@ -43,6 +43,8 @@ _REFUSED = frozenset(
 
 #: Called with the number of bytes just copied. Raises to stop the copy.
 Step = Callable[[int], None]
+#: Called with the number of bytes that are about to be copied. Returns whether they may be.
+Take = Callable[[int], bool]
 #: Returns the paths of source and destination. Called only when an error message needs them.
 Paths = Callable[[], tuple[str, str]]
 
@@ -61,6 +63,8 @@ class SparseCopier:
 
     def __init__(self, step: Step, *, offload: bool) -> None:
         """`offload`: use copy_file_range, which may share extents. Otherwise every byte is written."""
+        #: The budget of the copies. A fork without `max_copied_bytes` may copy all.
+        self.take: Take = lambda count: True
         self._step = step
         self._offload = offload
         self._data = bytearray()
@@ -74,7 +78,7 @@ class SparseCopier:
         """Copy the data of one part of a file and keep its holes. The destination must be a hole there.
 
         Returns the number of bytes written. `src_dev` is st_dev of the source. Raises ForkError: sparse_unsupported,
-        source_changed (the source became shorter), no_space, io_error.
+        copy_budget_exceeded, source_changed (the source became shorter), no_space, io_error.
         """
         copied = 0
         try:
@@ -112,6 +116,7 @@ class SparseCopier:
                 raise _ended_early(paths)
             written = 0
             for first, last in nonzero_runs(self._data, got, at):
+                self._take(last - first, paths)
                 self._write(dst_fd, first, last, at + first)
                 written += last - first
             at, copied = at + got, copied + written
@@ -119,6 +124,7 @@ class SparseCopier:
         return copied
 
     def _copy_extent(self, src_fd: int, dst_fd: int, at: int, end: int, paths: Paths) -> None:
+        self._take(end - at, paths)
         if end - at >= _ALLOCATED_BYTES:
             self._allocate(dst_fd, at, end)
         while self._offload and at < end:
@@ -139,6 +145,11 @@ class SparseCopier:
             self._write(dst_fd, 0, got, at)
             at += got
             self._step(got)
+
+    def _take(self, count: int, paths: Paths) -> None:
+        if not self.take(count):
+            message = "copying it would exceed max_copied_bytes; allow more, or find out why it is not reflinked"
+            raise ForkError(Code.COPY_BUDGET_EXCEEDED, message, paths()[0])
 
     def _allocate(self, dst_fd: int, start: int, end: int) -> None:
         """Allocate the blocks of [start, end) where that makes the copy faster. Raises OSError."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 from tasks.copier.clone.file import Cloner
 from tasks.copier.errors import Code, ForkError
@@ -13,6 +14,7 @@ from tasks.copier.fork.source_changes import refuse_changed_files
 from tasks.copier.progress import Ticker
 from tasks.copier.report import RangeDone, Report, failed
 from tasks.copier.source.walk import Block, join
+from tasks.copier.space.budget import chunk_budget
 from tasks.copier.staging.journal import Phase
 from tasks.copier.staging.staging import Staging
 from tasks.copier.staging.workspace import Workspace
@@ -52,7 +54,7 @@ def run_held_chunk(
     of the fork are told to end. Raises OSError if the staging cannot be written, and what `keep` raises.
     """
     staging = work.staging
-    with staging.hold_chunk(number) as begun:
+    with staging.hold_chunk(number) as begun, ExitStack() as opened:
         if begun is None:
             return None
         if staging.has_report(str(number)):
@@ -64,6 +66,7 @@ def run_held_chunk(
         journal = staging.journal()
         refused = {(src, dst): refusal for src, dst, refusal in plan.refused}
         cloner = Cloner(work.options, refused, ticker.step, replaces=begun > 1)
+        cloner.use_budget(opened.enter_context(chunk_budget(staging, number, work.options.max_copied_bytes)))
         report = run_chunk(work, plan, chunk, cloner, ticker)
         report.replaced = begun > 1
         report.during_walk = journal is None or journal.phase is Phase.PLANNING

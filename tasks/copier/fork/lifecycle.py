@@ -30,6 +30,7 @@ from tasks.copier.kernel import syscalls, trees
 from tasks.copier.options import Limits
 from tasks.copier.progress import Cancellation, Ticker
 from tasks.copier.report import Report
+from tasks.copier.space.budget import budget_of, refuse_excess
 from tasks.copier.staging.journal import Journal, Phase
 from tasks.copier.staging.proof import NotOurs
 from tasks.copier.staging.publishing import cannot_publish, require_noreplace
@@ -145,6 +146,7 @@ def _begin(attempt: Attempt, limits: Limits, start_early: StartEarly | None) -> 
         if result is not None:
             return result
         cloner = Cloner(spec.options, {}, attempt.ticker.step)
+        cloner.use_budget(budget_of(spec.options.max_copied_bytes))
         plan = _plan(attempt, journal, work, limits, cloner, start_early)
         if not plan.inline:
             return plan
@@ -188,6 +190,7 @@ def _plan(
     except BaseException:
         if early is not None:
             early.stop()  # before the tree is removed
+        report.totals.fallback = cloner.fallback
         raise
 
 
@@ -285,6 +288,7 @@ def _close_and_publish(attempt: Attempt, work: Workspace, plan: Plan) -> ForkRes
 def _complete_and_publish(attempt: Attempt, work: Workspace, *, subvolume: bool = False) -> ForkResult:
     """Keep the FileResults of the closed tree, write its result and identity into the journal, and publish it."""
     spec, journal, staging = attempt.spec, cast(Journal, attempt.journal), attempt.staging
+    refuse_excess(attempt.totals().bytes_copied, spec.options.max_copied_bytes, spec.destination)
     if attempt.keep_pages() is Cancellation.REQUESTED:
         raise cancelled(spec.destination)
     sync = spec.options.durability == "sync"

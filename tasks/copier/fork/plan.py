@@ -18,6 +18,7 @@ from tasks.copier.progress import Ticker
 from tasks.copier.report import Report
 from tasks.copier.source.manifest import Span
 from tasks.copier.source.walk import Entry, Kind, entry_of, join
+from tasks.copier.space.forecast import Forecast, data_of
 from tasks.copier.staging.workspace import Workspace
 
 #: One of this many chunks may be cut during the walk; meanwhile their size doubles this many times.
@@ -139,11 +140,13 @@ def make_plan(
 
     With `early`, chunks of a large source are begun during the walk; without, all are cut at its end.
 
-    Raises ForkError: unsupported_file_type, permission_denied, source_changed, reflink_unsupported, no_space …
+    Raises ForkError: unsupported_file_type, permission_denied, source_changed, reflink_unsupported, no_space,
+    copy_budget_exceeded …
     """
     top = entry_of("", "", Kind.DIRECTORY, os.fstat(work.ends.source_fd))  # before the walk: later changes are noticed
     chunks: list[Chunk] = []
     probed: Probed | None = None
+    most = work.options.max_copied_bytes
 
     def plan(cloned: tuple[str, ...], inline: bool) -> Plan:
         return Plan(
@@ -160,8 +163,8 @@ def make_plan(
         with open_survey(work, limits) as survey:
             for _ in survey.walk(ticker):
                 ticker.enter("plan", survey.entries, survey.bytes)  # the sums so far
-                if early is None or survey.files <= limits.inline_files:
-                    continue
+                if early is None or survey.files <= limits.inline_files or most is not None:
+                    continue  # with a budget, nothing is copied before all that will be is known
                 if probed is None:
                     probed = probe(work, cloner, survey.largest(), ticker, report)
                     if not probed.can_reflink:
@@ -174,6 +177,8 @@ def make_plan(
     ticker.enter("copy", survey.entries, survey.bytes)
     if probed is None:
         probed = probe(work, cloner, survey.largest(), ticker, report)
+    if most is not None:
+        _refuse_over_budget(Forecast(work, cloner, probed.cloned, probed.refused), top, most, ticker)
     reflinks = probed.can_reflink
     if survey.files <= limits.inline_files and (reflinks or survey.data <= limits.inline_bytes):
         end = sum(unit.length for unit in survey.units)
@@ -182,6 +187,16 @@ def make_plan(
     chunks += _cut(survey.units, limits, probed, limits.max_chunks - len(chunks))
     _create_ranged(work, cloner, survey.units, chunks)
     return plan(probed.cloned, inline=False)
+
+
+def _refuse_over_budget(forecast: Forecast, top: Entry, most: int, ticker: Ticker) -> None:
+    """Raise ForkError copy_budget_exceeded if the fork will copy more than `most` bytes, as far as that is known."""
+    total = 0
+    for file in forecast.files(top.dev, ticker.poll, only_copied=True):
+        data = data_of(file)
+        total += data.bytes if data.exact else 0
+        if total > most:
+            raise forecast.exceeds(most, file)
 
 
 # -- cutting into chunks

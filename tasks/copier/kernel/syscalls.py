@@ -19,6 +19,9 @@ from typing import Any, NamedTuple
 
 #: _IOW(0x94, 9, int). A wrong number would fail with ENOTTY and every fork would be copied, so a test pins it.
 FICLONE = 0x40049409
+#: _IOR('f', 1, long), and a flag of it: data is overwritten in place and has no checksums (btrfs).
+FS_IOC_GETFLAGS = 0x80086601
+FS_NOCOW_FL = 0x00800000
 #: _IOWR('f', 11, struct fiemap).
 FS_IOC_FIEMAP = 0xC020660B
 FIEMAP_FLAG_SYNC = 0x1
@@ -230,6 +233,13 @@ def die_with_parent(signal: int) -> None:
 def ficlone(dst_fd: int, src_fd: int) -> None:
     """Make the file `dst_fd` share all extents of `src_fd`. Atomic with respect to writes to the source."""
     fcntl.ioctl(dst_fd, FICLONE, src_fd)
+
+
+def is_nocow(fd: int) -> bool:
+    """Whether the file or directory `fd` is NOCOW (ioctl_iflags(2))."""
+    flags = bytearray(8)
+    fcntl.ioctl(fd, FS_IOC_GETFLAGS, flags)
+    return bool(struct.unpack_from("=I", flags)[0] & FS_NOCOW_FL)
 
 
 def create_snapshot(dir_fd: int, name: str, subvolume_fd: int) -> None:

@@ -7,7 +7,7 @@ import re
 
 #: `source` and `clone` are made by `self_test`; the last two are open files that were unlinked on FUSE and NFS.
 _KNOWN_NAME = re.compile(
-    r"(lock|journal|manifest|closing|stop|destinations|source|clone|(mode|rename)-[0-9a-f]+(\.done)?"
+    r"(lock|journal|manifest|closing|stop|copied|destinations|source|clone|(mode|rename)-[0-9a-f]+(\.done)?"
     r"|(chunk|settled)-\d+|report-(plan|\d+)|batch-\d+-\d+)(\.new)?|snapshot[.0-9a-z-]*"
     r"|\.fuse_hidden[0-9a-f]+|\.nfs[0-9a-f]+",
     re.ASCII,

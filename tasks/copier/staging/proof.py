@@ -44,6 +44,8 @@ MOST_BYTES = {
     "chunk": 4 * _KIB,
     # FileResults of one chunk, compressed: about 20 bytes an entry.
     "report": _GIB,
+    # A number of 8 bytes for each of at most 100,000 chunks.
+    "copied": _MIB,
     # Empty.
     "stop": 4 * _KIB,
     # FileResults of the forks of one batch.
