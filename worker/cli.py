@@ -30,6 +30,8 @@ _MODULES = {
     "verify": "worker.commands.fork",
     "gc": "worker.commands.gc",
     "demo": "worker.commands.worker",
+    "completion": "worker.commands.interface",
+    "schema": "worker.commands.interface",
 }
 
 
@@ -59,6 +61,14 @@ class _Commands(click.Group):
         """The command of that name, or None."""
         module = _MODULES.get(cmd_name)
         return None if module is None else getattr(import_module(module), cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that `args` begin with. Raises NoSuchCommand, which suggests a similar name."""
+        if args[0] not in _MODULES and not args[0].startswith("-"):
+            raise click.NoSuchCommand(args[0], possibilities=_MODULES, ctx=ctx)
+        return super().resolve_command(ctx, args)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the exit codes of all commands."""

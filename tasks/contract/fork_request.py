@@ -10,7 +10,7 @@ import re
 import time
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, ValidationError, WithJsonSchema
 
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.fork_spec import Clock, ForkResult, ForkSpec, failed
@@ -49,14 +49,15 @@ def _relative(path: str) -> str:
 
 
 #: Any Python string. pydantic's own `str` refuses lone surrogates, which represent bytes that are not UTF-8.
-Text = Annotated[InstanceOf[str], AfterValidator(_short)]
+Text = Annotated[InstanceOf[str], AfterValidator(_short), WithJsonSchema({"type": "string", "maxLength": _LONGEST})]
 Pattern = Annotated[Text, AfterValidator(_name)]
 RelativePath = Annotated[Pattern, AfterValidator(_relative)]
 
 
 #: Absolute paths. Bytes that are not UTF-8 are encoded with Python's surrogateescape (`\udcff` for 0xff).
-SourcePath = Annotated[InstanceOf[str], AfterValidator(lambda path: normal_path(path, "source"))]
-DestinationPath = Annotated[InstanceOf[str], AfterValidator(lambda path: normal_path(path, "destination"))]
+_ABSOLUTE = WithJsonSchema({"type": "string", "pattern": "^/", "description": "An absolute path."})
+SourcePath = Annotated[InstanceOf[str], AfterValidator(lambda path: normal_path(path, "source")), _ABSOLUTE]
+DestinationPath = Annotated[InstanceOf[str], AfterValidator(lambda path: normal_path(path, "destination")), _ABSOLUTE]
 
 
 class AnyRequest(BaseModel):
@@ -74,7 +75,7 @@ class AnyRequest(BaseModel):
     verify: Verify = "none"
     max_copied_bytes: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
     #: Returned unchanged in the result.
-    labels: Annotated[dict[Text, Text] | list[Text], Field(max_length=_MOST)] = {}
+    labels: Annotated[dict[Text, Text], Field(max_length=_MOST)] | Annotated[list[Text], Field(max_length=_MOST)] = {}
 
     def options(self) -> Options:
         """The options of the engine that the request asks for."""

@@ -82,7 +82,7 @@ def test_a_bad_call_exits_with_2_in_one_line_and_makes_nothing(run_forkvm: RunFo
         ("campaign", source, "--to-file", f"{place}/missing"): "No such file",
         ("campaign", source, "--to", template, "--count", "many"): "--count",
         ("campaign", source, "--to", f"{place}/same", "--count", "2"): "twice",
-        ("campaign", source, "--to", template, "--count", "2", "--on-error", "panic"): "on_error",
+        ("campaign", source, "--to", template, "--count", "2", "--on-error", "panic"): "--on-error",
         ("campaign", source, "--to", f"{place}/vm-{{n.real}}", "--count", "2", "--local"): "template",
     }
 

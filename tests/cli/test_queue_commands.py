@@ -80,7 +80,7 @@ def test_a_request_that_cannot_be_meant_is_refused_before_it_is_sent(
     done = run_forkvm("submit", place / "vm-1", place / "vm-2", "--reflink", "maybe", env=environment)
 
     assert done.returncode == 2
-    assert "invalid_request" in done.stderr
+    assert "'maybe' is not one of 'auto', 'always', 'never'" in done.stderr
     with redis_server.client() as client:
         assert client.llen("forkvm") == 0
 

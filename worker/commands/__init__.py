@@ -4,6 +4,7 @@
     queue        submit, status, files, cancel
     campaign     campaign, forks
     worker       worker, demo
+    interface    completion, schema: what shells and other programs need to know of forkvm
     demo         what `forkvm demo` does
     doctor, gc   the commands of these names
     options      options, and the requests and settings that they make

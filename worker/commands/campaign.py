@@ -5,17 +5,18 @@ from __future__ import annotations
 import sys
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import click
 from click.core import ParameterSource
 
 from tasks.contract.campaign_request import Summary, campaign_of, refused_campaign
 from tasks.copier.campaign.local import campaign_here
-from tasks.copier.campaign.spec import CampaignResult
+from tasks.copier.campaign.spec import CampaignResult, OnError
 from tasks.copier.errors import Code, ForkError, describe
 from worker.commands.help import command
 from worker.commands.options import (
+    PATH,
     absolute,
     as_json,
     connect,
@@ -47,16 +48,22 @@ _WITH_RETRY = frozenset({"earlier", "campaign_id", "domain", "local", "wait", "t
     failed="With --wait or --local: a fork failed, or the campaign was cancelled.",
     codes=(NO_BROKER, TIMED_OUT),
 )
-@click.argument("source", required=False)
-@click.option("--to", "template", metavar="TEMPLATE", help="Path of each destination, with its number as {n}.")
+@click.argument("source", required=False, type=PATH)
+@click.option(
+    "--to", "template", type=PATH, metavar="TEMPLATE", help="Path of each destination, with its number as {n}."
+)
 @click.option("--count", type=int, metavar="N", help="With --to: number of forks.")
 @click.option("--start", type=int, metavar="N", help="With --to: number of the first fork. Default: 1.")
-@click.option("--to-file", "list_file", metavar="FILE", help="File with one destination a line; - is stdin.")
+@click.option("--to-file", "list_file", type=PATH, metavar="FILE", help="File with one destination a line; - is stdin.")
 @click.option("--retry", "earlier", metavar="ID", help="Run again the forks of campaign ID that did not succeed.")
 @click.option("--id", "campaign_id", metavar="ID", help="Id of the campaign; an id is run only once. Default: random.")
 @domain_option
 @click.option("--max-parallel", type=int, metavar="N", help="Run at most N forks at a time.")
-@click.option("--on-error", metavar="ACTION", help="continue (default); abort: cancel the campaign when a fork fails.")
+@click.option(
+    "--on-error",
+    type=click.Choice(get_args(OnError)),
+    help="continue (default); abort: cancel the campaign when a fork fails.",
+)
 @click.option("--deadline", type=float, metavar="SECONDS", help="Cancel what is not done after this time.")
 @click.option("--local", is_flag=True, help="Run the campaign in this process, without a broker.")
 @wait_options

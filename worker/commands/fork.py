@@ -17,7 +17,7 @@ from tasks.copier.options import DEFAULT_EXCLUDE
 from tasks.copier.progress import Beat
 from tasks.copier.source.selection import Selection
 from worker.commands.help import command
-from worker.commands.options import absolute, as_json, fork_options, local_processes, print_result, request_of
+from worker.commands.options import PATH, absolute, as_json, fork_options, local_processes, print_result, request_of
 from worker.commands.output import comparison_lines, comparison_record, progress_bar
 from worker.exit_codes import FAILED
 from worker.settings import Settings, read_settings, roots_of
@@ -29,8 +29,8 @@ from worker.terminal.signals import cancelled_by_signals
     example="forkvm fork /guests/vm-1 /guests/vm-2",
     failed="The fork failed, or a signal cancelled it. DESTINATION is not created.",
 )
-@click.argument("source")
-@click.argument("destination")
+@click.argument("source", type=PATH)
+@click.argument("destination", type=PATH)
 @fork_options
 @as_json
 def fork(source: str, destination: str, as_json: bool, **fields: Any) -> None:
@@ -51,8 +51,8 @@ def fork(source: str, destination: str, as_json: bool, **fields: Any) -> None:
     done="The directories are the same.",
     failed="The directories differ, or something could not be read.",
 )
-@click.argument("source")
-@click.argument("clone")
+@click.argument("source", type=PATH)
+@click.argument("clone", type=PATH)
 @click.option("--skip", multiple=True, metavar="PATH", help="The fork's --skip. Repeatable.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="The fork's --exclude. Repeatable.")
 @click.option("--no-exclude", is_flag=True, help="The fork was made with --no-exclude.")

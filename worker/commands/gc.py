@@ -13,7 +13,7 @@ from tasks.copier.roots import normal_path
 from tasks.copier.staging.gc import Finding, collect
 from worker.commands.errors import is_redis_error
 from worker.commands.help import command
-from worker.commands.options import absolute, as_json, connect
+from worker.commands.options import PATH, absolute, as_json, connect
 from worker.exit_codes import FAILED
 from worker.settings import NoBroker, Settings, read_settings
 from worker.terminal.printing import print_json, print_line, print_message
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     done="Everything was searched.",
     failed="Something could not be searched, read or removed. The rest was searched.",
 )
-@click.argument("directories", nargs=-1)
+@click.argument("directories", nargs=-1, type=PATH)
 @as_json
 def gc(directories: tuple[str, ...], as_json: bool) -> None:
     """Remove abandoned staging directories.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
+from click.shell_completion import CompletionItem
 
 from tasks.copier.errors import Code, describe
 from tasks.copier.fork_spec import ForkResult
-from tasks.copier.options import DEFAULT_EXCLUDE
+from tasks.copier.options import DEFAULT_EXCLUDE, Durability, Preserve, Reflink, Snapshot, Verify
 from worker.commands.output import result_lines
 from worker.cpus import available_cpus
 from worker.exit_codes import BAD_CALL, FAILED
@@ -22,6 +23,31 @@ if TYPE_CHECKING:
 
 #: More processes do not make a local fork faster: the filesystem's own locks are the limit.
 _MOST_PROCESSES = 4
+
+#: A path as an argument or option: shells complete it, and it need not exist.
+PATH = click.Path()
+
+
+class _WordList(click.ParamType[list[str]]):
+    """Words separated by commas, each one of `words`; converted to a list."""
+
+    name = "list"
+
+    def __init__(self, words: tuple[str, ...]) -> None:
+        self._words = words
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The words of `value`. Raises BadParameter for another word."""
+        if not isinstance(value, str):
+            return value
+        choice = click.Choice(self._words)
+        return [choice.convert(word, param, ctx) for word in value.split(",") if word]
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The words that the last one can become."""
+        before, comma, last = incomplete.rpartition(",")
+        return [CompletionItem(before + comma + word) for word in self._words if word.startswith(last)]
+
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 domain_option = click.option(
@@ -35,12 +61,12 @@ def fork_options(command: Callable[..., None]) -> Callable[..., None]:
         (
             click.option(
                 "--reflink",
-                metavar="WHEN",
+                type=click.Choice(get_args(Reflink)),
                 help="auto (default): copy a file that cannot be reflinked; always: fail instead; never: copy all.",
             ),
             click.option(
                 "--snapshot",
-                metavar="WHEN",
+                type=click.Choice(get_args(Snapshot)),
                 help="auto (default): clone a btrfs subvolume by a snapshot if possible; never: clone its files.",
             ),
             click.option("--skip", multiple=True, metavar="PATH", help="Leave out this relative path. Repeatable."),
@@ -53,17 +79,18 @@ def fork_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--no-exclude", is_flag=True, help="Exclude nothing by pattern."),
             click.option(
                 "--preserve",
+                type=_WordList(get_args(Preserve)),
                 metavar="LIST",
                 help="Metadata to keep, separated by commas. Default: mode,ownership,timestamps,xattrs,hardlinks.",
             ),
             click.option(
                 "--durability",
-                metavar="LEVEL",
+                type=click.Choice(get_args(Durability)),
                 help="none (default); sync: write the fork to the disk before it is published.",
             ),
             click.option(
                 "--verify",
-                metavar="LEVEL",
+                type=click.Choice(get_args(Verify)),
                 help="none (default); content: compare every byte of the fork with the source.",
             ),
             click.option(
@@ -92,7 +119,7 @@ def request_of(paths: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     if fields["exclude"] or fields["no_exclude"]:
         request["exclude"] = list(fields["exclude"])
     if fields["preserve"] is not None:
-        request["preserve"] = [word for word in fields["preserve"].split(",") if word]
+        request["preserve"] = fields["preserve"]
     if fields["labels"]:
         request["labels"] = dict(label.partition("=")[::2] for label in fields["labels"])
     return request

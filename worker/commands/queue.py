@@ -13,6 +13,7 @@ from tasks.contract import fork_request
 from tasks.copier.fork_spec import ForkResult
 from worker.commands.help import command
 from worker.commands.options import (
+    PATH,
     absolute,
     as_json,
     connect,
@@ -42,8 +43,8 @@ _CANCEL_SECONDS = 10.0
     failed="With --wait: the fork failed or was cancelled.",
     codes=(NO_BROKER, TIMED_OUT),
 )
-@click.argument("source")
-@click.argument("destination")
+@click.argument("source", type=PATH)
+@click.argument("destination", type=PATH)
 @click.option("--id", "fork_id", metavar="ID", help="Id of the fork; an id is run only once. Default: random.")
 @domain_option
 @wait_options

@@ -8,7 +8,7 @@ import sys
 import click
 
 from worker.commands.help import command
-from worker.commands.options import with_domain
+from worker.commands.options import PATH, with_domain
 from worker.exit_codes import DONE, NO_BROKER
 from worker.settings import NO_ROOTS, read_settings
 
@@ -26,7 +26,13 @@ from worker.settings import NO_ROOTS, read_settings
     metavar="N",
     help="Number of pool processes. Default: FORKVM_CONCURRENCY, else the number of CPUs that the worker may use.",
 )
-@click.option("--loglevel", metavar="LEVEL", default="INFO", show_default=True, help="DEBUG, INFO, WARNING or ERROR.")
+@click.option(
+    "--loglevel",
+    type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"], case_sensitive=False),
+    default="INFO",
+    show_default=True,
+    help="Lines below this level are not logged.",
+)
 def worker(domain: str | None, concurrency: int | None, loglevel: str) -> None:
     """Run a worker for the queue of a domain.
 
@@ -53,6 +59,7 @@ def worker(domain: str | None, concurrency: int | None, loglevel: str) -> None:
 @click.option(
     "--dir",
     "directory",
+    type=PATH,
     metavar="DIR",
     help="Directory for the demo's guests. Default: a new XFS filesystem as root, else /tmp.",
 )
