@@ -14,7 +14,17 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, V
 
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.fork_spec import Clock, ForkResult, ForkSpec, failed
-from tasks.copier.options import DEFAULT_EXCLUDE, PRESERVE_ALL, Durability, Options, Preserve, Reflink, Snapshot, Verify
+from tasks.copier.options import (
+    DEFAULT_EXCLUDE,
+    PRESERVE_ALL,
+    Durability,
+    Options,
+    Preserve,
+    Reflink,
+    Snapshot,
+    SourceOpen,
+    Verify,
+)
 from tasks.copier.report import Totals
 from tasks.copier.roots import normal_path
 from tasks.copier.source.selection import Selection
@@ -74,6 +84,7 @@ class AnyRequest(BaseModel):
     durability: Durability = "none"
     verify: Verify = "none"
     max_copied_bytes: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
+    source_open: SourceOpen = "allow"
     #: Returned unchanged in the result.
     labels: Annotated[dict[Text, Text], Field(max_length=_MOST)] | Annotated[list[Text], Field(max_length=_MOST)] = {}
 
@@ -88,6 +99,7 @@ class AnyRequest(BaseModel):
             durability=self.durability,
             verify=self.verify,
             max_copied_bytes=self.max_copied_bytes,
+            source_open=self.source_open,
         )
 
 

@@ -35,6 +35,10 @@ class Code(StrEnum):
     SOURCE_CHANGED = "source_changed"
     #: The fork would copy more bytes than the request's `max_copied_bytes`.
     COPY_BUDGET_EXCEEDED = "copy_budget_exceeded"
+    #: With `source_open: refuse`: a file of the source is open for writing.
+    SOURCE_IN_USE = "source_in_use"
+    #: With `source_open: refuse`: whether a file of the source is open for writing cannot be known.
+    SOURCE_OPEN_UNSUPPORTED = "source_open_unsupported"
     #: The destination's filesystem or quota is full.
     NO_SPACE = "no_space"
     #: A system call failed, and no fallback exists for it.

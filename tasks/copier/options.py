@@ -12,6 +12,7 @@ Snapshot = Literal["auto", "never"]
 Preserve = Literal["mode", "ownership", "timestamps", "xattrs", "hardlinks"]
 Durability = Literal["none", "sync"]
 Verify = Literal["none", "content"]
+SourceOpen = Literal["allow", "refuse"]
 
 #: Files that a running guest leaves: logs at the top level, unfinished compressed files, sockets.
 DEFAULT_EXCLUDE = ("/logs/", "*.lz4.tmp", "*.zst.tmp", "*.sock")
@@ -37,6 +38,8 @@ class Options:
     verify: Verify = "none"
     #: The most bytes that the fork may copy. 0: reflinks only. None: no bound.
     max_copied_bytes: int | None = None
+    #: refuse: fail if a file is open for writing while it is cloned.
+    source_open: SourceOpen = "allow"
 
     def to_data(self) -> dict[str, Any]:
         """JSON-ready data for the journal. A later option is left out at its default: earlier versions refuse it."""
@@ -58,12 +61,13 @@ class Options:
                     "durability": validation.word(data["durability"], get_args(Durability)),
                     "verify": validation.word(data["verify"], get_args(Verify)),
                     "max_copied_bytes": validation.optional(data.get("max_copied_bytes"), validation.number),
+                    "source_open": validation.word(data.get("source_open", cls.source_open), get_args(SourceOpen)),
                 }
             )
 
 
 #: The options that the first version did not have, with their defaults.
-_LATER: dict[str, Any] = {"max_copied_bytes": None}
+_LATER: dict[str, Any] = {"max_copied_bytes": None, "source_open": "allow"}
 #: The most items in a list of a request; the contract's limit.
 _MOST = 10_000
 

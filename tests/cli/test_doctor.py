@@ -48,6 +48,7 @@ def test_all_is_well_on_xfs_with_a_redis_as_it_should_be(
     assert {"kernel: openat2", "kernel: renameat2", "limit: open files", f"{redis}: memory"} <= set(checks)
     assert checks[f"root {place}"]["found"].startswith("XFS, writable")
     assert checks[f"root {place}: reflink"]["found"] == "works"
+    assert checks[f"root {place}: read leases"]["found"] == "work"
     assert checks[redis]["found"] == "reached through a unix socket"
     assert checks[f"{redis}: appendonly"]["found"] == "yes"
     assert checks[f"{redis}: maxmemory-policy"]["found"] == "noeviction"

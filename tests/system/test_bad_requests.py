@@ -297,6 +297,22 @@ def test_full_destination_is_no_space_and_leaves_nothing(
         assert list(full.iterdir()) == []
 
 
+def test_source_that_is_open_for_writing_is_refused_if_the_request_says_so(
+    system: System, scheduler: Scheduler, fresh: Fresh
+) -> None:
+    directory = fresh("xfs")
+    make_guest(directory / "a")
+    request = {"source": str(directory / "a"), "destination": str(directory / "b"), "source_open": "refuse"}
+
+    with (directory / "a" / "overlay.raw").open("r+b"):
+        message, result = scheduler.wait_failed(scheduler.send(request))
+
+    check_fork_result(result)
+    assert message.startswith(f"source_in_use: {directory}/a/overlay.raw: ")
+    system.assert_left_nothing_in(directory)
+    assert scheduler.wait(scheduler.send(request))["status"] == "succeeded"
+
+
 def _write(disk: Path) -> None:
     with disk.open("r+b") as file:
         os.pwrite(file.fileno(), b"changed", 0)

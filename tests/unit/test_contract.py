@@ -8,8 +8,10 @@ import pytest
 
 from tasks.contract.fork_request import parse, spec_of
 from tasks.copier.errors import Code, ForkError
-from tasks.copier.options import DEFAULT_EXCLUDE, PRESERVE_ALL
+from tasks.copier.options import DEFAULT_EXCLUDE, PRESERVE_ALL, Options
 
+#: The fields of Options in the journal of the version before.
+EARLIER_FIELDS = {"reflink", "snapshot", "skip", "exclude", "preserve", "durability", "verify"}
 GOOD = {"source": "/guests/a", "destination": "/guests/b"}
 
 
@@ -48,6 +50,7 @@ def test_every_field_is_taken() -> None:
             "durability": "sync",
             "verify": "content",
             "max_copied_bytes": 0,
+            "source_open": "refuse",
             "labels": ["x"],
         },
         "fork-1",
@@ -59,10 +62,20 @@ def test_every_field_is_taken() -> None:
     assert (spec.options.reflink, spec.options.snapshot) == ("never", "never")
     assert (spec.options.durability, spec.options.verify) == ("sync", "content")
     assert spec.options.max_copied_bytes == 0
+    assert spec.options.source_open == "refuse"
     assert spec.options.skip == ("a/b", "c")
     assert spec.options.exclude == ()
     assert spec.options.preserve == {"mode"}
     assert (spec.labels, spec.owner, spec.queued) == (["x"], "queue", 1.5)
+
+
+def test_fields_that_an_earlier_version_does_not_know_are_written_only_if_they_are_used() -> None:
+    plain, used = Options(), Options(source_open="refuse")
+
+    assert set(plain.to_data()) == EARLIER_FIELDS
+    assert set(used.to_data()) == EARLIER_FIELDS | {"source_open"}
+    assert Options.from_data(plain.to_data()) == plain
+    assert Options.from_data(used.to_data()) == used
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Literal
 
 from tasks.copier.errors import errno_name
 from tasks.copier.kernel import syscalls
+from tasks.copier.kernel.leases import may_lease_files_of_others
 from tasks.copier.staging.gc import silent_stagings
 from tasks.copier.staging.self_test import Support, probe_filesystem
 from worker.checks.shared_filesystems import REMEDY, shared_directories, try_locks
@@ -129,6 +130,7 @@ def _opened_root(subject: str, fd: int) -> Iterator[Check]:
     else:
         yield _publishing(subject, kind, support)
         yield _reflink(subject, kind, support)
+        yield _leases(subject, support)
     yield _staging(subject, fd)
     yield from _free(subject, fd)
 
@@ -156,6 +158,17 @@ def _reflink(subject: str, kind: str, support: Support) -> Check:
         return Check(f"{subject}: reflink", "ok", "works")
     fix = "keep guests on XFS (mkfs.xfs -m reflink=1), btrfs, or OpenZFS from 2.3"
     return Check(f"{subject}: reflink", "warn", f"refused ({support.refusal.reason}): forks copy all data", fix)
+
+
+def _leases(subject: str, support: Support) -> Check:
+    """Whether requests with `source_open: refuse` are possible."""
+    subject = f"{subject}: read leases"
+    if support.lease_error is not None:
+        fix = "keep guests on a local filesystem, or send no request with source_open=refuse"
+        return Check(subject, "warn", f"refused ({_text_of(support.lease_error)}): source_open=refuse fails", fix)
+    if may_lease_files_of_others():
+        return Check(subject, "ok", "work")
+    return Check(subject, "ok", f"work for files of uid {os.geteuid()}; those of others need CAP_LEASE")
 
 
 def _staging(subject: str, fd: int) -> Check:

@@ -11,7 +11,7 @@ from click.shell_completion import CompletionItem
 
 from tasks.copier.errors import Code, describe
 from tasks.copier.fork_spec import ForkResult
-from tasks.copier.options import DEFAULT_EXCLUDE, Durability, Preserve, Reflink, Snapshot, Verify
+from tasks.copier.options import DEFAULT_EXCLUDE, Durability, Preserve, Reflink, Snapshot, SourceOpen, Verify
 from worker.commands.output import result_lines
 from worker.cpus import available_cpus
 from worker.exit_codes import BAD_CALL, FAILED
@@ -100,6 +100,11 @@ def fork_options(command: Callable[..., None]) -> Callable[..., None]:
                 help="Fail instead of copying more than N bytes; 0: reflinks only. Default: no bound.",
             ),
             click.option(
+                "--source-open",
+                type=click.Choice(get_args(SourceOpen)),
+                help="allow (default); refuse: fail if a file of the source is open for writing.",
+            ),
+            click.option(
                 "--label", "labels", multiple=True, metavar="KEY=VALUE", help="Copied to the result. Repeatable."
             ),
         )
@@ -111,7 +116,7 @@ def fork_options(command: Callable[..., None]) -> Callable[..., None]:
 def request_of(paths: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     """The request made of `paths` (source and destinations) and the options that were given."""
     request = dict(paths)
-    for name in ("reflink", "snapshot", "durability", "verify", "max_copied_bytes"):
+    for name in ("reflink", "snapshot", "durability", "verify", "max_copied_bytes", "source_open"):
         if fields[name] is not None:
             request[name] = fields[name]
     if fields["skip"]:

@@ -124,7 +124,7 @@ def _open_directory(made: Trees, block: Block, results: dict[Tree, list[FileResu
             continue
         try:
             fd = cloner.open_source(place, entry)
-            opened.callback(os.close, fd)
+            opened.callback(cloner.close_source, fd)
             cloner.check_source(place, entry, fd)  # before a clone gets the owner and mode of `entry`
         except ForkError as error:
             for reached in results.values():

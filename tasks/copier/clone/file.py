@@ -14,11 +14,12 @@ from typing import TypeVar
 from tasks.copier.clone.metadata import Metadata, doing
 from tasks.copier.clone.name_collisions import name_taken
 from tasks.copier.clone.reflinker import NOT_ASKED_FOR, Reflinker, Refusal
-from tasks.copier.clone.sparse_copy import Part, SparseCopier, Step, Take
+from tasks.copier.clone.sparse_copy import OpenPair, Part, SparseCopier, Step, Take
 from tasks.copier.errors import Code, ForkError, from_oserror, from_source
 from tasks.copier.kernel.contents import first_difference
 from tasks.copier.options import Options
 from tasks.copier.report import Fallback, FileResult, Method, file_result
+from tasks.copier.source.read_leases import leases_of_process
 from tasks.copier.source.walk import Entry, Kind, join
 
 T = TypeVar("T")
@@ -84,7 +85,9 @@ class Cloner:
         self.fallback: Fallback | None = None
         self._options = options
         self._replaces = replaces
-        self._sparse = SparseCopier(step, offload=options.reflink != "never")
+        self._step = step
+        self._sparse = SparseCopier(offload=options.reflink != "never")
+        self._leases = leases_of_process(os.getpid()) if options.source_open == "refuse" else None
         self._user, self._group = os.geteuid(), os.getegid()
         self._no_atime = os.O_NOATIME
 
@@ -106,7 +109,7 @@ class Cloner:
         try:
             return self.file_from(src_fd, place, entry, may_copy=may_copy)
         finally:
-            os.close(src_fd)
+            self.close_source(src_fd)
 
     def file_from(
         self, src_fd: int, place: DirectoryPair, entry: Entry, *, may_copy: bool = True, check: bool = True
@@ -223,10 +226,29 @@ class Cloner:
             finally:
                 os.close(dst_fd)
         finally:
-            os.close(src_fd)
+            self.close_source(src_fd)
 
     def open_source(self, place: DirectoryPair, entry: Entry) -> int:
-        """Open a file of the source for reading. The caller closes the descriptor. Raises ForkError."""
+        """Open a file of the source for reading. Returns a descriptor for `close_source`. Raises ForkError.
+
+        With `source_open: refuse` the file is leased until it is closed.
+        """
+        src_fd = self._open_to_read(place, entry)
+        if self._leases is not None:
+            try:
+                self._leases.take(src_fd, place.source_of(entry.name))
+            except BaseException:
+                os.close(src_fd)
+                raise
+        return src_fd
+
+    def close_source(self, src_fd: int) -> None:
+        """Close a file that `open_source` opened."""
+        if self._leases is not None:
+            self._leases.release(src_fd)
+        os.close(src_fd)
+
+    def _open_to_read(self, place: DirectoryPair, entry: Entry) -> int:
         try:
             try:
                 return os.open(entry.name, _READ | self._no_atime, dir_fd=place.src_fd)
@@ -295,8 +317,16 @@ class Cloner:
         return copied
 
     def _copy_data(self, place: DirectoryPair, entry: Entry, src_fd: int, dst_fd: int, start: int, end: int) -> int:
-        part = Part(start, end, entry.size, entry.data)
-        return self._sparse.copy(src_fd, entry.dev, dst_fd, part, lambda: place.paths_of(entry.name))
+        def step(count: int) -> None:
+            self._step(count)
+            self._require_lease(place, entry, src_fd)
+
+        pair = OpenPair(src_fd, entry.dev, dst_fd, lambda: place.paths_of(entry.name), step)
+        return self._sparse.copy(pair, Part(start, end, entry.size, entry.data))
+
+    def _require_lease(self, place: DirectoryPair, entry: Entry, src_fd: int) -> None:
+        if self._leases is not None:
+            self._leases.require(src_fd, place.source_of(entry.name))
 
     def _set_size(self, place: DirectoryPair, entry: Entry, dst_fd: int, *, fresh: bool) -> None:
         """Set the final size of the file, before its data. `fresh`: no reflink was tried on it.
@@ -328,7 +358,8 @@ class Cloner:
             raise from_oserror(error, doing(error), place.destination_of(entry.name)) from None
 
     def check_source(self, place: DirectoryPair, entry: Entry, src_fd: int) -> None:
-        """Raise ForkError source_changed if the open source file changed since the walk."""
+        """Raise ForkError if the open source file changed since the walk, or was opened for writing and is leased."""
+        self._require_lease(place, entry, src_fd)
         if not entry.is_still(os.fstat(src_fd)):
             message = "the file changed while it was being cloned"
             raise ForkError(Code.SOURCE_CHANGED, message, place.source_of(entry.name))

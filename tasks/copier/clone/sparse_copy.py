@@ -58,14 +58,24 @@ class Part(NamedTuple):
     allocated: int
 
 
+class OpenPair(NamedTuple):
+    """A file of the source and its clone, both open."""
+
+    src_fd: int
+    #: st_dev of the source.
+    src_dev: int
+    dst_fd: int
+    paths: Paths
+    step: Step
+
+
 class SparseCopier:
     """Copies byte ranges between files, with one buffer for its whole life."""
 
-    def __init__(self, step: Step, *, offload: bool) -> None:
+    def __init__(self, *, offload: bool) -> None:
         """`offload`: use copy_file_range, which may share extents. Otherwise every byte is written."""
         #: The budget of the copies. A fork without `max_copied_bytes` may copy all.
         self.take: Take = lambda count: True
-        self._step = step
         self._offload = offload
         self._data = bytearray()
         self._buffer = memoryview(self._data)
@@ -74,12 +84,13 @@ class SparseCopier:
         #: Whether to allocate blocks first. A fork is on one filesystem, so one answer is enough.
         self._allocates: bool | None = None
 
-    def copy(self, src_fd: int, src_dev: int, dst_fd: int, part: Part, paths: Paths) -> int:
+    def copy(self, pair: OpenPair, part: Part) -> int:
         """Copy the data of one part of a file and keep its holes. The destination must be a hole there.
 
-        Returns the number of bytes written. `src_dev` is st_dev of the source. Raises ForkError: sparse_unsupported,
-        copy_budget_exceeded, source_changed (the source became shorter), no_space, io_error.
+        Returns the number of bytes written. Raises ForkError: sparse_unsupported, copy_budget_exceeded, source_changed
+        (the source became shorter), no_space, io_error, and what `pair.step` raises.
         """
+        src_fd, src_dev = pair.src_fd, pair.src_dev
         copied = 0
         try:
             if src_dev not in self._is_zfs:
@@ -93,43 +104,43 @@ class SparseCopier:
                     and not self._is_zfs[src_dev]  # compression makes st_blocks small there
                     and reports_no_hole(src_fd, part.size)
                 ):
-                    return self._copy_nonzero(src_fd, dst_fd, data, hole, paths)
-                self._copy_extent(src_fd, dst_fd, data, hole, paths)
+                    return self._copy_nonzero(pair, data, hole)
+                self._copy_extent(pair, data, hole)
                 copied += hole - data
         except HolesUnknown as error:
             message = "the filesystem cannot report holes (SEEK_DATA); forkvm never makes a dense copy instead"
-            raise ForkError(Code.SPARSE_UNSUPPORTED, message, paths()[0], error.errno) from None
+            raise ForkError(Code.SPARSE_UNSUPPORTED, message, pair.paths()[0], error.errno) from None
         except OSError as error:
-            source, destination = paths()
+            source, destination = pair.paths()
             raise from_oserror(error, f"copying {source}", destination) from None
         return copied
 
-    def _copy_nonzero(self, src_fd: int, dst_fd: int, at: int, end: int, paths: Paths) -> int:
+    def _copy_nonzero(self, pair: OpenPair, at: int, end: int) -> int:
         """Copy the blocks of [at, end) that are not all zeros. Returns the number of bytes written.
 
         copy_file_range would write the zeros too.
         """
         copied = 0
         while at < end:
-            got = self._read(src_fd, at, end)
+            got = self._read(pair.src_fd, at, end)
             if got == 0:
-                raise _ended_early(paths)
+                raise _ended_early(pair)
             written = 0
             for first, last in nonzero_runs(self._data, got, at):
-                self._take(last - first, paths)
-                self._write(dst_fd, first, last, at + first)
+                self._take(last - first, pair)
+                self._write(pair.dst_fd, first, last, at + first)
                 written += last - first
             at, copied = at + got, copied + written
-            self._step(written)  # also with 0 bytes, so that a cancellation takes effect
+            pair.step(written)  # also with 0 bytes, so that a cancellation takes effect
         return copied
 
-    def _copy_extent(self, src_fd: int, dst_fd: int, at: int, end: int, paths: Paths) -> None:
-        self._take(end - at, paths)
+    def _copy_extent(self, pair: OpenPair, at: int, end: int) -> None:
+        self._take(end - at, pair)
         if end - at >= _ALLOCATED_BYTES:
-            self._allocate(dst_fd, at, end)
+            self._allocate(pair.dst_fd, at, end)
         while self._offload and at < end:
             try:
-                done = os.copy_file_range(src_fd, dst_fd, min(end - at, _CALL_BYTES), at, at)
+                done = os.copy_file_range(pair.src_fd, pair.dst_fd, min(end - at, _CALL_BYTES), at, at)
             except OSError as error:
                 if error.errno not in _REFUSED:
                     raise
@@ -137,19 +148,19 @@ class SparseCopier:
             if done == 0:  # the end of the file, or a filesystem that wrongly reports it
                 break
             at += done
-            self._step(done)
+            pair.step(done)
         while at < end:
-            got = self._read(src_fd, at, end)
+            got = self._read(pair.src_fd, at, end)
             if got == 0:
-                raise _ended_early(paths)
-            self._write(dst_fd, 0, got, at)
+                raise _ended_early(pair)
+            self._write(pair.dst_fd, 0, got, at)
             at += got
-            self._step(got)
+            pair.step(got)
 
-    def _take(self, count: int, paths: Paths) -> None:
+    def _take(self, count: int, pair: OpenPair) -> None:
         if not self.take(count):
             message = "copying it would exceed max_copied_bytes; allow more, or find out why it is not reflinked"
-            raise ForkError(Code.COPY_BUDGET_EXCEEDED, message, paths()[0])
+            raise ForkError(Code.COPY_BUDGET_EXCEEDED, message, pair.paths()[0])
 
     def _allocate(self, dst_fd: int, start: int, end: int) -> None:
         """Allocate the blocks of [start, end) where that makes the copy faster. Raises OSError."""
@@ -181,5 +192,5 @@ class SparseCopier:
             written += done
 
 
-def _ended_early(paths: Paths) -> ForkError:
-    return ForkError(Code.SOURCE_CHANGED, "the file became shorter while it was copied", paths()[0])
+def _ended_early(pair: OpenPair) -> ForkError:
+    return ForkError(Code.SOURCE_CHANGED, "the file became shorter while it was copied", pair.paths()[0])

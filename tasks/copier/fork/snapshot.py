@@ -107,8 +107,12 @@ def snapshot_tree(
 
 
 def is_wanted(options: Options) -> bool:
-    """Whether the options allow a snapshot, which shares all data and keeps all metadata."""
-    return options.snapshot == "auto" and options.reflink != "never" and options.preserve == PRESERVE_ALL
+    """Whether the options allow a snapshot, which shares all data and keeps all metadata.
+
+    With `source_open: refuse` each file needs a lease, so the source is cloned file by file.
+    """
+    whole = options.reflink != "never" and options.preserve == PRESERVE_ALL
+    return options.snapshot == "auto" and whole and options.source_open == "allow"
 
 
 def is_whole_subvolume(fd: int) -> bool:

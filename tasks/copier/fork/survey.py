@@ -60,6 +60,9 @@ class Survey:
         self._heap: list[tuple[int, str, Entry]] = []
         #: Size of the smallest of the largest files.
         self._least = -1
+        #: Whether a large file may be copied in ranges. A lease must be held from the file's first byte to its last, so
+        #: with `source_open: refuse` one process copies all of it.
+        self._divides = work.options.source_open == "allow"
         #: Whether holes are skipped. If they are found by reading, a copy reads the whole file.
         self._skips_holes = reports_holes(work.ends.source_fd)
 
@@ -119,7 +122,7 @@ class Survey:
     def _add_large(self, directory: str, entry: Entry, amount: int) -> None:
         """Add one file with more data than a chunk may have: it gets a block and a unit of its own."""
         span = self._files.append(Block(directory, [entry]))
-        self.units.append(Unit(*span, 1, amount, (directory, entry)))
+        self.units.append(Unit(*span, 1, amount, (directory, entry) if self._divides else None))
         self.data += amount
 
     def _add_to_last(self, span: Span, files: int, data: int) -> None:

@@ -1,4 +1,4 @@
-"""Finding out what a filesystem supports: one reflink and one rename in a staging of their own.
+"""Finding out what a filesystem supports: a reflink, a rename and a lease in a staging of their own.
 
 If the process dies meanwhile, `gc` removes that staging like the one of a fork that died before its journal.
 """
@@ -10,6 +10,7 @@ import uuid
 from dataclasses import dataclass
 
 from tasks.copier.clone.reflinker import Reflinker, Refusal
+from tasks.copier.kernel.leases import is_open_for_writing
 from tasks.copier.staging.publishing import try_noreplace
 from tasks.copier.staging.staging import Staging
 
@@ -26,16 +27,18 @@ class Support:
     refusal: Refusal | None
     #: The error of a rename with RENAME_NOREPLACE, or None.
     rename_error: OSError | None
+    #: Why a read lease could not be taken, or None.
+    lease_error: OSError | None
 
 
 def probe_filesystem(directory_fd: int) -> Support:
-    """Reflink a file in the open directory, rename one with RENAME_NOREPLACE, and remove both.
+    """Reflink a file in the open directory, rename one with RENAME_NOREPLACE, lease one, and remove all.
 
     Raises OSError if no file can be made (EROFS, EACCES, ENOSPC …), and NotOurs (a ForkError).
     """
     with Staging.claim(directory_fd, f"trial-{uuid.uuid4().hex}", 0) as staging:
         try:
-            return Support(_reflink(staging.fd), try_noreplace(staging.fd))
+            return Support(_reflink(staging.fd), try_noreplace(staging.fd), _lease(staging.fd))
         finally:
             staging.remove()
 
@@ -52,3 +55,15 @@ def _reflink(fd: int) -> Refusal | None:
             os.close(clone)
     finally:
         os.close(source)
+
+
+def _lease(fd: int) -> OSError | None:
+    """Lease the file that was reflinked."""
+    source = os.open("source", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+    try:
+        is_open_for_writing(source)
+    except OSError as error:
+        return error
+    finally:
+        os.close(source)
+    return None
