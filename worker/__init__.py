@@ -9,6 +9,7 @@
     checks          the checks of `forkvm doctor` and of a starting worker
     runtime         the Celery side of a worker: configuration, bootsteps, patches, message filter
     settings        the settings FORKVM_*
+    secret_files    settings in files
     redis_url, tls  the URLs of Redis, and TLS
     environment     environment variables of other programs
     cpus            the number of CPUs that a worker may use

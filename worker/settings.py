@@ -1,24 +1,32 @@
-"""The settings. Each is an environment variable `FORKVM_*`, or a file of that name in the secrets directory."""
+"""The settings. Each is an environment variable `FORKVM_*`, or a file of that name in the secrets directory.
+
+They are read without pydantic, whose import takes as long as a small local fork.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
-from typing import Annotated, Any
-
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TypeVar
 
 from tasks.copier.options import Limits
-from tasks.copier.roots import Roots
 from worker.environment import new_warnings, unknown_variables
 from worker.redis_url import SENTINEL, RedisUrl, read_redis_url
+from worker.secret_files import read_secret_files
+
+T = TypeVar("T")
 
 _PREFIX = "FORKVM_"
 #: The variable that names the secrets directory. Its file `forkvm_broker_url`, for example, holds that setting.
 _SECRETS = "FORKVM_SECRETS_DIR"
 #: The default secrets directory, which docker and compose use.
 _SECRETS_DIRECTORY = "/run/secrets"
+#: What a name of a domain or worker may consist of.
+_NAME = "^[A-Za-z0-9_.-]*$"
+_INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
 #: The message of a worker that is started without roots.
 NO_ROOTS = "no roots: set FORKVM_ROOTS to the directories that the worker may use, separated by colons"
 
@@ -31,54 +39,93 @@ class NoBroker(Exception):
     """Redis cannot be reached. The message names its address and the reason."""
 
 
-def _paths(value: object) -> object:
-    return tuple(os.path.normpath(path) for path in value.split(":") if path) if isinstance(value, str) else value
+def _setting(default: T, read: Callable[[str], T]) -> T:
+    """A field of Settings. `read` returns the value of its text, or raises ValueError with what is wrong with it."""
+    return field(default=default, metadata={"read": read})
 
 
-def _redis_url(value: str) -> str:
-    if value:
-        read_redis_url(value)
+def _text(value: str) -> str:
     return value
 
 
-class Settings(BaseSettings):
+def _paths(value: str) -> tuple[str, ...]:
+    paths = tuple(os.path.normpath(path) for path in value.split(":") if path)
+    for path in paths:
+        if not path.startswith("/"):
+            raise ValueError(f"{path} is not an absolute path")
+    return paths
+
+
+def _redis_url(value: str) -> str:
+    read_redis_url(value)
+    return value
+
+
+def _redis_url_or_empty(value: str) -> str:
+    return value and _redis_url(value)
+
+
+def _name(most: int = sys.maxsize) -> Callable[[str], str]:
+    def read(value: str) -> str:
+        if len(value) > most:
+            raise ValueError(f"String should have at most {most} characters")
+        if not re.fullmatch(_NAME, value):
+            raise ValueError(f"String should match pattern '{_NAME}'")
+        return value
+
+    return read
+
+
+def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    def read(value: str) -> int:
+        if not _INTEGER.fullmatch(value.strip()):
+            raise ValueError("Input should be a valid integer, unable to parse string as an integer")
+        if (number := int(value)) < least:
+            raise ValueError(f"Input should be greater than or equal to {least}")
+        if most is not None and number > most:
+            raise ValueError(f"Input should be less than or equal to {most}")
+        return number
+
+    return read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
     """All settings with their defaults. Sizes are in bytes, times in seconds."""
 
-    model_config = SettingsConfigDict(env_prefix=_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
-
-    broker_url: Annotated[str, Field(min_length=1), AfterValidator(_redis_url)] = "redis://localhost:6379/0"
+    broker_url: str = _setting("redis://localhost:6379/0", _redis_url)
     #: Redis of the results; the broker's by default.
-    result_backend: Annotated[str, AfterValidator(_redis_url)] = ""
+    result_backend: str = _setting("", _redis_url_or_empty)
     #: The password of Redis, for URLs without one. Meant for the secrets directory.
-    redis_password: str = ""
+    redis_password: str = _setting("", _text)
     #: PEM file of the authorities that a `rediss://` server's certificate is verified with; the system's by default.
-    redis_ca: str = ""
+    redis_ca: str = _setting("", _text)
     #: The name of the master at the sentinels of a `sentinel://` URL.
-    sentinel_master: str = ""
+    sentinel_master: str = _setting("", _text)
     #: The password of the sentinels, if they have one.
-    sentinel_password: str = ""
+    sentinel_password: str = _setting("", _text)
     #: Directories in which a worker may fork, separated by colons. It accepts no paths outside of them.
-    roots: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_paths)] = ()
+    roots: tuple[str, ...] = _setting((), _paths)
     #: Name of the hosts that share a filesystem. The queue is named after it.
-    domain: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*$")] = ""
+    domain: str = _setting("", _name())
     #: TTL of everything that Redis holds about a fork.
-    result_expires: Annotated[int, Field(ge=60)] = 86_400
+    result_expires: int = _setting(86_400, _integer(60))
     #: Time after which a dead worker's messages are redelivered. A live worker renews its messages every 2 s.
-    visibility_timeout: Annotated[int, Field(ge=5)] = 10
+    visibility_timeout: int = _setting(10, _integer(5))
     #: A process whose task takes longer is killed, and another process does the task again.
-    task_time_limit: Annotated[int, Field(ge=1)] = 14_400
+    task_time_limit: int = _setting(14_400, _integer(1))
     #: Number of pool processes of a worker; by default the number of CPUs that it may use (`worker.cpus`).
-    concurrency: Annotated[int | None, Field(ge=1)] = None
+    concurrency: int | None = _setting(None, _integer(1))
     #: The worker's name among Celery's nodes; see `worker.runtime.node_name`.
-    name: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9_.-]*$")] = ""
+    name: str = _setting("", _name(64))
     #: See `tasks.copier.options.Limits`.
-    inline_files: Annotated[int, Field(ge=0)] = Limits.inline_files
-    inline_bytes: Annotated[int, Field(ge=0)] = Limits.inline_bytes
-    chunk_files: Annotated[int, Field(ge=1)] = Limits.chunk_files
-    chunk_bytes: Annotated[int, Field(ge=1 << 20)] = Limits.chunk_bytes
-    max_chunks: Annotated[int, Field(ge=1, le=10_000)] = Limits.max_chunks
+    inline_files: int = _setting(Limits.inline_files, _integer(0))
+    inline_bytes: int = _setting(Limits.inline_bytes, _integer(0))
+    chunk_files: int = _setting(Limits.chunk_files, _integer(1))
+    chunk_bytes: int = _setting(Limits.chunk_bytes, _integer(1 << 20))
+    max_chunks: int = _setting(Limits.max_chunks, _integer(1, 10_000))
     #: File that a worker touches while it consumes, for a health check; empty for none.
-    heartbeat_file: str = ""
+    heartbeat_file: str = _setting("", _text)
 
     @property
     def queue(self) -> str:
@@ -107,38 +154,66 @@ class Settings(BaseSettings):
         )
 
 
-def read_settings(**given: Any) -> Settings:
+def read_settings(**given: str) -> Settings:
     """The settings. Keyword arguments override environment variables, and these override secret files.
 
     Raises BadSettings. For each unknown variable `FORKVM_*`, one warning a process is printed on stderr.
     """
-    for warning in new_warnings(unknown_variables(os.environ, _VARIABLES)):
-        print(f"forkvm: {ascii(warning)[1:-1]}", file=sys.stderr)
-    try:
-        settings = Settings(_secrets_dir=_secrets_directory(), **given)
-    except ValidationError as error:
-        clauses = [
-            f"{_variable('.'.join(map(str, detail['loc'])))}: {detail['msg'].removeprefix('Value error, ')}"
-            for detail in error.errors(include_url=False, include_context=False, include_input=False)
-        ]
-        raise BadSettings("; ".join(clauses)) from None
-    except (SettingsError, OSError, UnicodeDecodeError):  # the text of UnicodeDecodeError contains the secret
-        raise BadSettings(f"{_SECRETS}: a file in it cannot be read, is too large, or is not UTF-8") from None
+    _warn(unknown_variables(os.environ, _VARIABLES))
+    settings = _parse(_secrets() | _environment() | given)
     _check(settings)
     return settings
-
-
-def roots_of(settings: Settings) -> Roots:
-    """The roots of the settings."""
-    return Roots(settings.roots)
 
 
 def _variable(name: str) -> str:
     return f"{_PREFIX}{name.upper()}"
 
 
+#: What reads each setting, by its name.
+_READERS: dict[str, Callable[[str], object]] = {one.name: one.metadata["read"] for one in fields(Settings)}
+#: The name of each setting, by that of its variable or secret file in lower case. The case of these does not matter.
+_NAMES = {_variable(name).lower(): name for name in _READERS}
 #: The variables of all settings.
-_VARIABLES = frozenset((*map(_variable, Settings.model_fields), _SECRETS))
+_VARIABLES = frozenset((*map(_variable, _READERS), _SECRETS))
+
+
+def _parse(texts: Mapping[str, str]) -> Settings:
+    """The settings of texts by the settings' names. Raises BadSettings, which names all that are invalid."""
+    values, errors = {}, []
+    for name, read in _READERS.items():
+        if name not in texts:
+            continue
+        try:
+            values[name] = read(_utf8(texts[name]))
+        except ValueError as error:
+            errors.append(f"{_variable(name)}: {error}")
+    if errors:
+        raise BadSettings("; ".join(errors))
+    return Settings(**values)  # type: ignore[arg-type]  # each reader returns the type of its field
+
+
+def _utf8(value: str) -> str:
+    if any("\ud800" <= char <= "\udfff" for char in value):  # a variable with bytes that are not UTF-8
+        raise ValueError("Input should be a valid string, unable to parse raw data as a unicode string")
+    return value
+
+
+def _environment() -> dict[str, str]:
+    """The variables that are set and not empty, by the setting's name."""
+    return {_NAMES[name.lower()]: text for name, text in os.environ.items() if text and name.lower() in _NAMES}
+
+
+def _secrets() -> dict[str, str]:
+    """The contents of the secret files, by the setting's name. Raises BadSettings."""
+    directory = _secrets_directory()
+    if directory is None:
+        return {}
+    try:
+        texts, warnings = read_secret_files(directory, _NAMES)
+    except (OSError, ValueError):  # the text of UnicodeDecodeError contains the secret
+        raise BadSettings(f"{_SECRETS}: a file in it cannot be read, is too large, or is not UTF-8") from None
+    _warn(warnings)
+    return texts
 
 
 def _secrets_directory() -> str | None:
@@ -150,11 +225,13 @@ def _secrets_directory() -> str | None:
     return directory if os.path.isdir(directory) else None
 
 
+def _warn(warnings: list[str]) -> None:
+    for warning in new_warnings(warnings):
+        print(f"forkvm: {ascii(warning)[1:-1]}", file=sys.stderr)
+
+
 def _check(settings: Settings) -> None:
     """Check settings that depend on others or on files. Raises BadSettings."""
-    for root in settings.roots:
-        if not root.startswith("/"):
-            raise BadSettings(f"{_PREFIX}ROOTS: {root} is not an absolute path")
     if settings.redis_ca and not os.access(settings.redis_ca, os.R_OK):
         raise BadSettings(f"{_PREFIX}REDIS_CA: {settings.redis_ca} cannot be read")
     for variable, url in ((f"{_PREFIX}BROKER_URL", settings.broker), (f"{_PREFIX}RESULT_BACKEND", settings.backend)):

@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal, TypedDict
 from pydantic import Discriminator, Field, InstanceOf, Tag
 
 from tasks.contract.destinations import MOST_FORKS, Template, normal_paths
-from tasks.contract.fork_request import AnyRequest, parse_as, text_of
-from tasks.copier.campaign.spec import Aims, CampaignResult, CampaignSpec, OnError, campaign_result
+from tasks.contract.raw_request import text_of
+from tasks.contract.request_model import AnyRequest, parse_as
+from tasks.copier.campaign.spec import Aims, CampaignResult, CampaignSpec, campaign_result
 from tasks.copier.errors import ForkError
+from tasks.copier.options import OnError
 
 #: The number of the first fork of a list of destinations; also the default of a template.
 _FIRST = 1

@@ -19,7 +19,7 @@ _VERSION = 1
 
 #: The class of each document, with its module, which is imported when the schema is made; and a description.
 _MODELS = {
-    "fork-request": ("tasks.contract.fork_request", "ForkRequest", "The argument `request` of the task forkvm.fork."),
+    "fork-request": ("tasks.contract.request_model", "ForkRequest", "The argument `request` of the task forkvm.fork."),
     "fork-result": (
         "tasks.copier.fork_spec",
         "ForkResult",

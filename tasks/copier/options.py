@@ -13,6 +13,8 @@ Preserve = Literal["mode", "ownership", "timestamps", "xattrs", "hardlinks"]
 Durability = Literal["none", "sync"]
 Verify = Literal["none", "content"]
 SourceOpen = Literal["allow", "refuse"]
+#: Whether a campaign goes on after a fork failed.
+OnError = Literal["continue", "abort"]
 
 #: Files that a running guest leaves: logs at the top level, unfinished compressed files, sockets.
 DEFAULT_EXCLUDE = ("/logs/", "*.lz4.tmp", "*.zst.tmp", "*.sock")

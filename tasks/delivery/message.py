@@ -19,7 +19,7 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import OutOfMemoryError, RedisError
 
 from tasks.contract import ForkFailed
-from tasks.contract.fork_request import text_of
+from tasks.contract.raw_request import text_of
 from tasks.copier.fork.chunk import MAX_TRIES
 from tasks.delivery.backend import results_of
 from tasks.delivery.cancel import cancel_job

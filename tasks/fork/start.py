@@ -7,6 +7,7 @@ from typing import cast
 
 from tasks.context import LOCK_WAIT, Context, ForkLedger
 from tasks.contract import fork_request
+from tasks.contract.raw_request import text_of
 from tasks.copier.endpoints import open_endpoints
 from tasks.copier.errors import ForkError, cancelled, from_oserror
 from tasks.copier.fork.early_chunks import EarlyChunks
@@ -33,7 +34,7 @@ def run_fork(
     `queued` is how long the request waited, in seconds. If it is `expired`, a fork that no worker has begun is
     cancelled. Raises RetryLater while another process holds the fork.
     """
-    destination = fork_request.text_of(request, "destination")
+    destination = text_of(request, "destination")
     claim: Claim = {"request": request, "destination": destination, "queue": context.queue}
     if is_of_another_job(context, fork_id, None):
         return None

@@ -9,7 +9,7 @@ from typing import Any
 from celery import Celery
 
 from tasks.context import Context
-from tasks.contract.fork_request import text_of
+from tasks.contract.raw_request import text_of
 from tasks.copier.fork_spec import ForkResult
 from tasks.delivery.canvas import Job
 from tasks.delivery.message import Message, task_options

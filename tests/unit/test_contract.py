@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from tasks.contract.fork_request import parse, spec_of
+from tasks.contract.fork_request import spec_of
+from tasks.contract.request_model import ForkRequest, parse_as
 from tasks.copier.errors import Code, ForkError
+from tasks.copier.fork_spec import ForkSpec
 from tasks.copier.options import DEFAULT_EXCLUDE, PRESERVE_ALL, Options
 
 #: The fields of Options in the journal of the version before.
@@ -15,22 +17,26 @@ EARLIER_FIELDS = {"reflink", "snapshot", "skip", "exclude", "preserve", "durabil
 GOOD = {"source": "/guests/a", "destination": "/guests/b"}
 
 
+def _parse(request: object) -> ForkRequest:
+    return parse_as(ForkRequest, request)
+
+
 def _refusal(request: object) -> ForkError:
     with pytest.raises(ForkError) as raised:
-        parse(request)
+        _parse(request)
     assert raised.value.code is Code.INVALID_REQUEST
     return raised.value
 
 
 def test_two_paths_are_a_request_and_the_rest_has_defaults() -> None:
-    options = parse(GOOD).options()
+    options = _parse(GOOD).options()
 
     assert (options.reflink, options.snapshot) == ("auto", "auto")
     assert (options.durability, options.verify) == ("none", "none")
     assert options.skip == ()
     assert options.exclude == DEFAULT_EXCLUDE
     assert options.preserve == PRESERVE_ALL
-    assert parse(GOOD).labels == {}
+    assert _parse(GOOD).labels == {}
 
 
 def test_default_exclude_is_the_contracts() -> None:
@@ -83,7 +89,26 @@ def test_fields_that_an_earlier_version_does_not_know_are_written_only_if_they_a
     [("/a//b", "/a/b"), ("/a/./b/", "/a/b"), ("//a", "/a"), ("/", "/"), ("/\udcff", "/\udcff"), ("/...", "/...")],
 )
 def test_paths_are_made_normal(path: str, normal: str) -> None:
-    assert parse(GOOD | {"destination": path}).destination == normal
+    assert _parse(GOOD | {"destination": path}).destination == normal
+
+
+@pytest.mark.parametrize("path", ["/a//b/", "/\udcff", "", "a", "/..", "/a\0b", "/a" * 2048, "/.forkvm-0.1/x"])
+@pytest.mark.parametrize("field", ["source", "destination"])
+def test_request_of_two_paths_is_checked_as_one_with_options(field: str, path: str) -> None:
+    request = GOOD | {field: path}
+
+    def outcome(request: dict[str, Any]) -> object:
+        try:
+            return spec_of(request, "fork-1", owner="queue")
+        except ForkError as error:
+            return error.record()
+
+    plain, with_option = outcome(request), outcome(request | {"reflink": "auto"})
+
+    if isinstance(plain, ForkSpec) and isinstance(with_option, ForkSpec):
+        assert plain.is_same_request(with_option)
+    else:
+        assert plain == with_option
 
 
 @pytest.mark.parametrize("field", ["source", "destination"])
@@ -105,7 +130,7 @@ def test_path_through_a_staging_name_is_refused(field: str, path: str) -> None:
 
 def test_longest_path_is_taken_and_one_byte_more_is_not() -> None:
     longest = "/" + "ä" * 2047  # 4095 bytes
-    assert parse(GOOD | {"source": longest}).source == longest
+    assert _parse(GOOD | {"source": longest}).source == longest
     _refusal(GOOD | {"source": longest + "a"})
 
 
@@ -162,7 +187,7 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
 
 @pytest.mark.parametrize("text", ["\udcff", "ключ", "", "a\nb"])
 def test_text_goes_through_as_it_is(text: str) -> None:
-    request = parse(GOOD | {"labels": {text: text}, "exclude": [text or "x"], "skip": [text or "x"]})
+    request = _parse(GOOD | {"labels": {text: text}, "exclude": [text or "x"], "skip": [text or "x"]})
 
     assert request.labels == {text: text}
     assert request.options().exclude == (text or "x",)

@@ -51,6 +51,7 @@ LAYERS = (
         "worker.own_packages",
         "worker.environment",
         "worker.redis_url",
+        "worker.secret_files",
         "worker.tls",
         "worker.cpus",
         "worker.settings",

@@ -11,7 +11,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from tasks.contract.campaign_request import campaign_of
-from tasks.contract.fork_request import parse
+from tasks.contract.request_model import ForkRequest, parse_as
 from tasks.contract.schemas import NAMES, schema
 from tasks.copier.errors import ForkError
 
@@ -55,7 +55,7 @@ def test_a_file_is_what_the_program_prints_and_is_a_valid_schema(name: str) -> N
 )
 def test_the_schema_of_a_fork_request_accepts_what_a_worker_accepts(fields: dict[str, Any]) -> None:
     try:
-        parse(PATHS | fields)
+        parse_as(ForkRequest, PATHS | fields)
         is_valid = True
     except ForkError:
         is_valid = False

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tasks.copier.options import Limits
-from worker.settings import BadSettings, Settings, read_settings, roots_of
+from worker.settings import BadSettings, Settings, read_settings
 
 Read = Callable[[dict[str, str]], Settings]
 
@@ -79,7 +79,6 @@ def test_roots_are_separated_by_colons_and_made_normal(read: Read, value: str, r
     settings = read({"FORKVM_ROOTS": value})
 
     assert settings.roots == roots
-    assert roots_of(settings).paths == roots
 
 
 def test_empty_variable_counts_as_unset(read: Read) -> None:
@@ -108,6 +107,31 @@ def test_variables_of_others_are_left_alone(read: Read) -> None:
 def test_value_that_cannot_be_meant_is_refused_by_name(read: Read, name: str, value: str) -> None:
     with pytest.raises(BadSettings, match=name):
         read({name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("RESULT_EXPIRES", "5.5", "Input should be a valid integer, unable to parse string as an integer"),
+        ("RESULT_EXPIRES", "\u0667\u0668", "Input should be a valid integer, unable to parse string as an integer"),
+        ("RESULT_EXPIRES", "-60", "Input should be greater than or equal to 60"),
+        ("MAX_CHUNKS", "10001", "Input should be less than or equal to 10000"),
+        ("DOMAIN", "a b\n", "String should match pattern '^[A-Za-z0-9_.-]*$'"),
+        ("NAME", "a" * 65, "String should have at most 64 characters"),
+        ("HEARTBEAT_FILE", "/\udcff", "Input should be a valid string, unable to parse raw data as a unicode string"),
+        ("ROOTS", "/guests:relative", "relative is not an absolute path"),
+    ],
+)
+def test_message_says_what_the_value_must_be(read: Read, name: str, value: str, text: str) -> None:
+    with pytest.raises(BadSettings) as raised:
+        read({f"FORKVM_{name}": value})
+
+    assert str(raised.value) == f"FORKVM_{name}: {text}"
+
+
+@pytest.mark.parametrize("value", ["60", " 60 ", "+60", "0060"])
+def test_number_may_have_a_sign_zeros_and_blanks_around_it(read: Read, value: str) -> None:
+    assert read({"forkvm_result_expires": value}).result_expires == 60
 
 
 def test_all_that_is_wrong_is_told_at_once_in_one_line(read: Read) -> None:
@@ -169,9 +193,28 @@ def test_secret_file_gives_a_setting_unless_a_variable_does(read: Read, tmp_path
     assert read_settings(domain="rack-9").domain == "rack-9"
 
 
+def test_secret_is_read_from_its_directory_only(read: Read, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mount, elsewhere = tmp_path / "mount", tmp_path / "elsewhere"
+    (mount / "..data").mkdir(parents=True)
+    elsewhere.write_text("elsewhere")
+    (mount / "..data" / "FORKVM_DOMAIN").write_text("rack-7")
+    (mount / "FORKVM_DOMAIN").symlink_to("..data/FORKVM_DOMAIN")  # as Kubernetes does it
+    (mount / "forkvm_name").symlink_to(elsewhere)
+    (mount / "forkvm_redis_password").mkdir()
+
+    settings = read({"FORKVM_SECRETS_DIR": str(mount)})
+
+    assert (settings.domain, settings.name, settings.redis_password) == ("rack-7", "", "")
+    ignored = "in the secrets directory is not a file of that directory and is ignored"
+    assert sorted(capsys.readouterr().err.splitlines()) == [
+        f"forkvm: forkvm_name {ignored}",
+        f"forkvm: forkvm_redis_password {ignored}",
+    ]
+
+
 def test_secret_that_cannot_be_read_or_meant_is_refused_without_a_word_of_it(read: Read, tmp_path: Path) -> None:
     secrets = {"FORKVM_SECRETS_DIR": str(tmp_path)}
-    for content in (b"redis://:s3cret\xff@a", b"redis://:s3cret/@a"):
+    for content in (b"redis://:s3cret\xff@a", b"redis://:s3cret/@a", b"redis://:s3cret@" + bytes(2 << 20)):
         (tmp_path / "forkvm_broker_url").write_bytes(content)
         with pytest.raises(BadSettings, match=r"FORKVM_(SECRETS_DIR|BROKER_URL): ") as raised:
             read(secrets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 from redis import Redis
@@ -25,7 +26,7 @@ def redis_checks(settings: Settings) -> Iterator[Check]:
     for url in dict.fromkeys((settings.broker_url, settings.result_backend or settings.broker_url)):
         read = read_redis_url(url)
         subject = f"Redis {read.shown()}"
-        redis = Client(settings.model_copy(update={"broker_url": url, "result_backend": url})).results.redis
+        redis = Client(replace(settings, broker_url=url, result_backend=url)).results.redis
         yield _connection(subject, read)
         try:
             yield from _facts(subject, redis)

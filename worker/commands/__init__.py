@@ -13,6 +13,7 @@
     waiting      waiting for the result of a queued job
     errors       the message and the exit code of an error
 
-It may use everything but `worker.cli`. A command's module is imported when the command is called: `forkvm fork` starts
-without Celery.
+It may use everything but `worker.cli`. A command's module is imported when the command is called, and for the help. It
+therefore imports what does its work (the engine, Celery, pydantic, rich) in its functions, so that each command starts
+without what the others need.
 """

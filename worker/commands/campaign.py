@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import click
 from click.core import ParameterSource
 
-from tasks.contract.campaign_request import Summary, campaign_of, refused_campaign
-from tasks.copier.campaign.local import campaign_here
-from tasks.copier.campaign.spec import CampaignResult, OnError
 from tasks.copier.errors import Code, ForkError, describe
+from tasks.copier.options import OnError
 from worker.commands.help import command
 from worker.commands.options import (
     PATH,
@@ -29,12 +27,14 @@ from worker.commands.options import (
 from worker.commands.output import campaign_lines, fork_line, progress_bar
 from worker.commands.waiting import wait_for_result, wait_options
 from worker.exit_codes import BAD_CALL, FAILED, NO_BROKER, TIMED_OUT
-from worker.settings import read_settings, roots_of
+from worker.settings import read_settings
 from worker.terminal.printing import print_json, print_line, print_message
 from worker.terminal.signals import cancelled_by_signals
 from worker.terminal.streams import stdout_failed
 
 if TYPE_CHECKING:
+    from tasks.contract.campaign_request import Summary
+    from tasks.copier.campaign.spec import CampaignResult
     from tasks.store.claims import Claim
     from worker.client import Client
 
@@ -102,13 +102,13 @@ def campaign(
     if local:
         _print_result(_run_here(request, campaign_id), as_json)
         return
-    campaign_of(request, campaign_id, owner="queue")  # refuses a wrong request at once
+    _refuse_invalid(request, campaign_id)
     client = client or connect(settings)
     client.submit_campaign(request, campaign_id, queue)
     if not wait:
         print_json({"id": campaign_id}) if as_json else print_line(campaign_id)
         return
-    _print_result(cast(CampaignResult, wait_for_result(client, campaign_id, timeout, queue)), as_json)
+    _print_result(cast("CampaignResult", wait_for_result(client, campaign_id, timeout, queue)), as_json)
 
 
 @command(
@@ -152,6 +152,13 @@ def _request(source: str | None, fields: dict[str, Any]) -> dict[str, Any]:
     return request_of(request, fields)
 
 
+def _refuse_invalid(request: dict[str, Any], campaign_id: str) -> None:
+    """Raise ForkError invalid_request as a worker would."""
+    from tasks.contract.campaign_request import campaign_of
+
+    campaign_of(request, campaign_id, owner="queue")
+
+
 def _lines_of(name: str) -> list[str]:
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
@@ -180,7 +187,7 @@ def _claim(client: Client, campaign_id: str) -> Claim:
 
 def _summary(claim: Claim) -> Summary:
     """The summary of a campaign's request that its claim keeps."""
-    return cast(Summary, claim["request"])
+    return cast("Summary", claim["request"])
 
 
 def _retry_of(client: Client, campaign_id: str, claim: Claim) -> dict[str, Any] | None:
@@ -196,13 +203,17 @@ def _retry_of(client: Client, campaign_id: str, claim: Claim) -> dict[str, Any] 
 
 
 def _run_here(request: dict[str, Any], campaign_id: str) -> CampaignResult:
+    from tasks.contract.campaign_request import campaign_of, refused_campaign
+    from tasks.copier.campaign.local import campaign_here
+    from tasks.copier.roots import Roots
+
     settings = read_settings()
     try:
         spec, paths = campaign_of(request, campaign_id, owner="local")
     except ForkError as error:
         return refused_campaign(request, campaign_id, error)
     with progress_bar() as show, cancelled_by_signals(show) as beat:
-        return campaign_here(spec, paths, roots_of(settings), local_processes(), beat)
+        return campaign_here(spec, paths, Roots(settings.roots), local_processes(), beat)
 
 
 def _print_result(result: CampaignResult, as_json: bool) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
-from worker.checks.host import Check, Verdict, host_checks
 from worker.commands.help import command
 from worker.commands.options import as_json
 from worker.exit_codes import DONE, FAILED, NO_BROKER
 from worker.settings import NoBroker, Settings, read_settings
 from worker.terminal.printing import print_json, printable
+
+if TYPE_CHECKING:
+    from worker.checks.host import Check, Verdict
 
 _STYLES: dict[Verdict, str] = {"ok": "green", "warn": "yellow", "bad": "bold red"}
 
@@ -29,6 +32,8 @@ def doctor(as_json: bool) -> None:
 
     Each check is ok, a warning or bad. A problem is shown with its fix.
     """
+    from worker.checks.host import Check, host_checks
+
     settings = read_settings()
     checks = list(host_checks(settings.roots))
     code = DONE

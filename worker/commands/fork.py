@@ -5,24 +5,23 @@ from __future__ import annotations
 import os
 import uuid
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from tasks.contract import fork_request
 from tasks.copier.errors import ForkError
-from tasks.copier.fork.local import fork_here
-from tasks.copier.fork_spec import ForkResult
 from tasks.copier.options import DEFAULT_EXCLUDE
-from tasks.copier.progress import Beat
-from tasks.copier.source.selection import Selection
 from worker.commands.help import command
 from worker.commands.options import PATH, absolute, as_json, fork_options, local_processes, print_result, request_of
 from worker.commands.output import comparison_lines, comparison_record, progress_bar
 from worker.exit_codes import FAILED
-from worker.settings import Settings, read_settings, roots_of
+from worker.settings import Settings, read_settings
 from worker.terminal.printing import print_json, print_line
 from worker.terminal.signals import cancelled_by_signals
+
+if TYPE_CHECKING:
+    from tasks.copier.fork_spec import ForkResult
+    from tasks.copier.progress import Beat
 
 
 @command(
@@ -64,9 +63,11 @@ def verify(
 
     Also prints how many bytes the two share on disk.
     """
-    from tasks.copier.clone.compare import compare  # not needed by `fork`
+    from tasks.copier.clone.compare import compare
+    from tasks.copier.roots import Roots
+    from tasks.copier.source.selection import Selection
 
-    roots = roots_of(read_settings())
+    roots = Roots(read_settings().roots)
     source, clone = absolute(source), absolute(clone)
     patterns = exclude or (() if no_exclude else DEFAULT_EXCLUDE)
     with ExitStack() as opened:
@@ -85,9 +86,13 @@ def verify(
 
 
 def _fork_here(settings: Settings, request: dict[str, Any], beat: Beat) -> ForkResult:
+    from tasks.contract import fork_request
+    from tasks.copier.fork.local import fork_here
+    from tasks.copier.roots import Roots
+
     fork_id = f"local-{uuid.uuid4().hex}"
     try:
         spec = fork_request.spec_of(request, fork_id, owner="local")
     except ForkError as error:
         return fork_request.refused(request, fork_id, error)
-    return fork_here(spec, roots_of(settings), settings.limits, local_processes(), beat)
+    return fork_here(spec, Roots(settings.roots), settings.limits, local_processes(), beat)

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 import click
 
 from tasks.copier.errors import ForkError
-from tasks.copier.roots import normal_path
-from tasks.copier.staging.gc import Finding, collect
 from worker.commands.errors import is_redis_error
 from worker.commands.help import command
 from worker.commands.options import PATH, absolute, as_json, connect
@@ -19,6 +17,7 @@ from worker.settings import NoBroker, Settings, read_settings
 from worker.terminal.printing import print_json, print_line, print_message
 
 if TYPE_CHECKING:
+    from tasks.copier.staging.gc import Finding
     from worker.client import Client
 
 
@@ -36,6 +35,8 @@ def gc(directories: tuple[str, ...], as_json: bool) -> None:
     staging directory that is in use, or that may not be forkvm's own, is kept. If Redis cannot be reached, those of
     queued forks are kept.
     """
+    from tasks.copier.roots import normal_path
+
     settings = read_settings()
     searched = [normal_path(absolute(directory), "directory") for directory in directories] or list(settings.roots)
     if not searched:
@@ -55,6 +56,8 @@ def gc(directories: tuple[str, ...], as_json: bool) -> None:
 
 
 def _findings(searched: list[str], settings: Settings) -> Iterator[Finding]:
+    from tasks.copier.staging.gc import Finding, collect
+
     is_live = _liveness(settings)
     for directory in searched:
         try:

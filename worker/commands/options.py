@@ -10,7 +10,6 @@ import click
 from click.shell_completion import CompletionItem
 
 from tasks.copier.errors import Code, describe
-from tasks.copier.fork_spec import ForkResult
 from tasks.copier.options import DEFAULT_EXCLUDE, Durability, Preserve, Reflink, Snapshot, SourceOpen, Verify
 from worker.commands.output import result_lines
 from worker.cpus import available_cpus
@@ -19,6 +18,7 @@ from worker.settings import Settings, read_settings
 from worker.terminal.printing import print_json, print_line, print_message
 
 if TYPE_CHECKING:
+    from tasks.copier.fork_spec import ForkResult
     from worker.client import Client
 
 #: More processes do not make a local fork faster: the filesystem's own locks are the limit.

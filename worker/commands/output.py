@@ -5,17 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from tasks.copier.campaign.spec import CampaignProgress, CampaignResult
-from tasks.copier.clone.compare import Comparison
 from tasks.copier.errors import describe
-from tasks.copier.fork_spec import ForkResult
-from tasks.copier.progress import Progress
-from tasks.copier.report import FileResult
 from worker.terminal.printing import ShowProgress, printable
+
+if TYPE_CHECKING:
+    from tasks.copier.campaign.spec import CampaignProgress, CampaignResult
+    from tasks.copier.clone.compare import Comparison
+    from tasks.copier.fork_spec import ForkResult
+    from tasks.copier.progress import Progress
+    from tasks.copier.report import FileResult
 
 #: Failures of a campaign in the text output. `forkvm forks --failed` lists all.
 _SHOWN_FAILURES = 10

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from tasks.contract import fork_request
-from tasks.copier.fork_spec import ForkResult
 from worker.commands.help import command
 from worker.commands.options import (
     PATH,
@@ -31,6 +29,7 @@ from worker.terminal.printing import print_json, print_line, print_message
 from worker.terminal.streams import stdout_failed
 
 if TYPE_CHECKING:
+    from tasks.copier.fork_spec import ForkResult
     from worker.client import Client, Status
 
 #: How long `cancel` waits for the job to end, in seconds.
@@ -65,15 +64,17 @@ def submit(
     SOURCE and DESTINATION are made absolute first, if they are relative. The worker must see them under the same
     absolute paths.
     """
+    from tasks.contract import fork_request
+
     request = request_of({"source": absolute(source), "destination": absolute(destination)}, fields)
-    fork_request.parse(request)  # refuses a wrong request at once
-    client = connect(with_domain(read_settings(), domain))
     fork_id = fork_id or uuid.uuid4().hex
+    fork_request.spec_of(request, fork_id, owner="queue")  # refuses a wrong request at once
+    client = connect(with_domain(read_settings(), domain))
     client.submit(request, fork_id)
     if not wait:
         print_json({"id": fork_id}) if as_json else print_line(fork_id)
         return
-    print_result(cast(ForkResult, wait_for_result(client, fork_id, timeout)), as_json)
+    print_result(cast("ForkResult", wait_for_result(client, fork_id, timeout)), as_json)
 
 
 @command(

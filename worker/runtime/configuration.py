@@ -7,6 +7,7 @@ from typing import Any
 from celery import Celery
 
 from tasks.campaign.tasks import register_campaigns
+from tasks.copier.roots import Roots
 from tasks.delivery.backend import BACKENDS
 from tasks.delivery.canvas import route
 from tasks.delivery.sending import context_factory
@@ -17,7 +18,7 @@ from worker.redis_url import SENTINEL, RedisUrl
 from worker.runtime.bootsteps import Heartbeat, Lease, RestoreMessages, Sweeper
 from worker.runtime.earlier_versions import RestoreEarlierMessages
 from worker.runtime.timeouts import broker_timeouts, result_timeouts
-from worker.settings import Settings, roots_of
+from worker.settings import Settings
 from worker.tls import tls_options
 
 #: Hash in which kombu keeps the unacknowledged messages of all domains.
@@ -44,7 +45,7 @@ def make_app(settings: Settings) -> Celery:
     )
     app.loader.override_backends = BACKENDS
     app.conf.update(_message_options(settings) | _process_options(settings) | _connection_options(settings))
-    context_of = context_factory(app, roots_of(settings), settings.limits)
+    context_of = context_factory(app, Roots(settings.roots), settings.limits)
     register_forks(app, context_of)
     register_campaigns(app, context_of)
     app.steps["consumer"] |= {

@@ -12,7 +12,7 @@ import json
 import uuid
 from typing import Any, NamedTuple
 
-from tasks.contract.fork_request import REFUSED, text_of
+from tasks.contract.raw_request import REFUSED, text_of
 from tasks.delivery.signatures import BadSignature, followers_of
 from tasks.names import CAMPAIGN_TASK, FORK_TASK
 

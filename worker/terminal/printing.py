@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from tasks.copier.campaign.spec import CampaignProgress
-from tasks.copier.progress import Progress
+if TYPE_CHECKING:
+    from tasks.copier.campaign.spec import CampaignProgress
+    from tasks.copier.progress import Progress
 
 
 class ShowProgress(Protocol):

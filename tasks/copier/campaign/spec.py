@@ -11,9 +11,8 @@ from typing import Any, Literal, TypedDict, final, get_args
 from tasks.copier import validation
 from tasks.copier.errors import Code, ErrorRecord, ForkError
 from tasks.copier.fork_spec import ForkResult, ForkSpec, Labels
-from tasks.copier.options import Options
+from tasks.copier.options import OnError, Options
 
-OnError = Literal["continue", "abort"]
 Status = Literal["succeeded", "partial", "failed", "cancelled"]
 
 #: Upper limit of the forks of a campaign.

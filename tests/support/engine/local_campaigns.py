@@ -20,7 +20,6 @@ from tasks.copier.campaign.spec import (
     Aims,
     CampaignResult,
     CampaignSpec,
-    OnError,
     campaign_result,
     failures_of,
     sums_of,
@@ -28,7 +27,7 @@ from tasks.copier.campaign.spec import (
 from tasks.copier.endpoints import open_endpoints
 from tasks.copier.errors import ForkError
 from tasks.copier.fork_spec import ForkResult
-from tasks.copier.options import Options
+from tasks.copier.options import OnError, Options
 from tasks.copier.progress import Beat, Ticker
 from tasks.copier.report import FileResult, unpack_pages
 from tasks.copier.roots import Roots

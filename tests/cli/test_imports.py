@@ -1,0 +1,63 @@
+"""What a command imports. An import takes longer than a small fork: 0.1 s for pydantic, 0.3 s for Celery."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fixtures.processes import ROOT
+
+#: Runs the command of its arguments, and prints the names of the imported modules on its last line.
+_RUN = """
+import atexit, sys
+atexit.register(lambda: print("", *sys.modules))
+from worker.cli import main
+sys.argv[0] = "forkvm"
+main()
+"""
+_SLOW = {"asyncio", "celery", "kombu", "pydantic", "pydantic_core", "redis", "rich"}
+
+
+def _imported(*arguments: str, **environment: str) -> set[str]:
+    """The modules that `forkvm ARGUMENTS` imports. Fails unless it succeeds."""
+    command = [sys.executable, "-c", _RUN, *arguments]
+    done = subprocess.run(
+        command,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_a_local_fork_imports_nothing_of_the_queue_and_not_what_checks_options(tmp_path: Path) -> None:
+    (tmp_path / "vm-1").mkdir()
+
+    imported = _imported("fork", str(tmp_path / "vm-1"), str(tmp_path / "vm-2"), FORKVM_ROOTS=str(tmp_path))
+
+    assert (tmp_path / "vm-2").is_dir()
+    assert imported.isdisjoint(_SLOW)
+
+
+def test_verify_imports_nothing_of_the_queue(tmp_path: Path) -> None:
+    for name in ("vm-1", "vm-2"):
+        (tmp_path / name).mkdir()
+
+    assert _imported("verify", str(tmp_path / "vm-1"), str(tmp_path / "vm-2")).isdisjoint(_SLOW)
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("campaign", "--help"), ("completion", "bash")])
+def test_help_and_version_import_neither_the_queue_nor_the_engine(arguments: tuple[str, ...]) -> None:
+    assert _imported(*arguments).isdisjoint(_SLOW | {"tasks.copier.fork", "tasks.copier.staging"})
+
+
+def test_completion_of_a_shell_imports_neither_the_queue_nor_the_engine() -> None:
+    words = {"_FORKVM_COMPLETE": "bash_complete", "COMP_WORDS": "forkvm fork --ref", "COMP_CWORD": "2"}
+
+    assert _imported(**words).isdisjoint(_SLOW | {"tasks.copier.fork", "tasks.copier.staging"})
