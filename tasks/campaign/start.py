@@ -19,7 +19,7 @@ from tasks.copier.campaign.spec import CampaignResult, CampaignSpec
 from tasks.copier.endpoints import Endpoints, open_endpoints
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.fork.lifecycle import Superseded
-from tasks.copier.progress import Beat, Progress, Ticker
+from tasks.copier.progress import Poll, Progress, Ticker
 from tasks.copier.staging.staging import Staging
 from tasks.delivery.outcome import outcome_of
 from tasks.fork.foreign_ids import is_of_another_job
@@ -164,7 +164,7 @@ def _is_planned_for(planned: Campaign, spec: CampaignSpec, paths: list[str]) -> 
     return same and planned.destinations(0, spec.aims.count) == paths
 
 
-def _poll_end(results: CampaignResults, spec: CampaignSpec) -> Beat:
+def _poll_end(results: CampaignResults, spec: CampaignSpec) -> Poll:
     """A function that raises the error with which the campaign is to end early; it is called once at the start."""
 
     def poll(progress: Progress) -> None:

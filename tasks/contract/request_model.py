@@ -10,12 +10,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, V
 
 from tasks.contract.raw_request import REFUSED, text_of
 from tasks.copier.errors import Code, ForkError
-from tasks.copier.options import Durability, Options, Preserve, Reflink, Snapshot, SourceOpen, Verify
+from tasks.copier.options import MOST_ITEMS, Durability, Options, Preserve, Reflink, Snapshot, SourceOpen, Verify
 from tasks.copier.roots import normal_path
 from tasks.copier.source.selection import Selection
 
-#: The most entries of a list or mapping in a request, and the most characters of one pattern or label.
-_MOST = 10_000
+#: The most characters of one pattern or label.
 _LONGEST = 4096
 
 
@@ -63,15 +62,17 @@ class AnyRequest(BaseModel):
     source: SourcePath
     reflink: Reflink = Options.reflink
     snapshot: Snapshot = Options.snapshot
-    skip: Annotated[list[RelativePath], Field(max_length=_MOST)] = []
-    exclude: Annotated[list[Pattern], Field(max_length=_MOST)] = list(Options.exclude)
-    preserve: Annotated[list[Preserve], Field(max_length=_MOST)] = sorted(Options.preserve)
+    skip: Annotated[list[RelativePath], Field(max_length=MOST_ITEMS)] = []
+    exclude: Annotated[list[Pattern], Field(max_length=MOST_ITEMS)] = list(Options.exclude)
+    preserve: Annotated[list[Preserve], Field(max_length=MOST_ITEMS)] = sorted(Options.preserve)
     durability: Durability = Options.durability
     verify: Verify = Options.verify
     max_copied_bytes: Annotated[int, Field(ge=0, lt=1 << 63)] | None = Options.max_copied_bytes
     source_open: SourceOpen = Options.source_open
     #: Returned unchanged in the result.
-    labels: Annotated[dict[Text, Text], Field(max_length=_MOST)] | Annotated[list[Text], Field(max_length=_MOST)] = {}
+    labels: (
+        Annotated[dict[Text, Text], Field(max_length=MOST_ITEMS)] | Annotated[list[Text], Field(max_length=MOST_ITEMS)]
+    ) = {}
 
     def options(self) -> Options:
         """The options of the engine that the request asks for."""

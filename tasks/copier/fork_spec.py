@@ -47,20 +47,30 @@ class ForkSpec:
             return cls(
                 **{
                     **data,
+                    **checked_common_fields(data),
                     "fork_id": validation.text(data["fork_id"]),
-                    "source": validation.absolute_path(data["source"]),
                     "destination": validation.absolute_path(data["destination"]),
-                    "options": Options.from_data(data["options"]),
-                    "labels": validation.labels(data["labels"]),
-                    "owner": validation.word(data["owner"], ("queue", "local")),
-                    "queued": validation.real(data["queued"]),
-                    "started": validation.real(data["started"]),
                 }
             )
 
     def is_same_request(self, other: ForkSpec) -> bool:
         """Whether `other` requests the same fork. Times and the owner are not compared."""
         return replace(self, owner=other.owner, queued=other.queued, started=other.started) == other
+
+
+def checked_common_fields(data: dict[str, Any]) -> dict[str, Any]:
+    """The fields that a fork's request and a campaign's have in common, from the data of either.
+
+    Call it within `validation.reading`, which turns what it raises into Malformed.
+    """
+    return {
+        "source": validation.absolute_path(data["source"]),
+        "options": Options.from_data(data["options"]),
+        "labels": validation.labels(data["labels"]),
+        "owner": validation.one_of(data["owner"], ("queue", "local")),
+        "queued": validation.seconds(data["queued"]),
+        "started": validation.seconds(data["started"]),
+    }
 
 
 @final
@@ -90,24 +100,24 @@ class ForkResult(TypedDict):
 def result_of(data: dict[str, Any] | None, spec: ForkSpec) -> ForkResult:
     """The ForkResult of a succeeded fork, from its journal. Raises Malformed for anything else."""
     with validation.reading("the fork's result"):
-        result = validation.record(data)
+        result = validation.json_object(data)
         if any(result[name] != getattr(spec, name) for name in ("fork_id", "source", "destination")):
             raise validation.Malformed("it belongs to another fork")
         if result["status"] != "succeeded" or result["error"] is not None:
             raise validation.Malformed("it is not the result of a succeeded fork")
         for name in ("files", "bytes"):
-            for value in validation.record(result[name]).values():
-                validation.number(value)
-        for seconds in validation.record(result["seconds"]).values():
-            validation.real(seconds)
-        validation.number(result["chunks"])
+            for value in validation.json_object(result[name]).values():
+                validation.integer(value)
+        for seconds in validation.json_object(result["seconds"]).values():
+            validation.seconds(seconds)
+        validation.integer(result["chunks"])
         for name in ("started_at", "finished_at"):
             datetime.fromisoformat(validation.text(result[name]))
         validation.labels(result["labels"])
-        validation.flag(result["subvolume"])
+        validation.boolean(result["subvolume"])
         fallback_of(result["fallback"])
         lost_of(result.get("metadata_lost", []))
-        validation.number(result.get("metadata_lost_total", 0))
+        validation.integer(result.get("metadata_lost_total", 0))
         return cast(ForkResult, result)
 
 

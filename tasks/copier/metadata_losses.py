@@ -55,9 +55,9 @@ class Losses:
 
 def lost_of(value: Any) -> list[Lost]:
     """A list of losses from data. Raises Malformed for anything else."""
-    return validation.items(value, _one_of, MOST_LISTED)
+    return validation.list_of(value, _one_of, MOST_LISTED)
 
 
 def _one_of(value: Any) -> Lost:
-    data = validation.record(value)
+    data = validation.json_object(value)
     return {"path": validation.text(data["path"]), "what": validation.text(data["what"])}

@@ -18,6 +18,8 @@ OnError = Literal["continue", "abort"]
 
 #: Files that a running guest leaves: logs at the top level, unfinished compressed files, sockets.
 DEFAULT_EXCLUDE = ("/logs/", "*.lz4.tmp", "*.zst.tmp", "*.sock")
+#: The most items in a list of a request, or entries in a mapping; the contract's limit.
+MOST_ITEMS = 10_000
 PRESERVE_ALL: frozenset[Preserve] = frozenset({"mode", "ownership", "timestamps", "xattrs", "hardlinks"})
 
 
@@ -55,27 +57,25 @@ class Options:
             return cls(
                 **{
                     **data,
-                    "reflink": validation.word(data["reflink"], get_args(Reflink)),
-                    "snapshot": validation.word(data["snapshot"], get_args(Snapshot)),
-                    "skip": tuple(validation.items(data["skip"], validation.text, _MOST)),
-                    "exclude": tuple(validation.items(data["exclude"], validation.text, _MOST)),
-                    "preserve": frozenset(validation.items(data["preserve"], _preserved, _MOST)),
-                    "durability": validation.word(data["durability"], get_args(Durability)),
-                    "verify": validation.word(data["verify"], get_args(Verify)),
-                    "max_copied_bytes": validation.optional(data.get("max_copied_bytes"), validation.number),
-                    "source_open": validation.word(data.get("source_open", cls.source_open), get_args(SourceOpen)),
+                    "reflink": validation.one_of(data["reflink"], get_args(Reflink)),
+                    "snapshot": validation.one_of(data["snapshot"], get_args(Snapshot)),
+                    "skip": tuple(validation.list_of(data["skip"], validation.text, MOST_ITEMS)),
+                    "exclude": tuple(validation.list_of(data["exclude"], validation.text, MOST_ITEMS)),
+                    "preserve": frozenset(validation.list_of(data["preserve"], _preserved, MOST_ITEMS)),
+                    "durability": validation.one_of(data["durability"], get_args(Durability)),
+                    "verify": validation.one_of(data["verify"], get_args(Verify)),
+                    "max_copied_bytes": validation.optional(data.get("max_copied_bytes"), validation.integer),
+                    "source_open": validation.one_of(data.get("source_open", cls.source_open), get_args(SourceOpen)),
                 }
             )
 
 
 #: The options that the first version did not have, with their defaults.
 _LATER: dict[str, Any] = {"max_copied_bytes": None, "source_open": "allow"}
-#: The most items in a list of a request; the contract's limit.
-_MOST = 10_000
 
 
 def _preserved(value: Any) -> Preserve:
-    preserved: Preserve = validation.word(value, get_args(Preserve))
+    preserved: Preserve = validation.one_of(value, get_args(Preserve))
     return preserved
 
 

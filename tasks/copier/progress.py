@@ -7,8 +7,8 @@ from collections.abc import Callable
 from enum import Enum
 from typing import TypedDict, final
 
-#: Seconds between two calls of `beat`: the delay of a cancellation, and the interval of published progress.
-BEAT_SECONDS = 0.25
+#: Seconds between two calls of `poll`: the delay of a cancellation, and the interval of published progress.
+POLL_SECONDS = 0.25
 
 
 @final
@@ -35,15 +35,15 @@ class Cancellation(Enum):
 
 
 #: Called with the progress so far. Raises ForkError to stop the work.
-Beat = Callable[[Progress], None]
+Poll = Callable[[Progress], None]
 
 
 class Ticker:
-    """Counts finished work, and calls `beat` at most once every `BEAT_SECONDS`."""
+    """Counts finished work, and calls `poll` at most once every `POLL_SECONDS`."""
 
-    def __init__(self, beat: Beat) -> None:
-        self._beat = beat
-        self._next = time.monotonic() + BEAT_SECONDS
+    def __init__(self, poll: Poll) -> None:
+        self._poll = poll
+        self._next = time.monotonic() + POLL_SECONDS
         self.progress: Progress = {
             "files_done": 0,
             "files_total": 0,
@@ -73,10 +73,10 @@ class Ticker:
         self(0, count)
 
     def poll(self) -> None:
-        """Count nothing; call `beat` if it is due."""
+        """Count nothing; call `poll` if it is due."""
         self(0, 0)
 
     def poll_now(self) -> None:
-        """Call `beat` now."""
-        self._beat(self.progress)
-        self._next = time.monotonic() + BEAT_SECONDS
+        """Call `poll` now."""
+        self._poll(self.progress)
+        self._next = time.monotonic() + POLL_SECONDS

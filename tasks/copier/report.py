@@ -188,11 +188,12 @@ class Report:
         """The report that `to_bytes` returned. Raises Malformed for anything else."""
         with validation.reading("a report"):
             line, _, rest = validation.FILE_SEAL.unseal(data).partition(b"\n")
-            head = validation.record(validation.load(line))
+            head = validation.json_object(validation.load(line))
             pages = pages_in(rest, head["pages"])
-            ranges = validation.items(head["ranges"], _range_of, _MOST_RANGES)
-            during_walk, replaced = validation.flag(head["during_walk"]), validation.flag(head.get("replaced", False))
-            return cls(_totals_of(validation.record(head["totals"])), pages, ranges, during_walk, replaced)
+            ranges = validation.list_of(head["ranges"], _range_of, _MOST_RANGES)
+            during_walk = validation.boolean(head["during_walk"])
+            replaced = validation.boolean(head.get("replaced", False))
+            return cls(_totals_of(validation.json_object(head["totals"])), pages, ranges, during_walk, replaced)
 
 
 #: The most ranges in a report, and pages in a file of staging. Both are far above what is ever written.
@@ -204,7 +205,7 @@ _MOST_PAGE_BYTES = 64 << 20
 def pages_in(data: bytes, lengths: Any) -> list[bytes]:
     """Split `data` into pages of the given lengths. Raises Malformed if it does not consist of them."""
     pages, at = [], 0
-    for length in validation.items(lengths, validation.number, _MOST_PAGES):
+    for length in validation.list_of(lengths, validation.integer, _MOST_PAGES):
         pages.append(data[at : at + length])
         at += length
     if at != len(data):
@@ -216,7 +217,7 @@ def fallback_of(value: Any) -> Fallback | None:
     """A `Fallback` from data. Raises Malformed for anything else."""
     if value is None:
         return None
-    data = validation.record(value)
+    data = validation.json_object(value)
     errno = validation.errno_number(data["errno"])
     return {"reason": validation.text(data["reason"]), "errno": errno, "path": validation.text(data["path"])}
 
@@ -229,17 +230,17 @@ def _totals_of(data: dict[str, Any]) -> Totals:
     totals.metadata_lost = lost_of(data.get("metadata_lost", []))
     for name, value in data.items():
         if name not in others and name in vars(totals):
-            setattr(totals, name, validation.number(value))
+            setattr(totals, name, validation.integer(value))
     return totals
 
 
 def _range_of(value: Any) -> RangeDone:
-    data = validation.record(value)
+    data = validation.json_object(value)
     return {
         "path": validation.relative_path(data["path"]),
-        "size": validation.number(data["size"]),
-        "copied_bytes": validation.number(data["copied_bytes"]),
-        "seconds": validation.real(data["seconds"]),
+        "size": validation.integer(data["size"]),
+        "copied_bytes": validation.integer(data["copied_bytes"]),
+        "seconds": validation.seconds(data["seconds"]),
         "error": validation.optional(data["error"], validation.error_record),
     }
 

@@ -97,14 +97,14 @@ def reading(what: str) -> Iterator[None]:
         raise Malformed(f"{what}: {error}") from None
 
 
-def number(value: Any, end: int = S63, start: int = 0) -> int:
+def integer(value: Any, end: int = S63, start: int = 0) -> int:
     """An integer in [start, end)."""
     if type(value) is not int or not start <= value < end:
         raise Malformed(f"{_shown(value)} is not an integer from {start} to {end - 1}")
     return value
 
 
-def real(value: Any) -> float:
+def seconds(value: Any) -> float:
     """A time or a duration in seconds: a finite number that is not negative."""
     if type(value) not in (int, float) or not math.isfinite(value) or not 0 <= value < S63:
         raise Malformed(f"{_shown(value)} is not a number of seconds")
@@ -113,8 +113,8 @@ def real(value: Any) -> float:
 
 def error_record(value: Any) -> ErrorRecord:
     """An error in the form of `ForkError.record`."""
-    data = record(value)
-    code = word(data["code"], list(Code))
+    data = json_object(value)
+    code = one_of(data["code"], list(Code))
     return {
         "code": str(code),
         "message": any_text(data["message"]),
@@ -125,10 +125,10 @@ def error_record(value: Any) -> ErrorRecord:
 
 def errno_number(value: Any) -> int:
     """A number of errno(3)."""
-    return number(value, 4096)
+    return integer(value, 4096)
 
 
-def flag(value: Any) -> bool:
+def boolean(value: Any) -> bool:
     """True or False."""
     if type(value) is not bool:
         raise Malformed(f"{_shown(value)} is not true or false")
@@ -147,7 +147,7 @@ def labels(value: Any) -> Any:
     """The labels of a request: a list of strings, or an object of strings. They are returned unchanged."""
     if type(value) is list:
         return [any_text(item) for item in value]
-    return {any_text(name): any_text(item) for name, item in record(value).items()}
+    return {any_text(name): any_text(item) for name, item in json_object(value).items()}
 
 
 def any_text(value: Any) -> str:
@@ -157,21 +157,21 @@ def any_text(value: Any) -> str:
     return value
 
 
-def word(value: Any, words: Collection[T]) -> T:
+def one_of(value: Any, words: Collection[T]) -> T:
     """One of `words`."""
     if type(value) is not str or value not in words:
         raise Malformed(f"{_shown(value)} is not one of {', '.join(map(str, words))}")
     return cast(T, value)
 
 
-def record(value: Any) -> dict[str, Any]:
+def json_object(value: Any) -> dict[str, Any]:
     """A JSON object."""
     if type(value) is not dict:
         raise Malformed(f"{_shown(value)} is not an object")
     return value
 
 
-def items(value: Any, check: Callable[[Any], T], most: int) -> list[T]:
+def list_of(value: Any, check: Callable[[Any], T], most: int) -> list[T]:
     """A list of at most `most` items, each of which passes `check`."""
     if type(value) not in (list, tuple) or len(value) > most:  # data that was not read from JSON may hold tuples
         raise Malformed(f"{_shown(value)} is not a list of at most {most} items")
@@ -183,7 +183,7 @@ def optional(value: Any, check: Callable[[Any], T]) -> T | None:
     return None if value is None else check(value)
 
 
-def only(value: dict[str, Any], names: Iterable[str]) -> None:
+def no_other_fields(value: dict[str, Any], names: Iterable[str]) -> None:
     """Raise Malformed if the object has a field that is not in `names`."""
     unknown = value.keys() - set(names)
     if unknown:

@@ -84,17 +84,17 @@ def _staging(context: Context, fork_id: str, destination: str) -> Iterator[Stagi
 def _clone(context: Context, staging: Staging, journal: Journal, plan: Plan, number: int) -> Report | None:
     """Clone what the chunk covers: its report, or None while another process works on this chunk."""
     spec = ForkSpec.from_data(journal.spec)
-    beat = context.beat(spec.fork_id, str(number), spec.destination)
+    poll = context.poll_of(spec.fork_id, str(number), spec.destination)
 
-    def beat_unless_stopped(progress: Progress) -> None:
-        beat(progress)
+    def poll_unless_stopped(progress: Progress) -> None:
+        poll(progress)
         if staging.is_stopped():
             raise ForkError(Code.CANCELLED, "another chunk of the fork failed", "")
 
     def keep(report: Report) -> None:
         ForkLedger(context.results, spec.fork_id).keep_pages({str(number): report.close()})
 
-    ticker = Ticker(beat_unless_stopped)
+    ticker = Ticker(poll_unless_stopped)
     ticker.enter("copy", plan.entries, plan.bytes)
     try:
         ticker.poll_now()

@@ -60,7 +60,7 @@ def _end_with_staging(context: Context, spec: ForkSpec, error: ForkError) -> For
     ):
         if staging is not None and is_of_claim(context, staging.journal(), spec.fork_id, spec.destination):
             ends = Endpoints(spec.source, spec.destination, -1, parent.fd, parent.name)
-            ticker = Ticker(context.beat(spec.fork_id, "close", spec.destination))
+            ticker = Ticker(context.poll_of(spec.fork_id, "close", spec.destination))
             result = finish(ends, staging, ticker, context.ledger(spec, parent.fd, parent.name), error)
             return result or store_failure(context, spec, error)
     return _stored_or_failed(context, spec, error)

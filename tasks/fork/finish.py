@@ -55,7 +55,7 @@ def _finish_staging(
 ) -> ForkResult | None:
     claimed = spec_from_claim(context, fork_id, ends.destination)
     ledger = context.ledger(claimed, ends.parent_fd, ends.name)
-    ticker = Ticker(context.beat(fork_id, "close", ends.destination))
+    ticker = Ticker(context.poll_of(fork_id, "close", ends.destination))
     abort = _abort_reason(staging, ends.destination, is_cancelled=is_cancelled)
     journal = staging.journal()
     if not is_of_claim(context, journal, fork_id, ends.destination):

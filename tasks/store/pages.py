@@ -25,19 +25,19 @@ class Pages:
 
     connection: Connection
 
-    def store(self, fork_id: str, parts: dict[str, list[bytes]], *, only: bool = False) -> Cancellation:
+    def store(self, fork_id: str, pages_by_part: dict[str, list[bytes]], *, replace_all: bool = False) -> Cancellation:
         """Store the pages of parts of a fork, in place of the earlier ones of these parts.
 
-        `only`: in place of those of all parts, which belong to an earlier attempt. Returns whether the cancellation of
-        the fork was requested, which saves the caller a round trip.
+        `replace_all`: in place of those of all parts, which belong to an earlier attempt. Returns whether the
+        cancellation of the fork was requested, which saves the caller a round trip.
         """
         counts, ttl = keys.PAGES.of(fork_id), self.connection.open_expires
 
         def write() -> Cancellation:
             with self.connection.redis.pipeline(transaction=True) as pipe:
-                if only:
+                if replace_all:
                     pipe.delete(counts, keys.ONLY_PAGE.of(fork_id))
-                for part, pages in parts.items():
+                for part, pages in pages_by_part.items():
                     for number, page in enumerate(pages):
                         pipe.set(keys.page_key(fork_id, part, number), page, ex=ttl)
                     pipe.hset(counts, part, str(len(pages)))
@@ -50,7 +50,7 @@ class Pages:
     def store_all(self, fork_id: str, pages: list[bytes]) -> Cancellation:
         """As `store`, for a fork without parts: in place of all that earlier attempts stored."""
         if len(pages) != 1:
-            return self.store(fork_id, {"0": pages}, only=True)
+            return self.store(fork_id, {"0": pages}, replace_all=True)
 
         def write() -> Cancellation:
             with self.connection.redis.pipeline(transaction=True) as pipe:

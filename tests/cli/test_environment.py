@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.processes import ROOT, RunForkvm, StartWorker, program_environment, wait_until
-from tests.fixtures.redis_server import RedisServer, redis_executable
+from tests.fixtures.redis_server import RedisServer
 from tests.support.guests import make_guest
 from tests.support.requirements import require
+from worker.started_processes import redis_executable
 
 #: Another application's addresses and modules; nothing answers there.
 _ELSEWHERE = "redis+socket:///nonexistent/other.sock"

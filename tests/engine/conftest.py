@@ -21,7 +21,7 @@ def limits(request: pytest.FixtureRequest) -> Limits:
 @pytest.fixture
 def every_beat(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beats come after every entry and every piece of a file, not four times a second: a test can act at each."""
-    monkeypatch.setattr(progress, "BEAT_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "POLL_SECONDS", 0.0)
 
 
 @pytest.fixture

@@ -15,12 +15,13 @@ from celery import Celery
 
 from tests.fixtures.filesystems import fresh_directory
 from tests.fixtures.processes import ROOT, StartWorker, Worker, program_environment, wait_until
-from tests.fixtures.redis_server import RedisServer, redis_executable
+from tests.fixtures.redis_server import RedisServer
 from tests.support.guests import MIB, make_sparse_file
 from tests.support.outcome import LOGS, body_passed
 from tests.support.requirements import require
 from tests.support.system.scheduler import QUEUES, Scheduler
 from tests.support.system.systems import SMALL_LIMITS, StartSystem, System
+from worker.started_processes import redis_executable
 
 
 @pytest.fixture(scope="module")

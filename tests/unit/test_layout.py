@@ -54,6 +54,7 @@ LAYERS = (
         "worker.secret_files",
         "worker.tls",
         "worker.cpus",
+        "worker.started_processes",
         "worker.settings",
     ),
     ("worker.runtime",),

@@ -196,7 +196,7 @@ def test_pages_that_are_kept_anew_are_the_only_ones(results: Results) -> None:
     """What an earlier attempt kept of parts that this one does not have would be counted too."""
     results.pages.store("fork-1", {"plan": [page_of([_file("a")])], "7": [page_of([_file("b")])]})
 
-    results.pages.store("fork-1", {"plan": [page_of([_file("c")])]}, only=True)
+    results.pages.store("fork-1", {"plan": [page_of([_file("c")])]}, replace_all=True)
     results.pages.store("fork-1", {"0": [page_of([_file("d")])]})
 
     assert [file["path"] for file in results.pages.files("fork-1")] == ["c", "d"]

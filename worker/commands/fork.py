@@ -21,7 +21,7 @@ from worker.terminal.signals import cancelled_by_signals
 
 if TYPE_CHECKING:
     from tasks.copier.fork_spec import ForkResult
-    from tasks.copier.progress import Beat
+    from tasks.copier.progress import Poll
 
 
 @command(
@@ -40,8 +40,8 @@ def fork(source: str, destination: str, as_json: bool, **fields: Any) -> None:
     """
     settings = read_settings()
     request = request_of({"source": absolute(source), "destination": absolute(destination)}, fields)
-    with progress_bar() as show, cancelled_by_signals(show) as beat:
-        result = _fork_here(settings, request, beat)
+    with progress_bar() as show, cancelled_by_signals(show) as poll:
+        result = _fork_here(settings, request, poll)
     print_result(result, as_json)
 
 
@@ -85,7 +85,7 @@ def verify(
         raise click.exceptions.Exit(FAILED)
 
 
-def _fork_here(settings: Settings, request: dict[str, Any], beat: Beat) -> ForkResult:
+def _fork_here(settings: Settings, request: dict[str, Any], poll: Poll) -> ForkResult:
     from tasks.contract import fork_request
     from tasks.copier.fork.local import fork_here
     from tasks.copier.roots import Roots
@@ -95,4 +95,4 @@ def _fork_here(settings: Settings, request: dict[str, Any], beat: Beat) -> ForkR
         spec = fork_request.spec_of(request, fork_id, owner="local")
     except ForkError as error:
         return fork_request.refused(request, fork_id, error)
-    return fork_here(spec, Roots(settings.roots), settings.limits, local_processes(), beat)
+    return fork_here(spec, Roots(settings.roots), settings.limits, local_processes(), poll)

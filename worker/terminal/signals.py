@@ -35,13 +35,13 @@ def cancelled_by_signals(show: ShowProgress) -> Iterator[Callable[[Any], None]]:
     received: list[int] = []
     handlers = {number: signal.signal(number, lambda n, _: received.append(n)) for number in _not_ignored()}
 
-    def beat(progress: Any) -> None:
+    def poll(progress: Any) -> None:
         show(progress)
         if received:
             raise ForkError(Code.CANCELLED, f"ended by {signal.Signals(received[0]).name}", "")
 
     try:
-        yield beat
+        yield poll
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -71,10 +71,10 @@ class Record:
         """The record that `to_bytes` wrote. Raises ForkError (Malformed) for anything else."""
         with validation.reading("the record of a batch"):
             line, _, rest = validation.FILE_SEAL.unseal(data).partition(b"\n")
-            head = validation.record(validation.load(line))
+            head = validation.json_object(validation.load(line))
             names = _by_index(head["trees"], _tree_name)
-            identities = _by_index(head["identities"], partial(validation.number, end=validation.IDENTITY))
-            lengths = _by_index(head["pages"], lambda value: validation.items(value, validation.number, _MOST_PAGES))
+            identities = _by_index(head["identities"], partial(validation.integer, end=validation.IDENTITY))
+            lengths = _by_index(head["pages"], lambda value: validation.list_of(value, validation.integer, _MOST_PAGES))
             if not identities.keys() == lengths.keys() <= names.keys():
                 raise validation.Malformed("trees, identities and results are not of the same forks")
             *results, rest = rest.split(b"\n", len(lengths))
@@ -82,7 +82,7 @@ class Record:
             outcomes: dict[int, Outcome] = {}
             at = 0
             for (index, some), result in zip(lengths.items(), results, strict=True):
-                checked = cast(ForkResult, validation.record(validation.load(result)))
+                checked = cast(ForkResult, validation.json_object(validation.load(result)))
                 outcomes[index] = Outcome(checked, pages[at : at + len(some)])
                 at += len(some)
             return cls(names, identities, outcomes)
@@ -128,7 +128,7 @@ def _names(staging: Staging, first: int) -> list[str]:
 
 def _by_index(data: Any, check: Callable[[Any], T]) -> dict[int, T]:
     checked: dict[int, T] = {}
-    for index, value in validation.record(data).items():
+    for index, value in validation.json_object(data).items():
         if not _NUMBER.fullmatch(index):
             raise validation.Malformed(f"{index!r:.80} is not the index of a fork")
         checked[int(index)] = check(value)

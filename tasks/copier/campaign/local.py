@@ -33,7 +33,7 @@ from tasks.copier.endpoints import Endpoints, open_endpoints
 from tasks.copier.errors import Code, ForkError, from_oserror, from_record
 from tasks.copier.fork.chunk import MAX_TRIES, worker_lost
 from tasks.copier.fork.lifecycle import Superseded
-from tasks.copier.progress import Beat, Progress, Ticker
+from tasks.copier.progress import Poll, Progress, Ticker
 from tasks.copier.roots import Roots
 from tasks.copier.staging.control_directory import Held
 from tasks.copier.staging.staging import Staging
@@ -42,11 +42,11 @@ from tasks.copier.staging.staging import Staging
 _OUTCOMES = "settled-"
 
 #: Called about ten times a second with the progress; raises ForkError to cancel the campaign.
-CampaignBeat = Callable[[CampaignProgress], None]
+CampaignPoll = Callable[[CampaignProgress], None]
 
 
 def campaign_here(
-    spec: CampaignSpec, paths: list[str], roots: Roots, processes: int, beat: CampaignBeat
+    spec: CampaignSpec, paths: list[str], roots: Roots, processes: int, poll: CampaignPoll
 ) -> CampaignResult:
     """Make a campaign with at most `processes` children. Never raises ForkError: a failure is a result."""
     try:
@@ -56,9 +56,9 @@ def campaign_here(
             # Held until the end, by the children too: `gc` removes what no process holds.
             Staging.claim(ends.parent_fd, spec.campaign_id, wait=0) as staging,
         ):
-            campaign = _plan(ends, staging, spec, paths, beat)
+            campaign = _plan(ends, staging, spec, paths, poll)
             try:
-                error = _make_all(campaign, roots, processes, beat)
+                error = _make_all(campaign, roots, processes, poll)
             except OSError as fault:
                 error = from_oserror(fault, "working in the staging directory", home)
             return _end(campaign, roots, error)
@@ -71,16 +71,16 @@ def campaign_here(
         return _not_begun(spec, paths, error)
 
 
-def _plan(ends: Endpoints, staging: Staging, spec: CampaignSpec, paths: list[str], beat: CampaignBeat) -> Campaign:
+def _plan(ends: Endpoints, staging: Staging, spec: CampaignSpec, paths: list[str], poll: CampaignPoll) -> Campaign:
     try:
-        plan_campaign(ends, staging, spec, paths, Ticker(lambda progress: beat(progress_of(spec, {}, 0.0))))
+        plan_campaign(ends, staging, spec, paths, Ticker(lambda progress: poll(progress_of(spec, {}, 0.0))))
     except BaseException:
         staging.remove()
         raise
     return _require(campaign_in(staging), ends.destination)
 
 
-def _make_all(campaign: Campaign, roots: Roots, processes: int, beat: CampaignBeat) -> ForkError | None:
+def _make_all(campaign: Campaign, roots: Roots, processes: int, poll: CampaignPoll) -> ForkError | None:
     """Have children make all batches, and make again what a dead child left.
 
     Returns the error that ends the rest, if any. Raises OSError. No child runs when this returns or raises.
@@ -90,7 +90,7 @@ def _make_all(campaign: Campaign, roots: Roots, processes: int, beat: CampaignBe
     while without_progress < MAX_TRIES:
         pool = _BatchPool(campaign, roots, min(processes, campaign.plan.lanes))
         try:
-            codes = pool.make(beat)
+            codes = pool.make(poll)
         except ForkError as error:
             return error
         _require(campaign_in(staging), spec.source)
@@ -194,13 +194,13 @@ def _stored(staging: Staging, ended: Mapping[int, _Run] = MappingProxyType({})) 
 
 def _read_run(staging: Staging, number: str) -> _Run:
     with validation.reading("the sums of a batch"):
-        data = validation.record(validation.load(staging.read_file(f"{_OUTCOMES}{number}")))
-        sums = {key: validation.number(value) for key, value in validation.record(data["sums"]).items()}
-        return {"sums": sums, "failures": validation.items(data["failures"], _failure_of, MOST_FAILURES)}
+        data = validation.json_object(validation.load(staging.read_file(f"{_OUTCOMES}{number}")))
+        sums = {key: validation.integer(value) for key, value in validation.json_object(data["sums"]).items()}
+        return {"sums": sums, "failures": validation.list_of(data["failures"], _failure_of, MOST_FAILURES)}
 
 
 def _failure_of(value: Any) -> Failure:
-    data = validation.record(value)
+    data = validation.json_object(value)
     return {
         "fork_id": validation.text(data["fork_id"]),
         "destination": validation.text(data["destination"]),
@@ -222,17 +222,17 @@ class _BatchPool:
         self._began = time.time()
         self._aborts = campaign.spec.aims.on_error == "abort"
 
-    def make(self, beat: CampaignBeat) -> list[int]:
+    def make(self, poll: CampaignPoll) -> list[int]:
         """Make batches until none is left or all children have ended. Returns the children's exit codes.
 
-        Raises what `beat` raises, and OSError; no child runs then.
+        Raises what `poll` raises, and OSError; no child runs then.
         """
         processes = self.processes
         try:
             processes.start(self._count, self._run_child)
             if not processes:
-                self._make_batches(0, self._campaign.staging, lambda progress: beat(self._progress()))
-            return processes.wait(lambda: beat(self._progress()))
+                self._make_batches(0, self._campaign.staging, lambda progress: poll(self._progress()))
+            return processes.wait(lambda: poll(self._progress()))
         except BaseException:
             with suppress(OSError):
                 self._campaign.staging.stop()
@@ -252,18 +252,18 @@ class _BatchPool:
             self._make_batches(child, staging, lambda progress: None)
         return 0
 
-    def _make_batches(self, child: int, staging: Staging, beat: Beat) -> None:
+    def _make_batches(self, child: int, staging: Staging, poll: Poll) -> None:
         campaign = self._campaign
         ledger = _Counting(staging, self._counters, child, self._aborts)
 
-        def poll(progress: Progress) -> None:
-            beat(progress)
+        def poll_until_stopped(progress: Progress) -> None:
+            poll(progress)
             if staging.is_stopped():
                 raise ForkError(Code.CANCELLED, "the campaign was cancelled", campaign.spec.source)
             if error := late(campaign):
                 raise error
 
-        ticker = Ticker(poll)
+        ticker = Ticker(poll_until_stopped)
         for first in range(0, campaign.spec.aims.count, campaign.plan.batch):
             if staging.is_stopped() or campaign.spec.is_late():
                 return

@@ -95,9 +95,9 @@ class CampaignPlan:
                     **data,
                     "fork": Plan.from_data(data["fork"]),
                     "fallback": fallback_of(data["fallback"]),
-                    "batch": validation.number(data["batch"], start=1),
-                    "lanes": validation.number(data["lanes"], start=1),
-                    "snapshot": validation.flag(data["snapshot"]),
+                    "batch": validation.integer(data["batch"], start=1),
+                    "lanes": validation.integer(data["lanes"], start=1),
+                    "snapshot": validation.boolean(data["snapshot"]),
                     "parent": validation.absolute_path(data["parent"]),
                 }
             )

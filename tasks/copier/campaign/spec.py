@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict, final, get_args
 
 from tasks.copier import validation
 from tasks.copier.errors import Code, ErrorRecord, ForkError
-from tasks.copier.fork_spec import ForkResult, ForkSpec, Labels
+from tasks.copier.fork_spec import ForkResult, ForkSpec, Labels, checked_common_fields
 from tasks.copier.options import OnError, Options
 
 Status = Literal["succeeded", "partial", "failed", "cancelled"]
@@ -44,11 +44,11 @@ class Aims:
         return cls(
             **{
                 **data,
-                "count": validation.number(data["count"], _MOST_FORKS),
-                "start": validation.number(data["start"]),
-                "max_parallel": validation.optional(data["max_parallel"], validation.number),
-                "on_error": validation.word(data["on_error"], get_args(OnError)),
-                "deadline": validation.optional(data["deadline"], validation.real),
+                "count": validation.integer(data["count"], _MOST_FORKS),
+                "start": validation.integer(data["start"]),
+                "max_parallel": validation.optional(data["max_parallel"], validation.integer),
+                "on_error": validation.one_of(data["on_error"], get_args(OnError)),
+                "deadline": validation.optional(data["deadline"], validation.seconds),
             }
         )
 
@@ -79,14 +79,9 @@ class CampaignSpec:
             return cls(
                 **{
                     **data,
+                    **checked_common_fields(data),
                     "campaign_id": validation.text(data["campaign_id"]),
-                    "source": validation.absolute_path(data["source"]),
-                    "options": Options.from_data(data["options"]),
-                    "labels": validation.labels(data["labels"]),
-                    "owner": validation.word(data["owner"], ("queue", "local")),
-                    "queued": validation.real(data["queued"]),
-                    "started": validation.real(data["started"]),
-                    "aims": Aims.from_data(validation.record(data["aims"])),
+                    "aims": Aims.from_data(validation.json_object(data["aims"])),
                 }
             )
 

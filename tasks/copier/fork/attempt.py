@@ -18,8 +18,8 @@ from tasks.copier.staging.staging import Staging
 class Ledger(Protocol):
     """Where the results of a fork are kept for its client."""
 
-    def keep_pages(self, parts: dict[str, list[bytes]], *, replace_all: bool = False) -> Cancellation:
-        """Keep the FileResults of parts of the fork (a chunk's number, `plan` or `close`). Raises ForkError.
+    def keep_pages(self, pages_by_part: dict[str, list[bytes]], *, replace_all: bool = False) -> Cancellation:
+        """Keep the FileResults of parts of the fork: a chunk's number, `plan` or `close`. Raises ForkError.
 
         `replace_all`: replace all that an earlier attempt kept. Returns whether cancellation was requested.
         """

@@ -155,12 +155,12 @@ class ChildPool:
         def publish(progress: Progress) -> None:
             self._counters.set(child, progress["files_done"], progress["bytes_done"])
 
-        def beat(progress: Progress) -> None:
+        def poll(progress: Progress) -> None:
             publish(progress)
             if self._work.staging.is_stopped():
                 raise ForkError(Code.CANCELLED, "another part of the fork failed or was cancelled", "")
 
-        ticker = Ticker(beat)
+        ticker = Ticker(poll)
         for number, chunk in self._next_chunks():
             report = run_held_chunk(self._work, plan, chunk, number, ticker)
             if report is None or report.totals.error is not None:

@@ -12,7 +12,7 @@ from tasks.copier.fork.lifecycle import Superseded, finish, start
 from tasks.copier.fork.plan import Plan
 from tasks.copier.fork_spec import Clock, ForkResult, ForkSpec, failed
 from tasks.copier.options import Limits
-from tasks.copier.progress import Beat, Cancellation, Ticker
+from tasks.copier.progress import Cancellation, Poll, Ticker
 from tasks.copier.report import Totals
 from tasks.copier.roots import Roots
 from tasks.copier.staging.control_directory import Held
@@ -25,9 +25,9 @@ _TIMES_SMALLER = 5
 
 
 class _NoLedger:
-    """Keeps no results: the caller of a local fork gets them, and cancels it by raising in `beat`."""
+    """Keeps no results: the caller of a local fork gets them, and cancels it by raising in `poll`."""
 
-    def keep_pages(self, parts: dict[str, list[bytes]], *, replace_all: bool = False) -> Cancellation:
+    def keep_pages(self, pages_by_part: dict[str, list[bytes]], *, replace_all: bool = False) -> Cancellation:
         """Keep nothing."""
         return Cancellation.NOT_REQUESTED
 
@@ -39,14 +39,14 @@ class _NoLedger:
         """Keep nothing."""
 
 
-def fork_here(spec: ForkSpec, roots: Roots, limits: Limits, processes: int, beat: Beat) -> ForkResult:
+def fork_here(spec: ForkSpec, roots: Roots, limits: Limits, processes: int, poll: Poll) -> ForkResult:
     """Make one fork with at most `processes` children. Never raises ForkError: a failure is a result.
 
-    `beat` is called about four times a second and raises ForkError to cancel the fork.
+    `poll` is called about four times a second and raises ForkError to cancel the fork.
     """
     try:
         with open_endpoints(roots, spec.source, spec.destination) as ends:
-            return _fork(ends, spec, limits, processes, Ticker(beat))
+            return _fork(ends, spec, limits, processes, Ticker(poll))
     except ForkError as error:
         return failed(spec, error, Totals(), 0, Clock(spec.started))
     except OSError as error:

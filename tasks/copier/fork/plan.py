@@ -76,13 +76,13 @@ class Plan:
             return cls(
                 **{
                     **data,
-                    "chunks": validation.items(data["chunks"], _chunk_of, _MOST_CHUNKS),
-                    "inline": validation.flag(data["inline"]),
-                    "entries": validation.number(data["entries"]),
-                    "bytes": validation.number(data["bytes"]),
+                    "chunks": validation.list_of(data["chunks"], _chunk_of, _MOST_CHUNKS),
+                    "inline": validation.boolean(data["inline"]),
+                    "entries": validation.integer(data["entries"]),
+                    "bytes": validation.integer(data["bytes"]),
                     "top": _top_of(data["top"]),
-                    "cloned": tuple(validation.items(data["cloned"], validation.relative_path, LARGEST)),
-                    "refused": validation.items(data["refused"], _refused_of, _MOST_REFUSED),
+                    "cloned": tuple(validation.list_of(data["cloned"], validation.relative_path, LARGEST)),
+                    "refused": validation.list_of(data["refused"], _refused_of, _MOST_REFUSED),
                 }
             )
 
@@ -93,7 +93,7 @@ _MOST_CHUNKS, _MOST_REFUSED = 100_000, 10_000
 
 def _chunk_of(value: Any) -> Chunk:
     kind, *numbers = value
-    chunk = Chunk(validation.word(kind, ("files", "range")), *map(validation.number, numbers))
+    chunk = Chunk(validation.one_of(kind, ("files", "range")), *map(validation.integer, numbers))
     if chunk.kind == "range" and not chunk.start < chunk.end:
         raise validation.Malformed(f"{chunk} is not a range: its start is not before its end")
     return chunk
@@ -105,17 +105,17 @@ def _top_of(value: Any) -> Entry:
     if (name, note, kind) != ("", "", Kind.DIRECTORY):
         raise validation.Malformed(f"{(name, note, kind)!r:.80} is not the source directory")
     for number in numbers:
-        validation.number(number, validation.U64)
+        validation.integer(number, validation.U64)
     for time in (atime, mtime, ctime):
-        validation.number(time, validation.NANOSECONDS, -validation.NANOSECONDS)
+        validation.integer(time, validation.NANOSECONDS, -validation.NANOSECONDS)
     return Entry(*value)
 
 
 def _refused_of(value: Any) -> tuple[int, int, int]:
     source, destination, errno = value
     return (
-        validation.number(source, validation.U64),
-        validation.number(destination, validation.U64),
+        validation.integer(source, validation.U64),
+        validation.integer(destination, validation.U64),
         validation.errno_number(errno),
     )
 

@@ -18,7 +18,7 @@ from itertools import chain
 from typing import Any, BinaryIO, NamedTuple
 
 from tasks.copier.source.walk import BLOCK_ENTRIES, Block, Entry, Kind
-from tasks.copier.validation import NANOSECONDS, S63, U32, U64, Malformed, number, reading, relative_path
+from tasks.copier.validation import NANOSECONDS, S63, U32, U64, Malformed, integer, reading, relative_path
 
 #: Lengths of path, names, notes and numbers in bytes, and the number of entries.
 _HEADER = struct.Struct("=IIIII")
@@ -28,7 +28,7 @@ _CHECK = struct.Struct("=I")
 _make_entry: Callable[[Iterable[Any]], Entry] = partial(tuple.__new__, Entry)
 
 
-#: The range of each column of numbers, as `validation.number` takes it: end and start.
+#: The range of each column of numbers, as `validation.integer` takes it: end and start.
 _TIME = (NANOSECONDS, -NANOSECONDS)
 _COLUMNS = [(S63, 0), *[(U32, 0)] * 3, *[(U64, 0)] * 3, *[(S63, 0)] * 2, *[_TIME] * 3]
 #: The number of columns before the signed ones (the times), and up to the last of 32 bits (kind, mode, uid, gid).
@@ -172,7 +172,7 @@ def _unpack(packed: bytes, count: int) -> Sequence[int]:
     """The numbers of `count` entries, column by column. Raises Malformed for one outside the range of its column."""
     if packed[:1] == b"t":
         texts = packed[1:].split()
-        return [number(int(text), *_COLUMNS[at // count]) for at, text in enumerate(texts)]
+        return [integer(int(text), *_COLUMNS[at // count]) for at, text in enumerate(texts)]
     numbers = array("q")
     numbers.frombytes(packed[1:])
     # Only times may be negative, and modes and ids have at most 32 bits. The upper bytes of each number show that.

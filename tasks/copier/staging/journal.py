@@ -68,7 +68,7 @@ class Journal:
         """
         try:
             with validation.reading("the journal"):
-                return cls(**_checked(validation.record(validation.load(_SEAL.unseal(data)))))
+                return cls(**_checked(validation.json_object(validation.load(_SEAL.unseal(data)))))
         except validation.Malformed:
             return None
 
@@ -82,7 +82,7 @@ _MOST_TRIES = 1_000_000
 
 def _checked(data: dict[str, Any]) -> dict[str, Any]:
     """The fields of a journal. Raises Malformed and the errors that `validation.reading` translates."""
-    spec = validation.record(data["spec"])
+    spec = validation.json_object(data["spec"])
     if ("fork_id" in spec) == ("campaign_id" in spec):
         raise validation.Malformed("it has not exactly one of fork_id and campaign_id")
     validation.text(spec.get("fork_id", spec.get("campaign_id")))
@@ -90,14 +90,14 @@ def _checked(data: dict[str, Any]) -> dict[str, Any]:
         raise validation.Malformed("its attempt is not eight hexadecimal digits")
     checked = {
         **data,
-        "control": validation.number(data["control"], validation.U64),
+        "control": validation.integer(data["control"], validation.U64),
         "phase": Phase(data["phase"]),
-        "tries": validation.number(data["tries"], _MOST_TRIES),
-        "closings": validation.number(data["closings"], _MOST_TRIES),
-        "tree": validation.optional(data["tree"], partial(validation.number, end=validation.IDENTITY)),
-        "plan": validation.optional(data["plan"], validation.record),
-        "planned_at": validation.real(data["planned_at"]),
-        "result": validation.optional(data["result"], validation.record),
+        "tries": validation.integer(data["tries"], _MOST_TRIES),
+        "closings": validation.integer(data["closings"], _MOST_TRIES),
+        "tree": validation.optional(data["tree"], partial(validation.integer, end=validation.IDENTITY)),
+        "plan": validation.optional(data["plan"], validation.json_object),
+        "planned_at": validation.seconds(data["planned_at"]),
+        "result": validation.optional(data["result"], validation.json_object),
     }
     if checked["phase"] is Phase.PUBLISHING and (checked["tree"] is None or checked["result"] is None):
         raise validation.Malformed("it is publishing, and names no tree or no result")

@@ -75,8 +75,8 @@ class Record:
         """The record that `to_text` wrote. Raises ForkError (Malformed) for anything else."""
         with validation.reading("the note about a fork that succeeded"):
             line, _, rest = _unpacked(text).partition(b"\n")
-            head = validation.record(validation.load(line))
-            numbers = {_number(number): value for number, value in validation.record(head["forks"]).items()}
+            head = validation.json_object(validation.load(line))
+            numbers = {_number(number): value for number, value in validation.json_object(head["forks"]).items()}
             if len(numbers) > _MOST_FORKS:
                 raise validation.Malformed("it has too many forks")
             *results, rest = rest.split(b"\n", len(numbers))
@@ -84,14 +84,14 @@ class Record:
             for (number, (identity, birth, lengths)), result in zip(numbers.items(), results, strict=True):
                 by_part, rest = _pages(lengths, rest)
                 forks[number] = NotedFork(
-                    validation.number(identity, validation.IDENTITY),
-                    validation.number(birth),
+                    validation.integer(identity, validation.IDENTITY),
+                    validation.integer(birth),
                     result.decode("ascii"),
                     by_part,
                 )
             if rest:
                 raise validation.Malformed("it has more bytes than its page lengths add up to")
-            return cls(validation.text(head["digest"]), validation.number(head["device"], validation.U64), forks)
+            return cls(validation.text(head["digest"]), validation.integer(head["device"], validation.U64), forks)
 
 
 def _unpacked(text: bytes) -> bytes:
@@ -110,11 +110,11 @@ def _unpacked(text: bytes) -> bytes:
 
 def _pages(lengths: Any, rest: bytes) -> tuple[dict[str, list[bytes]], bytes]:
     """The pages of one fork by part, and the bytes after them."""
-    checked = validation.record(lengths)
+    checked = validation.json_object(lengths)
     if len(checked) > _MOST_PARTS:
         raise validation.Malformed("a fork has too many parts")
     pages: dict[str, list[bytes]] = {}
-    check: Callable[[Any], list[int]] = partial(validation.items, check=validation.number, most=_MOST_PAGES)
+    check: Callable[[Any], list[int]] = partial(validation.list_of, check=validation.integer, most=_MOST_PAGES)
     for part, some in checked.items():
         end = sum(check(some))
         pages[_part(part)] = pages_in(rest[:end], some)

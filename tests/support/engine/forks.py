@@ -16,7 +16,7 @@ from tasks.copier.fork.local import fork_here
 from tasks.copier.fork.plan import Plan
 from tasks.copier.fork_spec import ForkResult, ForkSpec
 from tasks.copier.options import Limits, Options
-from tasks.copier.progress import Beat, Cancellation, Progress, Ticker
+from tasks.copier.progress import Cancellation, Poll, Progress, Ticker
 from tasks.copier.report import FileResult, unpack_pages
 from tasks.copier.roots import Roots
 from tasks.copier.staging.staging import Staging
@@ -50,7 +50,7 @@ def fork(
     roots: Iterable[Path] = (),
     limits: Limits = INLINE,
     processes: int = 2,
-    beat: Beat = never_stop,
+    beat: Poll = never_stop,
     **options: Any,
 ) -> ForkResult:
     """Make one fork with child processes; it may succeed or fail."""
@@ -104,9 +104,9 @@ class Ledger:
     stored: list[ForkResult] = field(default_factory=list)
     cancellation: Cancellation = Cancellation.NOT_REQUESTED
 
-    def keep_pages(self, parts: dict[str, list[bytes]], *, replace_all: bool = False) -> Cancellation:
+    def keep_pages(self, pages_by_part: dict[str, list[bytes]], *, replace_all: bool = False) -> Cancellation:
         # A part may be stored again: each time it holds all that the part did.
-        self.pages = dict(parts) if replace_all else self.pages | parts
+        self.pages = dict(pages_by_part) if replace_all else self.pages | pages_by_part
         return self.cancellation
 
     def keep_all_pages(self, pages: list[bytes]) -> Cancellation:

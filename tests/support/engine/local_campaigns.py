@@ -14,7 +14,7 @@ from typing import Any
 from tasks.copier.campaign.batch import make_batch
 from tasks.copier.campaign.batch_record import Outcome
 from tasks.copier.campaign.finish import remove_annexes
-from tasks.copier.campaign.local import CampaignBeat, campaign_here
+from tasks.copier.campaign.local import CampaignPoll, campaign_here
 from tasks.copier.campaign.plan import Campaign, find_home, open_campaign, plan_campaign
 from tasks.copier.campaign.spec import (
     Aims,
@@ -28,7 +28,7 @@ from tasks.copier.endpoints import open_endpoints
 from tasks.copier.errors import ForkError
 from tasks.copier.fork_spec import ForkResult
 from tasks.copier.options import OnError, Options
-from tasks.copier.progress import Beat, Ticker
+from tasks.copier.progress import Poll, Ticker
 from tasks.copier.report import FileResult, unpack_pages
 from tasks.copier.roots import Roots
 from tasks.copier.staging.staging import Staging
@@ -66,7 +66,7 @@ def campaign(
     *,
     roots: Iterable[Path] = (),
     processes: int = 2,
-    beat: CampaignBeat = lambda progress: None,
+    beat: CampaignPoll = lambda progress: None,
     **arguments: Any,
 ) -> CampaignResult:
     """One local campaign, whatever becomes of it. `arguments` as for `spec_of`."""
@@ -149,7 +149,7 @@ def make_batches(
     ledger: Ledger,
     *,
     only: Iterable[int] | None = None,
-    beat: Beat = never_stop,
+    beat: Poll = never_stop,
     abort: ForkError | None = None,
 ) -> None:
     """Make all batches of a planned campaign, or `only` these. A batch whose outcomes are stored is not made again."""
@@ -168,7 +168,7 @@ def end(home: Path, ledger: Ledger) -> CampaignResult:
 
 
 def campaign_with_ledger(
-    source: Path, paths: list[Path], directory: Path, *, beat: Beat = never_stop, **arguments: Any
+    source: Path, paths: list[Path], directory: Path, *, beat: Poll = never_stop, **arguments: Any
 ) -> tuple[CampaignResult, Ledger]:
     """One campaign in this process, batch after batch; its outcomes are kept in `directory`."""
     directory.mkdir()
