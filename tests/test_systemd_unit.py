@@ -32,15 +32,26 @@ def _lines() -> dict[str, str]:
     return dict(line.partition("=")[::2] for line in UNIT.read_text().splitlines() if line[:1] not in ("", "#", "["))
 
 
-def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+def _analyze(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`systemd-analyze ARGUMENTS` for an instance of the unit whose program exists here."""
     command = require_command("systemd-analyze", "the check of the unit")
-    unit = tmp_path / "forkvm-worker@rack-7.service"
+    unit = directory / "forkvm-worker@rack-7.service"
     unit.write_text(UNIT.read_text().replace("/opt/forkvm/bin/forkvm", forkvm_script()))
+    return subprocess.run([command, *arguments, str(unit)], capture_output=True, text=True, timeout=60)
 
-    done = subprocess.run([command, "verify", str(unit)], capture_output=True, text=True, timeout=60)
+
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    done = _analyze(tmp_path, "verify")
 
     assert done.returncode == 0, done.stderr
     assert "forkvm" not in done.stderr  # no warning of it either
+
+
+def test_exposure_of_the_unit_is_under_three(tmp_path: Path) -> None:
+    done = _analyze(tmp_path, "security", "--no-pager", "--offline=true", "--threshold=29")
+
+    assert done.returncode == 0, done.stdout[-200:]
+    assert "Overall exposure level" in done.stdout
 
 
 def test_sigterm_of_the_unit_reaches_the_worker_alone_and_a_failed_worker_is_started_again() -> None:
@@ -50,6 +61,12 @@ def test_sigterm_of_the_unit_reaches_the_worker_alone_and_a_failed_worker_is_sta
     assert lines["Restart"] == "on-failure"
     assert int(lines["TimeoutStopSec"]) >= 60
     assert lines["ExecStart"].endswith("forkvm worker")
+
+
+def test_an_instance_of_the_unit_serves_the_domain_of_its_name_if_its_file_names_no_other() -> None:
+    text = UNIT.read_text()
+
+    assert "\nEnvironment=FORKVM_DOMAIN=%i\nEnvironmentFile=/etc/forkvm/%i.env\n" in text
 
 
 #: All is read-only but what systemd leaves under ProtectSystem=strict: /dev, /proc, /sys and the guests.
