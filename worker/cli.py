@@ -25,6 +25,8 @@ _MODULES = {
     "files": "worker.commands.queue",
     "forks": "worker.commands.campaign",
     "cancel": "worker.commands.queue",
+    "queues": "worker.commands.watch.queues",
+    "top": "worker.commands.watch.queues",
     "worker": "worker.commands.worker",
     "doctor": "worker.commands.doctor",
     "verify": "worker.commands.fork",

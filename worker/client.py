@@ -26,6 +26,7 @@ from tasks.store.campaign.results import CampaignResults
 from tasks.store.job_states import final_state
 from tasks.store.redis_errors import cause
 from tasks.store.results import Results
+from worker.overview import Overview, read_overview
 from worker.runtime.configuration import UNACKED_KEY, make_app
 from worker.settings import NoBroker, Settings
 from worker.terminal.printing import ShowProgress, print_message
@@ -111,6 +112,10 @@ class Client:
         inspect = self._app.control.inspect(timeout=_ANSWER_SECONDS)
         queues = (inspect.active_queues() or {}).values()
         return any(found["name"] == (queue or self._queue) for served in queues for found in served)
+
+    def overview(self) -> Overview:
+        """What the domain of the settings does at this moment. Takes 1 s. Raises RedisError."""
+        return read_overview(self._app, self.results, self._queue)
 
     def wait(self, job_id: str, show: ShowProgress, timeout: float | None = None, queue: str | None = None) -> Status:
         """Wait until the job has ended, for at most `timeout` seconds. Returns its last status.

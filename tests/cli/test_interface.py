@@ -28,6 +28,7 @@ def _run(*args: str) -> Result:
         (["fork", "--reflink", "alway", "a", "b"], "'alway' is not one of 'auto', 'always', 'never'."),
         (["fork", "--preserve", "mode,owner", "a", "b"], "'owner' is not one of 'mode', 'ownership', "),
         (["campaign", "a", "--on-error", "stop"], "'stop' is not one of 'continue', 'abort'."),
+        (["top"], "stdout is not a terminal; use --json, or forkvm queues"),
         (["worker", "--loglevel", "verbose"], "'verbose' is not one of "),
         (["schema", "fork"], "Invalid value for '[NAME]': 'fork' is not one of 'fork-request', "),
     ],

@@ -58,6 +58,7 @@ LAYERS = (
         "worker.settings",
     ),
     ("worker.runtime",),
+    ("worker.overview",),
     ("worker.client",),
     ("worker.checks",),
     ("worker.app",),

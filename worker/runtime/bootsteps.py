@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import suppress
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,12 @@ class Lease(bootsteps.StartStopStep):
     """
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
+    #: When a worker of this process renewed its leases last, by time.monotonic().
+    renewed_at = -inf
 
     def start(self, parent: Any) -> None:
         """Start to renew."""
+        Lease.renewed_at = time.monotonic()
         self._timer = parent.timer.call_repeatedly(INTERVAL_SECONDS, self._renew, (parent,))
 
     def stop(self, parent: Any) -> None:
@@ -65,6 +69,7 @@ class Lease(bootsteps.StartStopStep):
         now = time.time()
         stopped = _tags_of_stopped_children(parent.pool.info.get("processes", []))
         taken = dict.fromkeys((tag for tag in list(channel.qos._delivered) if tag not in stopped), now)
+        Lease.renewed_at = time.monotonic()
         if not taken:
             return
         try:

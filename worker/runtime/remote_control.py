@@ -1,10 +1,16 @@
-"""Remote-control commands that replace Celery's: revoking cancels a job; a queue comes with its inner queues."""
+"""Remote-control commands that replace Celery's: revoking cancels a job; a queue comes with its inner queues.
+
+The statistics of a worker also have a field of this program, which `forkvm queues` reads. A command of its own would be
+logged as an error by the workers of other applications on the Redis database.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Iterable
+from importlib.metadata import version
 from typing import Any
 
 from celery.utils.functional import maybe_list
@@ -16,22 +22,25 @@ from redis.exceptions import RedisError
 from tasks.delivery.backend import results_of
 from tasks.delivery.cancel import cancel_job
 from tasks.delivery.message import Message
-from tasks.names import inner_queues
+from tasks.names import domain_of, inner_queues
 from tasks.store.redis_errors import cause
 from tasks.store.results import Results
+from worker.runtime.bootsteps import Lease
 
 log = logging.getLogger(__name__)
 
 Answer = dict[str, Any]
 #: The id of a chunk's or batch's message; the group is the id of the fork or campaign.
 _PART = re.compile(r"(.+)\.(?:chunk|batch)\.[0-9]+", re.DOTALL)
+#: The field of this program in the answer to `stats`.
+STATS_FIELD = "forkvm"
 #: Celery's commands, which celery-types does not declare.
 _celery: Any = control
 
 
 def register_remote_control() -> None:
     """Replace Celery's commands in this process."""
-    for command in (revoke, terminate, revoke_by_stamped_headers, add_consumer, cancel_consumer):
+    for command in (revoke, terminate, revoke_by_stamped_headers, add_consumer, cancel_consumer, stats):
         Panel.data[command.__name__] = command
 
 
@@ -72,6 +81,20 @@ def cancel_consumer(worker: Any, queue: str, **_: Any) -> Answer:
     for inner in inner_queues(queue):
         _celery.cancel_consumer(worker, inner)
     answer: Answer = _celery.cancel_consumer(worker, queue)
+    return answer
+
+
+def stats(worker: Any, **_: Any) -> Answer:
+    """Celery's statistics, and what `worker.overview.Worker` has of this worker, without its name."""
+    answer: Answer = _celery.stats(worker)
+    children = len(worker.consumer.pool.info.get("processes", []))
+    answer[STATS_FIELD] = {
+        "version": version("forkvm"),
+        "queues": sorted({domain_of(queue) for queue in worker.app.amqp.queues.consume_from}),
+        "children": children,
+        "busy": min(children, len(state.active_requests)),
+        "heartbeat_seconds": round(time.monotonic() - Lease.renewed_at, 3),
+    }
     return answer
 
 

@@ -1,0 +1,81 @@
+"""The tables of `forkvm queues` and `forkvm top`, as terminals of several sizes show them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from worker.commands.watch.tables import tables, title
+from worker.overview import Job, Overview, Queue, Worker
+
+_PROGRESS = {"files_done": 3, "files_total": 9, "bytes_done": 1 << 30, "bytes_total": 3 << 30, "phase": "copy"}
+_CAMPAIGN = {"forks_done": 12, "forks_total": 1000, "forks_failed": 1, "eta_seconds": 4.0}
+BUSY = Overview(
+    queue="forkvm.nvme-a",
+    queues=[
+        Queue("forkvm.nvme-a", 12_345, 2, 7300.0),
+        *(Queue(f"forkvm.nvme-a#{name}", 0, 0, None) for name in ("batch", "chunk", "finish")),
+    ],
+    forks=2,
+    campaigns=1,
+    jobs=[
+        Job("fork-1", "fork", "PROGRESS", _PROGRESS, "/guests/vm-1"),
+        Job("fan-out", "campaign", "PROGRESS", _CAMPAIGN, "/guests"),
+        Job("new\x1b[2J\n[red]", "fork", "STARTED", None, "/guests/\x1b]0;vm"),
+    ],
+    workers=[
+        Worker("a@host", "0.1.0", ["forkvm.nvme-a"], 4, 3, 0.4),
+        Worker("b@host", "0.1.0", ["forkvm.nvme-a"], 4, 0, 75.0),
+    ],
+)
+
+
+def _shown(overview: Overview, width: int, height: int | None = None) -> list[str]:
+    console = Console(width=width, height=height or 100, color_system=None)
+    with console.capture() as captured:
+        console.print(tables(overview, width, height))
+    return captured.get().splitlines()
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_tables_say_what_the_domain_does(width: int) -> None:
+    lines = [" ".join(line.split()) for line in _shown(BUSY, width)]
+    destination = " /guests/vm-1" if width == 200 else ""
+
+    assert "forkvm.nvme-a client requests 12,345 2 2.0 h" in lines
+    assert "Workers: 2, 3 of 8 children busy" in lines
+    assert "b@host 0.1.0 0 4 75 s ago" in lines
+    assert "In progress: 2 forks, 1 campaigns" in lines
+    assert f"fork-1 fork copy 1.0 GiB 3.0 GiB{destination}" in lines
+    assert any(line.startswith("fan-out campaign copy 12 (1 failed) 1,000 forks") for line in lines)
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_no_line_is_longer_than_the_terminal_and_no_column_loses_its_name(width: int) -> None:
+    lines = _shown(BUSY, width)
+
+    assert max(map(len, lines)) <= width
+    assert "waiting" in lines[1]
+    assert "oldest" in lines[1]
+
+
+@pytest.mark.parametrize("height", [24, 40])
+def test_many_workers_and_jobs_are_cut_to_the_height_and_counted(height: int) -> None:
+    jobs = [replace(BUSY.jobs[0], id=f"fork-{n}") for n in range(100)]
+    many = replace(BUSY, jobs=jobs, workers=BUSY.workers * 20, forks=5000, campaigns=0)
+
+    lines = _shown(many, 80, height)
+
+    assert len(lines) <= height
+    shown = sum(line.startswith(" fork-") for line in lines)
+    assert f" and {5000 - shown:,} more" in [line.rstrip() for line in lines]
+
+
+def test_hostile_names_are_escaped() -> None:
+    text = "\n".join(_shown(BUSY, 200))
+
+    assert "\x1b" not in text
+    assert "new\\x1b[2J\\n[red]" in text
+    assert "\x1b" not in title("forkvm", "Redis: \x1b[2J").plain

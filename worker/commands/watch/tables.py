@@ -1,0 +1,130 @@
+"""An overview of a domain as tables. A name that a client chose is escaped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TypeVar
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from tasks.names import BATCH_TASK, CHUNK_TASK, FINISH_TASK, inner_queue
+from worker.commands.output import size
+from worker.overview import Job, Overview
+from worker.terminal.printing import printable
+
+T = TypeVar("T")
+
+#: Lines of a table that are not rows: the title, the names of the columns, and a line above and below them.
+_FRAME = 4
+#: From this width of the terminal on, the destinations of jobs are shown too.
+_WIDE = 120
+#: Rows of each table that are shown in any case, and in all of an overview that is not cut.
+_FEWEST, _MOST = 2, 20
+#: A heartbeat of this age, in seconds, is marked: a worker has one every 2 s.
+_OLD_HEARTBEAT = 10.0
+
+
+def title(queue: str, reason: str) -> Text:
+    """The first line of `forkvm top`; `reason` says why Redis cannot be read, if it cannot."""
+    line = Text.assemble((f"Queue {queue}", "bold"), time.strftime("  %H:%M:%S"), no_wrap=True, overflow="ellipsis")
+    return line.append(f"  {printable(reason)}", "bold red") if reason else line
+
+
+def tables(overview: Overview, width: int, height: int | None = None) -> Group:
+    """The three tables for a terminal of `width` columns, cut to `height` lines if it is given."""
+    workers = jobs = _MOST
+    if height is not None:
+        left = height - 3 * _FRAME - len(overview.queues)
+        workers = max(_FEWEST, min(len(overview.workers), left - min(len(overview.jobs), left // 2)))
+        jobs = max(_FEWEST, left - workers)
+    return Group(_queues(overview), "", _workers(overview, workers), "", _jobs(overview, jobs, is_wide=width >= _WIDE))
+
+
+def _table(name: str, *columns: str, left: tuple[str, ...]) -> Table:
+    """A table; the columns `left` hold text, the others numbers."""
+    table = Table(title=name, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
+    for column in columns:
+        is_left = column in left
+        table.add_column(
+            column,
+            justify="left" if is_left else "right",
+            min_width=20 if column == columns[0] else len(column),
+            no_wrap=True,
+            overflow="ellipsis",
+        )
+    return table
+
+
+def _queues(overview: Overview) -> Table:
+    holds = {
+        overview.queue: "client requests",
+        inner_queue(overview.queue, CHUNK_TASK): "chunks of forks",
+        inner_queue(overview.queue, BATCH_TASK): "batches of campaigns",
+        inner_queue(overview.queue, FINISH_TASK): "last steps",
+    }
+    table = _table("Queues", "queue", "holds", "waiting", "unacked", "oldest", left=("queue", "holds"))
+    for queue in overview.queues:
+        oldest = "" if queue.oldest_seconds is None else _span(queue.oldest_seconds)
+        table.add_row(queue.name, holds.get(queue.name, ""), f"{queue.waiting:,}", f"{queue.unacked:,}", oldest)
+    return table
+
+
+def _workers(overview: Overview, most: int) -> Table:
+    children = sum(worker.children for worker in overview.workers)
+    busy = sum(worker.busy for worker in overview.workers)
+    name = f"Workers: {len(overview.workers)}, {busy} of {children} children busy"
+    table = _table(name, "worker", "version", "busy", "idle", "heartbeat", left=("worker",))
+    shown, rest = _cut(overview.workers, most)
+    for worker in shown:
+        age = worker.heartbeat_seconds
+        heartbeat = Text(f"{_span(age)} ago", "bold red" if age > _OLD_HEARTBEAT else "")
+        table.add_row(Text(printable(worker.name)), worker.version, str(worker.busy), str(worker.idle), heartbeat)
+    return _with_rest(table, rest)
+
+
+def _jobs(overview: Overview, most: int, *, is_wide: bool) -> Table:
+    name = f"In progress: {overview.forks:,} forks, {overview.campaigns:,} campaigns"
+    columns = ("id", "kind", "phase", "done", "of", *(("destination",) * is_wide))
+    table = _table(name, *columns, left=("id", "kind", "phase", "destination"))
+    shown, rest = _cut(overview.jobs, most)
+    for job in shown:
+        row = (Text(printable(job.id)), job.kind, *_progress(job), Text(printable(job.destination)))
+        table.add_row(*row[: len(columns)])
+    return _with_rest(table, rest + overview.forks + overview.campaigns - len(overview.jobs))
+
+
+def _progress(job: Job) -> tuple[str, str, str]:
+    """The phase of a job, how much of it is done, and of how much."""
+    progress = job.progress
+    if progress is None:
+        return job.state.lower(), "", ""
+    if "forks_total" in progress:
+        failed = f" ({progress['forks_failed']:,} failed)" if progress["forks_failed"] else ""
+        return "copy", f"{progress['forks_done']:,}{failed}", f"{progress['forks_total']:,} forks"
+    return str(progress["phase"]), size(progress["bytes_done"]), size(progress["bytes_total"])
+
+
+def _cut(items: Sequence[T], most: int) -> tuple[Sequence[T], int]:
+    """At most `most` rows' worth of items, with one row for the number of the others."""
+    if len(items) <= most:
+        return items, 0
+    return items[: most - 1], len(items) - most + 1
+
+
+def _with_rest(table: Table, rest: int) -> Table:
+    if rest:
+        table.add_row(Text(f"and {rest:,} more", "dim"))
+    return table
+
+
+def _span(seconds: float) -> str:
+    """A time in its largest unit: 0.4 s, 12 s, 3 min, 2.5 h."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,156 @@
+"""What a domain does at this moment: its queues, its jobs, its workers.
+
+Everything is asked for when it is needed: Redis for queues and jobs, each worker for itself. An idle worker does
+nothing for it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from celery import Celery
+from redis import Redis
+
+from tasks.names import inner_queues
+from tasks.store.results import Results
+from worker.runtime.configuration import UNACKED_KEY
+from worker.runtime.remote_control import STATS_FIELD
+
+#: Time that workers have to answer, in seconds. Each answers within milliseconds, but their number is unknown.
+ANSWER_SECONDS = 1.0
+#: So many messages at the end of a queue that is taken from next are searched for the oldest.
+_OLDEST_AMONG = 10
+#: The most jobs that are listed.
+MOST_JOBS = 100
+
+
+@dataclass(frozen=True)
+class Queue:
+    """One queue of the domain."""
+
+    name: str
+    #: Messages that no worker has taken.
+    waiting: int
+    #: Messages that workers have taken and not finished.
+    unacked: int
+    #: How long the oldest waiting message has waited by its header `sent_at`, in seconds; None without one.
+    oldest_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One fork or campaign that a worker has started and that has not ended."""
+
+    id: str
+    kind: Literal["fork", "campaign"]
+    #: STARTED or PROGRESS.
+    state: str
+    #: The contract's progress; None before the first is published.
+    progress: dict[str, Any] | None
+    destination: str
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One worker that answered."""
+
+    name: str
+    version: str
+    queues: list[str]
+    children: int
+    busy: int
+    #: How long ago its consumer loop renewed its leases, in seconds; every 2 s, if it is well.
+    heartbeat_seconds: float
+
+    @property
+    def idle(self) -> int:
+        """The number of children without a task."""
+        return max(0, self.children - self.busy)
+
+
+@dataclass(frozen=True)
+class Overview:
+    """One domain at one moment."""
+
+    queue: str
+    queues: list[Queue]
+    forks: int
+    campaigns: int
+    #: The first `MOST_JOBS` jobs.
+    jobs: list[Job]
+    workers: list[Worker]
+
+    def to_data(self) -> dict[str, Any]:
+        """JSON-ready data."""
+        workers = [{**vars(worker), "idle": worker.idle} for worker in self.workers]
+        return {**vars(self), "queues": [*map(vars, self.queues)], "jobs": [*map(vars, self.jobs)], "workers": workers}
+
+
+def read_overview(app: Celery, results: Results, queue: str) -> Overview:
+    """The overview of the domain whose clients use `queue`. Takes `ANSWER_SECONDS`. Raises RedisError."""
+    with app.connection_for_read() as connection:
+        channel: Any = connection.default_channel
+        queues = _queues(channel.client, [queue, *inner_queues(queue)])
+    jobs = results.open_jobs.of_queue(queue)
+    campaigns = sum(bool(job.claim.get("campaign")) for job in jobs)
+    return Overview(
+        queue=queue,
+        queues=queues,
+        forks=len(jobs) - campaigns,
+        campaigns=campaigns,
+        jobs=[_job(results, job.job_id, job.claim) for job in jobs[:MOST_JOBS]],
+        workers=_workers(app, queue),
+    )
+
+
+def _queues(redis: Redis, names: list[str]) -> list[Queue]:
+    with redis.pipeline(transaction=False) as pipe:
+        for name in names:
+            pipe.llen(name)
+            pipe.lrange(name, -_OLDEST_AMONG, -1)  # messages are taken from the right
+        pipe.hvals(UNACKED_KEY)
+        *found, taken = pipe.execute()
+    unacked = Counter(map(_routing_key, taken))
+    now = time.time()
+    return [
+        Queue(name, waiting, unacked[name], _oldest(next_ones, now))
+        for name, waiting, next_ones in zip(names, found[::2], found[1::2], strict=True)
+    ]
+
+
+def _routing_key(entry: bytes) -> str:
+    """The queue of a message in kombu's hash: [message, exchange, routing key]. The key ends the JSON text."""
+    return entry.rpartition(b', "')[2].removesuffix(b'"]').decode(errors="replace")
+
+
+def _oldest(messages: Iterable[bytes], now: float) -> float | None:
+    ages = [now - sent_at for message in messages if (sent_at := _sent_at(message)) is not None]
+    return max(0.0, *ages) if ages else None
+
+
+def _sent_at(message: bytes) -> float | None:
+    """The header `sent_at` of a message, in seconds since the epoch; None if it has none."""
+    try:
+        found = json.loads(message)["headers"]["sent_at"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return found if isinstance(found, int | float) else None
+
+
+def _job(results: Results, job_id: str, claim: Mapping[str, Any]) -> Job:
+    record = results.states.get(job_id)
+    progress = record["result"] if record["status"] == "PROGRESS" else None
+    kind: Literal["fork", "campaign"] = "campaign" if claim.get("campaign") else "fork"
+    return Job(job_id, kind, record["status"], progress, str(claim["destination"]))
+
+
+def _workers(app: Celery, queue: str) -> list[Worker]:
+    """The workers that serve `queue` and answer. Celery's workers of other applications answer too."""
+    answers = cast("dict[str, dict[str, Any]]", app.control.inspect(timeout=ANSWER_SECONDS).stats() or {})
+    found = [Worker(name=name, **stats[STATS_FIELD]) for name, stats in sorted(answers.items()) if STATS_FIELD in stats]
+    return [worker for worker in found if queue in worker.queues]
