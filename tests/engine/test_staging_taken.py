@@ -13,7 +13,7 @@ from tasks.copier.progress import Progress
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import wait_until
 from tests.support.engine.forks import assert_alike, fork, forked, leftovers
-from tests.support.engine.traced_processes import Traced
+from tests.support.engine.traced_processes import TracedChild
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
 from tests.support.requirements import require_command
 from tests.support.system.staging_view import StagingView
@@ -124,7 +124,7 @@ def test_a_destination_that_is_taken_at_the_rename_stays_as_it_is(
     strace = require_command("strace", "a system call that waits")
     destination = yard / "parent" / "fork"
     inject = ["renameat2:delay_enter=500000"]
-    traced = Traced(
+    traced = TracedChild(
         strace,
         tmp_path / "trace",
         lambda: fork(yard / "source", destination, limits=limits),

@@ -17,7 +17,7 @@ from tasks.copier.kernel import reflink
 from tasks.copier.options import Limits
 from tests.fixtures.filesystems import Fresh, Kind
 from tests.support.engine.forks import CHUNKED, INLINE, MIB, assert_alike, fork, leftovers
-from tests.support.engine.traced_processes import Call, Traced, calls_of
+from tests.support.engine.traced_processes import Call, TracedChild, calls_of
 from tests.support.guests import make_sparse_file
 from tests.support.requirements import require_command
 
@@ -73,7 +73,7 @@ def test_a_call_that_fails_once_leaves_a_whole_fork_or_none(strace: str, fresh: 
     way = WAYS[name]
     directory = fresh(way.kind)
     make_source(directory / "source")
-    whole = Traced(strace, directory / "log", lambda: _fork(way, directory))
+    whole = TracedChild(strace, directory / "log", lambda: _fork(way, directory))
     whole.begin()
     assert whole.result()["status"] == "succeeded"
     calls = calls_of(whole.trace())
@@ -95,7 +95,9 @@ def _wrong(strace: str, directory: Path, way: Way, faults: list[tuple[Call, str]
             place.mkdir()
             inject = [f"{call.name}:error={error}:when={call.number}"]
             work = lambda place=place: _fork(way, directory, place)  # noqa: E731
-            running.append((call, error, place, Traced(strace, place / "log", work, calls=call.name, inject=inject)))
+            running.append(
+                (call, error, place, TracedChild(strace, place / "log", work, calls=call.name, inject=inject))
+            )
         for *_, traced in running:
             traced.begin()
         for call, error, place, traced in running:

@@ -19,6 +19,10 @@ NOBODY = 65534
 _PR_SET_DUMPABLE = 4
 
 
+class ChildDied(AssertionError):
+    """A child ended without a result, by a signal or with an exit status."""
+
+
 class Child(Generic[T]):
     """A child process that does `work` and hands back what that returned."""
 
@@ -47,11 +51,12 @@ class Child(Generic[T]):
         return bool(select.select([self._reader], [], [], within)[0])
 
     def result(self) -> T:
-        """Waits for the end. AssertionError with the child's traceback if it raised or died."""
+        """Wait for the end. ChildDied if there is no result, AssertionError with the child's traceback if it raised."""
         with open(self._reader, "rb") as reader:
             data = reader.read()
         _, status = os.waitpid(self.pid, 0)
-        assert data, f"the child ended with {os.waitstatus_to_exitcode(status)}"
+        if not data:
+            raise ChildDied(f"the child ended with {os.waitstatus_to_exitcode(status)}")
         answer: tuple[T, str | None] = pickle.loads(data)
         assert answer[1] is None, answer[1]
         return answer[0]

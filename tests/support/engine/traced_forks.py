@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import secrets
-import subprocess
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +12,10 @@ from tasks.copier.fork_spec import ForkResult
 from tasks.copier.kernel import reflink
 from tasks.copier.report import FileResult
 from tasks.copier.staging.control_directory import control_name
+from tests.support.engine.child_processes import ChildDied
 from tests.support.engine.forks import CHUNKED, INLINE, fork, fork_with_ledger
+from tests.support.engine.traced_processes import TracedChild
 
-_ROOT = Path(__file__).resolve().parents[3]
 #: What the tree's name ends in, so that strace can be told its files before they exist.
 _ATTEMPT = "0" * 8
 #: Seconds for EAGAIN to go away; the real ones are too long to wait in a test.
@@ -80,38 +77,23 @@ def trace_fork(
     `fork_here` with two children (then without FileResults), else as `fork_with_ledger` does it.
     """
     log = destination.parent / "trace"
-    command = [strace, "-f", "-y", "-o", os.fspath(log), "-e", f"trace={calls}"]
-    command += [part for expression in inject for part in ("-e", f"inject={expression}")]
-    command += [part for path in paths for part in ("-P", os.fspath(path))]
-    arguments = json.dumps({"chunked": chunked, "here": here, "options": options})
-    script = "from tests.support.engine.traced_forks import main; main()"
-    done = subprocess.run(
-        [*command, sys.executable, "-c", script, source, destination, arguments],
-        cwd=_ROOT,
-        env={**os.environ, "PYTHONPATH": os.fspath(_ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    trace = log.read_text(errors="replace").splitlines()
-    log.unlink()
-    if done.returncode < 0:
-        return Traced(result=None, files={}, trace=trace)
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout)
-    return Traced(result=answer["result"], files=answer["files"], trace=trace)
 
+    def make() -> tuple[ForkResult, dict[str, FileResult]]:
+        secrets.token_hex = lambda nbytes=None: _ATTEMPT
+        reflink.RETRY_SECONDS = _RETRY_SECONDS
+        limits = CHUNKED if chunked else INLINE
+        if here:
+            return fork(source, destination, limits=limits, **options), {}
+        ledger = fork_with_ledger(source, destination, limits=limits, **options)
+        return ledger.result, ledger.files
 
-def main(argv: Sequence[str] = sys.argv) -> None:
-    """The traced process."""
-    secrets.token_hex = lambda nbytes=None: _ATTEMPT
-    reflink.RETRY_SECONDS = _RETRY_SECONDS
-    source, destination, arguments = Path(argv[1]), Path(argv[2]), json.loads(argv[3])
-    limits = CHUNKED if arguments["chunked"] else INLINE
-    if arguments["here"]:
-        result, files = fork(source, destination, limits=limits, **arguments["options"]), {}
+    child = TracedChild(strace, log, make, calls=calls, inject=inject, paths=paths)
+    child.begin()
+    try:
+        result, files = child.result()
+    except ChildDied:
+        return Traced(result=None, files={}, trace=child.trace())
     else:
-        ledger = fork_with_ledger(source, destination, limits=limits, **arguments["options"])
-        result, files = ledger.result, ledger.files
-    json.dump({"result": result, "files": files}, sys.stdout)
+        return Traced(result=result, files=files, trace=child.trace())
+    finally:
+        log.unlink()

@@ -37,11 +37,22 @@ class Call(NamedTuple):
     number: int
 
 
-class Traced(Generic[T]):
-    """A child under strace, that begins with `work` when told to. `inject` as in strace(1)."""
+class TracedChild(Generic[T]):
+    """A child under strace, that begins with `work` when told to.
+
+    `calls`, `inject` and `paths` as in strace(1): which calls are recorded, which of these fail and how, and on which
+    files they must be, if any are given.
+    """
 
     def __init__(
-        self, strace: str, log: Path, work: Callable[[], T], *, calls: str = "all", inject: Iterable[str] = ()
+        self,
+        strace: str,
+        log: Path,
+        work: Callable[[], T],
+        *,
+        calls: str = "all",
+        inject: Iterable[str] = (),
+        paths: Iterable[Path] = (),
     ) -> None:
         self._log = log
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
@@ -51,6 +62,7 @@ class Traced(Generic[T]):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         command = [strace, "-f", "-y", "-o", os.fspath(log), "-p", str(self._child.pid), "-e", f"trace={calls}"]
         command += [part for expression in inject for part in ("-e", f"inject={expression}")]
+        command += [part for path in paths for part in ("-P", os.fspath(path))]
         self._strace = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
         assert self._strace.stderr is not None
         told = self._strace.stderr.readline()
@@ -62,7 +74,7 @@ class Traced(Generic[T]):
         os.kill(self._child.pid, signal.SIGUSR1)
 
     def result(self) -> T:
-        """What the work returned; AssertionError with the traceback if it raised."""
+        """What the work returned. Raises as `Child.result` does."""
         try:
             return self._child.result()
         finally:
