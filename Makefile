@@ -23,8 +23,7 @@ demo: ## show the whole system on this machine: Redis, a worker, a guest directo
 test: ## run ruff, mypy (strict) and all tests
 	@scripts/setup.sh packages test
 	@$(MAKE) --no-print-directory lint
-	$(BIN)/pytest -n 3 --dist worksteal -m 'not alone'
-	$(BIN)/pytest -m alone
+	$(BIN)/pytest -n 3 --dist worksteal
 
 coverage: ## line and branch coverage of worker/ and tasks/ by all tests, processes that they start included
 	@scripts/setup.sh packages test

@@ -39,6 +39,12 @@ def pytest_configure() -> None:
     _restore_ignored_signals()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # What takes most of a minute would otherwise begin when most processes of pytest-xdist have nothing left to do.
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def _restore_ignored_signals() -> None:
     """Give the signals that pytest was started to ignore their default handlers again.
 

@@ -8,8 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.faults.fault_points import FaultPoints
 from tests.faults.paused_forks import (
     CHILDREN,
@@ -62,17 +60,16 @@ def test_fork_of_a_stopped_child_is_made_by_another_and_the_sleeper_writes_nothi
         assert system.scheduler.results.states.get(one.fork_id)["status"] == "SUCCESS"
 
 
-@pytest.mark.alone
 def test_child_that_hangs_longer_than_the_time_limit_is_killed_and_its_work_done_by_another(
     start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
-    system = start_armed_worker(CHILDREN, {"FORKVM_TASK_TIME_LIMIT": "2", "FORKVM_VISIBILITY_TIMEOUT": "60"})
+    system = start_armed_worker(CHILDREN, {"FORKVM_TASK_TIME_LIMIT": "4", "FORKVM_VISIBILITY_TIMEOUT": "600"})
     paused = start_paused_forks(system, fault_points, guests, place)
 
     for one in paused:  # no lease lapses, no sweep comes so soon
-        one.wait_for_success(system.scheduler, 20)
+        one.wait_for_success(system.scheduler, 90)
 
-    assert "took more than 2 s" in system.worker.output()
+    assert "took more than 4 s" in system.worker.output()
     assert_served_and_clean(system, guests, place)
 
 
@@ -80,7 +77,7 @@ def test_what_a_child_leaves_that_hangs_after_the_result_is_removed_also_when_an
     start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
     # Given a fork that a second delivery found done while the process that made it hung
-    system = start_armed_worker(4, {"FORKVM_TASK_TIME_LIMIT": "12", "FORKVM_VISIBILITY_TIMEOUT": "60"})
+    system = start_armed_worker(4, {"FORKVM_TASK_TIME_LIMIT": "12", "FORKVM_VISIBILITY_TIMEOUT": "600"})
     [one] = start_paused_forks(system, fault_points, guests, place, ["result stored"])
     system.scheduler.send({"source": str(one.source), "destination": str(one.destination)}, one.fork_id)
     one.wait_for_success(system.scheduler)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -65,7 +64,7 @@ def test_forks_wait_while_redis_refuses_writes_and_no_state_goes_back(
         with pytest.raises(ResponseError):
             system.scheduler.redis.set("more", "x", ex=60)
         resume(paused)
-        time.sleep(2)
+        system.scheduler.wait_refused(3 * len(paused))
         assert not [
             one.point for one in paused if system.scheduler.results.states.get(one.fork_id)["status"] == "FAILURE"
         ]

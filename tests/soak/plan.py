@@ -6,7 +6,7 @@ import os
 
 SECONDS, SEED = "SOAK_SECONDS", "SOAK_SEED"
 #: In a run of all tests.
-_DEFAULT_SECONDS, _DEFAULT_SEED = 60, 1
+_DEFAULT_SECONDS, _DEFAULT_SEED = 30, 1
 
 
 def seconds() -> int:

@@ -1,4 +1,4 @@
-"""The soak itself; in a run of all tests it takes a minute."""
+"""The soak itself; in a run of all tests it takes half a minute."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _in_background(strikes: Mapping[Callable[[], None], random.Random], until: f
             thread.join()
 
 
-@pytest.mark.alone
+@pytest.mark.long
 @pytest.mark.timeout(plan.seconds() + 300)
 def test_every_job_has_one_true_end_whatever_strikes(
     redis_server: RedisServer, start_worker: StartWorker, mounts: Path, fresh: Fresh, tmp_path: Path

@@ -96,17 +96,21 @@ def start_system(own_scheduler: Scheduler, start_worker: StartWorker, mounts: Pa
     return start
 
 
+#: How many small files `large_source` holds.
+LARGE_FILES = 4_000
+
+
 @pytest.fixture(scope="session")
 def large_source(xfs_noreflink: Path) -> Iterator[Path]:
-    """A directory whose fork, where nothing can be reflinked, takes some two hundred chunks and more than a second.
+    """A directory whose fork, where nothing can be reflinked, takes a hundred chunks and most of a second.
 
     Many small files are much work and few bytes.
     """
     with fresh_directory(xfs_noreflink) as parent:
         source = parent / "source"
         source.mkdir()
-        make_sparse_file(source / "disk.raw", 128 * MIB, 64 * MIB, seed=7)
-        for directory in range(80):
+        make_sparse_file(source / "disk.raw", 64 * MIB, 32 * MIB, seed=7)
+        for directory in range(LARGE_FILES // 100):
             layer = source / f"layer-{directory}"
             layer.mkdir()
             for n in range(100):

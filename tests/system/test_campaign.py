@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tasks.copier.campaign.plan import MOST_IN_BATCH
 from tests.fixtures.filesystems import Fresh, fresh_directory
 from tests.support.guests import GuestSizes, make_guest
+from tests.support.processor import LoadFreeStopwatch
 from tests.support.system.messages import Recorder, deliver
 from tests.support.system.queued_campaigns import (
     assert_all_are_whole,
@@ -46,8 +47,9 @@ RESULT_FIELDS = {
 PROGRESS_FIELDS = {"forks_done", "forks_total", "forks_failed", "eta_seconds"}
 #: Within so many seconds after the request for it, a cancelled campaign has ended.
 MOMENT = 2.0
-#: A single fork that is sent while a campaign runs begins within so many seconds.
-FAIR = 0.25
+#: So many forks of a campaign may be made before a single fork begins that is sent while the campaign runs: two batches
+#: for each child of the worker.
+FAIR = 4 * MOST_IN_BATCH
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,13 @@ def source(xfs: Path) -> Iterator[Path]:
 @pytest.fixture
 def place(fresh: Fresh) -> Path:
     return fresh("xfs")
+
+
+def make_tiny_source(path: Path) -> Path:
+    """A source of one file, for campaigns of very many forks."""
+    path.mkdir()
+    (path / "state").write_text("paused")
+    return path
 
 
 def test_a_campaign_has_its_result_under_its_id_and_each_fork_under_its_own(
@@ -215,7 +224,6 @@ def test_messages_of_a_half_done_campaign_delivered_again_in_reverse_make_each_f
     system.assert_left_nothing_in(place)
 
 
-@pytest.mark.alone
 def test_cancel_in_the_middle_keeps_what_is_published_and_leaves_nothing_else(
     system: System, scheduler: Scheduler, source: Path, place: Path
 ) -> None:
@@ -226,9 +234,9 @@ def test_cancel_in_the_middle_keeps_what_is_published_and_leaves_nothing_else(
 
     # When
     scheduler.results.cancellations.request("cancelled")
-    asked = time.monotonic()
+    stopwatch = LoadFreeStopwatch(system.pids)
     result = spin_until(lambda: scheduler.results.final.get("cancelled"), "the end")
-    took = time.monotonic() - asked
+    took = stopwatch.seconds()
 
     # Then
     scheduler.wait_quiet()
@@ -293,14 +301,16 @@ def test_on_error_abort_ends_what_is_not_begun(system: System, scheduler: Schedu
 def test_a_deadline_ends_what_is_not_published_by_then(
     system: System, scheduler: Scheduler, source: Path, place: Path
 ) -> None:
+    stopwatch = LoadFreeStopwatch(system.pids)
     sent = send(scheduler, request_of(source, place, 1500, deadline=0.4), "late")
 
     result = spin_until(lambda: scheduler.results.final.get("late"), "the end")
+    took = stopwatch.seconds()
 
     scheduler.wait_quiet()
     assert result["status"] == "cancelled"
     assert "deadline" in result["error"]["message"]
-    assert result["seconds"]["total"] < 0.4 + MOMENT
+    assert took < 0.4 + MOMENT
     assert_results_are_consistent(scheduler, result_of(scheduler, "late"), paths_of(place, 1500))
     assert len(published_forks(place)) == result["forks"]["succeeded"]
     assert str(sent.state) == "REVOKED"
@@ -349,43 +359,43 @@ def test_what_cannot_be_begun_fails_with_every_fork(system: System, scheduler: S
     assert list(place.iterdir()) == []
 
 
-@pytest.mark.alone
 def test_a_single_fork_starts_soon_while_a_campaign_of_ten_thousand_runs(
     system: System, scheduler: Scheduler, place: Path, fresh: Fresh
 ) -> None:
-    """The median of several: a machine that does other things too may be late for once."""
+    """It waits for the batches that are being made or have been taken. The median of several forks."""
     # Given
     directory = fresh("xfs")
     make_guest(directory / "a", GuestSizes(overlay=1 << 20, overlay_data=1 << 16, memory=1 << 20, memory_data=1 << 16))
-    (directory / "one").mkdir()
-    (directory / "one" / "state").write_text("paused")
-    send(scheduler, request_of(directory / "one", place, 10_000), "crowd")
+    send(scheduler, request_of(make_tiny_source(directory / "one"), place, 10_000), "crowd")
     spin_until(lambda: done(scheduler, "crowd"), "the first forks")
 
     # When
     waits = []
     for n in range(9):
-        sent = time.time()
+        sent = datetime.now(UTC)
         result = scheduler.fork(directory / "a", directory / f"b-{n}")
-        waits.append(datetime.fromisoformat(result["started_at"]).timestamp() - sent)
+        waits.append((sent, datetime.fromisoformat(result["started_at"])))
 
     # Then
     assert scheduler.results.final.get("crowd") is None, "the campaign ended before the forks were sent"
     scheduler.results.cancellations.request("crowd")
     spin_until(lambda: scheduler.results.final.get("crowd"), "the end")
-    assert statistics.median(waits) < FAIR, waits
+    forks = forks_of(scheduler, "crowd", 10_000)
+    ends = [datetime.fromisoformat(fork["finished_at"]) for fork in forks if fork["status"] == "succeeded"]
+    made_before = [sum(sent < end < started for end in ends) for sent, started in waits]
+    assert statistics.median(made_before) <= FAIR, made_before
     system.assert_left_nothing_in(directory, place)
 
 
-@pytest.mark.alone
-def test_two_campaigns_share_the_workers(system: System, scheduler: Scheduler, source: Path, fresh: Fresh) -> None:
+def test_two_campaigns_share_the_workers(system: System, scheduler: Scheduler, fresh: Fresh) -> None:
     places = {"left": fresh("xfs"), "right": fresh("xfs")}
+    source = make_tiny_source(fresh("xfs") / "source")
 
     # Turns are of up to 8 batches, which a campaign may have in the queue at once, of up to 128 forks
-    sent = [send(scheduler, request_of(source, place, 6_000), name) for name, place in places.items()]
+    sent = [send(scheduler, request_of(source, place, 3_000), name) for name, place in places.items()]
     for one in sent:
         assert one.get(timeout=40)["status"] == "succeeded"
 
-    ends = sorted((fork["finished_at"], name) for name in places for fork in forks_of(scheduler, name, 6_000))
+    ends = sorted((fork["finished_at"], name) for name in places for fork in forks_of(scheduler, name, 3_000))
     changes = sum(before[1] != after[1] for before, after in pairwise(ends))
-    assert changes >= 6, "one was made after the other"
+    assert changes >= 4, "one was made after the other"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import signal
-import time
 from pathlib import Path
 
 from tasks.copier.fork.chunk import MAX_TRIES
 from tests.fixtures.filesystems import Fresh
 from tests.support.guests import make_guest
+from tests.support.processor import wait_until_asleep
 from tests.support.system.result_checks import check_file_results
 from tests.support.system.scheduler import Scheduler
 from tests.support.system.staging_view import StagingView
@@ -25,8 +25,9 @@ def test_children_killed_again_and_again_at_any_moment_cost_nothing_but_time(
     small = {
         n: scheduler.send({"source": str(directory / "a"), "destination": str(directory / f"b-{n}")}) for n in range(5)
     }
-    for _ in range(MAX_TRIES - 1):  # one more, and what died in the same chunk each time would be given up
-        time.sleep(0.15)
+    staging = StagingView(place, "killed-often")
+    for n in range(MAX_TRIES - 1):  # one more, and what died in the same chunk each time would be given up
+        spin_until(lambda n=n: len(staging.done()) >= 20 * n and staging.journal(), "a fork that goes on")  # type: ignore[misc]
         send(system.worker.children[:1], signal.SIGKILL)
 
     result = scheduler.wait(large)
@@ -49,7 +50,8 @@ def test_fork_of_a_stopped_child_is_not_published_before_it_wakes_and_then_is_wh
     try:
         # When all else is done
         spin_until(lambda: len(staging.done()) == staging.chunks - 1, "all other chunks")
-        time.sleep(1.5)
+        others = [pid for pid in system.worker.children if pid != sleeper]
+        wait_until_asleep(lambda: others, "the end of what the other child does")
 
         # Then
         assert not (place / "b").exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import StartWorker, Worker, wait_until
 from tests.fixtures.redis_server import RedisServer
 from tests.support.guests import make_slow_file
+from tests.support.processor import wait_until_asleep
 from tests.support.tree import snapshot
 
 #: Chunks of a fraction of a second each.
@@ -70,8 +70,7 @@ def test_a_paused_worker_loses_its_fork_and_writes_nothing_into_the_published_on
         changes = {path: path.stat().st_ctime_ns for path in (place / "vm-2").rglob("*")}
     finally:
         group(sleeper, signal.SIGCONT)
-    wait_until(lambda: sleeper.output().count("\n") > 0, "the sleeper's log")
-    time.sleep(5)
+    wait_until_asleep(lambda: sleeper.children, "the end of what the paused worker does")
 
     assert result["status"] == "succeeded"
     assert snapshot(place / "vm-2") == published

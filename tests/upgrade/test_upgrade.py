@@ -81,7 +81,7 @@ def test_one_version_finishes_what_the_other_began(
         assert both[0]
 
 
-@pytest.mark.alone
+@pytest.mark.long
 @pytest.mark.timeout(options.seconds() + 300)
 def test_nothing_is_lost_while_workers_of_both_versions_are_killed(
     start_version: StartVersion, own_scheduler: Scheduler, fresh: Fresh

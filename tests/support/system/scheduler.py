@@ -29,6 +29,8 @@ QUEUES = (QUEUE, f"{QUEUE}#chunk", f"{QUEUE}#finish", f"{QUEUE}#batch")
 UNACKED = UNACKED_KEY
 #: Seconds to wait for a fork to end, far more than any takes.
 TIMEOUT = 40.0
+#: How Redis names an error with which it refuses a write: it is full, or takes none.
+_REFUSALS = ("OOM", "READONLY", "NOREPLICAS", "MISCONF")
 #: How many polls in a row, 20 ms apart, must find no message.
 _QUIET_POLLS = 5
 
@@ -99,6 +101,16 @@ class Scheduler:
         counts = {queue: int(self.redis.llen(queue)) for queue in QUEUES}
         unacked = [message for message in self.redis.hvals(UNACKED) if SWEEP_TASK.encode() not in message]
         return counts | {UNACKED: len(unacked)}
+
+    def refused(self) -> int:
+        """How many writes Redis has refused since it was started."""
+        errors = self.redis.info("errorstats")
+        return sum(int(errors.get(f"errorstat_{name}", {"count": 0})["count"]) for name in _REFUSALS)
+
+    def wait_refused(self, count: int) -> None:
+        """Return when Redis has refused `count` more writes."""
+        before = self.refused()
+        wait_until(lambda: self.refused() >= before + count, f"{count} writes that Redis refuses")
 
     @contextmanager
     def watching(self, fork_id: str) -> Iterator[list[dict[str, Any]]]:

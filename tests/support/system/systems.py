@@ -36,6 +36,10 @@ class System:
     worker: Worker
     scheduler: Scheduler
 
+    def pids(self) -> list[int]:
+        """The worker's main process, its children, and Redis."""
+        return [self.worker.pid, *self.worker.children, self.server.pid]
+
     def assert_left_nothing_in(self, *directories: Path) -> None:
         """Wait until all messages are processed, and check that no staging is left."""
         self.scheduler.wait_quiet()
