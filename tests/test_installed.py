@@ -17,6 +17,7 @@ import pytest
 from tests.fixtures.processes import ROOT, end_group, wait_until
 from tests.fixtures.redis_server import RedisServer
 from tests.support.guests import make_guest
+from tests.support.made_once import made_once
 
 #: Directories of the repository, and files at its top, that its tests and its users need.
 _DIRECTORIES = ("worker", "tasks", "tests", "benchmarks", "scripts", "docs", "deploy")
@@ -41,13 +42,20 @@ _COMMANDS = (
 )
 
 
+#: The first to need the installation makes it, and the others wait for that.
+pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
+
+
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The wheel and the sdist, as they would be published."""
-    directory = tmp_path_factory.mktemp("distributions")
-    command = [sys.executable, "-m", "hatchling", "build", "-d", str(directory)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+
+    def build(directory: Path) -> None:
+        command = [sys.executable, "-m", "hatchling", "build", "-d", str(directory)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    directory = made_once(tmp_path_factory, "distributions", build)
     (wheel,), (sdist,) = directory.glob("*.whl"), directory.glob("*.tar.gz")
     return wheel, sdist
 
@@ -55,13 +63,15 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
 @pytest.fixture(scope="module")
 def installed(distributions: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The `bin` of an environment with the wheel and what it asks for, and nothing else."""
-    directory = tmp_path_factory.mktemp("environment")
-    venv.create(directory, with_pip=True, symlinks=True)
-    constraints = str(ROOT / "constraints.txt")
-    command = [str(directory / "bin" / "python"), "-m", "pip", "install", "--quiet", "-c", constraints]
-    done = subprocess.run([*command, str(distributions[0])], cwd="/", capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stderr
-    return directory / "bin"
+
+    def install(directory: Path) -> None:
+        venv.create(directory, with_pip=True, symlinks=True)
+        constraints = str(ROOT / "constraints.txt")
+        command = [str(directory / "bin" / "python"), "-m", "pip", "install", "--quiet", "-c", constraints]
+        done = subprocess.run([*command, str(distributions[0])], cwd="/", capture_output=True, text=True, timeout=150)
+        assert done.returncode == 0, done.stderr
+
+    return made_once(tmp_path_factory, "environment", install) / "bin"
 
 
 def _run(command: list[str], directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -8,8 +8,9 @@ from typing import Literal, Protocol
 import pytest
 
 from tests.fixtures.processes import StartWorker, Worker
+from tests.support.made_once import made_once
 from tests.upgrade import options
-from tests.upgrade.earlier_version import install
+from tests.upgrade.earlier_version import install, script_in
 
 Version = Literal["earlier", "this"]
 
@@ -30,7 +31,7 @@ class StartVersion(Protocol):
 @pytest.fixture(scope="session")
 def earlier_forkvm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The script `forkvm` of the earlier version."""
-    return options.earlier() or install(tmp_path_factory.mktemp("earlier"))
+    return options.earlier() or script_in(made_once(tmp_path_factory, "earlier", install))
 
 
 @pytest.fixture

@@ -18,8 +18,13 @@ from tests.support.requirements import require_command
 EARLIER_COMMIT = "a71a27077241cfd13d4c26f1e8c1f9d236a00026"
 
 
-def install(directory: Path) -> Path:
-    """Install the earlier version below an empty directory; returns its script `forkvm`.
+def script_in(directory: Path) -> Path:
+    """The script `forkvm` of the earlier version, where `install` has installed it."""
+    return directory / "environment" / "bin" / "forkvm"
+
+
+def install(directory: Path) -> None:
+    """Install the earlier version below an empty directory.
 
     The source comes from git. In an sdist there is no git repository, and a shallow clone may lack the commit: then the
     test is skipped, in CI too, since no package can bring the commit. The dependencies are those of the running Python,
@@ -47,7 +52,6 @@ def install(directory: Path) -> Path:
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     imported = _run(str(python), "-c", "import tasks, worker; print(tasks.__file__, worker.__file__)")
     assert [Path(name).parent.parent for name in imported.split()] == [packages, packages]
-    return environment / "bin" / "forkvm"
 
 
 def _run(*command: str, cwd: Path = Path("/")) -> str:
