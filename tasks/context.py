@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from redis.exceptions import RedisError, ResponseError
 
+from tasks.copier.counted import counted
 from tasks.copier.errors import Code, ForkError, cancelled, describe
 from tasks.copier.fork_spec import ForkResult, ForkSpec
 from tasks.copier.options import Limits
@@ -123,8 +124,8 @@ class ForkLedger:
         ends = f"{result['source']!r} -> {result['destination']!r}"  # escaped: names come from guests
         error = result["error"]
         if error is None:
-            entries, seconds = result["files"]["total"], result["seconds"]["total"]
-            log.info("fork %s succeeded: %s, %d entries in %.3f s", self.fork_id, ends, entries, seconds)
+            entries, seconds = counted(result["files"]["total"], "entry", "entries"), result["seconds"]["total"]
+            log.info("fork %s succeeded: %s, %s in %.3f s", self.fork_id, ends, entries, seconds)
         else:
             log.warning("fork %s %s: %s: %r", self.fork_id, result["status"], ends, describe(error))
 

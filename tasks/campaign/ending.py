@@ -12,6 +12,7 @@ from tasks.context import Context
 from tasks.contract.campaign_request import campaign_of
 from tasks.copier.campaign.finish import not_started
 from tasks.copier.campaign.spec import Aims, CampaignResult, CampaignSpec, campaign_result
+from tasks.copier.counted import counted
 from tasks.copier.errors import ForkError
 from tasks.store.campaign.fork_ids import expire_forks
 from tasks.store.campaign.results import CampaignResults
@@ -36,8 +37,9 @@ def store_result(results: CampaignResults, spec: CampaignSpec, result: CampaignR
     expire_forks(results.results, spec)  # first: the client may check for leftovers as soon as it sees the result
     results.store_campaign_result(result)
     forks = ", ".join(f"{count} {name}" for name, count in result["forks"].items() if name != "total" and count)
-    line = "campaign %s %s: %r, %d forks: %s, in %.3f s"
-    values = (result["campaign_id"], result["status"], result["source"], result["forks"]["total"], forks or "none")
+    line = "campaign %s %s: %r, %s: %s, in %.3f s"
+    total = counted(result["forks"]["total"], "fork")
+    values = (result["campaign_id"], result["status"], result["source"], total, forks or "none")
     log.info(line, *values, result["seconds"]["total"])
     return result
 

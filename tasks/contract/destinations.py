@@ -19,7 +19,7 @@ MOST_FORKS = 1_000_000
 _WIDTH = re.compile(r"(0?[1-9][0-9]?)?d?")
 
 
-def _counted(template: str) -> str:
+def _template(template: str) -> str:
     """Refuse any field but `{n}` and `{n:04}`: other format strings can read attributes of objects."""
     try:
         fields = [(name, width, conversion) for _, name, width, conversion in Formatter().parse(template)]
@@ -36,7 +36,7 @@ class Template(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    template: Annotated[InstanceOf[str], AfterValidator(_counted)]
+    template: Annotated[InstanceOf[str], AfterValidator(_template)]
     count: Annotated[int, Field(ge=1, le=MOST_FORKS)]
     start: Annotated[int, Field(ge=0, le=2**53)] = 1
 

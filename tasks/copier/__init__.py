@@ -8,7 +8,7 @@
     fork       one fork, from the plan to the rename that publishes it
     campaign   many forks of one source, in batches
 
-    errors, validation, options, progress            used by every layer
+    errors, validation, options, progress, counted   used by every layer
     roots, endpoints                                 opening the source and the destination
     report, metadata_losses, fork_spec               requests and results as the engine sees them
     child_processes                                  the supervisor of child processes

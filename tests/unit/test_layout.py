@@ -23,7 +23,13 @@ MOST_MODULES = 14
 
 #: From the bottom up. A module imports from its own layer and from those below it only.
 LAYERS = (
-    ("tasks.copier.errors", "tasks.copier.validation", "tasks.copier.options", "tasks.copier.progress"),
+    (
+        "tasks.copier.counted",
+        "tasks.copier.errors",
+        "tasks.copier.validation",
+        "tasks.copier.options",
+        "tasks.copier.progress",
+    ),
     ("tasks.copier.kernel",),
     ("tasks.copier.source",),
     (

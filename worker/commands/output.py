@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tasks.copier.counted import counted
 from tasks.copier.errors import describe
 from worker.terminal.printing import ShowProgress, printable
 
@@ -37,7 +38,7 @@ def size(count: int) -> str:
     value = float(count)
     for unit in _UNITS:
         if value < 1024 or unit == _UNITS[-1]:
-            return f"{count} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
+            return counted(count, "byte") if unit == "bytes" else f"{value:.1f} {unit}"
         value /= 1024
     raise AssertionError("unreachable")
 
@@ -51,7 +52,7 @@ def result_lines(result: ForkResult) -> Iterator[str]:
         yield "  subvolume made by a btrfs snapshot; `btrfs subvolume delete` removes it quickly"
     if result["error"] is not None:
         yield f"  error     {describe(result['error'])}"
-    yield f"  entries   {files['total']}: {_counted(files)}"
+    yield f"  entries   {files['total']}: {_by_kind(files)}"
     yield (
         f"  bytes     {size(count['logical'])} logical, {size(count['reflinked'])} reflinked, "
         f"{size(count['copied'])} copied"
@@ -61,9 +62,9 @@ def result_lines(result: ForkResult) -> Iterator[str]:
     if result["metadata_lost"]:
         first, number = result["metadata_lost"][0], result["metadata_lost_total"]
         where = f"first {first['what']} of {first['path']}"
-        yield f"  lost      {number} items of metadata that the destination cannot store ({where})"
+        yield f"  lost      {counted(number, 'item')} of metadata that the destination cannot store ({where})"
     steps = ", ".join(f"{name} {value:.3f}" for name, value in seconds.items() if name != "total")
-    yield f"  seconds   {steps}; {result['chunks']} chunks"
+    yield f"  seconds   {steps}; {counted(result['chunks'], 'chunk')}"
 
 
 def file_line(result: FileResult) -> str:
@@ -78,12 +79,12 @@ def file_line(result: FileResult) -> str:
 def campaign_lines(result: CampaignResult) -> Iterator[str]:
     """A CampaignResult as text lines."""
     forks, count, seconds = result["forks"], result["bytes"], result["seconds"]
-    yield f"{result['status']}: {result['source']} -> {forks['total']} forks in {seconds['total']:.3f} s"
+    yield f"{result['status']}: {result['source']} -> {counted(forks['total'], 'fork')} in {seconds['total']:.3f} s"
     yield f"  id        {result['campaign_id']}"
     if result["error"] is not None:
         yield f"  error     {describe(result['error'])}"
-    yield f"  forks     {_counted(forks)}; {result['forks_per_second']:.1f} a second"
-    yield f"  entries   {result['files']['total']}: {_counted(result['files'])}"
+    yield f"  forks     {_by_kind(forks)}; {result['forks_per_second']:.1f} a second"
+    yield f"  entries   {result['files']['total']}: {_by_kind(result['files'])}"
     yield (
         f"  bytes     {size(count['logical'])} logical, {size(count['reflinked'])} reflinked, "
         f"{size(count['copied'])} copied"
@@ -110,8 +111,8 @@ def comparison_lines(source: str, clone: str, found: Comparison) -> Iterator[str
     verdict = "differ" if found.differences.count else "are the same"
     if found.unread.count:
         verdict = f"{'differ, and ' if found.differences.count else ''}could not be compared completely"
-    yield f"{source} and {clone} {verdict}: {found.entries} entries, {size(found.bytes_logical)}"
-    unmapped = f" (the extents of {found.unmapped_files} files are unknown)" if found.unmapped_files else ""
+    yield f"{source} and {clone} {verdict}: {counted(found.entries, 'entry', 'entries')}, {size(found.bytes_logical)}"
+    unmapped = f" (the extents of {counted(found.unmapped_files, 'file')} are unknown)" if found.unmapped_files else ""
     yield f"on disk: {size(found.bytes_mapped)}, of which {size(found.bytes_shared)} are shared{unmapped}"
 
 
@@ -143,14 +144,15 @@ def progress_line(job_id: str, progress: Progress | CampaignProgress) -> str:
     if "forks_total" in progress:
         left = "" if progress["eta_seconds"] is None else f", {progress['eta_seconds']:.0f} s left"
         failed = f", {progress['forks_failed']} failed" if progress["forks_failed"] else ""
-        return f"{job_id}: {progress['forks_done']} of {progress['forks_total']} forks{failed}{left}"
+        return f"{job_id}: {progress['forks_done']} of {counted(progress['forks_total'], 'fork')}{failed}{left}"
+    entries = counted(progress["files_total"], "entry", "entries")
     return (
-        f"{job_id}: {progress['phase']}, {progress['files_done']} of {progress['files_total']} entries, "
+        f"{job_id}: {progress['phase']}, {progress['files_done']} of {entries}, "
         f"{size(progress['bytes_done'])} of {size(progress['bytes_total'])}"
     )
 
 
-def _counted(counts: Mapping[str, int]) -> str:
+def _by_kind(counts: Mapping[str, int]) -> str:
     """The counts that are not zero, without the total: `3 reflinked, 1 skipped`."""
     return ", ".join(f"{number} {name}" for name, number in counts.items() if name != "total" and number) or "none"
 
@@ -192,7 +194,11 @@ def _bar_of(progress: Progress | CampaignProgress, pace: float | None) -> dict[s
             "total": progress["forks_total"],
             "amount": f"{progress['forks_done']}/{progress['forks_total']}{failed}, {pace or 0:.0f}/s",
         }
-    entries = f" {progress['files_done']}/{progress['files_total']} entries" if progress["files_total"] else ""
+    entries = (
+        f" {progress['files_done']}/{counted(progress['files_total'], 'entry', 'entries')}"
+        if progress["files_total"]
+        else ""
+    )
     return {
         "description": f"{progress['phase']}{entries}",
         "completed": progress["bytes_done"],
