@@ -25,6 +25,7 @@ _MODULES = {
     "files": "worker.commands.queue",
     "forks": "worker.commands.campaign",
     "cancel": "worker.commands.queue",
+    "report": "worker.commands.report.command",
     "queues": "worker.commands.watch.queues",
     "top": "worker.commands.watch.queues",
     "worker": "worker.commands.worker",

@@ -3,6 +3,7 @@
     fork         fork, verify: in this process, without a broker
     queue        submit, status, files, cancel
     campaign     campaign, forks
+    report       report
     watch        queues, top
     worker       worker, demo
     interface    completion, schema: what shells and other programs need to know of forkvm

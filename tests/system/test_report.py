@@ -1,0 +1,49 @@
+"""`forkvm report`: one page about a fork or campaign that has ended."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tests.fixtures.filesystems import Fresh
+from tests.fixtures.processes import RunForkvm, program_environment
+from tests.support.guests import make_guest
+from tests.support.system.systems import System
+
+
+def test_report_writes_a_page_about_a_fork_and_about_a_campaign(
+    system: System, fresh: Fresh, run_forkvm: RunForkvm, tmp_path: Path
+) -> None:
+    # Given
+    directory, environment = fresh("xfs"), program_environment(system.server)
+    source = make_guest(directory / "a")
+    hostile = source / os.fsdecode(b"<script>\xff\x1b[2J.raw")
+    hostile.write_bytes(b"data")
+    system.scheduler.fork(source, directory / "b", "one fork")
+    destinations = [str(directory / "c-1"), str(directory / "b")]
+    request = {"source": str(source), "destinations": destinations}
+    system.scheduler.app.send_task("forkvm.campaign", kwargs={"request": request}, task_id="many", queue="forkvm").get(
+        timeout=60
+    )
+
+    # When: the path is relative
+    fork = run_forkvm("report", "one fork", "-o", "fork.html", env=environment)
+    campaign = run_forkvm("report", "many", "-o", "many.html", env=environment)
+
+    # Then
+    assert [(done.returncode, done.stdout, done.stderr) for done in (fork, campaign)] == [(0, "", "")] * 2
+    of_fork = (tmp_path / "fork.html").read_text()
+    assert "&lt;script&gt;\\udcff\\x1b[2J.raw" in of_fork
+    assert "succeeded" in of_fork
+    of_campaign = (tmp_path / "many.html").read_text()
+    assert "destination_exists" in of_campaign
+    assert "Choose another destination" in of_campaign
+    assert "1 of 2 forks" in of_campaign
+
+
+def test_report_of_an_unknown_job_writes_nothing(system: System, run_forkvm: RunForkvm, tmp_path: Path) -> None:
+    done = run_forkvm("report", "never-sent", "-o", "page.html", env=program_environment(system.server))
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("forkvm: never-sent: unknown id")
+    assert not (tmp_path / "page.html").exists()
