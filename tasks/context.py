@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from redis.exceptions import RedisError, ResponseError
 
+from tasks import events
 from tasks.copier.counted import counted
 from tasks.copier.errors import Code, ForkError, cancelled, describe
 from tasks.copier.fork_spec import ForkResult, ForkSpec
@@ -120,6 +121,7 @@ class ForkLedger:
         """Store the final result, and log it."""
         if result["error"] is None and self.note is not None:
             self.note(result, self.pages)
+        events.forks_ended(self.fork_id, [result], of_campaign=False)
         self.results.final.store(result["fork_id"], result)
         ends = f"{result['source']!r} -> {result['destination']!r}"  # escaped: names come from guests
         error = result["error"]

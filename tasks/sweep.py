@@ -18,6 +18,7 @@ from dataclasses import replace
 
 from redis.exceptions import RedisError
 
+from tasks import events
 from tasks.context import Context
 from tasks.copier.errors import ForkError
 from tasks.copier.staging.control_directory import last_sign_of_life
@@ -81,6 +82,7 @@ def _check(context: Context, job: OpenJob) -> None:
     log.warning(
         "job %r is sent again: without a new heartbeat, its message was lost or its process is paused", job.job_id
     )
+    events.happened("redelivery", "message_lost")
     if job.claim.get("campaign"):  # this task sends the batches that are not done
         context.send(FINISH_CAMPAIGN_TASK, {"home": job.claim["destination"]}, job.job_id)
     else:

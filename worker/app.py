@@ -31,6 +31,7 @@ from worker.runtime.patches import (
     patch_connections_of_children,
     patch_end_of_children,
     patch_unacked_messages,
+    report_expired_leases,
 )
 from worker.runtime.remote_control import register_remote_control
 from worker.settings import NO_ROOTS, BadSettings, Settings, read_settings
@@ -133,6 +134,7 @@ def _patch_kombu(**_: Any) -> None:
     patch_closed_channels()
     patch_connections_of_children()
     patch_unacked_messages()
+    report_expired_leases()
 
 
 @signals.celeryd_init.connect
@@ -140,6 +142,22 @@ def _patch_celery(**_: Any) -> None:
     patch_end_of_children()
     ignore_soft_time_limits()
     register_remote_control()
+
+
+@signals.celeryd_init.connect
+def _serve_http(**_: Any) -> None:
+    """Listen at FORKVM_HTTP, before the pool processes are forked: they report to this process."""
+    settings = _settings()
+    if settings.http is None:
+        return
+    host, port = settings.http
+    from worker.observability.service import Service  # prometheus_client takes 50 ms to import
+
+    try:
+        service = Service(app, host, port, settings.roots)
+    except OSError as error:
+        _refuse(f"FORKVM_HTTP: cannot listen at {host}:{port}: {error.strerror}")
+    signals.celeryd_after_setup.connect(lambda **_: service.start(), weak=False)
 
 
 @signals.celeryd_init.connect

@@ -89,6 +89,18 @@ def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
     return read
 
 
+def read_address(value: str) -> tuple[str, int]:
+    """The host and the port of HOST:PORT, where an IPv6 address is in brackets. Raises ValueError."""
+    host, colon, port = value.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        host = ""
+    if not (host and colon and port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 1 << 16):
+        raise ValueError("it must be HOST:PORT, for example 127.0.0.1:9440 or [::]:9440")
+    return host, int(port)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """All settings with their defaults. Sizes are in bytes, times in seconds."""
@@ -126,6 +138,8 @@ class Settings:
     max_chunks: int = _setting(Limits.max_chunks, _integer(1, 10_000))
     #: File that a worker touches while it consumes, for a health check; empty for none.
     heartbeat_file: str = _setting("", _text)
+    #: The host and port at which a worker serves metrics and health; None for nowhere.
+    http: tuple[str, int] | None = _setting(None, read_address)
 
     @property
     def queue(self) -> str:

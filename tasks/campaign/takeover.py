@@ -7,9 +7,11 @@ message then goes back to its queue and finds the campaign free.
 from __future__ import annotations
 
 import errno
+import logging
 from contextlib import suppress
 from typing import NoReturn
 
+from tasks import events
 from tasks.campaign.ending import claimed_campaign, end_from_claim
 from tasks.campaign.finish import run_finish_campaign
 from tasks.context import LOCK_WAIT, Context
@@ -21,13 +23,16 @@ from tasks.copier.staging import takeover
 from tasks.copier.staging.control_directory import Held
 from tasks.delivery.outcome import RetryLater
 
+log = logging.getLogger(__name__)
+
 
 def take_over_start(context: Context, campaign_id: str, heartbeat: int | None) -> NoReturn:
     """Take a campaign from a process that plans it, so that it is planned again."""
     claim = context.results.claims.get(campaign_id)
     if claim is not None:
         with suppress(ForkError, OSError), context.roots.open_parent(claim["destination"]) as parent:
-            takeover.take_over(parent.fd, campaign_id, heartbeat)
+            if takeover.take_over(parent.fd, campaign_id, heartbeat) is not None:
+                _note(campaign_id, "its plan")
     raise RetryLater(heartbeat)
 
 
@@ -39,6 +44,7 @@ def take_over_batch(context: Context, campaign_id: str, home: str, first: int, h
     ):
         if campaign is not None:
             seize_batch(campaign, context.roots, first)
+            _note(campaign_id, f"the batch from fork {campaign.spec.aims.start + first} on")
     raise RetryLater(heartbeat)
 
 
@@ -47,9 +53,16 @@ def take_over_finish(context: Context, campaign_id: str, home: str, heartbeat: i
     if heartbeat is None:
         return _store_removed(context, campaign_id)
     try:
-        return run_finish_campaign(context, campaign_id, home, seized=True)
+        result = run_finish_campaign(context, campaign_id, home, seized=True)
+        _note(campaign_id, "its end")
+        return result
     except RetryLater:  # held alone: by a process that plans it, or by a process that is not a worker's
         take_over_start(context, campaign_id, heartbeat)
+
+
+def _note(campaign_id: str, what: str) -> None:
+    log.warning("campaign %s: %s was taken from a process that gave no heartbeat", campaign_id, what)
+    events.happened("takeover")
 
 
 def _store_removed(context: Context, campaign_id: str) -> CampaignResult:

@@ -18,6 +18,7 @@ from celery.worker.state import task_ready
 from kombu.exceptions import OperationalError
 from redis.exceptions import OutOfMemoryError, RedisError
 
+from tasks import events
 from tasks.contract import ForkFailed
 from tasks.contract.raw_request import text_of
 from tasks.copier.fork.chunk import MAX_TRIES
@@ -126,6 +127,7 @@ class Message(Request):
         if isinstance(error, OutOfMemoryError) or is_passing(error):
             task_ready(self)
             log.warning("%s[%s] goes back to its queue: %s", self.name, self.id, cause(error))
+            events.happened("redelivery", "redis")
             return self.reject(requeue=True)
         if not isinstance(error, _INTENDED) and not state.should_terminate:
             exc_info = self._lost(error)
@@ -141,6 +143,7 @@ class Message(Request):
                 log.error("%d processes died while they ran %s[%s]; its job is abandoned", losses, self.name, self.id)
                 self.abandon(self.job_id, self._destination())
                 return _info(Ignore())
+        events.happened("redelivery", "time_limit" if late else "process_lost")
         return _info(error if isinstance(error, WorkerLostError) else WorkerLostError(reason))
 
     def _success_was_stored(self) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 from celery import states
 from celery.exceptions import Ignore
 
+from tasks import events
 from tasks.context import Context
 from tasks.contract import ForkFailed
 from tasks.copier.campaign.spec import CampaignResult
@@ -142,6 +143,7 @@ def holder_of(task: AnyTask, retry: RetryLater) -> Holder:
 
 def _send_back(task: AnyTask, context: Context, arguments: dict[str, Any], holder: Holder) -> NoReturn:
     """Send the task to its queue again under the same id, and end this run of it without any state."""
+    events.happened("retry", "not_found" if holder.heartbeat == NO_STAGING else "held")
     queue, headers = inner_queue(context.queue, task.name), {"seen": list(holder)}
     send_patiently(task.app, task.name, arguments, job_id(task), queue, headers=headers, countdown=RETRY_SECONDS)
     raise Ignore

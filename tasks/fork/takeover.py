@@ -7,6 +7,7 @@ import logging
 from contextlib import suppress
 from typing import Any
 
+from tasks import events
 from tasks.context import Context
 from tasks.copier.errors import Code, ForkError, cancelled
 from tasks.copier.fork_spec import ForkResult, ForkSpec, result_of
@@ -31,6 +32,7 @@ def take_over(context: Context, fork_id: str, destination: str, heartbeat: int |
     if heartbeat is None:
         return _store_removed(context, fork_id, destination)
     if store_published(context, fork_id, destination):
+        _note(fork_id)
         context.send(FINISH_TASK, {"destination": destination}, fork_id)  # it stores the result as the fork's state
         return None
     raise RetryLater(heartbeat)
@@ -45,7 +47,7 @@ def _take_request(context: Context, fork_id: str, destination: str, heartbeat: i
         return None
     if taken is None:
         return None
-    log.warning("fork %s was taken from a process that gave no heartbeat", fork_id)
+    _note(fork_id)
     claim = context.results.claims.get(fork_id)
     if claim is not None:
         request: dict[str, Any] = claim["request"]
@@ -53,6 +55,11 @@ def _take_request(context: Context, fork_id: str, destination: str, heartbeat: i
     with suppress(ForkError):
         return ForkSpec.from_data(taken.journal.spec).request() if taken.journal is not None else None
     return None
+
+
+def _note(fork_id: str) -> None:
+    log.warning("fork %s was taken from a process that gave no heartbeat", fork_id)
+    events.happened("takeover")
 
 
 def store_published(context: Context, fork_id: str, destination: str) -> bool:

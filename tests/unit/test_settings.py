@@ -54,6 +54,7 @@ def test_each_variable_is_taken(read: Read) -> None:
             "FORKVM_CHUNK_BYTES": "4194304",
             "FORKVM_MAX_CHUNKS": "5",
             "FORKVM_HEARTBEAT_FILE": "/run/heartbeat",
+            "FORKVM_HTTP": "127.0.0.1:9440",
         }
     )
 
@@ -63,6 +64,7 @@ def test_each_variable_is_taken(read: Read) -> None:
     assert settings.task_time_limit == 600
     assert settings.limits == Limits(inline_files=1, inline_bytes=2, chunk_files=3, chunk_bytes=4 << 20, max_chunks=5)
     assert settings.heartbeat_file == "/run/heartbeat"
+    assert settings.http == ("127.0.0.1", 9440)
 
 
 @pytest.mark.parametrize(

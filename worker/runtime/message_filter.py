@@ -21,6 +21,7 @@ import kombu.utils.json
 from celery import Celery
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, StringConstraints, ValidationError
 
+from tasks import events
 from tasks.delivery.canvas import LONGEST_CANVAS
 from tasks.delivery.signatures import FOLLOWERS, BadSignature, followers_of
 from tasks.names import (
@@ -170,6 +171,7 @@ def install_message_filter(app: Celery) -> None:
                 job_id = id_of(message)
                 named = "" if job_id is None else f" (id {job_id[:_LONGEST_ID]!r}; its result has the reason)"
                 log.warning("a message in the queue %s was refused: %s%s", queue, refusal, named)
+                events.happened("rejection", refusal.kind)
                 taken = replacement(message, refusal, queue)
         if taken is not None:
             deliver(self, taken, queue)
@@ -193,7 +195,7 @@ def checked(message: Any, queue: str, tasks: Any) -> dict[str, Any]:
         raise Refused(_explain(error)) from None
     name = parsed.headers.task
     if name not in tasks or name.startswith("celery."):
-        raise Refused(f"there is no task {name[:_LONGEST_ID]!r}")
+        raise Refused(f"there is no task {name[:_LONGEST_ID]!r}", kind="unknown_task")
     body = _body(parsed)
     if name in (FORK_TASK, CAMPAIGN_TASK):
         _check_job(parsed, body)
@@ -213,15 +215,15 @@ def _check_job(message: _Message, body: Body) -> None:
     if len(message.headers.id) > _LONGEST_ID:
         raise Refused(f"its id is longer than {_LONGEST_ID} characters", body)
     if "self" in body.kwargs:  # it would collide with the first parameter of Celery's functions
-        raise Refused("the message must have one argument, `request`, an object", body)
+        raise Refused("the message must have one argument, `request`, an object", body, "arguments")
     for moment in (message.headers.eta, message.headers.expires):
         _check_moment(moment, body)
     try:
         followers = followers_of(body.options)
         if len(json.dumps(followers)) > LONGEST_CANVAS:
-            raise Refused(f"options: longer than {LONGEST_CANVAS} characters")
+            raise Refused(f"options: longer than {LONGEST_CANVAS} characters", kind="options")
     except BadSignature as error:
-        raise Refused(str(error), body) from None
+        raise Refused(str(error), body, "options") from None
 
 
 def _check_part(name: str, body: Body) -> None:
@@ -230,11 +232,11 @@ def _check_part(name: str, body: Body) -> None:
         try:
             _ARGUMENTS[name].model_validate(body.kwargs)
         except ValidationError as error:
-            raise Refused(f"{name}: {_explain(error)}") from None
+            raise Refused(f"{name}: {_explain(error)}", kind="arguments") from None
         if body.args:
-            raise Refused(f"{name}: takes keyword arguments only")
+            raise Refused(f"{name}: takes keyword arguments only", kind="arguments")
     if any(body.options.values()) or not set(body.options) <= set(FOLLOWERS):
-        raise Refused(f"{name}: takes no options")
+        raise Refused(f"{name}: takes no options", kind="options")
 
 
 def _check_moment(moment: str | None, body: Body) -> None:
@@ -246,9 +248,9 @@ def _check_moment(moment: str | None, body: Body) -> None:
         seconds = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() - time.time()
         when.astimezone(UTC)
     except (ValueError, OverflowError, OSError):
-        raise Refused("eta or expires is not an ISO 8601 time", body) from None
+        raise Refused("eta or expires is not an ISO 8601 time", body, "time") from None
     if seconds > _LONGEST_DELAY:
-        raise Refused(f"eta or expires is more than {_LONGEST_DELAY // 86400} days away", body)
+        raise Refused(f"eta or expires is more than {_LONGEST_DELAY // 86400} days away", body, "time")
 
 
 def _decompressed(message: Any) -> Any:

@@ -21,6 +21,7 @@ from kombu.transport import virtual
 from kombu.transport.redis import Channel, QoS
 from redis.exceptions import ConnectionError, OutOfMemoryError, RedisError, ResponseError
 
+from tasks import events
 from tasks.store.redis_errors import cause, is_passing
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,28 @@ def patch_unacked_messages() -> None:
             _stop_renewal(self, delivery_tag, error)
 
     qos.append, qos.ack, qos.reject = append_or_keep, ack_also_when_full, reject_also_when_full
+
+
+@cache  # once a process
+def report_expired_leases() -> None:
+    """Report each message that kombu returns to its queue because its worker no longer renews the lease."""
+    qos: Any = QoS
+    restore_visible, restore_by_tag = qos.restore_visible, qos.restore_by_tag
+
+    def restore_expired(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.restores_expired = True
+        try:
+            restore_visible(self, *args, **kwargs)
+        finally:
+            self.restores_expired = False
+
+    def restore_and_report(self: Any, tag: Any, *args: Any, **kwargs: Any) -> None:
+        restore_by_tag(self, tag, *args, **kwargs)
+        if getattr(self, "restores_expired", False):
+            log.warning("a message is delivered again: the worker that had it no longer renews its lease")
+            events.happened("redelivery", "worker_lost")
+
+    qos.restore_visible, qos.restore_by_tag = restore_expired, restore_and_report
 
 
 def _stop_renewal(qos: Any, delivery_tag: str, error: ResponseError) -> None:

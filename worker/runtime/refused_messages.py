@@ -33,11 +33,15 @@ class Body(NamedTuple):
 
 
 class Refused(Exception):
-    """The message is refused. The text is the reason, without contents of the message; `body` is its body if known."""
+    """The message is refused. The text is the reason, without contents of the message; `body` is its body if known.
 
-    def __init__(self, reason: str, body: Body | None = None) -> None:
+    `kind` is one of `tasks.events.REASONS`.
+    """
+
+    def __init__(self, reason: str, body: Body | None = None, kind: str = "malformed") -> None:
         super().__init__(reason)
         self.body = body
+        self.kind = kind
 
 
 def id_of(message: Any) -> str | None:

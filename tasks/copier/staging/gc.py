@@ -86,9 +86,7 @@ def silent_stagings(fd: int, silent: float) -> int:
     counted, because `collect` keeps it. Raises OSError.
     """
     count = 0
-    for name in _list(fd)[1]:
-        if "." in name.removeprefix("."):
-            continue  # a tree
+    for name in _controls(fd):
         with suppress(OSError):  # removed meanwhile, not readable, or not a directory
             control = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
             try:
@@ -97,6 +95,16 @@ def silent_stagings(fd: int, silent: float) -> int:
             finally:
                 os.close(control)
     return count
+
+
+def count_stagings(fd: int) -> int:
+    """The number of stagings directly in the open directory, in use or not. Raises OSError."""
+    return len(_controls(fd))
+
+
+def _controls(fd: int) -> list[str]:
+    """The names of control directories in `fd`. A second dot is in the names of trees only. Raises OSError."""
+    return [name for name in os.listdir(fd) if STAGING_NAME.fullmatch(name) and "." not in name.removeprefix(".")]
 
 
 def _search(top: int, directory: str, path: str, pending: list[str], search: _Search) -> Iterator[Finding]:

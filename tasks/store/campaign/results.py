@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from redis.exceptions import OutOfMemoryError
 
+from tasks import events
 from tasks.copier.campaign.batch_record import Outcome
 from tasks.copier.campaign.spec import (
     CampaignResult,
@@ -54,6 +55,8 @@ class CampaignResults:
         """
         if self.recent_forks is not None:
             outcomes = self.recent_forks.true_outcomes(self.results, self.campaign_id, outcomes)
+        forks = [outcome.result for outcome in outcomes]
+        events.forks_ended(f"{self.campaign_id}.{first}", forks, of_campaign=True)
         self._ask(lambda: store_outcomes_of_run(self.results, self.campaign_id, first, outcomes), OutOfMemoryError)
 
     def delete_outcomes(self) -> None:
@@ -91,6 +94,7 @@ class CampaignResults:
 
     def store_campaign_result(self, result: CampaignResult) -> None:
         """Store the final result; all keys of the campaign itself then expire with it."""
+        events.campaign_ended(result)
         self.results.final.store(self.campaign_id, result)
 
     def publish_progress(self, spec: CampaignSpec, sums: dict[str, int], planned_at: float) -> None:

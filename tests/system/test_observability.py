@@ -1,0 +1,185 @@
+"""The endpoint of a real worker: metrics, and the two probes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from urllib.error import HTTPError
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.fixtures.filesystems import Fresh
+from tests.fixtures.processes import StartWorker, Worker, wait_until
+from tests.support.guests import make_guest
+from tests.support.system import queued_campaigns
+from tests.support.system.queued_campaigns import request_of
+from tests.support.system.scheduler import QUEUE, Scheduler
+from tests.support.system.systems import SMALL_LIMITS, StartSystem, System, send
+from worker.exit_codes import BAD_CALL
+
+HTTP = {"FORKVM_HTTP": "127.0.0.1:0"}
+#: For the module's worker.
+LIMITS = SMALL_LIMITS | HTTP
+
+
+class Endpoint:
+    """The endpoint of a worker."""
+
+    def __init__(self, worker: Worker) -> None:
+        found = re.search(r"/readyz at (http://\S+)", worker.output())
+        assert found, worker.output()
+        self.url = found[1]
+
+    def get(self, path: str) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+                return answer.status, answer.read().decode()
+        except HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    def value(self, name: str, **labels: str) -> float:
+        samples = (sample for f in text_string_to_metric_families(self.get("/metrics")[1]) for sample in f.samples)
+        return next((s.value for s in samples if s.name == name and s.labels.items() >= labels.items()), 0.0)
+
+    def wait_for(self, name: str, condition: Callable[[float], bool], **labels: str) -> None:
+        wait_until(lambda: condition(self.value(name, **labels)), f"{name} {labels}")
+
+
+@pytest.fixture
+def endpoint(system: System) -> Endpoint:
+    return Endpoint(system.worker)
+
+
+def test_forks_and_campaigns_are_counted(endpoint: Endpoint, scheduler: Scheduler, fresh: Fresh) -> None:
+    # Given
+    directory = fresh("xfs")
+    make_guest(directory / "a")
+    reflinked = endpoint.value("forkvm_files_total", method="reflink")
+
+    # When
+    result = scheduler.fork(directory / "a", directory / "b")
+    scheduler.wait_failed(scheduler.send({"source": str(directory / "a"), "destination": str(directory / "b")}))
+    queued_campaigns.send(scheduler, request_of(directory / "a", directory, 3), "counted").get(timeout=60)
+    scheduler.redis.lpush(QUEUE, b"[]")
+
+    # Then
+    endpoint.wait_for("forkvm_rejected_messages_total", lambda n: n == 1, reason="malformed")
+    endpoint.wait_for("forkvm_campaigns_total", lambda n: n == 1, status="succeeded")
+    assert endpoint.value("forkvm_forks_total", status="succeeded", code="", campaign="no") == 1
+    assert endpoint.value("forkvm_forks_total", status="failed", code="destination_exists", campaign="no") == 1
+    assert endpoint.value("forkvm_forks_total", status="succeeded", code="", campaign="yes") == 3
+    assert endpoint.value("forkvm_files_total", method="reflink") - reflinked == 4 * result["files"]["reflinked"]
+    assert endpoint.value("forkvm_fork_duration_seconds_count", phase="total") == 1
+
+
+def test_refused_reflinks_are_counted_by_filesystems(endpoint: Endpoint, scheduler: Scheduler, fresh: Fresh) -> None:
+    directory = fresh("ext4")
+    make_guest(directory / "a")
+
+    scheduler.fork(directory / "a", directory / "b")
+
+    pair = {"source_filesystem": "ext4", "destination_filesystem": "ext4"}
+    endpoint.wait_for("forkvm_fallbacks_total", lambda n: n == 1, errno="EOPNOTSUPP", **pair)
+
+
+def test_the_pool_queues_and_roots_are_shown(
+    system: System, endpoint: Endpoint, scheduler: Scheduler, large_source: Path, place: Path
+) -> None:
+    endpoint.wait_for("forkvm_children", lambda n: n == 2)
+    endpoint.wait_for("forkvm_root_free_bytes", lambda n: n > 0)
+    children = system.worker.children
+    sent = scheduler.send({"source": str(large_source), "destination": str(place / "b")})
+
+    try:
+        wait_until(lambda: any(scheduler.messages().values()), "a taken message")
+        send(children, signal.SIGSTOP)
+        endpoint.wait_for("forkvm_children_busy", lambda n: n > 0)
+        endpoint.wait_for("forkvm_forks_in_progress", lambda n: n == 1)
+        wait_until(
+            lambda: any(
+                endpoint.value("forkvm_unacked_messages", queue=queue) > 0 for queue in (QUEUE, f"{QUEUE}#chunk")
+            ),
+            "a message that is not acknowledged",
+        )
+        assert endpoint.get("/readyz") == (200, "ready\n")
+    finally:
+        send(children, signal.SIGCONT)
+    scheduler.wait(sent)
+
+
+def test_the_pool_processes_do_not_hold_the_listener(system: System, endpoint: Endpoint) -> None:
+    port = f"{int(endpoint.url.rpartition(':')[2]):04X}"
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+    (inode,) = {row[9] for row in rows if row[1].endswith(f":{port}") and row[3] == "0A"}
+
+    def holders() -> list[int]:
+        pids = [system.worker.pid, *system.worker.children]
+        return [pid for pid in pids if f"socket:[{inode}]" in map(_link, Path(f"/proc/{pid}/fd").iterdir())]
+
+    assert holders() == [system.worker.pid]
+
+
+def _link(path: Path) -> str:
+    try:
+        return os.readlink(path)
+    except FileNotFoundError:
+        return ""
+
+
+def test_no_count_is_lost_when_pool_processes_are_killed_and_replaced(
+    system: System, endpoint: Endpoint, scheduler: Scheduler, fresh: Fresh
+) -> None:
+    # Given
+    directory = fresh("xfs")
+    make_guest(directory / "a")
+    before = endpoint.value("forkvm_forks_total", status="succeeded", campaign="no")
+    descriptors = len(list(Path(f"/proc/{system.worker.pid}/fd").iterdir()))
+
+    # When
+    forks = [scheduler.send({"source": str(directory / "a"), "destination": f"{directory}/b-{n}"}) for n in range(40)]
+    for sent in forks[::8]:
+        scheduler.wait(sent)
+        send(system.worker.children[:1], signal.SIGKILL)
+    for sent in forks:
+        scheduler.wait(sent)
+
+    # Then
+    endpoint.wait_for("forkvm_forks_total", lambda n: n - before >= 40, status="succeeded", campaign="no")
+    scheduler.wait_quiet()
+    assert endpoint.value("forkvm_forks_total", status="succeeded", campaign="no") - before == 40
+    endpoint.wait_for("forkvm_children", lambda n: n == 2)
+    wait_until(
+        lambda: len(list(Path(f"/proc/{system.worker.pid}/fd").iterdir())) <= descriptors + 2,
+        "descriptors of dead processes to be closed",
+    )
+
+
+def test_without_redis_a_worker_is_alive_and_not_ready(start_system: StartSystem, fresh: Fresh) -> None:
+    system = start_system(HTTP)
+    endpoint = Endpoint(system.worker)
+    wait_until(lambda: endpoint.get("/readyz") == (200, "ready\n"), "a ready worker")
+
+    system.server.kill()
+
+    wait_until(lambda: endpoint.get("/readyz") == (503, "not connected to Redis\n"), "a worker that is not ready")
+    assert endpoint.get("/livez") == (200, "alive\n")
+    system.server.start()
+    wait_until(lambda: endpoint.get("/readyz") == (200, "ready\n"), "a worker that is ready again")
+
+
+def test_an_address_in_use_ends_a_worker_with_one_line(
+    endpoint: Endpoint, start_worker: StartWorker, mounts: Path
+) -> None:
+    address = endpoint.url.removeprefix("http://")
+
+    worker = start_worker(mounts, env={"FORKVM_HTTP": address}, wait=False)
+
+    assert worker.wait() == BAD_CALL
+    said = [line for line in worker.output().splitlines() if line.startswith("forkvm:")]
+    assert said == [f"forkvm: FORKVM_HTTP: cannot listen at {address}: Address already in use"]

@@ -1,0 +1,196 @@
+"""What the processes of a worker report to its main process, through one pipe.
+
+Each report is one line of JSON, written by one write(2) of at most PIPE_BUF bytes, which is atomic (pipe(7)): a process
+that is killed leaves a whole report or none. The pipe keeps what a killed process wrote, and there are no files for
+dead processes. A thread of the main process reads it.
+
+A fork is reported before its result is stored. If its process is killed in between, its message is delivered again and
+it is reported twice: `Repetitions` recognizes that.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import select
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from threading import Thread
+from typing import Any
+
+from tasks.copier.campaign.spec import CampaignResult
+from tasks.copier.fork_spec import ForkResult
+from tasks.copier.kernel.filesystems import name_of_filesystem
+from tasks.events import Kind
+
+log = logging.getLogger(__name__)
+
+#: A report: its kind, then its values; see `Reporter`.
+Report = list[Any]
+
+#: The size of the pipe, in bytes: the default limit for unprivileged processes (pipe(7)). It holds some 3000 reports.
+_PIPE_BYTES = 1 << 20
+#: How long a process waits if the pipe is full, in milliseconds. It is, only if the main process has stopped.
+_FULL_MS = 1000
+#: How often the main process reads, in seconds. Reading many reports at once costs less than a thread that wakes up
+#: for each.
+_INTERVAL_SECONDS = 0.2
+#: Longest id in a report, in bytes.
+_LONGEST_ID = 256
+#: Longest path in a report, in characters of JSON.
+_LONGEST_PARENT = 1000
+
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
+class Reporter:
+    """The observer of a worker's processes: it writes reports into the pipe."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._parent = ""
+        self._has_warned = False
+
+    def forks_ended(self, run_id: str, results: Sequence[ForkResult], *, of_campaign: bool) -> None:
+        """Report forks that have ended.
+
+        `forks`, run id, finished_at, of_campaign, number of forks by status and error code, files by method, bytes by
+        method, and the seconds of each phase of a single fork that succeeded.
+        """
+        ends = Counter((result["status"], (result["error"] or {"code": ""})["code"]) for result in results)
+        files, sizes = Counter[str](), Counter[str]()
+        for result in results:
+            reflink = "snapshot" if result["subvolume"] else "reflink"
+            files[reflink] += result["files"]["reflinked"]
+            for counter, method in _METHODS.items():
+                files[method] += result["files"][counter]
+            sizes[reflink] += result["bytes"]["reflinked"]
+            sizes["copy"] += result["bytes"]["copied"]
+        first, run_id = results[0], _short(run_id)
+        seconds = first["seconds"] if not of_campaign and first["error"] is None else {}
+        counts = [[*end, count] for end, count in ends.items()]
+        self._write(["forks", run_id, first["finished_at"], of_campaign, counts, files, sizes, seconds])
+        self._report_fallback(results)
+        self._report_parent(os.path.dirname(first["destination"]))
+
+    def campaign_ended(self, result: CampaignResult) -> None:
+        """Report a campaign that has ended: `campaign`, id, status."""
+        self._write(["campaign", _short(result["campaign_id"]), result["status"]])
+
+    def happened(self, kind: Kind, reason: str) -> None:
+        """Report anything else: its kind, and the reason if there is one."""
+        self._write([kind, reason] if reason else [kind])
+
+    def _report_fallback(self, results: Sequence[ForkResult]) -> None:
+        """Report refused reflinks: `fallback`, errno, filesystems of the source and destination, number of forks.
+
+        The forks of a campaign in one run have one source and one parent.
+        """
+        refused = [(result, result["fallback"]) for result in results if result["fallback"] is not None]
+        if refused:
+            result, fallback = refused[0]
+            pair = [name_of_filesystem(path) for path in (result["source"], os.path.dirname(result["destination"]))]
+            self._write(["fallback", fallback["errno"], *pair, len(refused)])
+
+    def _report_parent(self, parent: str) -> None:
+        """Report where forks are made, if it is not where this process made the last one: `parent`, path."""
+        if parent != self._parent and len(_encode(parent)) <= _LONGEST_PARENT:
+            self._parent = parent
+            self._write(["parent", parent])
+
+    def _write(self, report: Report) -> None:
+        line = _encode(report).encode("ascii") + b"\n"
+        try:
+            try:
+                os.write(self._fd, line)
+            except BlockingIOError:
+                room = select.poll()
+                room.register(self._fd, select.POLLOUT)
+                room.poll(_FULL_MS)
+                os.write(self._fd, line)
+        except OSError as error:
+            if not self._has_warned:
+                log.warning("a report for the metrics was lost: the main process does not read: %s", error.strerror)
+            self._has_warned = True
+
+
+def _short(job_id: str) -> str:
+    """The id, or a digest of a long one: an id may take 6 KB as JSON."""
+    encoded = job_id.encode("utf-8", "surrogatepass")
+    return job_id if len(encoded) <= _LONGEST_ID else hashlib.sha256(encoded).hexdigest()
+
+
+#: The methods of the files that a ForkResult counts under these names.
+_METHODS = {
+    "copied": "copy",
+    "hardlinked": "hardlink",
+    "symlinked": "symlink",
+    "directories": "mkdir",
+    "skipped": "skip",
+}
+
+
+class Pipe:
+    """The pipe, and the thread of the main process that reads it."""
+
+    def __init__(self) -> None:
+        self._read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        with suppress(OSError):  # this user's other pipes take all that it may use
+            fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        self.reporter = Reporter(write_fd)
+        os.register_at_fork(after_in_child=self._forget_reader)
+        self._rest = b""
+
+    def start(self, take: Callable[[Report], None]) -> None:
+        """Start to read. `take` is called with each report."""
+        Thread(target=self._run, args=(take,), name="reports", daemon=True).start()
+
+    def read(self) -> Iterator[Report]:
+        """Yield the reports that were written since the last call."""
+        while True:
+            try:
+                data = os.read(self._read_fd, _PIPE_BYTES)
+            except BlockingIOError:
+                return
+            *lines, self._rest = (self._rest + data).split(b"\n")
+            yield from map(json.loads, lines)
+
+    def _run(self, take: Callable[[Report], None]) -> None:
+        while True:
+            time.sleep(_INTERVAL_SECONDS)
+            for report in self.read():
+                take(report)
+
+    def _forget_reader(self) -> None:
+        """In a forked child: only the main process reads."""
+        os.close(self._read_fd)
+
+
+class Repetitions:
+    """Recognizes a job that is reported again because its process was killed before it stored the result."""
+
+    #: An id is free again `FORKVM_RESULT_EXPIRES` after its job has ended, which is at least so many seconds.
+    _SECONDS = 60.0
+    #: Most jobs that are remembered.
+    _MOST = 10_000
+
+    def __init__(self) -> None:
+        self._seen: OrderedDict[str, tuple[str, float]] = OrderedDict()
+
+    def has_seen(self, run_id: str, finished_at: str) -> bool:
+        """Whether this end of a job was reported before. If not, it is remembered.
+
+        A fork that was published has the same `finished_at` in each report; one that failed is tried again at once.
+        """
+        now = time.monotonic()
+        before = self._seen.get(run_id)
+        self._seen[run_id] = finished_at, now
+        self._seen.move_to_end(run_id)
+        if len(self._seen) > self._MOST:
+            self._seen.popitem(last=False)
+        return before is not None and (before[0] == finished_at or now - before[1] < self._SECONDS)
