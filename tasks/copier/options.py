@@ -48,7 +48,7 @@ class Options:
     def to_data(self) -> dict[str, Any]:
         """JSON-ready data for the journal. A later option is left out at its default: earlier versions refuse it."""
         data = {**vars(self), "preserve": sorted(self.preserve)}
-        return {name: value for name, value in data.items() if name not in _LATER or value != _LATER[name]}
+        return {name: value for name, value in data.items() if name not in _LATER or value != getattr(Options, name)}
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Options:
@@ -70,8 +70,8 @@ class Options:
             )
 
 
-#: The options that the first version did not have, with their defaults.
-_LATER: dict[str, Any] = {"max_copied_bytes": None, "source_open": "allow"}
+#: The options that the first version did not have.
+_LATER = frozenset({"max_copied_bytes", "source_open"})
 
 
 def _preserved(value: Any) -> Preserve:
