@@ -29,7 +29,7 @@ class Losses:
     metadata_lost: list[Lost] = field(default_factory=list)
     metadata_lost_total: int = 0
 
-    def lose(self, path: str, what: str) -> None:
+    def add_loss(self, path: str, what: str) -> None:
         """Add a loss of the entry `path` (relative to the source; "" is its top)."""
         self.metadata_lost_total += 1
         self._list({"path": path or ".", "what": what})

@@ -238,7 +238,8 @@ class _Run:
         if not self._is_ours():
             raise Superseded
         return [
-            self.outcomes.get(index) or failed_outcome(spec, abort or _gone(spec)) for index, spec in self.forks.items()
+            self.outcomes.get(index) or failed_outcome(spec, abort or _moved_or_removed(spec))
+            for index, spec in self.forks.items()
         ]
 
     def _is_ours(self) -> bool:
@@ -362,6 +363,6 @@ def failed_outcome(spec: ForkSpec, error: ForkError, report: Report | None = Non
     return Outcome(failed(spec, error, report.totals, 1, Clock(spec.started)), report.close())
 
 
-def _gone(spec: ForkSpec) -> ForkError:
+def _moved_or_removed(spec: ForkSpec) -> ForkError:
     message = "the finished fork was moved or removed by another process before it was published"
     return ForkError(Code.IO_ERROR, message, spec.destination, errno.ENOENT)

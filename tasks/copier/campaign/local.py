@@ -111,7 +111,7 @@ def _end(campaign: Campaign, roots: Roots, error: ForkError | None) -> CampaignR
     ledger = _Ending(campaign.staging)
     if error is not None:
         cause = aborted(campaign) if campaign.spec.aims.on_error == "abort" and error.code != Code.CANCELLED else error
-        end_rest(campaign, roots, Ticker(_continue), ledger, cause)
+        end_rest(campaign, roots, Ticker(_never_stop), ledger, cause)
     sums, failures = _stored(campaign.staging, ledger.stored)
     remove_annexes(campaign, roots)
     with suppress(OSError):  # all forks have ended; `gc` removes what cannot be removed now
@@ -135,8 +135,8 @@ def _require(campaign: Campaign | None, home: str) -> Campaign:
     return campaign
 
 
-def _continue(progress: Progress) -> None:
-    """Go on: the end of a campaign cannot be cancelled."""
+def _never_stop(progress: Progress) -> None:
+    """The end of a campaign cannot be cancelled."""
 
 
 #: The sums and the first failures of one run of forks, as plain data.

@@ -320,7 +320,7 @@ class Metadata:
         return known
 
     def _lose(self, path: _Path, what: str) -> None:
-        self.losses.lose(join(*path), what)
+        self.losses.add_loss(join(*path), what)
 
 
 #: The relative path of a directory and a name in it, joined only when a message needs them.

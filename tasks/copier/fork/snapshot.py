@@ -1,6 +1,6 @@
 """Cloning a whole btrfs subvolume by a snapshot, the method that is tried before reflinks.
 
-A snapshot takes a few milliseconds whatever its size, shares all data and metadata with the source, and shows it at one
+A snapshot of any size takes a few milliseconds, shares all data and metadata with the source, and shows it at one
 moment. It is then walked once: to make the FileResults, to remove the entries that the fork leaves out, and to check
 that it equals a clone that is made entry by entry. If it differs, the snapshot is removed. Then, or if the kernel
 refuses a snapshot, the source is cloned entry by entry.

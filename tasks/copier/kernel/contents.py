@@ -18,7 +18,7 @@ def first_difference(a_fd: int, b_fd: int, start: int, end: int) -> int | None:
     returned, since the rest was not compared.
     """
     for fd in (a_fd, b_fd):
-        _settle_holes(fd)
+        _make_holes_reliable(fd)
     at = start
     while at < end:
         data = min(_next_data(a_fd, at, end), _next_data(b_fd, at, end))
@@ -58,7 +58,7 @@ def data_bytes(fd: int, size: int, block: int = 1) -> int:
     return total
 
 
-def _settle_holes(fd: int) -> None:
+def _make_holes_reliable(fd: int) -> None:
     """Make reported holes reliable. OpenZFS reports dirty data as holes until an fsync (issue 15526)."""
     if syscalls.filesystem_type(fd) == syscalls.ZFS:
         os.fsync(fd)

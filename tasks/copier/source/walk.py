@@ -210,9 +210,9 @@ class Walk:
     def _linked(self, path: str, name: str, kind: Kind, status: os.stat_result) -> Entry:
         """The entry for a file with several names. The first one found is the file; the others are hard links."""
         key = (status.st_dev, status.st_ino)
-        first, unmet = self._first_names.pop(key, ("", status.st_nlink))
-        if unmet > 1:
-            self._first_names[key] = (first or path, unmet - 1)
+        first, not_found = self._first_names.pop(key, ("", status.st_nlink))
+        if not_found > 1:
+            self._first_names[key] = (first or path, not_found - 1)
         return entry_of(name, first, Kind.HARDLINK if first else kind, status)
 
     def _absolute(self, path: str) -> str:

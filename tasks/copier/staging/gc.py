@@ -115,13 +115,13 @@ def _search(top: int, directory: str, path: str, pending: list[str], search: _Se
     except (FileNotFoundError, NotADirectoryError):
         return  # removed or replaced meanwhile
     except OSError as error:
-        yield Finding(full, "", "failed", f"it was not searched: {_words(error)}")
+        yield Finding(full, "", "failed", f"it was not searched: {_text_of(error)}")
         return
     try:
         try:
             below, stagings = _list(fd)
         except OSError as error:
-            yield Finding(full, "", "failed", f"it was not searched: {_words(error)}")
+            yield Finding(full, "", "failed", f"it was not searched: {_text_of(error)}")
             return
         pending += [f"{path}/{name}" if path else name for name in below]
         # Control directories before trees: a tree goes with its control directory.
@@ -161,12 +161,12 @@ def _judge(parent_fd: int, name: str, path: str, search: _Search) -> Finding | N
     except ForkError as error:
         return Finding(path, "", "kept", error.message)
     except OSError as error:
-        return Finding(path, "", "failed", f"it was not removed: {_words(error)}")
+        return Finding(path, "", "failed", f"it was not removed: {_text_of(error)}")
     except (*_OF_ONE_ENTRY, *_EXHAUSTED) as error:
         return Finding(path, "", "kept", f"its content is not from forkvm: {type(error).__name__}")
 
 
-def _words(error: OSError) -> str:
+def _text_of(error: OSError) -> str:
     where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
     return f"{where}{error.strerror} ({errno_name(error.errno or 0)})"
 
@@ -229,10 +229,10 @@ def _visit_control(staging: Staging, path: str, search: _Search) -> Finding:
     fork_id = journal.job_id
     if journal.control != syscalls.fstat(staging.fd).st_ino:
         return Finding(path, fork_id, "kept", "it is a copy of a staging directory")
-    return _reap(staging, journal, path, fork_id, search)
+    return _remove_if_dead(staging, journal, path, fork_id, search)
 
 
-def _reap(staging: Staging, journal: Journal, path: str, fork_id: str, search: _Search) -> Finding:
+def _remove_if_dead(staging: Staging, journal: Journal, path: str, fork_id: str, search: _Search) -> Finding:
     if journal.spec.get("owner") != "local":
         live = search.is_live(fork_id)
         if live is None:

@@ -37,8 +37,8 @@ def free_fork_ids(results: Results, spec: CampaignSpec) -> None:
 
     Does nothing after the campaign has started. Raises ForkError invalid_request where another job holds one of them.
     """
-    for slice in _slices(results, spec):
-        ask = partial(lua.FREE_FORK_IDS.run, results.redis, campaign_claim_key=keys.CLAIM.of(spec.campaign_id), **slice)
+    for part in _slices(results, spec):
+        ask = partial(lua.FREE_FORK_IDS.run, results.redis, campaign_claim_key=keys.CLAIM.of(spec.campaign_id), **part)
         number = int(cast("bytes", results.ask(ask)))
         if number >= 0:
             taken = f"{spec.campaign_id}.{number}"
@@ -48,8 +48,8 @@ def free_fork_ids(results: Results, spec: CampaignSpec) -> None:
 
 def expire_forks(results: Results, spec: CampaignSpec) -> None:
     """Set the TTL of all keys of a campaign's forks to that of the campaign's result, which the caller stores next."""
-    for slice in _slices(results, spec):
-        results.ask(partial(lua.EXPIRE_FORKS.run, results.redis, ttl=results.expires, **slice))
+    for part in _slices(results, spec):
+        results.ask(partial(lua.EXPIRE_FORKS.run, results.redis, ttl=results.expires, **part))
 
 
 def _slices(results: Results, spec: CampaignSpec) -> Iterator[dict[str, Any]]:

@@ -54,7 +54,7 @@ class CampaignResults:
         A fork that failed now because it had succeeded before, which Redis has lost, gets the earlier result.
         """
         if self.recent_forks is not None:
-            outcomes = self.recent_forks.true_outcomes(self.results, self.campaign_id, outcomes)
+            outcomes = self.recent_forks.corrected_outcomes(self.results, self.campaign_id, outcomes)
         forks = [outcome.result for outcome in outcomes]
         events.forks_ended(f"{self.campaign_id}.{first}", forks, of_campaign=True)
         self._ask(lambda: store_outcomes_of_run(self.results, self.campaign_id, first, outcomes), OutOfMemoryError)

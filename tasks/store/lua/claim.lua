@@ -2,7 +2,7 @@
 -- Delete what an earlier job left under the id.
 --
 -- A campaign's fork that succeeded has no claim and no result: only its state shows that it has ended.
--- Half as expensive as a look and a transaction.
+-- Half as expensive as a read and a transaction.
 --
 -- Return the result and the state as they were, the claim as it is now, and whether this call took the id (1 or 0).
 local result_key, state_key, claim_key, open_key = unpack(KEYS)

@@ -1,6 +1,6 @@
 -- Store the results of a run of a campaign's forks once, and add them to the campaign's sums.
 --
--- In one command: a process that paused between a look and a write would count the forks twice. A campaign that has
+-- In one command: a process that paused between a read and a write would count the forks twice. A campaign that has
 -- its result takes no more: what a batch made since then is not in its sums.
 --
 -- Further keys: the state of each fork; other keys; the hash that counts the pages of each fork with several.

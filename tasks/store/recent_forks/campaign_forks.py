@@ -19,7 +19,7 @@ class RecentCampaignForks:
     forks: RecentForks
     roots: Roots
 
-    def true_outcomes(self, results: Results, campaign_id: str, outcomes: list[Outcome]) -> list[Outcome]:
+    def corrected_outcomes(self, results: Results, campaign_id: str, outcomes: list[Outcome]) -> list[Outcome]:
         """The outcomes, but the earlier one of each fork that failed now, had succeeded before, and is still there.
 
         Writes notes about the forks that succeeded now. Raises RedisError.

@@ -49,11 +49,11 @@ class RecentForks:
 
     def note_run(self, roots: Roots, campaign_id: str, digest: str, outcomes: Iterable[Outcome]) -> None:
         """Write a note about the forks of a campaign that have just been published, all in one parent."""
-        good = [outcome for outcome in outcomes if outcome.result["error"] is None]
-        if not good:
+        succeeded = [outcome for outcome in outcomes if outcome.result["error"] is None]
+        if not succeeded:
             return
         with suppress(OSError, ForkError):
-            with roots.open_parent(good[0].result["destination"]) as parent:
+            with roots.open_parent(succeeded[0].result["destination"]) as parent:
                 found = {
                     number_of(outcome.result): _published(
                         parent.fd,
@@ -61,7 +61,7 @@ class RecentForks:
                         outcome.as_json,
                         {ALL_PAGES: outcome.pages} if outcome.pages else {},
                     )
-                    for outcome in good
+                    for outcome in succeeded
                 }
                 forks = {number: fork for number, fork in found.items() if fork is not None}
                 record = Record(digest, os.fstat(parent.fd).st_dev, forks)
