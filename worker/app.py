@@ -19,8 +19,10 @@ from celery import signals
 from celery.worker.consumer.gossip import Gossip
 from celery.worker.consumer.mingle import Mingle
 
+from tasks.delivery.backend import results_of
 from tasks.names import inner_queues
 from worker.checks.shared_filesystems import LocksNotShared, place_markers
+from worker.checks.startup import Unusable, check_host, check_redis
 from worker.exit_codes import BAD_CALL
 from worker.runtime.configuration import make_app
 from worker.runtime.message_filter import install_message_filter
@@ -43,7 +45,7 @@ log = logging.getLogger(__name__)
 
 #: This worker's markers on filesystems that other hosts may use, and the warnings to log when logging is set up.
 _markers = ExitStack()
-_lock_warnings: list[str] = []
+_warnings: list[str] = []
 
 
 def _settings() -> Settings:
@@ -92,15 +94,24 @@ def _refuse_an_untrusted_broker(**_: Any) -> None:
 @signals.celeryd_init.connect
 def _require_shared_locks(**_: Any) -> None:
     try:
-        _lock_warnings.extend(place_markers(_settings().roots, _markers))
+        _warnings.extend(place_markers(_settings().roots, _markers))
     except LocksNotShared as error:
         _markers.close()
         sys.exit(f"forkvm: {error}")
 
 
+@signals.celeryd_init.connect
+def _require_a_usable_host(**_: Any) -> None:
+    try:
+        _warnings.extend(check_host(_settings()))
+    except Unusable as error:
+        _markers.close()
+        sys.exit(f"forkvm: {error}")
+
+
 @signals.celeryd_after_setup.connect
-def _log_lock_warnings(**_: Any) -> None:
-    for warning in _lock_warnings:
+def _log_warnings(**_: Any) -> None:
+    for warning in (*_warnings, *check_redis(_settings(), results_of(app, patient=False))):
         log.warning("%s", warning)
 
 

@@ -173,10 +173,15 @@ def read_settings(**given: str) -> Settings:
 
     Raises BadSettings. For each unknown variable `FORKVM_*`, one warning a process is printed on stderr.
     """
-    _warn(unknown_variables(os.environ, _VARIABLES))
+    _warn(unknown_settings())
     settings = _parse(_secrets() | _environment() | given)
     _check(settings)
     return settings
+
+
+def unknown_settings() -> list[str]:
+    """A warning for each variable `FORKVM_*` that is not a setting."""
+    return unknown_variables(os.environ, _VARIABLES)
 
 
 def _variable(name: str) -> str:

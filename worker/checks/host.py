@@ -7,22 +7,21 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Literal
 
-from tasks.copier.errors import errno_name
 from tasks.copier.kernel import syscalls
 from tasks.copier.kernel.leases import may_lease_files_of_others
 from tasks.copier.staging.gc import silent_stagings
 from tasks.copier.staging.self_test import Support, probe_filesystem
+from worker.checks.check import LOW_SHARE, Check, text_of
+from worker.checks.filesystem import filesystem_checks
+from worker.checks.process import capability_check, owner_check
+from worker.checks.reflink_pairs import pair_checks
 from worker.checks.shared_filesystems import REMEDY, shared_directories, try_locks
 
-Verdict = Literal["ok", "warn", "bad"]
-
+#: The subject of checks of system calls without which no fork is possible.
+KERNEL = "kernel"
 #: Most open files of a process: a worker's own, and those of a chunk or a batch of a campaign.
 _OPEN_FILES = 1024
-#: Below this share of free space, inodes or memory, a check warns.
-LOW_SHARE = 0.05
 #: Staging directories without a heartbeat for this time count as abandoned, in seconds.
 _SILENT_SECONDS = 300.0
 _KERNEL_FIX = "run Linux 5.6 or newer, and allow the call in the container's seccomp filter"
@@ -42,26 +41,17 @@ _TYPES = {
 }
 
 
-@dataclass(frozen=True)
-class Check:
-    """The result of one check, with a fix if it is not ok."""
-
-    subject: str
-    verdict: Verdict
-    found: str
-    fix: str = ""
-
-
 def host_checks(roots: tuple[str, ...]) -> Iterator[Check]:
-    """Check the kernel, the limits and the roots."""
+    """Check the kernel, the limits, this process and the roots."""
     yield _openat2()
     yield _renameat2()
     yield _open_files()
+    yield capability_check()
     if not roots:
         yield Check("roots", "warn", "none", "set FORKVM_ROOTS: a worker does not start without it")
     for root in roots:
         yield from _root(root)
-    yield from _locks(roots)
+    yield from pair_checks(roots)
 
 
 def _openat2() -> Check:
@@ -72,8 +62,8 @@ def _openat2() -> Check:
         finally:
             os.close(fd)
     except OSError as error:
-        return Check("kernel: openat2", "bad", _text_of(error), _KERNEL_FIX)
-    return Check("kernel: openat2", "ok", f"works (Linux {os.uname().release})")
+        return Check(f"{KERNEL}: openat2", "bad", text_of(error), _KERNEL_FIX)
+    return Check(f"{KERNEL}: openat2", "ok", f"works (Linux {os.uname().release})")
 
 
 def _renameat2() -> Check:
@@ -81,9 +71,9 @@ def _renameat2() -> Check:
     try:
         syscalls.rename_noreplace(-1, "", -1, "")
     except FileNotFoundError:
-        return Check("kernel: renameat2", "ok", "works")
+        return Check(f"{KERNEL}: renameat2", "ok", "works")
     except OSError as error:
-        return Check("kernel: renameat2", "bad", _text_of(error), _KERNEL_FIX)
+        return Check(f"{KERNEL}: renameat2", "bad", text_of(error), _KERNEL_FIX)
     raise AssertionError("renameat2 succeeded without a source")
 
 
@@ -109,13 +99,13 @@ def _root(root: str) -> Iterator[Check]:
         return
     except OSError as error:
         yield Check(
-            subject, "bad", _text_of(error), f"allow uid {os.geteuid()} to read it, or remove it from FORKVM_ROOTS"
+            subject, "bad", text_of(error), f"allow uid {os.geteuid()} to read it, or remove it from FORKVM_ROOTS"
         )
         return
     try:
         yield from _opened_root(subject, fd)
     except OSError as error:
-        yield Check(subject, "bad", _text_of(error), "check its filesystem; the kernel's log may have the reason")
+        yield Check(subject, "bad", text_of(error), "check its filesystem; the kernel's log may have the reason")
     finally:
         os.close(fd)
 
@@ -131,6 +121,8 @@ def _opened_root(subject: str, fd: int) -> Iterator[Check]:
         yield _publishing(subject, kind, support)
         yield _reflink(subject, kind, support)
         yield _leases(subject, support)
+    yield from filesystem_checks(subject, fd)
+    yield owner_check(subject, fd)
     yield _staging(subject, fd)
     yield from _free(subject, fd)
 
@@ -143,12 +135,12 @@ def _not_writable(subject: str, kind: str, error: OSError) -> Check:
     if error.errno == errno.EROFS:
         fix = "mount it read-write, unless it holds only sources"
         return Check(subject, "warn", f"{kind}, read-only{unknown}", fix)
-    return Check(subject, "bad", f"{kind}, no file can be created: {_text_of(error)}{unknown}", "make it writable")
+    return Check(subject, "bad", f"{kind}, no file can be created: {text_of(error)}{unknown}", "make it writable")
 
 
 def _publishing(subject: str, kind: str, support: Support) -> Check:
     if support.rename_error is not None:
-        found = f"{kind}, refuses RENAME_NOREPLACE: {_text_of(support.rename_error)}"
+        found = f"{kind}, refuses RENAME_NOREPLACE: {text_of(support.rename_error)}"
         return Check(subject, "bad", found, _RENAME_FIX)
     return Check(subject, "ok", f"{kind}, writable; RENAME_NOREPLACE works")
 
@@ -165,7 +157,7 @@ def _leases(subject: str, support: Support) -> Check:
     subject = f"{subject}: read leases"
     if support.lease_error is not None:
         fix = "keep guests on a local filesystem, or send no request with source_open=refuse"
-        return Check(subject, "warn", f"refused ({_text_of(support.lease_error)}): source_open=refuse fails", fix)
+        return Check(subject, "warn", f"refused ({text_of(support.lease_error)}): source_open=refuse fails", fix)
     if may_lease_files_of_others():
         return Check(subject, "ok", "work")
     return Check(subject, "ok", f"work for files of uid {os.geteuid()}; those of others need CAP_LEASE")
@@ -181,16 +173,17 @@ def _staging(subject: str, fd: int) -> Check:
 
 def _free(subject: str, fd: int) -> Iterator[Check]:
     status = os.fstatvfs(fd)
-    # btrfs reports 0 inodes.
-    for what, free, total in (("space", status.f_bavail, status.f_blocks), ("inodes", status.f_favail, status.f_files)):
-        if total:
-            share = free / total
-            found = f"{share:.0%} free"
-            low = share < LOW_SHARE
+    free_bytes = f"{status.f_bavail * status.f_frsize / (1 << 30):,.1f} GiB"
+    space = ("space", free_bytes, status.f_bavail, status.f_blocks)
+    inodes = ("inodes", f"{status.f_favail:,}", status.f_favail, status.f_files)
+    for what, amount, free, total in (space, inodes):
+        if total:  # btrfs reports 0 inodes
+            low = free / total < LOW_SHARE
+            found = f"{free / total:.0%} free ({amount})"
             yield Check(f"{subject}: {what}", "warn" if low else "ok", found, "remove files that are not needed" * low)
 
 
-def _locks(roots: tuple[str, ...]) -> Iterator[Check]:
+def lock_checks(roots: tuple[str, ...]) -> Iterator[Check]:
     """Check each filesystem that other hosts may use: whether they share its locks."""
     for path in shared_directories(roots):
         with ExitStack() as held:
@@ -203,7 +196,3 @@ def _locks(roots: tuple[str, ...]) -> Iterator[Check]:
         else:
             remedy = "run doctor again while a worker of another host runs, or let one host serve this domain"
             yield Check(subject, "warn", locks.found, remedy)
-
-
-def _text_of(error: OSError) -> str:
-    return f"{errno_name(error.errno or 0)}: {error.strerror}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
@@ -10,13 +12,19 @@ from redis import Redis
 from redis.exceptions import ConnectionError, RedisError, ResponseError, TimeoutError
 
 from tasks.store.redis_errors import cause
-from worker.checks.host import LOW_SHARE, Check
+from worker.checks.check import LOW_SHARE, Check
+from worker.checks.redis_rights import rights_check
 from worker.client import Client
 from worker.redis_url import SENTINEL, SOCKET, RedisUrl, read_redis_url
 from worker.settings import NoBroker, Settings
 
 #: The oldest version with all commands that forkvm uses.
 _OLDEST = (6, 2)
+#: PINGs that are timed, and the time of one that is slow, in seconds.
+_PINGS = 20
+_SLOW_SECONDS = 0.005
+#: A larger difference of clocks is a warning, in seconds.
+_CLOCK_SECONDS = 1.0
 #: Names of this host: no network is between.
 _THIS_HOST = ("localhost", "127.0.0.1", "::1")
 
@@ -29,8 +37,11 @@ def redis_checks(settings: Settings) -> Iterator[Check]:
         redis = Client(replace(settings, broker_url=url, result_backend=url)).results.redis
         yield _connection(subject, read)
         try:
-            yield from _facts(subject, redis)
+            yield from server_checks(subject, redis)
             yield _config(subject, redis)
+            yield _latency(subject, redis)
+            yield _clock(subject, redis)
+            yield rights_check(subject, redis)
         except (ConnectionError, TimeoutError) as error:
             raise NoBroker(f"no broker at {read.shown()}: {error}") from None
         except RedisError as error:
@@ -50,7 +61,8 @@ def _connection(subject: str, url: RedisUrl) -> Check:
     return Check(subject, "warn", "reached over a network without TLS", "use rediss://, see SECURITY.md")
 
 
-def _facts(subject: str, redis: Redis) -> Iterator[Check]:
+def server_checks(subject: str, redis: Redis) -> Iterator[Check]:
+    """Check what the server says of itself. Raises RedisError."""
     try:
         info = redis.info()
     except ResponseError:
@@ -58,7 +70,9 @@ def _facts(subject: str, redis: Redis) -> Iterator[Check]:
         yield Check(f"{subject}: settings", "warn", "unknown: INFO is not permitted", fix)
         return
     yield _version(subject, str(info.get("redis_version", "?")))
+    yield _role(subject, str(info.get("role", "?")), int(info.get("connected_slaves", 0)))
     yield _append_only(subject, info.get("aof_enabled"))
+    yield _persistence(subject, info)
     yield _eviction(subject, str(info.get("maxmemory_policy", "?")))
     yield _memory(subject, int(info.get("used_memory", 0)), int(info.get("maxmemory", 0)))
 
@@ -68,6 +82,50 @@ def _version(subject: str, version: str) -> Check:
     if tuple(parts) < _OLDEST:
         return Check(f"{subject}: version", "bad", version, "run Redis 6.2 or newer")
     return Check(f"{subject}: version", "ok", version)
+
+
+def _role(subject: str, role: str, replicas: int) -> Check:
+    if role != "master":
+        fix = "name its master in the URL, or its sentinels with sentinel://"
+        return Check(f"{subject}: role", "bad", f"{role}: it refuses writes, or loses them", fix)
+    return Check(f"{subject}: role", "ok", f"master with {replicas} replicas")
+
+
+def _persistence(subject: str, info: dict[str, Any]) -> Check:
+    """Whether its last writes to the disk succeeded."""
+    subject = f"{subject}: persistence"
+    states = ("aof_last_write_status", "aof_last_bgrewrite_status", "rdb_last_bgsave_status")
+    failed = [name for name in states if info.get(name, "ok") != "ok"]
+    if failed:
+        found = f"a write to its disk failed ({', '.join(failed)})"
+        return Check(subject, "bad", found, "free space on its disk, and read its log")
+    return Check(subject, "ok", "its last writes to the disk succeeded")
+
+
+def _latency(subject: str, redis: Redis) -> Check:
+    """The time of a command there and back. A small fork sends about ten."""
+    subject, times = f"{subject}: latency", []
+    for _ in range(_PINGS):
+        began = time.perf_counter()
+        redis.ping()
+        times.append(time.perf_counter() - began)
+    median = statistics.median(times)
+    found = f"{median * 1e3:.1f} ms (median of {_PINGS})"
+    if median > _SLOW_SECONDS:
+        return Check(subject, "warn", found, "run Redis closer to the workers, or on a less busy host")
+    return Check(subject, "ok", found)
+
+
+def _clock(subject: str, redis: Redis) -> Check:
+    """The difference of the clocks. Deadlines use that of Redis, leases those of the workers."""
+    subject = f"{subject}: clock"
+    before = time.time()
+    seconds, microseconds = redis.time()
+    difference = seconds + microseconds / 1e6 - (before + time.time()) / 2
+    found = f"{abs(difference):.1f} s {'ahead of' if difference > 0 else 'behind'} this host's"
+    if abs(difference) > _CLOCK_SECONDS:
+        return Check(subject, "warn", found, "synchronize both hosts by NTP")
+    return Check(subject, "ok", f"at most {_CLOCK_SECONDS:g} s from this host's")
 
 
 def _append_only(subject: str, enabled: Any) -> Check:

@@ -15,7 +15,7 @@ from worker.settings import NoBroker, Settings, read_settings
 from worker.terminal.printing import print_json, printable
 
 if TYPE_CHECKING:
-    from worker.checks.host import Check, Verdict
+    from worker.checks.check import Check, Verdict
 
 _STYLES: dict[Verdict, str] = {"ok": "green", "warn": "yellow", "bad": "bold red"}
 
@@ -32,10 +32,13 @@ def doctor(as_json: bool) -> None:
 
     Each check is ok, a warning or bad. A problem is shown with its fix.
     """
-    from worker.checks.host import Check, host_checks
+    from worker.checks.check import Check
+    from worker.checks.host import host_checks, lock_checks
+    from worker.checks.settings import settings_checks, variable_checks
 
     settings = read_settings()
-    checks = list(host_checks(settings.roots))
+    checks = [*variable_checks(), *settings_checks(settings), *host_checks(settings.roots)]
+    checks += lock_checks(settings.roots)
     code = DONE
     try:
         for check in _redis_checks(settings):  # keeps the checks that were made before Redis went away

@@ -16,7 +16,7 @@ from worker.settings import NO_ROOTS, read_settings
 @command(
     example="FORKVM_ROOTS=/guests forkvm worker --concurrency 4",
     done="The worker was stopped by a signal.",
-    failed="A shared filesystem has no working locks, or Celery ended with an error.",
+    failed="No fork can succeed on this host (see forkvm doctor), or Celery ended with an error.",
     codes=(NO_BROKER,),
 )
 @click.option("--domain", metavar="NAME", help="Domain to serve. Default: FORKVM_DOMAIN.")
@@ -36,7 +36,8 @@ from worker.settings import NO_ROOTS, read_settings
 def worker(domain: str | None, concurrency: int | None, loglevel: str) -> None:
     """Run a worker for the queue of a domain.
 
-    SIGTERM stops the worker after it has finished its running tasks.
+    It checks this host first, as forkvm doctor does: what makes every fork fail stops it, anything else is one line in
+    its log. SIGTERM stops the worker after it has finished its running tasks.
     """
     settings = with_domain(read_settings(), domain)
     if not settings.roots:

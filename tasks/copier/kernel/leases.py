@@ -15,6 +15,7 @@ from contextlib import suppress
 from threading import get_native_id
 
 from tasks.copier.kernel import syscalls
+from tasks.copier.kernel.processes import effective_capabilities
 
 #: The signal for the holder. By default it is ignored, while SIGIO would end the process.
 LEASE_SIGNAL = signal.SIGURG
@@ -94,9 +95,7 @@ def is_open_for_writing(fd: int) -> bool:
 
 def may_lease_files_of_others() -> bool:
     """Whether this process has CAP_LEASE, without which it may lease only files of its own user. Raises OSError."""
-    with open("/proc/self/status", "rb") as status:
-        effective = next(int(line.split()[1], 16) for line in status if line.startswith(b"CapEff:"))
-    return bool(effective & 1 << _CAP_LEASE)
+    return bool(effective_capabilities() & 1 << _CAP_LEASE)
 
 
 #: <linux/capability.h>.

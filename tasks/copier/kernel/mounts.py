@@ -1,4 +1,4 @@
-"""Filesystems that other hosts may mount too, their lock options, and mount points below a directory.
+"""Mounts: their options, filesystems that other hosts may mount too, and mount points below a directory.
 
 Sources: statfs(2), include/uapi/linux/magic.h, coreutils' src/stat.c (its "remote" types), proc_pid_mountinfo(5).
 """
@@ -48,7 +48,10 @@ _LOCAL_LOCKS = frozenset(
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 
-class _Mount(NamedTuple):
+class Mount(NamedTuple):
+    """One mount. The options are those of the mount and of the filesystem."""
+
+    id: int
     point: str
     device: int
     kind: str
@@ -66,6 +69,16 @@ def local_lock_options(fd: int) -> list[str]:
     return sorted({option for mount in _mounts() if mount.device == device for option in mount.options & _LOCAL_LOCKS})
 
 
+def mount_of(fd: int) -> Mount | None:
+    """The mount that `fd` was opened in; None if /proc is not mounted."""
+    try:
+        with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+            number = next(int(line.split()[1]) for line in file if line.startswith(b"mnt_id:"))
+    except OSError:
+        return None
+    return next((mount for mount in _mounts() if mount.id == number), None)
+
+
 def mount_points_below(directory: str) -> list[str]:
     """The mount points below `directory`, without automounts that are not in use."""
     top = os.path.realpath(directory).rstrip("/") + "/"
@@ -73,7 +86,7 @@ def mount_points_below(directory: str) -> list[str]:
     return sorted({point for point in points if point.startswith(top) and point != top})
 
 
-def _mounts() -> Iterator[_Mount]:
+def _mounts() -> Iterator[Mount]:
     """The mounts in the namespace of this process; none if /proc is not mounted."""
     try:
         with open(_MOUNTINFO, "rb") as file:
@@ -82,9 +95,11 @@ def _mounts() -> Iterator[_Mount]:
         return
     for line in lines:
         before, _, after = line.partition(b" - ")
-        _, _, device, _, point, mount_options, *_ = before.split(b" ")
+        number, _, device, _, point, mount_options, *_ = before.split(b" ")
         kind, _, super_options = after.split(b" ", 2)
         major, _, minor = device.partition(b":")
         options = os.fsdecode(mount_options + b"," + super_options).split(",")
         point = _ESCAPE.sub(lambda found: bytes([int(found[1], 8)]), point)
-        yield _Mount(os.fsdecode(point), os.makedev(int(major), int(minor)), os.fsdecode(kind), frozenset(options))
+        yield Mount(
+            int(number), os.fsdecode(point), os.makedev(int(major), int(minor)), os.fsdecode(kind), frozenset(options)
+        )

@@ -28,6 +28,12 @@ def ignore_ending_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def effective_capabilities() -> int:
+    """The effective capabilities of this process as bits; see <linux/capability.h>. Raises OSError without /proc."""
+    with open("/proc/self/status", "rb") as status:
+        return next(int(line.split()[1], 16) for line in status if line.startswith(b"CapEff:"))
+
+
 def open_files_limit() -> int:
     """The most files that this process may have open at once (RLIMIT_NOFILE, getrlimit(2))."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]

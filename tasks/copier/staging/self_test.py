@@ -38,19 +38,32 @@ def probe_filesystem(directory_fd: int) -> Support:
     """
     with Staging.claim(directory_fd, f"trial-{uuid.uuid4().hex}", 0) as staging:
         try:
-            return Support(_reflink(staging.fd), try_noreplace(staging.fd), _lease(staging.fd))
+            return Support(_reflink(staging.fd, staging.fd), try_noreplace(staging.fd), _lease(staging.fd))
         finally:
             staging.remove()
 
 
-def _reflink(fd: int) -> Refusal | None:
-    source = os.open("source", _NEW_FILE, 0o600, dir_fd=fd)
+def probe_pair(source_fd: int, destination_fd: int) -> Refusal | None:
+    """Reflink a file from one open directory to another, and remove both. Returns why it could not be, or None.
+
+    Raises OSError if no file can be made in one of them, and NotOurs (a ForkError).
+    """
+    name = f"trial-{uuid.uuid4().hex}"
+    with Staging.claim(source_fd, f"{name}-source", 0) as source, Staging.claim(destination_fd, name, 0) as destination:
+        try:
+            return _reflink(source.fd, destination.fd)
+        finally:
+            source.remove()
+            destination.remove()
+
+
+def _reflink(source_fd: int, destination_fd: int) -> Refusal | None:
+    source = os.open("source", _NEW_FILE, 0o600, dir_fd=source_fd)
     try:
         os.write(source, b"forkvm\0\0" * (_BYTES // 8))
-        clone = os.open("clone", _NEW_FILE, 0o600, dir_fd=fd)
+        clone = os.open("clone", _NEW_FILE, 0o600, dir_fd=destination_fd)
         try:
-            device = os.fstat(source).st_dev
-            return Reflinker().clone(clone, source, device, device)
+            return Reflinker().clone(clone, source, os.fstat(source).st_dev, os.fstat(clone).st_dev)
         finally:
             os.close(clone)
     finally:

@@ -1,0 +1,41 @@
+"""What a worker checks when it starts: it does not start where no fork can succeed, and logs what else is not well."""
+
+from __future__ import annotations
+
+from redis.exceptions import RedisError
+
+from tasks.store.results import Results
+from worker.checks.check import Check
+from worker.checks.host import KERNEL, host_checks
+from worker.checks.redis import server_checks
+from worker.checks.settings import settings_checks
+from worker.settings import Settings
+from worker.terminal.printing import printable
+
+
+class Unusable(Exception):
+    """No fork can succeed on this host with these settings. The text says why, and how to fix it."""
+
+
+def check_host(settings: Settings) -> list[str]:
+    """Check this host, its roots and the settings; returns a warning for each problem. Raises Unusable."""
+    checks = [*settings_checks(settings), *host_checks(settings.roots)]
+    bad = {check.subject: check for check in checks if check.verdict == "bad"}
+    kernel = [check for subject, check in bad.items() if subject.startswith(KERNEL)]
+    roots = [bad[subject] for subject in (f"root {root}" for root in settings.roots) if subject in bad]
+    if kernel or len(roots) == len(settings.roots):
+        raise Unusable("; ".join(map(_line, kernel or roots)))
+    return [_line(check) for check in checks if check.verdict != "ok"]
+
+
+def check_redis(settings: Settings, results: Results) -> list[str]:
+    """Check the Redis of the results; returns a warning for each problem; none while it is away: a worker waits."""
+    subject = f"Redis {settings.backend.shown()}"
+    try:
+        return [_line(check) for check in server_checks(subject, results.redis) if check.verdict != "ok"]
+    except (RedisError, OSError):
+        return []
+
+
+def _line(check: Check) -> str:
+    return printable(f"{check.subject}: {check.found}; {check.fix}")
