@@ -12,10 +12,12 @@ WORKDIR /build
 COPY LICENSE README.md constraints.txt pyproject.toml ./
 COPY tasks tasks
 COPY worker worker
+# Extras of the package, for example [flower].
+ARG EXTRAS=
 # The constraints apply to the build requirements too: older versions of pip read the first variable
 # for them, newer ones the second.
 RUN PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
-    pip --python /opt/forkvm/bin/python install .
+    pip --python /opt/forkvm/bin/python install ".${EXTRAS}"
 
 
 FROM python:3.11-slim-bookworm

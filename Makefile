@@ -10,7 +10,7 @@ SOURCES := worker tasks tests benchmarks
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test coverage test-deploy soak bench bench-quick lint format venv constraints clean
+.PHONY: help demo test coverage test-deploy test-observe soak bench bench-quick lint format venv constraints clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,7 +36,13 @@ coverage: ## line and branch coverage of worker/ and tasks/ by all tests, proces
 test-deploy: ## test the image and docker-compose.yml in containers, with its own dockerd; needs root
 	@scripts/setup.sh packages deploy
 	@$(MAKE) --no-print-directory --silent venv
+	@scripts/setup.sh venv deploy
 	$(BIN)/python -m tests.deploy
+
+test-observe: ## test the dashboard, an alert and Flower with a real Prometheus, a real Flower and real workers
+	@scripts/setup.sh packages test
+	@$(MAKE) --no-print-directory --silent venv
+	CI=true $(BIN)/pytest -s tests/observe/monitoring.py tests/observe/flower.py
 
 soak: ## run random forks and faults for five minutes, then check all results; SOAK_ARGS='--seconds 1800 --seed 7'
 	@scripts/setup.sh packages test

@@ -3,6 +3,7 @@
 #
 #   scripts/setup.sh packages demo|test|deploy|bench   the Debian packages of that target
 #   scripts/setup.sh venv                       .venv with forkvm, its dependencies and its tools
+#   scripts/setup.sh venv deploy                also with the schemas of Kubernetes, which are large
 #   scripts/setup.sh constraints                constraints.txt with the newest allowed versions
 #
 # Packages are installed only as root and with apt-get. Otherwise the script prints a line for each
@@ -61,6 +62,7 @@ needs_of_test() {
     need /usr/include/fuse3/fuse.h libfuse3-dev "the tests on FUSE, which build their own filesystem"
     need systemd-analyze systemd     "the check of the systemd unit"
     need docker-compose docker-compose "the check of docker-compose.yml"
+    need promtool     prometheus     "the tests of the alerts and of the dashboard"
 }
 
 needs_of_deploy() {
@@ -123,6 +125,7 @@ install() {
         done
     fi
     if [[ " $* " == *" redis-server "* ]]; then disable_service redis-server; fi
+    if [[ " $* " == *" prometheus "* ]]; then disable_service prometheus; fi
     if [[ " $* " == *" docker.io "* ]]; then disable_service docker.service docker.socket containerd; fi
 }
 
@@ -180,11 +183,12 @@ pip_install() {
         "$venv/bin/python" -m pip install --quiet --quiet --no-warn-script-location "$@"
 }
 
+# set_up_venv EXTRA
 set_up_venv() {
     constraints=constraints.txt
     .venv/bin/python -m pip --version >/dev/null 2>&1 || make_venv .venv
     say "installing the Python packages into .venv"
-    pip_install .venv --editable '.[dev]'
+    pip_install .venv --editable ".[$1]"
 }
 
 set_up_constraints() {
@@ -195,7 +199,7 @@ set_up_constraints() {
     make_venv "$scratch/venv"
     # hatchling and editables build the package, so they are pinned too.
     pip_install "$scratch/venv" --upgrade setuptools
-    pip_install "$scratch/venv" '.[dev]' hatchling editables
+    pip_install "$scratch/venv" '.[dev,deploy]' hatchling editables
     {
         echo "# All packages of an installation with its tools, pinned for reproducible builds."
         echo "# Written by \`make constraints\`."
@@ -206,7 +210,8 @@ set_up_constraints() {
 
 case "${1:-} ${2:-}" in
     "packages demo" | "packages test" | "packages deploy" | "packages bench") set_up_packages "$2" ;;
-    "venv ") set_up_venv ;;
+    "venv ") set_up_venv dev ;;
+    "venv deploy") set_up_venv dev,deploy ;;
     "constraints ") set_up_constraints ;;
-    *) die "usage: scripts/setup.sh packages demo|test|deploy|bench | venv | constraints" ;;
+    *) die "usage: scripts/setup.sh packages demo|test|deploy|bench | venv [deploy] | constraints" ;;
 esac
