@@ -19,11 +19,14 @@ from typing import Any
 
 from tests.deploy.daemon import Daemon, running_daemon
 from tests.deploy.image import check_image, check_plain_run
+from tests.deploy.manifests import check_manifests
 from tests.deploy.report import Report
 from tests.deploy.rights import check_ordinary_user, check_root
 from tests.deploy.running import check_faults, check_forks, check_pool_size
+from tests.deploy.service import check_service
 from tests.deploy.stack import running_stack
 from tests.deploy.standins import make_base_images
+from tests.deploy.watching import check_watching
 from tests.fixtures.processes import ROOT
 
 #: Commands that must be there; scripts/setup.sh has the Debian package of each.
@@ -42,6 +45,7 @@ def main() -> int:
         signal.signal(number, _end)
     report = Report()
     begin = time.monotonic()
+    check_manifests(report)
     with running_daemon() as daemon:
         _say("preparing stand-ins for the base images")
         make_base_images(daemon)
@@ -62,6 +66,8 @@ def _run_checks(daemon: Daemon, report: Report) -> None:
         check_pool_size(daemon, stack, report)
         check_faults(daemon, stack, report)
         check_plain_run(daemon, stack, report)
+        check_service(daemon, stack, report)
+        check_watching(daemon, stack, report)
     check_ordinary_user(daemon, clone, report)
     check_root(daemon, clone, report)
 

@@ -17,7 +17,7 @@ from tests.fixtures.processes import ROOT
 from tests.support.guests import make_guest
 
 #: Bits of the capability sets, see capabilities(7) and linux/capability.h.
-_BITS = {"CHOWN": 0, "DAC_OVERRIDE": 1, "DAC_READ_SEARCH": 2, "FOWNER": 3, "FSETID": 4, "SETFCAP": 31}
+BITS = {"CHOWN": 0, "DAC_OVERRIDE": 1, "DAC_READ_SEARCH": 2, "FOWNER": 3, "FSETID": 4, "SETFCAP": 31}
 #: The owner of the guests of an ordinary user.
 _OWNER = 1234
 #: security.capability of a program with cap_net_raw+ep: version 2, effective; permitted and inheritable, twice.
@@ -26,7 +26,7 @@ _FILE_CAPABILITY = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)
 
 def check_ordinary_user(daemon: Daemon, clone: Path, report: Report) -> None:
     """FORKVM_USER owns all guests: no capability is needed."""
-    guests = _made_guests(daemon, "ordinary")
+    guests = made_guests(daemon, "ordinary")
     for path in (guests, *guests.rglob("*")):
         os.lchown(path, _OWNER, _OWNER)
     variables = {
@@ -53,7 +53,7 @@ def check_root(daemon: Daemon, clone: Path, report: Report) -> None:
     """FORKVM_USER=0:0 keeps every owner, with the capabilities of docker-compose.yml and with those of SECURITY.md."""
     (line,) = re.findall(r"^AmbientCapabilities=(.+)$", (ROOT / "SECURITY.md").read_text(), re.MULTILINE)
     six = sorted(name.removeprefix("CAP_") for name in line.split())
-    added = sorted(set(_BITS) - {"DAC_READ_SEARCH"})
+    added = sorted(set(BITS) - {"DAC_READ_SEARCH"})
     override = {"services": {"worker": {"cap_add": six}}}
     for name, capabilities, changed in (("compose", added, None), ("six", six, override)):
         with report.check(f"read-only as 0:0 with {', '.join(capabilities)} alone: forks keep owners and rights"):
@@ -63,21 +63,21 @@ def check_root(daemon: Daemon, clone: Path, report: Report) -> None:
 def _check_root(
     daemon: Daemon, clone: Path, name: str, capabilities: list[str], override: Mapping[str, Any] | None
 ) -> None:
-    guests = _made_guests(daemon, name)
+    guests = made_guests(daemon, name)
     source = guests / "a"
-    _give_to_others(source)
+    give_to_others(source)
     variables = {"FORKVM_GUESTS": str(daemon.guests / name), "FORKVM_USER": "0:0"}
     with running_stack(daemon, clone, variables, override) as stack:
         status = stack["worker"].status()
-        assert int(status["CapEff"], 16) == sum(1 << _BITS[name] for name in capabilities), status["CapEff"]
+        assert int(status["CapEff"], 16) == sum(1 << BITS[name] for name in capabilities), status["CapEff"]
         assert stack["worker"].inspect()["HostConfig"]["ReadonlyRootfs"]
         stack.fork("root", {"source": "/guests/a", "destination": "/guests/b"})
         stack.fork("root-copy", {"source": "/guests/a", "destination": "/guests/c", "reflink": "never"})
     for fork in ("b", "c"):
-        assert _rights(guests / fork) == _rights(source), fork
+        assert rights_of(guests / fork) == rights_of(source), fork
 
 
-def _made_guests(daemon: Daemon, name: str) -> Path:
+def made_guests(daemon: Daemon, name: str) -> Path:
     """A directory of the XFS with the guest `a`, as this process sees it."""
     guests = daemon.guests_seen_here / name
     guests.mkdir()
@@ -85,7 +85,7 @@ def _made_guests(daemon: Daemon, name: str) -> Path:
     return guests
 
 
-def _give_to_others(source: Path) -> None:
+def give_to_others(source: Path) -> None:
     """Owners, modes and attributes that take each of the capabilities."""
     os.setxattr(source / "config.json", "security.capability", _FILE_CAPABILITY)
     for number, path in enumerate(sorted(source.rglob("*"))):
@@ -100,7 +100,7 @@ def _give_to_others(source: Path) -> None:
     source.chmod(0o700)
 
 
-def _rights(top: Path) -> dict[str, tuple[int, int, int, bytes | None]]:
+def rights_of(top: Path) -> dict[str, tuple[int, int, int, bytes | None]]:
     """Owner, group, mode and file capability of each entry that a fork has."""
     found = {}
     for path in (top, *top.rglob("*")):

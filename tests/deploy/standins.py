@@ -25,6 +25,7 @@ from tests.fixtures.processes import ROOT
 
 CLIENT = "forkvm-deploy-client"
 _RELEASE = "bookworm"
+_NOBODY = 65534
 
 _REDIS_ENTRYPOINT = """\
 #!/bin/sh
@@ -76,6 +77,21 @@ def make_base_images(daemon: Daemon) -> None:
         _build(daemon, context, f"FROM {python}\n{_CLIENT_DOCKERFILE}", CLIENT)
 
 
+def make_prometheus_image(daemon: Daemon) -> None:
+    """Imports a stand-in under the name in docker-compose.yml, with the user and the directory of the real image."""
+    (name,) = re.findall(r"image: (prom/prometheus\S+)", (ROOT / "docker-compose.yml").read_text())
+    root = _tarball(_Root("prometheus", ("prometheus",), _complete_prometheus))
+    settings = (f"USER {_NOBODY}:{_NOBODY}", "WORKDIR /prometheus", 'ENTRYPOINT ["/usr/bin/prometheus"]')
+    daemon.docker("import", *(word for line in settings for word in ("--change", line)), str(root), name)
+
+
+def make_systemd_image(daemon: Daemon) -> str:
+    """An image with systemd and the Python of the base image; returns its name."""
+    root = _tarball(_Root("systemd", ("systemd", "systemd-sysv", "python3.11"), lambda root: None))
+    daemon.docker("import", str(root), "forkvm-deploy-systemd")
+    return "forkvm-deploy-systemd"
+
+
 def _names() -> tuple[str, str]:
     """The names of the base images, which the stand-ins get."""
     (python,) = set(re.findall(r"^FROM (\S+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE))
@@ -124,6 +140,12 @@ def _complete_redis(root: Path) -> None:
     entrypoint.chmod(0o755)
 
 
+def _complete_prometheus(root: Path) -> None:
+    directory = root / "prometheus"
+    directory.mkdir()
+    os.chown(directory, _NOBODY, _NOBODY)
+
+
 def _mirror() -> list[str]:
     """Where this machine's apt finds Debian; debootstrap's own default where it does not say."""
     answer = _run(["apt-get", "indextargets", "--format", "$(REPO_URI) $(COMPONENT)", "Identifier: Packages"])
@@ -134,7 +156,9 @@ def _mirror() -> list[str]:
 def _packages() -> Path:
     """What the images' builds install: wheels in `pip`, Debian packages with an index in `apt`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    wanted = [*project["build-system"]["requires"], *project["project"]["dependencies"], "celery[redis]"]
+    package = project["project"]
+    extras = package["optional-dependencies"]["flower"]
+    wanted = [*project["build-system"]["requires"], *package["dependencies"], *extras, "celery[redis]"]
     constraints = ROOT / "constraints.txt"
 
     def make(directory: Path) -> None:
