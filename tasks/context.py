@@ -19,6 +19,7 @@ from tasks.copier.fork_spec import ForkResult, ForkSpec
 from tasks.copier.options import Limits
 from tasks.copier.progress import POLL_SECONDS, Cancellation, Poll, Progress
 from tasks.copier.roots import Roots
+from tasks.store.final_results import Ended
 from tasks.store.recent_forks.forks import ALL_PAGES, Pages, RecentForks, are_few
 from tasks.store.redis_errors import cause
 from tasks.store.results import Results
@@ -57,6 +58,8 @@ class Context:
     canvas: Canvas | None = None
     #: Notes on this host about forks whose results Redis may have lost.
     recent_forks: RecentForks = field(default_factory=RecentForks)
+    #: The jobs whose end this task has stored.
+    ended: dict[str, Ended[ForkResult]] = field(default_factory=dict)
 
     def keep_canvas(self, job_id: str) -> None:
         """Keep the tasks that follow the job for the task that ends it. Call this once the request holds the id."""
@@ -65,7 +68,12 @@ class Context:
 
     def ledger(self, spec: ForkSpec, parent_fd: int, name: str) -> ForkLedger:
         """The ledger of a fork that will be published as `name` in `parent_fd`."""
-        return ForkLedger(self.results, spec.fork_id, partial(self.recent_forks.note_fork, spec, parent_fd, name))
+        note = partial(self.recent_forks.note_fork, spec, parent_fd, name)
+        return ForkLedger(self.results, spec.fork_id, self.ended, note)
+
+    def plain_ledger(self, fork_id: str) -> ForkLedger:
+        """The ledger of a fork of which nothing is published, or whose note exists."""
+        return ForkLedger(self.results, fork_id, self.ended)
 
     def poll_of(self, fork_id: str, part: str, destination: str) -> Poll:
         """A function that publishes the progress of one part of a fork, and raises ForkError cancelled on request.
@@ -96,6 +104,8 @@ class ForkLedger:
 
     results: Results
     fork_id: str
+    #: See `Context.ended`.
+    ended: dict[str, Ended[ForkResult]]
     #: Writes a note about the fork when it has succeeded; see `tasks.store.recent_forks`.
     note: Callable[[ForkResult, Pages], None] | None = None
     #: The FileResults that this process has kept, by part.
@@ -118,11 +128,14 @@ class ForkLedger:
             self.pages.update(pages)
 
     def store_result(self, result: ForkResult) -> None:
-        """Store the final result, and log it."""
+        """Store the final result, and log it. A result that another process has stored stays: see `ended`."""
         if result["error"] is None and self.note is not None:
             self.note(result, self.pages)
         events.forks_ended(self.fork_id, [result], of_campaign=False)
-        self.results.final.store(result["fork_id"], result)
+        ended = self.ended[self.fork_id] = self.results.final.store(self.fork_id, result)
+        if ended.result != result:
+            log.warning("fork %s has ended before, in another process; its earlier result stays", self.fork_id)
+            return
         ends = f"{result['source']!r} -> {result['destination']!r}"  # escaped: names come from guests
         error = result["error"]
         if error is None:

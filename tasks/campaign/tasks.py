@@ -43,7 +43,7 @@ def register_campaigns(app: Celery, context_of: Callable[[AnyTask], Context]) ->
         queued, expired = seconds_queued(self), is_expired(self)
         run = partial(run_campaign, context, job_id(self), request, queued, expired=expired)
         take_over = partial(take_over_start, context, job_id(self))
-        return end_task(self, with_retries(self, context, {"request": request}, run, take_over))
+        return end_task(self, context, with_retries(self, context, {"request": request}, run, take_over))
 
     @app.task(name=BATCH_TASK, **part)
     def batch(self: AnyTask, campaign_id: str, home: str, first: int) -> None:
@@ -58,4 +58,4 @@ def register_campaigns(app: Celery, context_of: Callable[[AnyTask], Context]) ->
         context = context_of(self)
         run = partial(run_finish_campaign, context, job_id(self), home)
         take_over = partial(take_over_finish, context, job_id(self), home)
-        return end_task(self, with_retries(self, context, {"home": home}, run, take_over))
+        return end_task(self, context, with_retries(self, context, {"home": home}, run, take_over))

@@ -5,20 +5,18 @@ from __future__ import annotations
 import logging
 from typing import Any, cast
 
-from celery import Celery, states
+from celery import Celery
 from celery.backends.redis import RedisBackend, SentinelBackend
 from kombu.utils.encoding import bytes_to_str
 from redis.exceptions import OutOfMemoryError
 
 from tasks.contract import ForkFailed
 from tasks.store import lua
+from tasks.store.job_states import READY_STATES
 from tasks.store.redis_errors import is_passing, wait_out
 from tasks.store.results import Results
 
 log = logging.getLogger(__name__)
-
-#: For the script: words with a space before and after each.
-_FINAL_STATES = f" {' '.join(sorted(states.READY_STATES))} "
 
 
 class FinalStates(RedisBackend):
@@ -33,7 +31,7 @@ class FinalStates(RedisBackend):
         backend: Any = self  # celery-types does not know `expires`
         ttl = expires or backend.expires
         return wait_out(
-            lambda: lua.SET_STATE.run(self.client, state_key=key, record=value, ttl=ttl, final_states=_FINAL_STATES),
+            lambda: lua.SET_STATE.run(self.client, state_key=key, record=value, ttl=ttl, final_states=READY_STATES),
             OutOfMemoryError,
         )
 

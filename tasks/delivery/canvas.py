@@ -121,6 +121,8 @@ class Job(Task):  # type: ignore[type-arg]  # Celery's class takes no arguments 
 
     def follow(self, job_id: str, state: str, outcome: Any) -> None:
         """Send the tasks that follow a job whose final state is stored."""
+        if not getattr(self.request, "has_followers", True):
+            return
         results = results_of(self.app, patient=True)
         key = keys.CANVAS.of(job_id)
         kept = cast("dict[bytes, bytes]", results.ask(lambda: results.redis.hgetall(key)))

@@ -118,13 +118,16 @@ def with_retries(
     _send_back(task, context, arguments, holder)
 
 
-def end_task(task: AnyTask, result: Result | None) -> Result:
+def end_task(task: AnyTask, context: Context, result: Result | None) -> Result:
     """End a task in the final state of its job: return its result, store REVOKED, or raise ForkFailed.
 
     Without a result, the task ends without any state (Celery's Ignore).
     """
     if result is None:
         raise Ignore
+    if (ended := context.ended.get(job_id(task))) is not None:
+        result = cast(Result, ended.result)  # type: ignore[redundant-cast]  # not for campaigns
+        cast(Any, task.request).has_followers = ended.has_followers is not False
     error, state = result["error"], final_state(result)
     if error is None or state == states.SUCCESS:
         return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tasks.context import LOCK_WAIT, Context, ForkLedger
+from tasks.context import LOCK_WAIT, Context
 from tasks.copier.endpoints import Endpoints
 from tasks.copier.fork.chunk import worker_lost
 from tasks.copier.fork.lifecycle import finish
@@ -48,7 +48,7 @@ def _give_up(context: Context, staging: Staging, ends: Endpoints, fork_id: str) 
     if journal is not None and journal.phase is Phase.PUBLISHING:
         staging.write_journal(replace(journal, phase=Phase.CLONING))  # so that `finish` does not publish it
     source = ForkSpec.from_data(journal.spec).source if journal is not None else ""
-    ledger = ForkLedger(context.results, fork_id)
+    ledger = context.plain_ledger(fork_id)
     return finish(ends, staging, Ticker(lambda progress: None), ledger, worker_lost(source))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from tasks.context import LOCK_WAIT, Context, ForkLedger
+from tasks.context import LOCK_WAIT, Context
 from tasks.copier.endpoints import reopen_endpoints
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.fork.chunk import fail_chunk, run_held_chunk
@@ -92,7 +92,7 @@ def _clone(context: Context, staging: Staging, journal: Journal, plan: Plan, num
             raise ForkError(Code.CANCELLED, "another chunk of the fork failed", "")
 
     def keep(report: Report) -> None:
-        ForkLedger(context.results, spec.fork_id).keep_pages({str(number): report.close()})
+        context.plain_ledger(spec.fork_id).keep_pages({str(number): report.close()})
 
     ticker = Ticker(poll_unless_stopped)
     ticker.enter("copy", plan.entries, plan.bytes)

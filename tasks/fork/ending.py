@@ -10,7 +10,7 @@ import logging
 from contextlib import suppress
 
 from tasks.cleanup import remove_leftovers
-from tasks.context import LOCK_WAIT, Context, ForkLedger
+from tasks.context import LOCK_WAIT, Context
 from tasks.contract import fork_request
 from tasks.copier.endpoints import Endpoints
 from tasks.copier.errors import ForkError
@@ -75,7 +75,7 @@ def store_failure(context: Context, spec: ForkSpec, error: ForkError) -> ForkRes
     if (restored := restore_result(context, spec)) is not None:
         return restored
     result = failed(spec, error, Totals(), 0, Clock(spec.started))
-    ledger = ForkLedger(context.results, spec.fork_id)
+    ledger = context.plain_ledger(spec.fork_id)
     with suppress(ForkError):  # FileResults of an earlier attempt whose staging is gone do not belong to this result
         ledger.keep_all_pages([])
     ledger.store_result(result)
@@ -91,7 +91,7 @@ def restore_result(context: Context, spec: ForkSpec) -> ForkResult | None:
     if ended is None:
         return None
     log.warning("fork %s succeeded earlier, but Redis lost its result; it is stored again", spec.fork_id)
-    ledger = ForkLedger(context.results, spec.fork_id)
+    ledger = context.plain_ledger(spec.fork_id)
     with suppress(ForkError):  # Redis is full and refuses the FileResults
         if ALL_PAGES in ended.pages:
             ledger.keep_all_pages(ended.pages[ALL_PAGES])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import cast
 
-from tasks.context import LOCK_WAIT, Context, ForkLedger
+from tasks.context import LOCK_WAIT, Context
 from tasks.contract import fork_request
 from tasks.contract.raw_request import text_of
 from tasks.copier.endpoints import open_endpoints
@@ -21,7 +21,7 @@ from tasks.delivery.outcome import outcome_of
 from tasks.fork.chunk import send_chunks
 from tasks.fork.ending import end_fork, remove_leftovers_of, restore_result, store_failure
 from tasks.fork.foreign_ids import is_of_another_job
-from tasks.store.claims import Claim, reason_not_to_start
+from tasks.store.claims import Claim, ClaimOutcome, reason_not_to_start
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +50,24 @@ def run_fork(
     if claimed.holder["request"] != request:
         log.warning("fork %s: another request has this id already; this one is dropped", fork_id)
         return None
+    return run_claimed(context, fork_id, request, queued, claimed, expired=expired)
+
+
+def run_claimed(
+    context: Context,
+    fork_id: str,
+    request: object,
+    queued: float,
+    claimed: ClaimOutcome,
+    *,
+    expired: bool = False,
+) -> ForkResult | None:
+    """As `run_fork`, for a request that holds its id and whose fork has no result."""
     try:
         spec = fork_request.spec_of(request, fork_id, owner="queue", queued=queued)
     except ForkError as error:
         result = fork_request.refused(request, fork_id, error)
-        ForkLedger(context.results, fork_id).store_result(result)
+        context.plain_ledger(fork_id).store_result(result)
         return result
     if (refusal := reason_not_to_start(claimed, spec.destination, expired=expired)) is not None:
         return store_failure(context, spec, refusal)
@@ -64,10 +77,10 @@ def run_fork(
             error = from_oserror(error, "making the staging directory", spec.destination)
         return end_fork(context, spec, error)
 
-    return outcome_of(lambda: _start(context, spec), fail)
+    return outcome_of(lambda: _start(context, spec, claimed), fail)
 
 
-def _start(context: Context, spec: ForkSpec) -> ForkResult | None:
+def _start(context: Context, spec: ForkSpec, claimed: ClaimOutcome) -> ForkResult | None:
     """Make the whole fork if it is small: its result. Else plan it, send its chunks, and return None."""
     ticker = Ticker(context.poll_of(spec.fork_id, "plan", spec.destination))
     with (
@@ -75,7 +88,9 @@ def _start(context: Context, spec: ForkSpec) -> ForkResult | None:
         Staging.claim(ends.parent_fd, spec.fork_id, LOCK_WAIT) as staging,
     ):
         is_new = staging.journal() is None
-        known, cancellation = context.results.final.status(spec.fork_id)  # another delivery may have ended it
+        known, cancellation = None, claimed.cancellation
+        if not claimed.is_new:  # another delivery may have ended it
+            known, cancellation = context.results.final.status(spec.fork_id)
         if is_new and known is None and trees.identity_of(ends.parent_fd, ends.name) is not None:
             known = restore_result(context, spec)
         if known is not None or (is_new and cancellation is Cancellation.REQUESTED):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 from celery import states
 
 from tasks.copier.errors import Code, ForkError, cancelled
+from tasks.copier.progress import Cancellation
 from tasks.store import keys, lua
 from tasks.store.connection import Connection, decoded
 from tasks.store.final_results import final_result
@@ -37,6 +39,8 @@ class ClaimOutcome(NamedTuple):
     is_new: bool = False
     #: The final state of an id whose result is not there: Celery set the state, or the state expires later.
     final_state: str | None = None
+    #: Whether the cancellation of the job was requested.
+    cancellation: Cancellation = Cancellation.NOT_REQUESTED
 
 
 @dataclass(frozen=True)
@@ -50,32 +54,46 @@ class Claims:
 
         Raises RedisError.
         """
+        return self.take_all({job_id: claim})[0]
+
+    def take_all(self, claims: Mapping[str, Claim], *, started: bool = True) -> list[ClaimOutcome]:
+        """As `take`, for several ids in one command. Without `started`, no state is stored.
+
+        Raises RedisError.
+        """
         connection = self.connection
-        state_key = connection.state_key(job_id)
-        *found, is_new = connection.ask(
+        more_keys: list[str] = []
+        more_args: list[str] = []
+        for job_id, claim in claims.items():
+            more_keys += (keys.RESULT.of(job_id), connection.state_key(job_id))
+            more_keys += (keys.CLAIM.of(job_id), keys.CANCEL.of(job_id))
+            record = state_json(job_id, states.STARTED, "null") if started else ""
+            more_args += (job_id, json.dumps(claim), record, keys.prefix_of(job_id))
+        answers = connection.ask(
             lambda: lua.CLAIM.run(
                 connection.redis,
-                result_key=keys.RESULT.of(job_id),
-                state_key=state_key,
-                claim_key=keys.CLAIM.of(job_id),
                 open_key=keys.OPEN.pattern,
-                job_id=job_id,
                 ttl=connection.open_expires,
-                claim=json.dumps(claim),
-                started=state_json(job_id, states.STARTED, "null"),
                 never_seen=NEVER_SEEN,
-                prefix=keys.prefix_of(job_id),
                 earlier_names=keys.DELETE_WITH_CLAIM,
+                more_keys=more_keys,
+                more_args=more_args,
             )
         )
-        stored, record, holder = map(decoded, found)
-        result = final_result(stored, record)
-        final_state = record["status"] if result is None and is_final(record) else None
-        return ClaimOutcome(holder or claim, result, bool(is_new), final_state)
+        return [_outcome(claim, *answers[5 * n : 5 * n + 5]) for n, claim in enumerate(claims.values())]
 
     def get(self, job_id: str) -> Claim | None:
         """The claim on an id; None before a worker has started the job. Raises RedisError."""
         return cast("Claim | None", self.connection.read(keys.CLAIM.of(job_id)))
+
+
+def _outcome(claim: Claim, stored: Any, state: Any, holder: Any, cancelled: Any, is_new: Any) -> ClaimOutcome:
+    """What Redis answered about one id that was to be taken for `claim`."""
+    record = decoded(state)
+    result = final_result(decoded(stored), record)
+    final_state = record["status"] if result is None and is_final(record) else None
+    holder = claim if is_new else decoded(holder)
+    return ClaimOutcome(holder or claim, result, bool(is_new), final_state, Cancellation.of(cancelled))
 
 
 def reason_not_to_start(outcome: ClaimOutcome, path: str, *, expired: bool) -> ForkError | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from celery import states
 from redis.exceptions import OutOfMemoryError
@@ -15,12 +15,24 @@ from tasks.copier.progress import Cancellation
 from tasks.store import keys, lua
 from tasks.store.connection import Connection
 
+Result = TypeVar("Result", bound=Mapping[str, Any])
+
 
 class ForkStatus(NamedTuple):
     """The final result of a fork, or None before its end; and whether its cancellation was requested."""
 
     result: ForkResult | None
     cancellation: Cancellation
+
+
+@dataclass(frozen=True)
+class Ended(Generic[Result]):
+    """The end of a job, as it is stored."""
+
+    #: The result: the one that was to be stored, or an earlier one.
+    result: Result
+    #: Whether tasks are to be sent after the job; None if that is not known, because another process ended it.
+    has_followers: bool | None
 
 
 @dataclass(frozen=True)
@@ -49,24 +61,24 @@ class FinalResults:
         stored, record, flag = self.connection.read_all(wanted)
         return ForkStatus(cast("ForkResult | None", final_result(stored, record)), Cancellation.of(flag is not None))
 
-    def store(self, job_id: str, result: Mapping[str, Any]) -> None:
+    def store(self, job_id: str, result: Result) -> Ended[Result]:
         """Store the final result; all keys of the job then expire with it.
 
-        A patient connection waits also while Redis is full: the job has ended, and that must not be lost.
+        A result that another process has stored stays. A patient connection waits also while Redis is full: the job has
+        ended, and that must not be lost.
         """
         connection = self.connection
-        text = json.dumps(result)
-        connection.ask(
-            lambda: lua.STORE_RESULT.run(
-                connection.redis,
-                result_key=keys.RESULT.of(job_id),
-                result=text,
-                ttl=connection.expires,
-                prefix=keys.prefix_of(job_id),
-                names=keys.EXPIRE_WITH_RESULT,
-            ),
-            OutOfMemoryError,
-        )
+        values: dict[str, Any] = {
+            "result_key": keys.RESULT.of(job_id),
+            "canvas_key": keys.CANVAS.of(job_id),
+            "result": json.dumps(result),
+            "ttl": connection.expires,
+            "prefix": keys.prefix_of(job_id),
+            "usual": keys.USUAL_OF_JOB,
+            "names": keys.OTHERS_OF_JOB,
+        }
+        answer = connection.ask(lambda: lua.STORE_RESULT.run(connection.redis, **values), OutOfMemoryError)
+        return Ended(result, bool(answer)) if isinstance(answer, int) else Ended(json.loads(answer), None)
 
 
 def final_result(stored: dict[str, Any] | None, record: dict[str, Any] | None) -> dict[str, Any] | None:

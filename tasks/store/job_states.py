@@ -5,22 +5,33 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, cast
 
 from celery import states
 from redis.client import Pipeline
+from redis.exceptions import OutOfMemoryError
 
+from tasks.copier.errors import describe
 from tasks.copier.progress import Progress
-from tasks.store import keys
+from tasks.store import keys, lua
 from tasks.store.connection import Connection, decoded
 
 #: Celery's final state for each status of a ForkResult.
 FINAL_STATES = {"succeeded": states.SUCCESS, "failed": states.FAILURE, "cancelled": states.REVOKED}
+#: All of Celery's final states, for the Lua scripts: words with a space before and after each.
+READY_STATES = f" {' '.join(sorted(states.READY_STATES))} "
+#: The exceptions of tasks that did not succeed, as Celery writes them.
+_RAISED = {
+    "failed": {"exc_type": "ForkFailed", "exc_module": "tasks.contract"},
+    "cancelled": {"exc_type": "TaskRevokedError", "exc_module": "celery.exceptions"},
+}
 
 
 @dataclass(frozen=True)
 class JobStates:
-    """The states of all jobs. Each method raises RedisError; none waits while Redis is away."""
+    """The states of all jobs. Each method raises RedisError; none but `publish_final` waits while Redis is away."""
 
     connection: Connection
 
@@ -28,6 +39,28 @@ class JobStates:
         """Celery's record of a job: `status`, `result` …; PENDING where there is none."""
         record = decoded(self.connection.redis.get(self.connection.state_key(job_id)))
         return record or {"status": states.PENDING, "result": None}
+
+    def publish_started(self, job_id: str) -> None:
+        """Publish the state STARTED of a job. Never replaces a final state."""
+        self._set(job_id, state_json(job_id, states.STARTED, "null"), self.connection.open_expires)
+
+    def publish_final(self, job_id: str, result: Mapping[str, Any]) -> None:
+        """Publish the final state of a job with this result, as Celery does at the end of a task.
+
+        A patient connection waits also while Redis is away or full.
+        """
+        connection = self.connection
+        record = final_record(job_id, result, json.dumps(result), f'"{datetime.now(UTC).isoformat()}"')
+        connection.ask(lambda: self._set(job_id, record, connection.expires), OutOfMemoryError)
+
+    def _set(self, job_id: str, record: str, ttl: int) -> None:
+        lua.SET_STATE.run(
+            self.connection.redis,
+            state_key=self.connection.state_key(job_id),
+            record=record,
+            ttl=ttl,
+            final_states=READY_STATES,
+        )
 
     def publish_progress(self, fork_id: str, part: str, progress: Progress) -> None:
         """Publish the state PROGRESS of a fork: the sums over all its parts. Never replaces a final state."""
@@ -62,12 +95,26 @@ class JobStates:
         self.connection.redis.transaction(update, key)
 
 
-def state_json(job_id: str, status: str, result: str) -> str:
-    """A record as Celery's Redis backend writes it; `result` is JSON."""
+def state_json(job_id: str, status: str, result: str, date_done: str = "null") -> str:
+    """A record as Celery's Redis backend writes it; `result` and `date_done` are JSON."""
     return (
-        f'{{"status":"{status}","result":{result},"traceback":null,"children":[],"date_done":null,'
+        f'{{"status":"{status}","result":{result},"traceback":null,"children":[],"date_done":{date_done},'
         f'"task_id":{json.dumps(job_id)}}}'
     )
+
+
+def final_record(job_id: str, result: Mapping[str, Any], text: str, date_done: str = "null") -> str:
+    """The record of a job that has ended; `text` is its result as JSON."""
+    state = final_state(result)
+    if state != states.SUCCESS:
+        text = _raised(result["status"], describe(result["error"]))
+    return state_json(job_id, state, text, date_done)
+
+
+@lru_cache(maxsize=16)  # a cancelled campaign ends thousands of forks with the same message
+def _raised(status: str, message: str) -> str:
+    """The exception in the record of a job that did not succeed, as JSON."""
+    return json.dumps({**_RAISED[status], "exc_message": [message]})
 
 
 def final_state(result: Mapping[str, Any]) -> str:

@@ -70,7 +70,13 @@ PAGES = _key_of_job("pages", "hash", "for each part of a fork, how many pages it
 PART_PAGE = _key_of_job(
     "page:{part}:{number}", "string", "FileResults of one part: JSON, compressed with zlib, at most 1 MiB"
 )
-ONLY_PAGE = _key_of_job("page", "string", "the FileResults of a fork that has one page and no `pages`", is_reset=True)
+ONLY_PAGE = _key_of_job(
+    "page",
+    "string",
+    "the FileResults of a fork that has one page and no `pages`; written just before the fork ends",
+    lifetime=Lifetime.RESULT,
+    is_reset=True,
+)
 LOSSES = _key_of_job(
     "losses",
     "string",
@@ -130,11 +136,13 @@ def open_ttl(expires: int) -> int:
 
 
 #: For the Lua scripts: names of keys of a job, separated by spaces. One argument costs less than a key for each.
-#: The script that stores a result finds the pages of parts by their counts.
-EXPIRE_WITH_RESULT = " ".join(
+#: Keys that every job has, and keys that a small fork has not. The script that stores a result finds the pages of parts
+#: by their counts.
+USUAL_OF_JOB = CLAIM.name
+OTHERS_OF_JOB = " ".join(
     key.name
     for key in TABLE
-    if key.lifetime is Lifetime.JOB and key.pattern.startswith(_OF_JOB) and key not in (RESULT, PART_PAGE)
+    if key.lifetime is Lifetime.JOB and key.pattern.startswith(_OF_JOB) and key not in (CLAIM, RESULT, PART_PAGE)
 )
 #: Without the cancellation flag: a job can be cancelled before a worker starts it.
 DELETE_WITH_CLAIM = " ".join(key.name for key in TABLE if key.is_reset)

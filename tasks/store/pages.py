@@ -29,7 +29,8 @@ class Pages:
         """Store the pages of parts of a fork, in place of the earlier ones of these parts.
 
         `replace_all`: in place of those of all parts, which belong to an earlier attempt. Returns whether the
-        cancellation of the fork was requested, which saves the caller a round trip.
+        cancellation of the fork was requested, or the fork has ended in another process: the caller is to give it up.
+        That saves a round trip.
         """
         counts, ttl = keys.PAGES.of(fork_id), self.connection.open_expires
 
@@ -42,7 +43,7 @@ class Pages:
                         pipe.set(keys.page_key(fork_id, part, number), page, ex=ttl)
                     pipe.hset(counts, part, str(len(pages)))
                 pipe.expire(counts, ttl)
-                pipe.exists(keys.CANCEL.of(fork_id))
+                pipe.exists(keys.CANCEL.of(fork_id), keys.RESULT.of(fork_id))
                 return Cancellation.of(pipe.execute()[-1])
 
         return self.connection.ask(write)
@@ -52,11 +53,16 @@ class Pages:
         if len(pages) != 1:
             return self.store(fork_id, {"0": pages}, replace_all=True)
 
+        reasons, parts = (keys.CANCEL.of(fork_id), keys.RESULT.of(fork_id)), keys.PAGES.of(fork_id)
+
         def write() -> Cancellation:
-            with self.connection.redis.pipeline(transaction=True) as pipe:
-                pipe.delete(keys.PAGES.of(fork_id))
-                pipe.set(keys.ONLY_PAGE.of(fork_id), pages[0], ex=self.connection.open_expires)
-                pipe.exists(keys.CANCEL.of(fork_id))
+            with self.connection.redis.pipeline(transaction=False) as pipe:
+                pipe.set(keys.ONLY_PAGE.of(fork_id), pages[0], ex=self.connection.expires)
+                pipe.exists(*reasons, parts)
+                if not pipe.execute()[-1]:
+                    return Cancellation.NOT_REQUESTED
+                pipe.delete(parts)
+                pipe.exists(*reasons)
                 return Cancellation.of(pipe.execute()[-1])
 
         return self.connection.ask(write)

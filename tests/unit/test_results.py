@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import fakeredis
@@ -15,30 +14,11 @@ from tasks.copier.progress import Cancellation, Progress
 from tasks.copier.report import FileResult, Totals
 from tasks.store import keys
 from tasks.store.claims import Claim
-from tasks.store.keys import OPEN_SECONDS
 from tasks.store.results import Results
 from tests.support.pages import page_of
 
 EXPIRES = 3600
 STATE = "celery-task-meta-fork-1"
-
-
-@pytest.fixture
-def server() -> fakeredis.FakeServer:
-    return fakeredis.FakeServer()
-
-
-@pytest.fixture
-def redis(server: fakeredis.FakeServer) -> Iterator[fakeredis.FakeRedis]:
-    with fakeredis.FakeRedis(server=server) as client:
-        yield client
-        for key in client.scan_iter():
-            assert 0 < client.ttl(key) <= OPEN_SECONDS, f"{key!r} has no TTL"
-
-
-@pytest.fixture
-def results(redis: fakeredis.FakeRedis) -> Results:
-    return Results(redis, EXPIRES, lambda fork_id: f"celery-task-meta-{fork_id}")
 
 
 def _result(fork_id: str = "fork-1", *, cause: ForkError | None = None) -> ForkResult:
@@ -153,6 +133,22 @@ def test_settled_result_is_read_back_as_it_was(results: Results, cause: ForkErro
 
     assert results.final.fork("fork-1") == result
     assert results.final.fork("fork-2") is None
+
+
+def test_ids_are_taken_in_one_command_without_a_state(results: Results, redis: fakeredis.FakeRedis) -> None:
+    results.claims.take("fork-2", _claim("forkvm.other"))
+    results.cancellations.request("fork-3")
+
+    first, second, third = results.claims.take_all(
+        {"fork-1": _claim(), "fork-2": _claim(), "fork-3": _claim()}, started=False
+    )
+
+    assert (first.is_new, first.holder, first.cancellation) == (True, _claim(), Cancellation.NOT_REQUESTED)
+    assert (second.is_new, second.holder) == (False, _claim("forkvm.other"))
+    assert (third.is_new, third.cancellation) == (True, Cancellation.REQUESTED)
+    assert results.states.get("fork-1")["status"] == "PENDING"
+    assert results.claims.take("fork-1", _claim()).is_new is False
+    assert results.states.get("fork-1")["status"] == "STARTED"  # where the ordinary way continues it
 
 
 def test_result_and_cancellation_are_looked_up_at_once(results: Results) -> None:

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from functools import lru_cache
-
-from celery import states
 
 from tasks.copier.campaign.batch_record import Outcome
 from tasks.copier.campaign.spec import MOST_FAILURES, Failure, failures_of, sums_of
-from tasks.copier.errors import describe
 from tasks.store import keys, lua
-from tasks.store.job_states import FINAL_STATES, state_json
+from tasks.store.job_states import final_record
 from tasks.store.results import Results
-
-#: The exceptions of tasks that did not succeed, as Celery writes them.
-_RAISED = {
-    "failed": {"exc_type": "ForkFailed", "exc_module": "tasks.contract"},
-    "cancelled": {"exc_type": "TaskRevokedError", "exc_module": "celery.exceptions"},
-}
 
 
 @dataclass
@@ -34,7 +24,7 @@ class _Stored:
     def add(self, results: Results, outcome: Outcome) -> None:
         """Add one fork."""
         fork_id, pages = outcome.result["fork_id"], outcome.pages
-        self.states[results.state_key(fork_id)] = _state(outcome)
+        self.states[results.state_key(fork_id)] = final_record(fork_id, outcome.result, outcome.as_json)
         if outcome.result["error"] is not None:
             self.others[keys.RESULT.of(fork_id)] = outcome.as_json
         if len(pages) == 1:
@@ -81,18 +71,3 @@ def store_outcomes_of_run(results: Results, campaign_id: str, first: int, outcom
 def _number(failure: Failure) -> str:
     """The fork's number in its campaign. A run may have gaps: forks that were not started are stored together."""
     return failure["fork_id"].rpartition(".")[2]
-
-
-def _state(outcome: Outcome) -> str:
-    """Celery's record of a fork."""
-    result = outcome.result
-    fork_id, error = result["fork_id"], result["error"]
-    if error is None:
-        return state_json(fork_id, states.SUCCESS, outcome.as_json)
-    return state_json(fork_id, FINAL_STATES[result["status"]], _raised(result["status"], describe(error)))
-
-
-@lru_cache(maxsize=16)  # a cancelled campaign ends thousands of forks with the same message
-def _raised(status: str, message: str) -> str:
-    """The exception in the record of a fork that did not succeed, as JSON."""
-    return json.dumps({**_RAISED[status], "exc_message": [message]})
