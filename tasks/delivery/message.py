@@ -24,6 +24,7 @@ from tasks.contract.raw_request import text_of
 from tasks.copier.fork.chunk import MAX_TRIES
 from tasks.delivery.backend import results_of
 from tasks.delivery.cancel import cancel_job
+from tasks.delivery.queue_of_forks import queue_of_message
 from tasks.names import domain_of, inner_queue
 from tasks.store.redis_errors import cause, is_passing
 from tasks.store.results import Results
@@ -52,6 +53,13 @@ class Message(Request):
         self.request_dict["ignore_result"] = self.task.ignore_result
         self._client_limit = self._limit_of_client()
         self.time_limits = (self._client_limit, None)
+        if self._client_limit is None and not self._publishes_events():
+            self.request_dict["tag_for_others"] = self.message.delivery_tag
+
+    def _publishes_events(self) -> bool:
+        """Whether the worker publishes events of tasks (`-E`). It publishes them of the messages that it takes."""
+        eventer = self.eventer
+        return bool(eventer and eventer.enabled and (not eventer.groups or "task" in eventer.groups))
 
     @property
     def job_id(self) -> str:
@@ -136,6 +144,8 @@ class Message(Request):
     def _lost(self, error: BaseException) -> Any:
         """The failure that Celery sees for a lost process: WorkerLostError, or Ignore if the job was abandoned."""
         late = isinstance(error, TimeLimitExceeded)
+        with suppress(RedisError, OSError):  # then they are delivered again when their leases have ended
+            self._give_back_others()
         reason = "it took too long" if late else f"{type(error).__name__}: {cause(error)}"
         with suppress(RedisError, OperationalError, OSError):  # then it is tried once more
             losses = self.results().open_jobs.count_loss(str(self.id))
@@ -145,6 +155,16 @@ class Message(Request):
                 return _info(Ignore())
         events.happened("redelivery", "time_limit" if late else "process_lost")
         return _info(error if isinstance(error, WorkerLostError) else WorkerLostError(reason))
+
+    def _give_back_others(self) -> None:
+        """Return the further messages that the lost process had taken; see `tasks.fork.waiting_forks`."""
+        tag = self.request_dict.get("tag_for_others")
+        if tag is None:
+            return
+        with queue_of_message(self.message) as queue:
+            count = queue.give_back_of(tag)
+        if count:
+            log.warning("%d messages that a lost process had taken go back to their queue", count)
 
     def _success_was_stored(self) -> bool:
         """False, always. Celery 5.7 would acknowledge the message; its redelivery removes what the process left."""

@@ -31,6 +31,11 @@ def domain_queue(task: AnyTask) -> str:
     return domain_of(str(delivery["routing_key"]))
 
 
+def tag_for_others(task: AnyTask) -> str | None:
+    """The beginning of the delivery tags of further messages that the task may take; None if it must not take any."""
+    return getattr(task.request, "tag_for_others", None)
+
+
 def is_expired(task: AnyTask) -> bool:
     """Whether the time has passed by which the client wanted the job to begin (`expires` in its message)."""
     expires: Any = task.request.expires
@@ -42,6 +47,10 @@ def is_expired(task: AnyTask) -> bool:
 
 def seconds_queued(task: AnyTask) -> float:
     """How long the message waited, in seconds: since its header `sent_at`, or else since the worker received it."""
-    sent, received = getattr(task.request, "sent_at", None), getattr(task.request, "received_at", None)
+    return seconds_since(getattr(task.request, "sent_at", None), getattr(task.request, "received_at", None))
+
+
+def seconds_since(sent: Any, received: float | None) -> float:
+    """Seconds since the value of a client's header `sent_at` if that is a time, or else since `received`."""
     began = sent if isinstance(sent, int | float) else received
     return max(0.0, time.time() - began) if began is not None else 0.0

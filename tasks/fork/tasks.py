@@ -14,12 +14,21 @@ from tasks.copier.fork_spec import ForkResult
 from tasks.delivery.canvas import Job
 from tasks.delivery.message import Message, task_options
 from tasks.delivery.outcome import end_task, with_retries
-from tasks.delivery.task_request import AnyTask, is_expired, job_id, request_argument, seconds_queued
+from tasks.delivery.queue_of_forks import queue_of_forks
+from tasks.delivery.task_request import (
+    AnyTask,
+    is_expired,
+    job_id,
+    request_argument,
+    seconds_queued,
+    tag_for_others,
+)
 from tasks.fork.abandon import run_abandon
 from tasks.fork.chunk import run_chunk
 from tasks.fork.finish import run_finish
 from tasks.fork.start import run_fork
 from tasks.fork.takeover import take_over
+from tasks.fork.waiting_forks import Accept, make_waiting_forks
 from tasks.names import ABANDON_TASK, CHUNK_TASK, FINISH_TASK, FORK_TASK, SWEEP_TASK
 from tasks.sweep import run_sweep
 
@@ -32,8 +41,8 @@ class ForkMessage(Message):
         self.send_end(ABANDON_TASK, {"destination": destination}, job_id)
 
 
-def register_forks(app: Celery, context_of: Callable[[AnyTask], Context]) -> None:
-    """Give `app` the tasks of forks. `context_of` makes the context of a running task."""
+def register_forks(app: Celery, context_of: Callable[[AnyTask], Context], accept: Accept) -> None:
+    """Give `app` the tasks of forks. `context_of` makes the context of a running task; `accept` validates messages."""
     part = task_options(ForkMessage) | {"ignore_result": True}
     job = task_options(ForkMessage) | {"base": Job}
 
@@ -43,7 +52,11 @@ def register_forks(app: Celery, context_of: Callable[[AnyTask], Context]) -> Non
         context, request = context_of(self), request_argument(args, kwargs)
         queued, expired = seconds_queued(self), is_expired(self)
         run = partial(run_fork, context, job_id(self), request, queued, expired=expired)
-        return _end(self, context, {"request": request}, text_of(request, "destination"), run)
+        result = _run(self, context, {"request": request}, text_of(request, "destination"), run)
+        tag, ended = tag_for_others(self), context.ended.get(job_id(self))
+        if tag is not None and ended is not None and ended.has_followers is False:
+            make_waiting_forks(context, queue_of_forks(app, context.queue), tag, accept)
+        return end_task(self, context, result)
 
     @app.task(name=CHUNK_TASK, **part)
     def chunk(self: AnyTask, fork_id: str, destination: str, number: int) -> None:
@@ -80,5 +93,14 @@ def _end(
     run: Callable[[], ForkResult | None],
 ) -> ForkResult:
     """Run a task that has the fork's own id, and end it in the fork's final state."""
-    result = with_retries(task, context, arguments, run, partial(take_over, context, job_id(task), destination))
-    return end_task(task, result)
+    return end_task(task, context, _run(task, context, arguments, destination, run))
+
+
+def _run(
+    task: AnyTask,
+    context: Context,
+    arguments: dict[str, Any],
+    destination: str,
+    run: Callable[[], ForkResult | None],
+) -> ForkResult | None:
+    return with_retries(task, context, arguments, run, partial(take_over, context, job_id(task), destination))

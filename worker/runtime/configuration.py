@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from celery import Celery
@@ -17,6 +18,7 @@ from worker.environment import remove_celery_variables
 from worker.redis_url import SENTINEL, RedisUrl
 from worker.runtime.bootsteps import Heartbeat, Lease, RestoreMessages, Sweeper
 from worker.runtime.earlier_versions import RestoreEarlierMessages
+from worker.runtime.message_filter import plain_fork
 from worker.runtime.timeouts import broker_timeouts, result_timeouts
 from worker.settings import Settings
 from worker.tls import tls_options
@@ -46,7 +48,7 @@ def make_app(settings: Settings) -> Celery:
     app.loader.override_backends = BACKENDS
     app.conf.update(_message_options(settings) | _process_options(settings) | _connection_options(settings))
     context_of = context_factory(app, Roots(settings.roots), settings.limits)
-    register_forks(app, context_of)
+    register_forks(app, context_of, partial(plain_fork, app.tasks))
     register_campaigns(app, context_of)
     app.steps["consumer"] |= {
         Lease,

@@ -24,6 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, StringConstraints
 from tasks import events
 from tasks.delivery.canvas import LONGEST_CANVAS
 from tasks.delivery.signatures import FOLLOWERS, BadSignature, followers_of
+from tasks.delivery.task_request import request_argument, seconds_since
+from tasks.fork.waiting_forks import Accepted
 from tasks.names import (
     ABANDON_TASK,
     BATCH_TASK,
@@ -180,6 +182,22 @@ def install_message_filter(app: Celery) -> None:
     redis.loads, redis.Transport._deliver = loads, deliver_checked
 
 
+def plain_fork(tasks: Any, text: bytes, queue: str) -> Accepted | None:
+    """The request for a fork in a message that a pool process has taken from `queue` itself.
+
+    None if the message is to go the ordinary way: it is refused, or has callbacks. `tasks`: see `checked`.
+    """
+    try:
+        message = json.loads(text)
+        parsed, body = _parsed(message, tasks)
+    except (Refused, ValueError, RecursionError):
+        return None
+    if parsed.headers.task != FORK_TASK or any(body.options.values()):
+        return None
+    queued = seconds_since(parsed.headers.sent_at, None)
+    return Accepted(parsed.headers.id, request_argument(tuple(body.args), body.kwargs), queued)
+
+
 def checked(message: Any, queue: str, tasks: Any) -> dict[str, Any]:
     """The validated form of a message from `queue`. `tasks` are the registered tasks by name. Raises Refused.
 
@@ -187,8 +205,20 @@ def checked(message: Any, queue: str, tasks: Any) -> dict[str, Any]:
     two messages have the same tag. Unknown headers are removed, because Celery turns each header into an attribute.
     """
     plain = _decompressed(message)
+    _parsed(plain, tasks)
+    properties = {
+        **plain["properties"],
+        "delivery_tag": str(uuid.uuid4()),
+        "delivery_info": {"exchange": "", "routing_key": queue},
+    }
+    headers = {field: value for field, value in plain["headers"].items() if field in _Headers.model_fields}
+    return {**plain, "headers": headers, "properties": properties}
+
+
+def _parsed(message: Any, tasks: Any) -> tuple[_Message, Body]:
+    """The parts of a message that is not compressed, and its body. Raises Refused."""
     try:
-        parsed = _Message.model_validate(plain)
+        parsed = _Message.model_validate(message)
     except ValidationError as error:
         if isinstance(message, dict) and isinstance(message.get("properties"), dict) and old_body(message):
             raise Refused("it uses Celery's message protocol 1; use protocol 2") from None
@@ -201,13 +231,7 @@ def checked(message: Any, queue: str, tasks: Any) -> dict[str, Any]:
         _check_job(parsed, body)
     else:
         _check_part(name, body)
-    properties = {
-        **plain["properties"],
-        "delivery_tag": str(uuid.uuid4()),
-        "delivery_info": {"exchange": "", "routing_key": queue},
-    }
-    headers = {field: value for field, value in plain["headers"].items() if field in _Headers.model_fields}
-    return {**plain, "headers": headers, "properties": properties}
+    return parsed, body
 
 
 def _check_job(message: _Message, body: Body) -> None:

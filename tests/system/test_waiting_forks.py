@@ -1,0 +1,130 @@
+"""Small forks that wait are made by the process that has just made one: each once, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from celery.result import AsyncResult
+
+from tests.fixtures.filesystems import Fresh
+from tests.support.engine.forks import assert_alike
+from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
+from tests.support.system.result_checks import check_file_results
+from tests.support.system.scheduler import QUEUE, UNACKED, Scheduler
+from tests.support.system.systems import System, send, stopped_when
+
+FORKS = 60
+
+
+@pytest.fixture
+def directory(fresh: Fresh) -> Path:
+    directory = fresh("xfs")
+    make_guest(directory / "a")
+    return directory
+
+
+def _send(scheduler: Scheduler, directory: Path, count: int = FORKS, name: str = "b") -> dict[str, Path]:
+    """Send forks. Returns their destinations by id."""
+    destinations = {f"{directory.name}-{name}-{n}": directory / f"{name}-{n}" for n in range(count)}
+    for fork_id, destination in destinations.items():
+        scheduler.send({"source": str(directory / "a"), "destination": str(destination)}, fork_id)
+    return destinations
+
+
+def _received(system: System) -> set[str]:
+    """The forks whose messages the worker itself took, by id."""
+    return set(re.findall(r"Task forkvm\.fork\[(\S+)\] received", system.worker.output()))
+
+
+def _taken(scheduler: Scheduler) -> list[bytes]:
+    """The delivery tags of messages that pool processes have taken themselves."""
+    return [tag for tag in cast("list[bytes]", scheduler.redis.hkeys(UNACKED)) if b"." in tag]
+
+
+def _check_all(scheduler: Scheduler, destinations: dict[str, Path], source: Path) -> None:
+    for fork_id, destination in destinations.items():
+        result = scheduler.wait(scheduler.app.AsyncResult(fork_id))
+        assert (result["fork_id"], result["status"], result["destination"]) == (fork_id, "succeeded", str(destination))
+        check_file_results(result, scheduler.files(fork_id))
+    for destination in random.Random(5).sample(sorted(destinations.values()), min(10, len(destinations))):
+        assert_alike(source, destination, SKIPPED_BY_DEFAULT)
+
+
+def test_most_forks_that_wait_are_taken_by_the_process_that_makes_them(
+    system: System, scheduler: Scheduler, directory: Path
+) -> None:
+    destinations = _send(scheduler, directory)
+
+    _check_all(scheduler, destinations, directory / "a")
+    assert len(_received(system) & set(destinations)) < FORKS  # on a busy machine, some are returned to the queue
+    system.assert_left_nothing_in(directory)
+
+
+def test_forks_whose_process_is_killed_while_others_wait_are_made_once(
+    system: System, scheduler: Scheduler, directory: Path
+) -> None:
+    destinations = _send(scheduler, directory, 4 * FORKS)
+    with stopped_when(system.worker, lambda: bool(_taken(scheduler)), "a process that has taken messages") as children:
+        send(children, signal.SIGKILL)
+
+    _check_all(scheduler, destinations, directory / "a")
+    system.assert_left_nothing_in(directory)
+    assert "messages that a lost process had taken go back to their queue" in system.worker.output()
+
+
+def test_forks_that_a_paused_process_has_taken_are_made_by_others(
+    system: System, scheduler: Scheduler, directory: Path
+) -> None:
+    destinations = _send(scheduler, directory, 2 * FORKS)
+    with stopped_when(system.worker, lambda: bool(_taken(scheduler)), "a process that has taken messages") as children:
+        send(children[1:], signal.SIGCONT)
+        _check_all(scheduler, destinations, directory / "a")
+    system.assert_left_nothing_in(directory)
+
+
+def test_forks_that_wait_do_not_wait_behind_a_long_one(
+    system: System, scheduler: Scheduler, directory: Path, large_source: Path, place: Path
+) -> None:
+    """The process that has taken them returns them, and others make them."""
+    before = _send(scheduler, directory, 10)
+    long = scheduler.send({"source": str(large_source), "destination": str(place / "long")}, "long")
+    after = _send(scheduler, directory, 20, "c")
+
+    _check_all(scheduler, before | after, directory / "a")
+    assert scheduler.wait(long)["status"] == "succeeded"
+    system.assert_left_nothing_in(directory, place)
+
+
+def test_requests_that_are_not_plain_are_answered_among_those_that_are(
+    system: System, scheduler: Scheduler, directory: Path
+) -> None:
+    def request(name: str) -> dict[str, str]:
+        return {"source": str(directory / "a"), "destination": str(directory / name)}
+
+    def send_with(name: str, **options: Any) -> AsyncResult[Any]:
+        call = {"request": request(name)}
+        return scheduler.app.send_task("forkvm.fork", kwargs=call, task_id=name, queue=QUEUE, **options)
+
+    scheduler.results.cancellations.request("cancelled")
+    first = _send(scheduler, directory, 20)
+    good = [send_with("limited", time_limit=60), *(scheduler.send(request("twice"), "twice") for _ in range(2))]
+    bad = {
+        "cancelled": [send_with("late", expires=-1), scheduler.send(request("no"), "cancelled")],
+        "invalid_request": [scheduler.send({"source": "/a", "destination": "b"}), scheduler.send_call()],
+        "destination_exists": [scheduler.send(request("a"))],
+    }
+    second = _send(scheduler, directory, 20, "c")
+
+    _check_all(scheduler, first | second, directory / "a")
+    assert [scheduler.wait(sent)["status"] for sent in good] == ["succeeded"] * 3
+    for code, failed in bad.items():
+        for sent in failed:
+            result = scheduler.wait_failed(sent)[1]
+            assert result["error"] is not None
+            assert result["error"]["code"] == code
+    system.assert_left_nothing_in(directory)
