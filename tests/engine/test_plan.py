@@ -20,6 +20,8 @@ from tasks.copier.progress import Ticker
 from tasks.copier.report import Report
 from tasks.copier.roots import Roots
 from tasks.copier.source import manifest
+from tasks.copier.space.reservation import job_of
+from tasks.copier.space.room import Room
 from tasks.copier.staging.staging import Staging
 from tasks.copier.staging.workspace import open_work
 from tests.fixtures.filesystems import Fresh, Kind
@@ -75,7 +77,9 @@ def planned(source: Path, limits: Limits, early: EarlyWorkers | None = None, **o
         journal = staging.begin(spec.to_data(), None)
         work = stack.enter_context(open_work(ends, staging, spec.options, staging.make_tree(journal)))
         cloner = Cloner(spec.options, {}, lambda count: None)
-        plan = make_plan(work, limits, cloner, Ticker(never_stop), Report(), early)
+        room = Room(work.tree_fd, spec.destination, job_of(staging.fd))
+        plan = make_plan(work, limits, cloner, Ticker(never_stop), Report(), room, early)
+        room.leave()
         with open(staging.manifest(), "rb") as file:
             files = [
                 [

@@ -14,6 +14,7 @@ from pathlib import Path
 _FS_IOC_GETFLAGS = 0x80086601
 _FS_IOC_SETFLAGS = 0x40086602
 _FS_NOCOW_FL = 0x00800000
+_FS_COMPR_FL = 0x4
 _FS_LOCKS = {"immutable": 0x10, "append-only": 0x20}
 _FS_IOC_FIEMAP = 0xC020660B
 _FIEMAP_FLAG_SYNC = 0x1
@@ -140,6 +141,11 @@ def sharing(path: str | bytes | os.PathLike[str]) -> Sharing:
 def set_nocow(path: Path) -> None:
     """Makes an empty btrfs file NOCOW (`chattr +C`): FICLONE between it and a COW file is EINVAL."""
     _set_flag(path, _FS_NOCOW_FL, on=True)
+
+
+def set_compressed(path: Path) -> None:
+    """Makes btrfs compress what is written to a file, or to new files in a directory (`chattr +c`)."""
+    _set_flag(path, _FS_COMPR_FL, on=True)
 
 
 def set_lock(path: Path, lock: str, *, on: bool) -> None:

@@ -21,6 +21,7 @@ from typing import Protocol
 from tasks.copier.campaign import batch_record
 from tasks.copier.campaign.batch_build import build
 from tasks.copier.campaign.batch_record import Outcome, Record
+from tasks.copier.campaign.batch_room import reserve_room
 from tasks.copier.campaign.batch_trees import Tree, Trees, snapshot_trees
 from tasks.copier.campaign.plan import Campaign
 from tasks.copier.campaign.spec import CampaignSpec
@@ -34,6 +35,8 @@ from tasks.copier.kernel import syscalls, trees
 from tasks.copier.progress import Ticker
 from tasks.copier.report import Fallback, Report
 from tasks.copier.roots import Parent, Roots
+from tasks.copier.space.reservation import job_of
+from tasks.copier.space.room import Room
 from tasks.copier.staging.control_directory import Held
 from tasks.copier.staging.journal import Journal
 from tasks.copier.staging.publishing import cannot_publish, noreplace_refusal
@@ -285,8 +288,11 @@ class _Run:
         record = Record(names)
         batch_record.write(self.staging, self.first, self.attempt, record)
         plan, options = self.campaign.plan.fork, self.campaign.spec.options
-        cloner = Cloner(options, {(src, dst): number for src, dst, number in plan.refused}, self.ticker.step)
+        refused = {(src, dst): number for src, dst, number in plan.refused}
         with ExitStack() as opened:
+            room = Room(self.ends.parent_fd, self.ends.destination, job_of(self.staging.fd, str(self.first)))
+            opened.callback(room.leave)
+            cloner = Cloner(options, refused, room.counted(self.ticker.step))
             made = Trees(self.campaign.staging, self.staging, self.ends, plan, cloner, self.ticker, opened)
             try:
                 for index, name in names.items():
@@ -294,6 +300,7 @@ class _Run:
                 made.note()
                 if self.campaign.plan.snapshot:
                     snapshot_trees(made)
+                reserve_room(made, room)
                 build(made)
                 self._publish_all(made, record)
             except ForkError as error:

@@ -32,6 +32,8 @@ from tasks.copier.options import Limits
 from tasks.copier.progress import Ticker
 from tasks.copier.report import Fallback, Report, fallback_of, unpack_pages
 from tasks.copier.roots import PATH_MAX, Roots, normal_path
+from tasks.copier.space.reservation import job_of
+from tasks.copier.space.room import Room
 from tasks.copier.staging.journal import Phase
 from tasks.copier.staging.staging import Staging
 from tasks.copier.staging.workspace import open_work
@@ -132,7 +134,11 @@ def plan_campaign(ends: Endpoints, staging: Staging, spec: CampaignSpec, paths: 
         # that is removed afterwards.
         with open_work(ends, staging, spec.options, staging.make_tree(journal)) as work:
             cloner, report = Cloner(spec.options, {}, ticker.step), Report()
-            plan = make_plan(work, _WHOLE, cloner, ticker, report)
+            room = Room(work.tree_fd, ends.destination, job_of(staging.fd))
+            try:
+                plan = make_plan(work, _WHOLE, cloner, ticker, report, room)
+            finally:
+                room.leave()  # each batch reserves what it copies
     finally:
         staging.discard_tree(journal)
     _write_destinations(staging, paths)

@@ -15,6 +15,7 @@ from tasks.copier.progress import Ticker
 from tasks.copier.report import RangeDone, Report, failed
 from tasks.copier.source.walk import Block, join
 from tasks.copier.space.budget import chunk_budget
+from tasks.copier.space.reservation import counted, job_of
 from tasks.copier.staging.journal import Phase
 from tasks.copier.staging.staging import Staging
 from tasks.copier.staging.workspace import Workspace
@@ -64,8 +65,9 @@ def run_held_chunk(
         if begun > MAX_TRIES:
             return fail_chunk(staging, number, worker_lost(work.ends.source))
         journal = staging.journal()
+        step = opened.enter_context(counted(ticker.step, job_of(staging.fd), number))
         refused = {(src, dst): refusal for src, dst, refusal in plan.refused}
-        cloner = Cloner(work.options, refused, ticker.step, replaces=begun > 1)
+        cloner = Cloner(work.options, refused, step, replaces=begun > 1)
         cloner.use_budget(opened.enter_context(chunk_budget(staging, number, work.options.max_copied_bytes)))
         report = run_chunk(work, plan, chunk, cloner, ticker)
         report.replaced = begun > 1

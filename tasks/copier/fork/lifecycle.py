@@ -31,6 +31,8 @@ from tasks.copier.options import Limits
 from tasks.copier.progress import Cancellation, Ticker
 from tasks.copier.report import Report
 from tasks.copier.space.budget import budget_of, refuse_excess
+from tasks.copier.space.reservation import job_of, withdraw
+from tasks.copier.space.room import Room
 from tasks.copier.staging.journal import Journal, Phase
 from tasks.copier.staging.proof import NotOurs
 from tasks.copier.staging.publishing import cannot_publish, require_noreplace
@@ -145,9 +147,10 @@ def _begin(attempt: Attempt, limits: Limits, start_early: StartEarly | None) -> 
         result = _publish_snapshot(attempt, journal, work)
         if result is not None:
             return result
-        cloner = Cloner(spec.options, {}, attempt.ticker.step)
+        room = Room(work.tree_fd, spec.destination, job_of(staging.fd), is_queued=spec.owner == "queue")
+        cloner = Cloner(spec.options, {}, room.counted(attempt.ticker.step))
         cloner.use_budget(budget_of(spec.options.max_copied_bytes))
-        plan = _plan(attempt, journal, work, limits, cloner, start_early)
+        plan = _plan(attempt, journal, work, limits, cloner, room, start_early)
         if not plan.inline:
             return plan
         _clone_inline(attempt, journal, work, plan, cloner)
@@ -172,13 +175,14 @@ def _plan(
     work: Workspace,
     limits: Limits,
     cloner: Cloner,
+    room: Room,
     start_early: StartEarly | None,
 ) -> Plan:
     """Plan the fork. If it is divided into chunks, write its plan into the journal, from which any process goes on."""
     report = attempt.reports["plan"] = Report()
     early = start_early(work) if start_early is not None else None
     try:
-        plan = make_plan(work, limits, cloner, attempt.ticker, report, early)
+        plan = make_plan(work, limits, cloner, attempt.ticker, report, room, early)
         report.totals.fallback = cloner.fallback
         report.totals.move_losses_from(cloner.metadata.losses)
         attempt.chunks = len(plan.chunks)
@@ -192,6 +196,9 @@ def _plan(
             early.stop()  # before the tree is removed
         report.totals.fallback = cloner.fallback
         raise
+    finally:
+        if room.reservation is not None:
+            attempt.staging.keep_open(room.reservation.fd)  # children and chunks rely on it
 
 
 def _read_early_reports(attempt: Attempt, early: EarlyWorkers | None) -> None:
@@ -333,6 +340,7 @@ def _store_result(attempt: Attempt, result: ForkResult) -> ForkResult:
     An exception here is raised: the fork is published and must not be abandoned. A later delivery stores its result.
     """
     attempt.ledger.store_result(result)
+    withdraw(job_of(attempt.staging.fd))
     _try_to_remove(attempt.staging.remove)
     return result
 
@@ -343,6 +351,7 @@ def _abandon(attempt: Attempt, cause: Exception) -> ForkResult:
     if not staging.is_current():
         raise Superseded from cause
     error = _as_fork_error(cause, attempt.ends)
+    withdraw(job_of(staging.fd))
     if attempt.journal is not None:
         _try_to_remove(partial(staging.discard_tree, attempt.journal))
     with suppress(ForkError):

@@ -18,7 +18,8 @@ from tasks.copier.progress import Ticker
 from tasks.copier.report import Report
 from tasks.copier.source.manifest import Span
 from tasks.copier.source.walk import Entry, Kind, entry_of, join
-from tasks.copier.space.forecast import Forecast, data_of
+from tasks.copier.space.forecast import Forecast
+from tasks.copier.space.room import Room
 from tasks.copier.staging.workspace import Workspace
 
 #: One of this many chunks may be cut during the walk; meanwhile their size doubles this many times.
@@ -134,19 +135,25 @@ class EarlyWorkers(Protocol):
 
 
 def make_plan(
-    work: Workspace, limits: Limits, cloner: Cloner, ticker: Ticker, report: Report, early: EarlyWorkers | None = None
+    work: Workspace,
+    limits: Limits,
+    cloner: Cloner,
+    ticker: Ticker,
+    report: Report,
+    room: Room,
+    early: EarlyWorkers | None = None,
 ) -> Plan:
     """Plan the fork. The files that were cloned to find out whether a reflink works are added to `report`.
 
-    With `early`, chunks of a large source are begun during the walk; without, all are cut at its end.
-
-    Raises ForkError: unsupported_file_type, permission_denied, source_changed, reflink_unsupported, no_space,
-    copy_budget_exceeded …
+    What will be copied is compared with the budget of the request, and reserved in `room`. With `early`, chunks of a
+    large source are begun during the walk; without, all are cut at its end. Raises ForkError: unsupported_file_type,
+    permission_denied, source_changed, reflink_unsupported, no_space, copy_budget_exceeded …
     """
     top = entry_of("", "", Kind.DIRECTORY, os.fstat(work.ends.source_fd))  # before the walk: later changes are noticed
     chunks: list[Chunk] = []
     probed: Probed | None = None
-    most = work.options.max_copied_bytes
+    if work.options.max_copied_bytes is not None:
+        early = None  # nothing is copied before all that will be is known
 
     def plan(cloned: tuple[str, ...], inline: bool) -> Plan:
         return Plan(
@@ -163,22 +170,22 @@ def make_plan(
         with open_survey(work, limits) as survey:
             for _ in survey.walk(ticker):
                 ticker.enter("plan", survey.entries, survey.bytes)  # the sums so far
-                if early is None or survey.files <= limits.inline_files or most is not None:
-                    continue  # with a budget, nothing is copied before all that will be is known
+                if early is None or survey.files <= limits.inline_files:
+                    continue
                 if probed is None:
                     probed = probe(work, cloner, survey.largest(), ticker, report)
                     if not probed.can_reflink:
                         survey.refuse_unsupported(ticker)  # before anything is copied
                 for chunk in _cut_early(survey, limits, len(chunks), reflinks=probed.can_reflink):
                     chunks.append(chunk)
-                    early.take(chunk, len(chunks) - 1, plan(probed.cloned, inline=False))
+                    if probed.can_reflink or room.take(survey.data):
+                        early.take(chunk, len(chunks) - 1, plan(probed.cloned, inline=False))
     except OSError as error:
         raise from_oserror(error, "writing the manifest", work.ends.destination) from None
     ticker.enter("copy", survey.entries, survey.bytes)
     if probed is None:
         probed = probe(work, cloner, survey.largest(), ticker, report)
-    if most is not None:
-        _refuse_over_budget(Forecast(work, cloner, probed.cloned, probed.refused), top, most, ticker)
+    _check_copies(work, cloner, survey, probed, top, room, ticker)
     reflinks = probed.can_reflink
     if survey.files <= limits.inline_files and (reflinks or survey.data <= limits.inline_bytes):
         end = sum(unit.length for unit in survey.units)
@@ -189,11 +196,28 @@ def make_plan(
     return plan(probed.cloned, inline=False)
 
 
+def _check_copies(
+    work: Workspace, cloner: Cloner, survey: Survey, probed: Probed, top: Entry, room: Room, ticker: Ticker
+) -> None:
+    """Compare what will be copied, as far as it is known, with the budget, and reserve it in `room`.
+
+    Raises ForkError: copy_budget_exceeded, no_space.
+    """
+    forecast, most = Forecast(work, cloner, probed.cloned, probed.refused), work.options.max_copied_bytes
+    if most is not None:
+        _refuse_over_budget(forecast, top, most, ticker)
+    refused = sum(entry.data for path, entry in survey.largest() if path in probed.refused)
+    room.require(
+        refused if probed.can_reflink else survey.data,
+        lambda: sum(forecast.data_of(file).bytes for file in forecast.copied(top.dev, ticker.poll)),
+    )
+
+
 def _refuse_over_budget(forecast: Forecast, top: Entry, most: int, ticker: Ticker) -> None:
-    """Raise ForkError copy_budget_exceeded if the fork will copy more than `most` bytes, as far as that is known."""
+    """Raise ForkError copy_budget_exceeded if the fork will copy more than `most` bytes."""
     total = 0
-    for file in forecast.files(top.dev, ticker.poll, only_copied=True):
-        data = data_of(file)
+    for file in forecast.copied(top.dev, ticker.poll):
+        data = forecast.data_of(file)
         total += data.bytes if data.exact else 0
         if total > most:
             raise forecast.exceeds(most, file)

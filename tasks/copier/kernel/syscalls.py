@@ -235,11 +235,11 @@ def ficlone(dst_fd: int, src_fd: int) -> None:
     fcntl.ioctl(dst_fd, FICLONE, src_fd)
 
 
-def is_nocow(fd: int) -> bool:
-    """Whether the file or directory `fd` is NOCOW (ioctl_iflags(2))."""
+def file_flags(fd: int) -> int:
+    """The FS_*_FL flags of a file or directory (ioctl_iflags(2))."""
     flags = bytearray(8)
     fcntl.ioctl(fd, FS_IOC_GETFLAGS, flags)
-    return bool(struct.unpack_from("=I", flags)[0] & FS_NOCOW_FL)
+    return int(struct.unpack_from("=I", flags)[0])
 
 
 def create_snapshot(dir_fd: int, name: str, subvolume_fd: int) -> None:

@@ -55,6 +55,8 @@ class ControlDirectory:
         self._lock_fd = lock_fd
         #: See `retire`.
         self.retired: str | None = None
+        #: See `keep_open`.
+        self._kept: list[int] = []
 
     # -- opening and locking
 
@@ -142,7 +144,13 @@ class ControlDirectory:
             raise
         return cls(parent_fd, name, fd, lock_fd)
 
+    def keep_open(self, fd: int) -> None:
+        """Keep a descriptor open for as long as the control directory is open in this process, and close it then."""
+        self._kept.append(fd)
+
     def _close(self) -> None:
+        for fd in self._kept:
+            syscalls.release(fd)
         syscalls.release(self._lock_fd)
         syscalls.release(self.fd)
 
