@@ -26,7 +26,8 @@ _SECRETS = "FORKVM_SECRETS_DIR"
 _SECRETS_DIRECTORY = "/run/secrets"
 #: What a name of a domain or worker may consist of.
 _NAME = "^[A-Za-z0-9_.-]*$"
-_INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
+#: An integer, perhaps with underscores between its digits, or with zeros after a point.
+_INTEGER = re.compile(r"([+-]?[0-9]+(?:_[0-9]+)*)(?:\.0+)?")
 #: The message of a worker that is started without roots.
 NO_ROOTS = "no roots: set FORKVM_ROOTS to the directories that the worker may use, separated by colons"
 
@@ -78,9 +79,10 @@ def _name(most: int = sys.maxsize) -> Callable[[str], str]:
 
 def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
     def read(value: str) -> int:
-        if not _INTEGER.fullmatch(value.strip()):
+        known = _INTEGER.fullmatch(value.strip())
+        if known is None:
             raise ValueError("Input should be a valid integer, unable to parse string as an integer")
-        if (number := int(value)) < least:
+        if (number := int(known[1])) < least:
             raise ValueError(f"Input should be greater than or equal to {least}")
         if most is not None and number > most:
             raise ValueError(f"Input should be less than or equal to {most}")
@@ -203,18 +205,12 @@ def _parse(texts: Mapping[str, str]) -> Settings:
         if name not in texts:
             continue
         try:
-            values[name] = read(_utf8(texts[name]))
+            values[name] = read(texts[name])
         except ValueError as error:
             errors.append(f"{_variable(name)}: {error}")
     if errors:
         raise BadSettings("; ".join(errors))
     return Settings(**values)  # type: ignore[arg-type]  # each reader returns the type of its field
-
-
-def _utf8(value: str) -> str:
-    if any("\ud800" <= char <= "\udfff" for char in value):  # a variable with bytes that are not UTF-8
-        raise ValueError("Input should be a valid string, unable to parse raw data as a unicode string")
-    return value
 
 
 def _environment() -> dict[str, str]:

@@ -74,6 +74,7 @@ def test_each_variable_is_taken(read: Read) -> None:
         ("/guests:/snapshots", ("/guests", "/snapshots")),
         ("/guests/:/a//b/./c", ("/guests", "/a/b/c")),
         (":/guests:", ("/guests",)),
+        ("/guests/\udcff", ("/guests/\udcff",)),  # a byte that is not UTF-8
         ("/", ("/",)),
     ],
 )
@@ -120,7 +121,6 @@ def test_value_that_cannot_be_meant_is_refused_by_name(read: Read, name: str, va
         ("MAX_CHUNKS", "10001", "Input should be less than or equal to 10000"),
         ("DOMAIN", "a b\n", "String should match pattern '^[A-Za-z0-9_.-]*$'"),
         ("NAME", "a" * 65, "String should have at most 64 characters"),
-        ("HEARTBEAT_FILE", "/\udcff", "Input should be a valid string, unable to parse raw data as a unicode string"),
         ("ROOTS", "/guests:relative", "relative is not an absolute path"),
     ],
 )
@@ -131,8 +131,8 @@ def test_message_says_what_the_value_must_be(read: Read, name: str, value: str, 
     assert str(raised.value) == f"FORKVM_{name}: {text}"
 
 
-@pytest.mark.parametrize("value", ["60", " 60 ", "+60", "0060"])
-def test_number_may_have_a_sign_zeros_and_blanks_around_it(read: Read, value: str) -> None:
+@pytest.mark.parametrize("value", ["60", " 60 ", "+60", "0060", "6_0", "60.0"])
+def test_number_may_be_written_in_several_ways(read: Read, value: str) -> None:
     assert read({"forkvm_result_expires": value}).result_expires == 60
 
 
