@@ -60,6 +60,8 @@ needs_of_test() {
     need gcc          gcc            "the tests on FUSE, which build their own filesystem"
     need pkg-config   pkg-config     "the tests on FUSE, which build their own filesystem"
     need /usr/include/fuse3/fuse.h libfuse3-dev "the tests on FUSE, which build their own filesystem"
+    need redis-cli    redis-tools    "the test of the scheduler in a shell"
+    need node         nodejs         "the test of the scheduler in JavaScript"
     need systemd-analyze systemd     "the check of the systemd unit"
     need docker-compose docker-compose "the check of docker-compose.yml"
     need promtool     prometheus     "the tests of the alerts and of the dashboard"
