@@ -7,7 +7,7 @@ import os
 import pty
 import signal
 import subprocess
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,8 @@ from tests.fixtures.processes import (
 )
 from tests.fixtures.redis_server import RedisServer
 from tests.support.guests import GuestSizes, make_guest
+from tests.support.system.scheduler import Scheduler
+from tests.support.system.systems import stopped_when
 
 SMALL = GuestSizes(overlay=1 << 20, overlay_data=1 << 18, memory=1 << 20, memory_data=1 << 18, config=1 << 16)
 
@@ -210,39 +212,34 @@ def test_a_campaign_is_sent_waited_for_listed_and_retried(
 
 
 def test_a_running_campaign_is_watched_with_a_bar_and_cancelled(
-    run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, redis_server: RedisServer
+    run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, own_scheduler: Scheduler
 ) -> None:
-    # Given
-    environment = program_environment(redis_server, place)
-    start_worker(place, 1)
-    send = ["campaign", str(place / "vm"), "--to", f"{place}/vm-{{n}}", "--count", "40000", "--id", "c1"]
+    # Given a campaign that stands still, half done
+    environment = program_environment(own_scheduler.server, place)
+    worker = start_worker(place, 1)
+    send = ["campaign", str(place / "vm"), "--to", f"{place}/vm-{{n}}", "--count", "1000", "--id", "c1"]
     sent = run_forkvm(*send, env=environment)
-    wait_until((place / "vm-1").exists, "the first fork")
-
-    # When
-    terminal, its_other_side = pty.openpty()
-    watching = subprocess.Popen(
-        [forkvm_script(), "status", "c1", "--watch", "--json"],
-        stdout=subprocess.PIPE,
-        stderr=its_other_side,
-        env=environment | {"TERM": "xterm"},
-    )
-    os.close(its_other_side)
-    try:
-        shown = b""
-        while b"/40000" not in shown:
-            shown += os.read(terminal, 4096)
-        told = json.loads(run_forkvm("status", "c1", "--json", env=environment).stdout)
-        retry = run_forkvm("campaign", "--retry", "c1", env=environment)
-        cancelled = run_forkvm("cancel", "c1", "--json", env=environment)
+    states = own_scheduler.results.states
+    with ExitStack() as stack:
+        with stopped_when(worker, lambda: states.get("c1")["status"] == "PROGRESS", "a half done campaign"):
+            # When
+            terminal, its_other_side = pty.openpty()
+            stack.callback(os.close, terminal)
+            watch = begin(["status", "c1", "--watch", "--json"], environment | {"TERM": "xterm"}, its_other_side)
+            watching = stack.enter_context(ended_at_exit(watch))
+            os.close(its_other_side)
+            shown = b""
+            while b"/1000" not in shown:
+                shown += os.read(terminal, 4096)
+            told = json.loads(run_forkvm("status", "c1", "--json", env=environment).stdout)
+            retry = run_forkvm("campaign", "--retry", "c1", env=environment)
+            cancelling = stack.enter_context(ended_at_exit(begin(["cancel", "c1", "--json"], environment)))
+            wait_until(lambda: own_scheduler.results.cancellations.is_requested("c1"), "the request to cancel")
         with suppress(OSError):  # EIO: the other side is closed
             while shown_more := os.read(terminal, 4096):
                 shown += shown_more
-        output, _ = watching.communicate(timeout=30)
-    finally:
-        os.close(terminal)
-        watching.kill()
-        watching.wait()
+        answer = json.loads(cancelling.communicate(timeout=60)[0])
+        output, _ = watching.communicate(timeout=60)
 
     # Then
     assert sent.stdout == "c1\n"
@@ -252,13 +249,18 @@ def test_a_running_campaign_is_watched_with_a_bar_and_cancelled(
     assert set(told["progress"]) == {"forks_done", "forks_total", "forks_failed", "eta_seconds"}
     assert retry.returncode == 2
     assert "not ended yet" in retry.stderr
-    answer = json.loads(cancelled.stdout)
     assert answer["state"] == "REVOKED"
     assert answer["result"]["status"] == "cancelled"
-    assert cancelled.returncode == 0
+    assert cancelling.returncode == 0
     assert json.loads(output)["result"] == answer["result"]
     assert watching.returncode == 1
+    own_scheduler.wait_quiet()
     assert len(forks_in(place)) == answer["result"]["forks"]["succeeded"] > 0
+
+
+def begin(command: list[str], environment: dict[str, str], stderr: int | None = None) -> subprocess.Popen[bytes]:
+    """A command that has begun."""
+    return subprocess.Popen([forkvm_script(), *command], env=environment, stdout=subprocess.PIPE, stderr=stderr)
 
 
 def test_an_interrupted_local_campaign_keeps_what_is_published_and_says_so(place: Path) -> None:
