@@ -73,5 +73,6 @@ def test_without_them_what_others_own_is_out_of_reach(public_program: PublicProg
         timeout=60,
     )
 
+    assert done.stdout, done.stderr
     assert json.loads(done.stdout)["error"]["code"] == "permission_denied"
     assert [path.name for path in source.parent.iterdir()] == ["source"]

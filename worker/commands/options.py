@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _MOST_PROCESSES = 4
 
 #: A path as an argument or option: shells complete it, and it need not exist.
-PATH = click.Path()
+PATH = click.Path(readable=False)
 
 
 class _WordList(click.ParamType[list[str]]):
