@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +20,8 @@ from tests.support.system.systems import send
 from tests.support.tree import snapshot
 
 COUNT = 3000
-#: Seconds from a signal to the end of the command, on a busy machine.
-END_SECONDS = 2.0
+#: At most so many forks are made after a signal, of sixty thousand: as many as take 2 s on an idle machine.
+MORE_FORKS = 2_000
 
 
 @pytest.fixture
@@ -123,14 +122,13 @@ def test_the_first_signal_ends_a_campaign_at_once_and_leaves_only_whole_forks(
 ) -> None:
     with campaign(place, 20 * COUNT) as process:
         wait_for_forks(place, process)
-        began = time.monotonic()
+        before = len(forks_in(place))
 
         os.killpg(process.pid, number)  # as a terminal does: the children get it too
         process.wait(timeout=60)
-        took = time.monotonic() - began
         result = end(process, place)
 
-    assert took < END_SECONDS
+    assert result["forks"]["succeeded"] - before <= MORE_FORKS
     assert result["status"] == "cancelled"
     assert result["forks"]["cancelled"] > 0
     assert process.returncode in (1, 128 + number)

@@ -113,8 +113,8 @@ def test_staging_of_another_fork_is_never_guest_data() -> None:
 
 def test_a_hostile_pattern_costs_no_more_than_a_glance() -> None:
     selection = Selection((), ("*a" * 100 + "b",))
-    began = time.perf_counter()
+    began = time.process_time()
 
     assert selection.reason("", "a" * 255, False) is None
 
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 0.5

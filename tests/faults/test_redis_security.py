@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.fixtures.filesystems import Fresh
@@ -35,7 +35,8 @@ def test_forks_run_over_tls_under_the_documented_rights_also_when_a_worker_dies_
     source = make_guest(directory / "source")
     (source / TELLING_NAME).write_bytes(TELLING_DATA)
     environment = secure_redis.environment() | SMALL_LIMITS | {"FORKVM_VISIBILITY_TIMEOUT": "5"}
-    doomed = start_worker(mounts, 1, env=environment)
+    # The doomed worker sends no sweep, which its one child could be given before the fork.
+    doomed = start_worker(mounts, 1, env=environment | {"FORKVM_VISIBILITY_TIMEOUT": "600"})
 
     # When the first worker dies with a fork in its hands, and another one comes
     send(doomed.children, signal.SIGSTOP)
@@ -88,12 +89,13 @@ def test_running_campaigns_are_cancelled_and_retried_under_the_documented_rights
     run_forkvm("campaign", source, *aims, "--id", "many", env=environment)
     wait_until((directory / "vm-0001").exists, "the first fork")
     send(worker.children, signal.SIGSTOP)
-    resume = threading.Timer(1.5, send, (worker.children, signal.SIGCONT))  # while `cancel` waits for the end
-    resume.start()
 
     # When
-    cancelled = run_forkvm("cancel", "many", "--json", env=environment)
-    resume.join()
+    with secure_redis.admin() as admin, ThreadPoolExecutor(1) as executor:
+        cancelling = executor.submit(run_forkvm, "cancel", "many", "--json", env=environment)
+        wait_until(lambda: bool(admin.exists("forkvm:many:cancel")), "the request to cancel")
+        send(worker.children, signal.SIGCONT)
+        cancelled = cancelling.result()
     retried = run_forkvm("campaign", "--retry", "many", "--id", "rest", "--wait", "--json", env=environment)
 
     # Then

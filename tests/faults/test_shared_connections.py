@@ -21,7 +21,8 @@ def test_worker_whose_idle_connection_is_closed_connects_again_and_goes_on(
     own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, guests: Guests, place: Path
 ) -> None:
     # Given a worker whose one child is not its first
-    worker = start_worker(mounts, 1, args=["--without-mingle"])
+    # It sends no sweep, which the child could be given before the fork that is to be held up
+    worker = start_worker(mounts, 1, args=["--without-mingle"], env={"FORKVM_VISIBILITY_TIMEOUT": "600"})
     wait_until(lambda: _waiting(own_scheduler) != [], "the worker to wait for messages")
     first = worker.children
     send(first, signal.SIGKILL)

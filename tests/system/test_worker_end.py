@@ -27,7 +27,7 @@ def test_worker_told_to_end_just_after_it_gave_a_child_a_task_ends_when_that_is_
     # Given a child that has been given a fork and did not say yet that it took it
     directory = fresh("xfs")
     make_guest(directory / "a")
-    worker = start_worker(mounts, 1)
+    worker = start_worker(mounts, 1, env={"FORKVM_VISIBILITY_TIMEOUT": "600"})  # it sends no sweep meanwhile
     children = worker.children
     send(children, signal.SIGSTOP)
     sent = own_scheduler.send({"source": str(directory / "a"), "destination": str(directory / "b")})
