@@ -93,8 +93,11 @@ def test_flower_shows_forks_campaigns_and_their_parts_under_readable_names_with_
     large = send("chunks", reflink="never")
     wait_until(lambda: flower.rows().get("chunks", {}).get("state") == "PROGRESS", "the progress", _PATIENCE)
     progress = flower.rows()["chunks"]
+    send("cancelled")
+    foreign_client.control.revoke("cancelled")
     large.get(timeout=60)
     wait_until(lambda: flower.rows()["chunks"]["state"] == "SUCCESS", "the end of the fork in chunks", _PATIENCE)
+    wait_until(lambda: flower.rows().get("cancelled", {}).get("state") == "REVOKED", "the cancelled fork", _PATIENCE)
     rows = flower.rows()
 
     shown = {job: (rows[job]["name"], rows[job]["state"]) for job in ("inline", "none", "many", "chunks")}
@@ -108,6 +111,7 @@ def test_flower_shows_forks_campaigns_and_their_parts_under_readable_names_with_
     assert " of " in progress["result"]
     assert str(guests / "inline") in rows["inline"]["kwargs"]
     assert "source_not_found" in rows["none"]["exception"]
+    assert "cancelled" in rows["cancelled"]["exception"]
     assert rows["chunks.chunk.0"]["name"] == "forkvm.fork (chunk)"
     assert rows["many.batch.0"]["name"] == "forkvm.campaign (batch)"
     assert flower.get("/api/task/result/chunks")["result"]["status"] == "succeeded"
