@@ -19,7 +19,7 @@ from worker.cli import main
 sys.argv[0] = "forkvm"
 main()
 """
-_SLOW = {"asyncio", "celery", "kombu", "pydantic", "pydantic_core", "redis", "rich"}
+_SLOW = {"asyncio", "celery", "kombu", "prometheus_client", "pydantic", "pydantic_core", "redis", "rich"}
 
 
 def _imported(*arguments: str, **environment: str) -> set[str]:
