@@ -114,8 +114,11 @@ class Client:
         return any(found["name"] == (queue or self._queue) for served in queues for found in served)
 
     def overview(self) -> Overview:
-        """What the domain of the settings does at this moment. Takes 1 s. Raises RedisError."""
-        return read_overview(self._app, self.results, self._queue)
+        """What the domain of the settings does at this moment. Takes 1 s. Raises NoBroker."""
+        try:
+            return read_overview(self._app, self.results, self._queue)
+        except (OperationalError, RedisError, OSError) as error:
+            raise NoBroker(f"Redis: {cause(error)}") from None
 
     def wait(self, job_id: str, show: ShowProgress, timeout: float | None = None, queue: str | None = None) -> Status:
         """Wait until the job has ended, for at most `timeout` seconds. Returns its last status.

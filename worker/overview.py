@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -17,6 +16,7 @@ from celery import Celery
 from redis import Redis
 
 from tasks.names import inner_queues
+from tasks.store.queues import unacked_messages, waiting_messages
 from tasks.store.results import Results
 from worker.runtime.configuration import UNACKED_KEY
 from worker.runtime.remote_control import STATS_FIELD
@@ -92,7 +92,10 @@ class Overview:
 
 
 def read_overview(app: Celery, results: Results, queue: str) -> Overview:
-    """The overview of the domain whose clients use `queue`. Takes `ANSWER_SECONDS`. Raises RedisError."""
+    """The overview of the domain whose clients use `queue`. Takes `ANSWER_SECONDS`.
+
+    Raises RedisError, OperationalError.
+    """
     with app.connection_for_read() as connection:
         channel: Any = connection.default_channel
         queues = _queues(channel.client, [queue, *inner_queues(queue)])
@@ -109,23 +112,17 @@ def read_overview(app: Celery, results: Results, queue: str) -> Overview:
 
 
 def _queues(redis: Redis, names: list[str]) -> list[Queue]:
+    waiting = waiting_messages(redis, names)
+    unacked = unacked_messages(redis, UNACKED_KEY, names)
     with redis.pipeline(transaction=False) as pipe:
         for name in names:
-            pipe.llen(name)
             pipe.lrange(name, -_OLDEST_AMONG, -1)  # messages are taken from the right
-        pipe.hvals(UNACKED_KEY)
-        *found, taken = pipe.execute()
-    unacked = Counter(map(_routing_key, taken))
+        next_ones = pipe.execute()
     now = time.time()
     return [
-        Queue(name, waiting, unacked[name], _oldest(next_ones, now))
-        for name, waiting, next_ones in zip(names, found[::2], found[1::2], strict=True)
+        Queue(name, waiting[name], unacked[name], _oldest(messages, now))
+        for name, messages in zip(names, next_ones, strict=True)
     ]
-
-
-def _routing_key(entry: bytes) -> str:
-    """The queue of a message in kombu's hash: [message, exchange, routing key]. The key ends the JSON text."""
-    return entry.rpartition(b', "')[2].removesuffix(b'"]').decode(errors="replace")
 
 
 def _oldest(messages: Iterable[bytes], now: float) -> float | None:

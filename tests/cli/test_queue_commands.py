@@ -87,7 +87,8 @@ def test_a_request_that_cannot_be_meant_is_refused_before_it_is_sent(
 
 def test_without_a_broker_every_queue_command_exits_with_3_in_one_line(run_forkvm: RunForkvm, tmp_path: Path) -> None:
     environment = {"FORKVM_BROKER_URL": f"redis+socket://{tmp_path}/nobody"}
-    for command in (["submit", "/a", "/b"], ["status", "f1"], ["files", "f1"], ["cancel", "f1"]):
+    queries = (["status", "f1"], ["files", "f1"], ["cancel", "f1"], ["queues"], ["report", "f1", "-o", "page.html"])
+    for command in (["submit", "/a", "/b"], *queries):
         done = run_forkvm(*command, env=environment)
         assert done.returncode == 3, command
         assert done.stderr.startswith("forkvm: no broker at redis+socket://"), command

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from worker.commands.errors import is_redis_error
 from worker.commands.help import command
 from worker.commands.options import as_json, connect, with_domain
 from worker.exit_codes import NO_BROKER
@@ -95,9 +94,7 @@ def _show_readings(settings: Settings, client: Client | None, interval: float) -
             try:
                 client = client or connect(settings)
                 overview = client.overview()
-            except Exception as error:
-                if not isinstance(error, NoBroker) and not is_redis_error(error):
-                    raise
+            except NoBroker as error:
                 client, reason = None, str(error)
             live.update(_screen(settings.queue, overview, reason, live.console.size), refresh=True)
             time.sleep(max(0.0, began + interval - time.monotonic()))
