@@ -33,9 +33,9 @@ def reservations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _source(directory: Path, megabytes: int) -> Path:
     source = directory / "source"
-    source.mkdir()
+    (source / "layers").mkdir(parents=True)
     for n in range(2):
-        make_sparse_file(source / f"disk-{n}", megabytes * MIB, megabytes * MIB // 2, seed=n)
+        make_sparse_file(source / "layers" / f"disk-{n}", megabytes * MIB, megabytes * MIB // 2, seed=n)
     return source
 
 
@@ -65,7 +65,7 @@ def test_blocks_that_were_only_preallocated_need_no_room(
     fresh: Fresh, small_tmpfs: SmallTmpfs, limits: Limits, reservations: Path
 ) -> None:
     source, place = _source(fresh("xfs"), 8), small_tmpfs(20 * MIB)
-    fd = os.open(source / "disk-0", os.O_WRONLY)
+    fd = os.open(source / "layers" / "disk-0", os.O_WRONLY)
     os.posix_fallocate(fd, 0, 64 * MIB)
     os.close(fd)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 from tasks.copier.clone.file import Cloner, DirectoryPair
@@ -94,7 +95,7 @@ class Forecast:
         """
         for block in self._work.blocks(planned_dev):
             checkpoint()
-            with self._work.place(block.path) as place:
+            with self._directory(block.path) as place:
                 for entry in block.entries:
                     if entry.kind == Kind.FILE:
                         path = join(block.path, entry.name)
@@ -103,6 +104,15 @@ class Forecast:
                             yield from self._open(place, entry, path, is_known=is_known)
                         else:
                             yield File(path, entry, -1, is_known)
+
+    @contextmanager
+    def _directory(self, path: str) -> Iterator[DirectoryPair]:
+        """Open a directory of the source. The tree need not have it yet. Raises ForkError."""
+        ends, src_fd = self._work.ends, self._work.open_source(path)
+        try:
+            yield DirectoryPair(src_fd, -1, self._work.tree_dev, path, ends.source, ends.destination)
+        finally:
+            os.close(src_fd)
 
     def read(self, file: File, call: Callable[[], T]) -> T:
         """What `call` reads of the file. Raises ForkError where it raises OSError."""
