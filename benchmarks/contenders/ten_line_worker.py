@@ -7,7 +7,7 @@ import subprocess
 
 from celery import Celery
 
-app = Celery("ten_lines", broker=os.environ["FORKVM_BROKER_URL"], backend=os.environ["FORKVM_BROKER_URL"])
+app = Celery("ten_lines", broker=os.environ["TEN_LINES_URL"], backend=os.environ["TEN_LINES_URL"])
 app.conf.update(task_acks_late=True, worker_prefetch_multiplier=1, task_default_queue="ten_lines")
 
 

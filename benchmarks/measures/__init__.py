@@ -9,7 +9,7 @@ from benchmarks.cases import ONE, Case
 from benchmarks.contenders.service import Service
 from benchmarks.filesystems import Filesystem, Unavailable
 from benchmarks.log import log
-from benchmarks.measures import campaigns, first_file, growth, memory, messages, small_forks, snapshot
+from benchmarks.measures import campaigns, first_file, growth, load, memory, messages, small_forks, snapshot
 from benchmarks.plan import Plan, open_filesystem
 from benchmarks.report.tables import Finding
 
@@ -52,6 +52,10 @@ def _snapshot(plan: Plan, root: Path, service: Service | None) -> list[Finding]:
 
 def _small_forks(plan: Plan, root: Path, service: Service | None) -> list[Finding]:
     return _on_each_reflink(plan, root, service, small_forks.CASES, small_forks.measure_small_forks)
+
+
+def _load(plan: Plan, root: Path, service: Service | None) -> list[Finding]:
+    return _on_each_reflink(plan, root, service, load.CASES, load.measure_load)
 
 
 def _campaigns(plan: Plan, root: Path, service: Service | None) -> list[Finding]:
@@ -114,6 +118,7 @@ MEASURES: dict[str, Measure] = {
     "first-file": _first_file,
     "snapshot": _snapshot,
     "singles": _small_forks,
+    "load": _load,
     "campaigns": _campaigns,
     "large-campaign": _large_campaign,
 }

@@ -59,16 +59,16 @@ class MemoryWatch:
             self._poll()
 
     def _poll(self) -> None:
-        self.largest = max(self.largest, *(_high_water(pid) for pid in _descendants(self._pid)))
+        self.largest = max(self.largest, *(_high_water(pid) for pid in descendants(self._pid)))
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     """The process and all its descendants."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
         return [pid]
-    return [pid, *(member for child in children for member in _descendants(int(child)))]
+    return [pid, *(member for child in children for member in descendants(int(child)))]
 
 
 def _high_water(pid: int) -> int:
