@@ -27,6 +27,7 @@ from tasks.names import FINISH_CAMPAIGN_TASK, FORK_TASK
 from tasks.store import keys
 from tasks.store.open_jobs import OpenJob
 from tasks.store.redis_errors import cause
+from tasks.store.results import Results
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,11 @@ _LOGGED = {
     "kept": (logging.INFO, "kept staging of fork %r: %r: %s"),
     "failed": (logging.WARNING, "could not check staging of fork %r: %r: %s"),
 }
+
+
+def is_sweep_needed(results: Results, queue: str) -> bool:
+    """Whether a sweep of this queue has anything to do. Raises RedisError."""
+    return results.open_jobs.any() or results.periodic_work.is_due(keys.WALK, queue)
 
 
 def run_sweep(context: Context, every: int) -> None:

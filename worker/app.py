@@ -32,6 +32,7 @@ from worker.runtime.patches import (
     patch_closed_channels,
     patch_connections_of_children,
     patch_end_of_children,
+    patch_search_for_lost_messages,
     patch_unacked_messages,
     report_expired_leases,
 )
@@ -145,6 +146,7 @@ def _patch_kombu(**_: Any) -> None:
     patch_closed_channels()
     patch_connections_of_children()
     patch_unacked_messages()
+    patch_search_for_lost_messages()
     report_expired_leases()
 
 

@@ -30,6 +30,10 @@ class OpenJobs:
 
     connection: Connection
 
+    def any(self) -> bool:
+        """Whether there may be jobs that have not ended, of any queue."""
+        return bool(self.connection.ask(lambda: self.connection.redis.zcard(keys.OPEN.pattern)))
+
     def of_queue(self, queue: str) -> list[OpenJob]:
         """The jobs of a queue that have not ended. Removes from the list in Redis those of any queue that have."""
         connection = self.connection

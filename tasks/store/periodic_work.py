@@ -19,6 +19,10 @@ class PeriodicWork:
         key = _key(work, queue)
         return bool(self.connection.ask(lambda: self.connection.redis.set(key, b"1", nx=True, ex=seconds)))
 
+    def is_due(self, work: Key, queue: str) -> bool:
+        """Whether the work is due. The caller does not take it."""
+        return not self.connection.ask(lambda: self.connection.redis.exists(_key(work, queue)))
+
     def set_due(self, work: Key, queue: str, seconds: int) -> None:
         """Make the work due again in so many seconds."""
         key = _key(work, queue)

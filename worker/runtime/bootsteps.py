@@ -19,6 +19,7 @@ from tasks.delivery.backend import results_of
 from tasks.names import SWEEP_TASK, inner_queue
 from tasks.store import keys
 from tasks.store.redis_errors import is_passing
+from tasks.sweep import is_sweep_needed
 from worker.runtime.patches import restore_unrecorded
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,8 @@ class Lease(bootsteps.StartStopStep):
     kombu's Redis transport redelivers a message when the visibility timeout has passed since it was taken, and has no
     renewal. With renewal the timeout can be short: a dead worker's messages are redelivered within seconds, and a fork
     of any length is delivered once. A missed renewal causes a second delivery, which is harmless. The code reads
-    kombu's private `_delivered` (kombu/transport/virtual/base.py, QoS); a test checks it on the installed version.
+    kombu's private `_delivered` and `_dirty` (kombu/transport/virtual/base.py, QoS); a test checks it on the installed
+    version.
 
     The messages of a stopped child process (SIGSTOP, a debugger) are not renewed: they are redelivered, and another
     process takes the fork over.
@@ -68,7 +70,8 @@ class Lease(bootsteps.StartStopStep):
         channel = parent.task_consumer.channel
         now = time.time()
         stopped = _tags_of_stopped_children(parent.pool.info.get("processes", []))
-        taken = dict.fromkeys((tag for tag in list(channel.qos._delivered) if tag not in stopped), now)
+        done = channel.qos._dirty  # acknowledged; kombu forgets them with the next message
+        taken = dict.fromkeys((tag for tag in list(channel.qos._delivered) if tag not in stopped | done), now)
         Lease.renewed_at = time.monotonic()
         if not taken:
             return
@@ -150,7 +153,8 @@ class Sweeper(bootsteps.StartStopStep):
         queues = [name for name in app.amqp.queues.consume_from if "#" not in name]
         with suppress(OperationalError, RedisError, OSError):  # the consumer loop gets the same error and reconnects
             for queue in queues:
-                if results.periodic_work.start(keys.SWEEP, queue, _SWEEP_LOST_INTERVALS * self.interval):
+                lost_after = _SWEEP_LOST_INTERVALS * self.interval
+                if is_sweep_needed(results, queue) and results.periodic_work.start(keys.SWEEP, queue, lost_after):
                     queue, arguments = inner_queue(queue, SWEEP_TASK), {"every": self.interval}
                     # A connection of its own: where Redis does not answer, kombu opens another channel and keeps the
                     # sockets of the first one until the connection is closed.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from contextlib import suppress
 from functools import cache
 from multiprocessing.connection import wait
@@ -138,6 +139,25 @@ def report_expired_leases() -> None:
             events.happened("redelivery", "worker_lost")
 
     qos.restore_visible, qos.restore_by_tag = restore_expired, restore_and_report
+
+
+@cache  # once a process
+def patch_search_for_lost_messages() -> None:
+    """Search for messages of dead workers only if there may be one.
+
+    kombu takes and releases a lock in Redis for each search, in each interval of each worker: five commands. One tells
+    whether a message has not been renewed for the visibility timeout.
+    """
+    qos: Any = QoS
+    restore = qos.restore_visible
+
+    def restore_if_any(self: Any, *args: Any, **kwargs: Any) -> None:
+        with self.channel.conn_or_acquire() as client:
+            is_any = client.zcount(self.unacked_index_key, "-inf", time.time() - self.visibility_timeout)
+        if is_any:
+            restore(self, *args, **kwargs)
+
+    qos.restore_visible = restore_if_any
 
 
 def _stop_renewal(qos: Any, delivery_tag: str, error: ResponseError) -> None:
