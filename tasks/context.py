@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from redis.exceptions import RedisError, ResponseError
 
 from tasks import events
+from tasks.copier.copy_rate import Pace, unbounded
 from tasks.copier.counted import counted
 from tasks.copier.errors import Code, ForkError, cancelled, describe
 from tasks.copier.fork_spec import ForkResult, ForkSpec
@@ -60,6 +61,8 @@ class Context:
     recent_forks: RecentForks = field(default_factory=RecentForks)
     #: The jobs whose end this task has stored.
     ended: dict[str, Ended[ForkResult]] = field(default_factory=dict)
+    #: The copy rate of this host.
+    pace: Pace = unbounded
 
     def keep_canvas(self, job_id: str) -> None:
         """Keep the tasks that follow the job for the task that ends it. Call this once the request holds the id."""

@@ -19,6 +19,7 @@ from celery import signals
 from celery.worker.consumer.gossip import Gossip
 from celery.worker.consumer.mingle import Mingle
 
+from tasks.copier.io_priority import use_io_priority
 from tasks.delivery.backend import results_of
 from tasks.names import inner_queues
 from worker.checks.shared_filesystems import LocksNotShared, place_markers
@@ -130,6 +131,16 @@ def _require_heartbeat_file(**_: Any) -> None:
             Path(path).touch()
         except OSError as error:
             _refuse(f"FORKVM_HEARTBEAT_FILE: {path} cannot be written: {error.strerror}")
+
+
+@signals.celeryd_init.connect
+@signals.worker_process_init.connect
+def _set_io_priority(**_: Any) -> None:
+    """In the main process to refuse a wrong setting at once, and in each child, since a thread may have started it."""
+    try:
+        use_io_priority(_settings().io_priority)
+    except OSError as error:
+        _refuse(f"FORKVM_IO_PRIORITY: it cannot be set: {error.strerror}")
 
 
 @signals.celeryd_init.connect

@@ -31,6 +31,7 @@ _MODULES = {
     "worker": "worker.commands.worker",
     "doctor": "worker.commands.doctor",
     "verify": "worker.commands.fork",
+    "copy-rate": "worker.commands.worker",
     "gc": "worker.commands.gc",
     "demo": "worker.commands.worker",
     "completion": "worker.commands.interface",
@@ -63,7 +64,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of that name, or None."""
         module = _MODULES.get(cmd_name)
-        return None if module is None else getattr(import_module(module), cmd_name)
+        return None if module is None else getattr(import_module(module), cmd_name.replace("-", "_"))
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
+from tasks.copier.copy_rate import LEAST_RATE, CopyRate
 from tasks.copier.options import Limits
 from worker.environment import new_warnings, unknown_variables
 from worker.redis_url import SENTINEL, RedisUrl, read_redis_url
@@ -28,6 +29,8 @@ _SECRETS_DIRECTORY = "/run/secrets"
 _NAME = "^[A-Za-z0-9_.-]*$"
 #: An integer, perhaps with underscores between its digits, or with zeros after a point.
 _INTEGER = re.compile(r"([+-]?[0-9]+(?:_[0-9]+)*)(?:\.0+)?")
+_RUNTIME = "/run/forkvm"
+_IO_PRIORITY = re.compile("none|idle|best-effort:[0-7]")
 #: The message of a worker that is started without roots.
 NO_ROOTS = "no roots: set FORKVM_ROOTS to the directories that the worker may use, separated by colons"
 
@@ -103,6 +106,17 @@ def read_address(value: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def _io_priority(value: str) -> str:
+    if not _IO_PRIORITY.fullmatch(value):
+        raise ValueError("give none, idle, or best-effort:0 (the highest) to best-effort:7")
+    return value
+
+
+def default_runtime_directory() -> str:
+    """/run/forkvm if it exists, since it is the same for all users of the host; else one of this user in memory."""
+    return _RUNTIME if os.path.isdir(_RUNTIME) else f"/dev/shm/forkvm-{os.geteuid()}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """All settings with their defaults. Sizes are in bytes, times in seconds."""
@@ -138,6 +152,12 @@ class Settings:
     chunk_files: int = _setting(Limits.chunk_files, _integer(1))
     chunk_bytes: int = _setting(Limits.chunk_bytes, _integer(1 << 20))
     max_chunks: int = _setting(Limits.max_chunks, _integer(1, 10_000))
+    #: Bytes per second that all workers and local forks of the host may copy together; by default, as many as they can.
+    copy_rate: int | None = _setting(None, _integer(LEAST_RATE))
+    #: I/O priority of the processes that clone; see `tasks.copier.io_priority`.
+    io_priority: str = _setting("none", _io_priority)
+    #: Directory that all workers and local forks of the host share; see `default_runtime_directory`.
+    runtime_dir: str = _setting("", _text)
     #: File that a worker touches while it consumes, for a health check; empty for none.
     heartbeat_file: str = _setting("", _text)
     #: The host and port at which a worker serves metrics and health; None for nowhere.
@@ -157,6 +177,11 @@ class Settings:
     def backend(self) -> RedisUrl:
         """The URL of the results' Redis."""
         return read_redis_url(self.result_backend or self.broker_url)
+
+    @property
+    def copy_pace(self) -> CopyRate:
+        """The copy rate of this host."""
+        return CopyRate(self.runtime_dir or default_runtime_directory(), self.copy_rate)
 
     @property
     def limits(self) -> Limits:

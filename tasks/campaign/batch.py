@@ -48,7 +48,8 @@ def _make(context: Context, results: CampaignResults, campaign: Campaign, home: 
         if is_over(results, campaign):
             return True
         with campaign.staging.with_heartbeat():
-            make_batch(campaign, context.roots, first, Ticker(_poll_end(results, campaign)), results)
+            ticker = Ticker(_poll_end(results, campaign), context.pace)
+            make_batch(campaign, context.roots, first, ticker, results)
         following = first + campaign.plan.batch * campaign.plan.lanes
         if following < spec.aims.count:
             send_batch(context, spec.campaign_id, home, following)

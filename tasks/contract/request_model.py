@@ -10,7 +10,17 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, V
 
 from tasks.contract.raw_request import REFUSED, text_of
 from tasks.copier.errors import Code, ForkError
-from tasks.copier.options import MOST_ITEMS, Durability, Options, Preserve, Reflink, Snapshot, SourceOpen, Verify
+from tasks.copier.options import (
+    MOST_ITEMS,
+    Cache,
+    Durability,
+    Options,
+    Preserve,
+    Reflink,
+    Snapshot,
+    SourceOpen,
+    Verify,
+)
 from tasks.copier.roots import normal_path
 from tasks.copier.source.selection import Selection
 
@@ -69,6 +79,7 @@ class AnyRequest(BaseModel):
     verify: Verify = Options.verify
     max_copied_bytes: Annotated[int, Field(ge=0, lt=1 << 63)] | None = Options.max_copied_bytes
     source_open: SourceOpen = Options.source_open
+    cache: Cache = Options.cache
     #: Returned unchanged in the result.
     labels: (
         Annotated[dict[Text, Text], Field(max_length=MOST_ITEMS)] | Annotated[list[Text], Field(max_length=MOST_ITEMS)]
@@ -86,6 +97,7 @@ class AnyRequest(BaseModel):
             verify=self.verify,
             max_copied_bytes=self.max_copied_bytes,
             source_open=self.source_open,
+            cache=self.cache,
         )
 
 

@@ -9,9 +9,11 @@
     campaign   many forks of one source, in batches
 
     errors, validation, options, progress, counted   used by every layer
+    copy_rate                                        the bound on the bytes that a host copies in a second
     roots, endpoints                                 opening the source and the destination
     report, metadata_losses, fork_spec               requests and results as the engine sees them
     child_processes                                  the supervisor of child processes
+    io_priority                                      the I/O priority of processes that clone
 
 Imports point down: kernel, then source, clone, staging, space, fork and campaign.
 """

@@ -13,6 +13,7 @@ Preserve = Literal["mode", "ownership", "timestamps", "xattrs", "hardlinks"]
 Durability = Literal["none", "sync"]
 Verify = Literal["none", "content"]
 SourceOpen = Literal["allow", "refuse"]
+Cache = Literal["keep", "drop"]
 #: Whether a campaign goes on after a fork failed.
 OnError = Literal["continue", "abort"]
 
@@ -44,6 +45,8 @@ class Options:
     max_copied_bytes: int | None = None
     #: refuse: fail if a file is open for writing while it is cloned.
     source_open: SourceOpen = "allow"
+    #: drop: copied data does not stay in the page cache.
+    cache: Cache = "keep"
 
     def to_data(self) -> dict[str, Any]:
         """JSON-ready data for the journal. A later option is left out at its default: earlier versions refuse it."""
@@ -66,12 +69,13 @@ class Options:
                     "verify": validation.one_of(data["verify"], get_args(Verify)),
                     "max_copied_bytes": validation.optional(data.get("max_copied_bytes"), validation.integer),
                     "source_open": validation.one_of(data.get("source_open", cls.source_open), get_args(SourceOpen)),
+                    "cache": validation.one_of(data.get("cache", cls.cache), get_args(Cache)),
                 }
             )
 
 
 #: The options that the first version did not have.
-_LATER = frozenset({"max_copied_bytes", "source_open"})
+_LATER = frozenset({"max_copied_bytes", "source_open", "cache"})
 
 
 def _preserved(value: Any) -> Preserve:

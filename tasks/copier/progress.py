@@ -7,6 +7,8 @@ from collections.abc import Callable
 from enum import Enum
 from typing import TypedDict, final
 
+from tasks.copier.copy_rate import Pace, unbounded
+
 #: Seconds between two calls of `poll`: the delay of a cancellation, and the interval of published progress.
 POLL_SECONDS = 0.25
 
@@ -41,7 +43,9 @@ Poll = Callable[[Progress], None]
 class Ticker:
     """Counts finished work, and calls `poll` at most once every `POLL_SECONDS`."""
 
-    def __init__(self, poll: Poll) -> None:
+    def __init__(self, poll: Poll, pace: Pace = unbounded) -> None:
+        """`pace` is called for the bytes that are copied, and may wait."""
+        self.pace = pace
         self._poll = poll
         self._next = time.monotonic() + POLL_SECONDS
         self.progress: Progress = {
@@ -69,8 +73,9 @@ class Ticker:
             self.poll_now()
 
     def step(self, count: int) -> None:
-        """Count finished bytes of a file that is not finished."""
+        """Count copied bytes of a file that is not finished. Waits if they were copied too fast."""
         self(0, count)
+        self.pace(count, self.poll)
 
     def poll(self) -> None:
         """Count nothing; call `poll` if it is due."""

@@ -9,6 +9,7 @@ from celery import Celery
 from redis.exceptions import OutOfMemoryError
 
 from tasks.context import Context
+from tasks.copier.copy_rate import Pace
 from tasks.copier.options import Limits
 from tasks.copier.roots import Roots
 from tasks.delivery.backend import results_of
@@ -19,8 +20,8 @@ from tasks.store.recent_forks.forks import RecentForks
 from tasks.store.redis_errors import wait_out
 
 
-def context_factory(app: Celery, roots: Roots, limits: Limits) -> Callable[[AnyTask], Context]:
-    """A function that makes the context of a running task."""
+def context_factory(app: Celery, roots: Roots, limits: Limits, pace: Pace) -> Callable[[AnyTask], Context]:
+    """A function that makes the context of a running task. `pace` is the copy rate of this host."""
     ended = RecentForks()  # one for all tasks of a process: it remembers when it purged, and whether it warned
 
     def context_of(task: AnyTask) -> Context:
@@ -29,7 +30,8 @@ def context_factory(app: Celery, roots: Roots, limits: Limits) -> Callable[[AnyT
         def send(task: str, kwargs: dict[str, Any], task_id: str) -> None:
             send_patiently(app, task, kwargs, task_id, inner_queue(queue, task))
 
-        return Context(roots, limits, results_of(app, patient=True), send, queue, take_canvas(task.request), ended)
+        canvas = take_canvas(task.request)
+        return Context(roots, limits, results_of(app, patient=True), send, queue, canvas, ended, pace=pace)
 
     return context_of
 

@@ -94,7 +94,7 @@ def _clone(context: Context, staging: Staging, journal: Journal, plan: Plan, num
     def keep(report: Report) -> None:
         context.plain_ledger(spec.fork_id).keep_pages({str(number): report.close()})
 
-    ticker = Ticker(poll_unless_stopped)
+    ticker = Ticker(poll_unless_stopped, context.pace)
     ticker.enter("copy", plan.entries, plan.bytes)
     try:
         ticker.poll_now()

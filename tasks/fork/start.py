@@ -82,7 +82,7 @@ def run_claimed(
 
 def _start(context: Context, spec: ForkSpec, claimed: ClaimOutcome) -> ForkResult | None:
     """Make the whole fork if it is small: its result. Else plan it, send its chunks, and return None."""
-    ticker = Ticker(context.poll_of(spec.fork_id, "plan", spec.destination))
+    ticker = Ticker(context.poll_of(spec.fork_id, "plan", spec.destination), context.pace)
     with (
         open_endpoints(context.roots, spec.source, spec.destination) as ends,
         Staging.claim(ends.parent_fd, spec.fork_id, LOCK_WAIT) as staging,

@@ -57,6 +57,7 @@ def test_every_field_is_taken() -> None:
             "verify": "content",
             "max_copied_bytes": 0,
             "source_open": "refuse",
+            "cache": "drop",
             "labels": ["x"],
         },
         "fork-1",
@@ -68,7 +69,7 @@ def test_every_field_is_taken() -> None:
     assert (spec.options.reflink, spec.options.snapshot) == ("never", "never")
     assert (spec.options.durability, spec.options.verify) == ("sync", "content")
     assert spec.options.max_copied_bytes == 0
-    assert spec.options.source_open == "refuse"
+    assert (spec.options.source_open, spec.options.cache) == ("refuse", "drop")
     assert spec.options.skip == ("a/b", "c")
     assert spec.options.exclude == ()
     assert spec.options.preserve == {"mode"}
@@ -76,10 +77,10 @@ def test_every_field_is_taken() -> None:
 
 
 def test_fields_that_an_earlier_version_does_not_know_are_written_only_if_they_are_used() -> None:
-    plain, used = Options(), Options(source_open="refuse")
+    plain, used = Options(), Options(source_open="refuse", cache="drop")
 
     assert set(plain.to_data()) == EARLIER_FIELDS
-    assert set(used.to_data()) == EARLIER_FIELDS | {"source_open"}
+    assert set(used.to_data()) == EARLIER_FIELDS | {"source_open", "cache"}
     assert Options.from_data(plain.to_data()) == plain
     assert Options.from_data(used.to_data()) == used
 

@@ -55,9 +55,14 @@ def test_each_variable_is_taken(read: Read) -> None:
             "FORKVM_MAX_CHUNKS": "5",
             "FORKVM_HEARTBEAT_FILE": "/run/heartbeat",
             "FORKVM_HTTP": "127.0.0.1:9440",
+            "FORKVM_COPY_RATE": "100000000",
+            "FORKVM_IO_PRIORITY": "best-effort:7",
+            "FORKVM_RUNTIME_DIR": "/run/other",
         }
     )
 
+    assert (settings.copy_pace.directory, settings.copy_pace.configured) == ("/run/other", 100_000_000)
+    assert settings.io_priority == "best-effort:7"
     assert (settings.broker_url, settings.result_backend) == ("redis://a:1/2", "redis://b:1/2")
     assert settings.queue == "forkvm.rack-7"
     assert (settings.result_expires, settings.visibility_timeout) == (3600, 60)
@@ -102,6 +107,10 @@ def test_variables_of_others_are_left_alone(read: Read) -> None:
         ("FORKVM_CHUNK_FILES", "0"),
         ("FORKVM_CHUNK_BYTES", "1048575"),
         ("FORKVM_MAX_CHUNKS", "10001"),
+        ("FORKVM_COPY_RATE", "65535"),
+        ("FORKVM_COPY_RATE", "fast"),
+        ("FORKVM_IO_PRIORITY", "best-effort:8"),
+        ("FORKVM_IO_PRIORITY", "realtime:0"),
         ("FORKVM_DOMAIN", "a/b"),
         ("FORKVM_DOMAIN", "a#b"),
         ("FORKVM_ROOTS", "/guests:relative"),

@@ -21,6 +21,7 @@ from worker.commands.options import (
     domain_option,
     fork_options,
     local_processes,
+    prepare_io,
     request_of,
     with_domain,
 )
@@ -212,8 +213,9 @@ def _run_here(request: dict[str, Any], campaign_id: str) -> CampaignResult:
         spec, paths = campaign_of(request, campaign_id, owner="local")
     except ForkError as error:
         return refused_campaign(request, campaign_id, error)
+    prepare_io(settings)
     with progress_bar() as show, cancelled_by_signals(show) as poll:
-        return campaign_here(spec, paths, Roots(settings.roots), local_processes(), poll)
+        return campaign_here(spec, paths, Roots(settings.roots), local_processes(), poll, settings.copy_pace)
 
 
 def _print_result(result: CampaignResult, as_json: bool) -> None:

@@ -12,7 +12,16 @@ import click
 from tasks.copier.errors import ForkError
 from tasks.copier.options import DEFAULT_EXCLUDE
 from worker.commands.help import command
-from worker.commands.options import PATH, absolute, as_json, fork_options, local_processes, print_result, request_of
+from worker.commands.options import (
+    PATH,
+    absolute,
+    as_json,
+    fork_options,
+    local_processes,
+    prepare_io,
+    print_result,
+    request_of,
+)
 from worker.commands.output import comparison_lines, comparison_record, progress_bar
 from worker.exit_codes import FAILED
 from worker.settings import Settings, read_settings
@@ -95,4 +104,5 @@ def _fork_here(settings: Settings, request: dict[str, Any], poll: Poll) -> ForkR
         spec = fork_request.spec_of(request, fork_id, owner="local")
     except ForkError as error:
         return fork_request.refused(request, fork_id, error)
-    return fork_here(spec, Roots(settings.roots), settings.limits, local_processes(), poll)
+    prepare_io(settings)
+    return fork_here(spec, Roots(settings.roots), settings.limits, local_processes(), poll, settings.copy_pace)

@@ -10,11 +10,12 @@ import click
 from click.shell_completion import CompletionItem
 
 from tasks.copier.errors import Code, describe
-from tasks.copier.options import DEFAULT_EXCLUDE, Durability, Preserve, Reflink, Snapshot, SourceOpen, Verify
+from tasks.copier.io_priority import use_io_priority
+from tasks.copier.options import DEFAULT_EXCLUDE, Cache, Durability, Preserve, Reflink, Snapshot, SourceOpen, Verify
 from worker.commands.output import result_lines
 from worker.cpus import available_cpus
 from worker.exit_codes import BAD_CALL, FAILED
-from worker.settings import Settings, read_settings
+from worker.settings import BadSettings, Settings, read_settings
 from worker.terminal.printing import print_json, print_line, print_message
 
 if TYPE_CHECKING:
@@ -55,60 +56,65 @@ domain_option = click.option(
 )
 
 
+#: The fields of a ForkRequest as options.
+_FORK_OPTIONS = (
+    click.option(
+        "--reflink",
+        type=click.Choice(get_args(Reflink)),
+        help="auto (default): copy a file that cannot be reflinked; always: fail instead; never: copy all.",
+    ),
+    click.option(
+        "--snapshot",
+        type=click.Choice(get_args(Snapshot)),
+        help="auto (default): clone a btrfs subvolume by a snapshot if possible; never: clone its files.",
+    ),
+    click.option("--skip", multiple=True, metavar="PATH", help="Leave out this relative path. Repeatable."),
+    click.option(
+        "--exclude",
+        multiple=True,
+        metavar="PATTERN",
+        help=f"Leave out entries that match. Repeatable. Default: {', '.join(DEFAULT_EXCLUDE)}.",
+    ),
+    click.option("--no-exclude", is_flag=True, help="Exclude nothing by pattern."),
+    click.option(
+        "--preserve",
+        type=_WordList(get_args(Preserve)),
+        metavar="LIST",
+        help="Metadata to keep, separated by commas. Default: mode,ownership,timestamps,xattrs,hardlinks.",
+    ),
+    click.option(
+        "--durability",
+        type=click.Choice(get_args(Durability)),
+        help="none (default); sync: write the fork to the disk before it is published.",
+    ),
+    click.option(
+        "--verify",
+        type=click.Choice(get_args(Verify)),
+        help="none (default); content: compare every byte of the fork with the source.",
+    ),
+    click.option(
+        "--max-copied-bytes",
+        type=int,
+        metavar="N",
+        help="Fail instead of copying more than N bytes; 0: reflinks only. Default: no bound.",
+    ),
+    click.option(
+        "--source-open",
+        type=click.Choice(get_args(SourceOpen)),
+        help="allow (default); refuse: fail if a file of the source is open for writing.",
+    ),
+    click.option(
+        "--cache",
+        type=click.Choice(get_args(Cache)),
+        help="keep (default); drop: leave no copied data in the page cache.",
+    ),
+    click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Copied to the result. Repeatable."),
+)
+
+
 def fork_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The fields of a ForkRequest as options."""
-    for option in reversed(
-        (
-            click.option(
-                "--reflink",
-                type=click.Choice(get_args(Reflink)),
-                help="auto (default): copy a file that cannot be reflinked; always: fail instead; never: copy all.",
-            ),
-            click.option(
-                "--snapshot",
-                type=click.Choice(get_args(Snapshot)),
-                help="auto (default): clone a btrfs subvolume by a snapshot if possible; never: clone its files.",
-            ),
-            click.option("--skip", multiple=True, metavar="PATH", help="Leave out this relative path. Repeatable."),
-            click.option(
-                "--exclude",
-                multiple=True,
-                metavar="PATTERN",
-                help=f"Leave out entries that match. Repeatable. Default: {', '.join(DEFAULT_EXCLUDE)}.",
-            ),
-            click.option("--no-exclude", is_flag=True, help="Exclude nothing by pattern."),
-            click.option(
-                "--preserve",
-                type=_WordList(get_args(Preserve)),
-                metavar="LIST",
-                help="Metadata to keep, separated by commas. Default: mode,ownership,timestamps,xattrs,hardlinks.",
-            ),
-            click.option(
-                "--durability",
-                type=click.Choice(get_args(Durability)),
-                help="none (default); sync: write the fork to the disk before it is published.",
-            ),
-            click.option(
-                "--verify",
-                type=click.Choice(get_args(Verify)),
-                help="none (default); content: compare every byte of the fork with the source.",
-            ),
-            click.option(
-                "--max-copied-bytes",
-                type=int,
-                metavar="N",
-                help="Fail instead of copying more than N bytes; 0: reflinks only. Default: no bound.",
-            ),
-            click.option(
-                "--source-open",
-                type=click.Choice(get_args(SourceOpen)),
-                help="allow (default); refuse: fail if a file of the source is open for writing.",
-            ),
-            click.option(
-                "--label", "labels", multiple=True, metavar="KEY=VALUE", help="Copied to the result. Repeatable."
-            ),
-        )
-    ):
+    """The fields of a ForkRequest as options of a command."""
+    for option in reversed(_FORK_OPTIONS):
         command = option(command)
     return command
 
@@ -116,7 +122,7 @@ def fork_options(command: Callable[..., None]) -> Callable[..., None]:
 def request_of(paths: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     """The request made of `paths` (source and destinations) and the options that were given."""
     request = dict(paths)
-    for name in ("reflink", "snapshot", "durability", "verify", "max_copied_bytes", "source_open"):
+    for name in ("reflink", "snapshot", "durability", "verify", "max_copied_bytes", "source_open", "cache"):
         if fields[name] is not None:
             request[name] = fields[name]
     if fields["skip"]:
@@ -157,6 +163,14 @@ def with_domain(settings: Settings, domain: str | None) -> Settings:
 def local_processes() -> int:
     """The number of processes of a local fork or campaign."""
     return min(_MOST_PROCESSES, available_cpus())
+
+
+def prepare_io(settings: Settings) -> None:
+    """Give this process the I/O priority of the settings. Raises BadSettings."""
+    try:
+        use_io_priority(settings.io_priority)
+    except OSError as error:
+        raise BadSettings(f"FORKVM_IO_PRIORITY: it cannot be set: {error.strerror}") from None
 
 
 def connect(settings: Settings) -> Client:

@@ -1,4 +1,4 @@
-"""The commands that start a worker: `forkvm worker` and `forkvm demo`."""
+"""The commands for the workers of this host: `forkvm worker`, `forkvm demo` and `forkvm copy-rate`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import sys
 
 import click
 
+from tasks.copier.copy_rate import LEAST_RATE
 from worker.commands.help import command
-from worker.commands.options import PATH, with_domain
-from worker.exit_codes import DONE, NO_BROKER
+from worker.commands.options import PATH, as_json, with_domain
+from worker.exit_codes import DONE, FAILED, NO_BROKER
 from worker.settings import NO_ROOTS, read_settings
+from worker.terminal.printing import print_json, print_line, print_message
 
 
 @command(
@@ -72,3 +74,48 @@ def demo(directory: str | None) -> None:
     from worker.commands.demo import run_demo
 
     run_demo(directory)
+
+
+_NONE = "none"
+
+
+class _Rate(click.ParamType[int]):
+    """A number of bytes, or `none`. Its value is the number, or 0."""
+
+    name = "rate"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The value of a word. Raises BadParameter."""
+        if value == _NONE:
+            return 0
+        if not str(value).isdecimal() or int(str(value)) < LEAST_RATE:
+            self.fail(f"give {_NONE}, or at least {LEAST_RATE} bytes per second", param, ctx)
+        return int(str(value))
+
+
+@command(
+    example="forkvm copy-rate 100000000",
+    done="The copy rate was shown or set.",
+    failed="The file of the copy rate cannot be written.",
+)
+@click.argument("rate", metavar="[BYTES|none]", required=False, type=_Rate())
+@as_json
+def copy_rate(rate: int | None, as_json: bool) -> None:
+    """Show or set how many bytes per second this host copies.
+
+    The bound is for all workers and local forks of the host together. It holds for running copies too, until it is set
+    again or the host restarts, and replaces FORKVM_COPY_RATE. Reflinks are not slowed down.
+    """
+    pace = read_settings().copy_pace
+    if rate is not None:
+        try:
+            pace.set(rate or None)
+        except OSError as error:
+            print_message(f"{pace.directory}: the copy rate cannot be set: {error.strerror}")
+            raise click.exceptions.Exit(FAILED) from None
+    bound, at_run_time = pace.current(), pace.is_set_at_run_time()
+    if as_json:
+        print_json({"copy_rate": bound, "at_run_time": at_run_time})
+        return
+    source = "set at run time" if at_run_time else "FORKVM_COPY_RATE" if bound else "no bound is set"
+    print_line(f"{_NONE if bound is None else bound} ({source})")

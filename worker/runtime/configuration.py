@@ -47,7 +47,7 @@ def make_app(settings: Settings) -> Celery:
     )
     app.loader.override_backends = BACKENDS
     app.conf.update(_message_options(settings) | _process_options(settings) | _connection_options(settings))
-    context_of = context_factory(app, Roots(settings.roots), settings.limits)
+    context_of = context_factory(app, Roots(settings.roots), settings.limits, settings.copy_pace)
     register_forks(app, context_of, partial(plain_fork, app.tasks))
     register_campaigns(app, context_of)
     app.steps["consumer"] |= {

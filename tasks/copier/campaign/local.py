@@ -29,6 +29,7 @@ from tasks.copier.campaign.spec import (
     sums_of,
 )
 from tasks.copier.child_processes import ChildProcesses, SharedCounters
+from tasks.copier.copy_rate import Pace, unbounded
 from tasks.copier.endpoints import Endpoints, open_endpoints
 from tasks.copier.errors import Code, ForkError, from_oserror, from_record
 from tasks.copier.fork.chunk import MAX_TRIES, worker_lost
@@ -46,7 +47,7 @@ CampaignPoll = Callable[[CampaignProgress], None]
 
 
 def campaign_here(
-    spec: CampaignSpec, paths: list[str], roots: Roots, processes: int, poll: CampaignPoll
+    spec: CampaignSpec, paths: list[str], roots: Roots, processes: int, poll: CampaignPoll, pace: Pace = unbounded
 ) -> CampaignResult:
     """Make a campaign with at most `processes` children. Never raises ForkError: a failure is a result."""
     try:
@@ -58,7 +59,7 @@ def campaign_here(
         ):
             campaign = _plan(ends, staging, spec, paths, poll)
             try:
-                error = _make_all(campaign, roots, processes, poll)
+                error = _make_all(campaign, roots, processes, poll, pace)
             except OSError as fault:
                 error = from_oserror(fault, "working in the staging directory", home)
             return _end(campaign, roots, error)
@@ -80,7 +81,7 @@ def _plan(ends: Endpoints, staging: Staging, spec: CampaignSpec, paths: list[str
     return _require(campaign_in(staging), ends.destination)
 
 
-def _make_all(campaign: Campaign, roots: Roots, processes: int, poll: CampaignPoll) -> ForkError | None:
+def _make_all(campaign: Campaign, roots: Roots, processes: int, poll: CampaignPoll, pace: Pace) -> ForkError | None:
     """Have children make all batches, and make again what a dead child left.
 
     Returns the error that ends the rest, if any. Raises OSError. No child runs when this returns or raises.
@@ -88,7 +89,7 @@ def _make_all(campaign: Campaign, roots: Roots, processes: int, poll: CampaignPo
     spec, staging = campaign.spec, campaign.staging
     done, without_progress = 0, 0
     while without_progress < MAX_TRIES:
-        pool = _BatchPool(campaign, roots, min(processes, campaign.plan.lanes))
+        pool = _BatchPool(campaign, roots, min(processes, campaign.plan.lanes), pace)
         try:
             codes = pool.make(poll)
         except ForkError as error:
@@ -214,8 +215,8 @@ class _BatchPool:
     If the system has no process left, the parent makes the batches itself.
     """
 
-    def __init__(self, campaign: Campaign, roots: Roots, count: int) -> None:
-        self._campaign, self._roots, self._count = campaign, roots, count
+    def __init__(self, campaign: Campaign, roots: Roots, count: int, pace: Pace) -> None:
+        self._campaign, self._roots, self._count, self._pace = campaign, roots, count, pace
         #: Forks done and failed by each child.
         self._counters = SharedCounters(count)
         self.processes = ChildProcesses()
@@ -263,7 +264,7 @@ class _BatchPool:
             if error := late(campaign):
                 raise error
 
-        ticker = Ticker(poll_until_stopped)
+        ticker = Ticker(poll_until_stopped, self._pace)
         for first in range(0, campaign.spec.aims.count, campaign.plan.batch):
             if staging.is_stopped() or campaign.spec.is_late():
                 return

@@ -15,6 +15,7 @@ from tasks.copier.clone.metadata import Metadata, doing
 from tasks.copier.clone.name_collisions import name_taken
 from tasks.copier.clone.reflinker import NOT_ASKED_FOR, Reflinker, Refusal
 from tasks.copier.clone.sparse_copy import OpenPair, Part, SparseCopier, Step, Take
+from tasks.copier.clone.write_behind import WriteBehind
 from tasks.copier.errors import Code, ForkError, from_oserror, from_source
 from tasks.copier.kernel.contents import first_difference
 from tasks.copier.options import Options
@@ -86,7 +87,8 @@ class Cloner:
         self._options = options
         self._replaces = replaces
         self._step = step
-        self._sparse = SparseCopier(offload=options.reflink != "never")
+        self._drops = options.cache == "drop"
+        self._sparse = SparseCopier(offload=options.reflink != "never", drops=self._drops)
         self._leases = leases_of_process(os.getpid()) if options.source_open == "refuse" else None
         self._user, self._group = os.geteuid(), os.getegid()
         self._no_atime = os.O_NOATIME
@@ -321,7 +323,8 @@ class Cloner:
             self._step(count)
             self._require_lease(place, entry, src_fd)
 
-        pair = OpenPair(src_fd, entry.dev, dst_fd, lambda: place.paths_of(entry.name), step)
+        behind = WriteBehind(dst_fd, start, drops=self._drops)
+        pair = OpenPair(src_fd, entry.dev, dst_fd, lambda: place.paths_of(entry.name), step, behind)
         return self._sparse.copy(pair, Part(start, end, entry.size, entry.data))
 
     def _require_lease(self, place: DirectoryPair, entry: Entry, src_fd: int) -> None:

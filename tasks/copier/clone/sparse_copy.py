@@ -13,16 +13,16 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+from tasks.copier.clone.buffer import Buffer
+from tasks.copier.clone.write_behind import WriteBehind
 from tasks.copier.clone.zeros import BLOCK, nonzero_runs
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.kernel import syscalls
 from tasks.copier.kernel.sparse import HolesUnknown, data_extents, reports_no_hole
 
-#: The largest copy_file_range call, in bytes. The kernel's limit is 2 GiB; corruption was seen above it (glibc 2.41).
-#: A smaller call lets a cancellation take effect within a fraction of a second.
-_CALL_BYTES = 256 << 20
-#: The buffer that pread and pwrite share, in bytes. A larger one is slower; a new one for each extent is far slower.
-_BUFFER_BYTES = 256 << 10
+#: The largest copy_file_range call, in bytes. After each call a cancellation takes effect, the copy rate is observed,
+#: and write-out is begun.
+_CALL_BYTES = 8 << 20
 #: On ext4, the blocks of extents of at least this many bytes are allocated first: otherwise it reserves them page by
 #: page. Elsewhere this does not help: XFS and tmpfs are no faster, and btrfs would not compress the data.
 _ALLOCATED_BYTES = 128 << 10
@@ -67,18 +67,21 @@ class OpenPair(NamedTuple):
     dst_fd: int
     paths: Paths
     step: Step
+    behind: WriteBehind
 
 
 class SparseCopier:
     """Copies byte ranges between files, with one buffer for its whole life."""
 
-    def __init__(self, *, offload: bool) -> None:
-        """`offload`: use copy_file_range, which may share extents. Otherwise every byte is written."""
+    def __init__(self, *, offload: bool, drops: bool) -> None:
+        """`offload`: use copy_file_range, which may share extents. Otherwise every byte is written.
+
+        `drops`: leave no pages in the page cache that were not there before; then every byte is written too.
+        """
         #: The budget of the copies. A fork without `max_copied_bytes` may copy all.
         self.take: Take = lambda count: True
-        self._offload = offload
-        self._data = bytearray()
-        self._buffer = memoryview(self._data)
+        self._offload = offload and not drops
+        self._buffer = Buffer(drops=drops)
         #: st_dev of a source → whether its filesystem is OpenZFS.
         self._is_zfs: dict[int, bool] = {}
         #: Whether to allocate blocks first. A fork is on one filesystem, so one answer is enough.
@@ -104,9 +107,11 @@ class SparseCopier:
                     and not self._is_zfs[src_dev]  # compression makes st_blocks small there
                     and reports_no_hole(src_fd, part.size)
                 ):
-                    return self._copy_nonzero(pair, data, hole)
+                    copied = self._copy_nonzero(pair, data, hole)
+                    break
                 self._copy_extent(pair, data, hole)
                 copied += hole - data
+            pair.behind.close()
         except HolesUnknown as error:
             message = "the filesystem cannot report holes (SEEK_DATA); forkvm never makes a dense copy instead"
             raise ForkError(Code.SPARSE_UNSUPPORTED, message, pair.paths()[0], error.errno) from None
@@ -122,13 +127,14 @@ class SparseCopier:
         """
         copied = 0
         while at < end:
-            got = self._read(pair.src_fd, at, end)
+            got = self._buffer.read(pair.src_fd, at, end)
             if got == 0:
                 raise _ended_early(pair)
             written = 0
-            for first, last in nonzero_runs(self._data, got, at):
+            for first, last in nonzero_runs(self._buffer.data, got, at):
                 self._take(last - first, pair)
-                self._write(pair.dst_fd, first, last, at + first)
+                self._buffer.write(pair.dst_fd, first, last, at + first)
+                pair.behind.wrote(last - first, at + last)
                 written += last - first
             at, copied = at + got, copied + written
             pair.step(written)  # also with 0 bytes, so that a cancellation takes effect
@@ -148,13 +154,15 @@ class SparseCopier:
             if done == 0:  # the end of the file, or a filesystem that wrongly reports it
                 break
             at += done
+            pair.behind.wrote(done, at)
             pair.step(done)
         while at < end:
-            got = self._read(pair.src_fd, at, end)
+            got = self._buffer.read(pair.src_fd, at, end)
             if got == 0:
                 raise _ended_early(pair)
-            self._write(pair.dst_fd, 0, got, at)
+            self._buffer.write(pair.dst_fd, 0, got, at)
             at += got
+            pair.behind.wrote(got, at)
             pair.step(got)
 
     def _take(self, count: int, pair: OpenPair) -> None:
@@ -174,22 +182,6 @@ class SparseCopier:
             if error.errno not in _REFUSED:
                 raise
             self._allocates = False  # ext2 and ext3 have no extents
-
-    def _read(self, src_fd: int, at: int, end: int) -> int:
-        """Read from [at, end) into the buffer. Returns the number of bytes read."""
-        if not self._data:
-            self._data = bytearray(_BUFFER_BYTES)
-            self._buffer = memoryview(self._data)
-        return os.preadv(src_fd, [self._buffer[: min(end - at, _BUFFER_BYTES)]], at)
-
-    def _write(self, dst_fd: int, first: int, last: int, at: int) -> None:
-        """Write bytes [first, last) of the buffer at the offset `at` of the file."""
-        written = first
-        while written < last:
-            done = os.pwritev(dst_fd, [self._buffer[written:last]], at + written - first)
-            if done == 0:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            written += done
 
 
 def _ended_early(pair: OpenPair) -> ForkError:

@@ -160,7 +160,7 @@ class ChildPool:
             if self._work.staging.is_stopped():
                 raise ForkError(Code.CANCELLED, "another part of the fork failed or was cancelled", "")
 
-        ticker = Ticker(poll)
+        ticker = Ticker(poll, self._ticker.pace)
         for number, chunk in self._next_chunks():
             report = run_held_chunk(self._work, plan, chunk, number, ticker)
             if report is None or report.totals.error is not None:

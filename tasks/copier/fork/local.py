@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import replace
 
+from tasks.copier.copy_rate import Pace, unbounded
 from tasks.copier.endpoints import Endpoints, open_endpoints
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.fork.child_pool import ChildPool
@@ -39,14 +40,16 @@ class _NoLedger:
         """Keep nothing."""
 
 
-def fork_here(spec: ForkSpec, roots: Roots, limits: Limits, processes: int, poll: Poll) -> ForkResult:
+def fork_here(
+    spec: ForkSpec, roots: Roots, limits: Limits, processes: int, poll: Poll, pace: Pace = unbounded
+) -> ForkResult:
     """Make one fork with at most `processes` children. Never raises ForkError: a failure is a result.
 
     `poll` is called about four times a second and raises ForkError to cancel the fork.
     """
     try:
         with open_endpoints(roots, spec.source, spec.destination) as ends:
-            return _fork(ends, spec, limits, processes, Ticker(poll))
+            return _fork(ends, spec, limits, processes, Ticker(poll, pace))
     except ForkError as error:
         return failed(spec, error, Totals(), 0, Clock(spec.started))
     except OSError as error:

@@ -1,12 +1,15 @@
-"""State, signals, open files and identity of processes (proc(5))."""
+"""State, signals, open files, identity and I/O priority of processes (proc(5))."""
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
 from contextlib import suppress
 from functools import cache
+
+from tasks.copier.kernel import syscalls
 
 #: Signals that request the end of a command: from a user, a service manager, or a closed terminal.
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -74,3 +77,27 @@ def boot_id() -> str:
 def pid_namespace() -> int:
     """The inode of this process's pid namespace (pid_namespaces(7)). Raises OSError without /proc."""
     return os.stat("/proc/self/ns/pid").st_ino
+
+
+#: ioprio_set(2), which glibc has no function for. Sources: arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h.
+_NUMBERS = {"x86_64": 251, "aarch64": 30, "riscv64": 30, "loongarch64": 30}
+_WHO_PROCESS = 1
+_CLASS_SHIFT = 13
+_BEST_EFFORT, _IDLE = 2, 3
+
+
+def set_idle() -> None:
+    """Give this thread and the processes that it forks I/O only while no other process has any. Raises OSError, also ENOSYS on an unknown architecture."""
+    _set(_IDLE, 0)
+
+
+def set_best_effort(level: int) -> None:
+    """Give this thread and the processes that it forks an I/O priority from 0, the highest, to 7. Raises OSError, as `set_idle` does."""
+    _set(_BEST_EFFORT, level)
+
+
+def _set(priority_class: int, level: int) -> None:
+    number = _NUMBERS.get(os.uname().machine)
+    if number is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    syscalls.call(number, _WHO_PROCESS, 0, priority_class << _CLASS_SHIFT | level)

@@ -103,6 +103,11 @@ def _uninterrupted(function: Callable[..., int], *arguments: object) -> int:
             continue
 
 
+def call(number: int, *arguments: int) -> int:
+    """A system call that glibc has no function for, by its number. Returns its result."""
+    return _check(_libc.syscall(number, *arguments))
+
+
 def openat2(dir_fd: int, path: str, flags: int, resolve: int) -> int:
     """Open `path` below `dir_fd` with the RESOLVE_* flags `resolve` and O_CLOEXEC. Returns the descriptor."""
     how = ctypes.create_string_buffer(struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, resolve), 24)

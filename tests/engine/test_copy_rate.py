@@ -1,0 +1,188 @@
+"""The copy rate: a bound for all processes of a host together, which holds and changes while they copy."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import struct
+import time
+from pathlib import Path
+from threading import Event, Thread
+
+import pytest
+
+from tasks.copier.copy_rate import FILE, LEAST_RATE, CopyRate, unbounded
+from tasks.copier.errors import Code, ForkError
+from tasks.copier.progress import Ticker
+from tests.fixtures.filesystems import Fresh
+from tests.support.engine.child_processes import NOBODY, Child, in_child
+from tests.support.engine.forks import MIB, never_stop
+
+_RATE = 32 * MIB
+#: Of the bound: what the issue allows.
+_MOST = 1.1
+#: For calls that must not wait at all: far less than they would wait with a bound.
+_FEW_SECONDS = 10.0
+
+
+def go_on() -> None:
+    """A poll that never stops."""
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> str:
+    return str(tmp_path / "runtime")
+
+
+def copy_pieces(pace: CopyRate, count: int, size: int) -> None:
+    for _ in range(count):
+        pace(size, go_on)
+
+
+def test_processes_share_the_bound(directory: str) -> None:
+    began = time.monotonic()
+    children = [Child(lambda: copy_pieces(CopyRate(directory, _RATE), 64, MIB // 4)) for _ in range(3)]
+    for child in children:
+        child.result()
+
+    seconds = time.monotonic() - began
+    assert _MOST * _RATE * seconds >= 3 * 64 * MIB / 4
+
+
+def test_without_a_bound_nothing_waits_and_nothing_is_created(directory: str) -> None:
+    began = time.monotonic()
+
+    copy_pieces(CopyRate(directory), 1000, 1 << 40)
+
+    assert time.monotonic() - began < _FEW_SECONDS
+    assert not Path(directory).exists()
+
+
+def test_a_bound_that_is_set_at_run_time_replaces_the_setting_for_all(directory: str) -> None:
+    pace, other = CopyRate(directory, _RATE), CopyRate(directory)
+    assert (pace.current(), pace.is_set_at_run_time(), other.current()) == (_RATE, False, None)
+
+    other.set(5 * MIB)
+    assert {CopyRate(directory, rate).current() for rate in (None, _RATE)} == {5 * MIB}
+    other.set(None)
+    assert (pace.current(), pace.is_set_at_run_time()) == (None, True)
+    copy_pieces(pace, 1000, 1 << 40)
+
+
+def test_a_process_that_waits_goes_on_when_the_bound_is_removed(directory: str) -> None:
+    pace, waits, done = CopyRate(directory, LEAST_RATE), Event(), Event()
+
+    def copy() -> None:
+        pace(1 << 40, waits.set)
+        done.set()
+
+    thread = Thread(target=copy, daemon=True)
+    thread.start()
+    assert waits.wait(_FEW_SECONDS)
+    assert not done.is_set()
+    CopyRate(directory).set(None)
+
+    assert done.wait(_FEW_SECONDS)
+
+
+def test_a_copy_that_waits_can_be_cancelled(directory: str) -> None:
+    def cancel() -> None:
+        raise ForkError(Code.CANCELLED, "cancelled on request", "")
+
+    with pytest.raises(ForkError, match="cancelled on request"):
+        CopyRate(directory, LEAST_RATE)(1 << 40, cancel)
+
+
+def test_a_process_that_is_stopped_within_the_lock_does_not_keep_the_others(directory: str) -> None:
+    CopyRate(directory).set(None)
+
+    def hold() -> None:
+        fd = os.open(Path(directory, FILE), os.O_RDWR)
+        fcntl.lockf(fd, fcntl.LOCK_EX)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    holder = Child(hold)
+    os.waitpid(holder.pid, os.WUNTRACED)
+    try:
+        began = time.monotonic()
+        CopyRate(directory).set(1 << 50)
+        CopyRate(directory)(MIB, go_on)
+        assert time.monotonic() - began < _FEW_SECONDS
+    finally:
+        holder.kill()
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"\xff" * 24, b"\0" * 24, b"x" * 100])
+def test_a_damaged_file_is_one_without_a_bound(directory: str, content: bytes) -> None:
+    CopyRate(directory).set(MIB)
+    Path(directory, FILE).write_bytes(content)
+
+    assert CopyRate(directory).current() is None
+    assert CopyRate(directory, _RATE).current() == _RATE
+    CopyRate(directory, 1 << 50)(MIB, go_on)
+    CopyRate(directory).set(MIB)
+    assert CopyRate(directory).current() == MIB
+
+
+def test_a_time_of_before_the_last_start_of_the_host_is_not_waited_for(directory: str) -> None:
+    CopyRate(directory).set(1 << 50)
+    with Path(directory, FILE).open("r+b") as file:
+        file.seek(16)
+        file.write(struct.pack("=q", time.monotonic_ns() + 7200 * 10**9))
+    began = time.monotonic()
+
+    CopyRate(directory)(MIB, go_on)
+
+    assert time.monotonic() - began < _FEW_SECONDS
+
+
+def test_a_directory_that_was_made_again_is_found(directory: str) -> None:
+    pace = CopyRate(directory, _RATE)
+    pace(1, go_on)
+    Path(directory, FILE).unlink()
+    CopyRate(directory).set(MIB)
+
+    assert pace.current() == MIB
+
+
+def test_where_no_file_can_be_each_process_has_the_bound_for_itself(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    pace, began = CopyRate(str(tmp_path / "file" / "runtime"), _RATE), time.monotonic()
+
+    copy_pieces(pace, 32, MIB // 2)
+
+    assert _MOST * _RATE * (time.monotonic() - began) + _RATE / 5 >= 16 * MIB
+    with pytest.raises(NotADirectoryError):
+        pace.set(MIB)
+
+
+def test_the_directory_of_another_user_is_not_used(fresh: Fresh) -> None:
+    directory = fresh("tmpfs") / "runtime"
+    directory.mkdir()
+    os.chown(directory, NOBODY - 1, NOBODY - 1)
+    directory.chmod(0o777)
+
+    refusal = in_child(lambda: _refusal(str(directory)), user=NOBODY)
+
+    assert refusal == "the directory belongs to another user"
+
+
+def _refusal(directory: str) -> str:
+    try:
+        CopyRate(directory).set(MIB)
+    except PermissionError as error:
+        return str(error.strerror)
+    return ""
+
+
+def test_a_step_of_a_copy_waits_and_goes_on_to_poll(directory: str) -> None:
+    polls: list[int] = []
+    ticker = Ticker(lambda progress: polls.append(progress["bytes_done"]), CopyRate(directory, MIB))
+    began = time.monotonic()
+
+    ticker.step(MIB)
+
+    assert time.monotonic() - began >= 0.8
+    assert polls[0] == MIB
+    assert Ticker(never_stop).pace is unbounded

@@ -1,0 +1,107 @@
+"""What a copy leaves in the page cache, and how much of it is dirty."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+
+from tasks.copier.clone.write_behind import WriteBehind
+from tests.fixtures.filesystems import Fresh, Kind
+from tests.fixtures.processes import wait_until
+from tests.support.cached_pages import cached_pages, evict
+from tests.support.engine.forks import CHUNKED, INLINE, MIB, assert_alike, forked
+from tests.support.guests import make_sparse_file
+
+#: Kinds whose pages are a copy of what is on a disk.
+ON_DISK: tuple[Kind, ...] = ("xfs", "btrfs", "ext4")
+_SIZE = 32 * MIB
+_PAGES = _SIZE // mmap.PAGESIZE
+#: Pages that may be left: of the last writes, or of a part of a large folio.
+_FEW = _PAGES // 20
+#: The kernel may write a file out at any time, for other reasons.
+_ROUNDS = 5
+
+
+@pytest.fixture(params=ON_DISK)
+def place(request: pytest.FixtureRequest, fresh: Fresh) -> Path:
+    return fresh(request.param)
+
+
+def make_source(place: Path) -> Path:
+    """A source with one dense file whose pages are not in the cache."""
+    source = place / "source"
+    source.mkdir()
+    make_sparse_file(source / "disk.raw", _SIZE, _SIZE)
+    evict(source / "disk.raw")
+    assert cached_pages(source / "disk.raw").cached <= _FEW
+    return source
+
+
+def test_a_copy_with_cache_drop_leaves_no_pages(place: Path) -> None:
+    source = make_source(place)
+
+    forked(source, place / "fork", reflink="never", cache="drop")
+
+    wait_until(lambda: cached_pages(place / "fork" / "disk.raw").cached <= _FEW, "the end of the write-out")
+    assert cached_pages(source / "disk.raw").cached <= _FEW
+    assert_alike(source, place / "fork")
+
+
+def test_pages_of_the_source_that_were_cached_before_are_kept(place: Path) -> None:
+    source = make_source(place)
+    read = 8 * MIB
+    with (source / "disk.raw").open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no more than this
+        file.read(read)
+    before = cached_pages(source / "disk.raw", 0, read).cached
+
+    forked(source, place / "fork", reflink="never", cache="drop")
+
+    assert before > _FEW
+    assert cached_pages(source / "disk.raw", 0, read).cached >= before - _FEW
+    assert cached_pages(source / "disk.raw", 2 * read).cached <= _FEW
+
+
+def test_a_copy_with_defaults_stays_in_the_cache(place: Path) -> None:
+    source = make_source(place)
+
+    forked(source, place / "fork", reflink="never")
+
+    assert cached_pages(place / "fork" / "disk.raw").cached >= _PAGES - _FEW
+
+
+def test_write_out_is_begun_behind_a_copy_while_the_host_has_many_dirty_pages(place: Path) -> None:
+    for _ in range(_ROUNDS):
+        dirty = {name: _dirty_pages(place / name, most) for name, most in (("few", 1 << 60), ("many", 0))}
+        if dirty["few"] > _PAGES // 2:  # otherwise the kernel has written them, and the round shows nothing
+            break
+
+    assert dirty["many"] <= _FEW < dirty["few"]
+
+
+def _dirty_pages(path: Path, most: int) -> int:
+    """How many pages of a new file are dirty, whose write-out is begun if the host has `most` bytes of dirty pages."""
+    with path.open("wb", buffering=0) as file:
+        behind = WriteBehind(file.fileno(), 0, drops=False, most_dirty=most)
+        for at in range(0, _SIZE, MIB):
+            file.write(os.urandom(MIB))
+            behind.wrote(MIB, at + MIB)
+        behind.close()
+    return cached_pages(path).dirty
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "overlayfs", "xfs_noreflink"])
+@pytest.mark.parametrize("limits", [INLINE, CHUNKED], ids=["inline", "chunked"])
+def test_cache_drop_makes_the_same_fork_everywhere(fresh: Fresh, kind: Kind, limits: object) -> None:
+    place = fresh(kind)
+    source = place / "source"
+    source.mkdir()
+    make_sparse_file(source / "disk.raw", 24 * MIB + 5, 17 * MIB)
+    (source / "state").write_bytes(b"paused")
+
+    forked(source, place / "fork", reflink="never", cache="drop", limits=limits)
+
+    assert_alike(source, place / "fork")
