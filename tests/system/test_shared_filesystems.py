@@ -27,6 +27,8 @@ from tests.support.processor import LoadFreeStopwatch
 from tests.support.requirements import require_command
 from tests.support.tree import snapshot
 
+#: Each worker here has a second root, `usable`: it does not start where none of its roots can publish a fork, and
+#: bindfs refuses RENAME_NOREPLACE.
 FORWARDED = ("--multithreaded", "--enable-lock-forwarding")
 
 
@@ -43,13 +45,13 @@ def checks(run_forkvm: RunForkvm, server: RedisServer, root: Path) -> dict[str, 
 def test_a_second_host_that_does_not_see_the_locks_of_the_first_does_not_start(
     start_worker: StartWorker, run_forkvm: RunForkvm, redis_server: RedisServer, fresh: Fresh, bindfs: Bindfs
 ) -> None:
-    backing = fresh("ext4")
+    backing, usable = fresh("ext4"), fresh("tmpfs")
     one, other = bindfs(backing), bindfs(backing)
-    first = start_worker(one, 1)
+    first = start_worker([one, usable], 1)
     assert "shows whether its locks (flock) are shared" in first.output()
 
-    second = start_worker(other, 1, wait=False)
-    by_command = start_worker(other, 1, command="forkvm", wait=False)
+    second = start_worker([other, usable], 1, wait=False)
+    by_command = start_worker([other, usable], 1, command="forkvm", wait=False)
 
     assert (second.wait(), by_command.wait()) == (1, 1)
     for refused in (second, by_command):
@@ -70,12 +72,12 @@ def test_a_second_host_that_does_not_see_the_locks_of_the_first_does_not_start(
 def test_hosts_that_see_each_others_locks_start_and_doctor_says_that_they_do(
     start_worker: StartWorker, run_forkvm: RunForkvm, redis_server: RedisServer, fresh: Fresh, bindfs: Bindfs
 ) -> None:
-    backing = fresh("ext4")
+    backing, usable = fresh("ext4"), fresh("tmpfs")
     one, other = bindfs(backing, *FORWARDED), bindfs(backing, *FORWARDED)
     alone = checks(run_forkvm, redis_server, other)[f"locks in {other}"]
-    start_worker(one, 1)
+    start_worker([one, usable], 1)
 
-    second = start_worker(other, 1)
+    second = start_worker([other, usable], 1)
 
     assert "cannot be tried" not in second.output()
     found = checks(run_forkvm, redis_server, other)[f"locks in {other}"]
@@ -87,11 +89,11 @@ def test_hosts_that_see_each_others_locks_start_and_doctor_says_that_they_do(
 def test_a_mount_below_a_root_is_tried_too(
     start_worker: StartWorker, run_forkvm: RunForkvm, redis_server: RedisServer, fresh: Fresh, bindfs: Bindfs
 ) -> None:
-    backing = fresh("ext4")
+    backing, usable = fresh("ext4"), fresh("tmpfs")
     one, other = bindfs(backing), bindfs(backing)
-    start_worker(one, 1)
+    start_worker([one, usable], 1)
 
-    refused = start_worker(other.parent, 1, wait=False)  # both mounts lie below it
+    refused = start_worker([other.parent, usable], 1, wait=False)  # both mounts lie below it
 
     assert refused.wait() == 1
     assert "locks (flock) are not shared" in refused.output().splitlines()[-1]
@@ -100,15 +102,15 @@ def test_a_mount_below_a_root_is_tried_too(
 def test_workers_of_one_mount_start_and_the_marker_of_a_dead_one_is_removed(
     start_worker: StartWorker, fresh: Fresh, bindfs: Bindfs
 ) -> None:
-    point = bindfs(fresh("ext4"))
-    first = start_worker(point, 1)
+    point, usable = bindfs(fresh("ext4")), fresh("tmpfs")
+    first = start_worker([point, usable], 1)
     (of_first,) = markers(point)
     first.kill()
 
     workers: list[Worker] = []
     stopwatch = LoadFreeStopwatch(lambda: [pid for worker in workers for pid in (worker.pid, *worker.children)])
-    workers.append(start_worker(point, 1))
-    workers.append(start_worker(point, 1))
+    workers.append(start_worker([point, usable], 1))
+    workers.append(start_worker([point, usable], 1))
 
     assert len(markers(point)) == 2
     assert of_first not in markers(point)
