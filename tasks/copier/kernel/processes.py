@@ -79,7 +79,8 @@ def pid_namespace() -> int:
     return os.stat("/proc/self/ns/pid").st_ino
 
 
-#: ioprio_set(2), which glibc has no function for. Sources: arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h.
+#: ioprio_set(2), which glibc has no function for. Sources: arch/x86/entry/syscalls/syscall_64.tbl and
+#: include/uapi/asm-generic/unistd.h.
 _NUMBERS = {"x86_64": 251, "aarch64": 30, "riscv64": 30, "loongarch64": 30}
 _WHO_PROCESS = 1
 _CLASS_SHIFT = 13
@@ -87,12 +88,18 @@ _BEST_EFFORT, _IDLE = 2, 3
 
 
 def set_idle() -> None:
-    """Give this thread and the processes that it forks I/O only while no other process has any. Raises OSError, also ENOSYS on an unknown architecture."""
+    """Give this thread and the processes that it forks I/O only while no other process has any.
+
+    Raises OSError, also ENOSYS on an unknown architecture.
+    """
     _set(_IDLE, 0)
 
 
 def set_best_effort(level: int) -> None:
-    """Give this thread and the processes that it forks an I/O priority from 0, the highest, to 7. Raises OSError, as `set_idle` does."""
+    """Give this thread and the processes that it forks an I/O priority from 0, the highest, to 7.
+
+    Raises OSError, as `set_idle` does.
+    """
     _set(_BEST_EFFORT, level)
 
 
