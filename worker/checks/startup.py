@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from redis.exceptions import RedisError
 
 from tasks.store.results import Results
@@ -20,10 +22,10 @@ class Unusable(Exception):
 def check_host(settings: Settings) -> list[str]:
     """Check this host, its roots and the settings; returns a warning for each problem. Raises Unusable."""
     checks = [*settings_checks(settings), *host_checks(settings.roots)]
-    bad = {check.subject: check for check in checks if check.verdict == "bad"}
-    kernel = [check for subject, check in bad.items() if subject.startswith(KERNEL)]
-    roots = [bad[subject] for subject in (f"root {root}" for root in settings.roots) if subject in bad]
-    if kernel or len(roots) == len(settings.roots):
+    kernel = [check for check in checks if check.verdict == "bad" and check.subject.startswith(KERNEL)]
+    # Another filesystem may be mounted below a root whose own cannot be used.
+    if kernel or not any(map(_can_open, settings.roots)):
+        roots = [check for check in checks if check.subject in {f"root {root}" for root in settings.roots}]
         raise Unusable("; ".join(map(_line, kernel or roots)))
     return [_line(check) for check in checks if check.verdict != "ok"]
 
@@ -35,6 +37,14 @@ def check_redis(settings: Settings, results: Results) -> list[str]:
         return [_line(check) for check in server_checks(subject, results.redis) if check.verdict != "ok"]
     except (RedisError, OSError):
         return []
+
+
+def _can_open(root: str) -> bool:
+    try:
+        os.close(os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 def _line(check: Check) -> str:
