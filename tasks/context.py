@@ -14,12 +14,12 @@ from redis.exceptions import RedisError, ResponseError
 
 from tasks import events
 from tasks.copier.copy_rate import Pace, unbounded
-from tasks.copier.counted import counted
-from tasks.copier.errors import Code, ForkError, cancelled, describe
+from tasks.copier.errors import Code, ForkError, cancelled
 from tasks.copier.fork_spec import ForkResult, ForkSpec
 from tasks.copier.options import Limits
 from tasks.copier.progress import POLL_SECONDS, Cancellation, Poll, Progress
 from tasks.copier.roots import Roots
+from tasks.fork_summary import log_end
 from tasks.store.final_results import Ended
 from tasks.store.recent_forks.forks import ALL_PAGES, Pages, RecentForks, are_few
 from tasks.store.redis_errors import cause
@@ -139,13 +139,7 @@ class ForkLedger:
         if ended.result != result:
             log.warning("fork %s has ended before, in another process; its earlier result stays", self.fork_id)
             return
-        ends = f"{result['source']!r} -> {result['destination']!r}"  # escaped: names come from guests
-        error = result["error"]
-        if error is None:
-            entries, seconds = counted(result["files"]["total"], "entry", "entries"), result["seconds"]["total"]
-            log.info("fork %s succeeded: %s, %s in %.3f s", self.fork_id, ends, entries, seconds)
-        else:
-            log.warning("fork %s %s: %s: %r", self.fork_id, result["status"], ends, describe(error))
+        log_end(result)
 
 
 @contextmanager

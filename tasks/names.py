@@ -5,6 +5,8 @@ They are part of the wire format: workers of two versions share a queue. So some
 
 from __future__ import annotations
 
+import re
+
 FORK_TASK = "forkvm.fork"
 CHUNK_TASK = "forkvm.chunk"
 FINISH_TASK = "forkvm.finish"
@@ -27,6 +29,22 @@ _INNER_QUEUES = {
     ABANDON_TASK: "#finish",
     SWEEP_TASK: "#chunk",
 }
+
+#: The id of a chunk's or batch's message; the group is the id of the fork or campaign.
+PART_ID = re.compile(r"(.+)\.(?:chunk|batch)\.[0-9]+", re.DOTALL)
+#: The kind of the job that each task is a part of, as the log names its id.
+_JOBS = {
+    **dict.fromkeys((FORK_TASK, CHUNK_TASK, FINISH_TASK, ABANDON_TASK), "fork_id"),
+    **dict.fromkeys((CAMPAIGN_TASK, BATCH_TASK, FINISH_CAMPAIGN_TASK), "campaign_id"),
+}
+
+
+def job_fields(task: str, task_id: str) -> dict[str, str]:
+    """The fields of a log line about a task: `task_id`, and `fork_id` or `campaign_id` if it is a part of a job."""
+    if task not in _JOBS:
+        return {"task_id": task_id}
+    part = PART_ID.fullmatch(task_id) if task in (CHUNK_TASK, BATCH_TASK) else None
+    return {"task_id": task_id, _JOBS[task]: part[1] if part else task_id}
 
 
 def inner_queue(queue: str, task: str) -> str:

@@ -12,6 +12,7 @@ import socket
 import sys
 import tempfile
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,12 +20,20 @@ from celery import signals
 from celery.worker.consumer.gossip import Gossip
 from celery.worker.consumer.mingle import Mingle
 
+from tasks.copier.counted import counted
 from tasks.copier.io_priority import use_io_priority
 from tasks.delivery.backend import results_of
 from tasks.names import inner_queues
 from worker.checks.shared_filesystems import LocksNotShared, place_markers
 from worker.checks.startup import Unusable, check_host, check_redis
 from worker.exit_codes import BAD_CALL
+from worker.observability.logs import (
+    ignore_warnings_of_celery,
+    log_words_of_shutdown,
+    set_up_logging,
+    style_for,
+)
+from worker.observability.service import observe
 from worker.runtime.configuration import make_app
 from worker.runtime.message_filter import install_message_filter
 from worker.runtime.node_name import node_name
@@ -168,20 +177,40 @@ def _patch_celery(**_: Any) -> None:
     register_remote_control()
 
 
-@signals.celeryd_init.connect
-def _serve_http(**_: Any) -> None:
-    """Listen at FORKVM_HTTP, before the pool processes are forked: they report to this process."""
+@signals.setup_logging.connect
+def _set_up_logging(loglevel: Any = None, logfile: str | None = None, **_: Any) -> None:
+    """Replace Celery's own set-up. FORKVM_LOG_LEVEL takes precedence over Celery's option."""
     settings = _settings()
-    if settings.http is None:
-        return
-    host, port = settings.http
-    from worker.observability.service import Service  # prometheus_client takes 50 ms to import
+    set_up_logging(settings.log, settings.log_level or loglevel, settings.domain, logfile)
 
+
+@signals.celeryd_init.connect
+def _print_only_lines_of_the_log(instance: Any = None, **_: Any) -> None:
+    """Print no banner into a log of JSON lines, and let the words of a shutdown be such a line."""
+    ignore_warnings_of_celery()
+    if instance is not None and (_settings().log or style_for(sys.stderr)) == "json":
+        instance.quiet = True
+        log_words_of_shutdown()
+
+
+@signals.celeryd_init.connect
+def _observe(**_: Any) -> None:
+    settings = _settings()
     try:
-        service = Service(app, host, port, settings.roots)
+        start = observe(app, settings)
     except OSError as error:
+        host, port = settings.http or ("", 0)
         _refuse(f"FORKVM_HTTP: cannot listen at {host}:{port}: {error.strerror}")
-    signals.celeryd_after_setup.connect(lambda **_: service.start(), weak=False)
+    signals.celeryd_after_setup.connect(lambda **_: start(), weak=False)
+
+
+@signals.celeryd_after_setup.connect
+def _log_the_start(instance: Any = None, **_: Any) -> None:
+    ignore_warnings_of_celery()  # again: Celery's set-up of logging shows them
+    if instance is not None and instance.quiet:
+        queues = ", ".join(sorted(instance.app.amqp.queues.consume_from))
+        children = counted(instance.concurrency, "pool process", "pool processes")
+        log.info("forkvm %s starts with %s for the queues %s", version("forkvm"), children, queues)
 
 
 @signals.celeryd_init.connect

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TypeVar
+from typing import Literal, TypeVar, cast, get_args
 
 from tasks.copier.copy_rate import LEAST_RATE, CopyRate
 from tasks.copier.options import Limits
@@ -33,6 +33,12 @@ _RUNTIME = "/run/forkvm"
 _IO_PRIORITY = re.compile("none|idle|best-effort:[0-7]")
 #: The message of a worker that is started without roots.
 NO_ROOTS = "no roots: set FORKVM_ROOTS to the directories that the worker may use, separated by colons"
+
+
+#: The styles of a worker's log: text, or a JSON object a line.
+LogStyle = Literal["console", "json"]
+#: The levels of a worker's log.
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
 class BadSettings(Exception):
@@ -92,6 +98,18 @@ def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
         return number
 
     return read
+
+
+def _log_style(value: str) -> LogStyle:
+    if value not in get_args(LogStyle):
+        raise ValueError(f"it must be one of {', '.join(get_args(LogStyle))}")
+    return cast(LogStyle, value)
+
+
+def _log_level(value: str) -> str:
+    if value.upper() not in LOG_LEVELS:
+        raise ValueError(f"it must be one of {', '.join(LOG_LEVELS)}")
+    return value.upper()
 
 
 def read_address(value: str) -> tuple[str, int]:
@@ -162,6 +180,10 @@ class Settings:
     heartbeat_file: str = _setting("", _text)
     #: The host and port at which a worker serves metrics and health; None for nowhere.
     http: tuple[str, int] | None = _setting(None, read_address)
+    #: The style of a worker's log; None: text on a terminal, JSON elsewhere.
+    log: Literal["console", "json"] | None = _setting(None, _log_style)
+    #: The least level of lines in a worker's log; empty for Celery's option.
+    log_level: str = _setting("", _log_level)
 
     @property
     def queue(self) -> str:

@@ -25,7 +25,7 @@ from tasks.copier.fork.chunk import MAX_TRIES
 from tasks.delivery.backend import results_of
 from tasks.delivery.cancel import cancel_job
 from tasks.delivery.queue_of_forks import queue_of_message
-from tasks.names import domain_of, inner_queue
+from tasks.names import domain_of, inner_queue, job_fields
 from tasks.store.redis_errors import cause, is_passing
 from tasks.store.results import Results
 
@@ -65,6 +65,11 @@ class Message(Request):
     def job_id(self) -> str:
         """The id of the fork or campaign that the message belongs to."""
         return text_of(self.kwargs, "fork_id") or text_of(self.kwargs, "campaign_id") or str(self.id)
+
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """The fields of log lines about the message."""
+        return job_fields(str(self.name), str(self.id))
 
     def results(self) -> Results:
         """The results in Redis. Nothing waits for a Redis that is away: the main process has other messages."""
@@ -112,16 +117,24 @@ class Message(Request):
 
         The worker's own limit is for a process that hangs: another process then does the task again.
         """
-        log.error("%s[%s] took more than %s s; its process is killed", self.name, self.id, timeout)
+        log.error(
+            "%s[%s] took more than %s s; its process is killed", self.name, self.id, timeout, extra=self.log_fields
+        )
         if self._client_limit is not None:
             self._request_cancellation(f"it took more than its client's limit of {timeout} s")
 
     def _request_cancellation(self, why: str) -> None:
-        log.warning("%s[%s]: cancellation requested: %s", self.name, self.id, why)
+        log.warning("%s[%s]: cancellation requested: %s", self.name, self.id, why, extra=self.log_fields)
         try:
             cancel_job(cast(Celery, self.app), self.results(), self.job_id)
         except (RedisError, OperationalError, OSError) as error:
-            log.warning("%s[%s]: Redis did not accept the cancellation: %s", self.name, self.id, cause(error))
+            log.warning(
+                "%s[%s]: Redis did not accept the cancellation: %s",
+                self.name,
+                self.id,
+                cause(error),
+                extra=self.log_fields,
+            )
 
     # -- failures
 
@@ -134,7 +147,7 @@ class Message(Request):
         error = getattr(exc_info.exception, "exc", exc_info.exception)  # billiard's ExceptionWithTraceback around it
         if isinstance(error, OutOfMemoryError) or is_passing(error):
             task_ready(self)
-            log.warning("%s[%s] goes back to its queue: %s", self.name, self.id, cause(error))
+            log.warning("%s[%s] goes back to its queue: %s", self.name, self.id, cause(error), extra=self.log_fields)
             events.happened("redelivery", "redis")
             return self.reject(requeue=True)
         if not isinstance(error, _INTENDED) and not state.should_terminate:
@@ -153,6 +166,7 @@ class Message(Request):
                 log.error("%d processes died while they ran %s[%s]; its job is abandoned", losses, self.name, self.id)
                 self.abandon(self.job_id, self._destination())
                 return _info(Ignore())
+        log.warning("%s[%s] is delivered again: %s", self.name, self.id, reason, extra=self.log_fields)
         events.happened("redelivery", "time_limit" if late else "process_lost")
         return _info(error if isinstance(error, WorkerLostError) else WorkerLostError(reason))
 

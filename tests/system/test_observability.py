@@ -22,6 +22,7 @@ from tests.support.system.scheduler import QUEUE, Scheduler
 from tests.support.system.systems import SMALL_LIMITS, StartSystem, System, send
 from worker.exit_codes import BAD_CALL
 
+SECRET = "a-guests-secret"
 HTTP = {"FORKVM_HTTP": "127.0.0.1:0"}
 #: For the module's worker.
 LIMITS = SMALL_LIMITS | HTTP
@@ -56,7 +57,9 @@ def endpoint(system: System) -> Endpoint:
     return Endpoint(system.worker)
 
 
-def test_forks_and_campaigns_are_counted(endpoint: Endpoint, scheduler: Scheduler, fresh: Fresh) -> None:
+def test_forks_and_campaigns_are_counted(
+    system: System, endpoint: Endpoint, scheduler: Scheduler, fresh: Fresh
+) -> None:
     # Given
     directory = fresh("xfs")
     make_guest(directory / "a")
@@ -65,7 +68,8 @@ def test_forks_and_campaigns_are_counted(endpoint: Endpoint, scheduler: Schedule
     # When
     result = scheduler.fork(directory / "a", directory / "b")
     scheduler.wait_failed(scheduler.send({"source": str(directory / "a"), "destination": str(directory / "b")}))
-    queued_campaigns.send(scheduler, request_of(directory / "a", directory, 3), "counted").get(timeout=60)
+    request = request_of(directory / "a", directory, 3, labels={"token": SECRET})
+    queued_campaigns.send(scheduler, request, "counted").get(timeout=60)
     scheduler.redis.lpush(QUEUE, b"[]")
 
     # Then
@@ -76,6 +80,8 @@ def test_forks_and_campaigns_are_counted(endpoint: Endpoint, scheduler: Schedule
     assert endpoint.value("forkvm_forks_total", status="succeeded", code="", campaign="yes") == 3
     assert endpoint.value("forkvm_files_total", method="reflink") - reflinked == 4 * result["files"]["reflinked"]
     assert endpoint.value("forkvm_fork_duration_seconds_count", phase="total") == 1
+    assert all(f"fork counted.{n} succeeded: " in system.worker.output() for n in (1, 2, 3))  # at the level DEBUG
+    assert SECRET not in system.worker.output()
 
 
 def test_refused_reflinks_are_counted_by_filesystems(endpoint: Endpoint, scheduler: Scheduler, fresh: Fresh) -> None:

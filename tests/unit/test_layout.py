@@ -47,7 +47,7 @@ LAYERS = (
     ("tasks.copier.space",),
     ("tasks.copier.fork",),
     ("tasks.copier.campaign",),
-    ("tasks.names", "tasks.events", "tasks.contract"),
+    ("tasks.names", "tasks.events", "tasks.fork_summary", "tasks.contract"),
     ("tasks.store",),
     ("tasks.context", "tasks.delivery"),
     ("tasks.cleanup", "tasks.sweep"),

@@ -58,6 +58,8 @@ def test_each_variable_is_taken(read: Read) -> None:
             "FORKVM_COPY_RATE": "100000000",
             "FORKVM_IO_PRIORITY": "best-effort:7",
             "FORKVM_RUNTIME_DIR": "/run/other",
+            "FORKVM_LOG": "json",
+            "FORKVM_LOG_LEVEL": "warning",
         }
     )
 
@@ -70,6 +72,7 @@ def test_each_variable_is_taken(read: Read) -> None:
     assert settings.limits == Limits(inline_files=1, inline_bytes=2, chunk_files=3, chunk_bytes=4 << 20, max_chunks=5)
     assert settings.heartbeat_file == "/run/heartbeat"
     assert settings.http == ("127.0.0.1", 9440)
+    assert (settings.log, settings.log_level) == ("json", "WARNING")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from tasks.copier.copy_rate import LEAST_RATE
 from worker.commands.help import command
 from worker.commands.options import PATH, as_json, with_domain
 from worker.exit_codes import DONE, FAILED, NO_BROKER
-from worker.settings import NO_ROOTS, read_settings
+from worker.settings import LOG_LEVELS, NO_ROOTS, read_settings
 from worker.terminal.printing import print_json, print_line, print_message
 
 
@@ -30,12 +30,10 @@ from worker.terminal.printing import print_json, print_line, print_message
 )
 @click.option(
     "--loglevel",
-    type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"], case_sensitive=False),
-    default="INFO",
-    show_default=True,
-    help="Lines below this level are not logged.",
+    type=click.Choice(LOG_LEVELS, case_sensitive=False),
+    help="Lines below this level are not logged. Default: FORKVM_LOG_LEVEL, else INFO.",
 )
-def worker(domain: str | None, concurrency: int | None, loglevel: str) -> None:
+def worker(domain: str | None, concurrency: int | None, loglevel: str | None) -> None:
     """Run a worker for the queue of a domain.
 
     It checks this host first, as forkvm doctor does: what makes every fork fail stops it, anything else is one line in
@@ -46,11 +44,13 @@ def worker(domain: str | None, concurrency: int | None, loglevel: str) -> None:
         raise click.UsageError(NO_ROOTS)
     if domain is not None:
         os.environ["FORKVM_DOMAIN"] = domain
+    if loglevel is not None:
+        os.environ["FORKVM_LOG_LEVEL"] = loglevel
     from celery.bin.celery import celery
 
-    from worker.app import app  # reads FORKVM_DOMAIN
+    from worker.app import app  # reads FORKVM_DOMAIN and FORKVM_LOG_LEVEL
 
-    arguments = ["worker", "-Q", settings.queue, "--loglevel", loglevel]
+    arguments = ["worker", "-Q", settings.queue, "--loglevel", "INFO"]
     if concurrency is not None:
         arguments += ["--concurrency", str(concurrency)]
     # As Celery.worker_main, which drops the exit code.

@@ -6,6 +6,7 @@ method, a filesystem, never an id or a path.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, get_args
 
 import prometheus_client
@@ -58,6 +59,8 @@ class Metrics:
             buckets=_BUCKETS,
             registry=self.registry,
         )
+        #: As `labels` of a metric, which takes longer than the count itself.
+        self._labelled = cache(lambda metric, *labels: metric.labels(*labels))
         self._begin_at_zero()
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -109,10 +112,10 @@ class Metrics:
         files, sizes, seconds = sums
         campaign = "yes" if of_campaign else "no"
         for status, code, count in ends:
-            self._forks.labels(status, code, campaign).inc(count)
+            self._labelled(self._forks, status, code, campaign).inc(count)
         for counter, counts in ((self._files, files), (self._bytes, sizes)):
             for method, count in counts.items():
                 if count:
-                    counter.labels(method).inc(count)
+                    self._labelled(counter, method).inc(count)
         for phase, value in seconds.items():
-            self._durations.labels(phase).observe(value)
+            self._labelled(self._durations, phase).observe(value)

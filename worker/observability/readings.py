@@ -19,10 +19,13 @@ _OLD_SECONDS = 20.0
 
 
 class Reading(Generic[T]):
-    """One such value. `read` is called in a thread of its own, and may raise `errors`."""
+    """One such value. `read` is called in a thread of its own at the interval (seconds), and may raise `errors`."""
 
-    def __init__(self, name: str, read: Callable[[], T], *errors: type[Exception]) -> None:
+    def __init__(
+        self, name: str, read: Callable[[], T], *errors: type[Exception], interval: float = INTERVAL_SECONDS
+    ) -> None:
         self._read = read
+        self._interval = interval
         self._errors = errors
         self._last: tuple[float, T] | None = None
         self._thread = Thread(target=self._run, name=f"reading {name}", daemon=True)
@@ -44,4 +47,4 @@ class Reading(Generic[T]):
                 self._last = time.monotonic(), self._read()
             except self._errors:
                 self._last = None
-            time.sleep(INTERVAL_SECONDS)
+            time.sleep(self._interval)

@@ -27,6 +27,7 @@ from tasks.copier.campaign.spec import CampaignResult
 from tasks.copier.fork_spec import ForkResult
 from tasks.copier.kernel.filesystems import name_of_filesystem
 from tasks.events import Kind
+from tasks.fork_summary import bytes_by_method, files_by_method
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +46,18 @@ _LONGEST_ID = 256
 #: Longest path in a report, in characters of JSON.
 _LONGEST_PARENT = 1000
 
+_NO_ERROR = {"code": ""}
+
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class Reporter:
     """The observer of a worker's processes: it writes reports into the pipe."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, counts: bool = True) -> None:
+        """`counts`: report all that metrics count. Otherwise only refused reflinks are reported, for the log."""
         self._fd = fd
+        self._counts = counts
         self._parent = ""
         self._has_warned = False
 
@@ -62,29 +67,30 @@ class Reporter:
         `forks`, run id, finished_at, of_campaign, number of forks by status and error code, files by method, bytes by
         method, and the seconds of each phase of a single fork that succeeded.
         """
-        ends = Counter((result["status"], (result["error"] or {"code": ""})["code"]) for result in results)
+        self._report_fallback(results)
+        if not self._counts:
+            return
+        ends = Counter((result["status"], (result["error"] or _NO_ERROR)["code"]) for result in results)
         files, sizes = Counter[str](), Counter[str]()
         for result in results:
-            reflink = "snapshot" if result["subvolume"] else "reflink"
-            files[reflink] += result["files"]["reflinked"]
-            for counter, method in _METHODS.items():
-                files[method] += result["files"][counter]
-            sizes[reflink] += result["bytes"]["reflinked"]
-            sizes["copy"] += result["bytes"]["copied"]
+            for sums, counts in ((files, files_by_method(result)), (sizes, bytes_by_method(result))):
+                for method, count in counts.items():
+                    sums[method] += count
         first, run_id = results[0], _short(run_id)
         seconds = first["seconds"] if not of_campaign and first["error"] is None else {}
-        counts = [[*end, count] for end, count in ends.items()]
-        self._write(["forks", run_id, first["finished_at"], of_campaign, counts, files, sizes, seconds])
-        self._report_fallback(results)
+        by_end = [[*end, count] for end, count in ends.items()]
+        self._write(["forks", run_id, first["finished_at"], of_campaign, by_end, files, sizes, seconds])
         self._report_parent(os.path.dirname(first["destination"]))
 
     def campaign_ended(self, result: CampaignResult) -> None:
         """Report a campaign that has ended: `campaign`, id, status."""
-        self._write(["campaign", _short(result["campaign_id"]), result["status"]])
+        if self._counts:
+            self._write(["campaign", _short(result["campaign_id"]), result["status"]])
 
     def happened(self, kind: Kind, reason: str) -> None:
         """Report anything else: its kind, and the reason if there is one."""
-        self._write([kind, reason] if reason else [kind])
+        if self._counts:
+            self._write([kind, reason] if reason else [kind])
 
     def _report_fallback(self, results: Sequence[ForkResult]) -> None:
         """Report refused reflinks: `fallback`, errno, filesystems of the source and destination, number of forks.
@@ -125,30 +131,21 @@ def _short(job_id: str) -> str:
     return job_id if len(encoded) <= _LONGEST_ID else hashlib.sha256(encoded).hexdigest()
 
 
-#: The methods of the files that a ForkResult counts under these names.
-_METHODS = {
-    "copied": "copy",
-    "hardlinked": "hardlink",
-    "symlinked": "symlink",
-    "directories": "mkdir",
-    "skipped": "skip",
-}
-
-
 class Pipe:
     """The pipe, and the thread of the main process that reads it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, counts: bool = True) -> None:
+        """`counts`: see `Reporter`."""
         self._read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         with suppress(OSError):  # this user's other pipes take all that it may use
             fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        self.reporter = Reporter(write_fd)
+        self.reporter = Reporter(write_fd, counts=counts)
         os.register_at_fork(after_in_child=self._forget_reader)
         self._rest = b""
 
-    def start(self, take: Callable[[Report], None]) -> None:
-        """Start to read. `take` is called with each report."""
-        Thread(target=self._run, args=(take,), name="reports", daemon=True).start()
+    def start(self, takers: Sequence[Callable[[Report], None]]) -> None:
+        """Start to read. Each of `takers` is called with each report."""
+        Thread(target=self._run, args=(takers,), name="reports", daemon=True).start()
 
     def read(self) -> Iterator[Report]:
         """Yield the reports that were written since the last call."""
@@ -160,11 +157,15 @@ class Pipe:
             *lines, self._rest = (self._rest + data).split(b"\n")
             yield from map(json.loads, lines)
 
-    def _run(self, take: Callable[[Report], None]) -> None:
+    def _run(self, takers: Sequence[Callable[[Report], None]]) -> None:
+        written = select.poll()
+        written.register(self._read_fd, select.POLLIN)
         while True:
-            time.sleep(_INTERVAL_SECONDS)
+            written.poll()
             for report in self.read():
-                take(report)
+                for take in takers:
+                    take(report)
+            time.sleep(_INTERVAL_SECONDS)
 
     def _forget_reader(self) -> None:
         """In a forked child: only the main process reads."""

@@ -1,69 +1,35 @@
-"""Puts the parts together: what a worker with `FORKVM_HTTP` starts."""
+"""Puts the parts together: what a worker shows of itself."""
 
 from __future__ import annotations
 
-import logging
-from http import HTTPStatus
+from collections.abc import Callable
 from typing import Any
 
-from kombu.exceptions import OperationalError
-from prometheus_client.exposition import choose_encoder
-from redis.exceptions import RedisError
-
 from tasks import events
-from worker.observability.consumer import observe_consumer
-from worker.observability.gauges import Gauges, RedisReader, RootReader
-from worker.observability.health import Health
-from worker.observability.http_server import Answer, HttpServer, text
-from worker.observability.metrics import Metrics
-from worker.observability.readings import Reading
+from worker.observability.fallbacks import FallbackLog
 from worker.observability.reports import Pipe, Report
-
-log = logging.getLogger(__name__)
-
-
-class Service:
-    """The endpoint of one worker. Make it before the pool processes are forked."""
-
-    def __init__(self, app: Any, host: str, port: int, roots: tuple[str, ...]) -> None:
-        """Listen, and let all processes of this worker report. Raises OSError if the address cannot be used."""
-        self._server = HttpServer(host, port)
-        self._pipe = Pipe()
-        events.install(self._pipe.reporter)
-        consumer = observe_consumer(app)
-        self._root_readers = [RootReader(root) for root in roots]
-        self._redis = Reading("redis", RedisReader(app), RedisError, OperationalError, OSError)
-        self._roots = {reader.root: Reading(reader.root, reader, OSError) for reader in self._root_readers}
-        self._metrics = Metrics()
-        self._metrics.registry.register(Gauges(consumer, self._redis, self._roots))
-        self._health = Health(consumer, self._redis, self._roots)
-
-    def start(self) -> None:
-        """Start to read and to answer. Call this in the process that consumes, once logging is set up."""
-        self._pipe.start(self._take)
-        self._redis.start()
-        for root in self._roots.values():
-            root.start()
-        self._server.start({"/metrics": self._get_metrics, "/livez": self._get_livez, "/readyz": self._get_readyz})
-        log.info("serving /metrics, /livez and /readyz at http://%s", self._server.address)
-
-    def _take(self, report: Report) -> None:
-        if report[0] != "parent":
-            self._metrics.count(report)
-            return
-        for reader in self._root_readers:
-            reader.add(report[1])
-
-    def _get_metrics(self, accept: str) -> Answer:
-        encode, content_type = choose_encoder(accept)
-        return Answer(HTTPStatus.OK, content_type, encode(self._metrics.registry))
-
-    def _get_livez(self, accept: str) -> Answer:
-        return _probe("alive", self._health.why_not_alive())
-
-    def _get_readyz(self, accept: str) -> Answer:
-        return _probe("ready", self._health.why_not_ready())
+from worker.settings import Settings
 
 
-def _probe(good: str, wrong: list[str]) -> Answer:
-    return text(HTTPStatus.SERVICE_UNAVAILABLE, wrong) if wrong else text(HTTPStatus.OK, [good])
+def observe(app: Any, settings: Settings) -> Callable[[], None]:
+    """Let all processes of this worker report. Call it before the pool processes are forked.
+
+    Returns a function that starts to read the reports and to answer requests, to be called once logging is set up.
+    Raises OSError if FORKVM_HTTP cannot be used.
+    """
+    pipe = Pipe(counts=settings.http is not None)
+    events.install(pipe.reporter)
+    takers: list[Callable[[Report], None]] = [FallbackLog().take]
+    starts: list[Callable[[], None]] = [lambda: pipe.start(takers)]
+    if settings.http is not None:
+        from worker.observability.endpoint import Endpoint  # prometheus_client takes 50 ms to import
+
+        endpoint = Endpoint(app, *settings.http, settings.roots)
+        takers.append(endpoint.take)
+        starts.append(endpoint.start)
+
+    def start() -> None:
+        for each in starts:
+            each()
+
+    return start

@@ -37,7 +37,15 @@ from tasks.names import (
     SWEEP_TASK,
 )
 from worker.runtime.compression import Undecodable, decompress
-from worker.runtime.refused_messages import LONGEST_RESULT_ID, Body, Refused, id_of, old_body, replacement
+from worker.runtime.refused_messages import (
+    LONGEST_RESULT_ID,
+    Body,
+    Refused,
+    id_of,
+    log_fields_of,
+    old_body,
+    replacement,
+)
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +180,8 @@ def install_message_filter(app: Celery) -> None:
             except Refused as refusal:
                 job_id = id_of(message)
                 named = "" if job_id is None else f" (id {job_id[:_LONGEST_ID]!r}; its result has the reason)"
-                log.warning("a message in the queue %s was refused: %s%s", queue, refusal, named)
+                fields = log_fields_of(message)
+                log.warning("a message in the queue %s was refused: %s%s", queue, refusal, named, extra=fields)
                 events.happened("rejection", refusal.kind)
                 taken = replacement(message, refusal, queue)
         if taken is not None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from tasks.contract.raw_request import REFUSED, text_of
 from tasks.delivery.signatures import BadSignature, followers_of
-from tasks.names import CAMPAIGN_TASK, FORK_TASK
+from tasks.names import CAMPAIGN_TASK, FORK_TASK, job_fields
 
 #: Longest id under which a result is stored, in characters. The limit for a fork's id is lower.
 LONGEST_RESULT_ID = 4096
@@ -48,6 +48,12 @@ def id_of(message: Any) -> str | None:
     """The id under which a result for the message's client can be stored; None if there is none."""
     found = _task_and_id(message)
     return found[1] if found is not None else None
+
+
+def log_fields_of(message: Any) -> dict[str, str]:
+    """The fields of a log line about the message; none if it has no usable task and id."""
+    found = _task_and_id(message)
+    return job_fields(*found) if found is not None else {}
 
 
 def replacement(message: Any, refusal: Refused, queue: str) -> dict[str, Any] | None:

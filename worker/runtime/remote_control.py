@@ -7,7 +7,6 @@ logged as an error by the workers of other applications on the Redis database.
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -22,7 +21,7 @@ from redis.exceptions import RedisError
 from tasks.delivery.backend import results_of
 from tasks.delivery.cancel import cancel_job
 from tasks.delivery.message import Message
-from tasks.names import domain_of, inner_queues
+from tasks.names import PART_ID, domain_of, inner_queues
 from tasks.store.redis_errors import cause
 from tasks.store.results import Results
 from worker.runtime.bootsteps import Lease
@@ -30,8 +29,6 @@ from worker.runtime.bootsteps import Lease
 log = logging.getLogger(__name__)
 
 Answer = dict[str, Any]
-#: The id of a chunk's or batch's message; the group is the id of the fork or campaign.
-_PART = re.compile(r"(.+)\.(?:chunk|batch)\.[0-9]+", re.DOTALL)
 #: The field of this program in the answer to `stats`.
 STATS_FIELD = "forkvm"
 #: Celery's commands, which celery-types does not declare.
@@ -118,5 +115,5 @@ def _job_of(results: Results, task_id: str) -> str:
     request = state.requests.get(task_id)
     if isinstance(request, Message):
         return request.job_id
-    part = _PART.fullmatch(task_id)
+    part = PART_ID.fullmatch(task_id)
     return part[1] if part and results.claims.get(task_id) is None and results.claims.get(part[1]) else task_id

@@ -24,6 +24,7 @@ from tasks.copier.campaign.spec import (
 from tasks.copier.errors import ErrorRecord, ForkError, cancelled, from_record
 from tasks.copier.fork.chunk import worker_lost
 from tasks.copier.fork_spec import ForkResult
+from tasks.fork_summary import log_end
 from tasks.store import keys
 from tasks.store.campaign.outcomes import store_outcomes_of_run
 from tasks.store.recent_forks.campaign_forks import RecentCampaignForks
@@ -58,6 +59,8 @@ class CampaignResults:
         forks = [outcome.result for outcome in outcomes]
         events.forks_ended(f"{self.campaign_id}.{first}", forks, of_campaign=True)
         self._ask(lambda: store_outcomes_of_run(self.results, self.campaign_id, first, outcomes), OutOfMemoryError)
+        for fork in forks:
+            log_end(fork, self.campaign_id)
 
     def delete_outcomes(self) -> None:
         """Delete what batches of an earlier campaign of this id stored after Redis had lost its data."""
