@@ -29,7 +29,7 @@ from tasks.copier.roots import Parent, Roots
 from tasks.copier.staging.control_directory import Held
 from tasks.delivery.canvas import Job
 from tasks.delivery.sending import send_patiently
-from tasks.delivery.task_request import AnyTask, job_id
+from tasks.delivery.task_request import AnyTask, job_id, trace_headers
 from tasks.names import inner_queue
 from tasks.store.job_states import final_state
 
@@ -147,6 +147,6 @@ def holder_of(task: AnyTask, retry: RetryLater) -> Holder:
 def _send_back(task: AnyTask, context: Context, arguments: dict[str, Any], holder: Holder) -> NoReturn:
     """Send the task to its queue again under the same id, and end this run of it without any state."""
     events.happened("retry", "not_found" if holder.heartbeat == NO_STAGING else "held")
-    queue, headers = inner_queue(context.queue, task.name), {"seen": list(holder)}
+    queue, headers = inner_queue(context.queue, task.name), {"seen": list(holder), **trace_headers(task)}
     send_patiently(task.app, task.name, arguments, job_id(task), queue, headers=headers, countdown=RETRY_SECONDS)
     raise Ignore

@@ -14,7 +14,7 @@ from tasks.copier.options import Limits
 from tasks.copier.roots import Roots
 from tasks.delivery.backend import results_of
 from tasks.delivery.canvas import take_canvas
-from tasks.delivery.task_request import AnyTask, domain_queue
+from tasks.delivery.task_request import AnyTask, domain_queue, trace_headers
 from tasks.names import inner_queue
 from tasks.store.recent_forks.forks import RecentForks
 from tasks.store.redis_errors import wait_out
@@ -25,10 +25,10 @@ def context_factory(app: Celery, roots: Roots, limits: Limits, pace: Pace) -> Ca
     ended = RecentForks()  # one for all tasks of a process: it remembers when it purged, and whether it warned
 
     def context_of(task: AnyTask) -> Context:
-        queue = domain_queue(task)
+        queue, headers = domain_queue(task), trace_headers(task)
 
         def send(task: str, kwargs: dict[str, Any], task_id: str) -> None:
-            send_patiently(app, task, kwargs, task_id, inner_queue(queue, task))
+            send_patiently(app, task, kwargs, task_id, inner_queue(queue, task), headers=headers)
 
         canvas = take_canvas(task.request)
         return Context(roots, limits, results_of(app, patient=True), send, queue, canvas, ended, pace=pace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -12,6 +13,8 @@ from celery import Task
 from tasks.names import domain_of
 
 AnyTask = Task[Any, Any]
+#: https://www.w3.org/TR/trace-context/#traceparent-header, version 00.
+_TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 def job_id(task: AnyTask) -> str:
@@ -34,6 +37,12 @@ def domain_queue(task: AnyTask) -> str:
 def tag_for_others(task: AnyTask) -> str | None:
     """The beginning of the delivery tags of further messages that the task may take; None if it must not take any."""
     return getattr(task.request, "tag_for_others", None)
+
+
+def trace_headers(task: AnyTask) -> dict[str, str]:
+    """The header with which a client linked the job to its trace, for further messages of the job; {} without one."""
+    parent = getattr(task.request, "traceparent", None)
+    return {"traceparent": parent} if isinstance(parent, str) and _TRACEPARENT.fullmatch(parent) else {}
 
 
 def is_expired(task: AnyTask) -> bool:

@@ -10,6 +10,7 @@
     health          alive, ready
     endpoint        metrics and health together
     http_server     the listener
+    tracing         spans of forks and campaigns, from reports
     logs            the log: text or JSON, one line for each record
 
 Nothing here waits for Redis, a filesystem or a pool process when a request is answered.

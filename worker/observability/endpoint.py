@@ -53,11 +53,12 @@ class Endpoint:
 
     def take(self, report: Report) -> None:
         """Take a report of one of the worker's processes."""
-        if report[0] != "parent":
+        kind = report[0]
+        if kind == "parent":
+            for reader in self._root_readers:
+                reader.add(report[1])
+        elif kind != "span":
             self._metrics.count(report)
-            return
-        for reader in self._root_readers:
-            reader.add(report[1])
 
     def _get_metrics(self, accept: str) -> Answer:
         page = self._page.value()

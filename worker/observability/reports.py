@@ -20,14 +20,19 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from datetime import datetime
 from threading import Thread
 from typing import Any
+
+from celery._state import get_current_task
 
 from tasks.copier.campaign.spec import CampaignResult
 from tasks.copier.fork_spec import ForkResult
 from tasks.copier.kernel.filesystems import name_of_filesystem
+from tasks.delivery.task_request import trace_headers
 from tasks.events import Kind
 from tasks.fork_summary import bytes_by_method, files_by_method
+from tasks.names import job_fields
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +59,11 @@ _encode = json.JSONEncoder(separators=(",", ":")).encode
 class Reporter:
     """The observer of a worker's processes: it writes reports into the pipe."""
 
-    def __init__(self, fd: int, *, counts: bool = True) -> None:
-        """`counts`: report all that metrics count. Otherwise only refused reflinks are reported, for the log."""
+    def __init__(self, fd: int, *, counts: bool = True, spans: bool = False) -> None:
+        """`counts`: report what metrics count. `spans`: report what traces show. Refused reflinks are for the log."""
         self._fd = fd
         self._counts = counts
+        self._spans = spans
         self._parent = ""
         self._has_warned = False
 
@@ -68,6 +74,8 @@ class Reporter:
         method, and the seconds of each phase of a single fork that succeeded.
         """
         self._report_fallback(results)
+        if self._spans and not of_campaign:
+            self._report_span("fork", run_id, results[0], datetime.fromisoformat(results[0]["started_at"]).timestamp())
         if not self._counts:
             return
         ends = Counter((result["status"], (result["error"] or _NO_ERROR)["code"]) for result in results)
@@ -84,6 +92,9 @@ class Reporter:
 
     def campaign_ended(self, result: CampaignResult) -> None:
         """Report a campaign that has ended: `campaign`, id, status."""
+        if self._spans:
+            started = time.time() - result["seconds"]["total"]
+            self._report_span("campaign", result["campaign_id"], result, started)
         if self._counts:
             self._write(["campaign", _short(result["campaign_id"]), result["status"]])
 
@@ -91,6 +102,18 @@ class Reporter:
         """Report anything else: its kind, and the reason if there is one."""
         if self._counts:
             self._write([kind, reason] if reason else [kind])
+
+    def _report_span(self, job: str, job_id: str, result: ForkResult | CampaignResult, started: float) -> None:
+        """Report what a trace shows of a job.
+
+        `span`, kind of job, id, status, error code, the client's trace, when work began, seconds by phase.
+        """
+        parent = ""
+        task: Any = get_current_task()
+        if task is not None and job_id in job_fields(task.name, task.request.id).values():  # or it waited behind it
+            parent = trace_headers(task).get("traceparent", "")
+        code = (result["error"] or _NO_ERROR)["code"]
+        self._write(["span", job, _short(job_id), result["status"], code, parent, started, result["seconds"]])
 
     def _report_fallback(self, results: Sequence[ForkResult]) -> None:
         """Report refused reflinks: `fallback`, errno, filesystems of the source and destination, number of forks.
@@ -134,12 +157,12 @@ def _short(job_id: str) -> str:
 class Pipe:
     """The pipe, and the thread of the main process that reads it."""
 
-    def __init__(self, *, counts: bool = True) -> None:
-        """`counts`: see `Reporter`."""
+    def __init__(self, *, counts: bool = True, spans: bool = False) -> None:
+        """`counts`, `spans`: see `Reporter`."""
         self._read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         with suppress(OSError):  # this user's other pipes take all that it may use
             fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        self.reporter = Reporter(write_fd, counts=counts)
+        self.reporter = Reporter(write_fd, counts=counts, spans=spans)
         os.register_at_fork(after_in_child=self._forget_reader)
         self._rest = b""
 

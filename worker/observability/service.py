@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
 from tasks import events
 from worker.observability.fallbacks import FallbackLog
 from worker.observability.reports import Pipe, Report
+from worker.observability.tracing import Tracing, are_traces_wanted, has_traces, tracer_from_environment
 from worker.settings import Settings
+
+log = logging.getLogger(__name__)
 
 
 def observe(app: Any, settings: Settings) -> Callable[[], None]:
@@ -17,9 +22,12 @@ def observe(app: Any, settings: Settings) -> Callable[[], None]:
     Returns a function that starts to read the reports and to answer requests, to be called once logging is set up.
     Raises OSError if FORKVM_HTTP cannot be used.
     """
-    pipe = Pipe(counts=settings.http is not None)
+    spans = has_traces(os.environ)
+    pipe = Pipe(counts=settings.http is not None, spans=spans)
     events.install(pipe.reporter)
     takers: list[Callable[[Report], None]] = [FallbackLog().take]
+    if spans:
+        takers.append(Tracing(tracer_from_environment).take)
     starts: list[Callable[[], None]] = [lambda: pipe.start(takers)]
     if settings.http is not None:
         from worker.observability.endpoint import Endpoint  # prometheus_client takes 50 ms to import
@@ -29,6 +37,8 @@ def observe(app: Any, settings: Settings) -> Callable[[], None]:
         starts.append(endpoint.start)
 
     def start() -> None:
+        if are_traces_wanted(os.environ) and not spans:
+            log.warning("no traces are sent: the extra forkvm[otel] is not installed")
         for each in starts:
             each()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from tasks.delivery.sending import context_factory
 from tasks.fork.tasks import register_forks
 from worker.cpus import available_cpus
 from worker.environment import remove_celery_variables
+from worker.observability.tracing import has_traces
 from worker.redis_url import SENTINEL, RedisUrl
 from worker.runtime.bootsteps import Heartbeat, Lease, RestoreMessages, Sweeper
 from worker.runtime.earlier_versions import RestoreEarlierMessages
@@ -48,7 +50,7 @@ def make_app(settings: Settings) -> Celery:
     app.loader.override_backends = BACKENDS
     app.conf.update(_message_options(settings) | _process_options(settings) | _connection_options(settings))
     context_of = context_factory(app, Roots(settings.roots), settings.limits, settings.copy_pace)
-    register_forks(app, context_of, partial(plain_fork, app.tasks))
+    register_forks(app, context_of, partial(plain_fork, app.tasks, has_traces(os.environ)))
     register_campaigns(app, context_of)
     app.steps["consumer"] |= {
         Lease,

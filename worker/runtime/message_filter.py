@@ -96,6 +96,8 @@ class _Headers(_Strict):
     kwargsrepr: InstanceOf[str] | None = None
     #: When the client sent the message, in seconds since the epoch; other values are ignored.
     sent_at: Any = None
+    #: The client's trace (W3C Trace Context); other values are ignored.
+    traceparent: Any = None
     #: Set by kombu in a message that was returned to its queue.
     redelivered: bool | None = None
     #: See `tasks.delivery.outcome.Holder`: the last heartbeat of a holder, and since when it has not changed.
@@ -191,10 +193,11 @@ def install_message_filter(app: Celery) -> None:
     redis.loads, redis.Transport._deliver = loads, deliver_checked
 
 
-def plain_fork(tasks: Any, text: bytes, queue: str) -> Accepted | None:
+def plain_fork(tasks: Any, has_traces: bool, text: bytes, queue: str) -> Accepted | None:
     """The request for a fork in a message that a pool process has taken from `queue` itself.
 
-    None if the message is to go the ordinary way: it is refused, or has callbacks. `tasks`: see `checked`.
+    None if the message is to go the ordinary way: it is refused, or has callbacks, or belongs to a client's trace and
+    this worker `has_traces`. `tasks`: see `checked`.
     """
     try:
         message = json.loads(text)
@@ -202,6 +205,8 @@ def plain_fork(tasks: Any, text: bytes, queue: str) -> Accepted | None:
     except (Refused, ValueError, RecursionError):
         return None
     if parsed.headers.task != FORK_TASK or any(body.options.values()):
+        return None
+    if has_traces and parsed.headers.traceparent is not None:
         return None
     queued = seconds_since(parsed.headers.sent_at, None)
     return Accepted(parsed.headers.id, request_argument(tuple(body.args), body.kwargs), queued)
