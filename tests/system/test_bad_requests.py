@@ -17,13 +17,16 @@ import pytest
 from tests.fixtures.filesystems import Fresh, SmallTmpfs
 from tests.fixtures.processes import PublicProgram, Worker, program_environment
 from tests.fixtures.redis_server import RedisServer
-from tests.support.guests import MIB, make_guest, make_sparse_file
+from tests.support.guests import MIB, GuestSizes, make_guest, make_sparse_file
 from tests.support.outcome import LOGS
 from tests.support.system.result_checks import check_file_results, check_fork_result
 from tests.support.system.scheduler import Scheduler
 from tests.support.system.staging_view import StagingView
 from tests.support.system.systems import System, stopped_in_the_middle
 from tests.support.tree import snapshot
+
+#: A small guest: most of these requests fail before its data are read.
+SIZES = GuestSizes(overlay=8 * MIB, overlay_data=MIB, memory=4 * MIB, memory_data=MIB, config=MIB // 4)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ ROWS = {
         "destination_exists", prepare=lambda d: (d / "b").mkdir(), errno=errno.EEXIST
     ),
     "a full directory at the destination": Row(
-        "destination_exists", prepare=lambda d: make_guest(d / "b", seed=1), errno=errno.EEXIST
+        "destination_exists", prepare=lambda d: make_guest(d / "b", SIZES, seed=1), errno=errno.EEXIST
     ),
     "a file at the destination": Row(
         "destination_exists", prepare=lambda d: (d / "b").write_text("mine"), errno=errno.EEXIST
@@ -171,7 +174,7 @@ def test_bad_request_ends_with_its_code_and_path_and_leaves_nothing(
             text = text.replace("{" + word + "}", value)
         return text
 
-    make_guest(directory / "a")
+    make_guest(directory / "a", SIZES)
     row.prepare(directory)
     before = _entries(directory)
 
@@ -301,7 +304,7 @@ def test_source_that_is_open_for_writing_is_refused_if_the_request_says_so(
     system: System, scheduler: Scheduler, fresh: Fresh
 ) -> None:
     directory = fresh("xfs")
-    make_guest(directory / "a")
+    make_guest(directory / "a", SIZES)
     request = {"source": str(directory / "a"), "destination": str(directory / "b"), "source_open": "refuse"}
 
     with (directory / "a" / "overlay.raw").open("r+b"):
@@ -378,7 +381,7 @@ def test_destination_that_someone_makes_while_the_fork_runs_is_left_as_it_is(
 
 def test_sockets_of_running_machines_are_no_reason_to_fail(system: System, scheduler: Scheduler, fresh: Fresh) -> None:
     directory = fresh("xfs")
-    source = make_guest(directory / "a")
+    source = make_guest(directory / "a", SIZES)
     with socket.socket(socket.AF_UNIX) as listener:
         # Given a socket that is listened on; a path relative to the directory, since sun_path is short
         fd = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
@@ -432,7 +435,7 @@ def test_what_the_workers_user_may_not_do_is_permission_denied(
     scheduler = own_scheduler
     system = System(scheduler.server, worker_of_nobody, scheduler)
     directory = fresh("xfs")
-    source = make_guest(directory / "a")
+    source = make_guest(directory / "a", SIZES)
     for path in [directory, source, *source.rglob("*")]:
         os.chown(path, 65534, 65534, follow_symlinks=False)
 
