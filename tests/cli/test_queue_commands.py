@@ -19,6 +19,7 @@ from tests.fixtures.processes import (
 )
 from tests.fixtures.redis_server import RedisServer
 from tests.support.guests import GuestSizes, make_guest, make_slow_file
+from tests.support.system.systems import stopped_when
 
 SMALL = GuestSizes(overlay=8 << 20, overlay_data=1 << 20, memory=8 << 20, memory_data=1 << 20)
 
@@ -186,16 +187,21 @@ def test_cancel_ends_a_running_fork_while_it_waits_and_leaves_nothing(
     for n in range(4):
         make_slow_file(place / "vm-1" / f"disk-{n}")
     environment = program_environment(redis_server, place)
-    start_worker(place, env={"FORKVM_CHUNK_BYTES": str(16 << 20)})
+    worker = start_worker(place, env={"FORKVM_CHUNK_BYTES": str(16 << 20)})
     run_forkvm("submit", place / "vm-1", place / "vm-2", "--id", "f1", env=environment)
 
-    def is_running() -> bool:
+    def has(key: str, text: str) -> bool:
         with redis_server.client() as client:
-            return bool(client.exists("forkvm:f1:progress"))
+            return text in str(client.get(key))
 
-    wait_until(is_running, "progress")
-    running = json.loads(run_forkvm("status", "f1", "--json", env=environment).stdout)
-    cancelled = json.loads(run_forkvm("cancel", "f1", "--json", env=environment).stdout)
+    # The fork stands still until its cancellation was requested: on a busy machine a command starts slowly.
+    with stopped_when(worker, lambda: has("celery-task-meta-f1", "PROGRESS"), "progress"):
+        running = json.loads(run_forkvm("status", "f1", "--json", env=environment).stdout)
+        command = [forkvm_script(), "cancel", "f1", "--json"]
+        cancel = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        wait_until(lambda: has("forkvm:f1:cancel", "1"), "the request to cancel")
+    with ended_at_exit(cancel):
+        cancelled = json.loads(cancel.communicate(timeout=60)[0])
 
     assert running["state"] == "PROGRESS"
     assert set(running["progress"]) == {"files_done", "files_total", "bytes_done", "bytes_total", "phase"}
