@@ -325,7 +325,10 @@ class Cloner:
 
         behind = WriteBehind(dst_fd, start, drops=self._drops)
         pair = OpenPair(src_fd, entry.dev, dst_fd, lambda: place.paths_of(entry.name), step, behind)
-        return self._sparse.copy(pair, Part(start, end, entry.size, entry.data))
+        try:
+            return self._sparse.copy(pair, Part(start, end, entry.size, entry.data))
+        finally:
+            behind.stop()
 
     def _require_lease(self, place: DirectoryPair, entry: Entry, src_fd: int) -> None:
         if self._leases is not None:

@@ -111,7 +111,7 @@ class SparseCopier:
                     break
                 self._copy_extent(pair, data, hole)
                 copied += hole - data
-            pair.behind.close()
+            pair.behind.complete()
         except HolesUnknown as error:
             message = "the filesystem cannot report holes (SEEK_DATA); forkvm never makes a dense copy instead"
             raise ForkError(Code.SPARSE_UNSUPPORTED, message, pair.paths()[0], error.errno) from None
