@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 FORK_TASK = "forkvm.fork"
+ESTIMATE_TASK = "forkvm.estimate"
 CHUNK_TASK = "forkvm.chunk"
 FINISH_TASK = "forkvm.finish"
 BATCH_TASK = "forkvm.batch"
@@ -15,6 +16,9 @@ CAMPAIGN_TASK = "forkvm.campaign"
 FINISH_CAMPAIGN_TASK = "forkvm.conclude"
 ABANDON_TASK = "forkvm.bury"
 SWEEP_TASK = "forkvm.sweep"
+
+#: The tasks that clients send, each with the one argument `request`.
+CLIENT_TASKS = (FORK_TASK, CAMPAIGN_TASK, ESTIMATE_TASK)
 
 #: The suffix of the inner queue in which this program itself sends each task. Clients use the queue without a suffix.
 #: A finish must not wait behind chunks, and a new fork behind neither. A fork or campaign that is sent again overtakes

@@ -19,6 +19,7 @@ from worker.terminal.streams import close_streams, open_streams, use_utf8
 #: The module of each command, which defines it under its own name; in the order of the help.
 _MODULES = {
     "fork": "worker.commands.fork",
+    "estimate": "worker.commands.fork",
     "submit": "worker.commands.queue",
     "campaign": "worker.commands.campaign",
     "status": "worker.commands.queue",

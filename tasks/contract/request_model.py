@@ -107,6 +107,8 @@ class ForkRequest(AnyRequest):
     destination: DestinationPath
 
 
+_DRY_RUN = "dry_run: a request is always made; send it to the task forkvm.estimate, or use `forkvm estimate`"
+
 Request = TypeVar("Request", bound=AnyRequest)
 
 
@@ -119,6 +121,8 @@ def parse_as(model: type[Request], request: object) -> Request:
         raise ForkError(Code.INVALID_REQUEST, "the message has no request; send one argument, `request`, an object", "")
     if isinstance(request.get(REFUSED), str):
         raise ForkError(Code.INVALID_REQUEST, request[REFUSED], text_of(request, "source"))
+    if "dry_run" in request:
+        raise ForkError(Code.INVALID_REQUEST, _DRY_RUN, text_of(request, "source"))
     try:
         parsed = model.model_validate(request)
     except ValidationError as error:

@@ -26,6 +26,11 @@ _MODELS = {
         "The result of the task forkvm.fork, and of each fork of a campaign.",
     ),
     "fork-progress": ("tasks.copier.progress", "Progress", "The progress of a fork in the state PROGRESS."),
+    "estimate": (
+        "tasks.copier.estimate.estimate",
+        "Estimate",
+        "The result of the task forkvm.estimate.",
+    ),
     "file-result": ("tasks.copier.report", "FileResult", "What was done with one entry of a fork's source."),
     "campaign-request": (
         "tasks.contract.campaign_request",

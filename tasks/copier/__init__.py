@@ -7,6 +7,7 @@
     staging    the directory in which a fork is built: its lock, its journal, its removal
     fork       one fork, from the plan to the rename that publishes it
     campaign   many forks of one source, in batches
+    estimate   what a fork would do and cost, found out without making it
 
     errors, validation, options, progress, counted   used by every layer
     copy_rate                                        the bound on the bytes that a host copies in a second

@@ -4,6 +4,7 @@
     start        from a request to a result, or to chunks
     chunk        one part of a large fork
     finish       publishes a fork whose chunks are done, or removes one that failed or was cancelled
+    estimate     what a fork would do and cost
     abandon      ends a fork whose messages kill the processes that work on it
     takeover     takes a fork from a process that holds it and gives no heartbeat
     ending       what all of these share: storing a result, removing the staging

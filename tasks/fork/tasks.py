@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from celery import Celery
+from celery.exceptions import Ignore
 
 from tasks.context import Context
+from tasks.contract import ForkFailed
 from tasks.contract.raw_request import text_of
+from tasks.copier.errors import Code, ForkError, describe
+from tasks.copier.estimate.estimate import Estimate
 from tasks.copier.fork_spec import ForkResult
 from tasks.delivery.canvas import Job
 from tasks.delivery.message import Message, task_options
@@ -25,11 +29,12 @@ from tasks.delivery.task_request import (
 )
 from tasks.fork.abandon import run_abandon
 from tasks.fork.chunk import run_chunk
+from tasks.fork.estimate import run_estimate
 from tasks.fork.finish import run_finish
 from tasks.fork.start import run_fork
 from tasks.fork.takeover import take_over
 from tasks.fork.waiting_forks import Accept, make_waiting_forks
-from tasks.names import ABANDON_TASK, CHUNK_TASK, FINISH_TASK, FORK_TASK, SWEEP_TASK
+from tasks.names import ABANDON_TASK, CHUNK_TASK, ESTIMATE_TASK, FINISH_TASK, FORK_TASK, SWEEP_TASK
 from tasks.sweep import run_sweep
 
 
@@ -57,6 +62,22 @@ def register_forks(app: Celery, context_of: Callable[[AnyTask], Context], accept
         if tag is not None and ended is not None and ended.has_followers is False:
             make_waiting_forks(context, queue_of_forks(app, context.queue), tag, accept)
         return end_task(self, context, result)
+
+    @app.task(name=ESTIMATE_TASK, **job)
+    def estimate(self: AnyTask, *args: Any, **kwargs: Any) -> Estimate:
+        """What a fork would do and cost: an entry of the contract. Its one argument is `request`."""
+        context, request, task_id = context_of(self), request_argument(args, kwargs), job_id(self)
+        context.keep_canvas(task_id)
+        try:
+            found = run_estimate(context, task_id, request, expired=is_expired(self))
+        except ForkError as error:
+            if error.code is not Code.CANCELLED:
+                raise ForkFailed(describe(error.record())) from None
+            cast(Job, self).end_as_revoked(task_id, describe(error.record()))
+            found = None
+        if found is None:
+            raise Ignore
+        return found
 
     @app.task(name=CHUNK_TASK, **part)
     def chunk(self: AnyTask, fork_id: str, destination: str, number: int) -> None:

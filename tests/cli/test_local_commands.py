@@ -80,6 +80,22 @@ def test_a_fork_that_would_copy_more_than_its_budget_exits_with_1(run_forkvm: Ru
     assert [path.name for path in place.iterdir()] == ["vm-1"]
 
 
+def test_estimate_tells_what_a_fork_would_do_and_leaves_nothing(run_forkvm: RunForkvm, fresh: Fresh) -> None:
+    place = fresh("xfs")
+    make_guest(place / "vm-1", SMALL)
+
+    done = run_forkvm("estimate", place / "vm-1", place / "vm-2")
+    found = json.loads(run_forkvm("estimate", place / "vm-1", place / "vm-2", "--reflink", "never", "--json").stdout)
+    refused = run_forkvm("estimate", place / "vm-1", place / "vm-1")
+
+    assert done.stdout.startswith(f"reflink: {place}/vm-1 -> {place}/vm-2\n")
+    assert "fits" in done.stdout
+    assert (found["method"], found["reason"], found["fits"]) == ("copy", "reflink=never", True)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "destination_exists" in refused.stderr
+    assert [path.name for path in place.iterdir()] == ["vm-1"]
+
+
 def test_a_bad_call_exits_with_2_in_one_line(run_forkvm: RunForkvm, tmp_path: Path) -> None:
     no_name = run_forkvm("fork", "", tmp_path / "vm-2")
     wrong_word = run_forkvm("fork", tmp_path, tmp_path / "vm-2", "--reflink", "maybe")

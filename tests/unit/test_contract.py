@@ -192,3 +192,10 @@ def test_text_goes_through_as_it_is(text: str) -> None:
 
     assert request.labels == {text: text}
     assert request.options().exclude == (text or "x",)
+
+
+def test_a_dry_run_is_refused_in_favour_of_an_estimate() -> None:
+    error = _refusal(GOOD | {"dry_run": True})
+
+    assert "forkvm.estimate" in error.message
+    assert "forkvm estimate" in error.message

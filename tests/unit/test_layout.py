@@ -46,7 +46,7 @@ LAYERS = (
     ("tasks.copier.staging",),
     ("tasks.copier.space",),
     ("tasks.copier.fork",),
-    ("tasks.copier.campaign",),
+    ("tasks.copier.campaign", "tasks.copier.estimate"),
     ("tasks.names", "tasks.events", "tasks.fork_summary", "tasks.contract"),
     ("tasks.store",),
     ("tasks.context", "tasks.delivery"),

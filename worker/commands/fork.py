@@ -1,4 +1,4 @@
-"""The local commands: `forkvm fork` and `forkvm verify`."""
+"""The local commands: `forkvm fork`, `forkvm estimate` and `forkvm verify`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tasks.copier.errors import ForkError
+from tasks.copier.errors import Code, ForkError, describe
 from tasks.copier.options import DEFAULT_EXCLUDE
 from worker.commands.help import command
 from worker.commands.options import (
@@ -22,10 +22,10 @@ from worker.commands.options import (
     print_result,
     request_of,
 )
-from worker.commands.output import comparison_lines, comparison_record, progress_bar
-from worker.exit_codes import FAILED
+from worker.commands.output import comparison_lines, comparison_record, estimate_lines, progress_bar
+from worker.exit_codes import BAD_CALL, FAILED
 from worker.settings import Settings, read_settings
-from worker.terminal.printing import print_json, print_line
+from worker.terminal.printing import print_json, print_line, print_message
 from worker.terminal.signals import cancelled_by_signals
 
 if TYPE_CHECKING:
@@ -52,6 +52,41 @@ def fork(source: str, destination: str, as_json: bool, **fields: Any) -> None:
     with progress_bar() as show, cancelled_by_signals(show) as poll:
         result = _fork_here(settings, request, poll)
     print_result(result, as_json)
+
+
+@command(
+    example="forkvm estimate /guests/vm-1 /guests/vm-2",
+    done="The estimate was printed, also if the fork would not fit.",
+    failed="The fork would fail, or a signal cancelled the estimate.",
+)
+@click.argument("source", type=PATH)
+@click.argument("destination", type=PATH)
+@fork_options
+@as_json
+def estimate(source: str, destination: str, as_json: bool, **fields: Any) -> None:
+    """Tell what a fork would do and cost.
+
+    Walks SOURCE and tries one reflink to DESTINATION's directory, as the fork would. Prints the method, the bytes to
+    copy, the time, and warnings. Leaves nothing behind.
+    """
+    from tasks.contract import fork_request
+    from tasks.copier.estimate.estimate import estimate
+    from tasks.copier.roots import Roots
+
+    settings = read_settings()
+    request = request_of({"source": absolute(source), "destination": absolute(destination)}, fields)
+    try:
+        spec = fork_request.spec_of(request, f"estimate-{uuid.uuid4().hex}", owner="local")
+        with progress_bar() as show, cancelled_by_signals(show) as poll:
+            found = estimate(spec, Roots(settings.roots), settings.limits, poll)
+    except ForkError as error:
+        print_message(describe(error.record()))
+        raise click.exceptions.Exit(BAD_CALL if error.code is Code.INVALID_REQUEST else FAILED) from None
+    if as_json:
+        print_json(found)
+        return
+    for line in estimate_lines(found):
+        print_line(line)
 
 
 @command(

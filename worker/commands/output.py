@@ -16,6 +16,7 @@ from worker.terminal.printing import ShowProgress, printable
 if TYPE_CHECKING:
     from tasks.copier.campaign.spec import CampaignProgress, CampaignResult
     from tasks.copier.clone.compare import Comparison
+    from tasks.copier.estimate.estimate import Estimate
     from tasks.copier.fork_spec import ForkResult
     from tasks.copier.progress import Progress
     from tasks.copier.report import FileResult
@@ -65,6 +66,20 @@ def result_lines(result: ForkResult) -> Iterator[str]:
         yield f"  lost      {counted(number, 'item')} of metadata that the destination cannot store ({where})"
     steps = ", ".join(f"{name} {value:.3f}" for name, value in seconds.items() if name != "total")
     yield f"  seconds   {steps}; {counted(result['chunks'], 'chunk')}"
+
+
+def estimate_lines(found: Estimate) -> Iterator[str]:
+    """An Estimate as text lines."""
+    count, seconds = found["bytes"], found["seconds"]
+    why = f" ({found['reason']})" if found["reason"] else ""
+    yield f"{found['method']}: {found['source']} -> {found['destination']}{why}"
+    yield f"  entries   {found['entries']}, {found['files']} files with {found['extents']} extents"
+    yield f"  bytes     {size(count['logical'])} logical, {size(count['allocated'])} allocated"
+    free = "" if found["free_bytes"] is None else f" of {size(found['free_bytes'])} free"
+    yield f"  to copy   {size(count['to_copy'])}{free}; {'fits' if found['fits'] else 'DOES NOT FIT'}"
+    yield f"  seconds   {seconds['low']:.3f} to {seconds['high']:.3f}"
+    for warning in found["warnings"]:
+        yield f"  warning   {warning['message']}"
 
 
 def file_line(result: FileResult) -> str:

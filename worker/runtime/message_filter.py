@@ -29,8 +29,8 @@ from tasks.fork.waiting_forks import Accepted
 from tasks.names import (
     ABANDON_TASK,
     BATCH_TASK,
-    CAMPAIGN_TASK,
     CHUNK_TASK,
+    CLIENT_TASKS,
     FINISH_CAMPAIGN_TASK,
     FINISH_TASK,
     FORK_TASK,
@@ -241,7 +241,7 @@ def _parsed(message: Any, tasks: Any) -> tuple[_Message, Body]:
     if name not in tasks or name.startswith("celery."):
         raise Refused(f"there is no task {name[:_LONGEST_ID]!r}", kind="unknown_task")
     body = _body(parsed)
-    if name in (FORK_TASK, CAMPAIGN_TASK):
+    if name in CLIENT_TASKS:
         _check_job(parsed, body)
     else:
         _check_part(name, body)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from tasks.contract.raw_request import REFUSED, text_of
 from tasks.delivery.signatures import BadSignature, followers_of
-from tasks.names import CAMPAIGN_TASK, FORK_TASK, job_fields
+from tasks.names import CLIENT_TASKS, job_fields
 
 #: Longest id under which a result is stored, in characters. The limit for a fork's id is lower.
 LONGEST_RESULT_ID = 4096
@@ -110,11 +110,7 @@ def _task_and_id(message: Any) -> tuple[str, str] | None:
     task, job_id = found.get("task"), found.get("id")
     if isinstance(job_id, uuid.UUID):  # a type of kombu's JSON
         job_id = str(job_id)
-    if (
-        task not in (FORK_TASK, CAMPAIGN_TASK)
-        or not isinstance(job_id, str)
-        or not 0 < len(job_id) <= LONGEST_RESULT_ID
-    ):
+    if task not in CLIENT_TASKS or not isinstance(job_id, str) or not 0 < len(job_id) <= LONGEST_RESULT_ID:
         return None
     try:
         job_id.encode()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from tasks.copier.kernel import syscalls
+from tasks.copier.kernel.sparse import HolesUnknown, data_extents
 from tasks.copier.kernel.syscalls import Extent
 
 _NO_FIEMAP = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL})
@@ -34,6 +35,22 @@ def measure(source_fd: int, clone_fd: int) -> Blocks | None:
         if error.errno in _NO_FIEMAP:
             return None
         raise
+
+
+def count_extents(fd: int, size: int) -> int:
+    """The number of extents of a file of `size` bytes. Raises OSError.
+
+    Where the filesystem has no FIEMAP, that of its data extents. Dirty pages are not written for it.
+    """
+    try:
+        return syscalls.fiemap_count(fd)
+    except OSError as error:
+        if error.errno not in _NO_FIEMAP:
+            raise
+    try:
+        return sum(1 for _ in data_extents(fd, 0, size))
+    except HolesUnknown:
+        return 1
 
 
 def _extents(fd: int) -> Iterator[Extent]:
