@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import StartWorker, Worker, wait_until
 from tests.support.guests import make_guest
+from tests.support.requirements import require_command
 from tests.support.system import queued_campaigns
 from tests.support.system.queued_campaigns import request_of
 from tests.support.system.scheduler import QUEUE, Scheduler
@@ -82,6 +84,11 @@ def test_forks_and_campaigns_are_counted(
     assert endpoint.value("forkvm_fork_duration_seconds_count", phase="total") == 1
     assert all(f"fork counted.{n} succeeded: " in system.worker.output() for n in (1, 2, 3))  # at the level DEBUG
     assert SECRET not in system.worker.output()
+    promtool = require_command("promtool", "the check of the metrics")
+    checked = subprocess.run(
+        [promtool, "check", "metrics"], input=endpoint.get("/metrics")[1], capture_output=True, text=True, timeout=60
+    )
+    assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
 
 
 def test_refused_reflinks_are_counted_by_filesystems(endpoint: Endpoint, scheduler: Scheduler, fresh: Fresh) -> None:

@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
+from celery import Celery
 
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.fork_spec import Clock, ForkSpec, failed, succeeded
@@ -96,6 +97,20 @@ def test_arguments_that_celery_attaches_to_its_records_are_not_written() -> None
 )
 def test_the_job_of_a_task_is_known_from_its_id(task: str, task_id: str, fields: dict[str, str]) -> None:
     assert job_fields(task, task_id) == {"task_id": task_id, **fields}
+
+
+def test_a_line_about_another_fork_has_no_id_of_the_task_that_runs() -> None:
+    """A task that has made its fork makes others that wait; see `tasks.fork.waiting_forks`."""
+    app = Celery(set_as_current=False)
+
+    @app.task(name="forkvm.fork", shared=False)
+    def fork() -> list[dict[str, Any]]:
+        return [_json(_record("a line")), _json(_record("the end", fork_id="waited"))]
+
+    own, other = fork.apply(task_id="runs").get()
+
+    assert (own["task_id"], own["fork_id"]) == ("runs", "runs")
+    assert (other.get("task_id"), other["fork_id"]) == (None, "waited")
 
 
 def test_the_end_of_a_fork_is_a_line_with_its_result(caplog: pytest.LogCaptureFixture) -> None:

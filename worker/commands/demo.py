@@ -191,7 +191,8 @@ def _redis(private: Path) -> Iterator[str]:
 def _worker(private: Path, settings: dict[str, str]) -> Iterator[None]:
     log = private / "worker.log"
     with log.open("wb") as output:
-        scratch = settings | {"TMPDIR": str(private)}  # so that the worker's temporary files are removed too
+        # So that the worker's temporary files are removed too, and that its log can be read.
+        scratch = settings | {"TMPDIR": str(private), "FORKVM_LOG": "console"}
         worker = _forkvm(["worker", "--concurrency", "2"], scratch, output=output.fileno())
         with ended_at_exit(worker):
             _wait_for(lambda: b" ready." in log.read_bytes() or worker.poll() is not None, "the worker did not start")

@@ -113,7 +113,8 @@ class JsonLines(JsonFormatter):
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
     """The fields of a record, and the ids of the task that it is about, or that this process runs."""
-    own = {name: vars(record)[name] for name in _FIELDS if name in vars(record)}
+    values = vars(record)
+    own = {name: values[name] for name in _FIELDS if name in values}
     data, task = getattr(record, "data", None), cast(Any, get_current_task())
     ids: dict[str, str] = {}
     if isinstance(data, dict) and "id" in data and "name" in data:  # Celery's records about a task
