@@ -4,6 +4,7 @@
     campaign_request  the fields of a CampaignRequest, and how it becomes a CampaignSpec
     request_model     the fields of a ForkRequest and those of both
     schemas           the JSON Schemas of requests, results and progress
+    remedies          what to do for each error code
     raw_request       what is read of a request that has not been checked
     destinations      the destinations of a campaign, as a list or a template
 
