@@ -19,6 +19,7 @@ from tests.fixtures.secure_redis import SecureRedis, documented_acl
 from tests.support.requirements import require_command
 from worker.checks.check import Check
 from worker.checks.filesystem import filesystem_checks
+from worker.checks.process import owner_check
 from worker.checks.redis import redis_checks
 from worker.checks.redis_rights import COMMANDS
 from worker.checks.reflink_pairs import pair_checks
@@ -89,10 +90,12 @@ def test_a_user_who_may_not_preserve_the_owners_of_a_root_is_warned(run_forkvm: 
     (place / "vm").mkdir()
     roots = {"FORKVM_ROOTS": str(place), "FORKVM_BROKER_URL": f"redis+socket://{place}/nobody"}
 
-    as_root = found_in(run_forkvm("doctor", "--json", env=roots))
+    fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    as_root = owner_check("root", fd)
+    os.close(fd)
     as_nobody = found_in(run_forkvm("doctor", "--json", env=roots, user=_NOBODY))
 
-    assert as_root[f"root {place}: owners"]["verdict"] == "ok"
+    assert as_root.verdict == "ok"
     owners = as_nobody[f"root {place}: owners"]
     assert owners["verdict"] == "warn"
     assert owners["found"].startswith("1 of 1 entries belong to other users (first uid 0): their forks lose owners")
