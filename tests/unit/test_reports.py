@@ -17,8 +17,9 @@ from tasks.copier.campaign.spec import CampaignResult
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.fork_spec import Clock, ForkResult, ForkSpec, failed, succeeded
 from tasks.copier.report import Totals
+from tests.fixtures.processes import wait_until
 from worker.observability.metrics import Metrics
-from worker.observability.reports import Pipe, Reporter
+from worker.observability.reports import Pipe, Report, Reporter
 
 
 @pytest.fixture
@@ -143,12 +144,30 @@ def test_a_reporter_does_not_wait_for_a_main_process_that_has_stopped(caplog: py
             break
     began = time.monotonic()
 
-    reporter.happened("takeover", "")
+    for _ in range(100):  # only the first one waits
+        reporter.happened("takeover", "")
 
     assert time.monotonic() - began < 30
+    assert caplog.text.count("a report for the metrics was lost") == 1
     assert "a report for the metrics was lost" in caplog.text
     os.close(read_fd)
     os.close(write_fd)
+
+
+def test_a_report_that_cannot_be_counted_does_not_end_the_reader(pipe: Pipe, caplog: pytest.LogCaptureFixture) -> None:
+    taken = []
+
+    def take(report: Report) -> None:
+        taken.append(report)
+        raise KeyError(report[0])
+
+    pipe.start([take])
+    pipe.reporter.happened("takeover", "")
+    wait_until(lambda: len(taken) == 1, "the first report")
+    pipe.reporter.happened("takeover", "")
+    wait_until(lambda: len(taken) == 2, "the second report")
+
+    assert "a report for the metrics was not counted: KeyError: 'takeover'" in caplog.text
 
 
 def test_without_an_observer_nothing_happens() -> None:

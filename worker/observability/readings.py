@@ -5,12 +5,14 @@ A root on a dead NFS server blocks its thread only, and its value grows old.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from threading import Thread
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 #: How often a value is read, in seconds.
 INTERVAL_SECONDS = 5.0
@@ -47,4 +49,7 @@ class Reading(Generic[T]):
                 self._last = time.monotonic(), self._read()
             except self._errors:
                 self._last = None
+            except Exception as error:  # without its thread, the value would never come back
+                self._last = None
+                log.warning("the %s failed: %s: %s", self._thread.name, type(error).__name__, error)
             time.sleep(self._interval)

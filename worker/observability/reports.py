@@ -65,7 +65,7 @@ class Reporter:
         self._counts = counts
         self._spans = spans
         self._parent = ""
-        self._has_warned = False
+        self._is_full = False
 
     def forks_ended(self, run_id: str, results: Sequence[ForkResult], *, of_campaign: bool) -> None:
         """Report forks that have ended.
@@ -140,12 +140,13 @@ class Reporter:
             except BlockingIOError:
                 room = select.poll()
                 room.register(self._fd, select.POLLOUT)
-                room.poll(_FULL_MS)
+                room.poll(0 if self._is_full else _FULL_MS)  # once, or each fork would take so long
                 os.write(self._fd, line)
+            self._is_full = False
         except OSError as error:
-            if not self._has_warned:
+            if not self._is_full:
                 log.warning("a report for the metrics was lost: the main process does not read: %s", error.strerror)
-            self._has_warned = True
+            self._is_full = True
 
 
 def _short(job_id: str) -> str:
@@ -186,9 +187,15 @@ class Pipe:
         while True:
             written.poll()
             for report in self.read():
-                for take in takers:
-                    take(report)
+                self._hand_out(report, takers)
             time.sleep(_INTERVAL_SECONDS)
+
+    def _hand_out(self, report: Report, takers: Sequence[Callable[[Report], None]]) -> None:
+        for take in takers:
+            try:
+                take(report)
+            except Exception as error:  # without a reader, the pipe would fill, and each fork would wait
+                log.warning("a report for the metrics was not counted: %s: %s", type(error).__name__, error)
 
     def _forget_reader(self) -> None:
         """In a forked child: only the main process reads."""
