@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 # What `make bench` measures in addition to the table.
-MEASURES := campaigns large-campaign singles load snapshot first-file messages memory growth
+MEASURES := campaigns large-campaign singles load snapshot first-file messages memory growth neighbour
 # Directories with Python sources.
 SOURCES := worker tasks tests benchmarks
 

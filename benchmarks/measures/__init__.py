@@ -9,7 +9,7 @@ from benchmarks.cases import ONE, Case
 from benchmarks.contenders.service import Service
 from benchmarks.filesystems import Filesystem, Unavailable
 from benchmarks.log import log
-from benchmarks.measures import campaigns, first_file, growth, load, memory, messages, small_forks, snapshot
+from benchmarks.measures import campaigns, first_file, growth, load, memory, messages, neighbour, small_forks, snapshot
 from benchmarks.plan import Plan, open_filesystem
 from benchmarks.report.tables import Finding
 
@@ -48,6 +48,10 @@ def _snapshot(plan: Plan, root: Path, service: Service | None) -> list[Finding]:
     return _on_one(
         plan, root, snapshot.CASES, lambda filesystem: snapshot.measure_snapshot(filesystem, service), "btrfs"
     )
+
+
+def _neighbour(plan: Plan, root: Path, service: Service | None) -> list[Finding]:
+    return _on_one(plan, root, neighbour.CASES, neighbour.measure_neighbour, _COPY_KIND)
 
 
 def _small_forks(plan: Plan, root: Path, service: Service | None) -> list[Finding]:
@@ -117,6 +121,7 @@ MEASURES: dict[str, Measure] = {
     "messages": _messages,
     "first-file": _first_file,
     "snapshot": _snapshot,
+    "neighbour": _neighbour,
     "singles": _small_forks,
     "load": _load,
     "campaigns": _campaigns,
