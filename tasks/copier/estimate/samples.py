@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from statistics import median
 
 from tasks.copier.clone.file import Cloner
 from tasks.copier.clone.sparse_copy import OpenPair, Part, SparseCopier
@@ -39,13 +40,17 @@ def measure(
 
 
 def _per_entry(work: Workspace, cloner: Cloner, probed: Probed) -> float | None:
-    """Seconds for one small file; None if there are few."""
-    seconds, number = 0.0, 0
+    """Seconds for one small file, the median: a process that had to wait for the processor does not count. None if few.
+
+    Raises ForkError.
+    """
+    seconds: list[float] = []
+    done = {path.rpartition("/")[2] for path in probed.cloned}
     for block in work.blocks(work.source_dev):
         with work.place(block.path) as place:
             for entry in block.entries:
                 is_small = entry.kind == Kind.FILE and entry.size <= _SMALL_BYTES and entry.dev == work.source_dev
-                if not is_small or entry.name in {path.rpartition("/")[2] for path in probed.cloned}:
+                if not is_small or entry.name in done:
                     continue
                 began = time.perf_counter()
                 try:
@@ -54,10 +59,10 @@ def _per_entry(work: Workspace, cloner: Cloner, probed: Probed) -> float | None:
                     if error.code is Code.NO_SPACE:
                         return None
                     raise
-                seconds, number = seconds + time.perf_counter() - began, number + 1
-                if number == _SAMPLE_FILES:
-                    return seconds / number
-    return seconds / number if number >= _LEAST_FILES else None
+                seconds.append(time.perf_counter() - began)
+                if len(seconds) == _SAMPLE_FILES:
+                    return median(seconds)
+    return median(seconds) if len(seconds) >= _LEAST_FILES else None
 
 
 def _per_extent(work: Workspace, probed: Probed, report: Report) -> float | None:
