@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import traceback
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +36,8 @@ class FinalChecks:
     #: What was not as it must be, one line for each job.
     wrong: list[str] = field(default_factory=list)
     most_files: int = 0
+    #: What they were, by kind, of the process that had the most.
+    kinds_of_files: dict[str, int] = field(default_factory=dict)
     most_memory: int = 0
     _sources: dict[Path, dict[bytes, Entry]] = field(default_factory=dict)
 
@@ -97,7 +101,9 @@ class FinalChecks:
         """Look at what processes have open and how much memory they take."""
         for pid in pids:
             try:
-                self.most_files = max(self.most_files, len(os.listdir(f"/proc/{pid}/fd")))
+                files = open_files(pid)
+                if len(files) > self.most_files:
+                    self.most_files, self.kinds_of_files = len(files), dict(Counter(map(_kind_of_file, files)))
                 pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
             except (FileNotFoundError, ProcessLookupError):
                 continue
@@ -118,7 +124,7 @@ class FinalChecks:
             assert status == _end(job, self.results[job.fork_id]), f"{job.fork_id} is {status}"
             for fork_id, destination in job.destinations.items():
                 assert not os.path.lexists(destination), f"{fork_id} was made again"
-        assert self.most_files <= MOST_FILES, f"a process had {self.most_files} open files"
+        assert self.most_files <= MOST_FILES, f"a process had {self.most_files} open files: {self.kinds_of_files}"
         assert self.most_memory <= MOST_MEMORY, f"a process had {self.most_memory} bytes of memory"
 
 
@@ -129,3 +135,18 @@ def _end(job: Job, result: dict[str, Any]) -> str:
 
 
 _STATES = {"succeeded": states.SUCCESS, "failed": states.FAILURE, "cancelled": states.REVOKED}
+
+
+def open_files(pid: int) -> list[str]:
+    """What the process has open, as the links in /proc name it. Raises OSError if it has ended."""
+    found = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):  # closed meanwhile
+            found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return found
+
+
+def _kind_of_file(link: str) -> str:
+    """`socket`, `pipe`, `anon_inode`, or the name of a file without its numbers."""
+    kind, colon, _ = link.partition(":")
+    return kind if colon and "/" not in kind else re.sub(r"[0-9a-f]{8,}|\d+", "N", os.path.basename(link))
