@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tasks.copier.endpoints import Endpoints
+from tasks.copier.fork.lifecycle import finish
 from tasks.copier.options import Limits
-from tasks.copier.progress import Progress
+from tasks.copier.progress import Progress, Ticker
+from tasks.copier.staging.staging import Staging
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import wait_until
-from tests.support.engine.forks import assert_alike, fork, forked, leftovers
+from tests.support.engine.forks import Ledger, assert_alike, fork, forked, leftovers, never_stop
+from tests.support.engine.staged_forks import ID, begin_fork
 from tests.support.engine.traced_processes import TracedChild
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
 from tests.support.requirements import require_command
@@ -147,4 +152,28 @@ def test_a_destination_that_is_taken_at_the_rename_stays_as_it_is(
     assert result["error"] is not None
     assert result["error"]["code"] == "destination_exists"
     assert destination.lstat() == before
+    assert leftovers(yard / "parent") == []
+
+
+def test_a_fork_whose_tree_was_moved_between_two_chunks_fails_instead_of_waiting_for_them(yard: Path) -> None:
+    """Each chunk would find no tree, could report nothing, and would be sent again."""
+    # Given
+    destination = yard / "parent" / "fork"
+    begin_fork(yard / "source", destination)
+    _tree(yard / "parent").rename(yard / "moved")
+    ledger, fd = Ledger(), os.open(yard / "parent", os.O_RDONLY)
+
+    # When
+    try:
+        with Staging.attach(fd, ID, 0, alone=True) as staging:
+            assert staging is not None
+            ends = Endpoints("", str(destination), -1, fd, destination.name)
+            result = finish(ends, staging, Ticker(never_stop), ledger)
+    finally:
+        os.close(fd)
+
+    # Then
+    assert result is not None
+    assert result["error"] is not None
+    assert (result["error"]["code"], result["error"]["path"]) == ("io_error", str(destination))
     assert leftovers(yard / "parent") == []

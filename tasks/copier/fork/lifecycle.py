@@ -256,9 +256,21 @@ def _read_reports(attempt: Attempt, journal: Journal, abort: ForkError | None) -
     attempt.raise_failure()
     if abort is not None:
         raise abort
-    if plan is None or len(attempt.reports) < len(plan.chunks) + 1:
+    if plan is None:
+        return None
+    if len(attempt.reports) < len(plan.chunks) + 1:
+        _require_tree(attempt, journal)
         return None
     return plan
+
+
+def _require_tree(attempt: Attempt, journal: Journal) -> None:
+    """Raise ForkError if the tree is gone: no chunk could be done, and none could report that."""
+    try:
+        os.close(attempt.staging.open_tree(journal))
+    except FileNotFoundError as error:
+        message = "the directory that it is made in was moved or removed by another process"
+        raise ForkError(Code.IO_ERROR, message, attempt.ends.destination, error.errno) from None
 
 
 def _reports(staging: Staging, plan: Plan) -> dict[str, Report]:
