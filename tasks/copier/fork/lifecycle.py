@@ -352,7 +352,7 @@ def _store_result(attempt: Attempt, result: ForkResult) -> ForkResult:
     An exception here is raised: the fork is published and must not be abandoned. A later delivery stores its result.
     """
     attempt.ledger.store_result(result)
-    withdraw(job_of(attempt.staging.fd))
+    _withdraw_reservation(attempt.staging)
     _try_to_remove(attempt.staging.remove)
     return result
 
@@ -363,7 +363,7 @@ def _abandon(attempt: Attempt, cause: Exception) -> ForkResult:
     if not staging.is_current():
         raise Superseded from cause
     error = _as_fork_error(cause, attempt.ends)
-    withdraw(job_of(staging.fd))
+    _withdraw_reservation(staging)
     if attempt.journal is not None:
         _try_to_remove(partial(staging.discard_tree, attempt.journal))
     with suppress(ForkError):
@@ -384,6 +384,12 @@ def _as_fork_error(cause: Exception, ends: Endpoints) -> ForkError:
     # An error in this program is a failed fork too: it must leave no files, and its client must get a result.
     log.error("unexpected error while making %r", ends.destination, exc_info=cause)
     return ForkError(Code.IO_ERROR, f"unexpected {type(cause).__name__}: {cause}", ends.destination)
+
+
+def _withdraw_reservation(staging: Staging) -> None:
+    """Give back the bytes that the fork has reserved. A control directory that is gone (FUSE, NFS) has no name."""
+    with suppress(OSError):
+        withdraw(job_of(staging.fd))
 
 
 def _try_to_remove(remove: Callable[[], None]) -> None:
