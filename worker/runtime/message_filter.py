@@ -283,7 +283,8 @@ def _check_moment(moment: str | None, body: Body) -> None:
         return
     try:
         when = datetime.fromisoformat(moment)
-        seconds = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() - time.time()
+        when = when if when.tzinfo else when.replace(tzinfo=UTC)
+        seconds = when.timestamp() - time.time()
         when.astimezone(UTC)
     except (ValueError, OverflowError, OSError):
         raise Refused("eta or expires is not an ISO 8601 time", body, "time") from None
