@@ -147,6 +147,7 @@ def open_files(pid: int) -> list[str]:
 
 
 def _kind_of_file(link: str) -> str:
-    """`socket`, `pipe`, `anon_inode`, or the name of a file without its numbers."""
-    kind, colon, _ = link.partition(":")
-    return kind if colon and "/" not in kind else re.sub(r"[0-9a-f]{8,}|\d+", "N", os.path.basename(link))
+    """`socket`, `pipe`, `anon_inode`, or the end of a path without its numbers."""
+    if not link.startswith("/"):
+        return link.partition(":")[0]
+    return re.sub(r"[0-9a-f]{8,}|\d+", "N", "/".join(link.split("/")[-2:]))
