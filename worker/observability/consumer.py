@@ -63,6 +63,8 @@ class _Turns(bootsteps.StartStopStep):
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
     consumer: Consumer
+    #: None until the worker has connected; Celery also stops a step that it has not started.
+    _timer: Any = None
 
     def start(self, parent: Any) -> None:
         """Called when the worker has connected."""
@@ -73,7 +75,8 @@ class _Turns(bootsteps.StartStopStep):
     def stop(self, parent: Any) -> None:
         """Called when the connection is lost."""
         self.consumer.is_connected = False
-        self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _note(self, parent: Any) -> None:
         self.consumer.turn()

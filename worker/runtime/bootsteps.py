@@ -21,6 +21,7 @@ from tasks.store import keys
 from tasks.store.redis_errors import is_passing
 from tasks.sweep import is_sweep_needed
 from worker.runtime.patches import restore_unrecorded
+from worker.runtime.periodic_step import PeriodicStep
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class RestoreMessages(bootsteps.StartStopStep):
         restore_unrecorded(parent.task_consumer.channel)
 
 
-class Lease(bootsteps.StartStopStep):
+class Lease(PeriodicStep):
     """Renews the lease of each message that this worker has taken, so that it is not redelivered meanwhile.
 
     kombu's Redis transport redelivers a message when the visibility timeout has passed since it was taken, and has no
@@ -60,11 +61,7 @@ class Lease(bootsteps.StartStopStep):
     def start(self, parent: Any) -> None:
         """Start to renew."""
         Lease.renewed_at = time.monotonic()
-        self._timer = parent.timer.call_repeatedly(INTERVAL_SECONDS, self._renew, (parent,))
-
-    def stop(self, parent: Any) -> None:
-        """Stop it: without a connection nothing can be renewed."""
-        self._timer.cancel()
+        self.repeat(parent, INTERVAL_SECONDS, self._renew, parent)
 
     def _renew(self, parent: Any) -> None:
         channel = parent.task_consumer.channel
@@ -97,7 +94,7 @@ def _tags_of_stopped_children(children: list[int]) -> set[str]:
     }
 
 
-class Heartbeat(bootsteps.StartStopStep):
+class Heartbeat(PeriodicStep):
     """Touches a file for a health check.
 
     Celery's `inspect ping` is no substitute: a worker that no longer consumes answers it, and it costs 0.5 s of CPU.
@@ -112,12 +109,7 @@ class Heartbeat(bootsteps.StartStopStep):
         if self.path:
             self._has_warned = False
             self._touch()
-            self._timer = parent.timer.call_repeatedly(INTERVAL_SECONDS, self._touch)
-
-    def stop(self, parent: Any) -> None:
-        """Stop touching it."""
-        if self.path:
-            self._timer.cancel()
+            self.repeat(parent, INTERVAL_SECONDS, self._touch)
 
     def _touch(self) -> None:
         """Touch the file; an error is logged. Celery would take a raised OSError for a lost connection to Redis."""
@@ -132,7 +124,7 @@ class Heartbeat(bootsteps.StartStopStep):
             self._has_warned = True
 
 
-class Sweeper(bootsteps.StartStopStep):
+class Sweeper(PeriodicStep):
     """Sends the sweep task in each interval, which one of the domain's workers runs; see `tasks.sweep`."""
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
@@ -141,11 +133,7 @@ class Sweeper(bootsteps.StartStopStep):
 
     def start(self, parent: Any) -> None:
         """Start to send sweeps."""
-        self._timer = parent.timer.call_repeatedly(self.interval, self._send, (parent.app,))
-
-    def stop(self, parent: Any) -> None:
-        """Stop it."""
-        self._timer.cancel()
+        self.repeat(parent, self.interval, self._send, parent.app)
 
     def _send(self, app: Any) -> None:
         # Not patient: the consumer loop waits for this call.

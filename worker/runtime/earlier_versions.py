@@ -12,13 +12,13 @@ import re
 import time
 from typing import Any, cast
 
-from celery import bootsteps
 from redis import Redis
 from redis.exceptions import RedisError
 
 from tasks.names import inner_queues
 from tasks.store import lua
 from tasks.store.redis_errors import is_passing
+from worker.runtime.periodic_step import PeriodicStep
 
 #: kombu's default keys: a hash of messages by delivery tag, and a sorted set of when each was taken.
 _UNACKED, _INDEX = "unacked", "unacked_index"
@@ -26,7 +26,7 @@ _UNACKED, _INDEX = "unacked", "unacked_index"
 _DOMAIN_QUEUE = re.compile(r"forkvm(\.[A-Za-z0-9_.-]+)?")
 
 
-class RestoreEarlierMessages(bootsteps.StartStopStep):
+class RestoreEarlierMessages(PeriodicStep):
     """Returns messages of dead workers of earlier versions to their queues, at the start and in each interval."""
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
@@ -37,11 +37,7 @@ class RestoreEarlierMessages(bootsteps.StartStopStep):
         """Search now, and then in each interval."""
         self._foreign: set[bytes] = set()
         self._restore(parent)
-        self._timer = parent.timer.call_repeatedly(self.visibility_timeout, self._restore, (parent,))
-
-    def stop(self, parent: Any) -> None:
-        """Stop it."""
-        self._timer.cancel()
+        self.repeat(parent, self.visibility_timeout, self._restore, parent)
 
     def _restore(self, parent: Any) -> None:
         channel = parent.task_consumer.channel
