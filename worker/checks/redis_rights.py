@@ -27,13 +27,13 @@ _CALLS: tuple[tuple[str, ...], ...] = (
     *(("EXISTS", _STATE), ("EXPIRE", _STATE, "1"), ("INCR", _STATE), ("GETBIT", _STATE, "0")),
     ("SETBIT", _STATE, "0", "0"),
     *(("LPUSH", _QUEUE, ""), ("RPUSH", _QUEUE, ""), ("BRPOP", _QUEUE, "1"), ("LLEN", _QUEUE)),
-    ("LRANGE", _QUEUE, "0", "0"),
+    *(("LRANGE", _QUEUE, "0", "0"), ("LTRIM", _QUEUE, "0", "0")),
     *(("HSET", UNACKED_KEY, "", ""), ("HGET", UNACKED_KEY, ""), ("HMGET", UNACKED_KEY, ""), ("HGETALL", UNACKED_KEY)),
     *(("HVALS", UNACKED_KEY), ("HDEL", UNACKED_KEY, ""), ("HINCRBY", UNACKED_KEY, "", "1")),
     *(("SADD", _BINDING, ""), ("SREM", _BINDING, ""), ("SMEMBERS", _BINDING)),
     *(("ZADD", _OPEN, "0", ""), ("ZREM", _OPEN, ""), ("ZSCORE", _OPEN, ""), ("ZRANGE", _OPEN, "0", "0")),
     *(("ZRANGEBYSCORE", _INDEX, "0", "0"), ("ZREVRANGEBYSCORE", _INDEX, "0", "0")),
-    ("ZREMRANGEBYSCORE", _OPEN, "0", "0"),
+    *(("ZREMRANGEBYSCORE", _OPEN, "0", "0"), ("ZCARD", _OPEN), ("ZCOUNT", _INDEX, "0", "0")),
     *(("PUBLISH", _STATE, ""), ("EVALSHA", "0" * 40, "0"), ("SCRIPT", "LOAD", ""), ("SCRIPT", "EXISTS", "0" * 40)),
 )
 COMMANDS = frozenset("|".join(call[:2]) if call[0] == "SCRIPT" else call[0] for call in _CALLS)
