@@ -18,6 +18,7 @@ from tasks.copier.errors import Code, ForkError
 from tasks.copier.fork_spec import Clock, ForkResult, ForkSpec, failed, succeeded
 from tasks.copier.report import Totals
 from tests.fixtures.processes import wait_until
+from tests.support.engine.child_processes import in_child
 from worker.observability.metrics import Metrics
 from worker.observability.reports import Pipe, Report, Reporter
 
@@ -173,3 +174,12 @@ def test_a_report_that_cannot_be_counted_does_not_end_the_reader(pipe: Pipe, cap
 def test_without_an_observer_nothing_happens() -> None:
     events.forks_ended("fork-1", [_succeeded(_spec())], of_campaign=False)
     events.happened("retry", "held")
+
+
+def test_a_child_of_a_child_keeps_a_file_that_has_the_number_of_the_closed_pipe(pipe: Pipe) -> None:
+    def in_child_of_child() -> bool:
+        taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(8)]
+        return in_child(lambda: all(os.fstat(fd) for fd in taken))
+
+    assert in_child(in_child_of_child)
+    assert list(pipe.read()) == []

@@ -198,8 +198,10 @@ class Pipe:
                 log.warning("a report for the metrics was not counted: %s: %s", type(error).__name__, error)
 
     def _forget_reader(self) -> None:
-        """In a forked child: only the main process reads."""
-        os.close(self._read_fd)
+        """In a forked child: only the main process reads. Once: its own children may use that number otherwise."""
+        if self._read_fd >= 0:
+            os.close(self._read_fd)
+            self._read_fd = -1
 
 
 class Repetitions:
