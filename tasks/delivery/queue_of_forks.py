@@ -136,6 +136,10 @@ def queue_of_message(message: Any) -> Iterator[QueueOfForks]:
 
 
 def _marked(text: bytes, mark: Mark) -> bytes:
-    message = json.loads(text)
+    """The message with a mark. For one that only Redis can read as JSON, `null`: a worker refuses both alike."""
+    try:
+        message = json.loads(text)
+    except (ValueError, RecursionError):
+        return b"null"
     message["headers"][mark] = True
     return json.dumps(message).encode("ascii")

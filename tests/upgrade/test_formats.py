@@ -96,7 +96,8 @@ def _shape(value: bytes | None) -> Any:
 def _mask(value: Any) -> Any:
     """The same structure without what differs from run to run."""
     if isinstance(value, dict):
-        return {_masked(name): _mask(item) for name, item in value.items()}
+        # Celery stores Python's traceback with a failure. A fork that waited with others is stored without one.
+        return {_masked(name): _mask(item) for name, item in value.items() if name != "traceback"}
     if isinstance(value, list):
         return [_mask(item) for item in value]
     if isinstance(value, int | float) and not isinstance(value, bool):

@@ -26,6 +26,7 @@ _NOT_THE_ENGINES = re.compile(
     r"|exit|clone|wait4|restart_syscall|set_robust_list"
 )
 _CALL = re.compile(r"(\d+) +(\w+)\(")
+_CLOSED_PIPE = re.compile(r"\d+ +close\(\d+<pipe:")
 #: What ends the engine's part of a recorded run: a call that it never makes.
 _END = "sched_yield"
 
@@ -98,13 +99,21 @@ def _wait_and(work: Callable[[], T]) -> T:
 
 
 def calls_of(trace: Iterable[str]) -> list[Call]:
-    """The engine's calls in a trace, each with its number among those of its name that its process made."""
+    """The engine's calls in a trace, each with its number among those of its name that its process made.
+
+    Without those that close a pipe: an injected error leaves it open, which the kernel never does (close(2)), and the
+    process at its other end waits for its end.
+    """
     counts: Counter[tuple[str, str]] = Counter()
+    of_pipes: set[Call] = set()
     for line in trace:
         found = _CALL.match(line)
         if found is not None and not _NOT_THE_ENGINES.match(found[2]):
             counts[found[1], found[2]] += 1
+            if _CLOSED_PIPE.match(line):
+                of_pipes.add(Call(found[2], counts[found[1], found[2]]))
     most: dict[str, int] = {}
     for (_, name), count in counts.items():
         most[name] = max(count, most.get(name, 0))
-    return [Call(name, number) for name, count in most.items() for number in range(1, count + 1)]
+    calls = [Call(name, number) for name, count in most.items() for number in range(1, count + 1)]
+    return [call for call in calls if call not in of_pipes]
