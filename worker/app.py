@@ -11,12 +11,13 @@ import os
 import socket
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from celery import signals
+from celery import bootsteps, signals
 from celery.worker.consumer.gossip import Gossip
 from celery.worker.consumer.mingle import Mingle
 
@@ -201,7 +202,22 @@ def _observe(**_: Any) -> None:
     except OSError as error:
         host, port = settings.http or ("", 0)
         _refuse(f"FORKVM_HTTP: cannot listen at {host}:{port}: {error.strerror}")
-    signals.celeryd_after_setup.connect(lambda **_: start(), weak=False)
+    app.steps["worker"].add(type("Observe", (_StepAfterPool,), {"begin": staticmethod(start)}))
+
+
+class _StepAfterPool(bootsteps.StartStopStep):
+    """Starts the threads that observe the worker, once its pool processes are forked.
+
+    A process that is forked while another thread imports a module waits for that import without end if it needs the
+    module itself.
+    """
+
+    requires = ("celery.worker.components:Pool",)
+    begin: Callable[[], None]
+
+    def start(self, parent: Any) -> None:
+        """Called when the pool has started, before the worker connects to Redis."""
+        self.begin()
 
 
 @signals.celeryd_after_setup.connect

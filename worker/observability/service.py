@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 def observe(app: Any, settings: Settings) -> Callable[[], None]:
     """Let all processes of this worker report. Call it before the pool processes are forked.
 
-    Returns a function that starts to read the reports and to answer requests, to be called once logging is set up.
+    Returns a function that starts to read the reports and to answer requests, to be called once logging is set up and
+    the pool processes are forked.
     Raises OSError if FORKVM_HTTP cannot be used.
     """
     spans = has_traces(os.environ)
