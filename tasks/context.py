@@ -75,7 +75,7 @@ class Context:
         return ForkLedger(self.results, spec.fork_id, self.ended, note)
 
     def plain_ledger(self, fork_id: str) -> ForkLedger:
-        """The ledger of a fork of which nothing is published, or whose note exists."""
+        """The ledger of a fork that has published nothing, or whose note exists."""
         return ForkLedger(self.results, fork_id, self.ended)
 
     def poll_of(self, fork_id: str, part: str, destination: str) -> Poll:

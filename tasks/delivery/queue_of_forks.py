@@ -4,7 +4,7 @@ kombu gives a worker one message at a time: three commands to Redis, a way throu
 and back, and an acknowledgement. A pool process that has just made a small fork takes those that wait in one command.
 
 The books are kombu's: a message that is taken is in the hash of unacknowledged messages until it is acknowledged, and
-is delivered again when nobody has renewed it for the visibility timeout.
+is delivered again when no process has renewed it for the visibility timeout.
 """
 
 from __future__ import annotations
@@ -57,6 +57,11 @@ class QueueOfForks:
     def _index_key(self) -> str:
         return f"{self.unacked_key}_index"
 
+    @property
+    def _place(self) -> str:
+        """The exchange and the routing key, as they follow a message in kombu's record of it."""
+        return f'"",{json.dumps(self.name)}'
+
     def take(self, most: int, tag: str) -> list[Taken]:
         """Take the oldest messages, up to `most`, while each is a plain request for one fork.
 
@@ -73,7 +78,7 @@ class QueueOfForks:
             task=FORK_TASK,
             now=time.time(),
             tag=tag,
-            place=f'"",{json.dumps(self.name)}',
+            place=self._place,
         )
         return [Taken(f"{tag}.{n}", text) for n, text in enumerate(cast("list[bytes]", found), 1)]
 
@@ -110,11 +115,8 @@ class QueueOfForks:
         taken = cast("list[bytes]", self.redis.zrange(self._index_key, 0, -1))
         tags = [name.decode() for name in taken if name.startswith(f"{tag}.".encode())]
         entries = cast("list[bytes | None]", self.redis.hmget(self.unacked_key, tags)) if tags else []
-        lost = [
-            Taken(name, json.dumps(json.loads(entry)[0]).encode())
-            for name, entry in zip(tags, entries, strict=True)
-            if entry is not None
-        ]
+        end = len(f",{self._place}]")
+        lost = [Taken(name, entry[1:-end]) for name, entry in zip(tags, entries, strict=True) if entry is not None]
         self.give_back(lost, "redelivered")
         return len(lost)
 

@@ -214,7 +214,7 @@ def test_a_campaign_is_sent_waited_for_listed_and_retried(
 def test_a_running_campaign_is_watched_with_a_bar_and_cancelled(
     run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, own_scheduler: Scheduler
 ) -> None:
-    # Given a campaign that stands still, half done
+    # Given a campaign that is paused, half done
     environment = program_environment(own_scheduler.server, place)
     worker = start_worker(place, 1)
     send = ["campaign", str(place / "vm"), "--to", f"{place}/vm-{{n}}", "--count", "1000", "--id", "c1"]

@@ -194,7 +194,7 @@ def test_cancel_ends_a_running_fork_while_it_waits_and_leaves_nothing(
         with redis_server.client() as client:
             return text in str(client.get(key))
 
-    # The fork stands still until its cancellation was requested: on a busy machine a command starts slowly.
+    # The fork is paused until its cancellation was requested: on a busy machine a command starts slowly.
     with stopped_when(worker, lambda: has("celery-task-meta-f1", "PROGRESS"), "progress"):
         running = json.loads(run_forkvm("status", "f1", "--json", env=environment).stdout)
         command = [forkvm_script(), "cancel", "f1", "--json"]

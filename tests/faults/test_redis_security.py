@@ -81,7 +81,7 @@ def test_forks_run_over_tls_under_the_documented_rights_also_when_a_worker_dies_
 def test_running_campaigns_are_cancelled_and_retried_under_the_documented_rights(
     secure_redis: SecureRedis, start_worker: StartWorker, run_forkvm: RunForkvm, fresh: Fresh, mounts: Path
 ) -> None:
-    # Given a campaign that stands still, half done, also where this process is given little time to stop it
+    # Given a campaign that is paused, half done, also where this process is given little time to stop it
     directory = fresh("ext4")
     source, environment = make_source(directory / "source"), secure_redis.environment() | SMALL_LIMITS
     worker = start_worker(mounts, 2, env=environment)

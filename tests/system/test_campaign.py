@@ -96,7 +96,7 @@ def test_a_campaign_has_its_result_under_its_id_and_each_fork_under_its_own(
 def test_forks_can_be_asked_for_in_order_while_the_campaign_runs(
     system: System, scheduler: Scheduler, source: Path, place: Path
 ) -> None:
-    # Given a campaign that stands still, half done
+    # Given a campaign that is paused, half done
     sent = send(scheduler, request_of(source, place, 400), "running")
     with stopped_when(system.worker, lambda: 0 < done(scheduler, "running") < 400, "a half done campaign"):
         # When
@@ -201,7 +201,7 @@ def test_every_message_of_a_campaign_delivered_twice_and_again_later_makes_each_
 def test_messages_of_a_half_done_campaign_delivered_again_in_reverse_make_each_fork_once(
     system: System, scheduler: Scheduler, source: Path, place: Path
 ) -> None:
-    # Given a campaign that stands still, half done
+    # Given a campaign that is paused, half done
     paths = paths_of(place, 400)
     with Recorder(system.server) as recorder:
         sent = send(scheduler, request_of(source, place, 400), "reversed")

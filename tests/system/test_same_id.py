@@ -241,7 +241,7 @@ def test_every_message_of_a_large_fork_delivered_twice_gives_one_fork_and_one_re
 def test_messages_of_a_half_done_fork_delivered_again_in_reverse_give_one_fork_and_one_result(
     system: System, scheduler: Scheduler, large_source: Path, place: Path
 ) -> None:
-    # Given a fork that stands still, half done
+    # Given a fork that is paused, half done
     request = {"source": str(large_source), "destination": str(place / "b")}
     with Recorder(system.server) as recorder, scheduler.watching("reversed") as records:
         sent = scheduler.send(request, "reversed")

@@ -7,9 +7,21 @@
 local queue_key, unacked_key, index_key = unpack(KEYS)
 local most, longest, task, now, tag, place = unpack(ARGV)
 
-local function is_plain(text)
-    if #text > tonumber(longest) then return false end
+-- What is taken must be JSON for Python too, since kombu reads the record when the process dies. By default, cjson also
+-- reads control characters, bytes that are not UTF-8, numbers like 0x10, and deep nesting. The settings are those of all
+-- scripts, so they are set back.
+local function decoded(text)
+    cjson.decode_invalid_numbers(false)
+    cjson.decode_max_depth(50)
     local readable, message = pcall(cjson.decode, text)
+    cjson.decode_invalid_numbers(true)
+    cjson.decode_max_depth(1000)
+    return readable, message
+end
+
+local function is_plain(text)
+    if #text > tonumber(longest) or string.find(text, '[^\32-\126]') then return false end
+    local readable, message = decoded(text)
     if not readable or type(message) ~= 'table' then return false end
     local headers, properties = message.headers, message.properties
     if type(headers) ~= 'table' or type(properties) ~= 'table' then return false end
