@@ -61,7 +61,7 @@ def test_commands_and_workers_ask_only_their_own_variables(
     checked = run_forkvm("doctor", "--json", env=environment)
 
     assert done.returncode == 0, done.stderr
-    assert "Task forkvm.fork[f] succeeded" in worker.output()
+    worker.wait_for_output("Task forkvm.fork[f] succeeded")
     assert redis_server.broker_url in checked.stdout
     assert _ELSEWHERE not in checked.stdout
     assert "another@host" not in worker.output()
@@ -78,7 +78,7 @@ def test_worker_started_by_celery_asks_only_its_own_variables(
     done = run_forkvm("submit", tmp_path / "a", tmp_path / "b", "--id", "f", "--wait", env=environment)
 
     assert done.returncode == 0, done.stderr
-    assert "Task forkvm.fork[f] succeeded" in worker.output()
+    worker.wait_for_output("Task forkvm.fork[f] succeeded")
 
 
 @pytest.fixture

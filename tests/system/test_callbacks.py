@@ -198,7 +198,7 @@ def test_callback_that_cannot_be_sent_changes_no_state_and_keeps_no_other_back(
     wait_until(lambda: bool(_sent(scheduler)), "the other callback")
     scheduler.wait_quiet()
     assert (_names(scheduler), sent.state) == (["client.link"], "SUCCESS")
-    assert "the callback 'client.never' of 'unsent' could not be sent" in system.worker.output()
+    system.worker.wait_for_output("the callback 'client.never' of 'unsent' could not be sent")
 
 
 def test_task_without_a_queue_goes_to_celerys_default_and_a_fork_to_the_domain(

@@ -65,7 +65,7 @@ def test_fork_with_the_id_of_a_campaigns_fork_is_dropped_and_named(
     assert not (place / "other").exists()
     for fork_id, campaign_id in (("over.2", "over"), ("long.1500", "long"), ("over.3", "over")):
         line = f"invalid_request: a request with the id {fork_id!r} was dropped: it is the id of a fork of the campaign"
-        assert f"{line} {campaign_id!r}" in system.worker.output()
+        system.worker.wait_for_output(f"{line} {campaign_id!r}")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "invalid_request" in refused.stderr
     assert "'over'" in refused.stderr

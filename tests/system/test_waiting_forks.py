@@ -74,7 +74,7 @@ def test_forks_whose_process_is_killed_while_others_wait_are_made_once(
 
     _check_all(scheduler, destinations, directory / "a")
     system.assert_left_nothing_in(directory)
-    assert "messages that a lost process had taken go back to their queue" in system.worker.output()
+    system.worker.wait_for_output("messages that a lost process had taken go back to their queue")
 
 
 def test_forks_that_a_paused_process_has_taken_are_made_by_others(
