@@ -114,9 +114,9 @@ def test_the_pool_queues_and_roots_are_shown(
     sent = scheduler.send({"source": str(large_source), "destination": str(place / "b")})
 
     try:
-        wait_until(lambda: any(scheduler.messages().values()), "a taken message")
-        _stop_while_busy(children, endpoint)
-        endpoint.wait_for("forkvm_forks_in_progress", lambda n: n == 1)
+        wait_until(lambda: any(place.glob(".forkvm-*")), "a fork that runs")
+        _stop_while_one_forks(children, endpoint)
+        assert endpoint.value("forkvm_children_busy") > 0
         wait_until(
             lambda: any(
                 endpoint.value("forkvm_unacked_messages", queue=queue) > 0 for queue in (QUEUE, f"{QUEUE}#chunk")
@@ -129,16 +129,17 @@ def test_the_pool_queues_and_roots_are_shown(
     scheduler.wait(sent)
 
 
-def _stop_while_busy(children: list[int], endpoint: Endpoint) -> None:
-    """Stop the pool processes while one runs a task. Between two chunks none does: then they go on for a moment."""
+def _stop_while_one_forks(children: list[int], endpoint: Endpoint) -> None:
+    """Stop the pool processes while one runs a task of a fork. Between two tasks none does: they go on for a moment."""
     for _ in range(10):
         send(children, signal.SIGSTOP)
         deadline = time.monotonic() + READING_SECONDS
         while time.monotonic() < deadline:
-            if endpoint.value("forkvm_children_busy") > 0:
+            if endpoint.value("forkvm_forks_in_progress") == 1:
                 return
             time.sleep(0.1)
         send(children, signal.SIGCONT)
+        time.sleep(0.05)
     raise AssertionError(f"no pool process runs a task: {endpoint.get('/metrics')[1]}")
 
 
