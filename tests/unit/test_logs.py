@@ -6,9 +6,10 @@ import json
 import logging
 import sys
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from billiard import einfo
 from celery import Celery
 
 from tasks.copier.errors import Code, ForkError
@@ -53,6 +54,21 @@ def test_an_exception_is_one_line_without_a_traceback(formatter: logging.Formatt
     assert "ValueError: the first line and the second" in line
     assert "Traceback" not in line
     assert __file__ not in line
+
+
+@pytest.mark.parametrize("formatter", [JsonLines(""), TextLines()])
+def test_an_exception_of_a_pool_process_is_one_line_without_a_traceback(formatter: logging.Formatter) -> None:
+    try:
+        raise ValueError("it ended")
+    except ValueError:
+        error = cast(Any, einfo).ExceptionInfo().exception
+    record = _record("it failed")
+    record.exc_info = (type(error), error, None)
+
+    line = formatter.format(record)
+
+    assert "ValueError: it ended" in line
+    assert "Traceback" not in line
 
 
 @pytest.mark.parametrize("formatter", [JsonLines(""), TextLines()])

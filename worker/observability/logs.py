@@ -14,6 +14,7 @@ import warnings
 from datetime import UTC, datetime
 from typing import Any, TextIO, cast
 
+from billiard import einfo
 from celery._state import get_current_task
 from celery.apps import worker as celery_worker
 from celery.exceptions import CPendingDeprecationWarning, SecurityWarning
@@ -31,6 +32,8 @@ _USER_INFO = re.compile(r"(?<=://)[^\s/]*@")
 _OF_EACH_MESSAGE = ("celery.worker.strategy", "celery.app.trace")
 #: Logs the arguments of each task at the level DEBUG.
 _OF_ARGUMENTS = "celery.pool"
+#: An exception whose text is the traceback of another one, its `exc`.
+_WithTraceback: Any = cast(Any, einfo).ExceptionWithTraceback
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +135,8 @@ def _event(record: logging.LogRecord) -> str:
 def _error(record: logging.LogRecord) -> str:
     """The exception of a record in one line."""
     error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, _WithTraceback):
+        error = error.exc
     return "" if error is None else _line(f"{type(error).__name__}: {error}")
 
 
