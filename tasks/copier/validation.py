@@ -172,7 +172,7 @@ def json_object(value: Any) -> dict[str, Any]:
 
 
 def list_of(value: Any, check: Callable[[Any], T], most: int) -> list[T]:
-    """A list of at most `most` items, each of which passes `check`."""
+    """A list of at most `most` items that all pass `check`."""
     if type(value) not in (list, tuple) or len(value) > most:  # data that was not read from JSON may hold tuples
         raise Malformed(f"{_shown(value)} is not a list of at most {most} items")
     return [check(item) for item in value]

@@ -3,8 +3,8 @@
 kombu gives a worker one message at a time: three commands to Redis, a way through the main process to a pool process
 and back, and an acknowledgement. A pool process that has just made a small fork takes those that wait in one command.
 
-The books are kombu's: a message that is taken is in the hash of unacknowledged messages until it is acknowledged, and
-is delivered again when no process has renewed it for the visibility timeout.
+A message that is taken is in kombu's hash of unacknowledged messages until it is acknowledged. It is delivered again
+when no process has renewed it for the visibility timeout.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ OF_BATCHES = (SUMS, SETTLED, BATCHES, FAILED)
 
 
 def prefix_of(job_id: str) -> str:
-    """The beginning of all keys of a job, but for Celery's."""
+    """The beginning of all keys of a job, except Celery's."""
     return f"forkvm:{job_id}:"
 
 

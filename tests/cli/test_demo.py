@@ -31,7 +31,7 @@ def test_the_demo_shows_a_reflinked_fork_and_cleans_up_also_beside_a_tasks_py(mo
     assert "reflink       1.0 GiB  overlay.raw" in done.stdout
     assert "skip          0 bytes  logs" in done.stdout
     assert "are the same" in done.stdout
-    assert "320.1 MiB, of which 320.1 MiB are shared" in done.stdout
+    assert "320.1 MiB, 320.1 MiB of them shared" in done.stdout
     assert "cp -a --reflink=auto: " in done.stdout
     assert "cp -a --reflink=never: " in done.stdout
     assert "forks     100 succeeded" in done.stdout

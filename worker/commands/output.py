@@ -128,7 +128,7 @@ def comparison_lines(source: str, clone: str, found: Comparison) -> Iterator[str
         verdict = f"{'differ, and ' if found.differences.count else ''}could not be compared completely"
     yield f"{source} and {clone} {verdict}: {counted(found.entries, 'entry', 'entries')}, {size(found.bytes_logical)}"
     unmapped = f" (the extents of {counted(found.unmapped_files, 'file')} are unknown)" if found.unmapped_files else ""
-    yield f"on disk: {size(found.bytes_mapped)}, of which {size(found.bytes_shared)} are shared{unmapped}"
+    yield f"on disk: {size(found.bytes_mapped)}, {size(found.bytes_shared)} of them shared{unmapped}"
 
 
 def comparison_record(source: str, clone: str, found: Comparison) -> dict[str, Any]:

@@ -50,7 +50,7 @@ Paths = Callable[[], tuple[str, str]]
 
 
 class Part(NamedTuple):
-    """The bytes [start, end) of a file of `size` bytes, `allocated` of which have blocks (st_blocks)."""
+    """The bytes [start, end) of a file of `size` bytes; `allocated` bytes of it have blocks (st_blocks)."""
 
     start: int
     end: int

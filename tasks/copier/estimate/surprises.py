@@ -34,7 +34,10 @@ class Warning(TypedDict):
 
 
 class Room(TypedDict):
-    """What the destination's filesystem has: bytes, of which others will take some, and inodes; None: no limit."""
+    """What the destination's filesystem has free: bytes and inodes. Other forks will take `others` of the bytes.
+
+    None: there is no limit.
+    """
 
     free: int | None
     others: int
@@ -93,7 +96,7 @@ def _of_room(counts: Counts, entries: int, room: Room) -> list[Warning]:
     if room["compresses"] and counts.copied:
         found.append(_warning("compressed", "the filesystem may compress; whether the copies fit cannot be known"))
     elif free is not None and counts.to_copy > free - room["others"]:
-        others = f", of which other forks will take {room['others']}" if room["others"] else ""
+        others = f"; other forks will take {room['others']} of them" if room["others"] else ""
         message = f"{counts.to_copy} bytes will be copied, and the filesystem has {free} bytes free{others}"
         found.append(_warning("no_space", message))
     if inodes is not None and entries > inodes:

@@ -12,7 +12,7 @@ import struct
 from tasks.copier.kernel import syscalls
 from tasks.copier.kernel.mounts import mount_of
 
-#: _IOR(0x94, 31, struct btrfs_ioctl_fs_info_args): 1,024 bytes, of which the 16 from the 16th on are the UUID.
+#: _IOR(0x94, 31, struct btrfs_ioctl_fs_info_args): 1,024 bytes; the UUID is 16 bytes long and begins at byte 16.
 _BTRFS_IOC_FS_INFO = 0x8400941F
 _FS_INFO = struct.Struct("=16x16s992x")
 _FS_COMPR_FL = 0x4

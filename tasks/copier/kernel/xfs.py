@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 #: _IOR('X', 100, struct xfs_fsop_geom_v1) of fs/xfs/libxfs/xfs_fs.h.
 _FSGEOMETRY_V1 = 0x80705864
-#: struct xfs_fsop_geom_v1, of which blocksize, logblocks and flags are read.
+#: struct xfs_fsop_geom_v1. Only blocksize, logblocks and flags are read.
 _GEOMETRY = struct.Struct("=I12xI72xI16x")
 _REFLINK = 1 << 20
 _EXCHANGE_RANGE = 1 << 24

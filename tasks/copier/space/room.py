@@ -85,7 +85,7 @@ class Room:
         `beside`: what the other forks of the same batch will copy.
         """
         others = self._others + beside
-        needed = f", of which other forks of this host will take {others}" if others else ""
+        needed = f"; other forks of this host will take {others} of them" if others else ""
         message = f"{count} bytes are to be copied, and the filesystem has {self._free} bytes free{needed}"
         return ForkError(Code.NO_SPACE, message, path, errno.ENOSPC)
 

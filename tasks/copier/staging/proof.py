@@ -33,7 +33,7 @@ _NOT_FILE = frozenset({errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENODEV})
 _KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
 #: The largest size in bytes of each kind of file in a control directory, by the first word of its name.
 MOST_BYTES = {
-    # One line for each tree, of which a campaign may have a million, and one for each process with a heartbeat.
+    # One line for each tree (a campaign may have a million) and one for each process with a heartbeat.
     "lock": 256 * _MIB,
     # The request, whose lists may have 10,000 entries each, and the places of at most 10,000 chunks.
     "journal": 64 * _MIB,
