@@ -59,7 +59,8 @@ def register_forks(app: Celery, context_of: Callable[[AnyTask], Context], accept
         run = partial(run_fork, context, job_id(self), request, queued, expired=expired)
         result = _run(self, context, {"request": request}, text_of(request, "destination"), run)
         tag, ended = tag_for_others(self), context.ended.get(job_id(self))
-        if tag is not None and ended is not None and ended.has_followers is False:
+        if tag is not None and ended is not None and ended.has_followers is False and ended.result["error"] is None:
+            cast(Job, self).publish_success(job_id(self), ended.result)  # its client does not wait for the others
             make_waiting_forks(context, queue_of_forks(app, context.queue), tag, accept)
         return end_task(self, context, result)
 

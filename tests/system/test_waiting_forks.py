@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import signal
+from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ import pytest
 from celery.result import AsyncResult
 
 from tests.fixtures.filesystems import Fresh
+from tests.fixtures.processes import StartWorker
 from tests.support.engine.forks import assert_alike
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
 from tests.support.system.result_checks import check_file_results
@@ -63,6 +65,20 @@ def test_most_forks_that_wait_are_taken_by_the_process_that_makes_them(
     _check_all(scheduler, destinations, directory / "a")
     assert len(_received(system) & set(destinations)) < FORKS  # on a busy machine, some are returned to the queue
     system.assert_left_nothing_in(directory)
+
+
+def test_a_fork_ends_before_those_that_its_process_makes_after_it(
+    start_worker: StartWorker, own_scheduler: Scheduler, mounts: Path, directory: Path
+) -> None:
+    """They wait when the worker starts. Its one process makes them in the order in which they were sent."""
+    destinations = _send(own_scheduler, directory, 20)
+
+    start_worker(mounts, 1)
+    _check_all(own_scheduler, destinations, directory / "a")
+
+    ends = [datetime.fromisoformat(own_scheduler.results.states.get(fork_id)["date_done"]) for fork_id in destinations]
+    assert ends == sorted(ends)
+    own_scheduler.wait_quiet()
 
 
 def test_forks_whose_process_is_killed_while_others_wait_are_made_once(
