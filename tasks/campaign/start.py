@@ -102,12 +102,22 @@ def _start(
     context: Context, results: CampaignResults, spec: CampaignSpec, paths: list[str], home: str
 ) -> CampaignResult | None:
     """Plan the campaign unless that is done, and send its batches. Its result if it has ended meanwhile."""
-    if _plan(context, results, spec, paths, home):
-        with open_campaign(context.roots, home, spec.campaign_id, LOCK_WAIT) as campaign:
-            if campaign is not None:
-                results.publish_progress(campaign.spec, results.sums(), campaign.planned_at)
-                send_batches(context, results, campaign, home)
+    if not _send_planned(context, results, spec, paths, home) and _plan(context, results, spec, paths, home):
+        _send_planned(context, results, spec, paths, home)
     return results.result()
+
+
+def _send_planned(context: Context, results: CampaignResults, spec: CampaignSpec, paths: list[str], home: str) -> bool:
+    """Send the batches of the campaign if it is planned.
+
+    It is held shared, as by its batches. A paused batch would otherwise look like a planner that is to be replaced.
+    """
+    with open_campaign(context.roots, home, spec.campaign_id, LOCK_WAIT) as campaign:
+        if campaign is None or not _is_planned_for(campaign, spec, paths):
+            return False
+        results.publish_progress(campaign.spec, results.sums(), campaign.planned_at)
+        send_batches(context, results, campaign, home)
+        return True
 
 
 def _plan(context: Context, results: CampaignResults, spec: CampaignSpec, paths: list[str], home: str) -> bool:

@@ -56,6 +56,8 @@ def _finish_staging(
     claimed = spec_from_claim(context, fork_id, ends.destination)
     ledger = context.ledger(claimed, ends.parent_fd, ends.name)
     ticker = Ticker(context.poll_of(fork_id, "close", ends.destination))
+    if not is_cancelled and staging.is_stopped():  # perhaps by a chunk that saw a later cancellation
+        is_cancelled = context.results.cancellations.is_requested(fork_id)
     abort = _abort_reason(staging, ends.destination, is_cancelled=is_cancelled)
     journal = staging.journal()
     if not is_of_claim(context, journal, fork_id, ends.destination):

@@ -80,6 +80,25 @@ def test_a_delivery_that_waited_for_the_conclusion_gives_its_result_and_makes_no
     os.close(parent_fd)
 
 
+def test_a_second_delivery_sends_batches_again_while_one_is_made(yard: Yard) -> None:
+    """It used to wait for the process that makes the batch, and to remove the plan when that process was paused."""
+    # Given
+    yard.deliver()
+    sent = [*yard.sent]
+    parent_fd = os.open(yard.path, os.O_RDONLY)
+
+    # When
+    with Staging.attach(parent_fd, "c", wait=0) as batch:
+        answer = yard.deliver()
+
+        # Then
+        assert batch is not None
+        assert batch.is_current()
+    assert answer is None
+    assert yard.sent == 2 * sent != []
+    os.close(parent_fd)
+
+
 def test_a_delivery_that_comes_while_the_first_one_ends_a_cancelled_campaign_waits_for_its_result(
     yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
