@@ -117,7 +117,7 @@ def main(
         sys.exit(f"bench: {json_path}: {error}")
     if host.takes_memory_back():
         log(host.WARNING)
-    # SIGTERM has the effect of Ctrl-C: all with blocks are left, and the table shows what was measured.
+    # SIGTERM acts like Ctrl-C: every with block is left, and the table shows what was measured.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     began = time.monotonic()
     figures = _Figures()

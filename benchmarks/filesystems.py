@@ -40,7 +40,7 @@ KINDS = (*_MKFS, "tmpfs")
 
 
 class Unavailable(Exception):
-    """A filesystem cannot be made here. The message says why."""
+    """A filesystem cannot be made on this machine. The message says why."""
 
 
 @dataclass(frozen=True)

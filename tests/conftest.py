@@ -1,4 +1,4 @@
-"""What every test shares: the fixtures' modules, hypothesis' profile, logs of failed tests, a clean end on SIGTERM."""
+"""Shared by all tests: fixture modules, hypothesis profiles, logs of failed tests, clean-up on SIGTERM."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ pytest_plugins = (
     "tests.fixtures.scheduler",
 )
 
-#: What is shown of each log of a failed test.
+#: The part of each log that is shown for a failed test.
 _LOG_TAIL_BYTES = 20_000
 
-# Real filesystems take as long as they take. In CI the examples are always the same: a red run is
-# the change's doing, not the dice's.
+# No deadline, since real filesystems vary in speed. In CI the examples are fixed, so that a failure is caused by the
+# change and not by new random examples.
 hypothesis.settings.register_profile("forkvm", deadline=None, print_blob=True, derandomize=in_ci())
 hypothesis.settings.load_profile("forkvm")
 
 
 def pytest_configure() -> None:
-    # pytest winds up its fixtures after a KeyboardInterrupt; SIGTERM would end it on the spot.
+    # pytest tears down its fixtures after a KeyboardInterrupt; SIGTERM would end it at once.
     signal.signal(signal.SIGTERM, _interrupt)
     _restore_ignored_signals()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # What takes most of a minute would otherwise begin when most processes of pytest-xdist have nothing left to do.
+    # Long tests run first. Otherwise they would start when most pytest-xdist processes have nothing left to do.
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def _restore_ignored_signals() -> None:
-    """Give the signals that pytest was started to ignore their default handlers again.
+    """Give signals that pytest was started to ignore their default handlers again.
 
     nohup ignores SIGHUP, and a shell without job control starts a command followed by `&` with SIGINT and SIGQUIT
     ignored. An ignored signal stays ignored across execve (signal(7)), so the programs that tests start and signal

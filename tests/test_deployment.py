@@ -1,5 +1,7 @@
-"""docker-compose.yml and the Dockerfile, as far as a machine without images can tell: each service's very command
-and health check, run here."""
+"""docker-compose.yml and the Dockerfile, as far as a machine without images can check them.
+
+The exact command and health check of each service are run here.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ Compose = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def compose(tmp_path: Path) -> Compose:
-    """Reads docker-compose.yml as docker does with the given variables set, and nothing else."""
+    """Evaluate docker-compose.yml like docker with the given variables set, and no others."""
     command = require_command("docker-compose", "the check of docker-compose.yml")
 
     def read(**variables: str) -> dict[str, Any]:
@@ -45,7 +47,7 @@ def compose(tmp_path: Path) -> Compose:
             text=True,
         )
         assert done.returncode == 0, done.stderr
-        # What is printed is a compose file again, in which a dollar sign is still written as two.
+        # The output is a compose file again, in which a dollar sign is still written twice.
         project: dict[str, Any] = yaml.safe_load(done.stdout.replace("$$", "$"))
         return project
 
@@ -101,7 +103,7 @@ def test_redis_service_keeps_jobs_and_its_health_check_tells(
 ) -> None:
     service = compose()["services"]["redis"]
     server = require(redis_executable(), "redis-server", "the redis service")
-    # The port of the service may be in use here; that is the only change.
+    # The service's port may be in use here; that is the only change.
     port = str(_free_port())
     assert service["command"][0] == "redis-server"
     assert service["healthcheck"]["test"] == ["CMD", "redis-cli", "ping"]
@@ -136,7 +138,7 @@ def test_worker_service_forks_and_its_health_check_tells_when_it_no_longer_consu
 ) -> None:
     # Given the service's command, user and environment, with only its addresses and paths changed.
     service = compose()["services"]["worker"]
-    guests = redis_server.socket.parent / "guests"  # every user may go there, unlike to tmp_path
+    guests = redis_server.socket.parent / "guests"  # every user may enter it, unlike tmp_path
     make_guest(guests / "a")
     heartbeat = guests / "heartbeat"
     environment = service["environment"] | {
@@ -164,7 +166,7 @@ def test_worker_service_forks_and_its_health_check_tells_when_it_no_longer_consu
     assert not healthy()
 
     with _running([*command, *arguments], Path("/"), request, environment, user) as process:
-        # When it runs, then it is healthy and does its work.
+        # When it runs, then it is healthy and works.
         wait_until(healthy, "the worker's health check")
         fork = foreign_client.send_task(
             "forkvm.fork",
@@ -175,7 +177,7 @@ def test_worker_service_forks_and_its_health_check_tells_when_it_no_longer_consu
         assert fork.get(timeout=30)["status"] == "succeeded"
         assert (guests / "b" / "overlay.raw").is_file()
 
-        # When it hangs for longer than the check allows, then it is not; when it goes on, it is again.
+        # When it hangs for longer than the check allows, then it is unhealthy; when it continues, it is healthy again.
         os.killpg(process.pid, signal.SIGSTOP)
         long_ago = time.time() - 60
         os.utime(heartbeat, (long_ago, long_ago))
@@ -183,14 +185,14 @@ def test_worker_service_forks_and_its_health_check_tells_when_it_no_longer_consu
         os.killpg(process.pid, signal.SIGCONT)
         wait_until(healthy, "the worker's health check after it hung")
 
-        # When docker stops it, then it ends of itself before docker's patience does.
+        # When docker stops it, then it exits by itself within docker's timeout.
         process.terminate()
         assert process.wait(_seconds(service["stop_grace_period"])) == 0
 
 
 def test_image_takes_only_what_is_there_and_does_not_run_as_root() -> None:
     lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
-    # What a stage takes from another one is not in the build context.
+    # Files that a stage copies from another stage are not in the build context.
     copies = [line.split()[1:-1] for line in lines if line.startswith("COPY ") and "--from=" not in line]
     copied = {source for sources in copies for source in sources}
     sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
@@ -210,7 +212,7 @@ def _command_of_the_image() -> list[str]:
 
 
 def _mounts(service: dict[str, Any]) -> list[tuple[str, str]]:
-    """(source, target) of each mount, in the short form that older releases of docker-compose print and the long."""
+    """(source, target) of each mount, in the short form of older releases of docker-compose and in the long form."""
     mounts = []
     for volume in service["volumes"]:
         if isinstance(volume, str):
@@ -222,7 +224,7 @@ def _mounts(service: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _seconds(duration: str) -> int:
-    """Of a duration as compose prints it: "60s", or from newer releases "1m0s"."""
+    """The seconds of a duration as compose prints it: "60s", or from newer releases "1m0s"."""
     units = {"h": 3600, "m": 60, "s": 1}
     return sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)([hms])", duration))
 

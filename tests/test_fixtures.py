@@ -1,4 +1,4 @@
-"""The fixtures are what they say: a test on a filesystem or a Redis that is not real would prove nothing."""
+"""The fixtures work as described: a test on a filesystem or a Redis that is not real would prove nothing."""
 
 from __future__ import annotations
 
@@ -339,7 +339,7 @@ time.sleep(100)
 
 
 def test_nothing_of_a_group_that_was_ended_holds_a_lock_any_more(tmp_path: Path) -> None:
-    """A process whose main thread has ended is a zombie, also while its other threads still hold what it had open."""
+    """A process whose main thread has ended is a zombie, even while its other threads still hold its open files."""
     for _ in range(20):
         with subprocess.Popen(
             [sys.executable, "-c", _LEADER, str(tmp_path / "lock")], stdout=subprocess.PIPE, start_new_session=True
@@ -366,7 +366,7 @@ def _cp_reflink(source: Path, destination: Path) -> int:
 
 
 def _ficlone(source: Path, destination: Path) -> int | None:
-    """FICLONE into a new file; returns the errno of its refusal."""
+    """FICLONE into a new file. Returns the errno."""
     with source.open("rb") as reader, destination.open("xb") as writer:
         try:
             fcntl.ioctl(writer, _FICLONE, reader.fileno())
@@ -376,7 +376,7 @@ def _ficlone(source: Path, destination: Path) -> int | None:
 
 
 def _flip_a_bit(path: Path) -> None:
-    """In the middle of the file's data, keeping its times."""
+    """Flip a bit in the middle of the file's data, and keep its times."""
     status = path.stat()
     extents = data_extents(path)
     position = extents[len(extents) // 2][0]

@@ -1,4 +1,4 @@
-"""What is published: the sdist holds all that its tests need, and the wheel alone, in an empty environment, works."""
+"""The published packages: the sdist contains what its tests need, and the wheel works alone in an empty environment."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.fixtures.redis_server import RedisServer
 from tests.support.guests import make_guest
 from tests.support.made_once import made_once
 
-#: Directories of the repository, and files at its top, that its tests and its users need.
+#: Directories of the repository, and files at its top, that tests and users need.
 _DIRECTORIES = ("worker", "tasks", "tests", "benchmarks", "scripts", "docs", "deploy")
 _FILES = (
     *("LICENSE", "README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md"),
@@ -42,7 +42,7 @@ _COMMANDS = (
 )
 
 
-#: The first to need the installation makes it, and the others wait for that.
+#: The first test that needs the installation makes it, and the others wait for that.
 pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
 
 
@@ -62,7 +62,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
 
 @pytest.fixture(scope="module")
 def installed(distributions: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `bin` of an environment with the wheel and what it asks for, and nothing else."""
+    """The `bin` directory of an environment with the wheel and its dependencies, and nothing else."""
 
     def install(directory: Path) -> None:
         venv.create(directory, with_pip=True, symlinks=True)
@@ -157,7 +157,7 @@ def test_each_command_of_an_installation_works(installed: Path, redis_server: Re
         assert json.loads(run("campaign", source, *to, "--id", "c", "--wait", "--json"))["forks"]["succeeded"] == 3
         assert len(run("forks", "c", "--json").splitlines()) == 3
         run("doctor")
-        # and without it
+        # and without Redis
         run("fork", source, f"{tmp_path}/d")
         run("campaign", source, "--to", f"{tmp_path}/e-{{n}}", "--count", "2", "--local")
         assert "are the same" in run("verify", source, f"{tmp_path}/d")

@@ -1,4 +1,7 @@
-"""deploy/kubernetes: what a worker needs in a pod. `make test-deploy` compares it with the schemas of Kubernetes."""
+"""deploy/kubernetes: the requirements of a worker in a pod.
+
+`make test-deploy` compares it with the schemas of Kubernetes.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +81,7 @@ def test_guests_are_one_mount_of_an_existing_directory_of_the_node(pod: dict[str
 def test_settings_are_those_of_the_manifest_and_of_a_secret_in_the_layout_of_kubernetes(
     pod: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # A secret is a directory of links, which lead through a link that is exchanged when the secret changes.
+    # A secret is a directory of symlinks, through another symlink that is exchanged when the secret changes.
     data = tmp_path / "..2026_01_01_00_00_00.1"
     data.mkdir()
     (data / "forkvm_broker_url").write_text("redis://:secret@redis:6379/0")

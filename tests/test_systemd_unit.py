@@ -1,4 +1,4 @@
-"""The systemd unit: it is one that systemd takes, and the worker lives with what it forbids."""
+"""The systemd unit: systemd accepts it, and a worker runs under its restrictions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _lines() -> dict[str, str]:
 
 
 def _analyze(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`systemd-analyze ARGUMENTS` for an instance of the unit whose program exists here."""
+    """Run `systemd-analyze ARGUMENTS` for an instance of the unit whose program exists here."""
     command = require_command("systemd-analyze", "the check of the unit")
     unit = directory / "forkvm-worker@rack-7.service"
     unit.write_text(UNIT.read_text().replace("/opt/forkvm/bin/forkvm", forkvm_script()))
@@ -44,7 +44,7 @@ def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     done = _analyze(tmp_path, "verify")
 
     assert done.returncode == 0, done.stderr
-    assert "forkvm" not in done.stderr  # no warning of it either
+    assert "forkvm" not in done.stderr  # no warning either
 
 
 def test_exposure_of_the_unit_is_under_three(tmp_path: Path) -> None:
@@ -69,7 +69,8 @@ def test_an_instance_of_the_unit_serves_the_domain_of_its_name_if_its_file_names
     assert "\nEnvironment=FORKVM_DOMAIN=%i\nEnvironmentFile=/etc/forkvm/%i.env\n" in text
 
 
-#: All is read-only but what systemd leaves under ProtectSystem=strict: /dev, /proc, /sys and the guests.
+#: Everything is read-only except what systemd leaves writable under ProtectSystem=strict (/dev, /proc, /sys), and the
+#: guests.
 _READ_ONLY = """
 set -e
 mount --make-rprivate /
@@ -139,7 +140,7 @@ def test_worker_without_any_place_for_temporary_files_says_so_and_ends(guests: P
 def test_worker_that_cannot_go_on_ends_with_an_error_code(
     start_worker: StartWorker, tmp_path: Path, command: str
 ) -> None:
-    """Its pool cannot be made: too few open files."""
+    """The pool cannot be created: too few open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (24, hard))
     try:

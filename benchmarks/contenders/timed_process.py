@@ -33,7 +33,7 @@ READY = "ready"
 
 
 def _never_stop(progress: Progress) -> None:
-    """Progress is not shown."""
+    """Never stop the copy; progress is not shown."""
 
 
 def _engine(source: str, destination: str) -> None:

@@ -33,7 +33,7 @@ _MOST_IDLE_COMMANDS, _MOST_IDLE_PERCENT = 3.0, 0.5
 
 
 def measure_load(filesystem: Filesystem, service: Service) -> Iterator[Finding]:
-    """Latencies at fixed rates, the highest rate, a thousand at once, and what an idle worker costs."""
+    """Latencies at fixed rates, the highest rate, a thousand forks at once, and the load of an idle worker."""
     with built(MINI, filesystem) as source, ten_line_worker(service) as other:
         runs = _Runs(filesystem, service, source)
         pair = (forkvm(service), other)
@@ -54,7 +54,10 @@ class _Runs:
         self.where = filesystem.name
 
     def load(self, target: Target, count: int, rate: float | None, long: Path | None = None) -> Load:
-        """One load of `count` forks. `long`: another source, whose fork is sent in the middle and not counted."""
+        """One load of `count` forks.
+
+        `long`: the source of a large fork, which is sent in the middle and not counted.
+        """
         fan = self.filesystem.path / "fan"
         fan.mkdir()
         sync(self.filesystem)

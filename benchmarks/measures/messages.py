@@ -88,6 +88,6 @@ def _largest_key(service: Service) -> tuple[str, int]:
     for key in service.redis.scan_iter(count=1000):
         taken = service.redis.memory_usage(key, samples=0) or 0
         if taken > largest[1]:
-            # The fork id is left out of the key's name.
+            # The key's name without the fork id.
             largest = ":".join(part for part in key.decode().split(":") if not part.startswith("bench-")), taken
     return largest

@@ -1,6 +1,6 @@
-"""What a copy does to a neighbour on the same disk and in the same memory, beside `cp` and `rsync --bwlimit`.
+"""The effect of a copy on a neighbour on the same disk and in the same memory, beside `cp` and `rsync --bwlimit`.
 
-The neighbour and the copy run in one control group with less memory than both want, so that pages of the copy can evict
+The neighbour and the copy run in one control group with less memory than both need, so that pages of the copy can evict
 those of the neighbour.
 """
 
@@ -105,7 +105,7 @@ def _measure(
 
 @contextmanager
 def _group() -> Iterator[Path]:
-    """A control group with little memory. Where none can be made, the measure has all memory."""
+    """A control group with little memory. Where none can be created, the measure runs with all memory."""
     first = _MEMORY_CONTROLLER.is_dir()
     group = (_MEMORY_CONTROLLER if first else _MEMORY_CONTROLLER.parent) / _NAME
     try:

@@ -1,4 +1,4 @@
-"""`forkvm campaign` and `forkvm forks`, and what `status` and `cancel` say of campaigns."""
+"""`forkvm campaign` and `forkvm forks`, and the output of `status` and `cancel` for campaigns."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_local_with_failures_exits_with_1_and_names_them(run_forkvm: RunForkvm, 
 
 
 def test_a_bad_call_exits_with_2_in_one_line_and_makes_nothing(run_forkvm: RunForkvm, place: Path) -> None:
-    """No broker is asked: there is none here."""
+    """The error comes before any connection: there is no broker here."""
     source, template = str(place / "vm"), f"{place}/vm-{{n}}"
     calls = {
         ("campaign",): "SOURCE",
@@ -98,7 +98,7 @@ def test_a_bad_call_exits_with_2_in_one_line_and_makes_nothing(run_forkvm: RunFo
 
 
 def test_a_retry_refuses_every_wish_that_it_would_not_hear(run_forkvm: RunForkvm, place: Path) -> None:
-    """No broker is asked: there is none here."""
+    """The error comes before any connection: there is no broker here."""
     arguments = {
         "SOURCE": [f"{place}/vm"],
         "--to": ["--to", f"{place}/vm-{{n}}"],
@@ -166,7 +166,7 @@ def test_without_a_broker_campaigns_exit_with_3_in_one_line(run_forkvm: RunForkv
 def test_a_campaign_is_sent_waited_for_listed_and_retried(
     run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, redis_server: RedisServer
 ) -> None:
-    # Given two destinations that are taken
+    # Given two destinations that exist
     environment = program_environment(redis_server, place)
     start_worker(place, command="forkvm", args=["--domain", "nvme-a"])
     for n in (3, 7):
@@ -190,7 +190,7 @@ def test_a_campaign_is_sent_waited_for_listed_and_retried(
     assert [fork["fork_id"] for fork in forks] == [f"c1.{n}" for n in range(1, 21)]
     assert [line.split()[:2] for line in failed.stdout.splitlines()] == [["failed", "c1.3"], ["failed", "c1.7"]]
 
-    # When what failed is done again, with room for it now
+    # When the failed forks are retried, now that their destinations are free
     identity = (place / "vm-1").stat().st_ino
     for n in (3, 7):
         (place / f"vm-{n}").rmdir()
@@ -198,7 +198,7 @@ def test_a_campaign_is_sent_waited_for_listed_and_retried(
     retried = run_forkvm(*retry, env=environment)  # in the domain of the campaign that is retried
     nothing = run_forkvm("campaign", "--retry", "c2", "--wait", env=environment)
 
-    # Then it alone was done
+    # Then only those forks were made
     assert retried.returncode == 0
     assert json.loads(retried.stdout)["forks"] == {"total": 2, "succeeded": 2, "failed": 0, "cancelled": 0}
     assert (place / "vm-1").stat().st_ino == identity
@@ -214,7 +214,7 @@ def test_a_campaign_is_sent_waited_for_listed_and_retried(
 def test_a_running_campaign_is_watched_with_a_bar_and_cancelled(
     run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, own_scheduler: Scheduler
 ) -> None:
-    # Given a campaign that is paused, half done
+    # Given a half-done campaign that is paused
     environment = program_environment(own_scheduler.server, place)
     worker = start_worker(place, 1)
     send = ["campaign", str(place / "vm"), "--to", f"{place}/vm-{{n}}", "--count", "1000", "--id", "c1"]
@@ -235,7 +235,7 @@ def test_a_running_campaign_is_watched_with_a_bar_and_cancelled(
             retry = run_forkvm("campaign", "--retry", "c1", env=environment)
             cancelling = stack.enter_context(ended_at_exit(begin(["cancel", "c1", "--json"], environment)))
             wait_until(lambda: own_scheduler.results.cancellations.is_requested("c1"), "the request to cancel")
-        with suppress(OSError):  # EIO: the other side is closed
+        with suppress(OSError):  # EIO: the other end is closed
             while shown_more := os.read(terminal, 4096):
                 shown += shown_more
         answer = json.loads(cancelling.communicate(timeout=60)[0])
@@ -259,7 +259,7 @@ def test_a_running_campaign_is_watched_with_a_bar_and_cancelled(
 
 
 def begin(command: list[str], environment: dict[str, str], stderr: int | None = None) -> subprocess.Popen[bytes]:
-    """A command that has begun."""
+    """Start a command."""
     return subprocess.Popen([forkvm_script(), *command], env=environment, stdout=subprocess.PIPE, stderr=stderr)
 
 

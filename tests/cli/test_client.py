@@ -1,4 +1,4 @@
-"""The command line's side of the queue, beside a job that ends at a bad moment."""
+"""Queue commands, and a fork that ends between two reads of the command."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORK_ID = "ends"
 def test_a_job_that_ends_while_it_is_looked_at_never_seems_to_have_ended_without_a_result(
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, looks_before: int
 ) -> None:
-    # Given a fork that a worker settles, and Celery then tells of, between two looks of `status` at Redis
+    # Given a fork whose result is stored and then published by Celery between two reads of `status`
     client = Client(Settings(broker_url=redis_server.broker_url))
     results = client.results
     spec = ForkSpec(fork_id=FORK_ID, source="/a", destination="/b")

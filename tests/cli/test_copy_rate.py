@@ -1,4 +1,4 @@
-"""`forkvm copy-rate`, and the settings of a local fork's I/O."""
+"""`forkvm copy-rate`, and the I/O settings of a local fork."""
 
 from __future__ import annotations
 

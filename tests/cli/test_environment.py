@@ -1,4 +1,4 @@
-"""FORKVM_* alone decides: what other applications and platforms put into the environment changes nothing."""
+"""Only FORKVM_* variables configure the program; variables of other applications and platforms have no effect."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.guests import make_guest
 from tests.support.requirements import require
 from worker.started_processes import redis_executable
 
-#: Another application's addresses and modules; nothing answers there.
+#: Addresses and modules of another application; nothing listens there.
 _ELSEWHERE = "redis+socket:///nonexistent/other.sock"
 _CELERYS = {
     "CELERY_BROKER_URL": _ELSEWHERE,
@@ -43,7 +43,7 @@ _CELERYS = {
     "AUTOSCALE_KEEPALIVE": "long",
     "PICKLE_PROTOCOL": "newest",
 }
-#: What Celery's own command reads before it has loaded an app: no app can help there.
+#: Variables that the celery command reads before it loads an app; no app can override them.
 _READ_BEFORE = (
     *("APP", "CELERY_APP", "AUTOSCALE_KEEPALIVE", "PICKLE_PROTOCOL", "CELERY_LOADER", "C_STRICT_APP"),
     "CELERY_WORKER_REVOKES_MAX",
@@ -182,7 +182,7 @@ def test_malformed_url_ends_a_worker_of_celery_with_one_line_and_exit_code_2(
 def test_password_comes_from_a_secret_file(
     start_worker: StartWorker, run_forkvm: RunForkvm, redis_server: RedisServer, tmp_path: Path
 ) -> None:
-    # Given a Redis that asks for a password, whose URL has none
+    # Given a Redis that requires a password, and a URL without one
     make_guest(tmp_path / "a")
     (tmp_path / "secrets").mkdir()
     (tmp_path / "secrets" / "forkvm_redis_password").write_text("s3/cret@;\n")

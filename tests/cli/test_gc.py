@@ -1,4 +1,4 @@
-"""`forkvm gc`: what a dead machine left goes, what lives stays."""
+"""`forkvm gc` removes the staging of killed processes and keeps the staging of running ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.guests import make_slow_file
 
 @pytest.fixture
 def place(fresh: Fresh) -> Path:
-    """A directory with a guest that takes a second or more to copy."""
+    """A directory with a guest that takes at least a second to copy."""
     place = fresh("tmpfs")
     (place / "vm-1").mkdir()
     for n in range(4):
@@ -46,7 +46,7 @@ def begun(place: Path) -> bool:
 
 @pytest.fixture
 def background_fork(place: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A fork that has begun to copy."""
+    """A fork that has started to copy."""
     command = [forkvm_script(), "fork", str(place / "vm-1"), str(place / "vm-2")]
     with ended_at_exit(subprocess.Popen(command)) as process:
         wait_until(lambda: begun(place), "a fork at work")
@@ -60,7 +60,7 @@ def test_the_staging_of_a_killed_fork_is_removed(
     background_fork.wait()
     assert len(stagings(place)) == 2
 
-    def collected() -> bool:  # the kernel ends the children a moment after their parent
+    def collected() -> bool:  # the kernel ends the children shortly after their parent
         return "1 removed, 0 kept" in run_forkvm("gc", place).stdout
 
     wait_until(collected, "the staging collected")

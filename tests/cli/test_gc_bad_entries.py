@@ -1,4 +1,4 @@
-"""`forkvm gc` among damaged, foreign and unreadable entries: each is judged alone, and everything else goes."""
+"""`forkvm gc` with damaged, foreign and unreadable entries: each is reported, and all other staging is removed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def place(fresh: Fresh) -> Path:
 
 
 def make_dead(parent: Path, fork_id: str) -> Path:
-    """The staging of a local fork whose process died; its control directory."""
+    """Staging of a local fork whose process was killed. Returns its control directory."""
     parent.mkdir(exist_ok=True)
     fd = os.open(parent, os.O_RDONLY)
     try:
@@ -56,7 +56,7 @@ def replaced(path: Path, make: Callable[[Path], object]) -> None:
 def make_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         here = os.getcwd()
-        os.chdir(path.parent)  # a socket's path is short
+        os.chdir(path.parent)  # the path of a socket is limited to 107 bytes
         try:
             listening.bind(path.name)
         finally:
@@ -68,7 +68,7 @@ def make_huge(path: Path) -> None:
         file.truncate(1 << 40)
 
 
-#: What is wrong with the files of a control directory that is ours, and what is said of it.
+#: Defects in the files of a control directory that is ours, and the message for each.
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "journal is a FIFO": (lambda control: replaced(control / "journal", os.mkfifo), "FIFO"),
     "journal is a socket": (lambda control: replaced(control / "journal", make_socket), "socket"),
@@ -93,7 +93,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "another user's": (lambda control: os.chown(control, OTHER, OTHER), "user 1000"),
 }
 
-#: What stands in the place of a control directory or a tree.
+#: Entries at the path of a control directory or of a tree.
 IN_THE_WAY: dict[str, Callable[[Path], object]] = {
     "file": lambda path: path.write_text("precious"),
     "FIFO": os.mkfifo,
@@ -110,7 +110,7 @@ def found_by_gc(run_forkvm: RunForkvm, place: Path, *, code: int = 0) -> dict[st
 
 
 def test_all_bad_entries_are_reported_and_everything_else_goes(run_forkvm: RunForkvm, place: Path) -> None:
-    # Given all bad entries, with dead staging before, between and behind them
+    # Given all bad entries, with abandoned staging before, between and after them
     kept: dict[Path, str] = {}
     dead: set[Path] = set()
     for n, (what, (damage, reason)) in enumerate(DAMAGE.items()):
@@ -194,7 +194,7 @@ def test_private_directory_that_others_may_have_moved_here_is_kept(
     found = found_by_gc(run_forkvm, place)
 
     assert found[str(tree)]["verdict"] == ("removed" if removed else "kept")
-    assert found[str(control)]["verdict"] == "removed"  # it holds nothing but a control directory's files
+    assert found[str(control)]["verdict"] == "removed"  # it contains only the files of a control directory
     assert tree.exists() != removed
 
 
@@ -213,7 +213,7 @@ def test_tree_that_was_replaced_by_another_directory_is_kept(run_forkvm: RunFork
 
 @pytest.fixture
 def immutable() -> Iterator[Callable[[Path], None]]:
-    """Makes files immutable for the time of a test."""
+    """Make files immutable during a test."""
     chattr = require_command("chattr", "immutable files")
     paths: list[Path] = []
 

@@ -1,4 +1,7 @@
-"""What a command imports. An import takes longer than a small fork: 0.1 s for pydantic, 0.3 s for Celery."""
+"""The modules that a command imports.
+
+An import takes longer than a small fork: 0.1 s for pydantic, 0.3 s for Celery.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import pytest
 
 from tests.fixtures.processes import ROOT
 
-#: Runs the command of its arguments, and prints the names of the imported modules on its last line.
+#: Runs the command in its arguments, and prints the names of the imported modules on its last line.
 _RUN = """
 import atexit, sys
 atexit.register(lambda: print("", *sys.modules))

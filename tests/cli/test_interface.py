@@ -1,4 +1,4 @@
-"""What tells people and programs how to call forkvm: suggestions for slips, completions of shells, schemas."""
+"""Suggestions for mistyped commands, shell completion, and JSON schemas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C: who waits for a job of the queue goes, and the job goes on."""
+"""Ctrl-C ends a command that waits for a queued job; the job continues."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def started(command: list[str], environment: dict[str, str]) -> Iterator[subproc
         process.communicate()
 
 
-#: More reads than a command does before it waits; the wait itself reads again and again.
+#: More reads than a command makes before it waits; while it waits it reads repeatedly.
 READS = 5
 
 
 def looks(server: RedisServer) -> int:
-    """How often anyone has read keys, as a command that waits does again and again."""
+    """How many times any client has read keys. A waiting command does so repeatedly."""
     with server.client() as client:
         return int(client.info("commandstats").get("cmdstat_mget", {"calls": 0})["calls"])
 
@@ -69,7 +69,7 @@ def test_ctrl_c_ends_the_waiting_and_says_that_the_job_goes_on(
 
 
 def test_ctrl_c_elsewhere_exits_with_130_and_no_traceback(run_forkvm: RunForkvm, redis_server: RedisServer) -> None:
-    """Where `cancel` waits for an end; the cancellation stays requested."""
+    """Ctrl-C while `cancel` waits for the end; the cancellation stays requested."""
     environment = program_environment(redis_server)
     assert run_forkvm("submit", "/guests/a", "/guests/b", "--id", "the job", env=environment).returncode == 0
     with started(["cancel", "the job"], environment) as process:

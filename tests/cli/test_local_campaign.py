@@ -1,4 +1,4 @@
-"""`forkvm campaign --local` reports what exists, whatever happens to its children, its disk and itself."""
+"""`forkvm campaign --local` reports exactly what exists when its children, its disk or the process itself fails."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.system.systems import send
 from tests.support.tree import snapshot
 
 COUNT = 3000
-#: At most so many forks are made after a signal, of sixty thousand: as many as take 2 s on an idle machine.
+#: The number of forks, of sixty thousand, that may still be made after a signal: about 2 s of work on an idle machine.
 MORE_FORKS = 2_000
 
 
@@ -34,7 +34,7 @@ def place(fresh: Fresh) -> Path:
 
 @contextmanager
 def campaign(place: Path, count: int, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """A local campaign that runs; what still lives of it at the end is killed."""
+    """A running local campaign. Its remaining processes are killed at the end."""
     to = f"{place}/out/vm-{{n:05}}"
     command = [forkvm_script(), "campaign", str(place / "source"), "--to", to, "--count", str(count), *options]
     process = subprocess.Popen(
@@ -66,7 +66,7 @@ def wait_for_forks(place: Path, process: subprocess.Popen[str], least: int = 20)
 
 
 def end(process: subprocess.Popen[str], place: Path) -> dict[str, Any]:
-    """The result; checks that it is what exists, and that nothing else does."""
+    """The result. Checks that the forks that it names exist, and no others."""
     out, err = process.communicate(timeout=90)
     assert "Traceback" not in err
     result: dict[str, Any] = json.loads(out)
@@ -94,7 +94,7 @@ def test_killed_children_cost_no_fork(place: Path) -> None:
     with campaign(place, COUNT) as process:
         for _ in range(3):
             wait_for_forks(place, process, len(forks_in(place)) + 20)
-            send(children(process), signal.SIGKILL)  # a child may have ended meanwhile
+            send(children(process), signal.SIGKILL)  # a child may have ended in the meantime
 
         result = end(process, place)
 
@@ -124,7 +124,7 @@ def test_the_first_signal_ends_a_campaign_at_once_and_leaves_only_whole_forks(
         wait_for_forks(place, process)
         before = len(forks_in(place))
 
-        os.killpg(process.pid, number)  # as a terminal does: the children get it too
+        os.killpg(process.pid, number)  # a terminal signals the children too
         process.wait(timeout=60)
         result = end(process, place)
 

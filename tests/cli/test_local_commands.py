@@ -1,4 +1,4 @@
-"""`forkvm fork` and `verify`: what needs no broker, run as users run it."""
+"""`forkvm fork` and `verify`, which need no broker."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_an_interrupted_fork_leaves_nothing_and_says_so(number: signal.Signals, 
     for n in range(4):
         make_slow_file(place / "vm-1" / f"disk-{n}")
     command = [forkvm_script(), "fork", str(place / "vm-1"), str(place / "vm-2")]
-    default = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    default = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=default)
     wait_until(lambda: any(path.name.startswith(".forkvm-") for path in place.iterdir()), "the staging")
 
@@ -168,7 +168,7 @@ def test_a_terminal_gets_a_progress_bar(fresh: Fresh) -> None:
         while process.poll() is None or not shown:
             try:
                 shown += os.read(terminal, 4096)
-            except OSError:  # the other side is closed
+            except OSError:  # the other end is closed
                 break
             time.sleep(0.01)
         output, _ = process.communicate(timeout=60)
@@ -234,7 +234,7 @@ def test_relative_paths_begin_at_the_working_directory(tmp_path: Path) -> None:
     calls = [
         ["fork", "guests/vm-1", "guests/vm-2"],
         ["fork", "./guests/vm-1/", "guests/../guests/vm-3"],
-        ["fork", "below/../vm-1", "below/../vm-4"],  # as the kernel resolves it, through the symlink
+        ["fork", "below/../vm-1", "below/../vm-4"],  # the path that the kernel resolves through the symlink
         ["campaign", "guests/vm-1", "--to", "guests/many-{n}", "--count", "2", "--local"],
         ["verify", "guests/vm-1", "guests/vm-2"],
         ["gc", "."],

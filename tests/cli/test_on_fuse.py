@@ -1,4 +1,4 @@
-"""Commands where an open file that is unlinked stays in its directory (FUSE, NFS): they end, and clean up."""
+"""Commands on filesystems that keep an unlinked open file in its directory (FUSE, NFS): they end and clean up."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def place(kind: str, passthrough: Passthrough, bindfs: Bindfs, fresh: Fresh) -> 
 
 
 def hidden(place: Path) -> list[str]:
-    """What a command must not leave."""
+    """The names that a command must not leave behind."""
     return [name for name in os.listdir(place) if name.startswith(".")]
 
 
@@ -84,7 +84,7 @@ def test_gc_removes_what_a_killed_fork_left(run_forkvm: RunForkvm, place: Path) 
 
 def test_interrupt_ends_a_fork_and_leaves_nothing(place: Path) -> None:
     with (place / "vm-1/large").open("wb") as file:
-        file.truncate(1 << 40)  # all data to a filesystem that does not know holes: long work
+        file.truncate(1 << 40)  # a filesystem that does not report holes: all bytes are data, so the copy takes long
     with subprocess.Popen([forkvm_script(), "fork", str(place / "vm-1"), str(place / "vm-2")]) as process:
         process.send_signal(signal.SIGINT)
         assert process.wait(30) != 0

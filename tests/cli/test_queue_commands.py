@@ -121,7 +121,7 @@ def test_the_status_of_an_unknown_id_is_still_one_json_document(
 def test_a_fork_that_waits_in_the_queue_is_known_and_can_be_cancelled(
     run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, redis_server: RedisServer
 ) -> None:
-    # Given a fork that waits among others
+    # Given a fork that waits behind others in the queue
     environment = program_environment(redis_server, place)
     for number in range(3):
         run_forkvm("submit", place / "vm-1", place / f"vm-{number}0", "--id", f"f{number}", env=environment)
@@ -194,7 +194,7 @@ def test_cancel_ends_a_running_fork_while_it_waits_and_leaves_nothing(
         with redis_server.client() as client:
             return text in str(client.get(key))
 
-    # The fork is paused until its cancellation was requested: on a busy machine a command starts slowly.
+    # The fork stays paused until its cancellation is requested, since a command starts slowly on a busy machine.
     with stopped_when(worker, lambda: has("celery-task-meta-f1", "PROGRESS"), "progress"):
         running = json.loads(run_forkvm("status", "f1", "--json", env=environment).stdout)
         command = [forkvm_script(), "cancel", "f1", "--json"]

@@ -1,4 +1,4 @@
-"""The local commands where the system is short of processes or open files, and where /proc is missing."""
+"""Local commands with too few processes or open files, and without /proc."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.fixtures.processes import PublicProgram, forkvm_script
 from tests.support.guests import GuestSizes, make_guest
 
 SMALL = GuestSizes(overlay=8 << 20, overlay_data=1 << 20, memory=8 << 20, memory_data=1 << 20)
-#: A user of these tests alone: the limit of processes counts all that a user has.
+#: A user that only these tests use: the process limit counts all processes of a user.
 _USER = 54_321
 
 
 def with_files(count: int) -> Callable[[], None]:
-    """For a child: at most `count` open files."""
+    """Limit a child process to `count` open files."""
     return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (count, count))
 
 
@@ -32,7 +32,7 @@ def names(directory: Path) -> list[str]:
 
 @pytest.fixture
 def place(fresh: Fresh) -> Path:
-    """A source of three small files, and one of 2,500: too many for one process."""
+    """A source of three small files, and one of 2,500, which takes more than one process."""
     place = fresh("tmpfs")
     for name, count in (("small", 3), ("large", 2_500)):
         (place / name).mkdir()
@@ -117,7 +117,7 @@ def test_a_subvolume_is_cloned_file_by_file_without_proc(fresh: Fresh) -> None:
 
 
 def without_proc(*call: str) -> dict[str, Any]:
-    """What a command answers where /proc is an empty directory."""
+    """The output of a command for which /proc is an empty directory."""
     command = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh", forkvm_script()]
     done = subprocess.run([*command, *call, "--json"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,4 +1,4 @@
-"""No fork is made under a name that staging uses: gc would remove it."""
+"""A fork is refused under a name that staging uses, since gc would remove it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAME = ".forkvm-0123456789abcdef"
 
 @pytest.fixture
 def place(fresh: Fresh) -> Path:
-    """A directory with a guest and with a directory whose name looks like a staging name."""
+    """A directory with a guest, and with a directory whose name looks like a staging name."""
     place = fresh("tmpfs")
     (place / "vm-1").mkdir()
     (place / "vm-1/state").write_text("running")

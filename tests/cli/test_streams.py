@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full or without a reader change no exit code and print no traceback."""
+"""Closed, full or unread standard streams change no exit code and cause no traceback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ESCAPE = "a\x1b]0;pwned\x07"
 
 
 def shell(script: str, directory: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    """Runs `script` in bash in `directory`, where $F is the command; nothing of ours is configured."""
+    """Run `script` in bash in `directory`, where $F is the command and no setting is made."""
     bare = {name: value for name, value in os.environ.items() if not name.startswith(("FORKVM_", "LC_", "LANG"))}
     return subprocess.run(
         ["bash", "-c", script],
@@ -71,7 +71,7 @@ def test_an_answer_that_cannot_be_written_is_one_line_on_stderr(source: Path, tm
 
 
 def test_a_pipe_that_another_process_made_non_blocking_gets_everything(source: Path, tmp_path: Path) -> None:
-    """The reader is slow, and 2,000 lines are more than the pipe holds."""
+    """The reader is slow, and 2,000 lines are more than the pipe can hold."""
     other = tmp_path / "other"
     other.mkdir()
     for number in range(2_000):

@@ -1,4 +1,4 @@
-"""`forkvm verify`: what it prints, and that it never calls equal what it could not read."""
+"""`forkvm verify`: its output. It never reports files that it could not read as equal."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_what_the_filesystem_fails_to_read_is_not_called_equal(
     strace = require_command("strace", "injecting errors")
     source, clone = forked_pair(fresh("xfs"), run_forkvm)
 
-    # strace matches a path as a call names it: relative for those that open, absolute for those with a descriptor.
+    # strace matches a path as the call gives it: relative for calls that open, absolute for calls with a descriptor.
     names = [str(clone / path)] if "openat" not in call else [path]
     command = [strace, "-f", "-o", "/dev/null", *(part for name in names for part in ("-P", name))]
     command += ["-e", f"inject={call}", forkvm_script(), "verify", str(source), str(clone), "--json"]

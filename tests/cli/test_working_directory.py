@@ -1,4 +1,4 @@
-"""Every command works in any directory, also where a user keeps a tasks.py or a package `worker` of his own."""
+"""Every command works in any directory, also in one with a user's own tasks.py or package `worker`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _run(directory: Path, *command: str, **environment: str) -> subprocess.Compl
 
 @pytest.mark.parametrize("python_path", [None, "/nonexistent:"])
 def test_local_commands_import_nothing_from_the_working_directory(tmp_path: Path, python_path: str | None) -> None:
-    # An empty entry of PYTHONPATH is the working directory; a package `worker` there is then what Python finds.
+    # An empty entry of PYTHONPATH is the working directory, so Python finds a package `worker` there first.
     here = make_foreign_modules(tmp_path / "here", with_worker=python_path is None)
     source = str(make_guest(tmp_path / "a"))
     environment = {} if python_path is None else {"PYTHONPATH": python_path}

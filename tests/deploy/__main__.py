@@ -1,8 +1,8 @@
 """Runs the image and docker-compose.yml in real containers: `make test-deploy`, as root.
 
-It starts a dockerd of its own in namespaces of its own, and needs no image and no registry of images. Stand-ins for the
-base images are made once from Debian packages, and kept in ~/.cache/forkvm-test-deploy.
-Exit codes: 0 all checks succeeded, 1 some failed, 2 this machine lacks something, 130 and so on after a signal.
+It starts its own dockerd in its own namespaces, and needs no image and no image registry. Replacements for the base
+images are built once from Debian packages and kept in ~/.cache/forkvm-test-deploy. Exit codes: 0 all checks succeeded,
+1 some failed, 2 this machine lacks a requirement, 128 + N after signal N.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.deploy.standins import make_base_images
 from tests.deploy.watching import check_watching
 from tests.fixtures.processes import ROOT
 
-#: Commands that must be there; scripts/setup.sh has the Debian package of each.
+#: Required commands; scripts/setup.sh has the Debian package of each.
 _COMMANDS = (
     *("dockerd", "docker", "docker-compose", "debootstrap", "iptables", "tini", "git"),
     *("unshare", "nsenter", "setpriv", "mkfs.ext4", "mkfs.xfs", "ip"),
@@ -37,7 +37,7 @@ _COMMANDS = (
 
 
 def main() -> int:
-    """All checks. What was started is ended again, also after a failure or a signal."""
+    """Run all checks. Everything that was started is stopped at the end, also after a failure or a signal."""
     if missing := _missing():
         print(f"test-deploy: this machine lacks {', '.join(missing)}", file=sys.stderr)
         return 2
@@ -73,7 +73,7 @@ def _run_checks(daemon: Daemon, report: Report) -> None:
 
 
 def _fresh_clone(daemon: Daemon) -> Path:
-    """What is committed, and nothing of the checkout's own state."""
+    """A clone of the last commit, without uncommitted changes."""
     clone = daemon.directory / "clone"
     git = ["git", "-c", f"safe.directory={ROOT}"]
     changed = subprocess.run(
@@ -91,7 +91,7 @@ def _missing() -> list[str]:
 
 
 def _end(number: int, _: Any) -> None:
-    """Ends the test in order. Further signals do not cut off the clean-up."""
+    """Stop the test with clean-up. Further signals do not interrupt the clean-up."""
     for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(one, signal.SIG_IGN)
     _say(f"ended by {signal.Signals(number).name}; cleaning up")

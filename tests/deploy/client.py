@@ -1,4 +1,4 @@
-"""A client with Celery and nothing of forkvm, as a program for a container: `python - COMMAND ARGUMENTS`.
+"""A client with Celery and without forkvm, as a program for a container: `python - COMMAND ARGUMENTS`.
 
 Each command prints one JSON document.
 """
@@ -17,7 +17,7 @@ app = Celery(broker="redis://redis:6379/0", backend="redis://redis:6379/0")
 
 
 def send(task: str, request: str, job_id: str, queue: str) -> Any:
-    """Sends a job without waiting for it."""
+    """Send a job without waiting for it."""
     return app.send_task(task, kwargs={"request": json.loads(request)}, task_id=job_id, queue=queue).id
 
 
@@ -31,7 +31,7 @@ def get(job_id: str, seconds: str) -> Any:
 
 
 def progress(job_id: str, share: str) -> Any:
-    """The progress of a job, as soon as `share` of its bytes are done; its state if it ended before."""
+    """The progress of a job when `share` of its bytes are done, or its state if it ended before that."""
     while True:
         found = app.backend.get_task_meta(job_id, cache=False)
         if found["status"] in ("SUCCESS", "FAILURE", "REVOKED"):
@@ -44,7 +44,7 @@ def progress(job_id: str, share: str) -> Any:
 
 
 def pools() -> Any:
-    """The size of the pool of each worker that answers, by node name."""
+    """The pool size of each worker that replies, by node name."""
     deadline = time.monotonic() + 30
     while not (answers := app.control.inspect(timeout=2).stats()) and time.monotonic() < deadline:
         pass

@@ -1,4 +1,4 @@
-"""A dockerd of this test's own, in namespaces of its own: its end leaves no network, no rule and no mount."""
+"""A dockerd in its own namespaces: when it ends, no network, firewall rule or mount is left."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-#: Where the images of the file systems are, and how the files and control groups of a run are named, with its pid.
+#: The directory of the filesystem images, and the prefix of the files and control groups of a run, followed by its pid.
 _SCRATCH, _PREFIX = Path("/var/tmp"), "forkvm-deploy-"
-#: Seconds for dockerd to answer, and to end.
+#: Seconds for dockerd to start answering, and to stop.
 _TIMEOUT = 60.0
 
-# Becomes PID 1 of the namespaces. /run is hidden, because containerd and the network namespaces of containers have
-# fixed paths in it. The forwarding that dockerd turns on is that of the new network namespace.
+# Runs as PID 1 of the namespaces. /run is hidden, because containerd and the network namespaces of containers use fixed
+# paths in it. dockerd enables IP forwarding in the new network namespace only.
 _INSIDE = """
 cd "$1"
 mount -t tmpfs -o mode=755 tmpfs /run
@@ -32,18 +32,21 @@ exec tini -- dockerd --data-root "$1/data" --exec-root /run/docker --pidfile /ru
 
 
 class Daemon:
-    """A running dockerd. `directory` holds its socket and log; `guests` is an XFS, by its path inside and outside."""
+    """A running dockerd.
+
+    `directory` contains its socket and log; `guests` is an XFS, by its path inside and outside.
+    """
 
     def __init__(self, directory: Path, init: int) -> None:
         self.directory = directory
         #: The path of the XFS for `docker run -v` and compose.
         self.guests = directory / "guests"
-        #: The same directory for this process, which is in another mount namespace.
+        #: The same directory as seen by this process, which is in another mount namespace.
         self.guests_seen_here = Path(f"/proc/{init}/root{self.guests}")
         self._init = init
         home = directory / "home"
         home.mkdir()
-        #: Nothing of the user's own configuration of docker counts. The classic builder is in every release.
+        #: The user's own docker configuration is not used. Every release has the classic builder.
         self.environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(home),
@@ -54,7 +57,7 @@ class Daemon:
         }
 
     def docker(self, *arguments: str, stdin: str | None = None, timeout: float = 600, check: bool = True) -> str:
-        """What `docker ARGUMENTS` prints on stdout; CalledProcessError with its stderr where it fails."""
+        """The stdout of `docker ARGUMENTS`; CalledProcessError with its stderr if it fails."""
         return self.run(["docker", *arguments], stdin=stdin, timeout=timeout, check=check)
 
     def run(
@@ -67,7 +70,7 @@ class Daemon:
         timeout: float = 600,
         check: bool = True,
     ) -> str:
-        """What a command that talks to this daemon prints on stdout."""
+        """The stdout of a command that uses this daemon."""
         done = subprocess.run(
             command,
             cwd=cwd,
@@ -84,17 +87,17 @@ class Daemon:
         return done.stdout
 
     def kill(self, pid: str) -> None:
-        """SIGKILL to a process of a container, by the pid that `docker inspect` reports."""
+        """Send SIGKILL to a process of a container, by the pid that `docker inspect` reports."""
         subprocess.run(["nsenter", "--target", str(self._init), "--pid", "--mount", "kill", "-KILL", pid], check=True)
 
 
 class CommandFailed(Exception):
-    """A command ended with an error; the message holds it with its output."""
+    """A command failed. The message contains it and its output."""
 
 
 @contextlib.contextmanager
 def running_daemon() -> Iterator[Daemon]:
-    """A daemon with nothing in it. Whatever ends this process, the daemon and all of its containers end with it."""
+    """A new, empty daemon. However this process ends, the daemon and all its containers end with it."""
     _remove_what_killed_runs_left()
     group = f"/{_PREFIX}{os.getpid()}"
     directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_SCRATCH))
@@ -111,7 +114,7 @@ def running_daemon() -> Iterator[Daemon]:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is this test's alone: it stops the daemon in order
+                start_new_session=True,  # only this test gets Ctrl-C: it stops the daemon in order
             )
         try:
             yield Daemon(directory, _wait_until_it_answers(process, directory))
@@ -123,7 +126,7 @@ def running_daemon() -> Iterator[Daemon]:
 
 
 def _remove_what_killed_runs_left() -> None:
-    """After SIGKILL to this test the kernel ends all but its files and its empty control groups."""
+    """Remove the files and empty control groups of killed runs; the kernel ended everything else."""
     for directory in _SCRATCH.glob(f"{_PREFIX}*-*"):
         pid = directory.name.removeprefix(_PREFIX).partition("-")[0]
         if pid.isdecimal() and not Path("/proc", pid).exists():
@@ -132,7 +135,7 @@ def _remove_what_killed_runs_left() -> None:
 
 
 def _make_filesystem(directory: Path, name: str, gibibytes: int, mkfs: list[str]) -> None:
-    """A sparse image and an empty directory to mount it on."""
+    """A sparse image, and an empty directory to mount it on."""
     image = directory / f"{name}.img"
     with image.open("wb") as file:
         file.truncate(gibibytes << 30)
@@ -141,7 +144,7 @@ def _make_filesystem(directory: Path, name: str, gibibytes: int, mkfs: list[str]
 
 
 def _wait_until_it_answers(process: subprocess.Popen[bytes], directory: Path) -> int:
-    """The pid of the namespaces' init, as soon as the daemon answers."""
+    """The pid of the init process of the namespaces, as soon as the daemon answers."""
     log = directory / "dockerd.log"
     deadline = time.monotonic() + _TIMEOUT
     while True:
@@ -165,7 +168,7 @@ def _child(pid: int) -> int | None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """TERM to dockerd, which stops its containers; after the patience, KILL to all processes of the namespace."""
+    """Send SIGTERM to dockerd, which stops its containers. After a timeout, send SIGKILL to the whole namespace."""
     init = _child(process.pid)
     if init is not None:
         with contextlib.suppress(ProcessLookupError):
@@ -180,14 +183,17 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _wait_until_gone(pid: int) -> None:
-    """The kernel ends a PID namespace after its init; the mounts go with its last process."""
+    """Wait until all processes have ended.
+
+    The kernel ends a PID namespace after its init, its mounts with its last process.
+    """
     deadline = time.monotonic() + _TIMEOUT
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
 def _remove_groups(group: str) -> None:
-    """The empty control groups that remain of the containers, in each hierarchy."""
+    """Remove the empty control groups that the containers leave in each hierarchy."""
     for top in (Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()):
         for directory, _, _ in os.walk(f"{top}{group}", topdown=False):
             with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""What is in the image, and how it runs by itself: `docker run`, without compose."""
+"""The contents of the image, and how it runs without compose (`docker run`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.deploy.daemon import Daemon
 from tests.deploy.report import Report
 from tests.deploy.stack import Container, Stack, wait_for
 
-#: Files of the sources, of builds and of pip, wherever they are but in the stand-in for the base image.
+#: Files of the source, of builds and of pip, anywhere except in the replacement of the base image.
 _FIND_SOURCES = (
     r"find / -xdev -path /opt/packages -prune -o \( -name pyproject.toml -o -name constraints.txt -o -name Dockerfile"
     r" -o -path /app -o -path /build -o -path /root/.cache -o -name '*.whl' -o -name '.git' \)"
@@ -32,8 +32,8 @@ for part in range(100):
         open(f"/guests/wide/{part}/{n}", "w").close()
 """
 
-#: SIGKILL to the pool's process that has a child of its own (PID 1, the worker, its pool, a child of that). Prints the
-#: pid of the child, which has died or become an orphan. In the container, since the child lives for a second only.
+#: Sends SIGKILL to the pool process that has a child (PID 1 is the worker; its children are the pool). Prints the pid
+#: of the child, which has ended or become an orphan. Runs in the container, since the child lives for only a second.
 _KILL_A_PLANNER = """
 import glob, os, time
 end = time.monotonic() + 60
@@ -57,7 +57,7 @@ _SIGNAL = "import os, signal, sys; os.kill(int(sys.argv[1]), signal.Signals['SIG
 
 
 def check_image(daemon: Daemon, stack: Stack, report: Report) -> None:
-    """The image by itself."""
+    """Check the image without compose."""
     with report.check("the image has an ordinary user, an init, a health check and labels"):
         (found,) = json.loads(daemon.docker("image", "inspect", stack.image))
         config = found["Config"]
@@ -76,7 +76,7 @@ def check_image(daemon: Daemon, stack: Stack, report: Report) -> None:
 
 
 def check_plain_run(daemon: Daemon, stack: Stack, report: Report) -> None:
-    """`docker run` with a read-only root and without any capability, in a domain of its own."""
+    """`docker run` with a read-only root and without any capability, in its own domain."""
     with (
         report.check("docker run, read-only, without capabilities and without docker's init: healthy, forks"),
         _running(daemon, stack) as container,

@@ -11,12 +11,15 @@ import yaml
 from tests.deploy.report import Report
 from tests.fixtures.processes import ROOT
 
-#: The oldest version whose schemas are there, and the newest.
+#: The oldest version with available schemas, and the newest.
 _VERSIONS = ("1.25", kubernetes_validate.latest_version())
 
 
 def check_manifests(report: Report) -> None:
-    """Strictly: an unknown field is an error. A check that never fails would show nothing, so one must."""
+    """Validate strictly: an unknown field is an error.
+
+    A manifest with a misspelled field shows that the check can fail.
+    """
     documents = [
         document
         for path in sorted((ROOT / "deploy/kubernetes").glob("*.yaml"))

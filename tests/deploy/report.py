@@ -1,4 +1,4 @@
-"""A line for each check, and the exit code of all."""
+"""Prints a line for each check and computes the exit code."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 
 
 class Report:
-    """Prints each check as it ends, and counts those that failed."""
+    """Prints each check when it ends, and counts the failed ones."""
 
     def __init__(self) -> None:
         self.passed = self.failed = 0
 
     @contextlib.contextmanager
     def check(self, name: str) -> Iterator[None]:
-        """The block is one check. What it raises is its failure, and the checks after it go on."""
+        """Run the block as one check. An exception is its failure; later checks still run."""
         begin = time.monotonic()
         try:
             yield

@@ -1,4 +1,4 @@
-"""docker-compose.yml with guests on an XFS of the host, as different users and with different capabilities."""
+"""docker-compose.yml with guests on an XFS of the host, with different users and capabilities."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.support.guests import make_guest
 
 #: Bits of the capability sets, see capabilities(7) and linux/capability.h.
 BITS = {"CHOWN": 0, "DAC_OVERRIDE": 1, "DAC_READ_SEARCH": 2, "FOWNER": 3, "FSETID": 4, "SETFCAP": 31}
-#: The owner of the guests of an ordinary user.
+#: The owner of the guests in the check of an unprivileged user.
 _OWNER = 1234
 #: security.capability of a program with cap_net_raw+ep: version 2, effective; permitted and inheritable, twice.
 _FILE_CAPABILITY = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)
 
 
 def check_ordinary_user(daemon: Daemon, clone: Path, report: Report) -> None:
-    """FORKVM_USER owns all guests: no capability is needed."""
+    """FORKVM_USER owns all guests, so no capability is needed."""
     guests = made_guests(daemon, "ordinary")
     for path in (guests, *guests.rglob("*")):
         os.lchown(path, _OWNER, _OWNER)
@@ -50,7 +50,7 @@ def check_ordinary_user(daemon: Daemon, clone: Path, report: Report) -> None:
 
 
 def check_root(daemon: Daemon, clone: Path, report: Report) -> None:
-    """FORKVM_USER=0:0 keeps every owner, with the capabilities of docker-compose.yml and with those of SECURITY.md."""
+    """FORKVM_USER=0:0 preserves all owners, with the capabilities of docker-compose.yml or of SECURITY.md."""
     (line,) = re.findall(r"^AmbientCapabilities=(.+)$", (ROOT / "SECURITY.md").read_text(), re.MULTILINE)
     six = sorted(name.removeprefix("CAP_") for name in line.split())
     added = sorted(set(BITS) - {"DAC_READ_SEARCH"})
@@ -78,7 +78,7 @@ def _check_root(
 
 
 def made_guests(daemon: Daemon, name: str) -> Path:
-    """A directory of the XFS with the guest `a`, as this process sees it."""
+    """A directory of the XFS with the guest `a`, by its path in this process."""
     guests = daemon.guests_seen_here / name
     guests.mkdir()
     make_guest(guests / "a")
@@ -86,13 +86,13 @@ def made_guests(daemon: Daemon, name: str) -> Path:
 
 
 def give_to_others(source: Path) -> None:
-    """Owners, modes and attributes that take each of the capabilities."""
+    """Set owners, modes and attributes so that each of the capabilities is needed."""
     os.setxattr(source / "config.json", "security.capability", _FILE_CAPABILITY)
     for number, path in enumerate(sorted(source.rglob("*"))):
         capability = os.getxattr(path, "security.capability") if path.name == "config.json" else None
         os.lchown(path, 2000 + number, 3000 + number)
         if capability:
-            os.setxattr(path, "security.capability", capability)  # chown removes it
+            os.setxattr(path, "security.capability", capability)  # chown clears it
     os.chown(source, 2000, 3000)
     (source / "state").chmod(0o6755)
     (source / "metadata.json").chmod(0o000)
@@ -101,7 +101,7 @@ def give_to_others(source: Path) -> None:
 
 
 def rights_of(top: Path) -> dict[str, tuple[int, int, int, bytes | None]]:
-    """Owner, group, mode and file capability of each entry that a fork has."""
+    """Owner, group, mode and file capability of each entry that a fork contains."""
     found = {}
     for path in (top, *top.rglob("*")):
         relative = str(path.relative_to(top))

@@ -1,4 +1,4 @@
-"""docker-compose.yml with nothing set: forks, faults in the middle of a large copy, and the end of a worker."""
+"""docker-compose.yml with no variable set: forks, faults during a large copy, and the shutdown of a worker."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.deploy.stack import Stack, wait_for
 #: Bytes of the large copy.
 _LARGE = 2 << 30
 _ALL_CPUS = len(os.sched_getaffinity(0))
-#: What docker-compose.yml gives the worker to end, in seconds.
+#: Seconds that docker-compose.yml gives the worker to stop.
 _GRACE = 60
 
 _MAKE_LARGE = f"""
@@ -30,7 +30,7 @@ for name in ("overlay.raw", "config.json", "snapshots/memory"):
     with open("/guests/small/" + name, "wb") as file:
         file.write(os.urandom(65536))
 """
-#: Inode, owner and time of change of the fork's directory and file; and the names beside it.
+#: Inode, owner and change time of the fork's directory and file; and the names next to it.
 _LOOK = """
 import json, os, sys
 def seen(path):
@@ -38,7 +38,7 @@ def seen(path):
     return [found.st_ino, found.st_uid, found.st_mtime_ns, found.st_ctime_ns]
 print(json.dumps([seen(sys.argv[1]), seen(sys.argv[1] + "/disk.raw"), sorted(os.listdir("/guests"))]))
 """
-#: The messages that wait in a queue (a list), and the books of those that a worker holds.
+#: The messages that wait in a queue (a list), and kombu's records of those that a worker holds.
 _COUNT_MESSAGES = """
 local found = 0
 for _, key in ipairs(redis.call('keys', '*')) do
@@ -50,7 +50,7 @@ return found
 
 
 def check_forks(stack: Stack, report: Report) -> None:
-    """A fork by a client that has only Celery, and how the worker runs."""
+    """A fork by a client that has only Celery, and the state of the worker's processes."""
     with report.check("a client container with only Celery sends a fork and gets its result"):
         stack["worker"].python(_MAKE_SMALL)
         result = stack.fork("small", {"source": "/guests/small", "destination": "/guests/small-fork"})
@@ -68,7 +68,7 @@ def check_forks(stack: Stack, report: Report) -> None:
 
 
 def check_pool_size(daemon: Daemon, stack: Stack, report: Report) -> None:
-    """The pool's size follows the container's limits."""
+    """The pool size follows the container's CPU limit."""
     with report.check("the pool has as many processes as the container may use CPUs"):
         worker = stack["worker"]
         assert list(stack.client("pools").values()) == [_ALL_CPUS]
@@ -82,7 +82,7 @@ def check_pool_size(daemon: Daemon, stack: Stack, report: Report) -> None:
 
 
 def check_faults(daemon: Daemon, stack: Stack, report: Report) -> None:
-    """Processes killed, and the worker stopped, while it copies 2 GiB."""
+    """Kill processes and stop the worker while it copies 2 GiB."""
     with report.check("Redis and the worker are killed during a copy of 2 GiB: the fork ends right, once"):
         stack["worker"].python(_MAKE_LARGE)
         request = {"source": "/guests/large", "destination": "/guests/large-fork", "reflink": "never"}
@@ -113,18 +113,18 @@ def check_faults(daemon: Daemon, stack: Stack, report: Report) -> None:
 
 
 def _limit(daemon: Daemon, stack: Stack, cpus: float) -> None:
-    """Gives the worker's container so many CPUs, at once and for its next starts."""
+    """Limit the worker's container to so many CPUs, immediately and for its next starts."""
     daemon.docker("update", "--cpus", str(cpus), stack["worker"].name)
 
 
 def _wait_for_copy(stack: Stack, job_id: str, share: float) -> None:
-    """Returns when `share` of the bytes are copied; AssertionError where the fork has ended before."""
+    """Return when `share` of the bytes are copied; AssertionError if the fork has ended before that."""
     found = stack.client("progress", job_id, str(share))
     assert found["state"] == "PROGRESS", f"{job_id} ended before {share:.0%} were seen: {found}"
 
 
 def _crash(stack: Stack, service: str) -> None:
-    """SIGKILL to the container; docker starts it again."""
+    """Send SIGKILL to the container; docker starts it again."""
     container = stack[service]
     restarts = container.inspect()["RestartCount"]
     container.kill()
@@ -132,7 +132,10 @@ def _crash(stack: Stack, service: str) -> None:
 
 
 def _assert_done_once(stack: Stack, job_id: str, request: dict[str, Any], result: dict[str, Any]) -> None:
-    """The fork is its source; the same id sent again changes nothing; nothing is left in Redis or beside the fork."""
+    """The fork equals its source.
+
+    The same id sent again changes nothing. Nothing is left in Redis or beside the fork.
+    """
     worker = stack["worker"]
     destination = request["destination"]
     assert result["bytes"]["copied"] == _LARGE, result["bytes"]
@@ -146,5 +149,5 @@ def _assert_done_once(stack: Stack, job_id: str, request: dict[str, Any], result
 
 
 def _at_rest(stack: Stack) -> bool:
-    """Whether no message waits in a queue (a list) or is held by a worker."""
+    """Whether no message waits in a queue or is held by a worker."""
     return int(stack["redis"].execute("redis-cli", "eval", _COUNT_MESSAGES, "0")) == 0

@@ -1,4 +1,4 @@
-"""The systemd unit under a real systemd, which is PID 1 of a container."""
+"""The systemd unit under a real systemd, which runs as PID 1 of a container."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tests.fixtures.processes import ROOT
 
 _NAME = "forkvm-worker@rack-7"
 _UNIT = ROOT / "deploy/systemd/forkvm-worker@.service"
-#: What systemd needs as PID 1. docker's --privileged would give all, which this machine itself may lack.
+#: What systemd needs as PID 1. docker's --privileged would add all capabilities, and this machine itself may lack some.
 _CAPABILITIES = (
     *("SYS_ADMIN", "SYS_CHROOT", "SYS_PTRACE", "SYS_NICE", "SYS_BOOT", "SETPCAP", "SETUID", "SETGID", "KILL"),
     *("CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "SETFCAP", "MKNOD", "NET_ADMIN", "AUDIT_WRITE"),
 )
 
-# The image's virtual environment names the Python of the base image. The settings are those of the unit's comments.
+# The image's virtual environment uses the Python of the base image. The settings are those in the unit's comments.
 _DOCKERFILE = """\
 FROM {systemd}
 COPY --from={image} /opt/forkvm /opt/forkvm
@@ -35,7 +35,7 @@ RUN ln -s /usr/bin/python3.11 /usr/local/bin/python3 \\
 
 
 def check_service(daemon: Daemon, stack: Stack, report: Report) -> None:
-    """The unit's instance for the domain rack-7, with the Redis of compose."""
+    """An instance of the unit for the domain rack-7, with the Redis of compose."""
     with report.check("the systemd unit runs with its rights alone, and forks keep owners and rights"):
         guests = made_guests(daemon, "service")
         give_to_others(guests / "a")
@@ -80,7 +80,7 @@ def _started(daemon: Daemon, stack: Stack) -> Container:
 
 
 def _status(container: Container) -> dict[str, str] | None:
-    """The fields of the status of the unit's main process; None as long as it has none."""
+    """The status fields of the unit's main process; None while it has none."""
     pid = _property(container, "MainPID")
     if pid in ("", "0"):
         return None

@@ -1,4 +1,4 @@
-"""The containers of a check: a compose project of the clone, or one container of `docker run`."""
+"""The containers of a check: a compose project of the clone, or a single container of `docker run`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.deploy.standins import CLIENT
 from tests.fixtures.processes import ROOT
 
 _CLIENT_PROGRAM = (ROOT / "tests/deploy/client.py").read_text()
-#: Seconds for a service to become healthy, and for a job to end; on a machine that does other work too.
+#: Seconds for a service to become healthy and for a job to end, also on a busy machine.
 _TIMEOUT = 300.0
 
 #: Prints [pid, parent, state, name] of each process of a container.
@@ -41,38 +41,38 @@ class Container:
         self.name = name
 
     def inspect(self) -> dict[str, Any]:
-        """What `docker inspect` says."""
+        """The output of `docker inspect`."""
         found: list[dict[str, Any]] = json.loads(self._daemon.docker("inspect", self.name))
         return found[0]
 
     def execute(self, *command: str, stdin: str | None = None, user: str | None = None) -> str:
-        """What a command in the container prints; CommandFailed where it fails."""
+        """The output of a command in the container; CommandFailed if it fails."""
         options = ["--interactive", *(["--user", user] if user else [])]
         return self._daemon.docker("exec", *options, self.name, *command, stdin=stdin)
 
     def python(self, program: str, *arguments: str, user: str | None = None) -> str:
-        """What a program prints that the image's Python runs in the container."""
+        """The output of a program that the image's Python runs in the container."""
         return self.execute("python", "-", *arguments, stdin=program, user=user)
 
     def processes(self) -> list[tuple[int, int, str, str]]:
-        """(pid, parent, state, name) of each, with the container's own pids."""
+        """(pid, parent, state, name) of each process, with the pids of the container's namespace."""
         return [(pid, parent, state, name) for pid, parent, state, name in json.loads(self.python(_PROCESSES))]
 
     def status(self) -> dict[str, str]:
-        """The fields of the status of PID 1, as proc_pid_status(5) has them."""
+        """The fields of the status of PID 1, as in proc_pid_status(5)."""
         lines = self.execute("cat", "/proc/1/status").splitlines()
         return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
     def kill(self) -> None:
-        """SIGKILL to the container's first process, as a crash: docker starts it again by its restart policy."""
+        """Simulate a crash: SIGKILL to the container's first process. docker restarts it by its restart policy."""
         self._daemon.kill(str(self.inspect()["State"]["Pid"]))
 
     def health(self) -> str:
-        """What docker's health check says: starting, healthy or unhealthy."""
+        """The state of docker's health check: starting, healthy or unhealthy."""
         return str(self.inspect()["State"]["Health"]["Status"])
 
     def wait_healthy(self) -> None:
-        """Returns when the container's health check succeeds."""
+        """Return when the container's health check succeeds."""
         try:
             wait_for(lambda: self.health() == "healthy", f"{self.name} to be healthy")
         except AssertionError as error:
@@ -80,7 +80,7 @@ class Container:
             raise AssertionError(f"{error}; its log:\n{log}") from None
 
     def wait_restarted(self, restarts: int) -> None:
-        """Returns when docker has started the container again, after it had done so `restarts` times."""
+        """Return when docker has restarted the container more than `restarts` times."""
 
         def again() -> bool:
             found = self.inspect()
@@ -90,7 +90,7 @@ class Container:
 
 
 class Stack:
-    """A compose project of the clone, under the given variables."""
+    """A compose project of the clone, with the given variables."""
 
     def __init__(
         self, daemon: Daemon, clone: Path, variables: Mapping[str, str], override: Mapping[str, Any] | None
@@ -104,11 +104,11 @@ class Stack:
             path.write_text(json.dumps(override))  # JSON is YAML
             self._files += ["--file", str(path)]
 
-    #: What compose calls the project's network, image and volume.
+    #: The names of the project's network, image and volume in compose.
     network, image, volume = "deploy_default", "deploy_worker", "deploy_guests"
 
     def compose(self, *arguments: str) -> str:
-        """What `docker-compose ARGUMENTS` prints, in the clone."""
+        """The output of `docker-compose ARGUMENTS` in the clone."""
         files = self._files if len(self._files) > 2 else []
         return self._daemon.run(["docker-compose", *files, *arguments], cwd=self._clone, environment=self._variables)
 
@@ -116,16 +116,16 @@ class Stack:
         return Container(self._daemon, self.compose("ps", "--quiet", service).strip())
 
     def client(self, *arguments: str) -> Any:
-        """What a command of client.py answers, in a container of its own on the project's network."""
+        """The output of a command of client.py, run in a container of its own on the project's network."""
         line = ["run", "--rm", "--interactive", "--network", self.network, CLIENT, "python", "-", *arguments]
         return json.loads(self._daemon.docker(*line, stdin=_CLIENT_PROGRAM))
 
     def send(self, job_id: str, request: Mapping[str, Any], queue: str = "forkvm") -> None:
-        """A client sends a fork."""
+        """Send a fork from a client."""
         self.client("send", "forkvm.fork", json.dumps(request), job_id, queue)
 
     def result(self, job_id: str) -> dict[str, Any]:
-        """The result of a fork that succeeded; AssertionError with what the client got where it did not."""
+        """The result of a fork that succeeded; otherwise AssertionError with what the client received."""
         answer = self.client("get", job_id, str(_TIMEOUT))
         assert answer["state"] == "SUCCESS", answer
         result: dict[str, Any] = answer["result"]
@@ -133,7 +133,7 @@ class Stack:
         return result
 
     def fork(self, job_id: str, request: Mapping[str, Any], queue: str = "forkvm") -> dict[str, Any]:
-        """A client sends a fork and gets its result."""
+        """Send a fork from a client and return its result."""
         self.send(job_id, request, queue)
         return self.result(job_id)
 
@@ -142,7 +142,7 @@ class Stack:
 def running_stack(
     daemon: Daemon, clone: Path, variables: Mapping[str, str] | None = None, override: Mapping[str, Any] | None = None
 ) -> Iterator[Stack]:
-    """The project after `docker-compose up`, with both services healthy; removed with its volumes."""
+    """The project after `docker-compose up`, with both services healthy; removed with its volumes at the end."""
     stack = Stack(daemon, clone, variables or {}, override)
     try:
         stack.compose("up", "--detach", "--build")
@@ -154,7 +154,7 @@ def running_stack(
 
 
 def wait_for(condition: Callable[[], bool], what: str, seconds: float = _TIMEOUT) -> None:
-    """Returns when `condition` holds; AssertionError after `seconds`."""
+    """Return when `condition` holds; AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"

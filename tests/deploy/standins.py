@@ -1,9 +1,9 @@
-"""Stand-ins for the two base images, made from Debian packages: where nothing can be pulled, the Dockerfile and
-docker-compose.yml are used unchanged all the same.
+"""Replacements for the two base images, made from Debian packages: no registry is needed.
 
-They have what of the real images is used: `python` and `pip` on /usr/local/bin; redis-server behind an entrypoint that
-drops root and turns protected mode off. pip and apt find their packages in files of the stand-in, which this machine's
-own pip and apt put there: no registry is named here, and containers need no network.
+The Dockerfile and docker-compose.yml run unchanged. The replacements provide the parts of the real images that are
+used: `python` and `pip` in /usr/local/bin; redis-server with an entrypoint that drops root and turns protected mode
+off. pip and apt find their packages in files of the replacement, which this machine's own pip and apt downloaded: no
+registry is named here, and containers need no network.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _CLIENT_DOCKERFILE = "RUN pip install --no-cache-dir 'celery[redis]'\n"
 
 
 class _Root(NamedTuple):
-    """A Debian root file system: its name, the packages in it, and what is done to it afterwards."""
+    """A Debian root filesystem: its name, its packages, and the commands that run in it afterwards."""
 
     name: str
     packages: tuple[str, ...]
@@ -60,7 +60,7 @@ class _Root(NamedTuple):
 
 
 def make_base_images(daemon: Daemon) -> None:
-    """Imports both stand-ins under the names in the Dockerfile and in docker-compose.yml, and the client's image."""
+    """Import both replacements under the names in the Dockerfile and docker-compose.yml, and the client's image."""
     python, redis = _names()
     roots = (
         _Root("python", ("python3.11", "python3.11-venv", "python3-pip", "ca-certificates"), lambda root: None),
@@ -78,7 +78,7 @@ def make_base_images(daemon: Daemon) -> None:
 
 
 def make_prometheus_image(daemon: Daemon) -> None:
-    """Imports a stand-in under the name in docker-compose.yml, with the user and the directory of the real image."""
+    """Import a replacement under the name in docker-compose.yml, with the user and the directory of the real image."""
     (name,) = re.findall(r"image: (prom/prometheus\S+)", (ROOT / "docker-compose.yml").read_text())
     root = _tarball(_Root("prometheus", ("prometheus",), _complete_prometheus))
     settings = (f"USER {_NOBODY}:{_NOBODY}", "WORKDIR /prometheus", 'ENTRYPOINT ["/usr/bin/prometheus"]')
@@ -86,14 +86,14 @@ def make_prometheus_image(daemon: Daemon) -> None:
 
 
 def make_systemd_image(daemon: Daemon) -> str:
-    """An image with systemd and the Python of the base image; returns its name."""
+    """Make an image with systemd and the Python of the base image. Returns its name."""
     root = _tarball(_Root("systemd", ("systemd", "systemd-sysv", "python3.11"), lambda root: None))
     daemon.docker("import", str(root), "forkvm-deploy-systemd")
     return "forkvm-deploy-systemd"
 
 
 def _names() -> tuple[str, str]:
-    """The names of the base images, which the stand-ins get."""
+    """The names of the base images, which the replacements get."""
     (python,) = set(re.findall(r"^FROM (\S+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE))
     (redis,) = re.findall(r"image: (redis\S+)", (ROOT / "docker-compose.yml").read_text())
     return python, redis
@@ -105,7 +105,10 @@ def _build(daemon: Daemon, context: str, dockerfile: str, name: str) -> None:
 
 
 def _cached(name: str, key: str, make: Callable[[Path], None]) -> Path:
-    """The file or directory that `make` makes at the path it gets; kept for the next run, outside the checkout."""
+    """The file or directory that `make` creates at the path it is given.
+
+    Kept for the next run, outside the checkout.
+    """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "forkvm-test-deploy"
     home.mkdir(parents=True, exist_ok=True)
     found = home / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
@@ -123,7 +126,7 @@ def _tarball(root: _Root) -> Path:
     def make(tarball: Path) -> None:
         directory = tarball.with_name("root")
         include = ",".join(root.packages)
-        # In namespaces of its own nothing of it goes on, and none of its mounts remains, when it is killed.
+        # debootstrap runs in its own namespaces: when it is killed, none of its processes and mounts remain.
         alone = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         command = ["debootstrap", "--variant=minbase", f"--include={include}", _RELEASE, str(directory)]
         _run([*alone, *command, *_mirror()])
@@ -147,14 +150,14 @@ def _complete_prometheus(root: Path) -> None:
 
 
 def _mirror() -> list[str]:
-    """Where this machine's apt finds Debian; debootstrap's own default where it does not say."""
+    """The mirror in this machine's apt configuration, or else debootstrap's default."""
     answer = _run(["apt-get", "indextargets", "--format", "$(REPO_URI) $(COMPONENT)", "Identifier: Packages"])
     sites = [line.split()[0] for line in answer.splitlines() if line.endswith("/debian/ main")]
     return sites[:1]
 
 
 def _packages() -> Path:
-    """What the images' builds install: wheels in `pip`, Debian packages with an index in `apt`."""
+    """The packages that the image builds install: wheels in `pip`, Debian packages with an index in `apt`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     package = project["project"]
     extras = package["optional-dependencies"]["flower"]

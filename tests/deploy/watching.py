@@ -1,6 +1,6 @@
 """The profiles of docker-compose.yml: Flower and Prometheus beside the worker.
 
-No stand-in for Grafana can be made: Debian has no package of it.
+Grafana is not checked: Debian has no package of it to make a replacement from.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TASKS = (
 
 
 def check_watching(daemon: Daemon, stack: Stack, report: Report) -> None:
-    """Both services, on read-only roots and without capabilities, see the worker of compose."""
+    """Both services, with read-only roots and no capabilities, see the worker of compose."""
     with report.check("the profiles of compose: Flower shows a fork, Prometheus scrapes the worker and has the alerts"):
         make_prometheus_image(daemon)
         try:
@@ -41,6 +41,6 @@ def _ask(stack: Stack, path: str) -> Any:
 
 
 def _is_shown(stack: Stack) -> bool:
-    """Sends a fork, which may end before Flower has turned on the worker's events."""
+    """Send a fork, and return whether Flower shows it. It may end before Flower has turned on the worker's events."""
     stack.fork("shown", {"source": "/guests/small", "destination": "/guests/shown"})
     return "'uuid': 'shown'" in str(stack.client("fetch", _TASKS))

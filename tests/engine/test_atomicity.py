@@ -1,4 +1,4 @@
-"""All or nothing: a fork that is killed, raced or cancelled leaves a whole fork or none, and never two."""
+"""A fork is all or nothing: one that is killed, raced or cancelled leaves a complete fork or none, and never two."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def source(directory: Path) -> Path:
 
 
 def settled(source: Path, destination: Path, **arguments: object) -> ForkResult:
-    """The fork, as soon as the children of one that was killed are gone and let go of its lock."""
+    """The fork after the children of a killed fork have ended and released its lock."""
     deadline = time.monotonic() + 10
     while True:
         result = fork(source, destination, **arguments)  # type: ignore[arg-type]
@@ -158,7 +158,7 @@ def test_a_child_that_is_stopped_is_not_waited_for_and_its_chunk_is_done_by_anot
 def test_no_child_outlives_a_fork_whose_tree_was_replaced_while_it_was_planned(
     directory: Path, every_beat: None
 ) -> None:
-    # Given a source of which chunks are begun during the walk
+    # Given a source with chunks that are started during the walk
     source = directory / "source"
     for number in range(40):
         (source / f"{number}").mkdir(parents=True)
@@ -269,7 +269,7 @@ def test_a_fork_that_is_cancelled_while_its_last_results_are_kept_leaves_nothing
 
 
 def test_a_fork_is_never_seen_in_part(directory: Path, source: Path, limits: Limits) -> None:
-    """Somebody who lists the destination again and again sees nothing, or all of it with its final modes."""
+    """A process that lists the destination repeatedly sees nothing, or the complete fork with its final modes."""
     wanted = {str(path.relative_to(source)) for path in source.rglob("*")}
     wanted = {path for path in wanted if os.fsencode(path) not in SKIPPED_BY_DEFAULT}
 
@@ -298,7 +298,7 @@ def test_forks_of_one_source_at_once_do_not_meet(directory: Path, source: Path) 
 def test_a_corruption_on_the_way_is_found_by_verify_and_by_nothing_else(
     directory: Path, source: Path, every_beat: None
 ) -> None:
-    """`verify: content` reads every byte back. A flipped one in the tree stands for a disk that lies."""
+    """`verify: content` reads every byte back. A flipped byte in the tree simulates a disk that returns wrong data."""
 
     def corrupt(progress: Progress) -> None:
         for path in directory.glob(".forkvm-*.*/config.ext4"):

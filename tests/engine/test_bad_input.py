@@ -1,4 +1,4 @@
-"""Bad input ends with its own code and the path; nothing is left of it, and the next fork works."""
+"""Bad input fails with its own code and the path. Nothing is left behind, and the next fork succeeds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.tree import Entry, snapshot
 
 @pytest.fixture
 def yard(fresh: Fresh) -> Iterator[Path]:
-    """A directory with a source; whatever a test tried, nothing is left in it, and the next fork works."""
+    """A directory with a source. After each test nothing else is left in it, and the next fork succeeds."""
     directory = fresh("xfs")
     source = make_guest(directory / "source")
     before = files_of(source)
@@ -218,7 +218,7 @@ def test_always_to_reflink_across_filesystems(yard: Path, fresh: Fresh, limits: 
 
 
 def test_a_destination_that_is_full(yard: Path, small_tmpfs: SmallTmpfs, limits: Limits) -> None:
-    full = small_tmpfs(6 * MIB)  # the overlay fits, the rest does not
+    full = small_tmpfs(6 * MIB)  # the overlay fits, the other files do not
 
     error = refused(yard / "source", full / "fork", limits=limits)
 
@@ -245,7 +245,7 @@ def test_a_destination_that_is_full_for_one_range_of_many(
 
 
 def test_a_destination_without_inodes_at_any_moment(yard: Path, small_tmpfs: SmallTmpfs) -> None:
-    """Each step of a fork in turn is the first that finds the filesystem full."""
+    """Each step of a fork in turn is the first one that finds the filesystem full."""
     full = small_tmpfs(MIB)
     source = yard / "tiny"
     (source / "below").mkdir(parents=True)

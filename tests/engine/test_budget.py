@@ -1,4 +1,4 @@
-"""`max_copied_bytes`: a fork never copies more, and fails before the first byte where that can be known."""
+"""`max_copied_bytes`: a fork never copies more, and fails before the first byte if the plan exceeds the limit."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.support.guests import make_guest, make_sparse_file
 
 
 def _data(source: Path) -> int:
-    """The bytes of data that a fork with default options has of a guest directory."""
+    """The bytes of data that a fork with default options copies of a guest directory."""
     files = [path for path in source.rglob("*") if path.is_file() and path.parent.name != "logs"]
     return sum(end - start for path in files if path.suffix != ".tmp" for start, end in data_extents(path))
 
 
 def _refused(source: Path, destination: Path, most: int, **arguments: object) -> tuple[ErrorRecord, ForkResult]:
-    """Make a fork that must fail for its budget and leave nothing."""
+    """Make a fork that must exceed its budget and leave nothing."""
     result = fork(source, destination, max_copied_bytes=most, **arguments)  # type: ignore[arg-type]
     assert result["error"] is not None
     assert result["error"]["code"] == "copy_budget_exceeded"
@@ -79,7 +79,7 @@ def test_another_filesystem_is_found_before_anything_is_copied(fresh: Fresh, lim
 
 
 def test_one_nocow_file_among_many_is_found_before_anything_is_copied(fresh: Fresh, limits: Limits) -> None:
-    # Given a small file that the reflink probe does not reach
+    # Given a small file that the reflink probe does not try
     directory = fresh("btrfs")
     source = make_guest(directory / "source")
     for n in range(10):
@@ -101,7 +101,7 @@ def test_one_nocow_file_among_many_is_found_before_anything_is_copied(fresh: Fre
 def test_a_refusal_that_no_plan_can_know_ends_the_fork_at_the_bound(
     fresh: Fresh, overlay_over: OverlayOver, limits: Limits
 ) -> None:
-    # Given files of one device of which some cannot be reflinked: only FICLONE tells
+    # Given files on one device, some of which cannot be reflinked: only FICLONE shows which
     lower = fresh("ext4")
     (lower / "source").mkdir()
     for n in range(4):
@@ -122,7 +122,7 @@ def test_a_refusal_that_no_plan_can_know_ends_the_fork_at_the_bound(
 def test_a_chunk_that_is_done_again_does_not_count_twice(tmp_path: Path) -> None:
     parent_fd = os.open(tmp_path, os.O_RDONLY)
     with Staging.claim(parent_fd, "fork-1", wait=0) as staging:
-        # Given a process that died after it had copied a part of chunk 1, while another works on chunk 0
+        # Given a process that was killed after it had copied a part of chunk 1, while another one works on chunk 0
         with chunk_budget(staging, 1, 100) as take:
             assert take(60)
         with chunk_budget(staging, 0, 100) as take_0, chunk_budget(staging, 1, 100) as take_1:
@@ -136,7 +136,7 @@ def test_a_chunk_that_is_done_again_does_not_count_twice(tmp_path: Path) -> None
 
 
 def test_each_fork_of_a_campaign_has_the_budget_of_its_own(fresh: Fresh) -> None:
-    # Given a campaign that can reflink into one parent and not into the other
+    # Given a campaign that can reflink into one parent and cannot into the other
     directory, other = fresh("xfs"), fresh("ext4")
     source = make_guest(directory / "source", SIZES)
     paths = [directory / "vm-0", directory / "vm-1", other / "vm-2", other / "vm-3", directory / "vm-4"]

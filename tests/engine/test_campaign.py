@@ -1,4 +1,4 @@
-"""Campaigns: every fork of one is the source, entry by entry."""
+"""Campaigns: every fork equals the source, entry by entry."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def source(directory: Path) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_fork_of_a_campaign_is_the_source_entry_by_entry(fresh: Fresh, kind: Kind) -> None:
-    # Given everything that a directory can hold
+    # Given a source with every kind of entry
     directory = fresh(kind)
     source = make_everything(directory / "source")
     before = snapshot(source)
@@ -67,7 +67,7 @@ def test_every_fork_of_a_campaign_is_the_source_entry_by_entry(fresh: Fresh, kin
 
 
 def _copied_logically(result: CampaignResult) -> int:
-    """Logical bytes of what was not reflinked; where something was, nothing was copied here."""
+    """Logical bytes of files that were not reflinked; a reflinked file counts as 0 copied bytes."""
     return 0 if result["bytes"]["reflinked"] else result["bytes"]["logical"]
 
 
@@ -121,7 +121,7 @@ def test_the_books_of_each_fork_balance_and_the_campaigns_are_their_sums(
 
 
 def test_forks_go_into_several_parents_on_several_filesystems(fresh: Fresh, tmp_path: Path) -> None:
-    # Given destinations that change their parent at every step, so that each batch has several
+    # Given destinations that change their parent at every step, so that each batch has several parents
     places = [fresh("xfs"), fresh("ext4"), fresh("tmpfs"), fresh("xfs")]
     source = make_guest(places[0] / "source", SIZES)
     paths = [places[n % 4] / f"vm-{n}" for n in range(24)]
@@ -154,7 +154,7 @@ def test_a_campaign_with_children_goes_into_several_parents(fresh: Fresh) -> Non
 
 @pytest.mark.usefixtures("few_batches")
 def test_the_largest_batch_needs_few_of_the_descriptors_that_a_process_has(directory: Path, tmp_path: Path) -> None:
-    # Given more directories than files that are open at once, so that each of these lies in one of its own
+    # Given more directories than files that are open at once, so that each of these files is in its own directory
     source = directory / "source"
     for n in range(40):
         (source / f"{n:02}").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Batches whose process dies or is paused at any step: every fork once, none torn, none written to late."""
+"""Batches whose process is killed or paused at any step: every fork is made once, none is torn, no write is late."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from tests.support.tree import snapshot
 SIZES = GuestSizes(overlay=4 * MIB, overlay_data=MIB, memory=MIB, memory_data=MIB // 2, config=64 << 10)
 FORKS = 6
 
-#: Steps of a batch: the function that is called there, and how often it was called before.
+#: Steps of a batch: the function that is called there, and the number of earlier calls of it.
 STEPS: dict[str, tuple[Any, str, int]] = {
     "before its first record": (batch_record, "write", 0),
     "before its first tree": (Staging, "make_named_tree", 0),
@@ -83,7 +83,7 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 def acting_at(step: str, act: Callable[[], Any], work: Callable[[], Any]) -> Child[Any]:
-    """A child process that does `work`, and `act` at a step of it, before what that step does."""
+    """A child process that runs `work`, and calls `act` immediately before a given step."""
     place, name, calls_before = STEPS[step]
 
     def run() -> Any:
@@ -119,7 +119,7 @@ def wait_for_pause(child: Child[Any]) -> None:
 
 
 def assert_all_are_whole(source: Path, paths: list[Path], ledger: Ledger) -> None:
-    """Each fork is there once, is the source, and has its one result."""
+    """Each fork exists once, equals the source, and has exactly one result."""
     assert [fork["status"] for fork in ledger.forks] == ["succeeded"] * len(paths), ledger.forks
     assert [fork["destination"] for fork in ledger.forks] == [str(path) for path in paths]
     for n, path in enumerate(paths):
@@ -154,7 +154,7 @@ def test_a_batch_whose_process_is_killed_is_taken_up_where_it_was(
 def test_what_a_dead_process_published_has_succeeded_although_the_source_is_no_more(
     directory: Path, source: Path, ledger: Ledger, step: str, change: str
 ) -> None:
-    # Given a batch that died when some of its forks were published, and all were complete
+    # Given a batch that was killed after it had published some of its forks, when all were complete
     paths = destinations(directory, FORKS)
     plan(source, paths)
     wait_for_death(acting_at(step, die, lambda: make_batches(paths[0], ledger)))
@@ -166,7 +166,7 @@ def test_what_a_dead_process_published_has_succeeded_although_the_source_is_no_m
     # When
     make_batches(paths[0], ledger)
 
-    # Then none of them is told to have failed that stands there
+    # Then no published fork is reported as failed
     assert any(published)
     for path, fork in zip(paths, ledger.forks, strict=True):
         assert (fork["status"] == "succeeded") == path.exists()
@@ -215,10 +215,10 @@ def test_a_batch_that_is_killed_at_any_moment_and_often_has_every_fork_once(
         ledger = Ledger(tmp_path / f"ledger-{turn}")
         paths = [directory / f"t{turn}-{n}" for n in range(FORKS)]
         plan(source, paths)
-        for _ in range(3):  # the fourth try is the last one
+        for _ in range(3):  # the fourth attempt is the last one
             child = Child(lambda: make_batches(paths[0], ledger))  # noqa: B023 - forked here and now
             if child.is_done(dice.uniform(0, pace)):
-                pace *= 0.8  # it was measured while the machine was busier
+                pace *= 0.8  # the duration was measured while the machine was busier
             else:
                 killed += 1
             child.kill()
@@ -233,8 +233,8 @@ def test_a_batch_that_is_killed_at_any_moment_and_often_has_every_fork_once(
 def test_a_tree_whose_removal_was_interrupted_by_a_kill_is_removed_at_the_end(
     directory: Path, source: Path, ledger: Ledger
 ) -> None:
-    """To remove a tree, its name is changed first; and a finished tree has the mode of the source."""
-    # Given a batch that died with finished trees, and died again when it had renamed one of them
+    """A tree is renamed before it is removed; and a finished tree has the mode of the source."""
+    # Given a batch that was killed when its trees were finished, and again when it had renamed one of them
     paths = destinations(directory, FORKS)
     plan(source, paths)
     wait_for_death(acting_at("before its second record", die, lambda: make_batches(paths[0], ledger)))
@@ -273,7 +273,7 @@ def test_a_batch_that_kills_its_process_each_time_ends_as_worker_lost(
 def test_a_batch_of_two_parents_is_taken_up_in_both(
     directory: Path, source: Path, ledger: Ledger, fresh: Fresh
 ) -> None:
-    # Given a batch that died between two renames in the second parent
+    # Given a batch that was killed between two renames in the second parent
     elsewhere = fresh("xfs")
     paths = [*destinations(directory, 3), *destinations(elsewhere, 3)]
     plan(source, paths)
@@ -294,15 +294,15 @@ def test_a_batch_of_two_parents_is_taken_up_in_both(
 def test_what_an_earlier_campaign_of_the_same_id_left_is_never_published(
     directory: Path, source: Path, ledger: Ledger, fresh: Fresh
 ) -> None:
-    """Its trees are complete and written down, but of another time, and for other destinations."""
-    # Given a campaign that died with complete trees in both of its parents
+    """Its trees are complete and recorded, but belong to an earlier campaign with other destinations."""
+    # Given a campaign that was killed when its trees were complete in both parents
     elsewhere = fresh("xfs")
     paths = [directory / "vm-0", elsewhere / "vm-1"]
     plan(source, paths)
     STEPS["in the second parent"] = (syscalls, "rename_noreplace", 1)
     wait_for_death(acting_at("in the second parent", die, lambda: make_batches(paths[0], ledger)))
 
-    # When another one has its id, and the source is not what it was
+    # When another campaign uses its id, and the source has changed
     (source / "new").write_text("later")
     result = campaign(source, [directory / "vm-2", elsewhere / "vm-3"])
 
@@ -318,7 +318,7 @@ def test_what_an_earlier_campaign_of_the_same_id_left_is_never_published(
 def sleeper(
     directory: Path, source: Path, ledger: Ledger, request: pytest.FixtureRequest
 ) -> Iterator[tuple[Child[Any], list[Path]]]:
-    """A child that is stopped at the step that the test names, in the middle of a batch, and the destinations."""
+    """A child that is stopped in the middle of a batch, at the step that the test names; and the destinations."""
     paths = destinations(directory, FORKS)
     plan(source, paths)
 
@@ -347,7 +347,7 @@ def seize(home: Path) -> None:
 def test_who_lost_a_batch_while_it_was_paused_writes_nothing_into_what_others_published(
     source: Path, ledger: Ledger, sleeper: tuple[Child[Any], list[Path]], directory: Path
 ) -> None:
-    # Given a batch that was taken from a paused process, and made
+    # Given a batch that was taken over from a paused process, and made
     child, paths = sleeper
     with pytest.raises(Held):
         make_batches(paths[0], ledger)
@@ -413,7 +413,7 @@ def test_gc_leaves_a_live_campaign_alone_and_reaps_a_dead_one_with_all_its_trees
     standing = leftovers(directory), leftovers(elsewhere)
     assert len(standing[1]) > 3
 
-    # When it lives, when it is paused, and when it is dead
+    # When it runs, when it is paused, and when it is killed
     live = [finding for place in (directory, elsewhere) for finding in collect(str(place), lambda job: True)]
     assert (leftovers(directory), leftovers(elsewhere)) == standing
     child.kill()
@@ -462,7 +462,7 @@ def test_children_of_a_local_campaign_that_are_killed_cost_nothing_but_time(dire
             killed.append(children[0])
             os.kill(killed[-1], signal.SIGKILL)
 
-    paths = destinations(directory, 2000)  # many beats on any machine: the beat kills
+    paths = destinations(directory, 2000)  # enough polls on any machine: the callback kills the children
     result = campaign(source, paths, beat=kill_one)
 
     assert killed
@@ -486,9 +486,9 @@ def test_a_local_campaign_dies_with_its_process_and_its_id_works_again(directory
         result = campaign(source, paths)
         error = result["error"]
         if error is None or "another process" not in error["message"] or time.monotonic() > deadline:
-            break  # its children die with it, a moment later
+            break  # its children end shortly after it
 
-    # Then what stood stays, and the rest is made
+    # Then the published forks stay, and the rest is made
     assert result["status"] == "partial"
     assert {failure["error"]["code"] for failure in result["failures"]} == {"destination_exists"}
     assert all(path.exists() for path in paths)

@@ -1,4 +1,4 @@
-"""`durability: sync`: what a campaign told to have succeeded is on the disk, shown by the order of system calls."""
+"""`durability: sync`: a campaign is on disk before it is reported as succeeded. The order of system calls shows it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def source(directory: Path) -> Path:
 
 
 def trace(source: Path, directory: Path, tmp_path: Path, durability: str) -> list[tuple[str, str]]:
-    """The calls that put something on the disk or publish it, of a campaign of three forks, in order."""
+    """The system calls of a campaign of three forks that write to the disk or publish, in order."""
     strace = require_command("strace", "the order of system calls")
     script = (
         "from tasks.copier.campaign import plan as campaign_plan; "
@@ -86,7 +86,7 @@ def test_without_sync_nothing_waits_for_the_disk(directory: Path, source: Path, 
 def test_what_is_taken_up_from_a_dead_process_is_on_the_disk_too_before_it_is_told(
     directory: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Given a batch that died between two renames
+    # Given a batch that was killed between two renames
     monkeypatch.setattr(campaign_plan, "LEAST_BATCHES", 1)
     (tmp_path / "ledger").mkdir()
     ledger, paths = Ledger(tmp_path / "ledger"), destinations(directory, 3)
@@ -125,7 +125,7 @@ def _die_at_the_second_rename(paths: list[Path], ledger: Ledger) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         rename(src_dir_fd, src, dst_dir_fd, dst)
 
-    syscalls.rename_noreplace = counted  # in this child alone
+    syscalls.rename_noreplace = counted  # in this child only
     make_batches(paths[0], ledger)
 
 
@@ -147,7 +147,7 @@ def test_a_parent_directory_that_cannot_be_synced_takes_the_forks_back(
 
 
 def test_a_record_that_power_loss_cut_short_is_none(directory: Path, source: Path, tmp_path: Path) -> None:
-    """Nothing of it was published: it is on the disk before the first rename is."""
+    """Nothing of it was published: it is on disk before the first rename."""
     (tmp_path / "ledger").mkdir()
     ledger, paths = Ledger(tmp_path / "ledger"), destinations(directory, 3)
     plan(source, paths)

@@ -1,4 +1,4 @@
-"""Campaigns of which forks fail, or that are ended: what is published stays whole, and nothing of the rest is left."""
+"""Campaigns with failing forks, or that are ended early: published forks stay complete, the rest is removed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def source(directory: Path) -> Path:
 def test_destinations_that_cannot_be_fail_alone_and_are_left_as_they_are(
     fresh: Fresh, directory: Path, source: Path
 ) -> None:
-    # Given every way in which a destination can be taken or out of reach
+    # Given every reason for which a destination can exist or be unreachable
     paths = destinations(directory, 12)
     (directory / "vm-002").mkdir()
     (directory / "vm-002" / "theirs").write_text("theirs")
@@ -194,7 +194,7 @@ def test_a_source_that_changes_in_the_middle_gives_no_torn_fork(
 
     # Then
     assert done
-    if change == "rename the source":  # which takes nothing from who has it open: the forks are whole
+    if change == "rename the source":  # which does not affect processes that have it open: the forks are complete
         source = directory / "moved"
     standing = [path for path in destinations(directory, 6) if path.exists()]
     assert len(standing) == counts(result)[0]

@@ -1,4 +1,4 @@
-"""A campaign into several parents, one of which has something else where its control directory belongs."""
+"""A campaign into several parents, one of which has another entry at the path of its control directory."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_forks_into_the_other_parents_are_made(what: str, parents: list[Path], s
 
 @pytest.mark.parametrize("what", IN_THE_WAY)
 def test_end_of_a_campaign_passes_over_the_parent(what: str, parents: list[Path], source: Path, tmp_path: Path) -> None:
-    # Given a campaign, half done, whose annex in one parent was replaced
+    # Given a half-done campaign whose control directory in one parent was replaced
     paths = [path for parent in parents for path in destinations(parent, 3)]
     plan(source, paths)
     ledger = Ledger(tmp_path)
@@ -99,7 +99,7 @@ def test_end_of_a_campaign_passes_over_the_parent(what: str, parents: list[Path]
         remove_annexes(found, Roots())
         found.staging.remove()
 
-    # Then every fork has its end, and nothing of ours is left
+    # Then every fork has a result, and nothing of ours is left
     assert {fork["destination"] for fork in ledger.forks} == set(map(os.fspath, paths))
     assert [leftovers(parent) for parent in (parents[0], parents[2])] == [[], []]
     assert os.path.lexists(annex)

@@ -1,4 +1,4 @@
-"""Any tree, cloned into any number of destinations in batches of any size, is the tree that it was in each of them."""
+"""Any tree, cloned into any number of destinations in batches of any size, equals the source in each of them."""
 
 from __future__ import annotations
 

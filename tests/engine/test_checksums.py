@@ -1,4 +1,4 @@
-"""One damaged byte of what staging holds is noticed, wherever it is."""
+"""One damaged byte in the files of staging is detected, wherever it is."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_no_byte_can_change(data: bytes, read: Callable[[bytes], object]) -> Non
 
 
 def test_no_byte_of_a_manifest_can_change(tmp_path: Path) -> None:
-    """The note of a hard link is the path of the file that it is another name of: `a` for `b` is a path too."""
+    """The note of a hard link is the path of its first name. With one bit changed it would still be a valid path."""
     status = os.stat(tmp_path)
     entries = [entry_of("link", "a", Kind.HARDLINK, status), entry_of("file", "", Kind.FILE, status)]
     path = tmp_path / "manifest"

@@ -1,4 +1,4 @@
-"""What a parent learns of its children."""
+"""How a parent process learns how its children ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A fork is the source, entry by entry, on every filesystem and between them."""
+"""A fork equals its source, entry by entry, on every filesystem and between filesystems."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_times_of_reading_are_carried_over_too(fs: Path, limits: Limits) -> None
 
 
 def test_reading_a_source_leaves_no_trace_in_its_files(fs: Path, limits: Limits) -> None:
-    """relatime writes down the first read after a write, were it not for O_NOATIME."""
+    """Without O_NOATIME, relatime would record the first read after a write."""
     source = make_guest(fs / "source")
     for path in source.rglob("*"):
         os.utime(path, ns=(1, 10**18))
@@ -144,7 +144,7 @@ def test_a_thousand_levels_are_forked(fresh: Fresh) -> None:
 
         assert read_deep(directory / "fork", names) == (b"deep down", "to/somewhere", b"value")
     finally:
-        # Deeper than shutil recurses.
+        # Deeper than shutil can recurse.
         subprocess.run(["rm", "-rf", directory / "source", directory / "fork"], check=True)
 
 
@@ -164,7 +164,7 @@ def make_deep(top: Path, names: list[str]) -> None:
 
 
 def read_deep(top: Path, names: list[str]) -> tuple[bytes, str, bytes]:
-    """What `make_deep` wrote at the bottom: content, target, attribute."""
+    """What `make_deep` wrote at the bottom: content, link target, attribute."""
     here = os.open(top, os.O_RDONLY)
     try:
         for name in names:
@@ -247,7 +247,7 @@ def test_forks_of_the_same_source_side_by_side_all_come_out(fs: Path) -> None:
 
 
 def test_a_file_from_the_far_future_is_forked(fresh: Fresh, limits: Limits) -> None:
-    """tmpfs and btrfs keep seconds in 64 bits; in nanoseconds, 64 bits end in 2262."""
+    """tmpfs and btrfs store seconds in 64 bits; nanoseconds in 64 bits end in 2262."""
     directory = fresh("tmpfs")
     source = make_guest(directory / "source")
     os.utime(source / "state", ns=(15 * 10**18, 15 * 10**18))

@@ -1,4 +1,4 @@
-"""What `forkvm verify` sees: every difference that a fork promises not to have, and what it cannot read."""
+"""`forkvm verify`: every difference that a fork must not have is found, and every unreadable entry is reported."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def make_source(directory: Path) -> Path:
 
 
 def _in_place(path: Path, change: Callable[[Path], object]) -> None:
-    """Change an entry, and give it its mtime back."""
+    """Change an entry, and restore its mtime."""
     before = path.lstat()
     change(path)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns), follow_symlinks=False)
@@ -67,7 +67,7 @@ def _another_target(clone: Path) -> None:
 
 
 def _keep_top(clone: Path) -> None:
-    """The top's mtime is part of the comparison: what adds an entry changes it."""
+    """Restore the mtime of the top directory, which is compared too: adding an entry changes it."""
     for path in (clone, clone / "below"):
         status = (clone.parent / "source" / path.relative_to(clone)).stat()
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -127,7 +127,7 @@ def _flip(path: Path) -> None:
         file.write(b"X")
 
 
-#: What is done to the clone, the path at which it is found, and a part of what is said of it.
+#: The change to the clone, the path at which it is found, and a part of the message.
 CHANGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "mode of the top": (lambda clone: clone.chmod(0o700), ".", "mode 0755, in the clone 0700"),
     "owner of the top": (lambda clone: os.chown(clone, 7, 8), ".", "owner 0:0, in the clone 7:8"),
@@ -261,7 +261,7 @@ def test_comparing_changes_no_atime(fresh: Fresh) -> None:
     forked(source, directory / "clone")
     paths = sorted(directory.rglob("*"))
     for path in paths:
-        # So old that relatime would renew it.
+        # So old that relatime would update it.
         os.utime(path, ns=(0, path.lstat().st_mtime_ns), follow_symlinks=False)
 
     assert compared(source, directory / "clone").same
@@ -283,7 +283,7 @@ def test_thousands_of_differences_are_counted_and_the_first_are_kept(fresh: Fres
 
 
 def test_bytes_that_neither_file_has_were_not_compared(tmp_path: Path) -> None:
-    """Two files that were truncated meanwhile are not equal up to the size that they had."""
+    """Two files that were truncated during the comparison are not reported as equal up to their former size."""
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(b"x" * 10)
     with (tmp_path / "a").open("rb") as a, (tmp_path / "b").open("rb") as b:

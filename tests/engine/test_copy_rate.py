@@ -1,4 +1,4 @@
-"""The copy rate: a bound for all processes of a host together, which holds and changes while they copy."""
+"""The copy rate: one limit for all processes of a host. It holds, and can be changed, while they copy."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tests.support.engine.child_processes import NOBODY, Child, in_child
 from tests.support.engine.forks import MIB, never_stop
 
 _RATE = 32 * MIB
-#: Of the bound: what the issue allows.
+#: The allowed deviation from the limit.
 _MOST = 1.1
-#: For calls that must not wait at all: far less than they would wait with a bound.
+#: The limit for calls that must not wait: far less than they would wait with a copy rate.
 _FEW_SECONDS = 10.0
 
 
 def go_on() -> None:
-    """A poll that never stops."""
+    """A poll callback that never cancels."""
 
 
 @pytest.fixture

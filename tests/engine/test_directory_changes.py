@@ -1,4 +1,4 @@
-"""A directory whose own metadata changes while the fork is made fails it; entries that are left out may change."""
+"""A directory whose own metadata changes fails the fork; skipped entries may change."""
 
 from __future__ import annotations
 

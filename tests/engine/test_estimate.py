@@ -1,4 +1,4 @@
-"""`estimate` says what a fork would do, and leaves nothing: method and bytes are those of the fork made after it."""
+"""`estimate` reports what a fork would do, and leaves nothing: method and bytes equal those of the later fork."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _METHODS: Mapping[Kind, str] = {
 
 
 def _estimate(source: Path, destination: Path, **options: object) -> Estimate:
-    """Estimate a fork, which must leave nothing."""
+    """Make an estimate, which must leave nothing."""
     before = sorted(os.listdir(destination.parent))
     found = estimate(spec_of(source, destination, "estimate-1", **options), Roots(), INLINE, never_stop)
     assert sorted(os.listdir(destination.parent)) == before
@@ -45,7 +45,7 @@ def _codes(found: Estimate) -> list[str]:
 
 
 def _assert_true(found: Estimate, source: Path, destination: Path, **options: object) -> None:
-    """The fork is made as the estimate says."""
+    """The fork made afterwards matches the estimate."""
     result = forked(source, destination, **options)
     files = result["files"]
     by_files = "mixed" if files["copied"] and files["reflinked"] else "copy" if files["copied"] else "reflink"
@@ -202,7 +202,7 @@ def test_reflinks_that_are_required_and_refused_fail_the_estimate(fresh: Fresh) 
 
 
 def test_one_copy_of_a_fragmented_template_makes_every_later_fork_cheap(reflink_fs: Path) -> None:
-    """The recipe of docs/reflink.md: FICLONE takes time for each extent, and a copy has few."""
+    """The procedure in docs/reflink.md: FICLONE takes time for each extent, and a copy has few extents."""
     # Given a template that was forked, and then ran and wrote every other block of its image
     template = reflink_fs / "template"
     template.mkdir()
@@ -215,7 +215,7 @@ def test_one_copy_of_a_fragmented_template_makes_every_later_fork_cheap(reflink_
     copied = forked(template, reflink_fs / "compact", reflink="never")
     compact = _estimate(reflink_fs / "compact", reflink_fs / "vm-1")
 
-    # Then each later fork shares the same data with a small part of the extents
+    # Then later forks share the same data with a small fraction of the extents
     assert (fragmented["extents"] >= 2_000, fragmented["method"]) == (True, "reflink")
     assert copied["bytes"]["copied"] == fragmented["bytes"]["logical"]
     assert (compact["extents"] <= 200, compact["method"]) == (True, "reflink")

@@ -1,4 +1,4 @@
-"""Every entry has exactly one FileResult, the totals are their sums, and the progress ends where all is done."""
+"""Every entry has exactly one FileResult, the totals are their sums, and progress ends at 100%."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.tree import snapshot
 
 
 def test_what_an_earlier_attempt_kept_is_no_part_of_the_books(fs: Path, limits: Limits) -> None:
-    """It may have been cut into more parts, by a worker with other limits or before the source changed."""
+    """The file may have been split into more parts, by a worker with other limits or before the source changed."""
     source = make_guest(fs / "source")
     pages = fork_with_ledger(source, fs / "earlier", fork_id="fork-0", limits=CHUNKED).pages
 

@@ -1,4 +1,4 @@
-"""What somebody wrote into, or put in the place of, the staging of a campaign."""
+"""Files that another user wrote into, or put in place of, the staging of a campaign."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TREE = f"{NAME}.0123abcd"
 
 @pytest.fixture
 def yard(fresh: Fresh) -> Path:
-    """A planned campaign of two forks, and a directory elsewhere that is not to be touched."""
+    """A planned campaign of two forks, and a directory elsewhere that must not be touched."""
     yard = fresh("xfs")
     yard.chmod(0o755)
     make_guest(yard / "source")
@@ -41,7 +41,7 @@ def yard(fresh: Fresh) -> Path:
 
 
 def make(yard: Path) -> None:
-    """Have a worker make all batches of it, and end it; each fork must be the source."""
+    """Have a worker make all batches and finish the campaign; each fork must equal the source."""
     home = destinations(yard / "home", 2)
     make_batches(home[0], Ledger(yard / "ledger"))
     end(home[0], Ledger(yard / "ledger"))
@@ -121,7 +121,7 @@ def test_a_file_that_is_a_symlink_is_not_followed(yard: Path, name: str) -> None
     path.symlink_to(yard / "outside" / "metadata.json")
     before = snapshot(yard / "outside")
 
-    with suppress(ForkError, AssertionError):  # without a journal no planned campaign stands there
+    with suppress(ForkError, AssertionError):  # without a journal it is no planned campaign
         make(yard)
 
     assert snapshot(yard / "outside") == before

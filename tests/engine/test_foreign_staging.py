@@ -1,4 +1,4 @@
-"""Somebody who may write in the destination's parent makes, or moves there, what a fork would take for its own."""
+"""A user who may write in the destination's parent creates, or moves there, a false staging of a fork."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NAME = control_name("fork-1")
 
 @pytest.fixture
 def yard(fresh: Fresh) -> Path:
-    """A source, a directory elsewhere that is not to be touched, and a parent where everybody may write."""
+    """A source, a directory elsewhere that must not be touched, and a parent in which everybody may write."""
     yard = fresh("xfs")
     yard.chmod(0o755)
     make_guest(yard / "source")
@@ -42,7 +42,7 @@ def yard(fresh: Fresh) -> Path:
 
 
 def deliver(yard: Path) -> ForkResult:
-    """The request comes to a worker, which does all chunks itself: what it settles."""
+    """Deliver the request to a worker, which makes all chunks itself. Returns the result that it stores."""
     return fork_with_ledger(yard / "source", yard / "parent" / "fork", limits=CHUNKED).result
 
 
@@ -54,7 +54,7 @@ def go_on_with(yard: Path) -> str:
     return staged_forks.continue_fork(yard / "source", yard / "parent" / "fork")
 
 
-# -- what somebody made in the control directory's place
+# -- entries that a user made at the path of the control directory
 
 
 def _directory(path: Path, mode: int = 0o700) -> None:
@@ -118,7 +118,7 @@ def test_a_directory_whose_maker_died_before_it_had_its_mode_is_gone_on_with(yar
 
 
 def test_a_fork_of_ours_that_was_moved_to_the_control_directory_is_not_emptied(yard: Path) -> None:
-    """An ordinary worker owns all forks; who may write in their parent may rename them."""
+    """A worker of an ordinary user owns all forks; users who may write in their parent may rename them."""
     moved = yard / "parent" / NAME
     make_guest(moved)
     moved.chmod(0o700)
@@ -128,13 +128,13 @@ def test_a_fork_of_ours_that_was_moved_to_the_control_directory_is_not_emptied(y
 
     assert result["error"] is not None
     assert "which is not a file of forkvm" in result["error"]["message"]
-    (moved / "lock").unlink()  # made to look at it
+    (moved / "lock").unlink()  # made accessible for the check
     after = snapshot(moved)
     assert {path for path in before if path != b"."} == {path for path in after if path != b"."}
     assert all(after[path] == before[path] for path in before if path != b".")
 
 
-# -- files of the control directory that are not what a worker wrote
+# -- files of the control directory with contents that no worker writes
 
 
 def _link(path: Path, target: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_file_that_is_not_proved_ends_the_fork_within_seconds(yard: Path, deed
     assert time.monotonic() - began < 5
     assert "not usable as staging" in outcome, outcome
     assert not (yard / "parent" / "fork").exists()
-    (staging / name).unlink(missing_ok=True)  # a further name of the victim changes its ctime
+    (staging / name).unlink(missing_ok=True)  # another name of the target changes its ctime
     assert snapshot(yard / "outside").keys() == before.keys()
     assert victim.read_bytes() == (yard / "source" / "metadata.json").read_bytes()
 
@@ -241,7 +241,7 @@ RAW: dict[str, bytes] = {
 @pytest.mark.parametrize("what", [*HOSTILE, *RAW])
 @pytest.mark.parametrize("cancels", [False, True])
 def test_a_journal_that_no_worker_wrote_never_leads_out_nor_on_and_on(yard: Path, what: str, cancels: bool) -> None:
-    """It starts again, or it fails; then the same request can be made."""
+    """The delivery starts again, or fails; then the same request can be made."""
     staging, journal = begun(yard)
     before = snapshot(yard / "outside")
     if what in RAW:
@@ -276,7 +276,7 @@ def test_a_file_that_no_worker_wrote_fails_the_fork_or_changes_nothing(yard: Pat
 
 
 def test_a_journal_with_another_digit_never_makes_a_wrong_fork(fresh: Fresh) -> None:
-    """Each digit of its plan: without a checksum, two dozen of them left holes in a file that was copied in ranges."""
+    """Every digit of its plan. Without a checksum, two dozen of the changes left holes in a file copied in ranges."""
     yard = fresh("xfs_noreflink")
     (yard / "source").mkdir()
     (yard / "parent").mkdir()
@@ -333,7 +333,7 @@ def test_a_copy_of_a_control_directory_is_not_taken_up(yard: Path) -> None:
 
 
 def _swap_tree(yard: Path, staging: Path) -> None:
-    """Has another directory stand in the tree's place, as who may write in the parent can."""
+    """Put another directory in place of the tree, as a user who may write in the parent can."""
     journal = json.loads((staging / "journal").read_bytes())
     tree = staging.with_name(f"{NAME}.{journal['attempt']}")
 

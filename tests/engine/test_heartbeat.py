@@ -1,4 +1,4 @@
-"""Signs of life of a staging: as long as somebody works in it, and no longer."""
+"""Heartbeats of a staging directory: renewed while a process works in it, and no longer."""
 
 from __future__ import annotations
 

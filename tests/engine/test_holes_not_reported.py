@@ -1,4 +1,4 @@
-"""A source whose filesystem reports every byte as data, although it keeps holes: they are found by reading."""
+"""A filesystem that reports every byte as data, although it stores holes: they are found by reading."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.sources import make_images
 
 @pytest.fixture
 def images(fresh: Fresh, bindfs: Bindfs) -> tuple[Path, Path]:
-    """A directory of sparse images as bindfs shows it, and as it is."""
+    """A directory of sparse images, as bindfs shows it and as it is."""
     backing = fresh("ext4")
     (backing / "source").mkdir()
     make_images(backing / "source")
@@ -67,7 +67,7 @@ def test_a_file_in_ranges_keeps_its_holes(fresh: Fresh, passthrough: Passthrough
 
     ledger = fork_with_ledger(source, destination, limits=CHUNKED)
 
-    assert ledger.result["chunks"] > 8  # by its size, which is to be read
+    assert ledger.result["chunks"] > 8  # according to its size, which is read completely
     assert ledger.result["bytes"]["copied"] == 3 * MIB
     assert data_extents(destination / "disk.raw") == [(at * MIB, (at + 1) * MIB) for at in (0, 50, 199)]
     assert_alike(source, destination)

@@ -1,4 +1,4 @@
-"""Each errno that the kernel may answer, injected into the real calls, takes the way that the design gives it."""
+"""Each errno that the kernel may return, injected into the real calls, is handled as the design says."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def directory(fresh: Fresh) -> Path:
 
 @pytest.fixture
 def source(directory: Path) -> Path:
-    """Three files, `c` the largest and so the first that is asked for a reflink."""
+    """Three files; `c` is the largest, so it is the first one to be reflinked."""
     source = directory / "source"
     source.mkdir()
     for number, name in enumerate(FILES):
@@ -160,7 +160,7 @@ def test_an_error_fails_the_fork_and_is_never_followed_by_a_copy(
 def test_a_reflink_that_reports_success_and_did_nothing_is_found_out(
     strace: str, directory: Path, source: Path
 ) -> None:
-    """OpenZFS truncated clones and said they were done (issue 15728)."""
+    """OpenZFS truncated clones and reported success (issue 15728)."""
     fork = directory / "fork"
 
     traced = trace_fork(strace, source, fork, calls="ioctl", inject=["ioctl:retval=0"], paths=[in_tree(fork, "b")])
@@ -218,7 +218,7 @@ def test_a_copy_file_range_that_copies_nothing_is_followed_by_reads_and_writes(s
 
 
 def make_three_extents(path: Path) -> None:
-    """Extents of 1 MiB, of 64 KiB and of 128 KiB and 5 bytes, and holes between them."""
+    """Extents of 1 MiB, of 64 KiB and of 128 KiB and 5 bytes, with holes between them."""
     with path.open("wb") as file:
         for start, length in ((0, MIB), (2 * MIB, 64 << 10), (4 * MIB, (128 << 10) + 5)):
             file.seek(start)
@@ -245,7 +245,7 @@ def test_large_extents_get_their_blocks_before_their_data_on_ext4(
 
 @pytest.mark.parametrize("name", ["EOPNOTSUPP", "ENOSYS", "EPERM"])
 def test_blocks_that_cannot_be_had_first_are_done_without(strace: str, fresh: Fresh, name: str) -> None:
-    """ext3, which the same driver serves, has no fallocate."""
+    """ext3 is served by the same driver and has no fallocate."""
     directory = fresh("ext4")
     source, fork = directory / "source", directory / "fork"
     source.mkdir()
@@ -337,7 +337,7 @@ def test_an_error_of_a_plain_write_fails_the_fork(strace: str, directory: Path, 
     ("call", "name"),
     [
         ("mkdirat", "ENOSPC"),
-        ("renameat2", "EINVAL"),  # NFS knows no RENAME_NOREPLACE
+        ("renameat2", "EINVAL"),  # NFS does not support RENAME_NOREPLACE
         ("renameat2", "EIO"),
         ("syncfs", "EIO"),
         ("fchown", "EIO"),
@@ -370,7 +370,7 @@ def test_an_error_of_any_other_call_fails_the_fork_and_leaves_nothing(
 
 
 def test_a_lookup_that_raced_with_a_rename_is_made_again(strace: str, directory: Path, source: Path) -> None:
-    """openat2 answers EAGAIN then (openat2(2))."""
+    """openat2 returns EAGAIN in that case (openat2(2))."""
     fork = directory / "fork"
 
     traced = trace_fork(strace, source, fork, calls="openat2", inject=["openat2:error=EAGAIN:when=1..3"])
@@ -438,7 +438,7 @@ def test_a_fork_that_dies_at_any_call_is_whole_or_not_there_and_its_next_deliver
         assert_alike(source, fork)
     if leftovers(directory) or not published:
         error = fork_again(source, fork)["error"]
-        # The result of a published fork is gone with its journal; the queue's ledger has it by then.
+        # The result of a published fork is removed with its journal; the ledger has stored it by then.
         assert error is None or (published and error["code"] == "destination_exists")
     assert_alike(source, fork)
     assert leftovers(directory) == []

@@ -1,4 +1,4 @@
-"""The manifest gives back what was written, from any offset and to any process."""
+"""The manifest returns what was written, from any offset and to any process."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_full_block_with_long_notes_comes_back(tmp_path: Path) -> None:
 
 
 GOOD = entry("file")
-#: What no walk of a source writes, and would lead out of it or break the reader.
+#: Entries that no walk of a source writes, and that would lead out of the source or break the reader.
 HOSTILE: dict[str, Block] = {
     "a name with a slash": Block("", [GOOD, entry("../../outside/shadow")]),
     "the way up as a name": Block("", [entry("..")]),
@@ -165,7 +165,7 @@ def test_an_empty_manifest_has_no_blocks(tmp_path: Path) -> None:
 
 
 def test_inode_numbers_of_64_bits_fit(tmp_path: Path) -> None:
-    """FUSE, NFS and overlayfs (xino) give numbers with the top bit set."""
+    """FUSE, NFS and overlayfs (xino) use inode numbers with the top bit set."""
     wanted = Block("", [entry("a")._replace(ino=2**64 - 1)])
 
     write(tmp_path / "manifest", wanted)

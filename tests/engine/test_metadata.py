@@ -1,4 +1,4 @@
-"""What a fork takes from its source alone, whatever its surroundings, and what an ordinary user can give it."""
+"""What a fork takes from its source, whatever its surroundings, and what an ordinary user can preserve."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_nobody_looks_into_a_fork_before_it_is_published(fresh: Fresh, every_bea
 
     forked(source, directory / "fork", beat=poll, reflink="never")
 
-    # The tree has its final mode a moment before the rename; nothing earlier lets anybody in.
+    # The tree gets its final mode immediately before the rename; until then only its owner can enter.
     assert seen <= {0o700, 0o777}
     assert 0o700 in seen
 
@@ -197,7 +197,8 @@ def test_what_is_not_to_be_preserved_is_as_a_plain_copy_has_it(fs: Path, limits:
         assert (entry.uid, entry.gid, entry.xattrs) == (0, 0, ()), path
         assert entry.mtime_ns != ours[path].mtime_ns or ours[path].mtime_ns > 1_600_000_000 * 10**9, path
         if entry.kind != "symlink":
-            # The group bits of a file with an ACL are its mask: without the ACL the group has what it had, no more.
+            # The group bits of a file with an ACL are its mask: without the ACL the group keeps its own permissions, no
+            # more.
             mode = {b"attributed": 0o640, b"inheriting": 0o751, b"inheriting/child": 0o640}.get(path, ours[path].mode)
             assert entry.mode == mode & 0o777 & ~0o027, path
         assert entry.sha256 == ours[path].sha256
@@ -222,7 +223,7 @@ def test_each_kind_of_metadata_is_preserved_by_itself(fs: Path, kept: str, limit
     assert ((clone.uid, clone.gid) == (1234, 5678)) is (kept == "ownership")
     assert (clone.mtime_ns == ours.mtime_ns) is (kept == "timestamps")
     assert ((b"user.origin", b"here") in clone.xattrs) is (kept == "xattrs")
-    # An ACL is a mode in more words: it goes with both.
+    # An ACL is a detailed mode: it is dropped if mode or ACLs are not preserved.
     assert not any(name.startswith((b"system.", b"trusted.")) for name, _ in clone.xattrs)
     assert ours.mode == 0o771  # 7 is the ACL's mask; the group has 5
     assert clone.mode == 0o751

@@ -1,4 +1,4 @@
-"""What a destination cannot hold of the metadata is listed in the result, and nobody gets a right by it."""
+"""Metadata that a destination cannot store is listed in the result, and its loss gives nobody access."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.requirements import require_command
 from tests.support.sources import ACCESS_ACL, CAPABILITY, CAPABILITY_TO_BIND, DEFAULT_ACL, acl, age
 
 _CLONE_NEWUSER = 0x10000000  # <linux/sched.h>
-#: Not `NOBODY`: every owner that a user namespace does not know is shown as that.
+#: Not `NOBODY`: every owner that a user namespace does not map is shown as that.
 _USER = 1000
 
 
@@ -37,7 +37,7 @@ def lost(result: ForkResult) -> set[tuple[str, str]]:
 
 
 def enter_user_namespace() -> None:
-    """Put this process into a user namespace that knows its own user and group alone (user_namespaces(7))."""
+    """Put this process into a user namespace that maps only its own user and group (user_namespaces(7))."""
     user, group = os.getuid(), os.getgid()
     assert ctypes.CDLL(None).unshare(_CLONE_NEWUSER) == 0
     Path("/proc/self/setgroups").write_text("deny")
@@ -46,14 +46,14 @@ def enter_user_namespace() -> None:
 
 
 def modes(root: Path) -> dict[str, int]:
-    """The permission bits of all entries but symlinks, by path."""
+    """The permission bits of all entries except symlinks, by path."""
     paths = [path for path in [root, *root.rglob("*")] if not path.is_symlink()]
     return {str(path.relative_to(root)): path.stat().st_mode & 0o7777 for path in paths}
 
 
 @pytest.fixture
 def guarded(fresh: Fresh) -> Path:
-    """A source in which a user is let in by ACLs and the group by nothing."""
+    """A source to which ACLs give a user access, and in which the group has none."""
     source = fresh("xfs") / "source"
     (source / "below").mkdir(parents=True)
     (source / "key").write_bytes(b"secret")
@@ -104,7 +104,7 @@ def test_a_fork_that_is_to_be_without_acls_gives_nobody_more_than_they_gave(
     result = in_child(lambda: forked(guarded, place / "fork", limits=limits, preserve=frozenset(preserve)), umask=0)
 
     assert modes(place / "fork") == WITHOUT_ACLS
-    assert lost(result) == set()  # nobody asked for them
+    assert lost(result) == set()  # nobody requested them
 
 
 def test_each_fork_of_a_campaign_lists_its_losses(guarded: Path, ramfs: Path, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_an_owner_that_a_user_namespace_does_not_know_is_passed_over(fresh: Fres
 
 
 def test_an_attribute_that_the_destination_refuses_is_passed_over(fresh: Fresh, limits: Limits) -> None:
-    """btrfs takes no compression in a directory whose files are not to be copied on write."""
+    """btrfs does not compress a directory whose files are NOCOW."""
     place = fresh("btrfs")
     source, machines = place / "source", place / "machines"
     source.mkdir()
@@ -208,7 +208,7 @@ def test_attributes_that_are_too_large_for_the_destination_are_passed_over(fresh
     (source / "file").write_bytes(b"x")
     os.setxattr(source / "file", "user.large", b"x" * 60_000)
     os.setxattr(source / "file", "user.small", b"here")
-    for number in range(4):  # each fits, and not all of them
+    for number in range(4):  # each one fits, but not all of them
         os.setxattr(source, f"user.{number}", b"x" * 1500)
 
     result = forked(source, place / "fork", limits=limits)

@@ -1,4 +1,4 @@
-"""Names that are one to the destination's filesystem: the fork fails and names both, and no entry replaces another."""
+"""Two names that are one on the destination's filesystem: the fork fails and names both, no entry replaces another."""
 
 from __future__ import annotations
 
@@ -170,9 +170,9 @@ def fork_with_crashes(
     in_chunks: Callable[[Workspace, Plan], object] = lambda work, plan: None,
     in_closing: Callable[[Workspace, Plan], object] | None = None,
 ) -> ForkResult:
-    """A fork whose chunks were all begun before by a process that died; `in_chunks` makes what that had made.
+    """A fork whose chunks were all started earlier by a process that was killed; `in_chunks` creates what it had made.
 
-    `in_closing` does so for a process that died while it closed the fork.
+    `in_closing` does so for a process that was killed while it closed the fork.
     """
     spec, ledger, ticker = spec_of(source, destination), Ledger(), Ticker(never_stop)
     with (
@@ -199,7 +199,7 @@ def fork_with_crashes(
 
 
 def made_in_tree(*names: str) -> Callable[[Workspace, Plan], None]:
-    """What a process leaves that died in the middle of these files."""
+    """The entries that a process leaves if it is killed while it makes these files."""
 
     def make(work: Workspace, plan: Plan) -> None:
         for name in names:
@@ -237,7 +237,7 @@ def test_names_that_are_one_are_found_in_a_second_try_too(
 
 
 def test_names_that_are_one_are_found_in_different_chunks_of_a_second_try(folding: Path, source: Path) -> None:
-    for number in range(8):  # three files a chunk
+    for number in range(8):  # three files per chunk
         file(source / f"file-{number}")
     names = ["Disk-1", "disk-1", "Disk-2", "disk-2"]
     for name in names:

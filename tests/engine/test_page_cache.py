@@ -1,4 +1,4 @@
-"""What a copy leaves in the page cache, and how much of it is dirty."""
+"""The pages that a copy leaves in the page cache, and how many of them are dirty."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.cached_pages import cached_pages, evict
 from tests.support.engine.forks import CHUNKED, INLINE, MIB, assert_alike, forked
 from tests.support.guests import make_sparse_file
 
-#: Kinds whose pages are a copy of what is on a disk.
+#: Kinds with a page cache in front of a disk.
 ON_DISK: tuple[Kind, ...] = ("xfs", "btrfs", "ext4")
 _SIZE = 32 * MIB
 _PAGES = _SIZE // mmap.PAGESIZE
@@ -29,7 +29,7 @@ def place(request: pytest.FixtureRequest, fresh: Fresh) -> Path:
 
 
 def make_source(place: Path) -> Path:
-    """A source with one dense file whose pages are not in the cache."""
+    """A source with one dense file whose pages are not cached."""
     source = place / "source"
     source.mkdir()
     make_sparse_file(source / "disk.raw", _SIZE, _SIZE)

@@ -1,4 +1,4 @@
-"""How a fork is cut into chunks: nothing twice, nothing left out, and never more messages than allowed."""
+"""How a fork is split into chunks: nothing twice, nothing missing, and never more messages than allowed."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ class Planned:
         ]
 
     def whole(self) -> list[str]:
-        """The files that are cloned as wholes by chunks."""
+        """The files that chunks clone as a whole."""
         pairs = zip(self.plan.chunks, self.files, strict=True)
         return sorted(path for chunk, files in pairs if chunk.kind == "files" for path in files)
 
 
 class EarlyWorkers:
-    """Notes which chunks it is given, and does none."""
+    """Records the chunks that it gets, and makes none."""
 
     def __init__(self) -> None:
         self.taken: list[Chunk] = []
@@ -129,7 +129,7 @@ def test_chunks_hold_every_file_exactly_once(fresh: Fresh, chunk_files: int) -> 
 
     assert not planned_.plan.inline
     assert planned_.whole() == paths
-    assert len(planned_.plan.chunks) >= 2  # there are two children to keep busy
+    assert len(planned_.plan.chunks) >= 2  # two children can work at once
 
 
 @pytest.mark.parametrize("chunk_bytes", [MIB, 3 * MIB, 5 * MIB])

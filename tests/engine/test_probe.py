@@ -1,4 +1,4 @@
-"""Two large files that are reflinked side by side on XFS: as if one came after the other, but sooner."""
+"""Two large files that are reflinked in parallel on XFS: the same result as one after the other, but sooner."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.engine.traced_forks import Traced, in_tree, trace_fork
 from tests.support.requirements import require_command
 
 FICLONE = "FICLONE"
-#: The names of files, the largest first.
+#: Names of files, the largest first.
 LARGE = ("a", "b", "c")
 
 
@@ -34,7 +34,7 @@ def make_source(directory: Path) -> Path:
 
 
 def threads(traced: Traced) -> dict[str, str]:
-    """Which thread reflinked which file."""
+    """The thread that reflinked each file."""
     calls = [line.split(maxsplit=1) for line in traced.trace if FICLONE in line]
     return {name: thread for thread, call in calls for name in (*LARGE, "small") if f"/{name}>" in call}
 

@@ -1,4 +1,4 @@
-"""A filesystem that cannot publish a fork is found out before anything is copied."""
+"""A filesystem that cannot publish a fork is detected before anything is copied."""
 
 from __future__ import annotations
 

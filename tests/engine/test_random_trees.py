@@ -1,4 +1,4 @@
-"""Any tree, forked with any limits on any filesystem, is the tree that it was."""
+"""Any tree, forked with any limits on any filesystem, equals the source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of FICLONE's errnos (design, section 4), and the number of the call itself."""
+"""The table of FICLONE's errnos (design, section 4), and the request number of the ioctl."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_an_errno_that_the_table_does_not_know_is_an_error() -> None:
 
 
 def test_the_number_of_ficlone_is_the_kernels() -> None:
-    """A wrong one answers ENOTTY and would mean a silent full copy for ever."""
+    """A wrong number returns ENOTTY and would silently turn every reflink into a full copy."""
     assert syscalls.FICLONE == 0x40049409
 
 

@@ -1,4 +1,4 @@
-"""Removing a directory: it stays within it, takes all it can, and ends."""
+"""Removing a directory: it stays inside it, removes everything it can, and ends."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from tests.support.engine.child_processes import Child
 from tests.support.engine.forks import leftovers
 from tests.support.requirements import require_command
 
-#: Far more than a removal waits for a directory to become empty, in seconds.
+#: Far longer than a removal waits for a directory to become empty, in seconds.
 _LONG = 10.0
 
 
 @pytest.fixture(params=["bindfs", "silly"])
 def silly(request: pytest.FixtureRequest, passthrough: Passthrough, bindfs: Bindfs, fresh: Fresh) -> Path:
-    """A FUSE filesystem where an open file that is unlinked stays in its directory under another name."""
+    """A FUSE filesystem that keeps an unlinked open file in its directory under another name."""
     backing = fresh("xfs")
     return bindfs(backing) if request.param == "bindfs" else passthrough(backing, "silly")
 
 
 @pytest.fixture
 def fd_of() -> Iterator[Callable[[Path], int]]:
-    """Opens directories for the time of a test."""
+    """Opens directories during a test."""
     opened: list[int] = []
 
     def open_directory(path: Path) -> int:
@@ -63,7 +63,7 @@ def test_a_tree_goes_and_nothing_outside_it(fs: Path, fd_of: Callable[[Path], in
     make_tree(fs / "tree")
 
     trees.remove(fd_of(fs), "tree")
-    trees.remove(fd_of(fs), "tree")  # gone already
+    trees.remove(fd_of(fs), "tree")  # already removed
 
     assert [path.name for path in fs.iterdir()] == ["beside"]
 
@@ -248,7 +248,7 @@ def test_staging_that_another_process_waits_for_goes_with_its_name(silly: Path, 
         with Staging.attach(fd, "fork-1", wait=_LONG) as staging:
             return staging is not None
 
-    waiting = Child(wait_for_it)  # before the claim: a child shares its parent's locks
+    waiting = Child(wait_for_it)  # before the claim: a child inherits its parent's locks
     with Staging.claim(fd_of(silly), "fork-1", wait=0) as staging:
         lock = os.stat("lock", dir_fd=staging.fd)
         (silly / "go").touch()

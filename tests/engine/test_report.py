@@ -1,4 +1,4 @@
-"""FileResults, pages, totals and errors survive their way through files and messages, and sum up."""
+"""FileResults, pages, totals and errors survive serialization to files and messages, and add up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paths as requests give them, and the bounds within which they are opened."""
+"""Paths in requests, and the limits within which they are opened."""
 
 from __future__ import annotations
 
@@ -133,11 +133,11 @@ def test_a_symlink_that_stays_within_its_root_is_followed(yard: Path) -> None:
     "path",
     [
         "outside/guest",
-        "ab/guest",  # begins like a root's name
+        "ab/guest",  # begins with the name of a root
         "",
         "a/out/guest",
         "a/absolute",
-        "a/to-b/guest",  # into the other root: each root is a world of its own
+        "a/to-b/guest",  # into the other root: a path must stay within its own root
         "a/guest/magic",
         "a/loop",
     ],

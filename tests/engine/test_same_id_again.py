@@ -1,4 +1,4 @@
-"""An id that comes again for another request, after Redis has lost its data, finds the staging of the first one."""
+"""An id is used again for another request, after Redis lost its data and while the staging of the first one exists."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PHASES: list[Phase] = ["cloning", "publishing", "published"]
 
 
 class Lost(Exception):
-    """The process died."""
+    """The process was killed."""
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def yard(fresh: Fresh) -> Path:
 
 
 def leave(yard: Path, phase: Phase) -> None:
-    """Have a fork of `a` to `first` stand in that phase, with no process at work on it."""
+    """Leave a fork of `a` to `first` in that phase, with no process at work on it."""
     control, journal = staged_forks.begin_fork(yard / "a", yard / "first")
     if phase == "cloning":
         return

@@ -1,4 +1,4 @@
-"""What `skip` and `exclude` leave out."""
+"""The entries that `skip` and `exclude` leave out."""
 
 from __future__ import annotations
 

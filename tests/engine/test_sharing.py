@@ -1,4 +1,4 @@
-"""What a fork shares with its source on disk, and what it never shares."""
+"""The extents that a fork shares with its source on disk, and those that it must not share."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.support.guests import GIB, SKIPPED_BY_DEFAULT, GuestSizes, make_guest
 from tests.support.sources import make_everything
 from tests.support.tree import content_sha256, snapshot
 
-#: The original's manual test: an instance of 4 GiB, most of it holes.
+#: The manual test of the original program: an instance of 4 GiB, most of it holes.
 INSTANCE = GuestSizes(overlay=2 * GIB, overlay_data=96 * MIB, memory=2 * GIB, memory_data=128 * MIB, config=MIB)
 INSTANCE_DATA = 225 * MIB
 
 
 def files_of(directory: Path) -> list[Path]:
-    # os.walk, since rglob of Python 3.11.2 stumbles over a symlink whose target is too long to follow.
+    # os.walk, since rglob of Python 3.11.2 fails on a symlink whose target is too long to follow.
     paths = [Path(top, name) for top, _, names in os.walk(directory) for name in names]
     return sorted(path for path in paths if stat.S_ISREG(path.lstat().st_mode))
 
@@ -32,7 +32,7 @@ def files_of(directory: Path) -> list[Path]:
 def assert_all_shared(directory: Path) -> None:
     for path in files_of(directory):
         found = sharing(path)
-        # A tiny file of btrfs lies within its metadata and has nothing to share.
+        # btrfs stores a tiny file in its metadata, so it has no extent to share.
         assert found.whole or path.stat().st_size <= 2048 or found.mapped == 0, path
 
 
@@ -95,10 +95,10 @@ def test_a_fork_that_was_told_never_to_reflink_shares_no_extent(reflink_fs: Path
 
 
 def test_one_nocow_file_is_copied_and_all_others_are_reflinked(fresh: Fresh, limits: Limits) -> None:
-    """The original took the first refusal for the whole fork's, and copied all bytes of all later files."""
+    """The original program applied the first refusal to the whole fork, and copied all bytes of all later files."""
     directory = fresh("btrfs")
     source = make_guest(directory / "source")
-    nocow = source / "swap.raw"  # the largest, so it is asked first; and neither first nor last by name
+    nocow = source / "swap.raw"  # the largest, so it is tried first; neither first nor last by name
     nocow.touch()
     set_nocow(nocow)
     with nocow.open("r+b") as file:
@@ -148,7 +148,7 @@ def test_more_nocow_files_than_are_asked_first_keep_no_other_file_from_its_refli
 
 
 def test_on_overlayfs_each_file_is_asked_for_itself(overlay_over: OverlayOver, fresh: Fresh, limits: Limits) -> None:
-    """One st_dev, two filesystems below: a refusal speaks for no pair."""
+    """One st_dev, two filesystems below: a refusal is not valid for other files."""
     lower = fresh("ext4")
     make_guest(lower / "source")
     overlay = overlay_over(lower)
@@ -240,7 +240,7 @@ def test_an_instance_of_4_gib_is_forked_on_xfs_with_every_extent_shared(fresh: F
     assert result["bytes"]["logical"] == result["bytes"]["reflinked"] > 4 * GIB
     os.sync()
     assert free - shutil.disk_usage(directory).free < 8 * MIB
-    assert result["seconds"]["total"] < 5  # an instance is forked in milliseconds; a machine under load is not timed
+    assert result["seconds"]["total"] < 5  # not timed on a busy machine
 
 
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])

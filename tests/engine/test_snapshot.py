@@ -1,4 +1,4 @@
-"""A source that is a btrfs subvolume is forked by one snapshot where that gives the same fork, else file by file."""
+"""A btrfs subvolume is forked by one snapshot where that gives the same fork, else file by file."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_numbers_of_the_calls_are_the_kernels() -> None:
     assert syscalls.BTRFS_IOC_GET_SUBVOL_INFO == 0x81F8943C
 
 
-# -- what comes out
+# -- the result
 
 
 def test_a_snapshot_is_entry_by_entry_what_clones_of_all_entries_are(directory: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_snapshot_is_entry_by_entry_what_clones_of_all_entries_are(directory: 
     whole = fork_with_ledger(source, directory / "whole")
     by_files = fork_with_ledger(source, directory / "by-files", fork_id="fork-2", snapshot="never")
 
-    assert _atimes(directory / "whole") == _atimes(directory / "by-files")  # first: to compare is to read
+    assert _atimes(directory / "whole") == _atimes(directory / "by-files")  # first, since comparing reads the files
     assert (by_files.result["subvolume"], whole.result["subvolume"]) == (False, True)
     assert (is_subvolume(directory / "by-files"), is_subvolume(directory / "whole")) == (False, True)
     assert_alike(source, directory / "whole", SKIPPED_BY_DEFAULT)
@@ -210,7 +210,7 @@ def test_a_fork_of_a_fork_of_a_mounted_subvolume_and_of_a_read_only_one(director
         (directory / f"fork-of-{fork_of}" / "state").write_bytes(b"the machine can write")
 
 
-# -- where the ladder goes on below
+# -- fallbacks
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_what_a_snapshot_would_have_otherwise_is_cloned_file_by_file(
 
 
 def _add(what: str, source: Path, elsewhere: Path, undo: ExitStack) -> None:
-    """Put what a snapshot does not carry over as a reflink does into a source."""
+    """Add an entry to a source that a snapshot does not carry over as a reflink does."""
     (source / "in the way").mkdir()
     if what == "subvolume":
         make_subvolume(source / "in the way" / "nested")
@@ -283,7 +283,7 @@ def _add(what: str, source: Path, elsewhere: Path, undo: ExitStack) -> None:
 
 @pytest.mark.parametrize("kind", ["subvolume", "immutable"])
 def test_what_is_left_out_may_be_what_a_snapshot_does_not_carry_over(directory: Path, source: Path, kind: str) -> None:
-    """A subvolume in it is an empty directory of the snapshot, which goes; an immutable file there cannot go."""
+    """A nested subvolume is an empty directory of the snapshot, which is removed; an immutable file there stays."""
     with ExitStack() as undo:
         if kind == "subvolume":
             make_subvolume(source / "logs" / "old")

@@ -74,7 +74,7 @@ def test_a_fork_that_is_killed_on_the_way_leaves_nothing_for_long(
 
 
 class _DiesAtTheEnd(Ledger):
-    """A ledger whose process is killed after the rename, before the result is kept."""
+    """A ledger whose process is killed after the rename, before the result is stored."""
 
     def store_result(self, result: ForkResult) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -82,7 +82,7 @@ class _DiesAtTheEnd(Ledger):
 
 @pytest.fixture
 def published(directory: Path, source: Path) -> Iterator[Path]:
-    """A fork that was published by a process that died before it could tell."""
+    """A fork that was published by a process that was killed before it stored the result."""
     destination = directory / "fork"
     child = Child(lambda: _deliver(source, destination, _DiesAtTheEnd()))
     with pytest.raises(AssertionError, match="the child ended with -9"):
@@ -113,7 +113,7 @@ def test_a_fork_that_was_published_is_known_again(source: Path, published: Path)
 
 
 def test_another_subvolume_at_the_destination_is_not_taken_for_the_fork(source: Path, published: Path) -> None:
-    """The roots of all subvolumes have one inode."""
+    """The roots of all subvolumes have the same inode number."""
     published.rename(published.with_name("moved"))
     make_subvolume(published)
     (published / "theirs").touch()

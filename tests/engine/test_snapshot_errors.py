@@ -1,4 +1,4 @@
-"""What becomes of a fork by snapshot when a system call is refused or fails."""
+"""A fork by snapshot when a system call is refused or fails."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def strace() -> str:
     return require_command("strace", "the injection of errors")
 
 
-#: In the control directory: first whether a subvolume may be removed is asked, then the snapshot is made.
+#: In the control directory: first a test whether a subvolume may be removed, then the snapshot.
 _ASKED, _MADE = 1, 2
 
 
@@ -68,7 +68,7 @@ def test_a_snapshot_is_not_written_to_without_need(strace: str, directory: Path)
     assert traced.result is not None
     assert traced.result["subvolume"]
     made, *written = [line for line in traced.trace if "exited" not in line]
-    assert "0700" in made  # the empty tree, whose place the snapshot takes
+    assert "0700" in made  # the empty tree, which the snapshot replaces
     assert written == []
     assert_alike(source, fork)
 
@@ -94,7 +94,7 @@ def test_an_error_on_the_way_fails_the_fork_and_leaves_nothing(
     fork = directory / "fork"
     control_directory = control(fork)
     if call == "fchmod":
-        source.chmod(0o577)  # else it is not called
+        source.chmod(0o577)  # otherwise it is not called
     traced = trace_fork(
         strace,
         source,

@@ -1,4 +1,4 @@
-"""Snapshots by ordinary users, and who may enter one before it is published."""
+"""Snapshots by ordinary users, and access to a snapshot before it is published."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _give(root: Path, user: int) -> None:
 def test_nobody_else_gets_into_a_snapshot_before_it_is_published(
     directory: Path, source: Path, every_beat: None
 ) -> None:
-    """Its top is 0777 from its first moment, as the source's."""
+    """Its top has mode 0777 from the start, like the source."""
     seen = []
 
     def poll(progress: Progress) -> None:

@@ -104,7 +104,7 @@ def test_a_file_that_changes_while_its_bytes_are_copied(directory: Path, source:
 
 @pytest.mark.parametrize("change", ["written", "truncated", "removed", "replaced", "grown"])
 def test_a_file_that_changes_while_its_ranges_are_copied(directory: Path, change: str) -> None:
-    """Two children copy it, and the test acts when the parent looks up first: between two ranges, or in one."""
+    """Two children copy it, and the test acts when the parent polls first: between two ranges, or in one."""
     source = directory / "source"
     source.mkdir()
     make_sparse_file(source / "disk.raw", 256 * MIB, 192 * MIB)
@@ -122,7 +122,7 @@ def test_a_file_that_changes_while_its_ranges_are_copied(directory: Path, change
 def test_a_file_that_changes_after_its_turn_and_before_the_publish(
     directory: Path, source: Path, change: str, limits: Limits
 ) -> None:
-    """Then the files of the fork would be of two moments: a disk that does not fit the memory."""
+    """Otherwise the files of the fork would be from two moments: a disk that does not match the memory."""
     path = source / "snapshots" / "snapshot-latest" / "memory"
     writer = ChangeOnce(lambda: FILE_CHANGES[change](path), closing)
 
@@ -179,7 +179,7 @@ def test_a_file_that_goes_while_the_source_is_walked(directory: Path, source: Pa
 
     result = fork(source, directory / "fork", beat=writer)
 
-    # The walk meets either the whole of it or nothing; it must not be half.
+    # The walk meets either all of it or nothing; it must not find half of it.
     assert writer.done
     if result["status"] == "succeeded":
         assert_alike(source, directory / "fork", SKIPPED_BY_DEFAULT)
@@ -189,7 +189,7 @@ def test_a_file_that_goes_while_the_source_is_walked(directory: Path, source: Pa
 
 
 def test_what_is_left_out_may_come_and_go(directory: Path, source: Path, limits: Limits) -> None:
-    """The sockets, logs and half-written compressions of a running guest."""
+    """The sockets, logs and half-written compressed files of a running guest."""
 
     def live() -> None:
         (source / "logs" / "console.log").write_text("more")

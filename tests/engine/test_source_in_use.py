@@ -22,11 +22,11 @@ from tests.support.engine.openers import Opener, opener
 from tests.support.guests import make_sparse_file
 from tests.support.requirements import require_command
 
-#: The filesystems on which a lease sees every writer.
+#: The filesystems on which a lease detects every writer.
 KINDS: tuple[Kind, ...] = ("xfs", "btrfs", "ext4", "tmpfs")
-#: How long an open for writing may wait for the end of a lease, in seconds; the issue's figure.
+#: How long an open for writing may wait for the end of a lease, in seconds.
 _MOST_SECONDS = 0.05
-#: Another load of the machine may make single opens slower.
+#: Other load on the machine may make single opens slower.
 _ROUNDS = 8
 
 
@@ -109,7 +109,7 @@ def test_a_process_in_another_mount_namespace_is_found(fresh: Fresh) -> None:
 
 
 class _OpenOnce:
-    """A beat that has another process open a file for writing in the middle of the copy, and waits until it has."""
+    """A poll callback that has another process open a file for writing during the copy, and waits for the open."""
 
     def __init__(self, process: Opener, path: Path) -> None:
         self._process, self._path = process, path

@@ -1,4 +1,4 @@
-"""A large source is cloned while it is still walked: also then a fork is the source of one moment, or it fails."""
+"""A large source is cloned while it is still walked: the fork is then the source at one moment, or it fails."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from tests.fixtures.processes import wait_until
 from tests.support.engine.forks import assert_alike, forked, refused
 from tests.support.engine.source_writers import wait_for_clock_tick
 
-#: Chunks of 20 files are begun as soon as the walk has met 10.
+#: Chunks of 20 files are started as soon as the walk has found 10.
 LIMITS = Limits(inline_files=10, inline_bytes=0, chunk_files=20)
-#: So many directories of ten files are walked when chunks have been given out.
+#: Polls before the change, one per directory of ten files: by then the first chunks have been sent.
 _BEATS = 7
 pytestmark = pytest.mark.usefixtures("every_beat")
 
 
 @pytest.fixture(autouse=True)
 def _as_if_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No fork is small enough to be compared as a whole once more."""
+    """No fork is small enough to be compared as a whole again."""
     monkeypatch.setattr(source_changes, "MOST_FILES", 0)
 
 
@@ -41,7 +41,7 @@ def source(fresh: Fresh) -> Path:
 
 
 class Meddler:
-    """Changes something once, when the walk goes on and the first chunk is done."""
+    """Changes something once, when the walk continues and the first chunk is done."""
 
     def __init__(self, directory: Path, change: Callable[[Path], None]) -> None:
         self._directory = directory
@@ -64,7 +64,7 @@ def _cloned_block(tree: Path) -> str:
 
 @pytest.mark.parametrize("which", ["a file of a chunk that is done", "the file that was asked for a reflink first"])
 def test_a_file_that_changes_between_its_clone_and_the_end_of_the_walk_fails_the_fork(source: Path, which: str) -> None:
-    """Else the fork could have it as it was before a change, and another file as it was after a later one."""
+    """Otherwise the fork could have one file as it was before a change, and another as it was after a later one."""
 
     def change(tree: Path) -> None:
         name = _cloned_block(tree) if which.startswith("a file") else "largest"

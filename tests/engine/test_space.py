@@ -1,4 +1,4 @@
-"""A fork that does not fit fails before it copies, and forks of one host count each other's bytes."""
+"""A fork that does not fit fails before it copies, and forks on one host count one another's bytes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def reservations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory of its own for reservations: other tests run at the same time."""
+    """A separate directory for reservations, since other tests run at the same time."""
     monkeypatch.setattr(reservation, "DIRECTORY", str(tmp_path))
     return tmp_path
 
@@ -40,7 +40,7 @@ def _source(directory: Path, megabytes: int) -> Path:
 
 
 def _refused(result: ForkResult, destination: Path) -> str:
-    """The message of a fork that must have failed for want of space before it copied anything."""
+    """The message of a fork that must fail for lack of space before it copies anything."""
     assert result["error"] is not None
     assert (result["error"]["code"], result["bytes"]["copied"]) == ("no_space", 0)
     assert not destination.exists()

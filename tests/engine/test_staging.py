@@ -1,4 +1,4 @@
-"""The fence: who may write into a fork's tree, and when nobody may any more. Locks are real, between processes."""
+"""The fence: who may write into a fork's tree, and from when on nobody may. Locks are real, between processes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def parent(tmp_path: Path) -> Iterator[int]:
 
 @contextmanager
 def other_process(hold: Callable[[], Any]) -> Iterator[None]:
-    """Another process that is within the context manager which `hold` makes, for the time of the with block."""
+    """Another process that holds the context manager which `hold` makes, during the with block."""
     reader, writer = os.pipe()
 
     def hold_until_killed() -> None:
@@ -100,10 +100,10 @@ def test_a_late_chunk_finds_no_staging_after_the_publish(parent: int, tmp_path: 
     with Staging.attach(parent, "fork-1", wait=0) as staging:
         assert staging is None
 
-    late = Child(lambda: _attaches(parent, tmp_path))  # before the claim: a child shares its parent's locks
+    late = Child(lambda: _attaches(parent, tmp_path))  # before the claim: a child inherits its parent's locks
     with Staging.claim(parent, "fork-1", wait=0) as claimed:
         (tmp_path / "go").touch()
-        assert not late.is_done(0.2)  # it waits at the lock
+        assert not late.is_done(0.2)  # it waits for the lock
         claimed.remove()
 
     assert late.result() is False
@@ -119,7 +119,7 @@ def test_one_who_waited_for_a_removed_staging_claims_a_new_one(parent: int, tmp_
     late = Child(lambda: _claims(parent, tmp_path))
     with Staging.claim(parent, "fork-1", wait=0) as first:
         inode = os.fstat(first.fd).st_ino
-        keep = os.open(".", os.O_RDONLY, dir_fd=first.fd)  # so that the number is not given out again
+        keep = os.open(".", os.O_RDONLY, dir_fd=first.fd)  # so that the number is not reused
         (tmp_path / "go").touch()
         assert not late.is_done(0.2)
         first.remove()

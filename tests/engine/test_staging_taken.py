@@ -1,4 +1,4 @@
-"""Somebody removes or replaces what a fork is made in, or takes its destination, while it is made."""
+"""A user removes or replaces the staging of a fork, or creates its destination, while it is made."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _replace_parent(parent: Path, outside: Path) -> None:
     parent.symlink_to(outside)
 
 
-#: What is done, given the destination's parent and a directory elsewhere.
+#: The action, given the destination's parent and a directory elsewhere.
 DEEDS: dict[str, Callable[[Path, Path], object]] = {
     "the control directory removed": lambda parent, _: shutil.rmtree(_control(parent)),
     "the control directory replaced by a symlink": lambda parent, outside: _replace(_control(parent), outside),
@@ -125,7 +125,7 @@ def test_a_destination_that_is_taken_at_the_rename_stays_as_it_is(
     limits: Limits,
     tmp_path: Path,
 ) -> None:
-    """The call is held up in the kernel's door until the destination is there."""
+    """The call is delayed at its entry to the kernel until the destination exists."""
     strace = require_command("strace", "a system call that waits")
     destination = yard / "parent" / "fork"
     inject = ["renameat2:delay_enter=500000"]

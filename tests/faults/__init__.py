@@ -1,1 +1,1 @@
-"""Faults of every kind, each at many moments: nothing is lost, torn, doubled or left."""
+"""Faults of every kind at many moments: no fork is lost, torn, made twice or left behind."""

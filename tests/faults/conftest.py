@@ -1,4 +1,4 @@
-"""Systems whose workers stop or die at armed points of a fork."""
+"""Systems whose workers stop or are killed at armed points of a fork."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.guests import MIB, make_sparse_file
 from tests.support.system.scheduler import Scheduler
 from tests.support.system.systems import System
 
-#: Small forks are made in chunks. The work of a dead or stopped process is delivered again after 5 s.
+#: Small forks are made in chunks. The messages of a killed or stopped process are delivered again after 5 s.
 LIMITS = {
     "FORKVM_INLINE_FILES": "4",
     "FORKVM_CHUNK_FILES": "8",
@@ -58,5 +58,5 @@ def guests(xfs: Path) -> Iterator[Guests]:
 
 @pytest.fixture
 def place(fresh: Fresh) -> Path:
-    """Where the forks go."""
+    """The directory of the destinations."""
     return fresh("xfs")

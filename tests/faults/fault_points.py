@@ -26,7 +26,7 @@ INLINE = "inline copy"
 #: At these the fork is already published, and no other process may publish it again.
 PUBLISHED = ("after the rename", "result stored")
 
-#: What a process does at an armed point: stop once, die once, or die each time.
+#: What a process does at an armed point: stop once, be killed once, or be killed each time.
 Action = Literal["stop", "kill", "poison"]
 
 

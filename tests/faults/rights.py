@@ -1,4 +1,4 @@
-"""A worker with exactly the rights that SECURITY.md asks for."""
+"""A worker with exactly the rights that SECURITY.md lists."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.system.systems import SMALL_LIMITS
 
 
 def documented_capabilities() -> str:
-    """What the systemd unit that SECURITY.md points to asks for, as setpriv takes it."""
+    """The capabilities in the systemd unit that SECURITY.md refers to, in the format of setpriv."""
     unit = (ROOT / "deploy" / "systemd" / "forkvm-worker@.service").read_text()
     found = re.search(r"^AmbientCapabilities=(.*)$", unit, re.MULTILINE)
     assert found is not None
@@ -24,7 +24,7 @@ def documented_capabilities() -> str:
 
 
 def as_ordinary_user(capabilities: str) -> list[str]:
-    """A command's beginning: as nobody, in no group, with these capabilities and no way to more."""
+    """The start of a command line: as nobody, in no group, with these capabilities and no way to get more."""
     setpriv = require_command("setpriv", "a process with few rights")
     who = [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--no-new-privs"]
     keep = f"-all,{capabilities}" if capabilities else "-all"

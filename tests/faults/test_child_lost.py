@@ -1,4 +1,4 @@
-"""A pool child that dies or is stopped, at every point of a fork."""
+"""A pool child that is killed or stopped, at every point of a fork."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ def test_child_killed_once_at_any_moment_costs_nothing_but_time(
 def test_fork_of_a_stopped_child_is_made_by_another_and_the_sleeper_writes_nothing_into_it(
     start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
-    # Given a child that stopped at each point, while its worker lives on
+    # Given a child that is stopped at each point, while its worker runs
     system = start_armed_worker(CHILDREN)
     paused = start_paused_forks(system, fault_points, guests, place)
 
-    # When the others have had the time to take the forks
+    # When the other children have had time to take over the forks
     for one in paused:
         one.wait_for_success(system.scheduler, 60)
     system.scheduler.wait_quiet()
     published = {one: _picture(system, one) for one in paused}
 
-    # Then what the sleepers do when they wake changes nothing: no byte, no time, no extent, no result
+    # Then the stopped children change nothing when they continue: no byte, no time, no extent, no result
     resume(paused)
     wait_until(lambda: not any(_works(one.pid) for one in paused), "the end of what the sleepers do")
     assert_served_and_clean(system, guests, place)
@@ -66,7 +66,7 @@ def test_child_that_hangs_longer_than_the_time_limit_is_killed_and_its_work_done
     system = start_armed_worker(CHILDREN, {"FORKVM_TASK_TIME_LIMIT": "4", "FORKVM_VISIBILITY_TIMEOUT": "600"})
     paused = start_paused_forks(system, fault_points, guests, place)
 
-    for one in paused:  # no lease lapses, no sweep comes so soon
+    for one in paused:  # no lease expires, and no sweep runs, within this time
         one.wait_for_success(system.scheduler, 90)
 
     assert "took more than 4 s" in system.worker.output()
@@ -76,7 +76,7 @@ def test_child_that_hangs_longer_than_the_time_limit_is_killed_and_its_work_done
 def test_what_a_child_leaves_that_hangs_after_the_result_is_removed_also_when_another_told_the_result(
     start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
-    # Given a fork that a second delivery found done while the process that made it hung
+    # Given a fork that a second delivery found complete while the process that made it was stopped
     system = start_armed_worker(4, {"FORKVM_TASK_TIME_LIMIT": "12", "FORKVM_VISIBILITY_TIMEOUT": "600"})
     [one] = start_paused_forks(system, fault_points, guests, place, ["result stored"])
     system.scheduler.send({"source": str(one.source), "destination": str(one.destination)}, one.fork_id)
@@ -91,7 +91,7 @@ def test_what_a_child_leaves_that_hangs_after_the_result_is_removed_also_when_an
 
 
 def _picture(system: System, one: PausedFork) -> tuple[Any, ...]:
-    """All of a fork that a late writer could change: inodes, times, contents, where the bytes lie, its results."""
+    """Everything of a fork that a late writer could change: inodes, times, contents, positions of extents, results."""
     root = one.destination
     extents = {path: fiemap(path) for path in root.rglob("*") if path.is_file()}
     told = system.scheduler.results.final.fork(one.fork_id), system.scheduler.files(one.fork_id)
@@ -99,7 +99,7 @@ def _picture(system: System, one: PausedFork) -> tuple[Any, ...]:
 
 
 def _works(pid: int) -> bool:
-    """Whether a process has anything of a staging open, be it removed by now."""
+    """Whether a process has a file of a staging directory open, even if the file has been removed."""
     with suppress(FileNotFoundError):
         return any(".forkvm-" in os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir())
     return False

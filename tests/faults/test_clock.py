@@ -27,7 +27,7 @@ from tests.support.system.queued_campaigns import (
 from tests.support.system.scheduler import Scheduler
 from tests.support.system.systems import SMALL_LIMITS, stopped_when
 
-#: libfaketime 0.9.10 answers EINVAL to Python's sleep (clock_nanosleep to a point of a clock that it does not fake).
+#: libfaketime 0.9.10 returns EINVAL for Python's sleep (clock_nanosleep to a time of a clock that it does not fake).
 _SLEEP = """
 import select, time
 time.sleep = lambda seconds: select.select([], [], [], seconds)
@@ -36,7 +36,7 @@ _LIBRARIES = ("/usr/lib/x86_64-linux-gnu/faketime", "/usr/lib/aarch64-linux-gnu/
 
 
 class Clock:
-    """What the worker takes for the time, as an offset from the real one."""
+    """The time as the worker sees it, as an offset from the real time."""
 
     def __init__(self, file: Path) -> None:
         library = next((Path(path) / "libfaketimeMT.so.1" for path in _LIBRARIES if Path(path).is_dir()), None)
@@ -50,7 +50,7 @@ class Clock:
             "LD_PRELOAD": str(library),
             "FAKETIME_TIMESTAMP_FILE": str(file),
             "FAKETIME_CACHE_DURATION": "1",  # seconds
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",  # the kernel's own does not jump either
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",  # the kernel's own clock does not jump either
             "NO_FAKE_STAT": "1",
             "PYTHONPATH": os.fspath(site),
         }
@@ -68,7 +68,7 @@ def test_forks_end_once_and_well_while_the_clock_jumps(
     fresh: Fresh,
     tmp_path: Path,
 ) -> None:
-    # Given a worker whose leases and queues hold times
+    # Given a worker whose leases and queues store times
     clock = Clock(tmp_path / "clock")
     directory = fresh("ext4")
     source = make_guest(directory / "source", GuestSizes(overlay=8 * MIB, overlay_data=5 * MIB, memory=MIB))
@@ -78,7 +78,7 @@ def test_forks_end_once_and_well_while_the_clock_jumps(
 
     for offset, hours in (("-1h", -1), ("+1h", 1), ("+0", 0)):
         expected = (datetime.now(UTC) + timedelta(hours=hours)).strftime("%Y-%m-%d %H")
-        # When the clock jumps while a fork runs, and forks come after it
+        # When the clock jumps while a fork runs, and more forks follow
         for n in range(2):
             sent.append(own_scheduler.send({**request, "destination": str(directory / f"{offset}-{n}")}))
         wait_until(lambda: any(directory.glob(".forkvm-*")), "a fork that runs")
@@ -110,7 +110,7 @@ def test_deadline_of_a_campaign_goes_by_one_clock(
     fresh: Fresh,
     tmp_path: Path,
 ) -> None:
-    """The clock of the host that makes forks may be another than that of the host that planned them."""
+    """The host that makes forks may have another clock than the host that planned them."""
     # Given a campaign that is half done
     clock, place = Clock(tmp_path / "clock"), fresh("xfs")
     source = make_source(place / "source")
@@ -118,7 +118,7 @@ def test_deadline_of_a_campaign_goes_by_one_clock(
     sent = time.monotonic()
     send(own_scheduler, request_of(source, place, 600, deadline=deadline), "c")
     with stopped_when(worker, lambda: 0 < done(own_scheduler, "c") < 600, "a half done campaign"):
-        # When the clock of those who make the rest is an hour off, and a short deadline passes
+        # When the clock of the worker that makes the rest differs by an hour, and a short deadline passes
         clock.set(offset)
         if status == "cancelled":
             wait_until(lambda: time.monotonic() > sent + deadline + 1, "the deadline")
@@ -131,5 +131,5 @@ def test_deadline_of_a_campaign_goes_by_one_clock(
 
 
 def _hour(worker: Worker) -> str:
-    """The hour that the worker takes it to be: that of the last line of its log."""
+    """The hour of the worker's clock, from the last line of its log."""
     return str(re.findall(r"^\[(\S+ \d\d):", worker.output(), re.MULTILINE)[-1])

@@ -1,4 +1,4 @@
-"""The connection between the worker and Redis is cut, halved and slow, again and again, while forks are made."""
+"""The connection between the worker and Redis is cut, broken off mid-reply or slow while forks are made."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.system.redis_proxy import Proxy
 from tests.support.system.scheduler import TIMEOUT, Scheduler
 from tests.support.system.systems import System
 
-#: Forks that are sent, one a step; between two steps the connection suffers.
+#: Forks that are sent, one per step; between two steps a fault of the connection is injected.
 FORKS = 24
 #: Forks of the campaign.
 FANNED_OUT = 200
@@ -40,7 +40,7 @@ def test_forks_and_campaigns_over_a_bad_connection_end_with_their_true_results(
         )
         system = System(own_scheduler.server, worker, own_scheduler)
 
-        # Given a campaign in small batches and forks on their way, when the connection is bad
+        # Given a bad connection, and a campaign in small batches and forks that are sent over it
         (place / "many").mkdir()
         many = request_of(guests.small, place / "many", FANNED_OUT, max_parallel=4)
         send(own_scheduler, many, "many")
@@ -58,8 +58,8 @@ def test_forks_and_campaigns_over_a_bad_connection_end_with_their_true_results(
         proxy.delay = 0.0
         assert proxy.cuts > FORKS // 4
 
-        # Then all of them are made. A message that Redis gave to a connection that was cut in that instant is lost:
-        # of a fork that a worker had begun with the sweep sends it again, of another one its client does
+        # Then all of them are made. A message that Redis sent to a connection that was cut at that moment is lost. The
+        # sweep sends it again if a worker had claimed the fork; otherwise its client does
         for fork in forks:
             if own_scheduler.results.claims.get(fork.fork_id) is None:
                 _send(system, fork)

@@ -1,4 +1,4 @@
-"""A worker of the documented rights, and another user who may write in the destination's parent."""
+"""A worker with the documented rights, and another user who may write in the destination's parent."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from tests.support.system.systems import stopped_in_the_middle
 from tests.support.tree import snapshot
 
 ATTACKER = 1000
-#: Seconds within which a fork or its cancellation must end. A holder is taken for paused after 10 s.
+#: Seconds within which a fork or its cancellation must end. A lock holder counts as paused after 10 s.
 SOON = 30.0
 
 
 @pytest.fixture
 def yard(fresh: Fresh) -> Path:
-    """The guests of root, a file that only root reads, and a parent where everybody may write."""
+    """The guests of root, a file that only root can read, and a parent in which everybody may write."""
     yard = fresh("xfs_noreflink")
     yard.chmod(0o755)
     make_guest(yard / "source")
@@ -62,7 +62,7 @@ def worker(
 
 
 def plant_directory(control: Path, program: Path) -> None:
-    """A whole staging, with a journal that leads out; its lock is held and touched by `hold`."""
+    """A complete staging directory, with a journal that leads out of it; `hold` locks and touches its lock file."""
     control.mkdir(mode=0o700)
     (control / "lock").touch()
     journal = {"spec": {"fork_id": "x"}, "control": control.stat().st_ino, "attempt": "d/../../outside"}
@@ -80,7 +80,7 @@ PLANTED: dict[str, Callable[[Path, Path], object]] = {
 
 @contextmanager
 def holding(lock: Path, user: int) -> Iterator[None]:
-    """Another process of `user` holds a lock file alone, and touches it again and again."""
+    """Another process of `user` that holds an exclusive lock on a file and touches it repeatedly."""
     reader, writer = os.pipe()
 
     def hold() -> None:
@@ -187,7 +187,7 @@ def test_staging_that_another_user_moved_aside_between_two_chunks_fails_the_fork
             moved.mkdir(mode=0o700)
             (moved / "theirs").touch()
             if deed != "the tree":
-                fields = {name: value for name, value in journal.items() if name != "check"}  # anyone can leave it out
+                fields = {name: value for name, value in journal.items() if name != "check"}  # anyone can omit it
                 (moved / "journal").write_text(json.dumps({**fields, "attempt": "d/../../outside"}))
 
         if deed == "a copy of the control directory":

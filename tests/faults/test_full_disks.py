@@ -1,4 +1,4 @@
-"""Filesystems and quotas that are really full: of data, of metadata, for the manifest alone."""
+"""Filesystems and quotas that are really full: of data, of metadata, or for the manifest only."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tests.support.engine.forks import CHUNKED, INLINE, MIB, assert_alike, fork,
 from tests.support.guests import make_sparse_file
 from tests.support.requirements import require_command
 
-#: What a quota leaves free, in bytes.
+#: Free space within a quota, in bytes.
 _ALLOWED = 8 * MIB
 
 
 @pytest.fixture
 def source(fresh: Fresh) -> Path:
-    """Small files, then more data than any quota here allows; long names, so that the manifest takes room too."""
+    """Small files, then more data than any quota here allows; names are long, so that the manifest takes space too."""
     source = fresh("ext4") / "source"
     (source / "small").mkdir(parents=True)
     for n in range(500):
@@ -40,7 +40,7 @@ def source(fresh: Fresh) -> Path:
 
 @pytest.fixture
 def quota_of_btrfs(fresh: Fresh) -> Iterator[Path]:
-    """A subvolume whose quota group has a limit, which holds for root too."""
+    """A subvolume whose quota group has a limit, which also applies to root."""
     btrfs = require_command("btrfs", "quotas of btrfs")
     directory = fresh("btrfs")
     volume = directory / "volume"
@@ -65,7 +65,7 @@ def _assert_out_of_room(result: ForkResult, place: Path, number: int) -> None:
 
 @contextmanager
 def _filled(disk: Path, left: int) -> Iterator[Path]:
-    """An empty directory of a disk that has so many bytes left."""
+    """An empty directory on a disk with so many bytes free."""
     place, filler = disk / "place", disk / "filler"
     place.mkdir()
     with filler.open("wb") as file:
@@ -94,9 +94,9 @@ def test_a_quota_that_is_used_up_is_no_space_and_leaves_nothing(
 def test_a_disk_that_is_full_at_any_moment_is_no_space_and_leaves_nothing(
     source: Path, small_tmpfs: SmallTmpfs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From one that takes not even the journal, over one that is full within the manifest, to one in its data.
+    """Free space from too little for the journal, through too little for the manifest, to too little for the data.
 
-    It fills up while a fork is made, as with other writers: the free space before tells nothing.
+    It fills up while a fork is made, as with other writers: the check of free space before the fork cannot detect it.
     """
     monkeypatch.setattr(room, "free_bytes", lambda fd: None)
     outcomes = set()

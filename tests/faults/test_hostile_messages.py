@@ -1,4 +1,4 @@
-"""Anything at all in the queue: it is refused with a line in the log, and the worker lives and serves."""
+"""Arbitrary messages in the queue: they are refused with a line in the log, and the worker continues to serve."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tests.support.guests import make_guest
 from tests.support.system.scheduler import QUEUE, QUEUES, Scheduler
 from tests.support.system.systems import System
 
-#: How many are made at random from one seed; each kind comes many times.
+#: The number of messages made at random from one seed; each kind occurs many times.
 COUNT = 2000
 SEED = 5
-#: The gate's line in the log.
+#: The message filter's line in the log.
 _REFUSAL = re.compile(r"a message in the queue \S+ was refused: \S")
 
 
 class _Exploit:
-    """Makes a file where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -52,7 +52,7 @@ def _message(task: str, body: Any, fork_id: str) -> dict[str, Any]:
 
 
 class Malice:
-    """Makes messages that nobody should send, from one seed."""
+    """Makes messages that no client should send, from one seed."""
 
     def __init__(self, directory: Path) -> None:
         self._dice = random.Random(SEED)
@@ -60,7 +60,7 @@ class Malice:
         self.trap = directory / "trap"
 
     def messages(self) -> tuple[list[bytes], int]:
-        """All of them, and how many are of kinds that the gate lets through in no case; of the others some it may."""
+        """All messages, and the number of those that the filter must refuse. It may accept some of the others."""
         never: list[Callable[[], bytes]] = [
             self._noise,
             self._no_message,
@@ -123,7 +123,7 @@ class Malice:
         return json.dumps(self._any()).encode()
 
     def _bitten(self) -> bytes:
-        """A good one with some bytes changed, or cut off."""
+        """A valid message with some bytes changed or cut off."""
         raw = bytearray(json.dumps(self._good()).encode())
         for _ in range(self._dice.randrange(1, 4)):
             raw[self._dice.randrange(len(raw))] = self._dice.randrange(256)
@@ -168,7 +168,7 @@ class Malice:
         return self._body(b"[[], {}, {}]", kind, self._dice.choice(["utf-8", "utf-99", "base64"]))
 
     def _old_protocol(self) -> bytes:
-        """Protocol 1 had all in its body; others never were."""
+        """Protocol 1 has all fields in its body; the other protocols do not."""
         body = {"task": "forkvm.fork", "id": "old", "args": [], "kwargs": self._any(), "eta": self._any()}
         message = self._good() | {"body": base64.b64encode(json.dumps(body).encode()).decode()}
         message["headers"] = self._dice.choice([{}, {"protocol": 7}, {"task": None}])

@@ -1,4 +1,4 @@
-"""A worker whose processes may not have much memory makes a fork of many files."""
+"""A worker whose processes have little memory makes a fork of many files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.fixtures.processes import StartWorker
 from tests.support.system.scheduler import Scheduler
 
 FILES, DIRECTORIES = 20_000, 20
-#: What a process may add to the addresses that it has when it is idle, in bytes.
+#: The address space that a process may add to that of an idle one, in bytes.
 _MORE_BYTES = 96 << 20
 
 

@@ -19,7 +19,7 @@ from tests.support.system.scheduler import QUEUE, Scheduler
 #: kombu's default keys, which earlier versions used too.
 OLD_UNACKED, OLD_INDEX = "unacked", "unacked_index"
 TIMEOUT = 5
-#: Seconds that the other application's task waits: more than the timeout and the time between two looks.
+#: Seconds that the other application's task waits: longer than the timeout plus the interval of checks.
 COUNTDOWN = 9
 
 OTHER = """
@@ -35,7 +35,10 @@ def note():
 
 @contextmanager
 def _other_worker(directory: Path, url: str) -> Iterator[Path]:
-    """A worker of another application with default settings; yields the file where its task notes each run."""
+    """A worker of another application with default settings.
+
+    Yields the file to which its task writes a line for each run.
+    """
     (directory / "other.py").write_text(OTHER)
     notes, log = directory / "notes", directory / "other.log"
     notes.touch()
@@ -71,7 +74,7 @@ def test_task_of_another_application_runs_once_beside_a_worker(
 def test_worker_learns_nothing_of_other_applications_revoked_tasks(
     own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, tmp_path: Path
 ) -> None:
-    """Celery's mingle and gossip would exchange lists and events with every worker of the database."""
+    """With mingle and gossip, Celery would exchange lists and events with every worker of the database."""
     with _other_worker(tmp_path, own_scheduler.server.broker_url):
         worker = start_worker(mounts, 1)
 
@@ -82,7 +85,7 @@ def test_worker_learns_nothing_of_other_applications_revoked_tasks(
 def test_messages_of_a_dead_worker_of_an_earlier_version_are_put_back_and_no_others(
     own_scheduler: Scheduler, start_worker: StartWorker, guests: Guests, place: Path, mounts: Path
 ) -> None:
-    # Given what a dead and a live worker of an earlier version hold, and another application's message
+    # Given messages of a killed and of a running worker of an earlier version, and a message of another application
     redis, now = own_scheduler.redis, time.time()
     ours = _message("forkvm.fork", "ours", {"request": {"source": str(guests.small), "destination": str(place / "a")}})
     live = _message("forkvm.fork", "live", {"request": {"source": str(guests.small), "destination": str(place / "b")}})
@@ -101,7 +104,7 @@ def test_messages_of_a_dead_worker_of_an_earlier_version_are_put_back_and_no_oth
         redis.hset(OLD_UNACKED, tag, json.dumps([message, "", queue]))
         redis.zadd(OLD_INDEX, {tag: taken})
 
-    # When a worker of this version comes
+    # When a worker of this version starts
     start_worker(mounts, 1, env={"FORKVM_VISIBILITY_TIMEOUT": str(TIMEOUT)})
 
     # Then
@@ -111,14 +114,14 @@ def test_messages_of_a_dead_worker_of_an_earlier_version_are_put_back_and_no_oth
     assert redis.llen("forkvm.elsewhere") == 1
     assert not redis.exists("other", "forkvms", "forkvm#other")
 
-    # and when the other worker died too
+    # and when the other worker is killed too
     redis.zadd(OLD_INDEX, {"live": now - 60})
     own_scheduler.wait(own_scheduler.app.AsyncResult("live"))
     redis.delete(OLD_UNACKED, OLD_INDEX, "forkvm.elsewhere")
 
 
 def _message(task: str, task_id: str, kwargs: dict[str, object]) -> dict[str, object]:
-    """A message as kombu keeps it."""
+    """A message as kombu stores it."""
     body = base64.b64encode(json.dumps([[], kwargs, {}]).encode()).decode()
     return {
         "body": body,

@@ -1,4 +1,4 @@
-"""Work that kills its process each time, at every point: it ends after a bounded number of tries, others go on."""
+"""A task that kills its process each time, at every point: it ends after a few attempts, and others continue."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tests.faults.paused_forks import Guests, PausedFork, StartArmedWorker, asse
 from tests.fixtures.processes import wait_until
 from tests.support.system.result_checks import check_file_results, check_fork_result
 
-#: At these the process dies before it can count its try in the staging.
+#: At these points the process is killed before it can count its attempt in the staging.
 UNCOUNTED = ("begin uncounted", "finish uncounted", "before the rename")
 
 
 def test_work_that_kills_its_process_each_time_ends_after_a_bounded_number_of_tries(
     start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
-    # Given a poison at every point, and good forks beside them
+    # Given a fork that kills its process at every point, and other forks beside them
     system = start_armed_worker(6)
     scheduler = system.scheduler
     poisoned = []
@@ -34,11 +34,11 @@ def test_work_that_kills_its_process_each_time_ends_after_a_bounded_number_of_tr
     for fork in [*poisoned, *good]:
         scheduler.send({"source": str(fork.source), "destination": str(fork.destination)}, fork.fork_id)
 
-    # Then the good ones are made
+    # Then the other forks are made
     for fork in good:
         fork.wait_for_success(scheduler)
 
-    # and each of the poisoned ends: published where the poison comes after that, else as a failure with nothing left
+    # and each of the killing forks ends: published if the point comes after that, else as a failure with nothing left
     for fork in poisoned:
         wait_until(lambda f=fork: scheduler.results.final.fork(f.fork_id) is not None, f"the end of {fork.point}", 60)  # type: ignore[misc]
         if fork.point in PUBLISHED:

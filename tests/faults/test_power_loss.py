@@ -1,7 +1,7 @@
-"""`durability: sync`: what was reported as done is there after the machine lost its power.
+"""`durability: sync`: what was reported as done exists after a power loss.
 
-The filesystem's image is copied while it is mounted, at the moment of success: what had not reached the disk by then is
-not in the copy. (That the calls come in the right order is held by tests/engine/test_injected_errors.py.)
+The filesystem's image is copied while it is mounted, at the moment of success: data that had not reached the disk by
+then is not in the copy. (tests/engine/test_injected_errors.py checks the order of the calls.)
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from tests.support.guests import MIB, SKIPPED_BY_DEFAULT, GuestSizes, make_guest
 from tests.support.requirements import require_command
 
 SIZES = GuestSizes(overlay=32 * MIB, overlay_data=4 * MIB, memory=16 * MIB, memory_data=4 * MIB)
-#: How each filesystem is made, and mounted again from a copy of itself.
+#: How each filesystem is created, and how a copy of its image is mounted.
 FILESYSTEMS: dict[str, tuple[list[str], list[str]]] = {
     "xfs": (["mkfs.xfs", "-q", "-m", "reflink=1"], ["nouuid"]),
     "btrfs": (["mkfs.btrfs", "-q"], []),
     "ext4": (["mkfs.ext4", "-q"], []),
 }
-#: The smallest that mkfs.xfs makes, and a bit.
+#: A little more than the smallest size that mkfs.xfs accepts.
 _IMAGE_BYTES = 320 * MIB
 
 PullPlug = Callable[[], Path]
@@ -41,7 +41,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def disk(kind: str, mounts: Path, tmp_path: Path) -> Iterator[tuple[Path, PullPlug]]:
-    """A mounted filesystem, and what shows it as it is after a loss of power at the moment of the call."""
+    """A mounted filesystem, and a function that shows its state after a power loss at the moment of the call."""
     (mkfs, *options), mount_again = FILESYSTEMS[kind]
     image, copy, point = tmp_path / "image", tmp_path / "copy", mounts / "disk"
     with image.open("wb") as file:
@@ -107,13 +107,13 @@ def test_the_durable_forks_of_a_campaign_are_whole_after_the_power_was_lost(
 
 
 def _copy_of(source: Path, directory: Path) -> Path:
-    """What a fork of the source is to hold, on a disk that stays."""
+    """The expected content of a fork of the source, on a disk that is not copied."""
     left_out = shutil.ignore_patterns("*.sock", "*.socket", "*.tmp", "logs")
     return Path(shutil.copytree(source, directory / "pristine", symlinks=True, ignore=left_out))
 
 
 def _without_power(point: Path, pull_plug: PullPlug) -> Path:
-    """The filesystem after the loss of power, which shows no more than its disk had."""
+    """The filesystem after a power loss. First checks that the copy shows no more than the disk had."""
     unsynced = b"and not synced" * 1000
     (point / "written later").write_bytes(unsynced)
     after = pull_plug()

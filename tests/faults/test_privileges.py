@@ -1,4 +1,4 @@
-"""A worker's process with few rights: what an ordinary user may, and what the documented capabilities add to it."""
+"""A worker's process with few rights: what an ordinary user may do, and what the documented capabilities add."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.system.scheduler import Scheduler
 
 @pytest.fixture
 def source(fresh: Fresh) -> Path:
-    """What another user owns and keeps to himself, with all metadata that is worth keeping but `trusted.*`."""
+    """A source that only its owner, another user, can read, with all metadata that is preserved except `trusted.*`."""
     source = fresh("xfs") / "source"
     source.mkdir(mode=0o700)
     make_metadata(source)

@@ -1,4 +1,4 @@
-"""Which messages a pool process takes from the queue itself, and what becomes of them; on a real Redis."""
+"""The messages that a pool process takes from the queue itself, and what happens to them; with a real Redis."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def _message(job_id: str = "fork-1", task: str = "forkvm.fork", **headers: Any) 
     return json.dumps(message).encode("ascii")
 
 
-#: Python's JSON, with which kombu reads the record of a message whose process died, refuses the first four.
+#: Python's JSON parser, with which kombu reads the record of a message whose process was killed, refuses the first
+#: four.
 NOT_PLAIN = {
     "a control character": _message().replace(b"fork-1", b"fork\t1"),
     "a byte that is not UTF-8": _message().replace(b"fork-1", b"fork\xb81"),

@@ -1,4 +1,4 @@
-"""Redis goes away, is emptied or is full, with a fork at every point."""
+"""Redis stops, is emptied or is full, with a fork at every point."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.support.tree import snapshot
     ("kill", "noticed"),
     [
         pytest.param(True, "Redis does not answer; trying again", id="killed"),
-        # The worker tries after 2 s and again after 4 s: that is longer than the visibility timeout.
+        # The worker retries after 2 s and again after 4 s: that is longer than the visibility timeout.
         pytest.param(False, "Trying again in 6.00 seconds", id="stopped until all messages are delivered again"),
     ],
 )
@@ -51,7 +51,7 @@ def test_forks_whose_redis_goes_away_end_with_their_true_results(
     system = start_armed_worker(CHILDREN)
     paused = start_paused_forks(system, fault_points, guests, place)
 
-    # When Redis is away while all of them go on
+    # When Redis is down while all forks continue
     system.server.kill() if kill else system.server.stop()
     resume(paused)
     wait_until(lambda: noticed in system.worker.output(), "the worker to miss Redis")
@@ -67,17 +67,17 @@ def test_forks_whose_redis_goes_away_end_with_their_true_results(
 def test_redis_emptied_in_mid_fork_gives_no_false_success_and_its_staging_is_reaped(
     start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
-    # Given forks at every point, untouched for long, as far as their files tell
+    # Given forks at every point, whose files have not been modified for a long time
     system = start_armed_worker(CHILDREN)
     paused = start_paused_forks(system, fault_points, guests, place)
     for one in paused:
         StagingView(place, one.fork_id).grow_old()
 
-    # When Redis forgets all and their processes die
+    # When Redis loses all data and the processes are killed
     system.scheduler.redis.flushall()
     send([one.pid for one in paused], signal.SIGKILL)
 
-    # Then what was not published is nowhere, not even as staging; but a worker may have had a message at hand
+    # Then unpublished forks leave nothing, not even staging. A worker may have had a message in memory
     wait_until(lambda: not leftovers(place), "the end of all staging")
     system.scheduler.wait_quiet()
     forgotten = [one for one in paused if system.scheduler.results.final.fork(one.fork_id) is None]
@@ -92,7 +92,7 @@ def test_redis_emptied_in_mid_fork_gives_no_false_success_and_its_staging_is_rea
     for one in forgotten:
         _send_again(system.scheduler, one)
     for one in forgotten:
-        if one.point == "after the rename":  # it died before it could note that it had ended
+        if one.point == "after the rename":  # it was killed before it could record that it had ended
             _assert_destination_exists(system.scheduler, one)
         else:
             one.wait_for_success(system.scheduler, emptied=one.point in PUBLISHED)
@@ -124,7 +124,7 @@ def test_full_redis_fails_forks_clearly_and_all_works_again_when_there_is_room(
     system = start_armed_worker(CHILDREN)
     paused = start_paused_forks(system, fault_points, guests, place)
 
-    # When there is no room until those that must write FileResults have given up
+    # When there is no room until the processes that must write FileResults have given up
     system.scheduler.redis.config_set("maxmemory", "1mb")
     resume(paused)
     with pytest.raises(OutOfMemoryError):
@@ -135,7 +135,7 @@ def test_full_redis_fails_forks_clearly_and_all_works_again_when_there_is_room(
     system.scheduler.wait_refused(len(paused))
     system.scheduler.redis.config_set("maxmemory", "0")
 
-    # Then each fork ends, as a success that is there, or as a failure that left nothing
+    # Then each fork ends, either as a success that exists, or as a failure that left nothing
     for one in paused:
         result = _wait_for_result(system.scheduler, one)
         assert result["error"] is not None or one not in writers, f"{one.point}: its results had no room"
@@ -169,7 +169,7 @@ def _send_again(scheduler: Scheduler, one: PausedFork) -> None:
 
 
 def _trees(one: PausedFork) -> list[Path]:
-    """What stands of the fork while it is made; its control directory waits for the result to be kept."""
+    """The trees of the fork while it is made; the control directory is not removed before the result is stored."""
     return list(one.destination.parent.glob(f"{control_name(one.fork_id)}.*"))
 
 

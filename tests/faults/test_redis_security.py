@@ -1,4 +1,4 @@
-"""A Redis that gives no more than it must, over TLS: forks run on it, and what is not to be trusted is refused."""
+"""A Redis with TLS and minimal rights: forks run on it, and connections that cannot be verified are refused."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
 from tests.support.system.queued_campaigns import make_source
 from tests.support.system.systems import SMALL_LIMITS, send
 
-#: A file of a guest, and what it holds: neither is for any log.
+#: A file of a guest, and its content: neither may appear in a log.
 TELLING_NAME, TELLING_DATA = "a-telling-name.raw", b"what a guest knows"
 
-#: Forks of a campaign that is still at work when the command that sent it has ended, on a fast machine too.
+#: The number of forks of a campaign that still runs when the command that sent it has ended, even on a fast machine.
 _MANY = 1_500
 
 
@@ -35,10 +35,10 @@ def test_forks_run_over_tls_under_the_documented_rights_also_when_a_worker_dies_
     source = make_guest(directory / "source")
     (source / TELLING_NAME).write_bytes(TELLING_DATA)
     environment = secure_redis.environment() | SMALL_LIMITS | {"FORKVM_VISIBILITY_TIMEOUT": "5"}
-    # The doomed worker sends no sweep, which its one child could be given before the fork.
+    # The worker that is killed sends no sweep: its one child could be given it before the fork.
     doomed = start_worker(mounts, 1, env=environment | {"FORKVM_VISIBILITY_TIMEOUT": "600"})
 
-    # When the first worker dies with a fork in its hands, and another one comes
+    # When the first worker is killed while it makes a fork, and another worker starts
     send(doomed.children, signal.SIGSTOP)
     run_forkvm("submit", source, directory / "lost", "--id", "lost", env=environment)
     wait_until(lambda: "Task forkvm.fork[lost] received" in doomed.output(), "the fork in its hands")
@@ -48,7 +48,7 @@ def test_forks_run_over_tls_under_the_documented_rights_also_when_a_worker_dies_
     watched = run_forkvm("status", "lost", "--watch", "--json", env=environment)
     listed = run_forkvm("files", "one", "--json", env=environment)
     cancelled = run_forkvm("cancel", "one", "--json", env=environment)
-    taken = directory / "fork"  # one of the campaign's forks fails, so that failures are kept too
+    taken = directory / "fork"  # one of the campaign's forks fails, so that failures are stored too
     taken_and_free = f"{taken}\n{directory / 'second'}\n{directory / 'third'}\n"
     campaign = run_forkvm(
         "campaign", source, "--to-file", "-", "--id", "many", "--wait", "--json", env=environment, stdin=taken_and_free
@@ -81,7 +81,7 @@ def test_forks_run_over_tls_under_the_documented_rights_also_when_a_worker_dies_
 def test_running_campaigns_are_cancelled_and_retried_under_the_documented_rights(
     secure_redis: SecureRedis, start_worker: StartWorker, run_forkvm: RunForkvm, fresh: Fresh, mounts: Path
 ) -> None:
-    # Given a campaign that is paused, half done, also where this process is given little time to stop it
+    # Given a half-done campaign that is paused, even if this process gets little CPU time to stop it
     directory = fresh("ext4")
     source, environment = make_source(directory / "source"), secure_redis.environment() | SMALL_LIMITS
     worker = start_worker(mounts, 2, env=environment)
@@ -117,7 +117,7 @@ def test_running_campaigns_are_cancelled_and_retried_under_the_documented_rights
 
 
 def _pages(server: SecureRedis) -> list[str]:
-    """The FileResults that Redis keeps, each page as a log could have it."""
+    """The FileResults that Redis stores, each page in the forms in which a log could contain it."""
     with server.admin(decode_responses=False) as admin:
         keys = [key for key in admin.scan_iter(match=b"forkvm:*:page*") if admin.type(key) == b"string"]
         pages = [page for page in admin.mget(keys) if page]
@@ -136,7 +136,7 @@ def test_a_server_that_cannot_be_verified_is_refused_with_one_line_and_exit_code
     secure_redis: SecureRedis, start_worker: StartWorker, run_forkvm: RunForkvm, mounts: Path
 ) -> None:
     untrusted = secure_redis.environment() | {"FORKVM_REDIS_CA": str(secure_redis.other_ca)}
-    unnamed = secure_redis.environment() | {"FORKVM_REDIS_CA": ""}  # the system's authorities do not know it
+    unnamed = secure_redis.environment() | {"FORKVM_REDIS_CA": ""}  # the system's CA certificates do not include it
     another_host = secure_redis.environment(host="127.0.0.1")
 
     worker = start_worker(mounts, 1, command="forkvm", env=another_host, wait=False)

@@ -1,4 +1,4 @@
-"""Redis refuses writes for a while, as in a failover: everybody waits, and no state goes back."""
+"""Redis refuses writes for a while, as in a failover: all processes wait, and no state goes backwards."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Refusal(NamedTuple):
 
 
 def _break_saving(scheduler: Scheduler) -> None:
-    """Kill the child that saves; Redis then refuses writes until a save succeeds."""
+    """Kill the child process that saves the data; Redis then refuses writes until a save succeeds."""
     redis, server = scheduler.redis, scheduler.server.pid
     redis.config_set("save", "3600 1")
     redis.config_set("rdb-key-save-delay", 10_000_000)  # microseconds
@@ -59,7 +59,7 @@ def test_forks_wait_while_redis_refuses_writes_and_no_state_goes_back(
     system = start_armed_worker(CHILDREN)
     paused = start_paused_forks(system, fault_points, guests, place)
     with system.scheduler.watching(paused[0].fork_id) as first, system.scheduler.watching(paused[-1].fork_id) as last:
-        # When Redis refuses writes while all of them go on
+        # When Redis refuses writes while all forks continue
         REFUSALS[kind].begin(system.scheduler)
         with pytest.raises(ResponseError):
             system.scheduler.redis.set("more", "x", ex=60)

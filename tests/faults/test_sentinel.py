@@ -1,4 +1,4 @@
-"""Redis Sentinel: forks go on when the master is lost and a replica takes its place."""
+"""Redis Sentinel: forks continue when the master is lost and a replica becomes the master."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FORKS = 60
 def test_no_fork_is_lost_when_the_master_is_lost_under_load(
     sentinels: Sentinels, start_worker: StartWorker, run_forkvm: RunForkvm, tmp_path: Path
 ) -> None:
-    # Given a worker that has its passwords from files
+    # Given a worker that reads its passwords from files
     source = make_guest(tmp_path / "guests" / "a")
     secrets = tmp_path / "secrets"
     secrets.mkdir()
@@ -36,13 +36,14 @@ def test_no_fork_is_lost_when_the_master_is_lost_under_load(
         request = {"source": str(source), "destination": f"{source.parent}/{n}"}
         scheduler.send_task("forkvm.fork", kwargs={"request": request}, task_id=f"f{n}", queue="forkvm")
 
-    # When the master is lost while forks come in
+    # When the master is lost while forks are sent
     for n in range(_FORKS):
         send(n)
         if n == _FORKS // 2:
             sentinels.kill_master()
 
-    # Then each ends well. What the master took with it is sent again under its id, as docs/contract.md says.
+    # Then each fork succeeds. Jobs that were lost with the master are sent again under their ids, as docs/contract.md
+    # says.
     def ended() -> set[int]:
         with sentinels.client(sentinels.replica) as client:
             metas = client.mget([f"celery-task-meta-f{n}" for n in range(_FORKS)])
@@ -66,7 +67,7 @@ def test_no_fork_is_lost_when_the_master_is_lost_under_load(
 
 
 def _scheduler(sentinels: Sentinels) -> Celery:
-    """A client as any Celery application has it: it takes the passwords in its own way."""
+    """A client as in any Celery application, which passes the passwords in its own way."""
     broker = sentinels.url.replace("sentinel://", "sentinel://:of%2Fredis@")
     scheduler = Celery("scheduler", broker=broker, set_as_current=False)
     scheduler.conf.broker_transport_options = {

@@ -1,4 +1,4 @@
-"""A child that is started after its worker has connected to Redis has no part in the worker's connections."""
+"""A child that is started after its worker has connected to Redis does not share the worker's connections."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tests.support.processor import wait_until_asleep
 from tests.support.system.scheduler import UNACKED, Scheduler
 from tests.support.system.systems import send
 
-#: Far more than it takes until a worker that reads from the wrong connection waits for ever.
+#: Far more forks than it takes until a worker that reads from the wrong connection hangs.
 FORKS = 100
 
 
 def test_worker_whose_idle_connection_is_closed_connects_again_and_goes_on(
     own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, guests: Guests, place: Path
 ) -> None:
-    # Given a worker whose one child is not its first
-    # It sends no sweep, which the child could be given before the fork that is to be held up
+    # Given a worker whose one child is a replacement. It sends no sweep: the child could be given it before the fork
+    # that is to be delayed
     worker = start_worker(mounts, 1, args=["--without-mingle"], env={"FORKVM_VISIBILITY_TIMEOUT": "600"})
     wait_until(lambda: _waiting(own_scheduler) != [], "the worker to wait for messages")
     first = worker.children
@@ -29,7 +29,7 @@ def test_worker_whose_idle_connection_is_closed_connects_again_and_goes_on(
     wait_until(lambda: worker.children not in (first, []), "another child")
     own_scheduler.fork(guests.small, place / "fork")
 
-    # When Redis closes the connection while the child has all that the worker may take
+    # When Redis closes the connection while the child has all messages that the worker may take
     child = worker.children
     send(child, signal.SIGSTOP)
     held_up = own_scheduler.send({"source": str(guests.small), "destination": str(place / "held-up")})
@@ -39,7 +39,7 @@ def test_worker_whose_idle_connection_is_closed_connects_again_and_goes_on(
     own_scheduler.redis.client_kill_filter(_id=idle)
     wait_until(lambda: _sockets(worker) < before, "the worker to close its end")
 
-    # Then the worker sleeps, and takes all that comes after
+    # Then the worker sleeps, and takes all messages that follow
     wait_until_asleep(lambda: [worker.pid], "a worker that waits")
     send(child, signal.SIGCONT)
     own_scheduler.wait(held_up)
@@ -58,7 +58,7 @@ def _waiting(scheduler: Scheduler) -> list[str]:
 
 
 def _sockets(worker: Worker) -> int:
-    """How many sockets the worker's main process has open."""
+    """The number of open sockets of the worker's main process."""
     count = 0
     for entry in Path(f"/proc/{worker.pid}/fd").iterdir():
         with suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Connections to Redis that go silent without an end, and a heartbeat file that cannot be written."""
+"""Connections to Redis that go silent without being closed, and a heartbeat file that cannot be written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.fixtures.processes import StartWorker, wait_until
 from tests.support.system.redis_proxy import Proxy
 from tests.support.system.scheduler import Scheduler
 
-#: Within so many seconds a worker notices a silent connection, and ends when it is told to.
+#: Seconds within which a worker notices a silent connection, and exits after SIGTERM.
 MINUTE = 60.0
 
 
@@ -22,7 +22,7 @@ def test_worker_whose_connections_go_silent_serves_again_within_a_minute_and_end
         worker = start_worker(mounts, env={"FORKVM_BROKER_URL": address, "FORKVM_RESULT_BACKEND": address})
         own_scheduler.fork(guests.small, place / "first", "first")
 
-        # When the connections of now are dead, and Redis has ended the last BRPOP, to which it would give a message
+        # When the current connections are dead, and Redis has ended the last BRPOP, which would receive a message
         proxy.silence()
         wait_until(lambda: own_scheduler.redis.info("clients")["blocked_clients"] == 0, "the end of the last BRPOP")
         own_scheduler.send({"source": str(guests.small), "destination": str(place / "next")}, "next")
@@ -49,7 +49,7 @@ def test_worker_that_was_told_to_consume_another_domains_queue_makes_large_forks
     assert own_scheduler.wait(own_scheduler.app.AsyncResult("other"))["chunks"] > 1
     worker.term()
     assert worker.wait() == 0
-    own_scheduler.redis.delete("forkvm.other#chunk")  # a sweep that nobody takes any more
+    own_scheduler.redis.delete("forkvm.other#chunk")  # a sweep that no worker takes any more
 
 
 def test_heartbeat_file_that_cannot_be_written_is_an_error_at_the_start(

@@ -1,4 +1,4 @@
-"""The sweep: what lost its message is finished, what is abandoned goes, and what lives is not touched."""
+"""The sweep: forks whose message was lost are finished, abandoned staging is removed, running forks are not touched."""
 
 from __future__ import annotations
 
@@ -40,16 +40,17 @@ from tests.support.system.systems import System
 def test_fork_whose_messages_are_lost_is_finished(
     start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
-    # Given forks that stand at every point
+    # Given forks that are paused at every point
     system = start_armed_worker(CHILDREN)
     redis = system.scheduler.redis
     paused = start_paused_forks(system, fault_points, guests, place)
 
-    # When every message of theirs is lost, as if Redis had gone between kombu's two steps, and their processes die
+    # When all their messages are lost, as if Redis had stopped between kombu's two steps, and their processes are
+    # killed
     redis.delete(*QUEUES, UNACKED, f"{UNACKED}_index")
     system.worker.kill()
 
-    # Then another worker, which has no message of theirs, finishes them
+    # Then another worker, which has no message of them, finishes them
     other = start_armed_worker(4)
     for one in paused:
         one.wait_for_success(other.scheduler)
@@ -57,7 +58,7 @@ def test_fork_whose_messages_are_lost_is_finished(
 
 
 def _context(results: Results, place: Path) -> Context:
-    """Of a sweep in this process, which looks and removes, and sends nothing."""
+    """The context of a sweep in this process, which searches and removes, and sends nothing."""
     return Context(Roots((str(place),)), Limits(), results, lambda task, kwargs, task_id: None, QUEUE)
 
 
@@ -69,7 +70,7 @@ def test_sweeps_and_searches_in_a_tight_loop_leave_every_live_fork_alone(
     place: Path,
     run_forkvm: RunForkvm,
 ) -> None:
-    # Given sweeps, as fast as they go: of the forks' own deployment, and of one that knows none of them
+    # Given sweeps in a tight loop: of the forks' own deployment, and of one that knows none of them
     worker = start_worker(mounts, env={"FORKVM_INLINE_FILES": "4", "FORKVM_CHUNK_FILES": "8"})
     system = System(own_scheduler.server, worker, own_scheduler)
     ended, sweeps = threading.Event(), [0]
@@ -92,7 +93,7 @@ def test_sweeps_and_searches_in_a_tight_loop_leave_every_live_fork_alone(
     thread = threading.Thread(target=sweep)
     thread.start()
     try:
-        # When forks are made beside them, by the worker and by a local command
+        # When the worker and a local command make forks at the same time
         forks = []
         for n in range(30):
             fork = PausedFork("no point", f"live-{n}", guests.large, place / f"live-{n}", 0)
@@ -100,7 +101,7 @@ def test_sweeps_and_searches_in_a_tight_loop_leave_every_live_fork_alone(
             forks.append(fork)
         local = run_forkvm("fork", guests.large, place / "local")
 
-        # Then every one is made, at its first try
+        # Then every fork is made, at its first attempt
         for fork in forks:
             fork.wait_for_success(system.scheduler)
     finally:
@@ -116,7 +117,7 @@ def test_sweeps_and_searches_in_a_tight_loop_leave_every_live_fork_alone(
 def test_staging_that_no_queue_knows_goes_when_it_is_old_and_that_of_an_open_fork_stays(
     start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
-    # Given the staging of two dead forks, one of which Redis still knows
+    # Given the staging of two killed forks, one of which Redis still knows
     system = start_armed_worker(2)
     start_paused_forks(system, fault_points, guests, place, ["middle", "finish"])
     system.worker.kill()
@@ -141,7 +142,7 @@ def test_staging_that_no_queue_knows_goes_when_it_is_old_and_that_of_an_open_for
 
 
 def plant(place: Path, fork_id: str, what: str) -> None:
-    """Something else than staging of ours where the control directory of a fork belongs."""
+    """Put an entry that is not staging of ours at the path of a fork's control directory."""
     control = place / control_name(fork_id)
     if what == "file":
         control.write_text("in the way")
@@ -160,7 +161,7 @@ PLANTED = ("file", "FIFO", "symlink", "FIFO as journal", "foreign")
 
 
 def test_sweep_passes_over_what_is_in_the_way_of_one_fork(own_scheduler: Scheduler, place: Path) -> None:
-    # Given forks whose messages are lost, some with something else in the place of their staging or of its parent
+    # Given forks whose messages are lost, some with another entry at the path of their staging or its parent
     sent: list[str] = []
     send: Send = lambda task, kwargs, task_id: sent.append(task_id)  # noqa: E731
     context = Context(Roots((str(place),)), Limits(), own_scheduler.results, send, QUEUE)
@@ -205,7 +206,7 @@ def test_search_of_a_worker_passes_over_bad_entries(own_scheduler: Scheduler, pl
 def test_campaign_whose_staging_was_replaced_ends_and_others_are_served(
     what: str, start_armed_worker: StartArmedWorker, guests: Guests, place: Path
 ) -> None:
-    # Given a campaign that was claimed, whose message is lost, and whose staging is none of ours any more
+    # Given a claimed campaign whose message is lost, and whose control directory was replaced by a foreign one
     system = start_armed_worker(2)
     destinations = [str(place / f"vm-{n}") for n in range(3)]
     request = {"source": str(guests.small), "destinations": destinations}
@@ -224,7 +225,7 @@ def test_campaign_whose_staging_was_replaced_ends_and_others_are_served(
         FINISH_CAMPAIGN_TASK, kwargs={"home": destinations[0]}, task_id="c1", queue=f"{QUEUE}#finish"
     )
 
-    # Then it ends, with nothing made, and the worker serves another fork
+    # Then it ends without a fork, and the worker serves another fork
     ended = ("SUCCESS", "FAILURE", "REVOKED")
     wait_until(lambda: system.scheduler.results.states.get("c1")["status"] in ended, "the end of the campaign")
     result = CampaignResults(system.scheduler.results, "c1").result()

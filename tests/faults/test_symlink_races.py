@@ -1,4 +1,4 @@
-"""The classic race: somebody swaps directories for symlinks as fast as he can while forks are made within the roots."""
+"""Symlink races: a process swaps directories for symlinks as fast as it can while forks are made within the roots."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tests.support.engine.forks import fork, leftovers
 from tests.support.engine.local_campaigns import campaign
 from tests.support.tree import snapshot
 
-#: How often each swapper must have swapped before a test may end.
+#: The number of swaps that each swapper must have made before a test may end.
 SWAPS = 20_000
-#: Forks of each test at least.
+#: The minimum number of forks in each test.
 FORKS = 60
 #: Forks of one campaign.
 FANNED_OUT = 8
-#: A swapper rests after so many swaps for so long, in seconds: some forks meet it at work, some do not.
+#: A swapper pauses after so many swaps for so long, in seconds: some forks overlap with swaps, some do not.
 SPRINT, REST = 1000, 0.05
 SECRET = b"a secret"
 _RENAME_EXCHANGE = 2
@@ -34,7 +34,10 @@ _AT_FDCWD = -100
 
 @pytest.fixture
 def yard(fresh: Fresh) -> Path:
-    """`root`, the one root, with a guest and a place for forks; `outside`, which looks the same and holds secrets."""
+    """`root`, the only root, with a guest and a directory for forks;
+
+    `outside`, which looks the same and contains secrets.
+    """
     yard = fresh("xfs")
     for side, content in (("root", b"paused"), ("outside", SECRET)):
         deepest = yard / side / "guests" / "source" / "a" / "b"
@@ -46,9 +49,9 @@ def yard(fresh: Fresh) -> Path:
 
 
 class Swapper:
-    """A process that exchanges a directory and a symlink again and again, and counts it.
+    """A process that repeatedly exchanges a directory and a symlink, and counts the swaps.
 
-    renameat2(RENAME_EXCHANGE): one of the two is always there.
+    renameat2(RENAME_EXCHANGE): at any time one of the two exists.
     """
 
     def __init__(self, directory: Path, target: Path) -> None:
@@ -80,7 +83,7 @@ class Swapper:
             raise OSError("renameat2")
 
     def end(self) -> None:
-        """The directory is a directory again."""
+        """End with the directory at its own path."""
         os.kill(self._pid, signal.SIGKILL)
         os.waitpid(self._pid, 0)
         if self._directory.is_symlink():
@@ -89,7 +92,7 @@ class Swapper:
 
 
 def _fork_while_swapped(yard: Path, swapped: str) -> Counter[str]:
-    """Forks until enough of them met enough swaps; what became of them."""
+    """Make forks until enough of them overlapped with enough swaps. Returns their results."""
     source, destination = yard / "root" / "guests" / "source", yard / "root" / "forks" / "fork"
 
     def one(number: int) -> Counter[str]:
@@ -100,7 +103,7 @@ def _fork_while_swapped(yard: Path, swapped: str) -> Counter[str]:
 
 
 def _while_swapped(yard: Path, swapped: str, make: Callable[[int], Counter[str]]) -> Counter[str]:
-    """Has forks made, of which so many were made before, until enough of them met enough swaps; what became of them."""
+    """Call `make` until enough forks overlapped with enough swaps. Returns the results."""
     outside = snapshot(yard / "outside")
     outcomes: Counter[str] = Counter()
     swapper = Swapper(yard / "root" / swapped, yard / "outside" / swapped)
@@ -122,7 +125,7 @@ def _while_swapped(yard: Path, swapped: str, make: Callable[[int], Counter[str]]
 def test_a_source_whose_directories_are_swapped_for_symlinks_leads_nobody_out(yard: Path, swapped: str) -> None:
     outcomes = _fork_while_swapped(yard, swapped)
 
-    # A directory below the source may be a symlink when the walk comes by: then that is what the source holds.
+    # A directory below the source may be a symlink at the time of the walk: then the source contains a symlink.
     assert set(outcomes) <= {"succeeded", "source_changed", "outside_roots"}
     assert len(outcomes) > 1
 

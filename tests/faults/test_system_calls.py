@@ -1,4 +1,4 @@
-"""Each system call of a fork fails once: the fork is whole, or fails with the documented code and leaves nothing."""
+"""Each system call of a fork fails once: the fork is complete, or fails with the documented code and leaves nothing."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from tests.support.engine.traced_processes import Call, TracedChild, calls_of
 from tests.support.guests import make_sparse_file
 from tests.support.requirements import require_command
 
-#: They take turns from call to call, and begin with another one on each way.
+#: The errnos, used in turn from call to call. Each way through the engine begins with another one.
 ERRORS = ("EIO", "EINTR", "EAGAIN", "EROFS", "ENOMEM", "ENOSPC", "EDQUOT")
 NO_SPACE = ("ENOSPC", "EDQUOT")
-#: How many forks are under strace at once.
+#: The number of forks under strace at once.
 _AT_ONCE = 2
-#: Here EAGAIN is no failure: somebody else has the lock, so there is nothing of ours to remove either.
+#: Here EAGAIN is not a failure: another process holds the lock, so there is nothing of ours to remove.
 _HELD_BY_ANOTHER = (Call("flock", 1), "EAGAIN")
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way through the engine: where, with which limits, and what is asked for."""
+    """One way through the engine: the filesystem, the limits and the options."""
 
     kind: Kind
     limits: Limits
@@ -57,7 +57,7 @@ def _little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_source(source: Path) -> None:
-    """A little of everything that calls for a system call of its own."""
+    """A source with one entry of each kind that needs a system call of its own."""
     (source / "below").mkdir(parents=True)
     make_sparse_file(source / "disk.raw", 2 * MIB + 5, MIB + 9)
     (source / "state").write_bytes(b"paused")
@@ -87,7 +87,7 @@ def test_a_call_that_fails_once_leaves_a_whole_fork_or_none(strace: str, fresh: 
 
 
 def _wrong(strace: str, directory: Path, way: Way, faults: list[tuple[Call, str]]) -> Iterator[str]:
-    """What is wrong after each fault, in words."""
+    """The problems after each fault, in words."""
     for at in range(0, len(faults), _AT_ONCE):
         running = []
         for n, (call, error) in enumerate(faults[at : at + _AT_ONCE]):
@@ -112,7 +112,7 @@ def _wrong(strace: str, directory: Path, way: Way, faults: list[tuple[Call, str]
 
 def _fork(way: Way, directory: Path, place: Path | None = None) -> ForkResult:
     destination = (place or directory) / "fork"
-    # One child: with two, nobody knows which of them makes a process's nth call.
+    # One child: with two, it is not known which of them makes the nth call.
     return fork(directory / "source", destination, limits=way.limits, processes=1, **way.options)
 
 

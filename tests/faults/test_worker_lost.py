@@ -1,4 +1,4 @@
-"""A whole worker that dies or is told to end, with a fork at every point."""
+"""A whole worker that is killed or told to end, with a fork at every point."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.system.systems import send
 from worker.runtime.configuration import make_app
 from worker.settings import read_settings
 
-#: Seconds for another worker to have done all that a dead one had begun; the visibility timeout is 5 s here.
+#: Seconds for another worker to do everything that a killed one had started; the visibility timeout is 5 s here.
 TAKEN_OVER_SECONDS = 15.0
 
 
@@ -74,7 +74,7 @@ def test_worker_that_is_told_to_end_hands_back_or_finishes_all_it_has(
         wait_until(lambda: "\nworker: " in system.worker.output(), "the worker's word that it ends")
     resume(paused)
 
-    # Then it ends by itself, and nothing is its own any more
+    # Then it exits by itself, and holds no message any more
     system.worker.wait()
     assert system.scheduler.messages()[UNACKED] == 0
     next_worker = start_armed_worker(4)
@@ -86,7 +86,7 @@ def test_worker_that_is_told_to_end_hands_back_or_finishes_all_it_has(
 def test_worker_that_died_while_it_put_messages_back_keeps_no_other_from_it(
     start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
-    # Given a worker that died with a fork, and with kombu's lock, as its settings have it taken
+    # Given a worker that was killed with a fork, and with kombu's lock, as its own settings set it
     doomed = start_armed_worker(1)
     paused = start_paused_forks(doomed, fault_points, guests, place, ["plan"])
     doomed.worker.kill()
@@ -95,7 +95,7 @@ def test_worker_that_died_while_it_put_messages_back_keeps_no_other_from_it(
     lock = doomed.scheduler.redis.lock(options["unacked_mutex_key"], timeout=options["unacked_mutex_expire"])
     assert lock.acquire(blocking=False)
 
-    # When another one comes
+    # When another worker starts
     other = start_armed_worker()
 
     # Then

@@ -1,4 +1,4 @@
 """`make test-observe`: the dashboard, the alerts and Flower, with a real Prometheus, a real Flower and real workers.
 
-The files have no names of tests, so that `make test` leaves them out: they wait for scrapes.
+The files are not named as tests, so that `make test` leaves them out: they wait for scrapes.
 """

@@ -1,4 +1,4 @@
-"""Flower with the project's configuration, beside a real worker: what it shows of forks, campaigns and their parts."""
+"""Flower with the project's configuration, with a real worker: what it shows of forks, campaigns and their parts."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Flower:
         self.url = url
 
     def get(self, path: str) -> Any:
-        """The JSON at a path; None where there is none yet."""
+        """The JSON at a path; None if there is none yet."""
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}{path}", timeout=10) as answer:
             return json.loads(answer.read() or b"null")
         return None
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """The table of tasks as the page shows it, by id."""
+        """The table of tasks on the page, by id."""
         columns = "draw=1&start=0&length=1000&search%5Bvalue%5D=&order%5B0%5D%5Bcolumn%5D=0&order%5B0%5D%5Bdir%5D=asc"
         found = self.get(f"/tasks/datatable?{columns}&columns%5B0%5D%5Bdata%5D=name")
         return {row["uuid"]: row for row in (found or {"data": []})["data"]}

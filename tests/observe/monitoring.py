@@ -1,4 +1,4 @@
-"""The dashboard's queries and the alerts, on what a real Prometheus scraped from a real worker."""
+"""The dashboard's queries and the alerts, on metrics that a real Prometheus scraped from a real worker."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tests.observe.prometheus import Prometheus, free_port, running_prometheus
 from tests.support.guests import make_guest
 
 _DASHBOARD = json.loads((ROOT / "deploy/grafana/forkvm.json").read_text())
-#: What Grafana puts in for the variables of the dashboard.
+#: The values that Grafana inserts for the variables of the dashboard.
 _VARIABLES = {"$job": ".*", "$instance": ".*", "$__rate_interval": "30s", "$__range": "5m"}
-#: Seconds for scrapes to show what has happened, on a machine that does other work too.
+#: Seconds until scrapes show an event, also on a busy machine.
 _PATIENCE = 90.0
 
 Send = Callable[..., Any]
@@ -29,7 +29,7 @@ Send = Callable[..., Any]
 
 @pytest.fixture
 def send(foreign_client: Celery) -> Send:
-    """Sends a job, waits for its end, and returns its result, or the exception of one that failed."""
+    """Send a job, wait for its end, and return its result, or the exception of a failed job."""
     numbers = itertools.count(1)
 
     def send(task: str, **request: Any) -> Any:
@@ -42,7 +42,7 @@ def send(foreign_client: Celery) -> Send:
 
 @pytest.fixture
 def address() -> str:
-    """Where the worker serves its metrics, also after a restart."""
+    """The address of the worker's metrics, the same after a restart."""
     return f"127.0.0.1:{free_port()}"
 
 
@@ -100,7 +100,7 @@ def test_an_alert_fires_when_a_root_is_moved_to_a_filesystem_without_reflinks(
         worker = start()
         deadline = time.monotonic() + _PATIENCE
         while "ForkvmSilentFullCopies" not in (firing := prometheus.alerts()) and time.monotonic() < deadline:
-            assert fork()["status"] == "succeeded"  # nothing else says that all is copied
+            assert fork()["status"] == "succeeded"  # no other metric shows that everything is copied
         worker.end()
 
     assert set(firing) == {"ForkvmSilentFullCopies"}
@@ -111,7 +111,7 @@ def test_an_alert_fires_when_a_root_is_moved_to_a_filesystem_without_reflinks(
 
 
 def _numbers(prometheus: Prometheus, expression: str) -> list[float]:
-    """The values of a query of the dashboard, without those that are none: 0 / 0 is NaN."""
+    """The values of a query of the dashboard, without NaN, which is 0 / 0."""
     for variable, value in _VARIABLES.items():
         expression = expression.replace(variable, value)
     values = [float(series["value"][1]) for series in prometheus.query(expression)]

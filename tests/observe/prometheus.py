@@ -28,12 +28,12 @@ class Prometheus:
         self.url = url
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """The series of an instant query; AssertionError with the answer if Prometheus refuses it."""
+        """The series of an instant query; AssertionError with the reply if Prometheus refuses it."""
         found: list[dict[str, Any]] = self._get("query", query=expression)["result"]
         return found
 
     def alerts(self, state: str = "firing") -> dict[str, dict[str, str]]:
-        """The labels and annotations of each alert that fires, by its name."""
+        """The labels and annotations of each firing alert, by name."""
         return {
             alert["labels"]["alertname"]: alert["labels"] | alert["annotations"]
             for alert in self._get("alerts")["alerts"]
@@ -83,7 +83,7 @@ def running_prometheus(directory: Path, target: str) -> Iterator[Prometheus]:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nothing listens at."""
+    """A port of 127.0.0.1 on which nothing listens."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

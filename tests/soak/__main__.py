@@ -1,4 +1,4 @@
-"""Runs the soak for as long as it is told: `python -m tests.soak --seconds 300 --seed 7`."""
+"""Runs the soak for a given time: `python -m tests.soak --seconds 300 --seed 7`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.soak.plan import SECONDS, SEED
 
-#: What the last forks and the checks may take, in seconds.
+#: Seconds for the last forks and the checks.
 _REST_SECONDS = 600
 
 

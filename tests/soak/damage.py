@@ -1,7 +1,7 @@
-"""Damage to the staging of running forks: to one of its files, or to where its directories stand.
+"""Damage to the staging of running forks: to one of its files, or to the paths of its directories.
 
-A fork that is hit ends as a success that is equal to its source, or as a failure with a code. Its tree may stay until
-`forkvm gc` removes it, since the record of which tree is its own may be what was damaged.
+A damaged fork ends as a success that equals its source, or as a failure with a code. Its tree may stay until `forkvm
+gc` removes it, since the record of which tree belongs to the fork may be damaged too.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from pathlib import Path
 
 from tests.soak.jobs import Job
 
-#: Longest time to wait for a running fork that may be damaged, and for how far it gets before it is, in seconds.
+#: The longest wait for a running fork that may be damaged, and the longest time that it runs before the damage, in
+#: seconds.
 _WAIT_SECONDS = 3.0
 _LONGEST_HEAD_START = 0.04
-#: The lock file is not damaged: it is the fence between the processes of one worker's user.
+#: The lock file is not damaged: it is the fence between the processes of a worker's user.
 _LOCK = "lock"
 _OUTSIDE = "outside of all staging"
 
 
 class Damage:
-    """Damages staging. What it moves aside stays until `clear`."""
+    """Damages staging. Entries that it moves aside stay until `clear`."""
 
     def __init__(self, jobs: Callable[[], list[Job]], aside: tuple[Path, ...], dice: random.Random) -> None:
-        """`jobs`: those at work that may be damaged; `aside`: a directory on each filesystem, for what is moved."""
+        """`jobs`: the running jobs that may be damaged; `aside`: a directory on each filesystem for moved entries."""
         self._jobs = jobs
         self._aside = aside
         self._dice = dice
@@ -39,7 +40,7 @@ class Damage:
         self._outside.write_text(_OUTSIDE)
 
     def strike(self) -> str:
-        """Damage one running fork or campaign; returns what was done, in words."""
+        """Damage one running fork or campaign. Returns a description of the damage."""
         deed = self._dice.choice(list(_DEEDS))
         head_start = self._dice.uniform(0.0, _LONGEST_HEAD_START)
         control = self._running()
@@ -53,14 +54,14 @@ class Damage:
         return deed
 
     def clear(self) -> None:
-        """Remove what was moved aside. Raises AssertionError when a planted symlink was followed."""
+        """Remove the moved entries. Raises AssertionError if a planted symlink was followed."""
         assert self._outside.read_text() == _OUTSIDE
         for directory in self._aside:
             for moved in directory.iterdir():
                 shutil.rmtree(moved)
 
     def _running(self) -> Path | None:
-        """The control directory of one job at work."""
+        """The control directory of one running job."""
         end = time.monotonic() + _WAIT_SECONDS
         while time.monotonic() < end:
             for job in self._jobs():
@@ -69,10 +70,10 @@ class Damage:
             time.sleep(0.001)
         return None
 
-    # -- what is done to one file
+    # -- damage to one file
 
     def _file(self, control: Path) -> Path:
-        """One of its files; those that there are few of are chosen as often as those that there are many of."""
+        """One of its files. Each kind of file is chosen equally often, however many files it has."""
         kinds: dict[str, list[str]] = {}
         for name in sorted(os.listdir(control)):
             if stat.S_ISREG((control / name).lstat().st_mode):
@@ -93,7 +94,7 @@ class Damage:
             file.write(self._dice.randbytes(self._dice.randint(1, 32)))
 
     def change_digit(self, control: Path) -> None:
-        """The file stays of the form that is expected."""
+        """The file keeps its expected format."""
         path = self._file(control)
         data = bytearray(path.read_bytes())
         digits = [at for at, byte in enumerate(data) if 0x30 <= byte <= 0x39]
@@ -104,7 +105,7 @@ class Damage:
                 file.write(data)
 
     def replace(self, control: Path) -> None:
-        """Another one of its files takes the place of a file."""
+        """Replace a file by a copy of another one."""
         path, other = self._file(control), self._file(control)
         copy = self._aside[0] / "copy"
         copy.write_bytes(other.read_bytes())
@@ -127,7 +128,7 @@ class Damage:
         with suppress(FileExistsError):
             path.symlink_to(self._outside)
 
-    # -- what is done to its directories
+    # -- damage to its directories
 
     def move_control(self, control: Path) -> None:
         self._move_aside(control)

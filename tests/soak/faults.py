@@ -1,4 +1,7 @@
-"""What strikes while forks are made: each fault is over, and all that was ended is started again, when it returns."""
+"""Faults of processes, Redis and connections.
+
+A fault is over, and ended processes are started again, when it returns.
+"""
 
 from __future__ import annotations
 
@@ -20,27 +23,27 @@ Start = Callable[[int], Worker]
 
 #: A line of a worker's log.
 _TAKEN = re.compile(r"Task forkvm\.(?:fork|chunk|finish|bury|campaign|batch|conclude)\[.*\] received")
-#: Seconds in which a worker that is told to end has ended: none of its tasks takes that long.
+#: Seconds in which a worker that is told to end must have ended: no task takes that long.
 _GRACE_SECONDS = 15.0
 
 
 class Faults:
-    """Strikes workers and Redis; counts what it did."""
+    """Injects faults into workers and Redis, and counts them."""
 
     def __init__(self, start: Start, redis: RedisFaults, damage: Damage, dice: random.Random) -> None:
         self._start_one = start
         self._redis = redis
         self._damage = damage
         self._dice = dice
-        #: All that were ever started; the workers are the living ones.
+        #: All workers that were ever started; `workers` are the running ones.
         self.started: list[Worker] = []
         self.workers = [self._start(number) for number in range(2)]
         self.counts: Counter[str] = Counter()
-        #: When Redis itself was struck.
+        #: When a fault hit Redis itself.
         self.of_redis: list[Interval] = []
 
     def strike(self) -> None:
-        """One fault of a process, of Redis or of a connection, by chance."""
+        """Inject one random fault of a process, of Redis or of a connection."""
         fault = self._dice.choice(
             [
                 *(self._kill_child,) * 3,
@@ -59,11 +62,11 @@ class Faults:
             self.of_redis.append((began, time.time()))
 
     def damage(self) -> None:
-        """Damage the staging of one job, by chance."""
+        """Damage the staging of one random job."""
         self.counts[self._damage.strike()] += 1
 
     def deliveries(self) -> int:
-        """How many messages of forks and campaigns the workers took, in all."""
+        """The total number of messages of forks and campaigns that the workers took."""
         return sum(len(_TAKEN.findall(worker.output())) for worker in self.started)
 
     def _start(self, number: int) -> Worker:

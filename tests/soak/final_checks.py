@@ -1,4 +1,4 @@
-"""What must be true of every job and of all that is left."""
+"""The final state of every job, and what is left."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ from tests.support.system.result_checks import check_file_results, check_fork_re
 from tests.support.system.scheduler import Scheduler
 from tests.support.tree import Entry, snapshot
 
-#: More open files, or bytes of memory, than this no process of a worker has, however long it runs.
+#: The maximum number of open files, and of bytes of memory, of a worker's process, however long it runs.
 MOST_FILES = 100
 MOST_MEMORY = 200 << 20
 
 
 @dataclass
 class FinalChecks:
-    """Each job's first final result, and what every worker's processes had open at most."""
+    """The first final result of each job, and the largest number of open files of any worker process."""
 
     scheduler: Scheduler
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     ends: Counter[str] = field(default_factory=Counter)
-    #: What was not as it must be, one line for each job.
+    #: The failed checks, one line per job.
     wrong: list[str] = field(default_factory=list)
     most_files: int = 0
-    #: What they were, by kind, of the process that had the most.
+    #: The open files, by kind, of the process that had the most.
     kinds_of_files: dict[str, int] = field(default_factory=dict)
     most_memory: int = 0
     _sources: dict[Path, dict[bytes, Entry]] = field(default_factory=dict)
 
     def close(self, job: Job) -> bool:
-        """Check what became of a job, if it has ended: the result, and the disk. A good fork is removed then."""
+        """Check the result and the disk of a job, if it has ended. A successful fork is removed then."""
         if self.scheduler.results.states.get(job.fork_id)["status"] not in states.READY_STATES:
             return False
         result = self.scheduler.results.final.get(job.fork_id)
         forks = [self.scheduler.results.final.fork(fork_id) for fork_id in job.destinations]
         files = {fork_id: self.scheduler.files(fork_id) for fork_id in job.destinations}
-        # Redis has said all by now: it may go away at any time, and then this is done again.
+        # All reads from Redis are done by now: if it fails before that, this method is called again.
         try:
             assert result is not None, "it ended without a result"
             assert None not in forks, "a fork of it ended without a ForkResult"
@@ -71,7 +71,7 @@ class FinalChecks:
         assert code in job.ends, result["error"]
         for fork in forks:
             check_fork_result(fork)
-            # Known gap: a part whose file is damaged between two tries may be counted, and have no FileResults.
+            # Known gap: a part whose file is damaged between two attempts may be counted and have no FileResults.
             if not job.may_be_damaged:
                 check_file_results(fork, files[fork["fork_id"]])
         if job.forks:
@@ -86,7 +86,8 @@ class FinalChecks:
         error = result["error"]
         code = error["code"] if error is not None else None
         assert code in job.ends, f"{result['fork_id']}: {error}"
-        # Where the record of a published fork is damaged, it ends as failed although it is there: whole, or not at all.
+        # If the record of a published fork is damaged, the fork ends as failed although it exists: complete, or not at
+        # all.
         is_there = code is None or (job.may_be_damaged and os.path.lexists(destination))
         if is_there:
             if job.source not in self._sources:
@@ -98,7 +99,7 @@ class FinalChecks:
         assert not os.path.lexists(destination), f"{result['fork_id']} failed and left its destination"
 
     def measure(self, pids: list[int]) -> None:
-        """Look at what processes have open and how much memory they take."""
+        """Record the open files and the memory of processes."""
         for pid in pids:
             try:
                 files = open_files(pid)
@@ -129,7 +130,7 @@ class FinalChecks:
 
 
 def _end(job: Job, result: dict[str, Any]) -> str:
-    """Celery's state of a job with this result: a campaign some of whose forks succeeded has one too."""
+    """Celery's state of a job with this result: a campaign is also SUCCESS if only some of its forks succeeded."""
     has_result = job.forks and (result["error"] is None or result["status"] == "partial")
     return states.SUCCESS if has_result else _STATES[result["status"]]
 
@@ -138,16 +139,16 @@ _STATES = {"succeeded": states.SUCCESS, "failed": states.FAILURE, "cancelled": s
 
 
 def open_files(pid: int) -> list[str]:
-    """What the process has open, as the links in /proc name it. Raises OSError if it has ended."""
+    """The open files of a process, as named by the links in /proc. Raises OSError if it has ended."""
     found = []
     for name in os.listdir(f"/proc/{pid}/fd"):
-        with suppress(FileNotFoundError):  # closed meanwhile
+        with suppress(FileNotFoundError):  # closed in the meantime
             found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
     return found
 
 
 def _kind_of_file(link: str) -> str:
-    """`socket`, `pipe`, `anon_inode`, or the end of a path without its numbers."""
+    """`socket`, `pipe`, `anon_inode`, or the end of a path without its digits."""
     if not link.startswith("/"):
         return link.partition(":")[0]
     return re.sub(r"[0-9a-f]{8,}|\d+", "N", "/".join(link.split("/")[-2:]))

@@ -1,4 +1,4 @@
-"""What is sent: forks of every kind, each with what may become of it."""
+"""The jobs that are sent: forks of every kind, each with its allowed outcomes."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from tests.support.guests import MIB, make_sparse_file
 
 @dataclass
 class Job:
-    """One id that is sent: the request, and the ends that are right for it (None for success, or error codes)."""
+    """One id that is sent: the request, and its allowed ends (None for success, or error codes)."""
 
     fork_id: str
     kind: str
     request: dict[str, Any]
     ends: frozenset[str | None]
-    #: How many messages are sent at once, and with which options of Celery.
+    #: The number of messages that are sent at once, and their Celery options.
     copies: int = 1
     options: dict[str, Any] = field(default_factory=dict)
-    #: After how many seconds someone asks for an end, and in which way.
+    #: The number of seconds after which the job is cancelled, and in which way.
     cancel_after: float | None = None
     cancel_by: Literal["cancel", "revoke", "terminate"] = "cancel"
-    #: What stands where its control directory is to be made; and whether its staging may be damaged.
+    #: What is planted at the path of its control directory; and whether its staging may be damaged.
     plant: Plant | None = None
     may_be_damaged: bool = False
-    #: How many forks a campaign has; 0: it is a fork.
+    #: The number of forks of a campaign; 0 for a single fork.
     forks: int = 0
-    #: How often it had to be sent, also since Redis was away.
+    #: How many times it was sent, including retries while Redis was down.
     sent: int = field(default=0)
 
     @property
@@ -50,12 +50,12 @@ class Job:
 
     @property
     def control(self) -> Path:
-        """Its control directory, which stands while it is at work."""
+        """Its control directory, which exists while it runs."""
         return next(iter(self.destinations.values())).parent / control_name(self.fork_id)
 
     @property
     def destinations(self) -> dict[str, Path]:
-        """Where each fork goes, by its id."""
+        """The destination of each fork, by its id."""
         if not self.forks:
             return {self.fork_id: self.destination}
         template = self.request["destinations"]["template"]
@@ -64,7 +64,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Sources:
-    """Directories to fork: of one task, of chunks of reflinks, of chunks that are copied, and one with a FIFO."""
+    """Sources of a fork in one task, in reflinked chunks, in copied chunks, and one with a FIFO."""
 
     small: Path
     reflinked: Path
@@ -73,7 +73,7 @@ class Sources:
 
 
 def make_sources(reflink: Path, plain: Path) -> Sources:
-    """Makes them; `reflink` is on a filesystem with reflinks, `plain` on one without."""
+    """Make the sources; `reflink` is on a filesystem with reflinks, `plain` on one without."""
     small, reflinked, copied, unsupported = reflink / "small", reflink / "large", plain / "large", reflink / "fifo"
     small.mkdir()
     make_sparse_file(small / "disk.raw", 4 * MIB, MIB)
@@ -90,7 +90,7 @@ def make_sources(reflink: Path, plain: Path) -> Sources:
     return Sources(small, reflinked, copied, unsupported)
 
 
-#: A kind of job: takes the sources, where forks go, an id and the dice.
+#: A kind of job: takes the sources, the two directories for forks, an id and a random generator.
 Kind = Callable[[Sources, Path, Path, str, random.Random], Job]
 
 
@@ -177,7 +177,7 @@ def _planted(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: r
     return job
 
 
-#: How a job ends whose staging was damaged: what was read back no longer says what the source is.
+#: The allowed ends of a job whose staging was damaged: what is read back may no longer describe the source.
 _DAMAGED = frozenset({None, "io_error", "source_changed", "worker_lost"})
 
 
@@ -193,7 +193,7 @@ def _damaged_campaign(sources: Sources, reflink: Path, plain: Path, fork_id: str
     return job
 
 
-#: Each kind as often as it is here.
+#: Each kind is chosen in proportion to its number of entries here.
 KINDS: tuple[Kind, ...] = (
     *(_small,) * 5,
     *(_reflinked,) * 4,
@@ -212,5 +212,5 @@ KINDS: tuple[Kind, ...] = (
     _damaged_campaign,
 )
 
-#: The kinds whose staging nobody else writes to.
+#: The kinds whose staging no other process writes to.
 UNDAMAGED_KINDS = tuple(kind for kind in KINDS if kind not in (_planted, _damaged, _damaged_campaign))

@@ -1,7 +1,7 @@
 """Another Celery application on the same Redis database, whose tasks wait for seconds: each must run once.
 
-It has Celery's default settings, so what Redis itself does to it is not this program's fault: a task is judged by how
-often it ran where no fault of Redis struck while it waited.
+It has Celery's default settings, so faults of Redis itself may lose or repeat its tasks, which is not this program's
+fault: only tasks that met no fault of Redis while they waited are checked.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from redis.exceptions import RedisError
 from tests.fixtures.processes import end_group, wait_until
 from tests.fixtures.redis_server import RedisServer
 
-#: When something began and ended, in seconds since the epoch.
+#: The begin and the end of a fault, in seconds since the epoch.
 Interval = tuple[float, float]
 
 _SOURCE = """
@@ -37,10 +37,10 @@ def note(number):
 _QUEUE = "other"
 #: kombu's default keys.
 _KEYS = (_QUEUE, "unacked", "unacked_index", "unacked_mutex")
-#: How long a task waits: longer than the visibility timeout of the soak's workers. And how often one is sent.
+#: How long a task waits: longer than the visibility timeout of the soak's workers. And the interval between tasks.
 _SHORTEST_WAIT, _LONGEST_WAIT = 6.0, 9.0
 _EVERY_SECONDS = 0.7
-#: How long after a task ran a fault of Redis may still lose its acknowledgement.
+#: The time after a task ran in which a fault of Redis may still lose its acknowledgement.
 _ACKNOWLEDGED_SECONDS = 3.0
 #: Seconds for the last tasks to run.
 _TIMEOUT = 60.0
@@ -67,12 +67,12 @@ class OtherApplication:
             return
         self._next = time.monotonic() + _EVERY_SECONDS
         number, wait = len(self._sent), self._dice.uniform(_SHORTEST_WAIT, _LONGEST_WAIT)
-        with suppress(OperationalError, RedisError, OSError):  # nobody knows whether that was sent
+        with suppress(OperationalError, RedisError, OSError):  # it is unknown whether the task was sent
             self._client.send_task("other.note", args=[number], queue=_QUEUE, countdown=wait, retry=False)
             self._sent[number] = time.time()
 
     def check(self, faults: list[Interval]) -> str:
-        """Wait for the tasks that met no fault of Redis, see that each ran once, and return the checks as one line."""
+        """Wait for the tasks that met no fault of Redis, check that each ran once, and return a summary line."""
         wait_until(
             lambda: not self._missing(faults), f"tasks of the other application: {self._missing(faults)}", _TIMEOUT
         )
@@ -87,7 +87,7 @@ class OtherApplication:
         )
 
     def end(self) -> None:
-        """End the worker, and remove what the application left in Redis."""
+        """Stop the worker, and remove the application's keys from Redis."""
         if self._process is not None:
             self._process.terminate()
             with suppress(subprocess.TimeoutExpired):
@@ -113,7 +113,7 @@ class OtherApplication:
             )
 
     def _runs(self) -> dict[int, list[float]]:
-        """When each task ran, by its number."""
+        """The times at which each task ran, by its number."""
         runs: dict[int, list[float]] = {}
         for line in self._notes.read_text().splitlines():
             number, moment = line.split()
@@ -121,7 +121,7 @@ class OtherApplication:
         return runs
 
     def _missing(self, faults: list[Interval]) -> list[int]:
-        """The tasks that have not run, although no fault of Redis struck since they were sent."""
+        """The tasks that have not run, although no fault hit Redis since they were sent."""
         runs = self._runs()
         return [n for n in self._sent if n not in runs and not self._met(n, time.time(), faults)]
 
@@ -132,7 +132,7 @@ class OtherApplication:
 
 @contextmanager
 def other_application(directory: Path, server: RedisServer, dice: random.Random) -> Iterator[OtherApplication]:
-    """Another application, whose worker has ended and whose keys are gone at the end."""
+    """Another application. At the end its worker is stopped and its keys are removed."""
     directory.mkdir()
     application = OtherApplication(directory, server, dice)
     try:

@@ -1,4 +1,4 @@
-"""How long a soak takes, and its seed."""
+"""The duration of a soak, and its seed."""
 
 from __future__ import annotations
 

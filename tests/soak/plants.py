@@ -1,4 +1,4 @@
-"""What another user puts under the name of a fork's control directory before the fork is sent."""
+"""Entries that another user puts at the path of a fork's control directory before the fork is sent."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _STRANGER = 1000
 
 @dataclass(frozen=True)
 class Plant:
-    """What was put at `path`: it must stay as it is, and no fork may be made through it."""
+    """The entry at `path`: it must not change, and no fork may be made through it."""
 
     kind: str
     path: Path
-    #: Its inode, mode and owner, and the names that it holds.
+    #: Its inode, mode and owner, and the names in it.
     seen: tuple[object, ...]
 
     def remove(self) -> None:
-        """Remove the plant. Raises AssertionError when it is not what was planted."""
+        """Remove the planted entry. Raises AssertionError if it has changed."""
         assert _seen(self.path) == self.seen, f"the {self.kind} at {self.path} was changed"
         if not self.path.is_dir() or self.path.is_symlink():
             self.path.unlink()
@@ -37,7 +37,7 @@ class Plant:
 
 
 def plant(parent: Path, fork_id: str, dice: random.Random) -> Plant:
-    """Put one of `_PLANTS` where the fork's control directory is to be made."""
+    """Put one of `_PLANTS` at the path of the fork's control directory."""
     kind, path = dice.choice(sorted(_PLANTS)), parent / control_name(fork_id)
     _PLANTS[kind](path)
     return Plant(kind, path, _seen(path))
@@ -50,7 +50,7 @@ def _seen(path: Path) -> tuple[object, ...]:
 
 
 def _plant_staging_of_a_stranger(path: Path) -> None:
-    """A staging with a lock and a journal that leads out of it."""
+    """A staging directory with a lock and a journal that leads out of it."""
     path.mkdir(mode=0o700)
     (path / "lock").touch()
     journal = {"spec": {"fork_id": "x"}, "control": path.stat().st_ino, "attempt": "d/../../outside"}

@@ -20,7 +20,7 @@ OPEN_JOBS = 12
 
 
 class Producer:
-    """A client that keeps `OPEN_JOBS` jobs in flight, and sends a request again that Redis did not take."""
+    """A client that keeps `OPEN_JOBS` jobs in flight, and sends a request again that Redis did not accept."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Producer:
                 time.sleep(0.1)
 
     def send_unknown_again(self) -> None:
-        """Send the jobs again that no worker has begun: Redis lost their messages."""
+        """Send those jobs again that no worker has claimed: Redis lost their messages."""
         for job in self.open:
             if self._checks.scheduler.results.claims.get(job.fork_id) is None:
                 self.send(job)

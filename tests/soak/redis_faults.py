@@ -1,4 +1,4 @@
-"""What becomes of Redis, and of the connections to it."""
+"""Faults of Redis, and of the connections to it."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from tests.soak import plan
 from tests.support.system.redis_proxy import Proxy
 from tests.support.system.scheduler import QUEUES
 
-#: How long connections are silent, in seconds: at most 45, and at most a sixth of the soak.
+#: The longest time for which connections are silent, in seconds: at most 45, and at most a sixth of the soak.
 _LONGEST_SILENCE = min(45.0, plan.seconds() / 6)
-#: A script is answered for by BUSY after so many milliseconds.
+#: Milliseconds after which Redis answers BUSY while a script runs.
 _BUSY_MILLISECONDS, _DEFAULT_BUSY_MILLISECONDS = 50, 5000
 
 
 class RedisFaults:
-    """Faults of Redis, each of them over when it returns. Those of connections hit one worker, behind `proxy`."""
+    """Faults of Redis, each over when the method returns. Faults of connections affect one worker, behind `proxy`."""
 
     def __init__(self, server: RedisServer, proxy: Proxy, dice: random.Random) -> None:
         self._server = server
         self._proxy = proxy
         self._dice = dice
-        #: Of Redis itself: also other applications see them.
+        #: Faults of Redis itself: other applications see them too.
         self.of_server: list[Callable[[], None]] = [
             self.kill_redis,
             self.restart_redis,
@@ -52,10 +52,10 @@ class RedisFaults:
     # -- the server
 
     def kill_redis(self) -> None:
-        """Redis dies, and has lost nothing that it confirmed.
+        """Kill Redis after it has written everything that it acknowledged.
 
-        With appendfsync everysec it holds writes back while a sync of the disk is under way, for up to 2 s
-        (redis.conf, `appendfsync`): a job that failed in that time is done again, with another result.
+        With appendfsync everysec it delays writes for up to 2 s while a disk sync runs (redis.conf, `appendfsync`): a
+        job that failed in that time would be done again, with another result.
         """
         with self._server.client() as client, suppress(RedisError):
             client.config_set("appendfsync", "always")
@@ -74,7 +74,7 @@ class RedisFaults:
             client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
 
     def readonly(self) -> None:
-        """As in a failover: the server is a replica for a while."""
+        """The server is a replica for a while, as in a failover."""
         seconds = self._dice.uniform(1.0, 4.0)
         with self._asking() as client:
             client.replicaof("127.0.0.1", "1")
@@ -90,13 +90,13 @@ class RedisFaults:
             client.config_set("min-replicas-to-write", 0)
 
     def misconf(self) -> None:
-        """Writes are refused since the last save failed: the process that saves is killed."""
+        """Writes are refused because the last save failed: the process that saves is killed."""
         seconds = self._dice.uniform(0.5, 2.0)
         with self._asking() as client:
             client.config_set("save", "3600 1")
             client.config_set("rdb-key-save-delay", 10_000_000)  # microseconds
             try:
-                with suppress(RedisError):  # its append-only file is being rewritten just now
+                with suppress(RedisError):  # its append-only file is currently being rewritten
                     client.bgsave()
                     _kill_children(self._server.pid)
                     wait_until(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err", "a failed save")
@@ -106,7 +106,7 @@ class RedisFaults:
                 client.config_set("save", "")
 
     def busy(self) -> None:
-        """A script runs; everybody else is answered with BUSY."""
+        """A script runs; all other clients get BUSY."""
         seconds = self._dice.uniform(0.5, 1.5)
         with self._asking() as client, self._server.client() as other:
             client.config_set("busy-reply-threshold", _BUSY_MILLISECONDS)
@@ -117,22 +117,22 @@ class RedisFaults:
             spinning.join()
             client.config_set("busy-reply-threshold", _DEFAULT_BUSY_MILLISECONDS)
 
-    # -- connections, and what comes over them
+    # -- connections and their messages
 
     def silence_and_cut_connections(self) -> None:
-        """What is on its way is lost, and no end of the connections is seen until much later."""
+        """Connections pass nothing on and are not closed until much later."""
         self._proxy.silence()
         time.sleep(self._dice.uniform(1.0, _LONGEST_SILENCE))
         self._proxy.cut()
 
     def hold_connections(self) -> None:
-        """What is on its way, also over new connections, comes much later."""
+        """Bytes on all connections, also new ones, arrive much later."""
         self._proxy.hold()
         time.sleep(self._dice.uniform(1.0, _LONGEST_SILENCE))
         self._proxy.release()
 
     def deliver_again(self) -> None:
-        """Messages that wait are put into their queue once more, in the other order."""
+        """Put waiting messages into their queue a second time, in reverse order."""
         with self._server.client(decode_responses=False) as client, suppress(RedisError):
             for queue in QUEUES:
                 for message in client.lrange(queue, 0, 9):
@@ -141,7 +141,7 @@ class RedisFaults:
     @contextmanager
     def _asking(self) -> Iterator[Redis]:
         with self._server.client() as client:
-            client.ping()  # connected: a busy server takes no new one
+            client.ping()  # connected: a busy server accepts no new connection
             yield client
 
 

@@ -36,7 +36,7 @@ from tests.support.system.redis_proxy import Proxy
 from tests.support.system.scheduler import Scheduler
 from tests.support.system.staging_view import leftovers
 
-#: Seconds for all jobs to end when no fault strikes any more.
+#: Seconds for all jobs to end after the last fault.
 TIMEOUT = 120.0
 LIMITS = {
     "FORKVM_INLINE_FILES": "10",
@@ -49,7 +49,7 @@ LIMITS = {
 
 @contextmanager
 def _in_background(strikes: Mapping[Callable[[], None], random.Random], until: float) -> Iterator[list[BaseException]]:
-    """Strike in threads, one for each of `strikes`, whose dice say how long it pauses."""
+    """Call each function in `strikes` repeatedly in a thread, with random pauses from its generator."""
     failures: list[BaseException] = []
 
     def strike_on(strike: Callable[[], None], dice: random.Random) -> None:
@@ -89,7 +89,7 @@ def test_every_job_has_one_true_end_whatever_strikes(
     ):
 
         def start(number: int) -> Worker:
-            """The second one is behind the proxy."""
+            """The second worker is behind the proxy."""
             address = f"redis+socket://{proxy.socket if number else redis_server.socket}"
             addresses = {"FORKVM_BROKER_URL": address, "FORKVM_RESULT_BACKEND": address}
             return start_worker(mounts, env=LIMITS | addresses, args=["--without-mingle"])
@@ -137,17 +137,20 @@ def test_every_job_has_one_true_end_whatever_strikes(
 
 
 def _collect(server: RedisServer, roots: Path, places: tuple[Path, ...], jobs: list[Job]) -> int:
-    """Have `forkvm gc` remove what is left of jobs that may have been damaged, and of no others; how much that is."""
+    """Have `forkvm gc` remove what is left of jobs that may have been damaged, and of no others.
+
+    Returns how much that is.
+    """
     damaged = tuple(job.control.name for job in jobs if job.may_be_damaged)
     left = [Path(path) for path in itertools.chain(*map(leftovers, places)) if Path(path).name.startswith(damaged)]
     if not left:
         return 0
     for planted in itertools.chain.from_iterable(path.iterdir() for path in left if "." not in path.name[1:]):
         if not planted.is_file() or planted.is_symlink():
-            planted.unlink()  # a FIFO or symlink of the soak's, for which gc keeps what is there
+            planted.unlink()  # a FIFO or symlink planted by the soak; gc would keep the directory because of it
     for path in (*left, *(path / "lock" for path in left)):
         with suppress(FileNotFoundError, NotADirectoryError):
-            os.utime(path, (86_400, 86_400))  # staging that was made a moment ago is kept
+            os.utime(path, (86_400, 86_400))  # gc keeps staging that was made recently
     done = subprocess.run(
         [forkvm_script(), "gc", *map(str, places)],
         env=program_environment(server, roots),

@@ -1,6 +1,6 @@
-"""What the tests of several layers share.
+"""Code that the tests of several layers share.
 
-`tree`, `extents`, `guests` and `sources` make and compare directories without the program's own code, so that they can
-judge that code. `requirements` and `outcome` belong to pytest. `engine` forks without Celery and Redis; `system` runs
-workers and sends them requests. Fixtures are in tests/fixtures.
+`tree`, `extents`, `guests` and `sources` create and compare directories without the program's own code, so that they
+can verify that code. `requirements` and `outcome` extend pytest. `engine` makes forks without Celery and Redis;
+`system` runs workers and sends them requests. Fixtures are in tests/fixtures.
 """

@@ -1,4 +1,4 @@
-"""What of a file is in the page cache: cachestat(2), since Linux 6.5."""
+"""The pages of a file in the page cache: cachestat(2), since Linux 6.5."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def cached_pages(path: Path, start: int = 0, length: int = 0) -> CachedPages:
 
 
 def evict(path: Path) -> None:
-    """Write a file out, and drop its pages."""
+    """Write a file to disk, and drop its pages."""
     fd = os.open(path, os.O_RDWR)
     try:
         os.fsync(fd)

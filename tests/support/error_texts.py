@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 
-#: Exceptions, and functions that make one: the code of their error, and the index of the argument with the text.
+#: Exceptions, and functions that create one: the code of their error, and the index of the argument with the text.
 #: Without a code, the first argument is the code.
 _MAKERS: dict[str, tuple[str | None, int]] = {
     "ForkError": (None, 1),
@@ -25,7 +25,7 @@ _MAKERS: dict[str, tuple[str | None, int]] = {
     "Refused": ("invalid_request", 0),
     "BadSignature": ("invalid_request", 0),
 }
-#: The package whose ValueErrors are the texts of invalid_request: pydantic passes them on.
+#: The package whose ValueErrors are the texts of invalid_request: pydantic forwards them.
 _CONTRACT = "tasks/contract"
 
 _HEAD = """\
@@ -51,7 +51,7 @@ This page is generated. After a change of an error text, regenerate it, or `test
 
 
 class ErrorText(NamedTuple):
-    """One text that the source gives to an error, with placeholders for values."""
+    """One error text of the source, with placeholders for values."""
 
     code: str
     text: str
@@ -75,7 +75,10 @@ def _texts_in(folder: Path) -> Iterator[ErrorText]:
 
 
 def _texts_of(tree: ast.Module, module: str, makers: dict[str, tuple[str | None, int]]) -> Iterator[ErrorText]:
-    """The texts of one module. A function that puts its own parameter into a text makes one for each of its callers."""
+    """The texts of one module.
+
+    A function that uses its own parameter in a text yields one text for each of its callers.
+    """
     constants = _constants(tree)
     for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
         parameters = [one.arg for one in function.args.args]
@@ -95,7 +98,7 @@ def _texts_of(tree: ast.Module, module: str, makers: dict[str, tuple[str | None,
 
 
 def _shown(code: str, text: str, module: str) -> Iterator[ErrorText]:
-    """The text, unless it comes from another error as a whole."""
+    """The text, unless it is entirely that of another error."""
     if re.sub(r"{[^{}]*}", "", text).strip(": "):
         yield ErrorText(code, text, module)
 
@@ -103,7 +106,7 @@ def _shown(code: str, text: str, module: str) -> Iterator[ErrorText]:
 def _callers(
     tree: ast.Module, function: ast.FunctionDef, parameter: str | None, parameters: list[str]
 ) -> list[ast.expr]:
-    """The arguments that calls in the module give to `parameter` of `function`."""
+    """The arguments that calls in the module pass as `parameter` of `function`."""
     if parameter is None:
         return []
     index = parameters.index(parameter)
@@ -112,7 +115,7 @@ def _callers(
 
 
 def _calls(function: ast.FunctionDef) -> Iterator[ast.Call]:
-    """The calls in a function, without those in functions within it."""
+    """The calls in a function, without those in nested functions."""
     pending: list[ast.AST] = list(function.body)
     while pending:
         node = pending.pop()
@@ -123,7 +126,7 @@ def _calls(function: ast.FunctionDef) -> Iterator[ast.Call]:
 
 
 def _values(function: ast.FunctionDef, call: ast.Call, text: ast.expr) -> list[ast.expr]:
-    """The expressions that `text` can be: of a local name, what was assigned to it before, in each branch of an if."""
+    """The expressions that `text` can be: for a local name, its earlier assignments, in each branch of an if."""
     if not isinstance(text, ast.Name):
         return [text]
     before = [
@@ -143,7 +146,7 @@ def _values(function: ast.FunctionDef, call: ast.Call, text: ast.expr) -> list[a
 
 
 def _constants(tree: ast.Module) -> dict[str, str]:
-    """The texts and numbers that the module gives a name."""
+    """The named texts and numbers of the module."""
     return {
         target.id: str(node.value.value)
         for node in tree.body
@@ -154,7 +157,7 @@ def _constants(tree: ast.Module) -> dict[str, str]:
 
 
 def _last_parameter(value: ast.expr, parameters: list[str]) -> str | None:
-    """The parameter that is the text, or the last part of it."""
+    """The parameter that is the text, or its last part."""
     last = value.values[-1] if isinstance(value, ast.JoinedStr) and value.values else value
     last = last.value if isinstance(last, ast.FormattedValue) else last
     return last.id if isinstance(last, ast.Name) and last.id in parameters else None

@@ -1,4 +1,4 @@
-"""Where the bytes of a file are: its data and holes, what it takes on disk, what it shares with others."""
+"""The extents of a file: its data and holes, its size on disk, the bytes that it shares with other files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _EXTENTS_A_CALL = 256
 
 
 def data_extents(path: str | bytes | os.PathLike[str]) -> list[tuple[int, int]]:
-    """The file's data as (start, end) pairs in bytes, as SEEK_DATA and SEEK_HOLE tell them."""
+    """The file's data as (start, end) pairs in bytes, as reported by SEEK_DATA and SEEK_HOLE."""
     extents: list[tuple[int, int]] = []
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -46,12 +46,12 @@ def data_extents(path: str | bytes | os.PathLike[str]) -> list[tuple[int, int]]:
 
 
 def allocated_bytes(path: str | bytes | os.PathLike[str]) -> int:
-    """The bytes that a file takes on disk (of shared extents, each file's count is the whole)."""
+    """The bytes that a file occupies on disk (shared extents are counted for each file)."""
     return os.lstat(path).st_blocks * 512
 
 
 def allocated_bytes_of_tree(root: str | os.PathLike[str]) -> int:
-    """The bytes on disk of all regular files beneath `root`, a hard-linked one counted once."""
+    """The bytes on disk of all regular files below `root`, a hard-linked one counted once."""
     allocated: dict[tuple[int, int], int] = {}
     for directory, _, names in os.walk(os.fsencode(root)):
         for name in names:
@@ -63,7 +63,7 @@ def allocated_bytes_of_tree(root: str | os.PathLike[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class MappedExtent:
-    """One extent as FIEMAP tells it; positions and length in bytes."""
+    """One extent as reported by FIEMAP; positions and length in bytes."""
 
     logical: int
     physical: int
@@ -81,7 +81,7 @@ class MappedExtent:
 
 
 def fiemap(path: str | bytes | os.PathLike[str]) -> list[MappedExtent]:
-    """All extents of a file, after its dirty pages were written (before that they have no place yet).
+    """All extents of a file, after its dirty pages were written (before that they have no position yet).
 
     Raises OSError (EOPNOTSUPP) on a filesystem without FIEMAP, such as tmpfs.
     """
@@ -111,21 +111,21 @@ def fiemap(path: str | bytes | os.PathLike[str]) -> list[MappedExtent]:
 
 @dataclass(frozen=True, kw_only=True)
 class Sharing:
-    """How many of a file's bytes are written on disk, and how many of these it shares with another file."""
+    """The number of a file's bytes that are written on disk, and how many of them it shares with another file."""
 
     mapped: int
     shared: int
 
     @property
     def whole(self) -> bool:
-        """Whether all that is mapped is shared, and something is."""
+        """Whether all mapped bytes are shared, and at least one byte is mapped."""
         return self.mapped > 0 and self.shared == self.mapped
 
 
 def sharing(path: str | bytes | os.PathLike[str]) -> Sharing:
-    """Sums up FIEMAP for a file, without what is merely reserved (unwritten, or beyond the file's size).
+    """Add up FIEMAP for a file, without reserved space (unwritten, or beyond the file's size).
 
-    A btrfs file of up to 2 KiB may lie inside the metadata, and such an extent is never shared.
+    btrfs may store a file of up to 2 KiB in its metadata, and such an extent is never shared.
     """
     size = os.stat(path).st_size
     mapped = shared = 0
@@ -139,17 +139,17 @@ def sharing(path: str | bytes | os.PathLike[str]) -> Sharing:
 
 
 def set_nocow(path: Path) -> None:
-    """Makes an empty btrfs file NOCOW (`chattr +C`): FICLONE between it and a COW file is EINVAL."""
+    """Make an empty btrfs file NOCOW (`chattr +C`): FICLONE between it and a COW file is EINVAL."""
     _set_flag(path, _FS_NOCOW_FL, on=True)
 
 
 def set_compressed(path: Path) -> None:
-    """Makes btrfs compress what is written to a file, or to new files in a directory (`chattr +c`)."""
+    """Make btrfs compress what is written to a file, or to new files in a directory (`chattr +c`)."""
     _set_flag(path, _FS_COMPR_FL, on=True)
 
 
 def set_lock(path: Path, lock: str, *, on: bool) -> None:
-    """Makes a file or directory `immutable` or `append-only`, or writable again (`chattr +i`, `-i`, `+a`, `-a`)."""
+    """Make a file or directory `immutable` or `append-only`, or writable again (`chattr +i`, `-i`, `+a`, `-a`)."""
     _set_flag(path, _FS_LOCKS[lock], on=on)
 
 

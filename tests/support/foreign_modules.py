@@ -1,4 +1,4 @@
-"""A directory in which a user keeps modules of his own, some with the names of this program's and its libraries'."""
+"""A directory with a user's own modules, some of which have the names of this program's and its libraries' modules."""
 
 from __future__ import annotations
 

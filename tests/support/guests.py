@@ -1,4 +1,4 @@
-"""Guest directories as a scheduler keeps them, in any size."""
+"""Guest directories as a scheduler stores them, of any size."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 MIB = 1 << 20
 GIB = 1 << 30
 
-#: What a fork with default options leaves out of a guest directory of `make_guest`.
+#: The entries of a `make_guest` directory that a fork with default options skips.
 SKIPPED_BY_DEFAULT = frozenset(
     {b"logs", b"logs/console.log", b"vsock.sock", b"firecracker.socket", b"snapshots/snapshot-latest/memory.lz4.tmp"}
 )
 
-#: Data comes in runs of 64 KiB to 1 MiB with holes between, as a disk image's does.
+#: Data is in runs of 64 KiB to 1 MiB with holes between, as in a disk image.
 _SMALLEST_RUN = 64 * 1024
 _LARGEST_RUN = MIB
 
@@ -34,7 +34,7 @@ class GuestSizes:
 
 
 def make_guest(path: Path, sizes: GuestSizes | None = None, *, seed: int = 0) -> Path:
-    """Makes the directory `path` into a guest directory and returns it. One seed gives one content."""
+    """Make `path` a guest directory and return it. The same seed gives the same content."""
     sizes = sizes or GuestSizes()
     path.mkdir(parents=True, exist_ok=True)
     path.chmod(0o750)
@@ -56,9 +56,9 @@ def make_guest(path: Path, sizes: GuestSizes | None = None, *, seed: int = 0) ->
 
 
 def make_sparse_file(path: Path, size: int, data: int, *, seed: int = 0) -> None:
-    """Writes a file of `size` bytes, of which about `data` (never more) are random data in scattered runs.
+    """Write a file of `size` bytes, of which about `data` (never more) are random data in scattered runs.
 
-    Every run differs from every other, so that data in the wrong place shows.
+    Every run differs from every other, so that data in the wrong position is detected.
     """
     randomness = random.Random(seed)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -68,7 +68,8 @@ def make_sparse_file(path: Path, size: int, data: int, *, seed: int = 0) -> None
             for position in range(0, size, _LARGEST_RUN):
                 os.pwrite(fd, randomness.randbytes(min(_LARGEST_RUN, size - position)), position)
             return
-        # Each run's stride is its share of the rest of the file, or a bit less: the runs spread over all of it.
+        # The distance to the next run is its share of the rest of the file, or slightly less: the runs are spread over
+        # the whole file.
         position, left = 0, data
         while left > 0 and position < size:
             run = min(randomness.randrange(_SMALLEST_RUN, _LARGEST_RUN + 1, 4096), left, size - position)
@@ -81,7 +82,7 @@ def make_sparse_file(path: Path, size: int, data: int, *, seed: int = 0) -> None
 
 
 def make_socket(path: Path) -> None:
-    """Leaves a socket at `path`, as a machine that runs does. The path may be longer than sun_path's 107 bytes."""
+    """Leave a socket at `path`, as a running machine does. The path may be longer than sun_path's 107 bytes."""
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with socket.socket(socket.AF_UNIX) as listener:
@@ -91,7 +92,7 @@ def make_socket(path: Path) -> None:
 
 
 def make_slow_file(path: Path, extents: int = 60_000) -> None:
-    """A file that takes long to copy for its size: pieces of one block, a hole behind each."""
+    """A file that takes long to copy for its size: pieces of one block, each followed by a hole."""
     with path.open("wb") as file:
         for n in range(extents):
             os.pwrite(file.fileno(), b"%08d" % n * 512, n * 8192)

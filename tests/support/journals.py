@@ -8,7 +8,7 @@ from typing import Any
 
 
 def rewrite_spec(path: Path, **changed: Any) -> None:
-    """Gives the job in the journal at `path` other fields, without the checksum, which a journal may lack."""
+    """Replace fields of the job in the journal at `path`. The checksum is removed, which a journal may lack."""
     journal = json.loads(path.read_bytes())
     del journal["check"]
     path.write_text(json.dumps(journal | {"spec": journal["spec"] | changed}))

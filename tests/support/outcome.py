@@ -1,4 +1,4 @@
-"""What pytest knows of a test after its body ran, for the fixtures that come after it."""
+"""The outcome of a test's body, for the fixtures that are torn down after it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 #: The log files of the processes that a test started; shown when it fails.
 LOGS = pytest.StashKey[list[Path]]()
-#: How the body of the test ended; absent when it did not run.
+#: The outcome of the test's body; absent if it did not run.
 CALL = pytest.StashKey[pytest.TestReport]()
 
 

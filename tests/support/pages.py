@@ -8,7 +8,7 @@ from tasks.copier.report import FileResult, Report
 
 
 def page_of(results: Iterable[FileResult]) -> bytes:
-    """One page with these."""
+    """One page with these FileResults."""
     report = Report()
     for result in results:
         report.add(result)

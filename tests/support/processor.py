@@ -1,7 +1,7 @@
-"""What the kernel knows of processes and the processor: how long they waited for it, how long they used it, who sleeps.
+"""CPU use of processes as the kernel counts it: time that they waited for a CPU or used one, and whether they sleep.
 
-A promise about time is held by these, and not by the clock on the wall: beside other tests, a process waits for a
-processor longer than it works.
+Tests of time limits use these instead of the wall clock: when other tests run at the same time, a process waits for a
+CPU longer than it works.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from pathlib import Path
 
 from tests.fixtures.processes import wait_until
 
-#: How many polls of `wait_until`, 20 ms apart, must find all threads asleep. It is more than twice the beat of a
-#: worker's children, so that one which wakes to go on is seen.
+#: The number of polls of `wait_until`, 20 ms apart, that must find all threads asleep. They take more than twice the
+#: poll interval of a worker's children, so that a child that only sleeps between polls is noticed.
 _QUIET_POLLS = 30
 _NANOSECONDS = 1e9
 
 
 class LoadFreeStopwatch:
-    """Seconds since it was made, less those in which threads of the processes were ready to run and had no processor.
+    """Seconds since its creation, without the time in which threads of the processes were ready to run and had no CPU.
 
-    The processes are those that act one after another in what is timed; this one is always among them. With several at
-    once too much is taken off: a busy machine makes the promise lax, and never fails it.
+    The processes are those that act one after another in the measured part; this process is always one of them. If
+    several act at once, too much is subtracted: on a busy machine the limit is then less strict, but never fails
+    wrongly.
     """
 
     def __init__(self, pids: Callable[[], Iterable[int]]) -> None:
@@ -43,15 +44,15 @@ class LoadFreeStopwatch:
 
 
 def processor_seconds(pid: int) -> float:
-    """How long a process's threads have used a processor so far (proc(5): utime and stime in /proc/PID/stat)."""
+    """The CPU time that a process's threads have used so far (proc(5): utime and stime in /proc/PID/stat)."""
     fields = _stat_after_name(Path(f"/proc/{pid}/stat"))
     return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def wait_until_asleep(pids: Callable[[], Iterable[int]], what: str, timeout: float = 60.0) -> None:
-    """Return when the processes have nothing to do: all their threads wait for an event, in many polls in a row.
+    """Return when the processes are idle: all their threads wait for an event, in many polls in a row.
 
-    One that is ready to run and has no processor is not asleep, so that a busy machine cannot feign it.
+    A thread that is ready to run and has no CPU is not asleep, so that a busy machine does not look idle.
     """
     quiet_polls = [0]
 
@@ -72,7 +73,7 @@ def _is_busy(pid: int) -> bool:
 
 
 def _seconds_without_processor(pids: Iterable[int]) -> dict[Path, float]:
-    """For each thread, how long it was ready to run and did not: the second number in schedstat of proc(5)."""
+    """For each thread, the time that it was ready to run and did not run: the second number in schedstat of proc(5)."""
     waited = {}
     for pid in pids:
         for thread in _threads(pid):
@@ -88,5 +89,5 @@ def _threads(pid: int) -> list[Path]:
 
 
 def _stat_after_name(path: Path) -> list[str]:
-    """The fields of a stat file from the state on: "pid (name) state ...", and a name may hold blanks and brackets."""
+    """The fields of a stat file from the state on: "pid (name) state ...", where the name may contain " " and ")"."""
     return path.read_text().rpartition(")")[2].split()

@@ -1,4 +1,4 @@
-"""What the machine must have for a test: without it the test is skipped on a laptop, and fails in CI."""
+"""Requirements of a test on the machine: if one is missing, the test is skipped on a laptop and fails in CI."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 T = TypeVar("T")
 
-#: Where mkfs and mount are, also for a user whose PATH has no sbin; and docker's compose plugin.
+#: The directories of mkfs and mount, also for a user whose PATH has no sbin; and that of docker's compose plugin.
 _MORE_PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/libexec/docker/cli-plugins:/usr/lib/docker/cli-plugins"
 
 
@@ -19,10 +19,10 @@ def in_ci() -> bool:
 
 
 def require(found: T | Literal[False] | None, what: str, why: str) -> T:
-    """Returns `found`; if that is False or None, skips the test, or in CI fails it.
+    """Return `found`; if it is False or None, skip the test, or fail it in CI.
 
-    `what` names the missing thing and `why` what needs it, as in
-    `require(os.geteuid() == 0, "root", "mounting filesystems")`.
+    `what` names the missing requirement and `why` what needs it, as in `require(os.geteuid() == 0, "root", "mounting
+    filesystems")`.
     """
     if found is None or found is False:
         message = f"missing: {what}; needed for: {why}"
@@ -33,5 +33,5 @@ def require(found: T | Literal[False] | None, what: str, why: str) -> T:
 
 
 def require_command(name: str, why: str) -> str:
-    """Returns the path of the command `name`."""
+    """The path of the command `name`."""
     return require(shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:{_MORE_PATH}"), name, why)

@@ -1,4 +1,4 @@
-"""Source directories with everything that a fork must carry over."""
+"""Source directories with every kind of entry and metadata that a fork must carry over."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ _NO_ID = 0xFFFFFFFF
 #: <linux/capability.h>: VFS_CAP_REVISION_2 and effective, then permitted and inheritable; here CAP_NET_BIND_SERVICE.
 CAPABILITY_TO_BIND = struct.pack("<5I", 0x02000001, 1 << 10, 0, 0, 0)
 
-#: 200 ns granularity would show: no filesystem here rounds more than to one.
+#: Timestamps rounded to more than 200 ns would be noticed: no filesystem here does that.
 OLD_NS = 1_234_567_890_123_456_789
 
 
 def acl(owner: int, group: int, other: int, *, users: Iterable[tuple[int, int]] = ()) -> bytes:
-    """An ACL as the kernel takes it in an attribute; `users` are (uid, permissions)."""
+    """An ACL in the format of the kernel's attribute; `users` are (uid, permissions)."""
     entries = [(_USER_OBJ, owner, _NO_ID), *((_USER, mode, uid) for uid, mode in sorted(users))]
     entries += [(_GROUP_OBJ, group, _NO_ID), (_GROUP, 5, 1234), (_MASK, 7, _NO_ID), (_OTHER, other, _NO_ID)]
     return _ACL_HEADER + b"".join(struct.pack("<HHI", *entry) for entry in entries)
 
 
 def age(path: Path, *, mtime: int = OLD_NS) -> None:
-    """Set the times of what stands at `path`, itself if it is a symlink; read after written, so relatime is at rest."""
+    """Set the times of the entry at `path`, also of a symlink. atime is after mtime, so relatime does not update it."""
     os.utime(path, ns=(mtime + 86_400_000_000_001, mtime), follow_symlinks=False)
 
 
 def make_images(directory: Path) -> None:
-    """Files with holes in every place, and sizes that no block divides."""
+    """Files with holes at every position, and sizes that are no multiple of a block."""
     make_sparse_file(directory / "scattered.raw", 16 * MIB + 4321, 3 * MIB, seed=1)
     make_sparse_file(directory / "all-hole.raw", 64 * MIB + 1, 0)
     make_sparse_file(directory / "no-hole.raw", 2 * MIB + 7, 4 * MIB, seed=2)
@@ -51,7 +51,7 @@ def make_images(directory: Path) -> None:
 
 
 def make_names(directory: Path) -> None:
-    """Names that are hard to carry: not UTF-8, of 255 bytes, with every odd character."""
+    """Names that are hard to preserve: not UTF-8, of 255 bytes, with every unusual character."""
     for name in (
         b"not-utf8-\xff\xfe",
         b"n" * 255,
@@ -120,7 +120,7 @@ def make_metadata(directory: Path) -> None:
 
 
 def make_everything(directory: Path) -> Path:
-    """All of the above, a guest's files, an empty directory, a deep one; all times old."""
+    """All of the above, a guest's files, an empty directory, a deep one; all times are old."""
     make_guest(directory, GuestSizes(overlay=16 * MIB, overlay_data=2 * MIB, memory=8 * MIB, memory_data=3 * MIB))
     for name, make in (("images", make_images), ("names", make_names), ("links", make_links), ("meta", make_metadata)):
         (directory / name).mkdir()

@@ -1,4 +1,4 @@
-"""A picture of a directory tree that two trees, or one tree at two times, can be compared by."""
+"""A description of a directory tree, with which two trees, or one tree at two times, can be compared."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from dataclasses import dataclass
 
 from tests.support.extents import data_extents
 
-#: Content is compared in blocks of this many bytes, and blocks of zeros are passed over: a hole and
-#: written zeros are the same content, and a file of terabytes with little data is read quickly.
+#: Content is compared in blocks of this many bytes, and blocks of zeros are skipped: a hole and written zeros are the
+#: same content, and a sparse file of terabytes is read quickly.
 _BLOCK = 1 << 16
 _ZEROS = bytes(_BLOCK)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """All that a faithful clone must have of one entry. Two clones are alike when their entries are equal."""
+    """All properties of an entry that a clone must preserve. Two clones are equal when their entries are equal."""
 
     kind: str  #: "file", "directory", "symlink", "socket", "fifo", "block" or "char"
     mode: int  #: permission bits, with set-uid, set-gid and sticky
     uid: int
     gid: int
-    size: int | None  #: None for directories: theirs is the filesystem's own affair
+    size: int | None  #: None for directories: their size depends on the filesystem
     mtime_ns: int
     xattrs: tuple[tuple[bytes, bytes], ...]  #: with ACLs (system.posix_acl_*), sorted by name
     target: bytes | None  #: of a symlink
     sha256: str | None  #: of a regular file's content
-    links: tuple[bytes, ...]  #: all paths in the tree that are this same inode, if it has several
+    links: tuple[bytes, ...]  #: all paths in the tree with this inode, if it has several
 
 
 def snapshot(root: str | bytes | os.PathLike[str]) -> dict[bytes, Entry]:
-    """Every entry beneath `root` by its relative path, and `root` itself as b"."."""
+    """Every entry below `root` by its relative path, and `root` itself as b"."."""
     top = os.fsencode(root)
     statuses = dict(_walk(top))
     links: dict[tuple[int, int], list[bytes]] = {}
@@ -56,7 +56,7 @@ def content_sha256(path: str | bytes | os.PathLike[str]) -> str:
             position = max(done, start // _BLOCK * _BLOCK)
             while position < end:
                 block = os.pread(file.fileno(), _BLOCK, position)
-                if not block:  # truncated meanwhile: the size is in the digest already
+                if not block:  # truncated in the meantime: the size is already in the digest
                     break
                 if block != _ZEROS[: len(block)]:
                     digest.update(b"@%d:" % position)

@@ -1,4 +1,4 @@
-"""One Redis and one worker for all tests of a module, and a look at what each test left."""
+"""One Redis and one worker for all tests of a module, and a check of what each test leaves."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from worker.started_processes import redis_executable
 def module_worker(
     mounts: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[tuple[RedisServer, Worker]]:
-    """A Redis and a worker with two children; its one root is where all filesystems are mounted.
+    """A Redis and a worker with two children; its one root is the directory in which all filesystems are mounted.
 
-    Its limits are SMALL_LIMITS, or what the module calls LIMITS.
+    Its limits are SMALL_LIMITS, or the module's LIMITS.
     """
     executable = require(redis_executable(), "redis-server", "the tests that run on Redis")
     with ExitStack() as stack:
@@ -59,7 +59,7 @@ def module_worker(
 
 @pytest.fixture
 def system(module_worker: tuple[RedisServer, Worker], request: pytest.FixtureRequest) -> Iterator[System]:
-    """The module's system; a test that passed but left a message or a key for ever fails after all."""
+    """The module's system. A test that passed but left a message or a key without a TTL fails afterwards."""
     server, worker = module_worker
     request.node.stash[LOGS].append(worker.log)
     assert worker.running, "an earlier test ended the worker"
@@ -73,7 +73,7 @@ def system(module_worker: tuple[RedisServer, Worker], request: pytest.FixtureReq
             leaked = server.leaked_keys()
             assert not leaked, f"left in Redis without a TTL, or not in the table of keys: {', '.join(leaked)}"
             assert "Logging error" not in worker.output()[begin:]
-        else:  # what a failed test left must not fail the next one
+        else:  # so that the keys of a failed test do not fail the next one
             scheduler.redis.delete(*QUEUES)
     finally:
         scheduler.close()
@@ -87,7 +87,7 @@ def scheduler(system: System) -> Scheduler:
 
 @pytest.fixture
 def start_system(own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path) -> StartSystem:
-    """Starts a system of the test's own, for what would harm others; further workers come from `start_worker`."""
+    """Start a system for one test, which may harm it; further workers come from `start_worker`."""
 
     def start(env: Mapping[str, str] | None = None, *, concurrency: int = 2) -> System:
         worker = start_worker(mounts, concurrency, env=SMALL_LIMITS | dict(env or {}))
@@ -96,7 +96,7 @@ def start_system(own_scheduler: Scheduler, start_worker: StartWorker, mounts: Pa
     return start
 
 
-#: How many small files `large_source` holds.
+#: The number of small files in `large_source`.
 LARGE_FILES = 4_000
 
 
@@ -120,7 +120,7 @@ def large_source(xfs_noreflink: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def place(large_source: Path) -> Iterator[Path]:
-    """An empty directory on the filesystem of `large_source`; goes even while a worker still writes to it."""
+    """An empty directory on the filesystem of `large_source`. It is removed even while a worker writes to it."""
     directory = Path(tempfile.mkdtemp(dir=large_source.parent))
     yield directory
 

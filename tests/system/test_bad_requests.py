@@ -1,4 +1,4 @@
-"""Bad input: each row ends with its own code and path, leaves nothing, and the worker serves the next job."""
+"""Bad input: each row fails with its own code and path and leaves nothing, and the worker serves the next job."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from tests.support.system.staging_view import StagingView
 from tests.support.system.systems import System, stopped_in_the_middle
 from tests.support.tree import snapshot
 
-#: A small guest: most of these requests fail before its data are read.
+#: A small guest: most of these requests fail before its data is read.
 SIZES = GuestSizes(overlay=8 * MIB, overlay_data=MIB, memory=4 * MIB, memory_data=MIB, config=MIB // 4)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One bad request: made in a directory that has a good source `a`; `error_path` is what the error names."""
+    """One bad request, made in a directory with a valid source `a`; `error_path` is the path in the error."""
 
     code: str
     source: str = "{dir}/a"
@@ -157,7 +157,7 @@ ROWS = {
 
 
 def _entries(directory: Path) -> dict[bytes, object]:
-    """All below a directory. Its own times may change: staging came and went in it."""
+    """All entries below a directory. Its own times may change, since staging was created and removed in it."""
     return {path: entry for path, entry in snapshot(directory).items() if path != b"."}
 
 
@@ -341,7 +341,7 @@ def _replace(disk: Path) -> None:
 def test_source_that_changes_while_it_is_cloned_is_source_changed(
     system: System, scheduler: Scheduler, fresh: Fresh, change: Callable[[Path], object]
 ) -> None:
-    # Given a fork that is half done, and its disk among what is not
+    # Given a half-done fork that has not copied its disk yet
     directory = fresh("xfs_noreflink")
     source = directory / "a"
     source.mkdir()
@@ -383,7 +383,7 @@ def test_sockets_of_running_machines_are_no_reason_to_fail(system: System, sched
     directory = fresh("xfs")
     source = make_guest(directory / "a", SIZES)
     with socket.socket(socket.AF_UNIX) as listener:
-        # Given a socket that is listened on; a path relative to the directory, since sun_path is short
+        # Given a socket with a listener; its path is relative to the directory, since sun_path is short
         fd = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
         listener.bind(f"/proc/self/fd/{fd}/api.socket")
         os.close(fd)
@@ -431,7 +431,7 @@ def worker_of_nobody(
 def test_what_the_workers_user_may_not_do_is_permission_denied(
     worker_of_nobody: Worker, own_scheduler: Scheduler, fresh: Fresh
 ) -> None:
-    # Given a worker that is not root
+    # Given a worker that does not run as root
     scheduler = own_scheduler
     system = System(scheduler.server, worker_of_nobody, scheduler)
     directory = fresh("xfs")
@@ -450,7 +450,7 @@ def test_what_the_workers_user_may_not_do_is_permission_denied(
         system.assert_left_nothing_in(directory)
         assert not (directory / "b").exists()
 
-    # When a file, a directory, the source itself, or the destination's parent is not for it
+    # When a file, a directory, the source itself, or the destination's parent is not accessible to it
     os.chown(source / "config.ext4", 0, 0)
     (source / "config.ext4").chmod(0o600)
     denied(source / "config.ext4")
@@ -472,7 +472,7 @@ def test_what_the_workers_user_may_not_do_is_permission_denied(
     (directory / "read-only").mkdir(mode=0o755)
     denied(directory / "read-only" / "b", directory / "read-only" / "b")
 
-    # Then it serves what it may
+    # Then it serves a request that it may
     assert scheduler.fork(source, directory / "b")["status"] == "succeeded"
     assert (directory / "b" / "config.ext4").stat().st_uid == 65534
     scheduler.wait_quiet()

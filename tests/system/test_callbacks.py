@@ -1,4 +1,4 @@
-"""What follows a job in its client's workflow: link, link_error, chains and chords, whichever task ends the job."""
+"""Callbacks of a job: link, link_error, chains and chords, whichever task ends the job."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.system.scheduler import QUEUE, Scheduler
 from tests.support.system.staging_view import StagingView
 from tests.support.system.systems import System, send, stopped_in_the_middle
 
-#: A queue of the client's own; nobody takes from it, so each test sees what was sent.
+#: A queue of the client; no worker consumes it, so each test sees the messages that were sent.
 OWN = "notices"
 CALL_SECONDS = 20.0
 
@@ -38,7 +38,7 @@ def _note(scheduler: Scheduler, word: str, queue: str | None = OWN, **options: A
 
 
 def _job(scheduler: Scheduler, size: str, directory: Path, job_id: str) -> Any:
-    """A signature of a job of the given size, whose source is made when it is first asked for."""
+    """A signature of a job of the given size, whose source is made at first use."""
     files = 60 if size == "chunks" else 5  # see SMALL_LIMITS
     source = directory / f"{size}-source"
     if not source.exists():
@@ -51,7 +51,7 @@ def _job(scheduler: Scheduler, size: str, directory: Path, job_id: str) -> Any:
 
 
 def _sent(scheduler: Scheduler, queue: str = OWN) -> list[tuple[str, Any]]:
-    """The tasks in a queue of the client's, in order of their names, each with its first argument."""
+    """The tasks in a queue of the client, sorted by name, each with its first argument."""
     messages = [json.loads(raw) for raw in scheduler.redis.lrange(queue, 0, -1)]
     bodies = [json.loads(base64.b64decode(message["body"])) for message in messages]
     return sorted(
@@ -68,7 +68,7 @@ def _names(scheduler: Scheduler, queue: str = OWN) -> list[str]:
 def test_link_chain_and_chord_follow_a_job_of_any_size(scheduler: Scheduler, fresh: Fresh, size: str) -> None:
     directory = fresh("xfs")
     jobs = iter([_job(scheduler, size, directory, f"{size}-{word}") for word in ("link", "chain", "chord")])
-    if size == "campaign":  # three into one directory would meet
+    if size == "campaign":  # three into one directory would collide
         for job, place in zip(jobs_list := list(jobs), ("x", "y", "z"), strict=True):
             (directory / place).mkdir()
             job.kwargs["request"]["destinations"]["template"] = f"{directory}/{place}/vm-{{n:04}}"
@@ -138,7 +138,7 @@ def test_messages_delivered_again_after_the_end_call_nothing_back_twice(
         job.apply_async(link=[_note(scheduler, "one"), _note(scheduler, "two")])
         wait_until(lambda: len(_sent(scheduler)) >= 2, "the callbacks")
         scheduler.wait_quiet()
-        # At least once: two batches that end at the same moment may each have sent the end of the campaign.
+        # At least once: two batches that end at the same moment may both have sent the task that ends the campaign.
         sent = _names(scheduler)
 
         deliver(system.server, *recorder.messages)
@@ -158,7 +158,7 @@ def test_callback_that_was_lost_between_end_and_sending_is_sent_by_the_next_deli
         wait_until(lambda: bool(_sent(scheduler)), "the callback")
         scheduler.wait_quiet()
     first = json.loads(scheduler.redis.lindex(OWN, 0) or b"")["headers"]["id"]
-    # As a process leaves it that dies after it has stored the result: nothing sent, nothing noted as sent.
+    # The state after a process is killed once it has stored the result: nothing sent, nothing recorded as sent.
     scheduler.redis.delete("forkvm:lost:canvas", OWN)
 
     deliver(system.server, *recorder.of_task("forkvm.fork"))
@@ -188,7 +188,7 @@ def test_fork_whose_processes_are_killed_is_followed_once(
 def test_callback_that_cannot_be_sent_changes_no_state_and_keeps_no_other_back(
     system: System, scheduler: Scheduler, fresh: Fresh
 ) -> None:
-    scheduler.redis.hset("no-queue", "a", "b")  # LPUSH is refused: WRONGTYPE
+    scheduler.redis.hset("no-queue", "a", "b")  # LPUSH fails with WRONGTYPE
     scheduler.redis.expire("no-queue", 600)
     job = _job(scheduler, "chunks", fresh("xfs"), "unsent")
 
@@ -218,7 +218,7 @@ def test_task_without_a_queue_goes_to_celerys_default_and_a_fork_to_the_domain(
     assert (directory / "c").exists()
 
 
-#: Signatures that reach into the worker's own business.
+#: Signatures that would use the worker's own tasks or queues.
 FORGED: dict[str, Callable[[], dict[str, Any]]] = {
     "an inner task": lambda: {"task": "forkvm.finish", "options": {"queue": OWN}},
     "an inner queue": lambda: {"task": "client.x", "options": {"queue": "forkvm#finish"}},

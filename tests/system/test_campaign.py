@@ -45,10 +45,10 @@ RESULT_FIELDS = {
     "failures",
 }
 PROGRESS_FIELDS = {"forks_done", "forks_total", "forks_failed", "eta_seconds"}
-#: Within so many seconds after the request for it, a cancelled campaign has ended.
+#: Seconds within which a cancelled campaign must have ended after the request.
 MOMENT = 2.0
-#: So many forks of a campaign may be made before a single fork begins that is sent while the campaign runs: two batches
-#: for each child of the worker.
+#: The number of a campaign's forks that may be made before a single fork starts that is sent while the campaign runs:
+#: two batches for each child of the worker.
 FAIR = 4 * MOST_IN_BATCH
 
 
@@ -96,7 +96,7 @@ def test_a_campaign_has_its_result_under_its_id_and_each_fork_under_its_own(
 def test_forks_can_be_asked_for_in_order_while_the_campaign_runs(
     system: System, scheduler: Scheduler, source: Path, place: Path
 ) -> None:
-    # Given a campaign that is paused, half done
+    # Given a half-done campaign that is paused
     sent = send(scheduler, request_of(source, place, 400), "running")
     with stopped_when(system.worker, lambda: 0 < done(scheduler, "running") < 400, "a half done campaign"):
         # When
@@ -201,14 +201,14 @@ def test_every_message_of_a_campaign_delivered_twice_and_again_later_makes_each_
 def test_messages_of_a_half_done_campaign_delivered_again_in_reverse_make_each_fork_once(
     system: System, scheduler: Scheduler, source: Path, place: Path
 ) -> None:
-    # Given a campaign that is paused, half done
+    # Given a half-done campaign that is paused
     paths = paths_of(place, 400)
     with Recorder(system.server) as recorder:
         sent = send(scheduler, request_of(source, place, 400), "reversed")
         with stopped_when(system.worker, lambda: 0 < done(scheduler, "reversed") < 400, "a half done campaign"):
             published = {path: identity(path) for path in paths if path.exists()}
 
-            # When all its messages come again, the done ones, those in work and those to come
+            # When all its messages are delivered again: those of done batches, of running ones and of waiting ones
             again = recorder.messages[::-1]
             deliver(system.server, *again)
 
@@ -362,7 +362,7 @@ def test_what_cannot_be_begun_fails_with_every_fork(system: System, scheduler: S
 def test_a_single_fork_starts_soon_while_a_campaign_of_ten_thousand_runs(
     system: System, scheduler: Scheduler, place: Path, fresh: Fresh
 ) -> None:
-    """It waits for the batches that are being made or have been taken. The median of several forks."""
+    """It waits for the batches that are running or already taken. The test uses the median of several forks."""
     # Given
     directory = fresh("xfs")
     make_guest(directory / "a", GuestSizes(overlay=1 << 20, overlay_data=1 << 16, memory=1 << 20, memory_data=1 << 16))
@@ -391,7 +391,7 @@ def test_two_campaigns_share_the_workers(system: System, scheduler: Scheduler, f
     places = {"left": fresh("xfs"), "right": fresh("xfs")}
     source = make_tiny_source(fresh("xfs") / "source")
 
-    # Turns are of up to 8 batches, which a campaign may have in the queue at once, of up to 128 forks
+    # A turn has up to 8 batches, the number that a campaign may have in the queue at once, of up to 128 forks
     sent = [send(scheduler, request_of(source, place, 3_000), name) for name, place in places.items()]
     for one in sent:
         assert one.get(timeout=40)["status"] == "succeeded"

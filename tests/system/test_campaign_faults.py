@@ -1,4 +1,4 @@
-"""Campaigns whose workers die or are paused, or whose Redis goes away: every fork once, and none torn."""
+"""Campaigns whose workers are killed or paused, or whose Redis stops: every fork is made once, and none is torn."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.system.staging_view import leftovers
 from tests.support.system.systems import StartSystem, System, spin_until, stopped_when
 from tests.support.system.systems import send as send_signal
 
-#: A dead worker's messages come again as soon as they may.
+#: A killed worker's messages are delivered again as soon as possible.
 SHORT = {"FORKVM_VISIBILITY_TIMEOUT": "5"}
 DOMAIN = "nvme-a"
 
@@ -50,7 +50,7 @@ def is_running(scheduler: Scheduler, campaign_id: str, count: int) -> bool:
 
 
 def wait_for_end(scheduler: Scheduler, campaign_id: str, timeout: float = 60.0) -> None:
-    """The test asks Redis: Celery's own waiting does not outlive a server."""
+    """The test reads Redis directly: Celery's own wait does not survive a restart of the server."""
     wait_until(lambda: scheduler.results.final.get(campaign_id) is not None, f"the result of {campaign_id}", timeout)
 
 
@@ -69,7 +69,7 @@ def test_a_child_killed_in_the_middle_costs_nothing_but_time(
 def test_two_workers_of_a_domain_share_a_campaign_and_one_ends_it_when_the_other_is_killed(
     own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, source: Path, place: Path
 ) -> None:
-    # Given two workers that serve one domain, and one that serves the default
+    # Given two workers of one domain, and one of the default domain
     scheduler, queue = own_scheduler, f"forkvm.{DOMAIN}"
     served = {"command": "forkvm", "args": ["--domain", DOMAIN], "env": SHORT}
     workers = [start_worker(mounts, 1, wait=False, **served) for _ in range(2)]  # type: ignore[arg-type]
@@ -100,7 +100,7 @@ def test_two_workers_of_a_domain_share_a_campaign_and_one_ends_it_when_the_other
 def test_a_worker_that_was_paused_loses_its_batches_and_writes_nothing_into_what_was_published(
     own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, source: Path, place: Path
 ) -> None:
-    # Given a worker that was stopped with batches in its hands
+    # Given a worker that was stopped with batches in progress
     scheduler = own_scheduler
     sleeper = start_worker(mounts, env=SHORT)
     send(scheduler, request_of(source, place, 400), "paused")
@@ -152,7 +152,7 @@ def test_a_campaign_whose_redis_is_full_ends_with_its_true_result_once_there_is_
     scheduler, count = system.scheduler, 600
     send(scheduler, request_of(source, place, count), "full")
 
-    # When its batches find no room for their results
+    # When there is no room for the results of its batches
     with stopped_when(system.worker, lambda: is_running(scheduler, "full", count), "a half done campaign"):
         scheduler.redis.config_set("maxmemory", "1mb")
         done_before = done(scheduler, "full")
@@ -185,7 +185,7 @@ def test_a_redis_that_was_emptied_tells_no_false_success_and_the_id_works_again(
     before = published_forks(place)
     assert len(before) < 1000
 
-    # and another campaign of that id is what it asks for, beside what is left of the first
+    # and another campaign with that id makes what it requests, beside the forks of the first
     request = request_of(source, place, 30) | {"destinations": [str(place / f"again-{n}") for n in range(30)]}
     result = send(scheduler, request, "forgotten").get(timeout=30)
     assert result["forks"]["total"] == 30

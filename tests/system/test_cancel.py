@@ -1,4 +1,4 @@
-"""Asking for an end: a fork that is not published yet ends as cancelled within moments, and leaves nothing."""
+"""Cancellation: a fork that is not published yet ends as cancelled within seconds, and leaves nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.system.staging_view import StagingView
 from tests.support.system.systems import System, spin_until, stopped_in_the_middle
 from tests.system.conftest import LARGE_FILES
 
-#: Within so many seconds after the request for it, a cancelled fork has ended.
+#: Seconds within which a cancelled fork must have ended after the request.
 MOMENT = 2.0
 
 
@@ -60,7 +60,7 @@ def test_flag_ends_a_large_fork_within_moments_and_nothing_is_left(
     assert str(sent.state) == "REVOKED"
     assert states(records)[-1] == "REVOKED"
     assert took < MOMENT
-    # most of the work was not done for nothing
+    # the fork was not nearly complete anyway
     result = scheduler.results.final.fork(fork_id)
     assert result is not None
     assert result["bytes"]["copied"] < sum(path.stat().st_blocks * 512 for path in large_source.rglob("*"))
@@ -69,7 +69,7 @@ def test_flag_ends_a_large_fork_within_moments_and_nothing_is_left(
 def test_flag_ends_a_fork_of_short_chunks_without_waiting_for_all_of_them(
     system: System, scheduler: Scheduler, large_source: Path, place: Path
 ) -> None:
-    """Each chunk is shorter than the time between two beats: they must look also when they begin."""
+    """Each chunk takes less time than the poll interval: cancellation must also be checked when a chunk starts."""
     sent = scheduler.send({"source": str(large_source), "destination": str(place / "b")}, "cancel-short")
     staging = StagingView(place, "cancel-short")
     with stopped_in_the_middle(system.worker, staging):
@@ -88,7 +88,7 @@ def test_flag_ends_a_fork_of_short_chunks_without_waiting_for_all_of_them(
 
 
 def test_flag_ends_a_fork_that_is_cloned_inline(system: System, scheduler: Scheduler, fresh: Fresh) -> None:
-    """One task plans and clones; it looks at its own beats."""
+    """One task plans and clones; it checks for cancellation in its own poll callback."""
     directory = fresh("xfs_noreflink")
     source = directory / "a"
     source.mkdir()

@@ -1,4 +1,7 @@
-"""Celery's own ends of a task: revoked, terminated, expired, out of time. A fork ends by them as cancelled, or not."""
+"""Celery's own ways to end a task: revoke, terminate, expiry, time limit.
+
+A fork ends as cancelled, or is not affected.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,10 @@ from tests.support.tree import snapshot
 from worker.runtime.configuration import make_app
 from worker.settings import read_settings
 
-#: Seconds for a cancelled fork to end. A busy machine needs tens of them to remove its 45,000 entries.
+#: Seconds for a cancelled fork to end. A busy machine needs tens of seconds to remove its 45,000 entries.
 _END_TIMEOUT = 90.0
 
-#: Ways of Celery's clients to end a task, each with the id of the fork.
+#: The ways in which Celery's clients end a task, each with the id of the fork.
 REVOKED: dict[str, Callable[[Any, str], None]] = {
     "revoke": lambda control, fork_id: control.revoke(fork_id),
     "revoke and terminate": lambda control, fork_id: control.revoke(fork_id, terminate=True, signal="SIGKILL"),
@@ -126,7 +129,7 @@ def test_fork_that_expires_after_it_was_begun_goes_on(system: System, scheduler:
     directory = fresh("xfs")
     source = make_guest(directory / "a")
     request = _request(source, directory / "b")
-    # Given a worker that began with it and died
+    # Given a worker that started the fork and was killed
     scheduler.results.claims.take("begun", {"request": request, "destination": request["destination"], "queue": QUEUE})
 
     _send(scheduler, request, "begun", expires=datetime.now(UTC) - timedelta(hours=1))
@@ -139,7 +142,7 @@ def test_fork_that_expires_after_it_was_begun_goes_on(system: System, scheduler:
 def test_fork_that_takes_longer_than_its_clients_limit_ends_as_cancelled(
     system: System, scheduler: Scheduler, fresh: Fresh, limit: str
 ) -> None:
-    """One task makes it, out of directories and symlinks, which takes seconds."""
+    """One task makes it, from directories and symlinks, which takes seconds."""
     directory = fresh("xfs_noreflink")
     for n in range(150):
         (directory / "a" / str(n)).mkdir(parents=True)
@@ -194,7 +197,7 @@ def test_final_state_is_never_replaced(system: System, scheduler: Scheduler, fir
 
 
 def test_fork_whose_id_celery_has_revoked_is_not_begun(system: System, scheduler: Scheduler, fresh: Fresh) -> None:
-    """Another application's worker answers a `revoke` too, and stores the state of a task that it does not know."""
+    """Another application's worker replies to a `revoke` too, and stores the state of a task that it does not know."""
     directory = fresh("xfs")
     scheduler.app.backend.store_result("elsewhere", ValueError("revoked"), "REVOKED")
 
@@ -205,6 +208,6 @@ def test_fork_whose_id_celery_has_revoked_is_not_begun(system: System, scheduler
 
 
 def _assert_cancelled_later(scheduler: Scheduler, fork_id: str, destination: Path) -> None:
-    """As `_assert_cancelled`, where the state is there before the result."""
+    """As `_assert_cancelled`, but the state may be stored before the result."""
     wait_until(lambda: scheduler.results.final.fork(fork_id) is not None, f"the result of {fork_id}")
     _assert_cancelled(scheduler, fork_id, destination)

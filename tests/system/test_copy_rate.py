@@ -14,7 +14,7 @@ from tests.support.requirements import require_command
 from tests.support.system.scheduler import Scheduler
 
 _RATE = 16 * MIB
-#: What each of three forks copies.
+#: The bytes that each of three forks copies.
 _SIZE = 24 * MIB
 
 
@@ -25,7 +25,7 @@ def test_two_workers_and_a_local_fork_together_stay_within_the_bound(
     fresh: Fresh,
     tmp_path: Path,
 ) -> None:
-    # Given two workers of one process each, with a priority
+    # Given two workers of one process each, with an I/O priority
     place = fresh("xfs_noreflink")
     (place / "source").mkdir()
     make_sparse_file(place / "source" / "disk.raw", _SIZE, _SIZE)

@@ -1,4 +1,4 @@
-"""`forkvm.estimate`, as a scheduler sees it: an Estimate or an error under its id, and nothing left."""
+"""`forkvm.estimate`: an Estimate or an error under its id, and nothing left behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forks that are too much for one task: many children, byte ranges, and never more than one of each result."""
+"""Forks that are too large for one task: several children, byte ranges, and never more than one of each result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CHUNK_LINE = re.compile(r"(ForkPoolWorker-\d+)\] Task forkvm\.chunk\[(\S+)\.chu
 
 
 def _workers_of_chunks(log: str, fork_id: str) -> dict[int, str]:
-    """Which child did each chunk, as the worker's log tells."""
+    """The child that made each chunk, according to the worker's log."""
     return {int(number): child for child, id_, number in _CHUNK_LINE.findall(log) if id_ == fork_id}
 
 
@@ -30,11 +30,11 @@ def test_both_children_work_on_the_chunks_of_one_fork(
 
     system.assert_left_nothing_in(place)
     done_by = _workers_of_chunks(system.worker.output(), "fork-both")
-    assert set(done_by) < set(range(result["chunks"]))  # the first ones were done while the planner still walked
+    assert set(done_by) < set(range(result["chunks"]))  # the first ones were made while the planner still walked
     shares = {child: list(done_by.values()).count(child) for child in set(done_by.values())}
     assert len(shares) == 2
     assert min(shares.values()) > result["chunks"] // 10
-    # and what both made is the source, entry by entry
+    # and the fork made by both equals the source, entry by entry
     assert snapshot(place / "b") == snapshot(large_source)
     check_fork_result(result)
     files = scheduler.files("fork-both")
@@ -45,7 +45,7 @@ def test_both_children_work_on_the_chunks_of_one_fork(
 def test_fork_beyond_the_inline_limits_without_reflink_copies_a_large_file_in_ranges_and_keeps_its_holes(
     system: System, scheduler: Scheduler, fresh: Fresh
 ) -> None:
-    # Given a disk whose data lies in its first MiB, its last, and scattered between, among other files
+    # Given a disk whose data is in its first MiB, its last, and scattered between, among other files
     directory = fresh("ext4")
     source = make_guest(directory / "a")
     disk = source / "disk.raw"
@@ -93,7 +93,7 @@ def test_reflinked_fork_of_many_files_is_fanned_out_and_every_extent_is_shared(
     assert (result["files"]["reflinked"], result["files"]["copied"]) == (506, 0)
     check_file_results(result, scheduler.files("fork-layers"))
     assert all(sharing(path).whole for path in (directory / "b").rglob("block-*"))
-    # and a write to the fork leaves the source as it was
+    # and a write to the fork leaves the source unchanged
     before = snapshot(source)
     for path in (directory / "b").rglob("block-*"):
         path.write_bytes(b"changed")
@@ -148,6 +148,6 @@ def test_two_workers_share_the_chunks_of_one_fork(
     system.assert_left_nothing_in(place)
     shares = [_workers_of_chunks(worker.output(), "fork-shared") for worker in (system.worker, other)]
     assert all(shares)
-    assert set().union(*shares) < set(range(result["chunks"]))  # the planner's process did the others
+    assert set().union(*shares) < set(range(result["chunks"]))  # the planner's process made the others
     check_file_results(result, system.scheduler.files("fork-shared"))
     assert snapshot(place / "b") == snapshot(large_source)

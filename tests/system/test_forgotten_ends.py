@@ -1,4 +1,4 @@
-"""Redis forgets the ends of forks and delivers them again: what is at the destination decides."""
+"""Redis loses the ends of forks and delivers them again: the entry at the destination decides the result."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def place(fresh: Fresh) -> Path:
 
 
 def _keep(scheduler: Scheduler, copy: Path) -> None:
-    """Copies what Redis has on the disk by now."""
+    """Copy the data that Redis has on disk."""
     server = scheduler.server
     server.stop()
     shutil.copytree(server.socket.parent / "appendonlydir", copy)
@@ -41,7 +41,7 @@ def _keep(scheduler: Scheduler, copy: Path) -> None:
 
 
 def _go_back(system: System, copy: Path) -> None:
-    """Kills Redis; it comes back with the data of then."""
+    """Kill Redis, and start it with the copied data."""
     server = system.server
     server.kill()
     shutil.rmtree(server.socket.parent / "appendonlydir")
@@ -63,7 +63,7 @@ def _result(scheduler: Scheduler, fork_id: str) -> Any:
 def test_a_fork_that_redis_forgot_ends_with_the_same_result(
     own_scheduler: Scheduler, start_system: StartSystem, place: Path, tmp_path: Path
 ) -> None:
-    # Given a Redis that goes back to the moment before a fork was begun
+    # Given a Redis that is restored to the moment before a fork was started
     make_guest(place / "a")
     own_scheduler.send({"source": str(place / "a"), "destination": str(place / "b")}, "forgotten")
     _keep(own_scheduler, tmp_path / "copy")
@@ -85,7 +85,7 @@ def test_a_fork_that_redis_forgot_ends_with_the_same_result(
     assert (place / "b").stat().st_ino == inode
     own_scheduler.wait_quiet()
 
-    # and another id, or another request under that id, is not taken for it
+    # and for another id, or another request under that id, it does not count as the fork
     _, other = own_scheduler.wait_failed(
         own_scheduler.send({"source": str(place / "a"), "destination": str(place / "b")}, "other")
     )
@@ -160,7 +160,7 @@ def test_a_campaign_that_redis_forgot_ends_with_the_same_results(
     assert forks_of(own_scheduler, "many", COUNT) == forks
     assert [path.stat().st_ino for path in paths_of(place, COUNT)] == inodes
 
-    # and another campaign at the same places is not taken for it
+    # and for another campaign with the same destinations they do not count as its forks
     send(own_scheduler, request_of(source, place, COUNT), "other")
     _wait_for_end(own_scheduler, "other")
     own_scheduler.wait_quiet()

@@ -25,7 +25,7 @@ from tests.support.system.staging_view import StagingView
 from tests.support.system.systems import System, spin_until
 from tests.support.tree import snapshot
 
-#: What is skipped in a guest of `make_guest`, and why; what lies below `logs` is not walked.
+#: The entries of a `make_guest` guest that are skipped, and why; the entries of `logs` are not walked.
 SKIPPED = {
     "logs": "excluded by /logs/",
     "vsock.sock": "excluded by *.sock",
@@ -75,7 +75,7 @@ def test_guest_on_xfs_is_reflinked_and_its_result_has_every_field_of_the_contrac
     logical -= (source / "state").stat().st_size  # a hard link has no bytes of its own
     assert result["bytes"] == {"logical": logical, "reflinked": logical, "copied": 0}
 
-    # and the files' results are one for each entry, and sum up to the fork's
+    # and there is one FileResult for each entry, and they add up to the totals
     files = scheduler.files("fork-17")
     check_file_results(result, files)
     assert {file["path"] for file in files} == entries_of(source) - {"logs/console.log"}
@@ -83,7 +83,7 @@ def test_guest_on_xfs_is_reflinked_and_its_result_has_every_field_of_the_contrac
     assert {file["type"] for file in files} == {"file", "directory", "symlink", "socket"}
     assert all(file["error"] is None for file in files)
 
-    # and the fork is the source, with every extent shared
+    # and the fork equals the source, with every extent shared
     fork, original = _without_skipped(directory / "b"), _without_skipped(source)
     fork.pop(b".")
     original.pop(b".")
@@ -139,7 +139,7 @@ def test_states_of_a_large_fork_are_started_then_progress_then_success(
         spin_until(poll, "the end", 40)
         result = scheduler.wait(sent)
 
-    # Then each state has its turn, with no way back
+    # Then each state occurs in order
     assert [state for state in seen if state != "PENDING"] == ["STARTED", "PROGRESS", "SUCCESS"]
     assert states(records)[-2:] == ["PROGRESS", "SUCCESS"]
     assert records[-1]["result"] == result
@@ -152,7 +152,7 @@ def test_states_of_a_large_fork_are_started_then_progress_then_success(
         if told["phase"] != "plan":  # before that they are what the walk has found so far
             assert told["files_total"] == result["files"]["total"]
             assert told["bytes_total"] == result["bytes"]["logical"]
-    # and progress goes on
+    # and progress advances
     done = [told["bytes_done"] for told in progress if told["phase"] == "copy"]
     assert done == sorted(done)
     assert len(set(done)) > 1
@@ -188,7 +188,7 @@ def test_pages_are_read_from_redis_as_the_readme_tells(
     assert len(scheduler.redis.hkeys("forkvm:fork-raw:pages")) > 1
     check_file_results(result, files)
     assert files == scheduler.files("fork-raw")
-    # and so has one of a campaign
+    # and so does a fork of a campaign
     assert {file["path"] for file in _files_by_the_readme(scheduler.redis, "campaign-raw.1")} == {
         file["path"] for file in files
     }
@@ -327,7 +327,7 @@ def test_names_that_are_not_utf8_go_through_requests_and_results_without_loss(
     files = scheduler.files(result["fork_id"])
     assert {file["path"] for file in files} == set(names)
     assert sorted(os.listdir(os.fsencode(destination))) == sorted(os.fsencode(n) for n in names if n != names[2])
-    # and what lies in Redis is plain ASCII JSON for any client
+    # and Redis contains plain ASCII JSON for any client
     stored = scheduler.redis.get(f"celery-task-meta-{result['fork_id']}")
     assert isinstance(stored, bytes)
     assert json.loads(stored.decode("ascii"))["result"] == result

@@ -1,4 +1,4 @@
-"""What a worker that has nothing to do asks Redis."""
+"""The commands that an idle worker sends to Redis."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import time
 
 from tests.support.system.systems import System
 
-#: Seconds that the worker is watched at a time: longer than the interval of each command that recurs, but for sweeps.
+#: Seconds of one observation: longer than the interval of each periodic command, except sweeps.
 SECONDS = 4.0
-#: How often, since a worker sends more in its first seconds.
+#: The number of observations, since a worker sends more in its first seconds.
 TRIES = 6
 #: Commands a second, at most.
 MOST = 3.0
 
 
 def test_an_idle_worker_sends_few_commands(system: System) -> None:
-    system.scheduler.redis.set("forkvm:walk:forkvm", 1, ex=3600)  # the roots were searched
+    system.scheduler.redis.set("forkvm:walk:forkvm", 1, ex=3600)  # the roots have been searched
     system.scheduler.wait_quiet()
 
     rates = [_rate(system)]
@@ -26,7 +26,7 @@ def test_an_idle_worker_sends_few_commands(system: System) -> None:
 
 
 def _rate(system: System) -> float:
-    """Commands a second that Redis gets from the worker."""
+    """The number of commands per second that Redis receives from the worker."""
     before, began = _commands(system), time.monotonic()
     time.sleep(SECONDS)
     return (_commands(system) - before - 1) / (time.monotonic() - began)

@@ -58,7 +58,7 @@ def test_fork_with_the_id_of_a_campaigns_fork_is_dropped_and_named(
     environment = program_environment(system.server, mounts)
     refused = run_forkvm("submit", source, place / "other", "--id", "over.1", env=environment)
 
-    # Then the ids stay the campaigns', and nothing else is made
+    # Then the ids remain those of the campaigns' forks, and nothing else is made
     assert_all_are_whole(scheduler, long.get(timeout=60), source, paths_of(place_of_long, 1500))
     scheduler.wait_quiet()
     assert_all_are_whole(scheduler, result_of(scheduler, "over"), source, paths_of(place, 3))
@@ -70,7 +70,7 @@ def test_fork_with_the_id_of_a_campaigns_fork_is_dropped_and_named(
     assert "invalid_request" in refused.stderr
     assert "'over'" in refused.stderr
 
-    # and an id beyond the campaign's forks is free
+    # and an id with a number beyond the campaign's forks is free
     assert scheduler.wait(scheduler.send(request, "over.4"))["status"] == "succeeded"
     system.assert_left_nothing_in(place)
 
@@ -113,7 +113,7 @@ def test_the_same_id_in_a_second_domain_changes_nothing(
     campaign = send(scheduler, request_of(source, place, 3), "c").get(timeout=30)
     shutil.rmtree(place / "fork")
 
-    # When the same are sent to another one
+    # When the same requests are sent to another domain
     queue = f"forkvm.{DOMAIN}"
     scheduler.app.send_task("forkvm.fork", kwargs={"request": request}, task_id="f", queue=queue)
     send(scheduler, request_of(source, place, 3), "c", queue)
@@ -157,13 +157,13 @@ def test_single_fork_of_a_campaign_cannot_be_cancelled_and_says_so(
 def test_every_fork_has_a_result_when_the_campaigns_directory_is_lost(
     lost: str, system: System, scheduler: Scheduler, source: Path, place: Path
 ) -> None:
-    # Given a half done campaign
+    # Given a half-done campaign
     campaign_id, home = f"lost-{lost}", place / "home"
     home.mkdir()
     running = lambda: 0 < done(scheduler, campaign_id) < 1000  # noqa: E731
     sent = send(scheduler, request_of(source, home, 1000), campaign_id)
 
-    # When its home, or its staging alone, is moved away
+    # When its control directory's parent, or its staging alone, is moved away
     with stopped_when(system.worker, running, "a half done campaign"):
         if lost == "home":
             home.rename(place / "elsewhere")
@@ -171,7 +171,7 @@ def test_every_fork_has_a_result_when_the_campaigns_directory_is_lost(
             (control,) = (path for path in home.glob(".forkvm-*") if "." not in path.name[1:])
             control.rename(place / "elsewhere")
 
-    # Then it ends, and every fork of it
+    # Then the campaign and every fork of it end
     wait_until(lambda: scheduler.results.final.get(campaign_id) is not None, "the end", 60)
     scheduler.wait_quiet()
     result = result_of(scheduler, campaign_id)

@@ -1,4 +1,4 @@
-"""What Redis keeps of a job outlives the job, however long it takes and however long its workers are down."""
+"""The keys of a job in Redis outlive the job, however long it runs and however long its workers are down."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ def source(xfs: Path) -> Iterator[Path]:
 
 
 def let_pass(redis: Redis, seconds: int) -> None:
-    """Do to each key what so many seconds would do."""
+    """Change the TTL of each key as if so many seconds had passed."""
     for key in redis.scan_iter():
         ttl = redis.ttl(key)
         if ttl >= 0:
-            redis.expire(key, ttl - seconds)  # deletes it where nothing is left
+            redis.expire(key, ttl - seconds)  # deletes it if no TTL is left
 
 
 def test_campaign_survives_an_outage_of_its_workers_that_is_longer_than_results_are_kept(
     own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, source: Path, fresh: Fresh
 ) -> None:
-    # Given a campaign that is half done when its only worker dies
+    # Given a campaign that is half done when its only worker is killed
     scheduler, place, count = own_scheduler, fresh("xfs"), 600
     worker = start_worker(mounts, env=ENVIRONMENT)
     send(scheduler, request_of(source, place, count), "long")
@@ -64,11 +64,11 @@ def test_campaign_survives_an_outage_of_its_workers_that_is_longer_than_results_
     # When no worker runs for three days
     let_pass(scheduler.redis, THREE_DAYS)
 
-    # Then its client still sees it, and what has ended of it
+    # Then its client still sees it, and the results of its ended forks
     assert scheduler.results.states.get("long")["status"] in ("STARTED", "PROGRESS")
     assert forks_of(scheduler, "long", count) == forks
 
-    # and a worker ends it, from when on everything of it is kept equally long
+    # and a worker ends it, and from then on all its keys are kept equally long
     start_worker(mounts, env=ENVIRONMENT)
     wait_until(lambda: scheduler.results.final.get("long") is not None, "the end", 60)
     assert_all_are_whole(scheduler, result_of(scheduler, "long"), source, paths_of(place, count))
@@ -81,7 +81,7 @@ def test_campaign_survives_an_outage_of_its_workers_that_is_longer_than_results_
 def test_fork_and_its_staging_survive_an_outage_that_is_longer_than_results_are_kept(
     own_scheduler: Scheduler, start_worker: StartWorker, large_source: Path, place: Path, mounts: Path
 ) -> None:
-    # Given a fork in chunks that is half done when its only worker dies
+    # Given a chunked fork that is half done when its only worker is killed
     scheduler, staging = own_scheduler, StagingView(place, "long")
     worker = start_worker(mounts, env=ENVIRONMENT)
     scheduler.send({"source": str(large_source), "destination": str(place / "fork")}, "long")
@@ -94,7 +94,7 @@ def test_fork_and_its_staging_survive_an_outage_that_is_longer_than_results_are_
     context = Context(Roots((str(place),)), Limits(), scheduler.results, lambda task, kwargs, task_id: None, QUEUE)
     remove_abandoned(context)
 
-    # Then it is there, and a worker ends it
+    # Then its staging exists, and a worker ends it
     assert staging.is_in_the_middle()
     assert scheduler.results.states.get("long")["status"] in ("STARTED", "PROGRESS")
     start_worker(mounts, env=ENVIRONMENT)
@@ -115,7 +115,7 @@ def test_cancellation_survives_an_outage_and_one_that_comes_after_the_end_cancel
     scheduler, place = own_scheduler, fresh("xfs")
     request = {"source": str(source), "destination": str(place / "fork")}
 
-    # Given a fork that was cancelled before a worker came to it
+    # Given a fork that was cancelled before a worker took it
     sent = scheduler.send(request, "early")
     scheduler.results.cancellations.request("early")
     let_pass(scheduler.redis, THREE_DAYS)
@@ -124,13 +124,13 @@ def test_cancellation_survives_an_outage_and_one_that_comes_after_the_end_cancel
     assert str(sent.state) == "REVOKED"
     assert not (place / "fork").exists()
 
-    # When it is cancelled once more after its end, and its result has expired
+    # When it is cancelled again after its end, and its result has expired
     scheduler.results.cancellations.request("early")
     let_pass(scheduler.redis, EXPIRES)
 
     # Then the id is free
     assert scheduler.results.final.get("early") is None
-    scheduler.send(request, "early")  # Celery's own waiting may still have the first end in its subscription
+    scheduler.send(request, "early")  # the subscription of Celery's wait may still contain the first end
     wait_until(lambda: scheduler.results.final.get("early") is not None, "the end")
     result = scheduler.results.final.fork("early")
     assert result is not None
@@ -140,7 +140,7 @@ def test_cancellation_survives_an_outage_and_one_that_comes_after_the_end_cancel
 def test_campaign_under_the_id_of_an_earlier_one_has_none_of_its_results(
     own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, source: Path, fresh: Fresh
 ) -> None:
-    # Given a campaign with failures, of which Redis has lost the claim and the result
+    # Given a campaign with failures, whose claim and result Redis has lost
     scheduler, place = own_scheduler, fresh("xfs")
     start_worker(mounts, env=ENVIRONMENT)
     for n in (1, 2, 3):
@@ -150,12 +150,12 @@ def test_campaign_under_the_id_of_an_earlier_one_has_none_of_its_results(
     for n in (1, 2, 3):
         (place / f"vm-{n:04}").rmdir()
 
-    # When one of the same id begins that ends before it has made anything
+    # When a campaign with the same id starts and ends before it has made any fork
     send(scheduler, request_of(place / "missing", place, 30), "again")
     wait_until(lambda: scheduler.results.final.get("again") is not None, "the end")
     scheduler.wait_quiet()
 
-    # Then all that is reported is its own
+    # Then its result contains only its own failures
     result = result_of(scheduler, "again")
     assert result["forks"] == {"total": 30, "succeeded": 0, "failed": 30, "cancelled": 0}
     forks = forks_of(scheduler, "again", 30)

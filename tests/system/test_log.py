@@ -14,7 +14,7 @@ from tests.support.system.queued_campaigns import request_of
 from tests.support.system.scheduler import QUEUE
 from tests.support.system.systems import StartSystem, System, send
 
-#: As without them.
+#: Empty values count as unset.
 DEFAULTS = {"FORKVM_LOG": "", "FORKVM_LOG_LEVEL": ""}
 
 

@@ -1,4 +1,4 @@
-"""Processes that die or are told to end at any time: what was accepted is finished by others."""
+"""Processes that are killed or told to end at any time: what was accepted is finished by other processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_children_killed_again_and_again_at_any_moment_cost_nothing_but_time(
         n: scheduler.send({"source": str(directory / "a"), "destination": str(directory / f"b-{n}")}) for n in range(5)
     }
     staging = StagingView(place, "killed-often")
-    for n in range(MAX_TRIES - 1):  # one more, and what died in the same chunk each time would be given up
+    for n in range(MAX_TRIES - 1):  # one more, and the fork would be given up if all were killed in the same chunk
         spin_until(lambda n=n: len(staging.done()) >= 20 * n and staging.journal(), "a fork that goes on")  # type: ignore[misc]
         send(system.worker.children[:1], signal.SIGKILL)
 
@@ -42,13 +42,13 @@ def test_children_killed_again_and_again_at_any_moment_cost_nothing_but_time(
 def test_fork_of_a_stopped_child_is_not_published_before_it_wakes_and_then_is_whole(
     system: System, scheduler: Scheduler, large_source: Path, place: Path
 ) -> None:
-    """While it sleeps it holds its chunk, and may write the moment it wakes."""
-    # Given a child that was stopped in mid-chunk
+    """While it is stopped it holds its chunk, and may write as soon as it continues."""
+    # Given a child that was stopped in the middle of a chunk
     sent = scheduler.send({"source": str(large_source), "destination": str(place / "b")}, "sleeper")
     staging = StagingView(place, "sleeper")
     chunk, sleeper = spin_until(lambda: _stop_one(staging), "a child in mid-chunk")
     try:
-        # When all else is done
+        # When everything else is done
         spin_until(lambda: len(staging.done()) == staging.chunks - 1, "all other chunks")
         others = [pid for pid in system.worker.children if pid != sleeper]
         wait_until_asleep(lambda: others, "the end of what the other child does")
@@ -66,7 +66,7 @@ def test_fork_of_a_stopped_child_is_not_published_before_it_wakes_and_then_is_wh
 
 
 def _stop_one(staging: StagingView) -> tuple[int, int] | None:
-    """Stops a child while it holds a chunk that is not done, when the fork is planned: (chunk, pid)."""
+    """Stop a child while it holds a chunk that is not done, after the fork was planned. Returns (chunk, pid)."""
     if staging.phase != "cloning":
         return None
     for chunk in staging.begun() - staging.done():

@@ -1,4 +1,4 @@
-"""Workers that die or are paused in the middle: another one takes their work over, and no fork is written to late."""
+"""Workers that are killed or paused: another one takes over their work, and no late write reaches a fork."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.guests import make_slow_file
 from tests.support.processor import wait_until_asleep
 from tests.support.tree import snapshot
 
-#: Chunks of a fraction of a second each.
+#: Chunks that take a fraction of a second each.
 SMALL_CHUNKS = {"FORKVM_INLINE_BYTES": "0", "FORKVM_CHUNK_BYTES": str(32 << 20)}
 
 
@@ -45,7 +45,7 @@ def group(worker: Worker, number: signal.Signals) -> None:
 def test_a_long_task_is_delivered_once_while_its_worker_lives(
     place: Path, start_worker: StartWorker, foreign_client: Celery, redis_server: RedisServer
 ) -> None:
-    """Holds the lease against the installed kombu: without it the message would come again after 5 s."""
+    """Tests the lease with the installed kombu: without it the message would be delivered again after 5 s."""
     short = {"FORKVM_VISIBILITY_TIMEOUT": "5"}
     workers = [start_worker(place, env=short, args=["-I", "tests.support.system.long_task"]) for _ in range(2)]
 
@@ -77,4 +77,4 @@ def test_a_paused_worker_loses_its_fork_and_writes_nothing_into_the_published_on
     assert {path: path.stat().st_ctime_ns for path in (place / "vm-2").rglob("*")} == changes
     assert sorted(path.name for path in place.iterdir()) == ["vm-1", "vm-2"]
     assert foreign_client.AsyncResult("f1").get(timeout=5) == result
-    sleeper.kill()  # its warm shutdown takes as long as it is given
+    sleeper.kill()  # its warm shutdown waits for its task

@@ -1,4 +1,4 @@
-"""Redis goes away and comes back: every fork ends with its true result, and the worker consumes again."""
+"""Redis stops and starts again: every fork ends with its true result, and the worker consumes again."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.support.system.staging_view import StagingView, leftovers
 from tests.support.system.systems import StartSystem, System, spin_until
 from tests.support.tree import snapshot
 
-#: What the main process writes after 0, 2, 4 seconds and so on, and a child with a task twice a second. The main
-#: process does not notice while it waits for no message, since its children have all that it may take.
+#: Log lines of the main process after 0, 2, 4 seconds and so on, and of a child with a task twice a second. The main
+#: process does not notice an outage while it waits for no message, since its children have all that it may take.
 _MISSED = ("Cannot connect to redis", "Redis does not answer; trying again")
 
 
@@ -33,7 +33,7 @@ MOMENTS: dict[str, Callable[[StagingView], bool]] = {
 
 @pytest.fixture(scope="module")
 def source(xfs_noreflink: Path) -> Iterator[Path]:
-    """A source of which every step takes a while: the plan, the chunks, the finish."""
+    """A source for which every step takes a while: the plan, the chunks, the finish."""
     with fresh_directory(xfs_noreflink) as source:
         make_sparse_file(source / "disk.raw", 128 * MIB, 64 * MIB)
         for n in range(3000):
@@ -43,7 +43,7 @@ def source(xfs_noreflink: Path) -> Iterator[Path]:
 
 
 def _go_away(system: System, times: int, *, kill: bool = False) -> None:
-    """Redis is away until the worker's processes have written so often that they miss it."""
+    """Stop Redis until the worker's processes have logged so many failed attempts."""
 
     def missed() -> int:
         return sum(map(system.worker.output().count, _MISSED))
@@ -58,7 +58,7 @@ def _go_away(system: System, times: int, *, kill: bool = False) -> None:
 
 
 def _forget_unacknowledged(scheduler: Scheduler) -> None:
-    """What an outage leaves unacknowledged has a test of its own."""
+    """Ignore messages that an outage leaves unacknowledged; another test checks them."""
     scheduler.redis.delete(UNACKED, f"{UNACKED}_index", f"{UNACKED}_mutex")
 
 
@@ -72,7 +72,7 @@ def _forget_unacknowledged(scheduler: Scheduler) -> None:
 def test_fork_whose_redis_goes_away_ends_with_its_true_result_and_the_next_one_is_served(
     start_system: StartSystem, source: Path, place: Path, fresh: Fresh, moment: str, kill: bool, times: int
 ) -> None:
-    # Given a large fork at a certain moment, and small ones in the queue behind it
+    # Given a large fork at a certain step, and small ones in the queue behind it
     system = start_system()
     scheduler = system.scheduler
     directory = fresh("xfs")
@@ -86,7 +86,8 @@ def test_fork_whose_redis_goes_away_ends_with_its_true_result_and_the_next_one_i
     # When
     _go_away(system, times, kill=kill)
 
-    # Then all of them succeed. The test asks Redis: Celery's own waiting does not outlive a server
+    # Then all of them succeed. The test reads Redis directly: Celery's own wait does not survive a restart of the
+    # server
     for fork_id in ("away", "small-0", "small-1", "small-2", "small-3"):
         _wait_for_success(scheduler, fork_id)
     assert snapshot(place / "b") == snapshot(source)
@@ -114,7 +115,7 @@ def _wait_for_success(scheduler: Scheduler, fork_id: str) -> None:
 
 
 def _has_progressed(staging: StagingView, part: float) -> bool:
-    """Whether at least this part of a fork's chunks is done, or the fork has ended."""
+    """Whether at least this share of a fork's chunks is done, or the fork has ended."""
     chunks = staging.chunks
     return (chunks > 0 and len(staging.done()) >= part * chunks) or not staging.control.exists()
 
@@ -122,7 +123,7 @@ def _has_progressed(staging: StagingView, part: float) -> bool:
 def test_no_fork_is_lost_and_nothing_stays_unacknowledged_over_several_outages(
     start_system: StartSystem, source: Path, large_source: Path, place: Path
 ) -> None:
-    """Each outage falls on another moment: a message may be on its way, or be taken and not yet written down."""
+    """Each outage starts at another moment: a message may be in transit, or taken and not yet recorded."""
     system = start_system()
     scheduler = system.scheduler
     for name, directory in (("x", source), ("y", large_source)):

@@ -1,4 +1,4 @@
-"""Messages that a worker refuses: their clients are told why, and no other job under the same id is touched."""
+"""Messages that a worker refuses: their clients get the reason, and no other job under the same id is affected."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _old(message: dict[str, Any]) -> None:
 
 
 BOMB = zlib.compress(b" " * (256 << 20), 9)
-#: What is wrong with a message, and a word of the reason.
+#: The defect of a message, and a word of the reason.
 SPOILT: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "protocol 1": (_old, "protocol"),
     "unknown compression": (_header("compression", "application/x-none"), "compression"),
@@ -103,7 +103,7 @@ SPOILT: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         (case, task)
         for case in SPOILT
         for task in ("forkvm.fork", "forkvm.campaign")
-        if (case, task) != ("protocol 1", "forkvm.campaign")  # its task is in the body
+        if (case, task) != ("protocol 1", "forkvm.campaign")  # the task is in its body
     ],
 )
 def test_refused_message_ends_its_job_as_invalid_request(

@@ -1,4 +1,4 @@
-"""`forkvm report`: one page about a fork or campaign that has ended."""
+"""`forkvm report`: one page about an ended fork or campaign."""
 
 from __future__ import annotations
 

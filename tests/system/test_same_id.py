@@ -1,4 +1,4 @@
-"""The task id is the idempotency key: whatever is sent under it, and however often, is one fork with one result."""
+"""The task id is the idempotency key: all requests under one id are one fork with one result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FINAL = {"SUCCESS", "FAILURE", "REVOKED"}
 
 
 def _results(records: list[dict[str, Any]], state: str) -> list[Any]:
-    """The different results that were published with a state."""
+    """The distinct results that were published with a state."""
     found: list[Any] = []
     for record in records:
         if record["status"] == state and record["result"] not in found:
@@ -31,7 +31,7 @@ def _results(records: list[dict[str, Any]], state: str) -> list[Any]:
 
 
 def _assert_one_end(records: list[dict[str, Any]], state: str) -> None:
-    """Once a final state was told there is no other one, and no way back into an earlier."""
+    """After a final state there is no other one, and no earlier state."""
     told = states(records)
     final = next(n for n, seen in enumerate(told) if seen in FINAL)
     assert told[final:] == [state]
@@ -129,7 +129,7 @@ def test_the_same_id_sent_after_success_gives_the_first_result_whatever_it_asks_
 def test_another_request_under_the_id_of_a_running_fork_changes_nothing(
     system: System, scheduler: Scheduler, large_source: Path, place: Path, change: dict[str, Any]
 ) -> None:
-    # Given a fork that is half done
+    # Given a half-done fork
     fork_id = f"taken-{'-'.join(change)}-{'-'.join(map(str, change.values()))}"
     request = {"source": str(large_source), "destination": str(place / "b"), "labels": ["first"]}
     change = {k: v.format(place=place) if isinstance(v, str) else v for k, v in change.items()}
@@ -140,7 +140,7 @@ def test_another_request_under_the_id_of_a_running_fork_changes_nothing(
         with stopped_in_the_middle(system.worker, StagingView(place, fork_id)):
             scheduler.send(request | change, fork_id)
 
-        # Then the first has its result, and nothing of the other is there
+        # Then the first one has its result, and nothing of the other exists
         result = scheduler.wait(sent)
         scheduler.wait_quiet()
     assert (result["status"], result["labels"]) == ("succeeded", ["first"])
@@ -194,7 +194,7 @@ def test_first_message_delivered_again_after_success_is_the_same_success_when_th
 def test_first_message_delivered_again_after_a_failure_is_the_same_failure_and_never_running_again(
     system: System, scheduler: Scheduler, fresh: Fresh
 ) -> None:
-    # Given a fork that failed since its destination exists, and a destination that is free by now
+    # Given a fork that failed because its destination existed, and a destination that is free now
     directory = fresh("xfs")
     make_guest(directory / "a")
     (directory / "b").mkdir()
@@ -241,7 +241,7 @@ def test_every_message_of_a_large_fork_delivered_twice_gives_one_fork_and_one_re
 def test_messages_of_a_half_done_fork_delivered_again_in_reverse_give_one_fork_and_one_result(
     system: System, scheduler: Scheduler, large_source: Path, place: Path
 ) -> None:
-    # Given a fork that is paused, half done
+    # Given a half-done fork that is paused
     request = {"source": str(large_source), "destination": str(place / "b")}
     with Recorder(system.server) as recorder, scheduler.watching("reversed") as records:
         sent = scheduler.send(request, "reversed")
@@ -252,7 +252,7 @@ def test_messages_of_a_half_done_fork_delivered_again_in_reverse_give_one_fork_a
             return 0 < staging.chunks == len(sent_or_done)
 
         with stopped_in_the_middle(system.worker, staging, is_sent):
-            # When all its messages come again, the done ones, those in work and those to come
+            # When all its messages are delivered again: those of done chunks, of running ones and of waiting ones
             again = list(reversed(recorder.messages))
             deliver(system.server, *again)
 
@@ -274,7 +274,7 @@ def _chunks_of(messages: list[Message]) -> set[int]:
 def test_late_chunks_and_finishes_write_nothing_into_a_published_fork(
     system: System, scheduler: Scheduler, large_source: Path, place: Path
 ) -> None:
-    # Given a published fork, which is by now a running machine's disk
+    # Given a published fork, which is the disk of a running machine by now
     with Recorder(system.server) as recorder:
         result = scheduler.fork(large_source, place / "b", "late")
         scheduler.wait_quiet()
@@ -283,14 +283,14 @@ def test_late_chunks_and_finishes_write_nothing_into_a_published_fork(
     published, contents = identity(place / "b"), snapshot(place / "b")
     files = scheduler.files("late")
 
-    # When every message of it comes again
+    # When all its messages are delivered again
     messages: list[Message] = recorder.messages
     assert {message.task for message in messages} == {"forkvm.fork", "forkvm.chunk", "forkvm.finish"}
     for turn in itertools.repeat(messages, 2):
         deliver(system.server, *turn)
         scheduler.wait_quiet()
 
-    # Then no byte, no time and no result of it is another
+    # Then no byte, no time and no result of it changes
     assert identity(place / "b") == published
     assert snapshot(place / "b") == contents
     assert scheduler.results.final.fork("late") == result

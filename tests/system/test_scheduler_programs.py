@@ -1,4 +1,4 @@
-"""The programs of docs/scheduler.md, run as they are printed there; and its table of error codes."""
+"""The programs of docs/scheduler.md, run as printed; and its table of error codes."""
 
 from __future__ import annotations
 

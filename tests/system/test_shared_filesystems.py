@@ -1,7 +1,7 @@
-"""Workers and doctors of several hosts on one filesystem: they start only where all see one another's locks.
+"""Workers and doctors of several hosts on one filesystem: they start only if all see one another's locks.
 
-Two mounts of bindfs that show one directory are two hosts: bindfs leaves flock to the kernel, which keeps it for each
-mount. With lock forwarding they share it, as hosts do that use a server.
+Two mounts of bindfs that show one directory simulate two hosts: bindfs leaves flock to the kernel, which manages it per
+mount. With lock forwarding they share locks, like hosts that use a server.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.support.processor import LoadFreeStopwatch
 from tests.support.requirements import require_command
 from tests.support.tree import snapshot
 
-#: Each worker here has a second root, `usable`: it does not start where none of its roots can publish a fork, and
+#: Each worker here has a second root, `usable`: a worker does not start if none of its roots can publish a fork, and
 #: bindfs refuses RENAME_NOREPLACE.
 FORWARDED = ("--multithreaded", "--enable-lock-forwarding")
 
@@ -93,7 +93,7 @@ def test_a_mount_below_a_root_is_tried_too(
     one, other = bindfs(backing), bindfs(backing)
     start_worker([one, usable], 1)
 
-    refused = start_worker([other.parent, usable], 1, wait=False)  # both mounts lie below it
+    refused = start_worker([other.parent, usable], 1, wait=False)  # both mounts are below it
 
     assert refused.wait() == 1
     assert "locks (flock) are not shared" in refused.output().splitlines()[-1]
@@ -114,7 +114,7 @@ def test_workers_of_one_mount_start_and_the_marker_of_a_dead_one_is_removed(
 
     assert len(markers(point)) == 2
     assert of_first not in markers(point)
-    assert stopwatch.seconds() < 30  # nothing was watched
+    assert stopwatch.seconds() < 30  # nothing was recorded
 
 
 @pytest.mark.parametrize("kind", ["xfs", "btrfs", "ext4", "tmpfs", "overlayfs"])
@@ -202,7 +202,7 @@ def test_what_is_no_marker_of_ours_is_passed_over(fresh: Fresh, bindfs: Bindfs, 
 def test_a_marker_of_ours_with_hostile_contents_is_printable_and_bounded(
     start_worker: StartWorker, fresh: Fresh, bindfs: Bindfs
 ) -> None:
-    """A process of our own user plays a live worker of another host, whose lock is granted here."""
+    """A process of our own user simulates a live worker of another host; its lock can be acquired here."""
     backing = fresh("ext4")
     path = backing / ".forkvm-worker-0123456789abcdef"
     path.touch(mode=0o600)
@@ -271,7 +271,7 @@ def test_gc_keeps_the_staging_of_a_host_that_does_not_share_its_locks(
     one, other = passthrough(backing), passthrough(backing)
     fd = os.open(one, os.O_RDONLY)
     with Staging.claim(fd, "a fork", 0) as staging, staging.with_heartbeat():
-        os.utime(backing / staging.name, (0, 0))  # its lock alone is touched from now on
+        os.utime(backing / staging.name, (0, 0))  # from now on only its lock is touched
 
         live = run_forkvm("gc", other, env=program_environment(redis_server))
 

@@ -1,4 +1,4 @@
-"""The traces of a real worker, as a collector gets them over OTLP."""
+"""The traces of a real worker, as a collector receives them over OTLP."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TRACE = "0af7651916cd43dd8448eb211c80319c"
 
 
 class Collector(ThreadingHTTPServer):
-    """Keeps the spans that it gets: trace id in hexadecimal, and name."""
+    """Stores the spans that it receives: trace id in hexadecimal, and name."""
 
     def __init__(self) -> None:
         self.spans: list[tuple[str, str]] = []

@@ -1,4 +1,4 @@
-"""Small forks that wait are made by the process that has just made one: each once, whatever happens meanwhile."""
+"""Waiting small forks are made by the process that has just made one: each once, whatever happens meanwhile."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _send(scheduler: Scheduler, directory: Path, count: int = FORKS, name: str =
 
 
 def _received(system: System) -> set[str]:
-    """The forks whose messages the worker itself took, by id."""
+    """The forks whose messages the worker's main process took, by id."""
     return set(re.findall(r"Task forkvm\.fork\[(\S+)\] received", system.worker.output()))
 
 
@@ -106,7 +106,7 @@ def test_forks_that_a_paused_process_has_taken_are_made_by_others(
 def test_forks_that_wait_do_not_wait_behind_a_long_one(
     system: System, scheduler: Scheduler, directory: Path, large_source: Path, place: Path
 ) -> None:
-    """The process that has taken them returns them, and others make them."""
+    """The process that has taken them returns them, and other processes make them."""
     before = _send(scheduler, directory, 10)
     long = scheduler.send({"source": str(large_source), "destination": str(place / "long")}, "long")
     after = _send(scheduler, directory, 20, "c")

@@ -1,4 +1,4 @@
-"""How long a worker takes to end that is told to (SIGTERM) and has nothing to wait for."""
+"""The time that an idle worker takes to exit after SIGTERM."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.support.guests import make_guest
 from tests.support.system.scheduler import QUEUE, UNACKED, Scheduler
 from tests.support.system.systems import send
 
-#: Seconds for the end of a worker whose child has done its last task: far more than it takes.
+#: Seconds for the exit of a worker whose child has done its last task: far more than it takes.
 END_SECONDS = 10.0
 
 
 def test_worker_told_to_end_just_after_it_gave_a_child_a_task_ends_when_that_is_done(
     own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, fresh: Fresh
 ) -> None:
-    # Given a child that has been given a fork and did not say yet that it took it
+    # Given a child that has been sent a fork and has not yet reported that it took it
     directory = fresh("xfs")
     make_guest(directory / "a")
     worker = start_worker(mounts, 1, env={"FORKVM_VISIBILITY_TIMEOUT": "600"})  # it sends no sweep meanwhile
@@ -34,7 +34,7 @@ def test_worker_told_to_end_just_after_it_gave_a_child_a_task_ends_when_that_is_
     wait_until(lambda: _unread_bytes(worker) > 0, "a fork in the child's pipe")
     given = _unread_bytes(worker)
 
-    # When the worker is told to end, and has told the child that there is no more
+    # When the worker gets SIGTERM, and has told the child that no more tasks follow
     worker.term()
     wait_until(lambda: _unread_bytes(worker) > given, "the word to the child that it ends")
     send(children, signal.SIGCONT)
@@ -43,11 +43,11 @@ def test_worker_told_to_end_just_after_it_gave_a_child_a_task_ends_when_that_is_
     assert worker.wait(END_SECONDS) == 0
     assert own_scheduler.wait(sent)["status"] == "succeeded"
     assert own_scheduler.messages()[UNACKED] == 0
-    own_scheduler.redis.delete(QUEUE)  # what the worker handed back, since it did not hear in time that it is done
+    own_scheduler.redis.delete(QUEUE)  # returned by the worker, which did not learn in time that they are done
 
 
 def _unread_bytes(worker: Worker) -> int:
-    """How many bytes lie in the pipes of a worker's main process."""
+    """The number of unread bytes in the pipes of a worker's main process."""
     unread = {}
     for number in os.listdir(f"/proc/{worker.pid}/fd"):
         with suppress(OSError):  # closed in the meantime

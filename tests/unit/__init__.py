@@ -1,1 +1,1 @@
-"""Parts that need neither a worker nor a filesystem of their own."""
+"""Parts that need neither a worker nor a real filesystem."""

@@ -1,4 +1,4 @@
-"""The mode of a file that loses its ACL: nobody gets a right by the loss."""
+"""The mode of a file that loses its ACL: nobody gains access."""
 
 from __future__ import annotations
 

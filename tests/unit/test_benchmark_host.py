@@ -1,4 +1,4 @@
-"""Whether the benchmark sees that the host takes the machine's free memory."""
+"""Whether the benchmark detects that the host reclaims the machine's free memory."""
 
 from __future__ import annotations
 

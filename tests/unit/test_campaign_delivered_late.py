@@ -1,4 +1,4 @@
-"""A campaign's own message that comes while the campaign is being ended changes nothing of its result."""
+"""A message of a campaign that is delivered while the campaign is being ended does not change its result."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_delivery_that_waited_for_the_conclusion_gives_its_result_and_makes_no
     late = threading.Thread(target=lambda: answers.append(yard.deliver()))
     parent_fd = os.open(yard.path, os.O_RDONLY)
 
-    # When its own message comes before that is done
+    # When its own message is delivered before that is done
     with Staging.claim(parent_fd, "c", wait=0) as staging:
         late.start()
         wait_until(lambda: yard.results.claims.get("c") is not None, "the delivery")
@@ -102,7 +102,7 @@ def test_a_second_delivery_sends_batches_again_while_one_is_made(yard: Yard) -> 
 def test_a_delivery_that_comes_while_the_first_one_ends_a_cancelled_campaign_waits_for_its_result(
     yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Given a campaign that was cancelled, and whose forks are settled, but not yet itself
+    # Given a cancelled campaign whose forks have results, but not yet the campaign itself
     yard.results.cancellations.request("c")
     at_the_end, resume = threading.Event(), threading.Event()
     store_outcomes = CampaignResults.store_campaign_result
@@ -143,7 +143,7 @@ def test_a_delivery_that_comes_while_the_first_one_ends_a_cancelled_campaign_wai
 
 @pytest.mark.parametrize("again", ["campaign", "conclude"])
 def test_what_a_process_left_that_died_after_the_result_goes_with_the_next_delivery(yard: Yard, again: str) -> None:
-    # Given a campaign that was cancelled, and what two more deliveries left that died at once, or after a look
+    # Given a cancelled campaign with a result, and staging that a later delivery left when it was killed
     yard.results.cancellations.request("c")
     result = yard.deliver()
     parent_fd = os.open(yard.path, os.O_RDONLY)
@@ -162,7 +162,8 @@ def test_what_a_process_left_that_died_after_the_result_goes_with_the_next_deliv
 def test_a_campaign_whose_refusal_was_cut_short_ends_with_the_same_error(
     yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Given one that was refused for its source, by a process that died before it had settled the whole
+    # Given a campaign that was refused for its source, by a process that was killed before it had stored the whole
+    # result
     yard.request["source"] = str(yard.path / "missing")
     with monkeypatch.context() as patch:
         patch.setattr(CampaignResults, "store_campaign_result", _die)

@@ -1,4 +1,4 @@
-"""CampaignRequest: which destinations it names, and what it refuses before anything is done."""
+"""CampaignRequest: the destinations that it names, and the requests that it refuses before anything is done."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tasks.copier.errors import Code, ForkError
 
 
 def paths_of(destinations: object, **fields: Any) -> list[str]:
-    """The destinations of a request, as the engine gets them."""
+    """The destinations of a request, as the engine receives them."""
     _, paths = campaign_of({"source": "/a", "destinations": destinations, **fields}, "c", owner="queue")
     return paths
 
 
 def refusal(destinations: object, **fields: Any) -> str:
-    """Why a request is refused."""
+    """The message with which a request is refused."""
     with pytest.raises(ForkError) as raised:
         paths_of(destinations, **fields)
     assert raised.value.code is Code.INVALID_REQUEST

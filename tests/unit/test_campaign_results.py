@@ -1,4 +1,4 @@
-"""What Redis keeps of a campaign; with fakeredis, since no message goes through it."""
+"""The data of a campaign in Redis; with fakeredis, since no message goes through it."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_forks_that_have_not_ended_are_left_out(campaign: CampaignResults) -> No
 
 
 def test_failures_are_the_first_in_the_order_of_the_forks_and_bounded_in_bytes(campaign: CampaignResults) -> None:
-    for first in (180, 60, 240, 0, 120):  # as the batches of several children end
+    for first in (180, 60, 240, 0, 120):  # in the order in which the batches of several children may end
         campaign.store_outcomes(first, outcomes(first, 60, Code.NO_SPACE, path="/" + "x" * 4000 + "\udcff" * 80))
 
     failures = campaign.failures()

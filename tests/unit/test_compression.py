@@ -1,4 +1,4 @@
-"""Compressed bodies: what Celery's clients make is read, within a bound on its size."""
+"""Compressed bodies: those of Celery's clients are read, up to a limit on their size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request may say."""
+"""The fields of a request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tasks.copier.errors import Code, ForkError
 from tasks.copier.fork_spec import ForkSpec
 from tasks.copier.options import DEFAULT_EXCLUDE, PRESERVE_ALL, Options
 
-#: The fields of Options in the journal of the version before.
+#: The fields of Options in the journal of the previous version.
 EARLIER_FIELDS = {"reflink", "snapshot", "skip", "exclude", "preserve", "durability", "verify"}
 GOOD = {"source": "/guests/a", "destination": "/guests/b"}
 

@@ -1,4 +1,4 @@
-"""Which kernels may have a known fault in the isolation of reflinks on XFS, by their release."""
+"""Kernel releases that may have a known bug in the isolation of reflinks on XFS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many CPUs a worker counts as its own, and the pool and the node name that follow."""
+"""The number of CPUs that a worker may use, and the pool size and node name that follow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from worker.runtime.configuration import make_app
 from worker.runtime.node_name import node_name
 from worker.settings import BadSettings, read_settings
 
-#: Prints what a process counts, and what Celery would start for it with nothing set.
+#: Prints the number of CPUs that a process counts, and the pool that Celery would start by default.
 COUNT = """
 from worker.runtime.configuration import make_app
 from worker.cpus import available_cpus

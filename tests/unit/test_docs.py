@@ -1,4 +1,4 @@
-"""The documents: links lead somewhere, the README stays short, what they name exists, and the language is plain."""
+"""The documents: links are valid, the README stays short, the names in them exist, and the language is plain."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tasks.names import ABANDON_TASK
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-#: Entry points and packages that a document may name; `CHANGELOG.md` also names what is no more.
+#: Entry points and packages that a document may name; `CHANGELOG.md` may also name removed ones.
 HISTORY = ROOT / "CHANGELOG.md"
 
 MOST_LINES_OF_README = 150
@@ -44,7 +44,7 @@ def _prose(document: Path) -> str:
 
 
 def _anchors(document: Path) -> set[str]:
-    """The anchors that GitHub makes of the headings."""
+    """The anchors that GitHub creates for the headings."""
     headings = re.findall(r"^#+ (.+)$", _prose(document), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -1,4 +1,4 @@
-"""The end of a job as it is stored: once, and Celery's final state."""
+"""The end of a job as it is stored: once, with Celery's final state."""
 
 from __future__ import annotations
 
@@ -85,12 +85,12 @@ def test_storing_a_result_returns_whether_tasks_follow_the_job(results: Results,
 
 
 def test_a_result_that_is_stored_stays_and_a_process_that_comes_later_learns_it(results: Results) -> None:
-    """Two processes may end a fork at once, where its staging cannot be locked."""
+    """Two processes may end a fork at the same time if its staging cannot be locked."""
     first, second = _result(cause=ForkError(Code.IO_ERROR, "not usable", "/b")), _result()
     results.final.store("fork-1", first)
 
     later = results.final.store("fork-1", second)
-    again = results.final.store("fork-1", first)  # the answer was lost, and the command is sent again
+    again = results.final.store("fork-1", first)  # the reply was lost, and the command is sent again
 
     assert (later.result, later.has_followers) == (first, None)
     assert (again.result, again.has_followers) == (first, False)

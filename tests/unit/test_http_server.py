@@ -1,4 +1,4 @@
-"""The listener: its answers, clients that are slow, and processes that are forked beside it."""
+"""The HTTP listener: its responses, slow clients, and processes that are forked beside it."""
 
 from __future__ import annotations
 

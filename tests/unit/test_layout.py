@@ -1,4 +1,4 @@
-"""The layout of the source: which package may import which, and how large a file, a function and a folder may be.
+"""The layout of the source: the allowed imports between packages, and the maximum size of files, functions and folders.
 
 The layers are drawn in docs/architecture.md.
 """
@@ -74,7 +74,7 @@ LAYERS = (
     ("worker.commands",),
     ("worker.cli",),
 )
-#: Packages whose own module may import anything, since nothing of the program comes before it.
+#: Packages whose own module may import anything, since nothing of the program imports it.
 TOPS = ("tasks", "tasks.copier", "worker")
 
 
@@ -92,7 +92,7 @@ def _modules() -> dict[str, ast.Module]:
 
 
 def _imports(module: str) -> set[str]:
-    """The modules of the program that `module` imports anywhere in it, lazy imports included."""
+    """The modules of the program that `module` imports anywhere, lazy imports included."""
     modules, found = _modules(), set()
     for node in ast.walk(modules[module]):
         if isinstance(node, ast.ImportFrom) and node.module is not None:

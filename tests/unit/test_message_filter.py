@@ -1,4 +1,4 @@
-"""The message filter: what it lets through, and why it refuses the rest."""
+"""The message filter: what it accepts, and the reasons with which it refuses the rest."""
 
 from __future__ import annotations
 

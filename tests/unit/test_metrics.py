@@ -1,4 +1,4 @@
-"""The metrics: their names, labels and format, and that docs/operations.md says the same."""
+"""The metrics: their names, labels and format, and that docs/operations.md lists them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_page_has_the_metrics_that_the_documentation_lists_with_these_labels
 
 
 def test_the_page_obeys_the_rules_of_promtool() -> None:
-    """Each metric has help and a type; counters end with _total, and nothing else does; units are base units."""
+    """Each metric has a help text and a type; counters end with _total, and nothing else does; units are base units."""
     for family in text_string_to_metric_families(_page()):
         assert family.documentation.endswith("."), family.name
         assert family.type in ("counter", "gauge", "histogram"), family.name

@@ -1,4 +1,4 @@
-"""What is noted of ended forks: read back as hostile, kept for minutes, and believed only at the destination."""
+"""Notes about ended forks: read as untrusted data, kept for minutes, accepted only if they match the destination."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_noted_fork_is_found_while_it_is_there(tmp_path: Path, store: NoteFile
     assert forks.find(roots, replace(spec, fork_id="g")) is None
     (tmp_path / "b").rmdir()
     assert forks.find(roots, spec) is None
-    (tmp_path / "b").mkdir()  # perhaps with the same inode
+    (tmp_path / "b").mkdir()  # possibly with the same inode
     assert forks.find(roots, spec) is None
 
 
@@ -127,7 +127,7 @@ def test_notes_are_purged_when_they_are_old(tmp_path: Path, store: NoteFiles) ->
     (ahead := directory / f"ended-{int(time.time() + 3600) // 60}-00").touch(0o600)
     (foreign := directory / "foreign").touch(0o600)
 
-    NoteFiles(store.parent).add("other", Note(0, 0, b"y"))  # a process's first note purges
+    NoteFiles(store.parent).add("other", Note(0, 0, b"y"))  # the first note of a process purges old ones
 
     assert not any(path.exists() for path in (old, ahead, foreign))
     assert [note.data for note in store.find("new")] == [b"x"]

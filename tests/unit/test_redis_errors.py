@@ -1,4 +1,4 @@
-"""What passes by itself and is waited out, and what is not."""
+"""Redis errors that are temporary and retried, and those that are not."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_what_redis_said_is_shown_without_the_command_whose_arguments_are_data_o
         pipeline = redis.pipeline().rpush("a", b"a secret\0(name)")
         with pytest.raises(ResponseError) as refused:
             pipeline.execute()
-    assert "a secret" in str(refused.value)  # so it is not our own words that are tested
+    assert "a secret" in str(refused.value)  # so that the text comes from Redis, not from the program
 
     assert cause(refused.value) == "WRONGTYPE Operation against a key holding the wrong kind of value"
     assert cause(OSError(5, "Input/output error")) == "[Errno 5] Input/output error"

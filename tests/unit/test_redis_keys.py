@@ -24,7 +24,7 @@ SCRIPTS = sorted((ROOT / "tasks/store/lua").glob("*.lua"))
 
 
 def write_every_key(results: Results) -> None:
-    """Do once what writes each key of the table, for the campaign and fork `c`."""
+    """Write each key of the table once, for the campaign and fork `c`."""
     campaign = CampaignResults(results, "c")
     results.claims.take("c", {"request": {}, "destination": "/b", "queue": "forkvm"})
     results.pages.store("c", {"0": [b"page", b"page"]})

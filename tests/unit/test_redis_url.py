@@ -1,4 +1,4 @@
-"""The URLs of Redis: what is accepted, and what each refusal says."""
+"""The URLs of Redis: those that are accepted, and the message of each refusal."""
 
 from __future__ import annotations
 

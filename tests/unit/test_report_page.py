@@ -1,4 +1,4 @@
-"""The page of `forkvm report`: what it says, and that no name of a guest becomes a part of it."""
+"""The page of `forkvm report`: its content, and that it escapes names in a guest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from worker.commands.report.durations import Durations, span
 from worker.commands.report.page import page
 
 HOSTILE = """</code><script>alert(1)</script><img src=x onerror='alert(2)'>"&amp;\x1b[2J\udcff\n<b>"""
-#: The only elements that a page has.
+#: The only elements of a page.
 ELEMENTS = {
     *("html", "head", "meta", "title", "style", "body", "main", "h1", "h2", "p", "strong", "code", "wbr", "div"),
     *("dl", "dt", "dd", "table", "tr", "th", "td", "span", "svg", "g", "rect", "text"),

@@ -1,4 +1,4 @@
-"""What processes report to the main process: each end of a job is counted once, whichever process dies."""
+"""Reports of processes to the main process: each end of a job is counted once, whichever process is killed."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_a_reporter_does_not_wait_for_a_main_process_that_has_stopped(caplog: py
             break
     began = time.monotonic()
 
-    for _ in range(100):  # only the first one waits
+    for _ in range(100):  # only the first report waits
         reporter.happened("takeover", "")
 
     assert time.monotonic() - began < 30

@@ -1,4 +1,4 @@
-"""Results where they talk to Redis themselves; with fakeredis, since no message goes through it."""
+"""`Results` where it uses Redis directly; with fakeredis, since no message goes through it."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_claim_on_an_id_whose_fork_has_ended_tells_the_result(results: Results, 
 def test_id_of_a_campaign_s_fork_cannot_be_claimed_once_it_has_succeeded(
     results: Results, redis: fakeredis.FakeRedis
 ) -> None:
-    """Its record is all that is kept of it; a claim would have the sweep look after it for ever."""
+    """Its final record is all that is kept of it; with a claim, the sweep would check it again and again."""
     result = _result()
     redis.set(STATE, json.dumps({"status": "SUCCESS", "result": result}), ex=EXPIRES)
 
@@ -102,7 +102,10 @@ def test_id_of_a_campaign_s_fork_cannot_be_claimed_once_it_has_succeeded(
 
 
 def test_a_new_claim_deletes_the_callbacks_of_an_earlier_job(results: Results, redis: fakeredis.FakeRedis) -> None:
-    """They are kept longer than its result. The callback of the new job would be taken for one that was sent."""
+    """They are kept longer than the result of their job.
+
+    A callback of the new job would be mistaken for one that was sent.
+    """
     redis.hset(keys.CANVAS.of("fork-1"), "digest", b"")
 
     results.claims.take("fork-1", _claim())
@@ -148,7 +151,7 @@ def test_ids_are_taken_in_one_command_without_a_state(results: Results, redis: f
     assert (third.is_new, third.cancellation) == (True, Cancellation.REQUESTED)
     assert results.states.get("fork-1")["status"] == "PENDING"
     assert results.claims.take("fork-1", _claim()).is_new is False
-    assert results.states.get("fork-1")["status"] == "STARTED"  # where the ordinary way continues it
+    assert results.states.get("fork-1")["status"] == "STARTED"  # if the normal path continues it
 
 
 def test_result_and_cancellation_are_looked_up_at_once(results: Results) -> None:
@@ -189,7 +192,7 @@ def test_pages_kept_again_take_the_place_of_the_earlier_ones(results: Results) -
 
 
 def test_pages_that_are_kept_anew_are_the_only_ones(results: Results) -> None:
-    """What an earlier attempt kept of parts that this one does not have would be counted too."""
+    """Parts of an earlier attempt that this one does not have would be counted too."""
     results.pages.store("fork-1", {"plan": [page_of([_file("a")])], "7": [page_of([_file("b")])]})
 
     results.pages.store("fork-1", {"plan": [page_of([_file("c")])]}, replace_all=True)
@@ -215,7 +218,7 @@ def test_only_page_of_a_fork_has_one_key(results: Results, redis: fakeredis.Fake
 
 
 def test_fewer_pages_kept_again_leave_none_of_the_earlier_ones(results: Results) -> None:
-    """A chunk that was killed and done again may have other pages than before."""
+    """A chunk that was killed and made again may have other pages than before."""
     results.pages.store("fork-1", {"0": [page_of([_file("a")]), page_of([_file("b")])]})
     results.pages.store("fork-1", {"0": [page_of([_file("a"), _file("b")])]})
 
@@ -311,7 +314,7 @@ def test_progress_does_not_overwrite_a_final_state_that_comes_while_it_is_told(
     server: fakeredis.FakeServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The state is written only if nobody wrote it since it was read."""
+    """The state is written only if it was not written since it was read."""
     other = fakeredis.FakeRedis(server=server)
     reads: list[str] = []
     loads = json.loads

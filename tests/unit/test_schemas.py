@@ -1,4 +1,4 @@
-"""The JSON Schemas in docs/schemas: they are current, and they accept what the program accepts."""
+"""The JSON Schemas in docs/schemas: they are current, and accept what the program accepts."""
 
 from __future__ import annotations
 

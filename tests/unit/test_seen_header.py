@@ -1,4 +1,4 @@
-"""The header `seen` of a message that goes back to its queue; workers of two versions read and write it."""
+"""The header `seen` of a message that returns to its queue; workers of two versions read and write it."""
 
 from __future__ import annotations
 

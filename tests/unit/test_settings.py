@@ -16,7 +16,7 @@ Read = Callable[[dict[str, str]], Settings]
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> Read:
-    """Reads the settings of an environment that holds nothing else."""
+    """Read the settings of an environment with these variables only."""
 
     def read_environment(environment: dict[str, str]) -> Settings:
         for name in os.environ:
@@ -161,16 +161,16 @@ def test_all_that_is_wrong_is_told_at_once_in_one_line(read: Read) -> None:
 @pytest.mark.parametrize(
     "others",
     [
-        # Kubernetes, for a Service that is called forkvm, forkvm-redis or forkvm-name.
+        # Variables that Kubernetes sets for a Service named forkvm, forkvm-redis or forkvm-name.
         {"FORKVM_SERVICE_HOST": "10.0.0.1", "FORKVM_SERVICE_PORT": "80", "FORKVM_SERVICE_PORT_HTTP": "80"},
         {"FORKVM_PORT": "tcp://10.0.0.1:80", "FORKVM_PORT_80_TCP": "tcp://10.0.0.1:80"},
         {"FORKVM_PORT_80_TCP_PROTO": "tcp", "FORKVM_PORT_80_TCP_PORT": "80", "FORKVM_PORT_80_TCP_ADDR": "10.0.0.1"},
         {"FORKVM_REDIS_SERVICE_HOST": "10.0.0.1", "FORKVM_REDIS_PORT": "tcp://10.0.0.1:6379"},
         {"FORKVM_REDIS_PORT_6379_UDP": "udp://10.0.0.1:6379", "FORKVM_REDIS_PORT_6379_SCTP_ADDR": "10.0.0.1"},
         {"FORKVM_NAME_SERVICE_HOST": "10.0.0.1", "FORKVM_NAME_PORT": "tcp://[fd00::1]:80"},
-        # docker-compose.yml's own.
+        # Variables of docker-compose.yml.
         {"FORKVM_GUESTS": "/srv/guests", "FORKVM_USER": "0:0"},
-        # What has no value.
+        # Without a value.
         {"FORKVM_COLOUR": ""},
     ],
 )
@@ -212,7 +212,7 @@ def test_secret_is_read_from_its_directory_only(read: Read, tmp_path: Path, caps
     (mount / "..data").mkdir(parents=True)
     elsewhere.write_text("elsewhere")
     (mount / "..data" / "FORKVM_DOMAIN").write_text("rack-7")
-    (mount / "FORKVM_DOMAIN").symlink_to("..data/FORKVM_DOMAIN")  # as Kubernetes does it
+    (mount / "FORKVM_DOMAIN").symlink_to("..data/FORKVM_DOMAIN")  # in the layout of Kubernetes
     (mount / "forkvm_name").symlink_to(elsewhere)
     (mount / "forkvm_redis_password").mkdir()
 

@@ -1,4 +1,4 @@
-"""Spans of forks and campaigns, in an exporter that keeps them in memory."""
+"""Spans of forks and campaigns, in an exporter that stores them in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Zero blocks of what was read."""
+"""Finding blocks of zeros in data that was read."""
 
 from __future__ import annotations
 

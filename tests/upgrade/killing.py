@@ -14,12 +14,12 @@ from tests.upgrade.conftest import StartVersion, Version
 
 #: A line of a worker's log. A task of a fork or campaign has an id that begins with the job's.
 _TAKEN = re.compile(r"Task forkvm\.\w+\[(job-\d+)?\S*\] received")
-#: Seconds in which a worker that was told to end has ended: no task of a test takes longer.
+#: Seconds in which a worker that is told to end must have ended: no task of a test takes longer.
 _GRACE_SECONDS = 20.0
 
 
 class Workers:
-    """One worker of each version, and what was done to them."""
+    """One worker of each version, and the number of each fault."""
 
     def __init__(self, start: StartVersion, order: random.Random) -> None:
         self._start = start

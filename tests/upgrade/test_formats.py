@@ -16,9 +16,9 @@ from tests.support.system.messages import Message, Recorder
 from tests.support.system.scheduler import Scheduler
 from tests.upgrade.conftest import StartVersion, Version
 
-#: What differs from run to run: numbers, also those in file names and in times, and random ids.
+#: Differences from run to run: numbers, also those in file names and in times, and random ids.
 _RANDOM = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}|[0-9a-f]{32}|[0-9]+")
-#: Keys that only exist for a while, or that count sweeps.
+#: Temporary keys, and keys that count sweeps.
 _PASSING = re.compile(r"_kombu|unacked|forkvm:sweep|forkvm:walk|recorder|kombu")
 
 
@@ -41,7 +41,7 @@ def test_both_versions_write_the_same_keys_values_and_messages(
 def _formats(
     version: Version, start: StartVersion, scheduler: Scheduler, place: Path
 ) -> tuple[dict[str, Any], set[tuple[Any, ...]]]:
-    """The keys with their values, and the messages, of a few jobs, without what differs from run to run."""
+    """The keys with their values, and the messages, of a few jobs, with the differences between runs masked."""
     scheduler.redis.flushall()
     parent = place / "forks"
     parent.mkdir()
@@ -94,7 +94,7 @@ def _shape(value: bytes | None) -> Any:
 
 
 def _mask(value: Any) -> Any:
-    """The same structure without what differs from run to run."""
+    """The same structure with the differences between runs masked."""
     if isinstance(value, dict):
         # Celery stores Python's traceback with a failure. A fork that waited with others is stored without one.
         return {_masked(name): _mask(item) for name, item in value.items() if name != "traceback"}
@@ -103,7 +103,7 @@ def _mask(value: Any) -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return "number"
     if isinstance(value, str):
-        return "text" if " " in value else _masked(value)  # the words of an error message are no format
+        return "text" if " " in value else _masked(value)  # the text of an error message is not part of the format
     return value
 
 

@@ -30,7 +30,7 @@ from tests.upgrade import options
 from tests.upgrade.conftest import StartVersion, Version
 from tests.upgrade.killing import Workers
 
-#: Seconds for all jobs to end when no worker is killed any more.
+#: Seconds for all jobs to end after the last worker was killed.
 TIMEOUT = 120.0
 #: Forks of the campaign that one version begins.
 FORKS = 400

@@ -1,4 +1,4 @@
-"""Child processes of a test: another user, another umask, a sudden death."""
+"""Child processes of a test: with another user, another umask, or killed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
-#: An ordinary user, whom every system calls nobody.
+#: An ordinary user, the user nobody of every system.
 NOBODY = 65534
 _PR_SET_DUMPABLE = 4
 
@@ -24,7 +24,7 @@ class ChildDied(AssertionError):
 
 
 class Child(Generic[T]):
-    """A child process that does `work` and hands back what that returned."""
+    """A child process that runs `work` and returns its result."""
 
     def __init__(
         self,
@@ -41,17 +41,20 @@ class Child(Generic[T]):
         os.close(writer)
 
     def kill(self) -> None:
-        """SIGKILL; returns when the child is gone."""
+        """Send SIGKILL; return when the child has ended."""
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
         os.close(self._reader)
 
     def is_done(self, within: float) -> bool:
-        """Whether the child has its result or ended within so many seconds."""
+        """Whether the child has its result, or ends within so many seconds."""
         return bool(select.select([self._reader], [], [], within)[0])
 
     def result(self) -> T:
-        """Wait for the end. ChildDied if there is no result, AssertionError with the child's traceback if it raised."""
+        """Wait for the end.
+
+        ChildDied if there is no result, AssertionError with the child's traceback if it raised an exception.
+        """
         with open(self._reader, "rb") as reader:
             data = reader.read()
         _, status = os.waitpid(self.pid, 0)
@@ -63,9 +66,9 @@ class Child(Generic[T]):
 
 
 def children_of_this_process() -> list[int]:
-    """The pids of the children of this process's main thread that run or were not waited for, the oldest first.
+    """The pids of the children of this process's main thread that are running or not reaped, the oldest first.
 
-    An earlier test may have left some: a test that looks for a child of its own leaves out those that were there.
+    An earlier test may have left some: a test that looks for its own child ignores those that existed before.
     """
     return list(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
 
@@ -73,7 +76,7 @@ def children_of_this_process() -> list[int]:
 def in_child(
     work: Callable[[], T], *, user: int | None = None, groups: Iterable[int] = (), umask: int | None = None
 ) -> T:
-    """What `work` returns in a child process; see `Child`."""
+    """The result of `work` in a child process; see `Child`."""
     return Child(work, user=user, groups=groups, umask=umask).result()
 
 
@@ -98,5 +101,5 @@ def _become(user: int, groups: Iterable[int]) -> None:
     os.setgroups(list(groups))
     os.setresgid(user, user, user)
     os.setresuid(user, user, user)
-    # A process that gave up root without an exec owns nothing in its /proc; a worker that was started as the user does.
+    # A process that gave up root without an exec owns no file in its /proc; a worker that was started as the user does.
     ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""What must hold for the FileResults of a fork."""
+"""Properties of the FileResults of every fork."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METHODS = {
 
 
 def expected_paths(entries: dict[bytes, Entry]) -> set[str]:
-    """All entries but the top; of what is left out, only its own top."""
+    """All entries except the top. Of what is skipped, only the topmost entry."""
     below = {b"logs/console.log"}
     return {os.fsdecode(path) for path in entries if path != b"." and path not in below}
 

@@ -1,4 +1,4 @@
-"""Forks made without Celery and Redis, and what must hold after each of them."""
+"""Forks made without Celery and Redis, and checks that apply to each of them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from tests.support.tree import Entry, snapshot
 MIB = 1 << 20
 
 INLINE = Limits()
-#: Cuts even a small guest directory into many chunks, and what must be copied of its large files into ranges.
+#: Splits even a small guest directory into many chunks, and its large files into ranges if they must be copied.
 CHUNKED = Limits(inline_files=0, inline_bytes=0, chunk_files=3, chunk_bytes=MIB)
 WAYS: Mapping[str, Limits] = {"inline": INLINE, "chunked": CHUNKED}
 
 
 def never_stop(progress: Progress) -> None:
-    """A progress callback that never stops the work."""
+    """A poll callback that never stops the work."""
 
 
 def spec_of(source: Path | str, destination: Path | str, fork_id: str = "fork-1", **options: Any) -> ForkSpec:
@@ -98,14 +98,14 @@ def _status_of(path: Path) -> tuple[int, int, int] | None:
 
 @dataclass
 class Ledger:
-    """Keeps a fork's result and all its FileResults in memory, where a worker keeps them in Redis."""
+    """Stores a fork's result and all its FileResults in memory, where a worker stores them in Redis."""
 
     pages: dict[str, list[bytes]] = field(default_factory=dict)
     stored: list[ForkResult] = field(default_factory=list)
     cancellation: Cancellation = Cancellation.NOT_REQUESTED
 
     def keep_pages(self, pages_by_part: dict[str, list[bytes]], *, replace_all: bool = False) -> Cancellation:
-        # A part may be stored again: each time it holds all that the part did.
+        # A part may be stored again; each time it contains everything that was done of it.
         self.pages = dict(pages_by_part) if replace_all else self.pages | pages_by_part
         return self.cancellation
 
@@ -128,7 +128,7 @@ class Ledger:
 
     @property
     def files(self) -> dict[str, FileResult]:
-        """The FileResults by path; no path may come twice."""
+        """The FileResults by path; no path may occur twice."""
         results = self.all_files
         by_path = {result["path"]: result for result in results}
         assert len(by_path) == len(results)
@@ -145,7 +145,7 @@ def fork_with_ledger(
     ended: bool = False,
     **options: Any,
 ) -> Ledger:
-    """Make one fork in this process, chunk after chunk as a single worker would, and return what it stored.
+    """Make one fork in this process, chunk after chunk as a single worker would, and return the ledger.
 
     `earlier`: the pages that an earlier attempt stored. `ended`: cancellation was requested.
     """
@@ -169,14 +169,14 @@ def fork_with_ledger(
 
 
 def without(entries: Mapping[bytes, Entry], left_out: Iterable[bytes]) -> dict[bytes, Entry]:
-    """A snapshot without some entries and all below them."""
+    """A snapshot without some entries and everything below them."""
     gone = tuple(left_out)
     kept = {
         path: entry
         for path, entry in entries.items()
         if not any(path == name or path.startswith(name + b"/") for name in gone)
     }
-    # A hard link that lost its other names in the fork is a plain file there.
+    # A hard link whose other names are not in the fork is a plain file there.
     return {path: replace(entry, links=_links(entry, kept), xattrs=_xattrs(entry)) for path, entry in kept.items()}
 
 
@@ -191,7 +191,7 @@ def _xattrs(entry: Entry) -> tuple[tuple[bytes, bytes], ...]:
 
 
 def assert_alike(source: Path, destination: Path, left_out: Iterable[bytes] = ()) -> None:
-    """The fork has exactly the entries of the source without `left_out`, each with the same content and metadata."""
+    """The fork has exactly the entries of the source except `left_out`, each with the same content and metadata."""
     ours, theirs = without(snapshot(source), left_out), without(snapshot(destination), ())
     differing_names = ours.keys() ^ theirs.keys()
     assert not differing_names, f"only on one side: {sorted(differing_names)}"
@@ -201,7 +201,7 @@ def assert_alike(source: Path, destination: Path, left_out: Iterable[bytes] = ()
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
-    """When an entry was last read (files only: this very look is written down in a directory), written and changed."""
+    """When an entry was last read (files only, since reading a directory changes its atime), written and changed."""
 
     atime: int | None
     mtime: int
@@ -214,7 +214,7 @@ def times(root: Path) -> dict[bytes, Times]:
 
 
 def statuses(root: Path) -> Iterator[tuple[bytes, os.stat_result]]:
-    """Every entry below `root` with its status, and itself as b"."; each is looked at before it is read."""
+    """Every entry below `root` with its status, and itself as b"."; the status is taken before the entry is read."""
     top = os.fsencode(root)
     yield b".", os.lstat(top)
     pending = [b""]

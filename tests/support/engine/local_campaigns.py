@@ -69,27 +69,27 @@ def campaign(
     beat: CampaignPoll = lambda progress: None,
     **arguments: Any,
 ) -> CampaignResult:
-    """One local campaign, whatever becomes of it. `arguments` as for `spec_of`."""
+    """One local campaign, whatever its result. `arguments` as for `spec_of`."""
     names = [os.fspath(path) for path in paths]
     spec = spec_of(source, len(names), **arguments)
     return campaign_here(spec, names, Roots(tuple(map(os.fspath, roots))), processes, beat)
 
 
 def counts(result: CampaignResult) -> tuple[int, int, int]:
-    """How many forks succeeded, failed, and were cancelled; they are all there are."""
+    """The numbers of forks that succeeded, failed and were cancelled; their sum is the total."""
     succeeded, failed, cancelled = (result["forks"][name] for name in _COUNTED)
     assert result["forks"]["total"] == succeeded + failed + cancelled
     return succeeded, failed, cancelled
 
 
 def codes(result: CampaignResult) -> dict[str, str]:
-    """The codes of the failures by destination."""
+    """The error codes of the failures by destination."""
     return {os.path.basename(failure["destination"]): failure["error"]["code"] for failure in result["failures"]}
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Keeps the outcomes of a campaign's forks in files, so that they outlive the process that stored them."""
+    """Stores the outcomes of a campaign's forks in files, so that they outlive the process that stored them."""
 
     directory: Path
 
@@ -159,7 +159,7 @@ def make_batches(
 
 
 def end(home: Path, ledger: Ledger) -> CampaignResult:
-    """Remove what is left of a campaign whose forks have all ended."""
+    """Remove the staging of a campaign whose forks have all ended."""
     with holding(home) as found:
         result = ledger.result(found)
         remove_annexes(found, Roots())
@@ -170,7 +170,7 @@ def end(home: Path, ledger: Ledger) -> CampaignResult:
 def campaign_with_ledger(
     source: Path, paths: list[Path], directory: Path, *, beat: Poll = never_stop, **arguments: Any
 ) -> tuple[CampaignResult, Ledger]:
-    """One campaign in this process, batch after batch; its outcomes are kept in `directory`."""
+    """One campaign in this process, batch after batch; its outcomes are stored in `directory`."""
     directory.mkdir()
     ledger = Ledger(directory)
     plan(source, paths, **arguments)
@@ -182,7 +182,7 @@ def campaign_with_ledger(
 
 
 def main(argv: Sequence[str] = sys.argv) -> None:
-    """A process of its own, for a trace: the source, a directory for the ledger, the durability, the destinations."""
+    """Entry point of a traced process: the source, a directory for the ledger, the durability, the destinations."""
     source, ledger, durability, *paths = argv[1:]
     result, _ = campaign_with_ledger(Path(source), [Path(path) for path in paths], Path(ledger), durability=durability)
     assert result["status"] == "succeeded", result

@@ -1,4 +1,4 @@
-"""A process that opens files for writing when a test says so, and measures how long each open takes."""
+"""A process that opens files for writing on request, and measures how long each open takes."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ for line in sys.stdin:
 
 
 class Opener:
-    """The process. It keeps the last file open that it opened."""
+    """The process. It keeps the file that it opened last open."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
     def read(self, path: Path) -> float:
-        """Open a file for reading. Returns the seconds that the open took, as all of these do."""
+        """Open a file for reading. Returns the seconds that the open took, like the other methods."""
         return self._do("read", path)
 
     def write(self, path: Path) -> float:

@@ -1,4 +1,4 @@
-"""Directory trees that hypothesis makes up, and their files on a real filesystem."""
+"""Directory trees that hypothesis generates, and their files on a real filesystem."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Symlink:
 
 @dataclass(frozen=True)
 class HardLink:
-    #: Which of the files made so far, modulo their number.
+    #: The index of one of the files made so far, modulo their number.
     index: int
 
 
@@ -83,7 +83,7 @@ trees = directories(st.recursive(leaves, directories, max_leaves=12))
 
 
 def make(path: bytes, node: Node, made: list[bytes]) -> None:
-    """Make `node` at `path`; `made` are the files and symlinks there are, for hard links."""
+    """Make `node` at `path`; `made` are the files and symlinks made so far, for hard links."""
     if isinstance(node, Directory):
         os.mkdir(path)
         for name, child in node.entries.items():

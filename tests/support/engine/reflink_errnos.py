@@ -1,4 +1,4 @@
-"""What each errno of FICLONE means (design, section 4)."""
+"""The meaning of each errno of FICLONE (design, section 4)."""
 
 from __future__ import annotations
 

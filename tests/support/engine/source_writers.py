@@ -8,19 +8,19 @@ from collections.abc import Callable
 from tasks.copier.progress import Progress
 from tests.support.engine.forks import MIB
 
-#: CLOCK_REALTIME_COARSE of <linux/time.h>, which the module time does not name.
+#: CLOCK_REALTIME_COARSE of <linux/time.h>, which the module time does not define.
 _COARSE_CLOCK = 5
 
 
 def wait_for_clock_tick() -> None:
-    """Wait until the clock from which files get their times has moved on: two changes in one tick have one ctime."""
+    """Wait until the clock of file timestamps has advanced: two changes within one tick have the same ctime."""
     before = time.clock_gettime_ns(_COARSE_CLOCK)
     while time.clock_gettime_ns(_COARSE_CLOCK) == before:
         time.sleep(0.001)
 
 
 class ChangeOnce:
-    """A beat that changes something once, when `when` first holds."""
+    """A poll callback that changes something once, when `when` first holds."""
 
     def __init__(self, change: Callable[[], object], when: Callable[[Progress], bool]) -> None:
         self._change = change
@@ -45,7 +45,7 @@ def copying(progress: Progress) -> bool:
 
 
 def in_a_file(progress: Progress) -> bool:
-    """In the middle of the largest file, where it is copied."""
+    """In the middle of the largest file, while it is copied."""
     return progress["phase"] == "copy" and progress["bytes_done"] > MIB
 
 

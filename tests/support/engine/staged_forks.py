@@ -29,9 +29,9 @@ ID = "fork-1"
 
 
 def begin_fork(source: Path, destination: Path) -> tuple[Path, dict[str, Any]]:
-    """Plan a fork in chunks, and do the first of them: its control directory, and its journal.
+    """Plan a fork in chunks, and make the first of them. Returns its control directory and its journal.
 
-    The journal is without its checksum, so that what a test changes in it is read.
+    The journal is without its checksum, so that changes by a test are accepted.
     """
     spec = spec_of(source, destination, ID, reflink="never")
     with (
@@ -49,7 +49,7 @@ def begin_fork(source: Path, destination: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def continue_fork(source: Path, destination: Path, ledger: Ledger | None = None) -> str:
-    """Do the rest of the fork as the tasks of a worker do. Returns "succeeded", or the error."""
+    """Make the rest of the fork as the tasks of a worker do. Returns "succeeded", or the error."""
     ledger = ledger or Ledger()
     spec = spec_of(source, destination, ID, reflink="never")
     try:

@@ -1,4 +1,4 @@
-"""Forks in a process of their own under strace, which makes real system calls fail, or end the process."""
+"""Forks in a separate process under strace, which makes real system calls fail, or kills the process."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from tests.support.engine.child_processes import ChildDied
 from tests.support.engine.forks import CHUNKED, INLINE, fork, fork_with_ledger
 from tests.support.engine.traced_processes import TracedChild
 
-#: What the tree's name ends in, so that strace can be told its files before they exist.
+#: The suffix of the tree's name, so that strace can be given its paths before they exist.
 _ATTEMPT = "0" * 8
-#: Seconds for EAGAIN to go away; the real ones are too long to wait in a test.
+#: Seconds of retries after EAGAIN; the real limits are too long for a test.
 _RETRY_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traced:
-    """How a fork under strace ended: its result and FileResults, or None when it was killed; and the trace."""
+    """The end of a fork under strace: its result and FileResults, or None if it was killed; and the trace."""
 
     result: ForkResult | None
     files: dict[str, FileResult]
     trace: list[str]
 
     def calls(self, words: str) -> int:
-        """How many lines of the trace hold `words`."""
+        """The number of lines of the trace that contain `words`."""
         return sum(words in line for line in self.trace)
 
     def durable_steps(self, parent: Path) -> list[str]:
-        """What a durable fork in `parent` made, put on the disk and renamed, in order."""
+        """The files that a durable fork in `parent` created, synced and renamed, in order."""
         steps = []
         for line in self.trace:
             if "SNAP_CREATE" in line:
@@ -50,12 +50,12 @@ class Traced:
 
 
 def in_tree(destination: Path, name: str = "") -> Path:
-    """Where an entry of the fork stands while it is made."""
+    """The path of an entry of the fork while it is made."""
     return destination.parent / f"{control_name('fork-1')}.{_ATTEMPT}" / name
 
 
 def control(destination: Path, name: str = "") -> Path:
-    """Where a file of the fork's control directory stands."""
+    """The path of a file of the fork's control directory."""
     return destination.parent / control_name("fork-1") / name
 
 
@@ -71,9 +71,9 @@ def trace_fork(
     here: bool = False,
     **options: Any,
 ) -> Traced:
-    """Make one fork and record the system calls `calls`, those only that touch `paths` if any are given.
+    """Make one fork and record the system calls `calls`, only those that affect `paths` if any are given.
 
-    `inject` are strace's expressions, such as `ioctl:error=EIO`; they hold for recorded calls alone. `here`: by
+    `inject` are expressions of strace, such as `ioctl:error=EIO`; they apply to recorded calls only. `here`: by
     `fork_here` with two children (then without FileResults), else as `fork_with_ledger` does it.
     """
     log = destination.parent / "trace"

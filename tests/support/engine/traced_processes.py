@@ -1,4 +1,4 @@
-"""Child processes whose system calls fail on demand: strace is attached when the child is about to begin.
+"""Child processes whose system calls fail on demand: strace is attached when the child is about to start its work.
 
 Python and the program are loaded by then, so that one run costs hundredths of a second, and hundreds of calls can be
 made to fail in turn.
@@ -19,7 +19,7 @@ from tests.support.engine.child_processes import Child
 
 T = TypeVar("T")
 
-#: Calls that are not the engine's: memory, threads, signals, and what this module and `Child` do themselves. And calls
+#: Calls that are not the engine's: memory, threads, signals, and the calls of this module and of `Child`. And calls
 #: that cannot fail (getuid(2)).
 _NOT_THE_ENGINES = re.compile(
     r"gete?[ug]id|mmap|munmap|mremap|madvise|brk|futex|rt_sig|get[gpt]?pid|gettid|getrandom|sched_yield"
@@ -27,7 +27,7 @@ _NOT_THE_ENGINES = re.compile(
 )
 _CALL = re.compile(r"(\d+) +(\w+)\(")
 _CLOSED_PIPE = re.compile(r"\d+ +close\(\d+<pipe:")
-#: What ends the engine's part of a recorded run: a call that it never makes.
+#: Marks the end of the engine's part of a recorded run: a call that the engine never makes.
 _END = "sched_yield"
 
 
@@ -39,10 +39,10 @@ class Call(NamedTuple):
 
 
 class TracedChild(Generic[T]):
-    """A child under strace, that begins with `work` when told to.
+    """A child under strace that starts `work` on request.
 
-    `calls`, `inject` and `paths` as in strace(1): which calls are recorded, which of these fail and how, and on which
-    files they must be, if any are given.
+    `calls`, `inject` and `paths` as in strace(1): the calls that are recorded, those that fail and how, and the files
+    that they must affect, if any are given.
     """
 
     def __init__(
@@ -67,15 +67,15 @@ class TracedChild(Generic[T]):
         self._strace = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
         assert self._strace.stderr is not None
         told = self._strace.stderr.readline()
-        # From now on the kernel stops the child before it does anything further.
+        # From now on strace stops the child at its next call.
         assert b"attached" in told, told + self._strace.stderr.read()
 
     def begin(self) -> None:
-        """Let the child go on."""
+        """Let the child continue."""
         os.kill(self._child.pid, signal.SIGUSR1)
 
     def result(self) -> T:
-        """What the work returned. Raises as `Child.result` does."""
+        """The return value of the work. Raises as `Child.result` does."""
         try:
             return self._child.result()
         finally:
@@ -84,7 +84,7 @@ class TracedChild(Generic[T]):
             self._strace.wait()
 
     def trace(self) -> list[str]:
-        """The recorded calls of the work; to be read after `result`."""
+        """The recorded calls of the work; available after `result`."""
         lines = self._log.read_text(errors="replace").splitlines()
         end = next((n for n, line in enumerate(lines) if f" {_END}(" in line), len(lines))
         return lines[:end]
@@ -99,10 +99,10 @@ def _wait_and(work: Callable[[], T]) -> T:
 
 
 def calls_of(trace: Iterable[str]) -> list[Call]:
-    """The engine's calls in a trace, each with its number among those of its name that its process made.
+    """The engine's calls in a trace, each with its number among the calls of that name in its process.
 
-    Without those that close a pipe: an injected error leaves it open, which the kernel never does (close(2)), and the
-    process at its other end waits for its end.
+    Calls that close a pipe are omitted: an injected error leaves it open, which the kernel never does (close(2)), and
+    the process at its other end would wait for the end of file.
     """
     counts: Counter[tuple[str, str]] = Counter()
     of_pipes: set[Call] = set()

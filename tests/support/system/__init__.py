@@ -1,1 +1,1 @@
-"""A running system (Redis, workers, a client) and what must hold for its results."""
+"""A running system (Redis, workers, a client) and properties of its results."""

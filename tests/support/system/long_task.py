@@ -1,4 +1,4 @@
-"""A task of the tests' own that takes as long as it is told: `celery worker -I tests.support.system.long_task`."""
+"""A task for tests that takes a given time: `celery worker -I tests.support.system.long_task`."""
 
 from __future__ import annotations
 

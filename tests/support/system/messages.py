@@ -1,4 +1,4 @@
-"""Raw messages, as Redis holds them: to deliver again what was delivered before."""
+"""Raw messages, as Redis stores them, to deliver them again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tasks.names import SWEEP_TASK
 from tests.fixtures.redis_server import RedisServer
 from tests.support.system.scheduler import QUEUES
 
-#: One argument in a line of MONITOR: quoted and escaped as sdscatrepr (sds.c) does, which Python's own escapes cover.
+#: One argument in a line of MONITOR: quoted and escaped by sdscatrepr (sds.c), whose escapes are also valid in Python.
 _ARGUMENT = re.compile(rb'"(?:[^"\\]|\\.)*"')
 
 
@@ -38,12 +38,10 @@ class Message(NamedTuple):
 
 
 class Recorder:
-    """Sees every message that anyone puts into our queues, but for sweeps, which belong to no fork.
+    """Records every message that is put into our queues, except sweeps, which belong to no fork.
 
-    Each new one is handed to `on_message` at once.
-
-    Reads the server's MONITOR stream on a connection of its own: a message that a worker takes within a
-    millisecond is in no list and, once acknowledged, in no hash.
+    Each new one is passed to `on_message` at once. Reads the server's MONITOR stream on its own connection: a message
+    that a worker takes within a millisecond is in no list and, once acknowledged, in no hash.
     """
 
     def __init__(self, server: RedisServer, on_message: Callable[[Message], None] = lambda message: None) -> None:
@@ -64,7 +62,7 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._client.set("recorder:end", "1", ex=60)  # seen by the thread after all that came before it
+        self._client.set("recorder:end", "1", ex=60)  # the thread sees it after everything that came before it
         self._thread.join(10)
         assert not self._thread.is_alive()
         self._connection.disconnect()  # type: ignore[no-untyped-call]
@@ -95,7 +93,7 @@ class Recorder:
 
 
 def deliver(server: RedisServer, *messages: Message) -> None:
-    """Puts messages into their queues as they are, to be taken next."""
+    """Put messages unchanged at the head of their queues."""
     with server.client(decode_responses=False) as client:
         for message in messages:
             client.rpush(message.queue, message.raw)

@@ -1,4 +1,4 @@
-"""Campaigns as a scheduler sends them, and what must be true of one that has ended."""
+"""Campaigns as a scheduler sends them, and checks that apply to each ended campaign."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ def paths_of(place: Path, count: int) -> list[Path]:
 
 
 def send(scheduler: Scheduler, request: object, campaign_id: str, queue: str = QUEUE) -> AsyncResult[Any]:
-    """As any Celery client does it."""
+    """As any Celery client sends it."""
     return scheduler.app.send_task("forkvm.campaign", kwargs={"request": request}, task_id=campaign_id, queue=queue)
 
 
 def forks_of(scheduler: Scheduler, campaign_id: str, count: int, start: int = 1) -> list[ForkResult]:
-    """The results of the forks that have ended by now, in order."""
+    """The results of the forks that have ended so far, in order."""
     return list(CampaignResults(scheduler.results, campaign_id).forks(start, count))
 
 
 def done(scheduler: Scheduler, campaign_id: str) -> int:
-    """How many forks have ended."""
+    """The number of forks that have ended."""
     sums = CampaignResults(scheduler.results, campaign_id).sums()
     return sum(value for name, value in sums.items() if name.startswith("forks."))
 
 
 def result_of(scheduler: Scheduler, campaign_id: str) -> CampaignResult:
-    """The final result, whatever it says."""
+    """The final result, whatever its status."""
     result = scheduler.results.final.get(campaign_id)
     assert result is not None, f"{campaign_id} has no result"
     return cast(CampaignResult, result)
@@ -85,7 +85,7 @@ def assert_results_are_consistent(
 
 
 def assert_all_are_whole(scheduler: Scheduler, result: CampaignResult, source: Path, paths: Sequence[Path]) -> None:
-    """Every fork succeeded once, and is the source."""
+    """Every fork succeeded once, and equals the source."""
     assert (result["status"], result["error"], result["failures"]) == ("succeeded", None, [])
     assert_results_are_consistent(scheduler, result, paths)
     names = sorted(os.listdir(source / "layers"))

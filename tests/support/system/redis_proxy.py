@@ -1,4 +1,4 @@
-"""A proxy in front of Redis' socket that can delay, cut off in the middle of an answer, or drop every connection."""
+"""A proxy for Redis' socket that can delay connections, break them off in the middle of a reply, or close them all."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from types import TracebackType
 
 _CHUNK = 65536
-#: How long a thread waits for bytes before it looks whether all is over, in seconds.
+#: The timeout after which a waiting thread checks whether the proxy is closed, in seconds.
 _LOOK_SECONDS = 0.2
 
 
 class Proxy:
-    """Passes bytes between clients and a server, both on unix sockets, until it is told to hinder them."""
+    """Passes bytes between clients and a server, both on unix sockets, until a fault is injected."""
 
     def __init__(self, server: Path) -> None:
         self.socket = server.with_name("proxy.sock")
@@ -24,14 +24,14 @@ class Proxy:
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        #: Seconds that everything waits on its way.
+        #: Seconds by which everything is delayed.
         self.delay = 0.0
         #: Connections cut so far.
         self.cuts = 0
         self._halve = False
-        #: Connections that pass nothing on any more, and close nothing.
+        #: Connections that pass nothing on any more, without being closed.
         self._silent: set[tuple[socket.socket, socket.socket]] = set()
-        #: Whether each new connection is silent too.
+        #: Whether new connections are silent too.
         self.is_cut_off = False
         self._flowing = threading.Event()
         self._flowing.set()
@@ -55,27 +55,27 @@ class Proxy:
         self.socket.unlink()
 
     def cut(self) -> None:
-        """Breaks off every connection now."""
+        """Close every current connection."""
         with self._lock:
             pairs, self._pairs = self._pairs, []
         for pair in pairs:
             self._end(pair)
 
     def silence(self) -> None:
-        """Has all connections of now pass nothing on any more, without an end, as a dead NAT entry does."""
+        """All current connections pass nothing on any more, without being closed, as after a NAT timeout."""
         with self._lock:
             self._silent.update(self._pairs)
 
     def hold(self) -> None:
-        """Keep all bytes of all connections, also new ones, until `release`."""
+        """Keep all bytes of all connections, including new ones, until `release`."""
         self._flowing.clear()
 
     def release(self) -> None:
-        """Pass on what was kept, and all that comes."""
+        """Pass on the kept bytes, and all that follow."""
         self._flowing.set()
 
     def halve(self) -> None:
-        """Breaks off the next connection that carries something towards a client, with half of it delivered."""
+        """Close the next connection that carries a reply to a client, after half of the reply."""
         self._halve = True
 
     def _end(self, pair: tuple[socket.socket, socket.socket]) -> None:
@@ -93,7 +93,7 @@ class Proxy:
             server = socket.socket(socket.AF_UNIX)
             try:
                 server.connect(str(self._server))
-            except OSError:  # Redis is away: so are we
+            except OSError:  # Redis is down, so the proxy refuses too
                 client.close()
                 server.close()
                 continue

@@ -45,7 +45,7 @@ _COUNTER_OF_METHOD = {
 
 
 def check_fork_result(result: ForkResult) -> None:
-    """Every field of the contract is there, no other, and each is of its type."""
+    """Every field of the contract is present with its type, and no other field."""
     assert set(result) == FORK_FIELDS
     for name in ("fork_id", "source", "destination"):
         assert isinstance(result[name], str)
@@ -72,7 +72,7 @@ def check_fork_result(result: ForkResult) -> None:
 
 
 def check_file_results(result: ForkResult, files: list[FileResult]) -> None:
-    """Each FileResult has its fields, no path has two, and the fork's totals are their sums."""
+    """Each FileResult has its fields, no path occurs twice, and the fork's totals are their sums."""
     for file in files:
         assert set(file) == FILE_FIELDS
         assert isinstance(file["path"], str)
@@ -97,7 +97,7 @@ def check_file_results(result: ForkResult, files: list[FileResult]) -> None:
 
 
 def entries_of(source: Path) -> set[str]:
-    """Every relative path below a directory, with what is below a skipped `logs` left out: it is not walked."""
+    """Every relative path below a directory, without the entries of a skipped `logs`, which is not walked."""
     paths: set[str] = set()
     for parent, directories, files in os.walk(source):
         here = os.path.relpath(parent, source)
@@ -108,7 +108,7 @@ def entries_of(source: Path) -> set[str]:
 
 
 def identity(root: Path) -> dict[str, tuple[Any, ...]]:
-    """Of every entry: inode, size, mode, and both times to the nanosecond, so that any write at all shows."""
+    """Inode, size, mode and both times (in nanoseconds) of every entry, so that any write is noticed."""
     found = {}
     for path in [root, *root.rglob("*")]:
         status = path.lstat()

@@ -29,14 +29,14 @@ QUEUES = (QUEUE, f"{QUEUE}#chunk", f"{QUEUE}#finish", f"{QUEUE}#batch")
 UNACKED = UNACKED_KEY
 #: Seconds to wait for a fork to end, far more than any takes.
 TIMEOUT = 40.0
-#: How Redis names an error with which it refuses a write: it is full, or takes none.
+#: The names of the errors with which Redis refuses a write: it is full, or accepts none.
 _REFUSALS = ("OOM", "READONLY", "NOREPLICAS", "MISCONF")
-#: How many polls in a row, 20 ms apart, must find no message.
+#: The number of polls in a row, 20 ms apart, that must find no message.
 _QUIET_POLLS = 5
 
 
 class Scheduler:
-    """Sends forks by name. Reads their results through Celery, and what Celery does not have through `Results`."""
+    """Sends forks by task name. Reads their results through Celery, and the rest through `Results`."""
 
     def __init__(self, app: Celery, server: RedisServer) -> None:
         self.app = app
@@ -45,10 +45,10 @@ class Scheduler:
         self.results = Results(self.redis, 3600, lambda fork_id: f"celery-task-meta-{fork_id}")
 
     def close(self) -> None:
-        """To be called while the server still runs."""
+        """Call it while the server still runs."""
         gc.collect()
-        # A result that is freed unsubscribes from the server. One that a failed test's traceback holds would do so
-        # in the middle of a later test, and find no server.
+        # A result that is garbage-collected unsubscribes from the server. If the traceback of a failed test holds one,
+        # it would do so during a later test, when its server no longer runs.
         setattr(self.app.backend, "remove_pending_result", lambda result: result)  # noqa: B010
         self.redis.close()
 
@@ -58,13 +58,13 @@ class Scheduler:
     def send_call(
         self, fork_id: str | None = None, *, args: list[Any] | None = None, kwargs: Mapping[str, Any] | None = None
     ) -> AsyncResult[Any]:
-        """Sends `forkvm.fork` with any arguments, right or wrong."""
+        """Send `forkvm.fork` with any arguments, valid or not."""
         return self.app.send_task(
             "forkvm.fork", args=args, kwargs=dict(kwargs or {}), task_id=fork_id or uuid.uuid4().hex, queue=QUEUE
         )
 
     def fork(self, source: Path, destination: Path, fork_id: str | None = None, **fields: Any) -> ForkResult:
-        """One fork from its request to its result; raises what Celery raises for a failed one."""
+        """One fork from its request to its result; raises Celery's exception if it failed."""
         return self.wait(self.send({"source": str(source), "destination": str(destination), **fields}, fork_id))
 
     def wait(self, sent: AsyncResult[Any], timeout: float = TIMEOUT) -> ForkResult:
@@ -72,7 +72,7 @@ class Scheduler:
         return result
 
     def wait_failed(self, sent: AsyncResult[Any], timeout: float = TIMEOUT) -> tuple[str, ForkResult]:
-        """Waits for a failure: the exception's message, and the whole ForkResult."""
+        """Wait for a failure. Returns the exception's message and the whole ForkResult."""
         with pytest.raises(Exception) as raised:  # noqa: PT011 - the type is made up by the client's Celery
             sent.get(timeout=timeout)
         assert sent.state in ("FAILURE", "REVOKED"), repr(raised.value)
@@ -97,13 +97,13 @@ class Scheduler:
         wait_until(quiet, "the end of all messages")
 
     def messages(self) -> dict[str, int]:
-        """How many messages each queue holds, and how many are not acknowledged, but for sweeps that are at work."""
+        """The number of messages in each queue, and of unacknowledged ones, without sweeps that are running."""
         counts = {queue: int(self.redis.llen(queue)) for queue in QUEUES}
         unacked = [message for message in self.redis.hvals(UNACKED) if SWEEP_TASK.encode() not in message]
         return counts | {UNACKED: len(unacked)}
 
     def refused(self) -> int:
-        """How many writes Redis has refused since it was started."""
+        """The number of writes that Redis has refused since its start."""
         errors = self.redis.info("errorstats")
         return sum(int(errors.get(f"errorstat_{name}", {"count": 0})["count"]) for name in _REFUSALS)
 
@@ -114,11 +114,11 @@ class Scheduler:
 
     @contextmanager
     def watching(self, fork_id: str) -> Iterator[list[dict[str, Any]]]:
-        """Collects every record that is published for a fork, in order, until it is left."""
+        """Collects every record that is published for a fork, in order, during the with block."""
         records: list[dict[str, Any]] = []
         with self.server.client() as client, client.pubsub(ignore_subscribe_messages=True) as channel:
             channel.subscribe(**{f"celery-task-meta-{fork_id}": lambda m: records.append(json.loads(m["data"]))})
-            channel.get_message(timeout=5)  # the subscription stands
+            channel.get_message(timeout=5)  # the subscription exists
             thread = channel.run_in_thread(sleep_time=0.05, daemon=True)
             try:
                 yield records
@@ -128,6 +128,6 @@ class Scheduler:
 
 
 def states(records: list[dict[str, Any]]) -> list[str]:
-    """The states in the order they were published, repetitions left out."""
+    """The states in the order of publication, without repetitions."""
     seen = [str(record["status"]) for record in records]
     return [state for n, state in enumerate(seen) if n == 0 or seen[n - 1] != state]

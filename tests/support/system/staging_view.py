@@ -12,13 +12,13 @@ from tasks.copier.staging.control_directory import control_name
 
 
 class StagingView:
-    """Looks at one fork's staging; everything may be gone at any moment."""
+    """Reads one fork's staging, which may disappear at any moment."""
 
     def __init__(self, parent: Path, fork_id: str) -> None:
         self.control = parent / control_name(fork_id)
 
     def journal(self) -> dict[str, Any]:
-        """The journal; empty where there is none."""
+        """The journal; empty if there is none."""
         with suppress(FileNotFoundError):
             journal: dict[str, Any] = json.loads((self.control / "journal").read_bytes())
             return journal
@@ -34,7 +34,7 @@ class StagingView:
         return len((self.journal().get("plan") or {"chunks": ()})["chunks"])
 
     def begun(self) -> set[int]:
-        """The chunks that some process has begun."""
+        """The chunks that a process has started."""
         return self._numbers("chunk-")
 
     def done(self) -> set[int]:
@@ -42,26 +42,26 @@ class StagingView:
         return self._numbers("report-")
 
     def tries(self, chunk: int) -> int:
-        """How often a chunk was begun."""
+        """The number of attempts of a chunk."""
         with suppress(FileNotFoundError):
             return int((self.control / f"chunk-{chunk}").read_bytes() or b"0")
         return 0
 
     def worker_of(self, chunk: int) -> int | None:
-        """The pid of the process that works on a chunk now."""
+        """The pid of the process that makes a chunk now."""
         return _holder(self.control / f"chunk-{chunk}", "WRITE")
 
     def owner(self) -> int | None:
-        """The pid of the process that holds the whole staging: it plans, clones inline, or finishes."""
+        """The pid of the process that holds the lock of the whole staging: it plans, clones inline, or finishes."""
         return _holder(self.control / "lock", "WRITE")
 
     def grow_old(self) -> None:
-        """Have it look as if nothing was done in it since 1970; not its tree: that has the times of a fork to come."""
+        """Give the staging times of 1970, as if abandoned; except its tree, which already has the times of the fork."""
         for path in (self.control, self.control / "lock"):
             os.utime(path, (86_400, 86_400))
 
     def is_in_the_middle(self) -> bool:
-        """Whether chunks are being worked on, some are done and some are not."""
+        """Whether chunks are being made, some are done and some are not."""
         return self.phase == "cloning" and 0 < len(self.done()) < self.chunks and bool(self.begun() - self.done())
 
     def _numbers(self, prefix: str) -> set[int]:
@@ -72,7 +72,7 @@ class StagingView:
 
 
 def leftovers(directory: Path) -> list[str]:
-    """Everything of ours below a directory that a fork which has ended must not leave."""
+    """All entries of ours below a directory that a fork must not leave when it has ended."""
     return sorted(
         os.path.join(parent, name)
         for parent, directories, files in os.walk(directory)
@@ -82,7 +82,7 @@ def leftovers(directory: Path) -> list[str]:
 
 
 def _holder(path: Path, kind: str) -> int | None:
-    """The pid that holds a flock of this kind on a file, as /proc/locks tells (proc(5))."""
+    """The pid that holds a flock of this kind on a file, from /proc/locks (proc(5))."""
     try:
         status = path.stat()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""A running system, and how a test stops its children at a chosen point of a fork."""
+"""A running system, and functions that stop its children at a chosen point of a fork."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.system.staging_view import StagingView, leftovers
 
 T = TypeVar("T")
 
-#: Limits under which a few MiB are a large fork: at most 50 files or 4 MiB inline, then chunks of 1 MiB or 100 files.
+#: Limits that make a fork of a few MiB large: at most 50 files or 4 MiB inline, then chunks of 1 MiB or 100 files.
 SMALL_LIMITS = {
     "FORKVM_INLINE_FILES": "50",
     "FORKVM_INLINE_BYTES": str(4 * MIB),
@@ -52,7 +52,7 @@ class StartSystem(Protocol):
 
 
 def spin_until(find: Callable[[], T | None], what: str, timeout: float = 20.0) -> T:
-    """Polls fast, for moments of a few milliseconds; returns what was found as soon as that is true."""
+    """Poll fast, for conditions that hold for milliseconds; returns what was found as soon as it is true."""
     deadline = time.monotonic() + timeout
     while True:
         found = find()
@@ -66,7 +66,7 @@ def spin_until(find: Callable[[], T | None], what: str, timeout: float = 20.0) -
 def stopped_in_the_middle(
     worker: Worker, staging: StagingView, also: Callable[[], bool] = lambda: True
 ) -> Iterator[list[int]]:
-    """As `stopped_when`, while a chunked fork is half done, and `also` holds."""
+    """As `stopped_when`, while a chunked fork is half done and `also` holds."""
 
     def half_done() -> bool:
         return staging.is_in_the_middle() and also()
@@ -77,7 +77,10 @@ def stopped_in_the_middle(
 
 @contextmanager
 def stopped_when(worker: Worker, condition: Callable[[], bool], what: str) -> Iterator[list[int]]:
-    """Stop the worker's children while `condition` holds, and yield their pids. The living continue at the end."""
+    """Stop the worker's children while `condition` holds, and yield their pids.
+
+    Those that still run continue at the end.
+    """
     children = worker.children
 
     def stop() -> bool:
