@@ -96,7 +96,7 @@ def test_a_change_is_seen_also_where_entries_that_are_left_out_come_after_it(
 
 
 def test_a_directory_that_is_published_is_one_that_the_source_had(directory: Path, source: Path) -> None:
-    """An attribute and then a left-out entry: the clone has the attribute, and the times that go with it."""
+    """An attribute is set, then a skipped entry is created: the clone has the attribute and the newest mtime."""
 
     def meddle() -> None:
         os.setxattr(source, "user.new", b"1")

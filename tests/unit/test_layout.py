@@ -168,7 +168,7 @@ def test_no_function_is_too_long() -> None:
 
 
 def _patched_names(tree: ast.Module) -> Iterator[str]:
-    """What `setattr`, `patch.object` and the like replace: their second argument, or the end of a dotted first one."""
+    """What `setattr`, `patch.object` and others replace: their second argument, or the end of a dotted first one."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("setattr", "object", "patch"):
             texts = [arg.value for arg in node.args[:2] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
