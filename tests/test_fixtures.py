@@ -152,7 +152,7 @@ def test_open_file_that_is_unlinked_on_fuse_gets_another_name(
         with (point / "lock").open("w"):
             (point / "lock").unlink()
             assert [path.name[:12] for path in point.iterdir()] == ([".fuse_hidden"] if stays else [])
-        wait_until(lambda: not os.listdir(point), "the hidden name gone")  # noqa: B023 (called in this round)
+        wait_until(lambda: not os.listdir(point), "the removal of the hidden name")  # noqa: B023 (called in this round)
 
 
 def test_mounts_are_seen_by_our_processes_and_by_nobody_else(xfs: Path) -> None:

@@ -87,14 +87,14 @@ exec "$@"
 
 @pytest.fixture
 def guests(fresh: Fresh) -> Path:
-    require(os.geteuid() == 0, "root", "mounts of its own")
+    require(os.geteuid() == 0, "root", "private mounts")
     guests = fresh("xfs")
     make_guest(guests / "a")
     return guests
 
 
 def _read_only(guests: Path) -> list[str]:
-    return [require_command("unshare", "mounts of its own"), "-m", "sh", "-c", _READ_ONLY, "sh", str(guests)]
+    return [require_command("unshare", "private mounts"), "-m", "sh", "-c", _READ_ONLY, "sh", str(guests)]
 
 
 def test_worker_serves_where_only_the_guests_can_be_written_to_and_ends_on_term(

@@ -221,7 +221,7 @@ def test_a_running_campaign_is_watched_with_a_bar_and_cancelled(
     sent = run_forkvm(*send, env=environment)
     states = own_scheduler.results.states
     with ExitStack() as stack:
-        with stopped_when(worker, lambda: states.get("c1")["status"] == "PROGRESS", "a half done campaign"):
+        with stopped_when(worker, lambda: states.get("c1")["status"] == "PROGRESS", "a half-done campaign"):
             # When
             terminal, its_other_side = pty.openpty()
             stack.callback(os.close, terminal)

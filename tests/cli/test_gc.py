@@ -49,7 +49,7 @@ def background_fork(place: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A fork that has started to copy."""
     command = [forkvm_script(), "fork", str(place / "vm-1"), str(place / "vm-2")]
     with ended_at_exit(subprocess.Popen(command)) as process:
-        wait_until(lambda: begun(place), "a fork at work")
+        wait_until(lambda: begun(place), "a running fork")
         yield process
 
 
@@ -63,7 +63,7 @@ def test_the_staging_of_a_killed_fork_is_removed(
     def collected() -> bool:  # the kernel ends the children shortly after their parent
         return "1 removed, 0 kept" in run_forkvm("gc", place).stdout
 
-    wait_until(collected, "the staging collected")
+    wait_until(collected, "the removal of the staging")
 
     assert stagings(place) == []
     assert not (place / "vm-2").exists()
@@ -102,7 +102,7 @@ def test_gc_asks_the_queue_before_it_removes_what_a_queue_owns(
     environment = program_environment(redis_server, place)
     worker = start_worker(place)
     assert run_forkvm("submit", place / "vm-1", place / "vm-2", "--id", "f1", env=environment).returncode == 0
-    wait_until(lambda: begun(place), "a fork at work")
+    wait_until(lambda: begun(place), "a running fork")
     worker.kill()
     assert stagings(place)
 

@@ -57,7 +57,7 @@ def main() -> int:
 def _run_checks(daemon: Daemon, report: Report) -> None:
     clone = _fresh_clone(daemon)
     with contextlib.ExitStack() as up:
-        with report.check("compose builds the image and comes up from a fresh clone with nothing set"):
+        with report.check("compose builds the image and starts from a fresh clone with no variable set"):
             stack = up.enter_context(running_stack(daemon, clone))
         if report.failed:
             return

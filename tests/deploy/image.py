@@ -66,7 +66,7 @@ def check_image(daemon: Daemon, stack: Stack, report: Report) -> None:
         assert "FORKVM_HEARTBEAT_FILE" in config["Healthcheck"]["Test"][-1], config["Healthcheck"]
         assert config["Labels"]["org.opencontainers.image.title"] == "forkvm", config["Labels"]
 
-    with report.check("the image holds the installed wheel, and none of its sources, no pip cache, no /app"):
+    with report.check("the image contains the installed wheel, and no sources, no pip cache, no /app"):
         run = ["run", "--rm", "--network", "none", "--user", "0", stack.image]
         found_sources = daemon.docker(*run, "sh", "-c", f"{_FIND_SOURCES} 2>/dev/null").split()
         assert found_sources == [], found_sources
@@ -88,7 +88,7 @@ def check_plain_run(daemon: Daemon, stack: Stack, report: Report) -> None:
         stack.fork("plain", {"source": "/guests/wide", "destination": "/guests/plain"}, "forkvm.plain")
 
     with (
-        report.check("pool processes killed while they plan leave no zombie, and the fork ends right"),
+        report.check("pool processes killed while they plan leave no zombie, and the fork succeeds"),
         _running(daemon, stack) as container,
     ):
         container.wait_healthy()
@@ -100,7 +100,7 @@ def check_plain_run(daemon: Daemon, stack: Stack, report: Report) -> None:
         assert zombies == [], (orphan, zombies)
 
     with (
-        report.check("docker's health check fails while the worker hangs, and succeeds when it goes on"),
+        report.check("docker's health check fails while the worker hangs, and succeeds when it continues"),
         _running(daemon, stack) as container,
     ):
         container.wait_healthy()

@@ -36,7 +36,7 @@ def check_ordinary_user(daemon: Daemon, clone: Path, report: Report) -> None:
         "FORKVM_CONCURRENCY": "3",
     }
     with (
-        report.check("compose with an XFS of the host, its owner, a name and a pool size: forks by reflink alone"),
+        report.check("compose with an XFS of the host, its owner, a name and a pool size: forks only by reflink"),
         running_stack(daemon, clone, variables) as stack,
     ):
         result = stack.fork("ordinary", {"source": "/guests/a", "destination": "/guests/b", "reflink": "always"})
@@ -56,7 +56,7 @@ def check_root(daemon: Daemon, clone: Path, report: Report) -> None:
     added = sorted(set(BITS) - {"DAC_READ_SEARCH"})
     override = {"services": {"worker": {"cap_add": six}}}
     for name, capabilities, changed in (("compose", added, None), ("six", six, override)):
-        with report.check(f"read-only as 0:0 with {', '.join(capabilities)} alone: forks keep owners and rights"):
+        with report.check(f"read-only as 0:0 with {', '.join(capabilities)} only: forks preserve owners and rights"):
             _check_root(daemon, clone, name, capabilities, changed)
 
 

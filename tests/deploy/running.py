@@ -83,7 +83,7 @@ def check_pool_size(daemon: Daemon, stack: Stack, report: Report) -> None:
 
 def check_faults(daemon: Daemon, stack: Stack, report: Report) -> None:
     """Kill processes and stop the worker while it copies 2 GiB."""
-    with report.check("Redis and the worker are killed during a copy of 2 GiB: the fork ends right, once"):
+    with report.check("Redis and the worker are killed during a copy of 2 GiB: the fork succeeds once"):
         stack["worker"].python(_MAKE_LARGE)
         request = {"source": "/guests/large", "destination": "/guests/large-fork", "reflink": "never"}
         _limit(daemon, stack, 0.06)  # a copy takes about a minute
@@ -96,7 +96,7 @@ def check_faults(daemon: Daemon, stack: Stack, report: Report) -> None:
         result = stack.result("large")
         _assert_done_once(stack, "large", request, result)
 
-    with report.check(f"the worker stops during a copy of 2 GiB within {_GRACE} s, and the fork ends right later"):
+    with report.check(f"the worker stops during a copy of 2 GiB within {_GRACE} s, and the fork succeeds later"):
         request |= {"destination": "/guests/stopped-fork"}
         _limit(daemon, stack, 0.1)
         stack.send("stopped", request)

@@ -36,7 +36,7 @@ RUN ln -s /usr/bin/python3.11 /usr/local/bin/python3 \\
 
 def check_service(daemon: Daemon, stack: Stack, report: Report) -> None:
     """An instance of the unit for the domain rack-7, with the Redis of compose."""
-    with report.check("the systemd unit runs with its rights alone, and forks keep owners and rights"):
+    with report.check("the systemd unit runs with its rights only, and forks preserve owners and rights"):
         guests = made_guests(daemon, "service")
         give_to_others(guests / "a")
         container = _started(daemon, stack)

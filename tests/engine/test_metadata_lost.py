@@ -239,7 +239,7 @@ def test_an_attribute_for_which_a_full_filesystem_has_no_room_is_no_space(fresh:
             assert error["path"] == str(place / "fork" / "file")
             return
         os.truncate(filling, filling.stat().st_size - status.f_frsize)
-    pytest.fail("at no amount of room was it the attribute that found none")
+    pytest.fail("with no amount of free space was the attribute the first to fail")
 
 
 @pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EIO", "ENOMEM", "EROFS"])

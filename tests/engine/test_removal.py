@@ -243,7 +243,7 @@ def test_staging_goes_although_its_lock_is_open(silly: Path, fd_of: Callable[[Pa
 
 def test_staging_that_another_process_waits_for_goes_with_its_name(silly: Path, fd_of: Callable[[Path], int]) -> None:
     def wait_for_it() -> bool:
-        wait_until((silly / "go").exists, "the go")
+        wait_until((silly / "go").exists, "the start signal")
         fd = os.open(silly, os.O_RDONLY)
         with Staging.attach(fd, "fork-1", wait=_LONG) as staging:
             return staging is not None

@@ -110,7 +110,7 @@ def test_a_late_chunk_finds_no_staging_after_the_publish(parent: int, tmp_path: 
 
 
 def _attaches(parent: int, directory: Path) -> bool:
-    wait_until((directory / "go").exists, "the go")
+    wait_until((directory / "go").exists, "the start signal")
     with Staging.attach(parent, "fork-1", wait=10) as staging:
         return staging is not None
 
@@ -130,7 +130,7 @@ def test_one_who_waited_for_a_removed_staging_claims_a_new_one(parent: int, tmp_
 
 
 def _claims(parent: int, directory: Path) -> int:
-    wait_until((directory / "go").exists, "the go")
+    wait_until((directory / "go").exists, "the start signal")
     with Staging.claim(parent, "fork-1", wait=10) as staging:
         return os.fstat(staging.fd).st_ino
 

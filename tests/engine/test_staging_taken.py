@@ -139,7 +139,7 @@ def test_a_destination_that_is_taken_at_the_rename_stays_as_it_is(
     staging = StagingView(yard / "parent", "fork-1")
 
     traced.begin()
-    wait_until(lambda: staging.phase == "publishing", "the moment before the rename", timeout=10)
+    wait_until(lambda: staging.phase == "publishing", "the step before the rename", timeout=10)
     if taken == "a directory":
         destination.mkdir()
     elif taken == "a file":

@@ -87,4 +87,4 @@ def assert_served_and_clean(system: System, guests: Guests, place: Path, name: s
     system.scheduler.send({"source": str(guests.small), "destination": str(place / name)}, name)
     PausedFork("no fault", name, guests.small, place / name, 0).wait_for_success(system.scheduler)
     system.scheduler.wait_quiet()
-    wait_until(lambda: not leftovers(place), f"the end of all staging: {leftovers(place)}")
+    wait_until(lambda: not leftovers(place), f"the removal of all staging: {leftovers(place)}")

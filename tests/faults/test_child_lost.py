@@ -53,7 +53,7 @@ def test_fork_of_a_stopped_child_is_made_by_another_and_the_sleeper_writes_nothi
 
     # Then the stopped children change nothing when they continue: no byte, no time, no extent, no result
     resume(paused)
-    wait_until(lambda: not any(_works(one.pid) for one in paused), "the end of what the sleepers do")
+    wait_until(lambda: not any(_works(one.pid) for one in paused), "the end of the work of the continued children")
     assert_served_and_clean(system, guests, place)
     for one in paused:
         assert _picture(system, one) == published[one], one.point

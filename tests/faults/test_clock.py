@@ -40,7 +40,7 @@ class Clock:
 
     def __init__(self, file: Path) -> None:
         library = next((Path(path) / "libfaketimeMT.so.1" for path in _LIBRARIES if Path(path).is_dir()), None)
-        require(library is not None and library.exists(), "libfaketime (package faketime)", "a clock that is set")
+        require(library is not None and library.exists(), "libfaketime (package faketime)", "setting the clock")
         self._file = file
         self.set("+0")
         site = file.with_name("site")
@@ -117,7 +117,7 @@ def test_deadline_of_a_campaign_goes_by_one_clock(
     worker = start_worker(mounts, 2, env=clock.environment)
     sent = time.monotonic()
     send(own_scheduler, request_of(source, place, 600, deadline=deadline), "c")
-    with stopped_when(worker, lambda: 0 < done(own_scheduler, "c") < 600, "a half done campaign"):
+    with stopped_when(worker, lambda: 0 < done(own_scheduler, "c") < 600, "a half-done campaign"):
         # When the clock of the worker that makes the rest differs by an hour, and a short deadline passes
         clock.set(offset)
         if status == "cancelled":

@@ -46,7 +46,7 @@ def disk(kind: str, mounts: Path, tmp_path: Path) -> Iterator[tuple[Path, PullPl
     image, copy, point = tmp_path / "image", tmp_path / "copy", mounts / "disk"
     with image.open("wb") as file:
         file.truncate(_IMAGE_BYTES)
-    subprocess.run([require_command(mkfs, f"the loss of power on {kind}"), *options, image], check=True)
+    subprocess.run([require_command(mkfs, f"simulating a power loss on {kind}"), *options, image], check=True)
     with ExitStack() as before, ExitStack() as after:
         before.enter_context(image_mounted(image, point))
 

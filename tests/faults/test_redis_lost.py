@@ -54,7 +54,7 @@ def test_forks_whose_redis_goes_away_end_with_their_true_results(
     # When Redis is down while all forks continue
     system.server.kill() if kill else system.server.stop()
     resume(paused)
-    wait_until(lambda: noticed in system.worker.output(), "the worker to miss Redis")
+    wait_until(lambda: noticed in system.worker.output(), "the worker to notice the outage")
     system.server.start()
 
     # Then
@@ -78,7 +78,7 @@ def test_redis_emptied_in_mid_fork_gives_no_false_success_and_its_staging_is_rea
     send([one.pid for one in paused], signal.SIGKILL)
 
     # Then unpublished forks leave nothing, not even staging. A worker may have had a message in memory
-    wait_until(lambda: not leftovers(place), "the end of all staging")
+    wait_until(lambda: not leftovers(place), "the removal of all staging")
     system.scheduler.wait_quiet()
     forgotten = [one for one in paused if system.scheduler.results.final.fork(one.fork_id) is None]
     assert len(forgotten) > len(paused) // 2
@@ -130,7 +130,7 @@ def test_full_redis_fails_forks_clearly_and_all_works_again_when_there_is_room(
     with pytest.raises(OutOfMemoryError):
         system.scheduler.redis.set("more", "x", ex=60)
     writers = [one for one in paused if one.point in ("plan", INLINE)]
-    wait_until(lambda: not any(_trees(one) for one in writers), "the end of the trees whose results found no room")
+    wait_until(lambda: not any(_trees(one) for one in writers), "the removal of the trees whose results were refused")
     assert not [one.point for one in writers if one.destination.exists()]
     system.scheduler.wait_refused(len(paused))
     system.scheduler.redis.config_set("maxmemory", "0")

@@ -16,7 +16,7 @@ from tests.support.system.queued_campaigns import make_source
 from tests.support.system.systems import SMALL_LIMITS, send
 
 #: A file of a guest, and its content: neither may appear in a log.
-TELLING_NAME, TELLING_DATA = "a-telling-name.raw", b"what a guest knows"
+TELLING_NAME, TELLING_DATA = "secret-name.raw", b"what a guest knows"
 
 #: The number of forks of a campaign that still runs when the command that sent it has ended, even on a fast machine.
 _MANY = 1_500
@@ -41,7 +41,7 @@ def test_forks_run_over_tls_under_the_documented_rights_also_when_a_worker_dies_
     # When the first worker is killed while it makes a fork, and another worker starts
     send(doomed.children, signal.SIGSTOP)
     run_forkvm("submit", source, directory / "lost", "--id", "lost", env=environment)
-    wait_until(lambda: "Task forkvm.fork[lost] received" in doomed.output(), "the fork in its hands")
+    wait_until(lambda: "Task forkvm.fork[lost] received" in doomed.output(), "the fork to be taken")
     doomed.kill()
     worker = start_worker(mounts, 2, env=environment)
     done = run_forkvm("submit", source, directory / "fork", "--id", "one", "--wait", "--json", env=environment)
@@ -166,7 +166,7 @@ def test_a_wrong_password_is_told_without_repeating_it(
 
     asked = run_forkvm("status", "one", env=environment)
     worker = start_worker(mounts, 1, env=environment, wait=False)
-    wait_until(lambda: "invalid username-password pair" in worker.output(), "the worker's complaint")
+    wait_until(lambda: "invalid username-password pair" in worker.output(), "the worker's error message")
     worker.kill()
 
     assert asked.returncode == 3

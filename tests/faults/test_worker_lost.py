@@ -71,7 +71,7 @@ def test_worker_that_is_told_to_end_hands_back_or_finishes_all_it_has(
     # When
     for number in signals:
         send([system.worker.pid], number)
-        wait_until(lambda: "\nworker: " in system.worker.output(), "the worker's word that it ends")
+        wait_until(lambda: "\nworker: " in system.worker.output(), "the worker to log its shutdown")
     resume(paused)
 
     # Then it exits by itself, and holds no message any more

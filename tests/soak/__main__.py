@@ -17,7 +17,7 @@ _REST_SECONDS = 600
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=int, default=300, help="how long faults strike (default 300)")
+    parser.add_argument("--seconds", type=int, default=300, help="how long faults are injected (default 300)")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1_000_000), help="of all that is random")
     given = parser.parse_args()
     os.environ |= {SECONDS: str(given.seconds), SEED: str(given.seed)}

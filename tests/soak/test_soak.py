@@ -123,7 +123,7 @@ def test_every_job_has_one_true_end_whatever_strikes(
         scheduler.wait_quiet()
         damage.clear()
         left_to_gc = _collect(redis_server, mounts, places, producer.jobs)
-        wait_until(lambda: not any(map(leftovers, places)), f"the end of all staging: {[*map(leftovers, places)]}")
+        wait_until(lambda: not any(map(leftovers, places)), f"the removal of all staging: {[*map(leftovers, places)]}")
         checks.check_end(producer.jobs)
         others = other.check(faults.of_redis)
         assert all(worker.running for worker in faults.workers)

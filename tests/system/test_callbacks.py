@@ -222,7 +222,7 @@ def test_task_without_a_queue_goes_to_celerys_default_and_a_fork_to_the_domain(
 FORGED: dict[str, Callable[[], dict[str, Any]]] = {
     "an inner task": lambda: {"task": "forkvm.finish", "options": {"queue": OWN}},
     "an inner queue": lambda: {"task": "client.x", "options": {"queue": "forkvm#finish"}},
-    "a key of a fork": lambda: {"task": "client.x", "options": {"queue": "forkvm:victim:claim"}},
+    "a key of a fork": lambda: {"task": "client.x", "options": {"queue": "forkvm:other:claim"}},
     "another exchange": lambda: {"task": "client.x", "options": {"exchange": "celery.pidbox"}},
     "another serializer": lambda: {"task": "client.x", "options": {"queue": OWN, "serializer": "pickle"}},
     "a task of a group": lambda: {

@@ -98,7 +98,7 @@ def test_forks_can_be_asked_for_in_order_while_the_campaign_runs(
 ) -> None:
     # Given a half-done campaign that is paused
     sent = send(scheduler, request_of(source, place, 400), "running")
-    with stopped_when(system.worker, lambda: 0 < done(scheduler, "running") < 400, "a half done campaign"):
+    with stopped_when(system.worker, lambda: 0 < done(scheduler, "running") < 400, "a half-done campaign"):
         # When
         forks = forks_of(scheduler, "running", 400)
         files = scheduler.files(forks[-1]["fork_id"])
@@ -164,7 +164,7 @@ def test_another_request_under_the_id_of_a_running_campaign_changes_nothing(
 ) -> None:
     elsewhere = fresh("xfs")
     sent = send(scheduler, request_of(source, place, 300), "taken")
-    with stopped_when(system.worker, lambda: 0 < done(scheduler, "taken") < 300, "a half done campaign"):
+    with stopped_when(system.worker, lambda: 0 < done(scheduler, "taken") < 300, "a half-done campaign"):
         send(scheduler, request_of(source, elsewhere, 5), "taken")
         send(scheduler, {"source": "relative"}, "taken")
 
@@ -205,7 +205,7 @@ def test_messages_of_a_half_done_campaign_delivered_again_in_reverse_make_each_f
     paths = paths_of(place, 400)
     with Recorder(system.server) as recorder:
         sent = send(scheduler, request_of(source, place, 400), "reversed")
-        with stopped_when(system.worker, lambda: 0 < done(scheduler, "reversed") < 400, "a half done campaign"):
+        with stopped_when(system.worker, lambda: 0 < done(scheduler, "reversed") < 400, "a half-done campaign"):
             published = {path: identity(path) for path in paths if path.exists()}
 
             # When all its messages are delivered again: those of done batches, of running ones and of waiting ones

@@ -58,7 +58,7 @@ def test_a_child_killed_in_the_middle_costs_nothing_but_time(
     system: System, scheduler: Scheduler, source: Path, place: Path
 ) -> None:
     sent = send(scheduler, request_of(source, place, 400), "child")
-    spin_until(lambda: is_running(scheduler, "child", 400), "a half done campaign")
+    spin_until(lambda: is_running(scheduler, "child", 400), "a half-done campaign")
 
     send_signal(system.worker.children[:1], signal.SIGKILL)
 
@@ -79,7 +79,7 @@ def test_two_workers_of_a_domain_share_a_campaign_and_one_ends_it_when_the_other
     send(scheduler, request_of(source, place, 600), "shared", queue)
     spin_until(
         lambda: is_running(scheduler, "shared", 600) and all("forkvm.batch[" in w.output() for w in workers),
-        "both at work",
+        "both to be running",
     )
 
     # When
@@ -90,7 +90,7 @@ def test_two_workers_of_a_domain_share_a_campaign_and_one_ends_it_when_the_other
     wait_for_end(scheduler, "shared")
     took = stopwatch.seconds()
     assert_all_are_whole(scheduler, result_of(scheduler, "shared"), source, paths_of(place, 600))
-    wait_until(lambda: not leftovers(place), "the end of all staging")
+    wait_until(lambda: not leftovers(place), "the removal of all staging")
     assert "shared" not in other.output()
     assert took < 15
     keys = [f"{queue}{inner}" for inner in ("", "#batch", "#chunk", "#finish")]
@@ -104,7 +104,7 @@ def test_a_worker_that_was_paused_loses_its_batches_and_writes_nothing_into_what
     scheduler = own_scheduler
     sleeper = start_worker(mounts, env=SHORT)
     send(scheduler, request_of(source, place, 400), "paused")
-    spin_until(lambda: is_running(scheduler, "paused", 400), "a half done campaign")
+    spin_until(lambda: is_running(scheduler, "paused", 400), "a half-done campaign")
     os.killpg(sleeper.pid, signal.SIGSTOP)
     try:
         # When another one has ended the campaign
@@ -121,7 +121,7 @@ def test_a_worker_that_was_paused_loses_its_batches_and_writes_nothing_into_what
     assert_all_are_whole(scheduler, result, source, paths)
     assert {path: identity(path) for path in paths} == published
     assert result_of(scheduler, "paused") == result
-    wait_until(lambda: not leftovers(place), "the end of what the sleeper had")
+    wait_until(lambda: not leftovers(place), "the removal of the stopped child's staging")
     scheduler.wait_quiet()
 
 
@@ -131,7 +131,7 @@ def test_a_campaign_whose_redis_is_killed_and_started_again_ends_with_its_true_r
     system = start_system(SHORT)
     scheduler, count = system.scheduler, 600
     send(scheduler, request_of(source, place, count), "away")
-    spin_until(lambda: is_running(scheduler, "away", count), "a half done campaign")
+    spin_until(lambda: is_running(scheduler, "away", count), "a half-done campaign")
 
     system.server.kill()
     system.server.start()
@@ -140,7 +140,7 @@ def test_a_campaign_whose_redis_is_killed_and_started_again_ends_with_its_true_r
     assert_all_are_whole(scheduler, result_of(scheduler, "away"), source, paths_of(place, count))
     wait_until(lambda: scheduler.results.states.get("away")["status"] == "SUCCESS", "the campaign's state")
     assert system.worker.running
-    wait_until(lambda: not leftovers(place), "the end of all staging")
+    wait_until(lambda: not leftovers(place), "the removal of all staging")
     scheduler.redis.delete(UNACKED, f"{UNACKED}_index", f"{UNACKED}_mutex")
 
 
@@ -153,7 +153,7 @@ def test_a_campaign_whose_redis_is_full_ends_with_its_true_result_once_there_is_
     send(scheduler, request_of(source, place, count), "full")
 
     # When there is no room for the results of its batches
-    with stopped_when(system.worker, lambda: is_running(scheduler, "full", count), "a half done campaign"):
+    with stopped_when(system.worker, lambda: is_running(scheduler, "full", count), "a half-done campaign"):
         scheduler.redis.config_set("maxmemory", "1mb")
         done_before = done(scheduler, "full")
     scheduler.wait_refused(len(system.worker.children) * 4)
@@ -173,7 +173,7 @@ def test_a_redis_that_was_emptied_tells_no_false_success_and_the_id_works_again(
 ) -> None:
     # Given
     send(scheduler, request_of(source, place, 1000), "forgotten")
-    spin_until(lambda: is_running(scheduler, "forgotten", 1000), "a half done campaign")
+    spin_until(lambda: is_running(scheduler, "forgotten", 1000), "a half-done campaign")
 
     # When
     scheduler.redis.flushall()
@@ -198,7 +198,7 @@ def test_a_staging_that_someone_removed_ends_the_campaign_with_a_clear_failure(
     system: System, scheduler: Scheduler, source: Path, place: Path
 ) -> None:
     send(scheduler, request_of(source, place, 2000), "robbed")
-    spin_until(lambda: is_running(scheduler, "robbed", 2000), "a half done campaign")
+    spin_until(lambda: is_running(scheduler, "robbed", 2000), "a half-done campaign")
 
     (control,) = (path for path in place.glob(".forkvm-*") if "." not in path.name[1:])
     control.rename(place / "elsewhere")

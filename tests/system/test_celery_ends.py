@@ -86,7 +86,7 @@ def test_fork_that_is_revoked_before_a_worker_takes_it_is_never_begun(
     make_guest(directory / "a")
     scheduler.app.control.revoke("early")
     scheduler.app.control.revoke_by_stamped_headers({"team": "gone"})
-    wait_until(lambda: scheduler.results.cancellations.is_requested("early"), "the worker to hear of it")
+    wait_until(lambda: scheduler.results.cancellations.is_requested("early"), "the worker to receive it")
     stamps: dict[str, Any] = {"stamped_headers": ["team"], "stamps": {"team": ["gone", "other"]}}
 
     _send(scheduler, _request(directory / "a", directory / "b"), "early")

@@ -139,7 +139,7 @@ def test_single_fork_of_a_campaign_cannot_be_cancelled_and_says_so(
     environment = program_environment(system.server, mounts)
     sent = send(scheduler, request_of(source, place, 600), "whole")
     running = lambda: 0 < done(scheduler, "whole") < 600  # noqa: E731
-    with stopped_when(system.worker, running, "a half done campaign"):
+    with stopped_when(system.worker, running, "a half-done campaign"):
         refused = run_forkvm("cancel", "whole.600", env=environment)
         status = run_forkvm("status", "whole.600", "--json", env=environment)
         unknown = run_forkvm("cancel", "whole.601", env=environment)
@@ -164,7 +164,7 @@ def test_every_fork_has_a_result_when_the_campaigns_directory_is_lost(
     sent = send(scheduler, request_of(source, home, 1000), campaign_id)
 
     # When its control directory's parent, or its staging alone, is moved away
-    with stopped_when(system.worker, running, "a half done campaign"):
+    with stopped_when(system.worker, running, "a half-done campaign"):
         if lost == "home":
             home.rename(place / "elsewhere")
         else:

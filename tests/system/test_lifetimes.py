@@ -56,7 +56,7 @@ def test_campaign_survives_an_outage_of_its_workers_that_is_longer_than_results_
     scheduler, place, count = own_scheduler, fresh("xfs"), 600
     worker = start_worker(mounts, env=ENVIRONMENT)
     send(scheduler, request_of(source, place, count), "long")
-    spin_until(lambda: 0 < done(scheduler, "long") < count, "a half done campaign")
+    spin_until(lambda: 0 < done(scheduler, "long") < count, "a half-done campaign")
     worker.kill()
     forks = forks_of(scheduler, "long", count)
     assert 0 < len(forks) < count

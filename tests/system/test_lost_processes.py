@@ -27,7 +27,7 @@ def test_children_killed_again_and_again_at_any_moment_cost_nothing_but_time(
     }
     staging = StagingView(place, "killed-often")
     for n in range(MAX_TRIES - 1):  # one more, and the fork would be given up if all were killed in the same chunk
-        spin_until(lambda n=n: len(staging.done()) >= 20 * n and staging.journal(), "a fork that goes on")  # type: ignore[misc]
+        spin_until(lambda n=n: len(staging.done()) >= 20 * n and staging.journal(), "a fork that continues")  # type: ignore[misc]
         send(system.worker.children[:1], signal.SIGKILL)
 
     result = scheduler.wait(large)
@@ -44,14 +44,14 @@ def test_fork_of_a_stopped_child_is_not_published_before_it_wakes_and_then_is_wh
 ) -> None:
     """While it is stopped it holds its chunk, and may write as soon as it continues."""
     # Given a child that was stopped in the middle of a chunk
-    sent = scheduler.send({"source": str(large_source), "destination": str(place / "b")}, "sleeper")
-    staging = StagingView(place, "sleeper")
-    chunk, sleeper = spin_until(lambda: _stop_one(staging), "a child in mid-chunk")
+    sent = scheduler.send({"source": str(large_source), "destination": str(place / "b")}, "stopped")
+    staging = StagingView(place, "stopped")
+    chunk, sleeper = spin_until(lambda: _stop_one(staging), "a child in the middle of a chunk")
     try:
         # When everything else is done
         spin_until(lambda: len(staging.done()) == staging.chunks - 1, "all other chunks")
         others = [pid for pid in system.worker.children if pid != sleeper]
-        wait_until_asleep(lambda: others, "the end of what the other child does")
+        wait_until_asleep(lambda: others, "the other child to be idle")
 
         # Then
         assert not (place / "b").exists()
@@ -60,7 +60,7 @@ def test_fork_of_a_stopped_child_is_not_published_before_it_wakes_and_then_is_wh
     finally:
         send([sleeper], signal.SIGCONT)
     result = scheduler.wait(sent)
-    check_file_results(result, scheduler.files("sleeper"))
+    check_file_results(result, scheduler.files("stopped"))
     assert snapshot(place / "b") == snapshot(large_source)
     system.assert_left_nothing_in(place)
 

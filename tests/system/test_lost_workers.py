@@ -61,7 +61,7 @@ def test_a_paused_worker_loses_its_fork_and_writes_nothing_into_the_published_on
     short = {**SMALL_CHUNKS, "FORKVM_VISIBILITY_TIMEOUT": "5"}
     sleeper = start_worker(place, env=short)
     send(foreign_client, place, "f1")
-    wait_until(lambda: is_chunk_begun(place), "a chunk at work")
+    wait_until(lambda: is_chunk_begun(place), "a running chunk")
     group(sleeper, signal.SIGSTOP)
     try:
         start_worker(place, env=short)

@@ -53,7 +53,7 @@ def _go_away(system: System, times: int, *, kill: bool = False) -> None:
         system.server.kill()
     else:
         system.server.stop()
-    wait_until(lambda: missed() >= before + times, "the worker to miss Redis")
+    wait_until(lambda: missed() >= before + times, "the worker to notice the outage")
     system.server.start()
 
 
@@ -94,7 +94,7 @@ def test_fork_whose_redis_goes_away_ends_with_its_true_result_and_the_next_one_i
     guest = snapshot(directory / "a")
     for n in range(4):
         assert snapshot(directory / f"b-{n}")[b"overlay.raw"] == guest[b"overlay.raw"]
-    wait_until(lambda: not leftovers(place) and not leftovers(directory), "the end of all staging")
+    wait_until(lambda: not leftovers(place) and not leftovers(directory), "the removal of all staging")
 
     # and the worker consumes again
     assert system.worker.running, "the worker ended"
@@ -128,7 +128,7 @@ def test_no_fork_is_lost_and_nothing_stays_unacknowledged_over_several_outages(
     scheduler = system.scheduler
     for name, directory in (("x", source), ("y", large_source)):
         scheduler.send({"source": str(directory), "destination": str(place / name)}, name)
-    spin_until(lambda: all(StagingView(place, name).journal() for name in ("x", "y")), "both at work")
+    spin_until(lambda: all(StagingView(place, name).journal() for name in ("x", "y")), "both to be running")
 
     large = StagingView(place, "y")
     for n in range(4):

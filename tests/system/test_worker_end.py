@@ -36,7 +36,7 @@ def test_worker_told_to_end_just_after_it_gave_a_child_a_task_ends_when_that_is_
 
     # When the worker gets SIGTERM, and has told the child that no more tasks follow
     worker.term()
-    wait_until(lambda: _unread_bytes(worker) > given, "the word to the child that it ends")
+    wait_until(lambda: _unread_bytes(worker) > given, "the stop message to the child")
     send(children, signal.SIGCONT)
 
     # Then

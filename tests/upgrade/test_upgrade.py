@@ -111,7 +111,7 @@ def test_nothing_is_lost_while_workers_of_both_versions_are_killed(
     assert [(job.fork_id, job.kind) for job in producer.open] == []
     own_scheduler.wait_quiet()
     checks.check_end(producer.jobs)
-    wait_until(lambda: not any(map(leftovers, places)), f"the end of all staging: {[*map(leftovers, places)]}")
+    wait_until(lambda: not any(map(leftovers, places)), f"the removal of all staging: {[*map(leftovers, places)]}")
     assert workers.all_run()
     taken = workers.jobs_taken()
     shared = set(taken["earlier"]) & set(taken["this"])

@@ -71,7 +71,7 @@ def stopped_in_the_middle(
     def half_done() -> bool:
         return staging.is_in_the_middle() and also()
 
-    with stopped_when(worker, half_done, "a fork that is half done") as children:
+    with stopped_when(worker, half_done, "a half-done fork") as children:
         yield children
 
 
