@@ -54,7 +54,7 @@ def compose(tmp_path: Path) -> Compose:
     return read
 
 
-def test_compose_starts_a_worker_after_its_redis_with_nothing_set(compose: Compose) -> None:
+def test_compose_starts_a_worker_after_its_redis_with_no_variable_set(compose: Compose) -> None:
     services = compose()["services"]
 
     assert {name for name, service in services.items() if "profiles" not in service} == {"redis", "worker"}
@@ -72,14 +72,14 @@ def test_all_guests_are_in_one_mount_and_it_is_the_workers_root(compose: Compose
     assert target == project["services"]["worker"]["environment"]["FORKVM_ROOTS"]
 
 
-def test_guests_of_the_host_are_mounted_when_told_and_the_worker_takes_their_owner(compose: Compose) -> None:
+def test_guests_of_the_host_are_mounted_on_request_and_the_worker_runs_as_their_owner(compose: Compose) -> None:
     worker = compose(FORKVM_GUESTS="/srv/guests", FORKVM_USER="1000:1001")["services"]["worker"]
 
     assert _mounts(worker) == [("/srv/guests", "/guests")]
     assert worker["user"] == "1000:1001"
 
 
-def test_pool_size_and_node_name_are_passed_on_and_count_as_unset_when_they_are(compose: Compose) -> None:
+def test_pool_size_and_node_name_are_passed_on_and_empty_if_unset(compose: Compose) -> None:
     unset = compose()["services"]["worker"]["environment"]
     given = compose(FORKVM_CONCURRENCY="3", FORKVM_NAME="rack-7")["services"]["worker"]["environment"]
 
@@ -98,7 +98,7 @@ def test_worker_service_has_no_more_rights_than_security_md_names(compose: Compo
     assert worker["security_opt"] == ["no-new-privileges:true"]
 
 
-def test_redis_service_keeps_jobs_and_its_health_check_tells(
+def test_redis_service_keeps_jobs_and_its_health_check_works(
     compose: Compose, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     service = compose()["services"]["redis"]
@@ -129,7 +129,7 @@ def test_redis_service_keeps_jobs_and_its_health_check_tells(
             assert connection.get("job") == "accepted"
 
 
-def test_worker_service_forks_and_its_health_check_tells_when_it_no_longer_consumes(
+def test_worker_service_forks_and_its_health_check_fails_when_it_no_longer_consumes(
     compose: Compose,
     tmp_path: Path,
     redis_server: RedisServer,
@@ -190,7 +190,7 @@ def test_worker_service_forks_and_its_health_check_tells_when_it_no_longer_consu
         assert process.wait(_seconds(service["stop_grace_period"])) == 0
 
 
-def test_image_takes_only_what_is_there_and_does_not_run_as_root() -> None:
+def test_image_copies_only_existing_files_and_does_not_run_as_root() -> None:
     lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
     # Files that a stage copies from another stage are not in the build context.
     copies = [line.split()[1:-1] for line in lines if line.startswith("COPY ") and "--from=" not in line]

@@ -37,7 +37,7 @@ _FICLONE = 0x40049409
 _FSTYPES: dict[Kind, str] = {"xfs_noreflink": "xfs", "overlayfs": "overlay"}
 
 
-def test_each_filesystem_is_of_its_kind_and_empty(fs: Path, fs_kind: Kind) -> None:
+def test_each_filesystem_has_its_type_and_is_empty(fs: Path, fs_kind: Kind) -> None:
     assert filesystem_type(fs) == _FSTYPES.get(fs_kind, fs_kind)
     assert list(fs.iterdir()) == []
 
@@ -79,9 +79,7 @@ def test_reflink_of_a_nocow_file_is_einval_among_files_that_can(fresh: Fresh) ->
     assert _ficlone(directory / "cow", directory / "b") is None
 
 
-def test_overlayfs_reflinks_what_was_copied_up_and_nothing_of_its_lower_layer(
-    overlay_over: OverlayOver, fresh: Fresh
-) -> None:
+def test_overlayfs_reflinks_only_files_that_were_copied_up(overlay_over: OverlayOver, fresh: Fresh) -> None:
     lower = fresh("ext4")
     make_guest(lower / "guest")
     guest = overlay_over(lower) / "guest"
@@ -187,7 +185,7 @@ def test_one_seed_makes_one_content_and_another_another(tmp_path: Path) -> None:
     assert a[b"overlay.raw"].sha256 != c[b"overlay.raw"].sha256
 
 
-def test_snapshots_of_a_cp_a_are_equal(fs: Path) -> None:
+def test_snapshots_of_a_tree_and_its_cp_a_copy_are_equal(fs: Path) -> None:
     source = make_guest(fs / "source")
     os.link(source / "state", source / "state.linked")
     (source / "current").symlink_to("snapshots/snapshot-latest")
@@ -211,7 +209,7 @@ def test_snapshots_of_a_cp_a_are_equal(fs: Path) -> None:
         pytest.param("config.json", lambda path: os.unlink(path), id="missing"),
     ],
 )
-def test_snapshots_tell_any_difference(path: str, change: object, fresh: Fresh) -> None:
+def test_a_snapshot_changes_with_any_change_of_the_tree(path: str, change: object, fresh: Fresh) -> None:
     assert callable(change)
     source = make_guest(fresh("xfs") / "source")
     before = snapshot(source)
@@ -268,7 +266,7 @@ def test_redis_keeps_its_data_over_a_stop_and_a_kill(redis_server: RedisServer) 
         assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
 
 
-def test_keys_without_a_ttl_are_leaks_but_for_kombus_own(redis_server: RedisServer, foreign_client: Celery) -> None:
+def test_keys_without_a_ttl_are_leaks_except_kombus(redis_server: RedisServer, foreign_client: Celery) -> None:
     foreign_client.send_task("no.such.task", queue="forkvm")
     with redis_server.client() as client:
         client.set("stays", "1")
@@ -291,7 +289,7 @@ def test_foreign_client_reaches_broker_and_backend(foreign_client: Celery, redis
         client.delete("forkvm")
 
 
-def test_public_program_is_ours_for_a_user_who_may_nothing(public_program: PublicProgram) -> None:
+def test_public_program_runs_for_a_user_without_rights(public_program: PublicProgram) -> None:
     script = (
         "import json, os, sys, celery, tasks; "
         "print(json.dumps([os.getuid(), os.getgroups(), list(sys.version_info[:3]), list(tasks.__path__)]))"
@@ -313,7 +311,7 @@ def test_public_program_is_ours_for_a_user_who_may_nothing(public_program: Publi
 
 
 @pytest.mark.parametrize("command", ["celery", "forkvm"])
-def test_worker_is_started_with_its_children_and_none_lives_after_a_kill(
+def test_worker_is_started_with_its_children_and_none_runs_after_a_kill(
     command: Literal["celery", "forkvm"], start_worker: StartWorker, tmp_path: Path
 ) -> None:
     worker = start_worker(tmp_path, concurrency=3, command=command)
@@ -338,7 +336,7 @@ time.sleep(100)
 """
 
 
-def test_nothing_of_a_group_that_was_ended_holds_a_lock_any_more(tmp_path: Path) -> None:
+def test_no_process_of_an_ended_group_holds_a_lock(tmp_path: Path) -> None:
     """A process whose main thread has ended is a zombie, even while its other threads still hold its open files."""
     for _ in range(20):
         with subprocess.Popen(

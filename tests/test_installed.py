@@ -79,7 +79,7 @@ def _run(command: list[str], directory: Path, **environment: str) -> subprocess.
     return subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True, timeout=120)
 
 
-def test_sdist_holds_what_its_tests_need(distributions: tuple[Path, Path], tmp_path: Path) -> None:
+def test_sdist_contains_the_files_that_its_tests_need(distributions: tuple[Path, Path], tmp_path: Path) -> None:
     needed = {
         str(path.relative_to(ROOT))
         for directory in _DIRECTORIES
@@ -100,7 +100,7 @@ def test_sdist_holds_what_its_tests_need(distributions: tuple[Path, Path], tmp_p
     assert " passed" in done.stdout
 
 
-def test_wheel_says_what_it_is_and_is_typed(distributions: tuple[Path, Path]) -> None:
+def test_wheel_has_its_metadata_and_is_typed(distributions: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(distributions[0]) as wheel:
         names = set(wheel.namelist())
         (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]
@@ -113,7 +113,7 @@ def test_wheel_says_what_it_is_and_is_typed(distributions: tuple[Path, Path]) ->
         assert f"Programming Language :: Python :: {version}" in fields.get_all("Classifier", [])
 
 
-def test_installation_is_whole_and_each_command_explains_itself(installed: Path, tmp_path: Path) -> None:
+def test_installation_is_complete_and_each_command_has_help(installed: Path, tmp_path: Path) -> None:
     checked = _run([str(installed / "python"), "-m", "pip", "check"], tmp_path)
     listed = _run([str(installed / "forkvm"), "--help"], tmp_path)
     explained = [_run([str(installed / "forkvm"), command, "--help"], tmp_path) for command in _COMMANDS]

@@ -55,7 +55,7 @@ def test_user_of_the_pod_is_that_of_the_image(pod: dict[str, Any]) -> None:
     assert f"\nUSER {context['runAsUser']}:{context['runAsGroup']}\n" in (ROOT / "Dockerfile").read_text()
 
 
-def test_probes_ask_the_worker_at_the_port_that_it_listens_at(pod: dict[str, Any]) -> None:
+def test_probes_use_the_port_of_the_worker(pod: dict[str, Any]) -> None:
     worker = _worker(pod)
     environment = {variable["name"]: variable.get("value") for variable in worker["env"]}
     (port,) = worker["ports"]
@@ -78,7 +78,7 @@ def test_guests_are_one_mount_of_an_existing_directory_of_the_node(pod: dict[str
     assert volume["hostPath"]["type"] == "Directory"
 
 
-def test_settings_are_those_of_the_manifest_and_of_a_secret_in_the_layout_of_kubernetes(
+def test_settings_come_from_the_manifest_and_from_a_secret_in_the_layout_of_kubernetes(
     pod: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # A secret is a directory of symlinks, through another symlink that is exchanged when the secret changes.

@@ -41,7 +41,7 @@ def test_alerts_fire_when_they_should_and_not_otherwise(tests: Path) -> None:
     _promtool("test", "rules", tests)
 
 
-def test_prometheus_takes_its_configuration() -> None:
+def test_prometheus_accepts_its_configuration() -> None:
     _promtool("check", "config", PROMETHEUS / "prometheus.yml")
 
 
@@ -59,7 +59,7 @@ def test_each_alert_is_tested_and_has_a_reason_and_a_section_of_the_runbook() ->
         assert f"alertname: {name}\n        exp_alerts:" in tested
 
 
-def test_alerts_and_dashboard_ask_only_for_documented_metrics() -> None:
+def test_alerts_and_dashboard_use_only_documented_metrics() -> None:
     documented = set(re.findall(r"`(forkvm_\w+)`", (ROOT / "docs/operations.md").read_text()))
     rules = [rule["expr"] for rule in yaml.safe_load((PROMETHEUS / "alerts.yml").read_text())["groups"][0]["rules"]]
     recorded = re.compile(r"instance:forkvm_\w+:\w+")  # not a metric of the worker

@@ -40,7 +40,7 @@ def _analyze(directory: Path, *arguments: str) -> subprocess.CompletedProcess[st
     return subprocess.run([command, *arguments, str(unit)], capture_output=True, text=True, timeout=60)
 
 
-def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     done = _analyze(tmp_path, "verify")
 
     assert done.returncode == 0, done.stderr
@@ -97,7 +97,7 @@ def _read_only(guests: Path) -> list[str]:
     return [require_command("unshare", "private mounts"), "-m", "sh", "-c", _READ_ONLY, "sh", str(guests)]
 
 
-def test_worker_serves_where_only_the_guests_can_be_written_to_and_ends_on_term(
+def test_worker_runs_where_only_the_guests_are_writable_and_exits_on_sigterm(
     guests: Path, redis_server: RedisServer, run_forkvm: RunForkvm, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     log = tmp_path / "worker.log"
@@ -123,7 +123,9 @@ def test_worker_serves_where_only_the_guests_can_be_written_to_and_ends_on_term(
         end_group(worker)
 
 
-def test_worker_without_any_place_for_temporary_files_says_so_and_ends(guests: Path, redis_server: RedisServer) -> None:
+def test_worker_without_a_directory_for_temporary_files_exits_with_a_message(
+    guests: Path, redis_server: RedisServer
+) -> None:
     done = subprocess.run(
         [*_read_only(guests), forkvm_script(), "worker", "--concurrency", "1"],
         env=program_environment(redis_server, guests) | {"NO_SHM": "1"},
@@ -137,7 +139,7 @@ def test_worker_without_any_place_for_temporary_files_says_so_and_ends(guests: P
 
 
 @pytest.mark.parametrize("command", ["forkvm", "celery"])
-def test_worker_that_cannot_go_on_ends_with_an_error_code(
+def test_worker_that_cannot_continue_exits_with_an_error_code(
     start_worker: StartWorker, tmp_path: Path, command: str
 ) -> None:
     """The pool cannot be created: too few open files."""

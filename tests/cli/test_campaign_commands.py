@@ -40,7 +40,7 @@ def forks_in(place: Path) -> list[str]:
     return sorted(path.name for path in place.iterdir() if path.name != "vm")
 
 
-def test_local_makes_a_campaign_without_a_broker_and_tells_a_person(run_forkvm: RunForkvm, place: Path) -> None:
+def test_local_makes_a_campaign_without_a_broker_and_prints_text(run_forkvm: RunForkvm, place: Path) -> None:
     done = run_forkvm("campaign", place / "vm", "--to", f"{place}/vm-{{n:03}}", "--count", "12", "--local")
 
     assert done.returncode == 0
@@ -97,7 +97,7 @@ def test_a_bad_call_exits_with_2_in_one_line_and_makes_nothing(run_forkvm: RunFo
     assert forks_in(place) == []
 
 
-def test_a_retry_refuses_every_wish_that_it_would_not_hear(run_forkvm: RunForkvm, place: Path) -> None:
+def test_a_retry_refuses_every_option_that_it_would_ignore(run_forkvm: RunForkvm, place: Path) -> None:
     """The error comes before any connection: there is no broker here."""
     arguments = {
         "SOURCE": [f"{place}/vm"],
@@ -119,7 +119,7 @@ def test_a_retry_refuses_every_wish_that_it_would_not_hear(run_forkvm: RunForkvm
         assert done.stderr.endswith(f"leave out {name}\n"), (name, done.stderr)
 
 
-def test_a_retry_goes_into_the_domain_that_is_named(
+def test_a_retry_uses_the_domain_of_the_option_or_of_the_campaign(
     run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, redis_server: RedisServer
 ) -> None:
     # Given a campaign of the default domain in which one fork failed
@@ -143,7 +143,7 @@ def test_a_retry_goes_into_the_domain_that_is_named(
         client.delete("forkvm.nvme-b")
 
 
-def test_an_id_that_is_no_campaigns_is_a_bad_call(run_forkvm: RunForkvm, redis_server: RedisServer) -> None:
+def test_an_unknown_campaign_id_is_a_bad_call(run_forkvm: RunForkvm, redis_server: RedisServer) -> None:
     environment = program_environment(redis_server)
 
     for call in (["campaign", "--retry", "never"], ["forks", "never"]):
@@ -263,7 +263,7 @@ def begin(command: list[str], environment: dict[str, str], stderr: int | None = 
     return subprocess.Popen([forkvm_script(), *command], env=environment, stdout=subprocess.PIPE, stderr=stderr)
 
 
-def test_an_interrupted_local_campaign_keeps_what_is_published_and_says_so(place: Path) -> None:
+def test_an_interrupted_local_campaign_keeps_and_reports_published_forks(place: Path) -> None:
     command = [forkvm_script(), "campaign", str(place / "vm"), "--to", f"{place}/vm-{{n}}", "--count", "5000"]
     started = subprocess.Popen([*command, "--local"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with ended_at_exit(started) as process:

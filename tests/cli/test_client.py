@@ -19,7 +19,7 @@ FORK_ID = "ends"
 
 
 @pytest.mark.parametrize("looks_before", range(3))
-def test_a_job_that_ends_while_it_is_looked_at_never_seems_to_have_ended_without_a_result(
+def test_status_never_shows_an_ended_job_without_its_result(
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, looks_before: int
 ) -> None:
     # Given a fork whose result is stored and then published by Celery between two reads of `status`

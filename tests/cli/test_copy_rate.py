@@ -29,14 +29,14 @@ def test_the_rate_is_shown_set_and_removed(run_forkvm: RunForkvm, runtime: dict[
 
 
 @pytest.mark.parametrize("rate", ["0", "-1", "1000", "1.5", "fast", ""])
-def test_a_rate_that_cannot_be_is_refused(run_forkvm: RunForkvm, runtime: dict[str, str], rate: str) -> None:
+def test_an_invalid_rate_is_refused(run_forkvm: RunForkvm, runtime: dict[str, str], rate: str) -> None:
     done = run_forkvm("copy-rate", "--", rate, env=runtime)
 
     assert done.returncode == 2
     assert "give none, or at least 65536 bytes per second" in done.stderr
 
 
-def test_a_directory_that_cannot_be_used_is_told(run_forkvm: RunForkvm, tmp_path: Path) -> None:
+def test_an_unusable_directory_is_reported(run_forkvm: RunForkvm, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 
     done = run_forkvm("copy-rate", "100000", env={"FORKVM_RUNTIME_DIR": str(tmp_path / "file" / "x")})

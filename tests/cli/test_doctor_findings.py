@@ -103,13 +103,13 @@ def test_a_user_who_may_not_preserve_the_owners_of_a_root_is_warned(run_forkvm: 
     assert as_nobody["user"]["found"] == f"uid {_NOBODY}, no capability"
 
 
-def test_the_rights_that_are_tried_are_those_of_security_md() -> None:
+def test_the_checked_rights_are_those_of_security_md() -> None:
     documented = {word[1:] for word in documented_acl("-") if word.startswith("+")}
 
     assert {command.lower() for command in COMMANDS} == documented - _NOT_TRIED
 
 
-def test_rights_that_redis_refuses_are_named_and_trying_them_writes_nothing(secure_redis: SecureRedis) -> None:
+def test_missing_redis_rights_are_named_and_the_check_writes_nothing(secure_redis: SecureRedis) -> None:
     settings = Settings(broker_url=secure_redis.url(), redis_ca=str(secure_redis.ca))
 
     def rights() -> Check:
@@ -178,7 +178,7 @@ def test_settings_that_fit_have_no_finding() -> None:
     assert list(settings_checks(fit)) == []
 
 
-def test_a_variable_with_a_typing_error_is_found_with_the_one_that_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_misspelled_variable_is_reported_with_a_suggestion(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORKVM_CONCURENCY", "2")
 
     (check,) = (check for check in variable_checks() if check.subject == "variable FORKVM_CONCURENCY")

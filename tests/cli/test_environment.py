@@ -50,7 +50,7 @@ _READ_BEFORE = (
 )
 
 
-def test_commands_and_workers_ask_only_their_own_variables(
+def test_commands_and_workers_read_only_their_own_variables(
     start_worker: StartWorker, run_forkvm: RunForkvm, redis_server: RedisServer, tmp_path: Path
 ) -> None:
     make_guest(tmp_path / "a")
@@ -67,7 +67,7 @@ def test_commands_and_workers_ask_only_their_own_variables(
     assert "another@host" not in worker.output()
 
 
-def test_worker_started_by_celery_asks_only_its_own_variables(
+def test_worker_started_by_celery_reads_only_its_own_variables(
     start_worker: StartWorker, run_forkvm: RunForkvm, redis_server: RedisServer, tmp_path: Path
 ) -> None:
     make_guest(tmp_path / "a")
@@ -92,7 +92,7 @@ def other_redis(tmp_path: Path) -> Iterator[RedisServer]:
     server.stop()
 
 
-def test_fork_does_not_go_to_the_redis_of_another_application(
+def test_fork_is_not_sent_to_the_redis_of_another_application(
     run_forkvm: RunForkvm, redis_server: RedisServer, other_redis: RedisServer, tmp_path: Path
 ) -> None:
     environment = program_environment(redis_server)
@@ -107,7 +107,7 @@ def test_fork_does_not_go_to_the_redis_of_another_application(
         own.delete("forkvm")
 
 
-def test_unknown_variable_is_warned_of_once_by_a_command_and_by_a_worker(
+def test_unknown_variable_causes_one_warning_by_a_command_and_by_a_worker(
     run_forkvm: RunForkvm, start_worker: StartWorker, tmp_path: Path
 ) -> None:
     environment = {

@@ -81,7 +81,7 @@ def test_a_live_fork_is_never_touched(
     assert run_forkvm("verify", place / "vm-1", place / "vm-2").returncode == 0
 
 
-def test_a_copy_of_a_staging_directory_is_not_ours_to_remove(
+def test_a_copy_of_a_staging_directory_is_not_removed(
     run_forkvm: RunForkvm, place: Path, background_fork: subprocess.Popen[bytes]
 ) -> None:
     control = min(stagings(place), key=len)
@@ -96,7 +96,7 @@ def test_a_copy_of_a_staging_directory_is_not_ours_to_remove(
     assert (elsewhere / control / "journal").exists()
 
 
-def test_gc_asks_the_queue_before_it_removes_what_a_queue_owns(
+def test_gc_checks_the_queue_before_it_removes_staging_of_a_queue(
     run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, redis_server: RedisServer
 ) -> None:
     environment = program_environment(redis_server, place)
@@ -119,14 +119,14 @@ def test_gc_asks_the_queue_before_it_removes_what_a_queue_owns(
     assert stagings(place) == []
 
 
-def test_gc_without_anything_to_search_is_a_bad_call(run_forkvm: RunForkvm) -> None:
+def test_gc_without_a_directory_is_a_bad_call(run_forkvm: RunForkvm) -> None:
     done = run_forkvm("gc")
 
     assert done.returncode == 2
     assert "FORKVM_ROOTS" in done.stderr
 
 
-def test_a_control_directory_without_a_journal_is_left_until_it_is_old(run_forkvm: RunForkvm, fresh: Fresh) -> None:
+def test_a_control_directory_without_a_journal_is_kept_until_it_is_old(run_forkvm: RunForkvm, fresh: Fresh) -> None:
     place = fresh("xfs")
     control = place / ".forkvm-0123456789abcdef"
     control.mkdir(mode=0o700)

@@ -109,7 +109,7 @@ def found_by_gc(run_forkvm: RunForkvm, place: Path, *, code: int = 0) -> dict[st
     return {finding["path"]: finding for finding in json.loads(done.stdout)}
 
 
-def test_all_bad_entries_are_reported_and_everything_else_goes(run_forkvm: RunForkvm, place: Path) -> None:
+def test_all_bad_entries_are_reported_and_all_other_staging_is_removed(run_forkvm: RunForkvm, place: Path) -> None:
     # Given all bad entries, with abandoned staging before, between and after them
     kept: dict[Path, str] = {}
     dead: set[Path] = set()
@@ -147,7 +147,7 @@ def test_all_bad_entries_are_reported_and_everything_else_goes(run_forkvm: RunFo
 @pytest.mark.parametrize(
     "data", [b"", b"null", b"[]", b"{}", b"[" * 1_000_000, b"1" * 100_000, b'{"spec": {}}', b"\xff"]
 )
-def test_staging_of_ours_whose_journal_is_none_goes_when_it_is_old(
+def test_staging_with_an_invalid_journal_is_removed_when_it_is_old(
     data: bytes, run_forkvm: RunForkvm, place: Path
 ) -> None:
     control, other = make_dead(place, "damaged"), make_dead(place, "other")
@@ -163,7 +163,7 @@ def test_staging_of_ours_whose_journal_is_none_goes_when_it_is_old(
     assert stagings(place) == set()
 
 
-def test_control_directory_that_holds_what_is_no_staging_is_kept(run_forkvm: RunForkvm, place: Path) -> None:
+def test_control_directory_with_foreign_entries_is_kept(run_forkvm: RunForkvm, place: Path) -> None:
     control = place / f".forkvm-{7:016x}"
     control.mkdir(mode=0o700)
     (control / "vm.raw").write_text("precious")
@@ -181,7 +181,7 @@ def test_control_directory_that_holds_what_is_no_staging_is_kept(run_forkvm: Run
     ("mode", "owner", "removed"),
     [(0o755, 0, True), (0o1777, 0, True), (0o777, 0, False), (0o775, 0, False), (0o755, OTHER, False)],
 )
-def test_private_directory_that_others_may_have_moved_here_is_kept(
+def test_private_directory_that_another_user_may_have_moved_is_kept(
     mode: int, owner: int, removed: bool, run_forkvm: RunForkvm, place: Path
 ) -> None:
     tree, control = place / f".forkvm-{1:016x}.01234567", place / f".forkvm-{2:016x}.01234567"
@@ -227,7 +227,7 @@ def immutable() -> Iterator[Callable[[Path], None]]:
 
 
 @pytest.mark.parametrize("what", ["", "journal", "tree"])
-def test_immutable_staging_is_a_failure_and_the_rest_goes(
+def test_immutable_staging_is_a_failure_and_the_rest_is_removed(
     what: str, run_forkvm: RunForkvm, place: Path, immutable: Callable[[Path], None]
 ) -> None:
     control, others = make_dead(place, "f1"), {make_dead(place, f"other-{n}") for n in range(5)}
@@ -241,7 +241,7 @@ def test_immutable_staging_is_a_failure_and_the_rest_goes(
     assert {path for path, finding in found.items() if finding["verdict"] == "removed"} == {str(o) for o in others}
 
 
-def test_mount_in_a_tree_is_a_failure_and_what_is_mounted_stays(
+def test_mount_in_a_tree_is_a_failure_and_the_mounted_files_are_kept(
     run_forkvm: RunForkvm, place: Path, fresh: Fresh
 ) -> None:
     control, other = make_dead(place, "f1"), make_dead(place, "other")
@@ -258,7 +258,7 @@ def test_mount_in_a_tree_is_a_failure_and_what_is_mounted_stays(
     assert not other.exists()
 
 
-def test_staging_with_a_file_that_is_held_open_on_fuse_is_a_failure_and_ends(
+def test_staging_with_an_open_file_on_fuse_is_a_failure_and_gc_ends(
     run_forkvm: RunForkvm, passthrough: Passthrough, place: Path
 ) -> None:
     place = passthrough(place, "silly")
@@ -275,7 +275,7 @@ def test_staging_with_a_file_that_is_held_open_on_fuse_is_a_failure_and_ends(
     assert stagings(place) == set()
 
 
-def test_ordinary_user_is_told_what_is_not_readable_and_removes_the_own(
+def test_unreadable_staging_is_reported_to_an_ordinary_user_and_the_users_own_is_removed(
     run_forkvm: RunForkvm, public_program: PublicProgram, place: Path
 ) -> None:
     theirs, closed = make_dead(place, "theirs"), place / "closed"
@@ -302,7 +302,7 @@ def test_ordinary_user_is_told_what_is_not_readable_and_removes_the_own(
         ("{sub}", "getdents64:error=ENOENT", None),
     ],
 )
-def test_error_of_the_disk_is_a_failure_of_one_entry(path: str, inject: str, verdict: str | None, place: Path) -> None:
+def test_disk_error_is_a_failure_of_one_entry(path: str, inject: str, verdict: str | None, place: Path) -> None:
     strace = require_command("strace", "the injection of errors")
     control, other, last = make_dead(place, "f1"), make_dead(place, "other"), make_dead(place / "last", "last")
     make_dead(place / "sub", "sub")

@@ -39,7 +39,7 @@ def _imported(*arguments: str, **environment: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
-def test_a_local_fork_imports_nothing_of_the_queue_and_not_what_checks_options(tmp_path: Path) -> None:
+def test_a_local_fork_imports_neither_the_queue_nor_the_validation_of_options(tmp_path: Path) -> None:
     (tmp_path / "vm-1").mkdir()
 
     imported = _imported("fork", str(tmp_path / "vm-1"), str(tmp_path / "vm-2"), FORKVM_ROOTS=str(tmp_path))
@@ -60,7 +60,7 @@ def test_help_and_version_import_neither_the_queue_nor_the_engine(arguments: tup
     assert _imported(*arguments).isdisjoint(_SLOW | {"tasks.copier.fork", "tasks.copier.staging"})
 
 
-def test_completion_of_a_shell_imports_neither_the_queue_nor_the_engine() -> None:
+def test_shell_completion_imports_neither_the_queue_nor_the_engine() -> None:
     words = {"_FORKVM_COMPLETE": "bash_complete", "COMP_WORDS": "forkvm fork --ref", "COMP_CWORD": "2"}
 
     assert _imported(**words).isdisjoint(_SLOW | {"tasks.copier.fork", "tasks.copier.staging"})

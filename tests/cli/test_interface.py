@@ -34,7 +34,7 @@ def _run(*args: str) -> Result:
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
-def test_a_slip_gets_a_suggestion(call: list[str], said: str) -> None:
+def test_a_mistyped_command_or_option_gets_a_suggestion(call: list[str], said: str) -> None:
     done = _run(*call)
 
     assert done.exit_code == 2
@@ -86,7 +86,7 @@ def test_schema_prints_one_schema_or_all_by_their_names() -> None:
     assert json.loads(everything.stdout) == {name: schema(name) for name in NAMES}
 
 
-def test_results_of_local_commands_are_as_their_schemas_say(tmp_path: Path) -> None:
+def test_results_of_local_commands_match_their_schemas(tmp_path: Path) -> None:
     (tmp_path / "vm").mkdir()
     (tmp_path / "vm" / "disk").write_bytes(b"data")
     vm = str(tmp_path / "vm")

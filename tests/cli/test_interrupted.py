@@ -42,7 +42,7 @@ def looks(server: RedisServer) -> int:
 @pytest.mark.parametrize(
     "command", [["status", "the job", "--watch"], _SUBMIT, _CAMPAIGN], ids=["status", "submit", "campaign"]
 )
-def test_ctrl_c_ends_the_waiting_and_says_that_the_job_goes_on(
+def test_ctrl_c_ends_the_wait_and_reports_that_the_job_continues(
     command: list[str], run_forkvm: RunForkvm, redis_server: RedisServer
 ) -> None:
     # Given a job that no worker takes
@@ -68,7 +68,9 @@ def test_ctrl_c_ends_the_waiting_and_says_that_the_job_goes_on(
     assert sent == ["the job"]
 
 
-def test_ctrl_c_elsewhere_exits_with_130_and_no_traceback(run_forkvm: RunForkvm, redis_server: RedisServer) -> None:
+def test_ctrl_c_at_other_times_exits_with_130_and_no_traceback(
+    run_forkvm: RunForkvm, redis_server: RedisServer
+) -> None:
     """Ctrl-C while `cancel` waits for the end; the cancellation stays requested."""
     environment = program_environment(redis_server)
     assert run_forkvm("submit", "/guests/a", "/guests/b", "--id", "the job", env=environment).returncode == 0
@@ -88,7 +90,7 @@ def test_ctrl_c_elsewhere_exits_with_130_and_no_traceback(run_forkvm: RunForkvm,
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
-def test_other_signals_end_a_command_that_waits_in_order(number: signal.Signals, redis_server: RedisServer) -> None:
+def test_other_signals_end_a_waiting_command_cleanly(number: signal.Signals, redis_server: RedisServer) -> None:
     with started(_SUBMIT, program_environment(redis_server)) as process:
         before = looks(redis_server)
         wait_until(lambda: looks(redis_server) > before + READS, "a command that waits")

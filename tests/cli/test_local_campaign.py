@@ -80,7 +80,7 @@ def end(process: subprocess.Popen[str], place: Path) -> dict[str, Any]:
     return result
 
 
-def test_a_stopped_child_delays_a_campaign_and_costs_no_fork(place: Path) -> None:
+def test_a_stopped_child_delays_a_campaign_and_loses_no_fork(place: Path) -> None:
     with campaign(place, COUNT) as process:
         wait_for_forks(place, process)
         os.kill(children(process)[0], signal.SIGSTOP)
@@ -90,7 +90,7 @@ def test_a_stopped_child_delays_a_campaign_and_costs_no_fork(place: Path) -> Non
     assert (process.returncode, result["status"], result["error"]) == (0, "succeeded", None)
 
 
-def test_killed_children_cost_no_fork(place: Path) -> None:
+def test_killed_children_lose_no_fork(place: Path) -> None:
     with campaign(place, COUNT) as process:
         for _ in range(3):
             wait_for_forks(place, process, len(forks_in(place)) + 20)
@@ -102,7 +102,7 @@ def test_killed_children_cost_no_fork(place: Path) -> None:
 
 
 @pytest.mark.parametrize("on_error", ["continue", "abort"])
-def test_a_disk_that_gets_full_leaves_what_is_reported(on_error: str, small_tmpfs: SmallTmpfs) -> None:
+def test_a_full_disk_leaves_exactly_the_reported_forks(on_error: str, small_tmpfs: SmallTmpfs) -> None:
     place = small_tmpfs(24 << 20)
     make_source(place / "source")
     (place / "out").mkdir()
@@ -117,7 +117,7 @@ def test_a_disk_that_gets_full_leaves_what_is_reported(on_error: str, small_tmpf
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_the_first_signal_ends_a_campaign_at_once_and_leaves_only_whole_forks(
+def test_the_first_signal_ends_a_campaign_at_once_and_leaves_only_complete_forks(
     number: signal.Signals, place: Path
 ) -> None:
     with campaign(place, 20 * COUNT) as process:

@@ -44,7 +44,7 @@ def test_fork_with_json_prints_the_one_document_of_the_contract(run_forkvm: RunF
     assert result["files"]["reflinked"] == 6
 
 
-def test_fork_says_that_a_fork_is_a_subvolume_unless_none_is_wanted(run_forkvm: RunForkvm, fresh: Fresh) -> None:
+def test_fork_reports_a_subvolume_unless_snapshots_are_disabled(run_forkvm: RunForkvm, fresh: Fresh) -> None:
     place = fresh("btrfs")
     make_guest(make_subvolume(place / "vm-1"), SMALL)
 
@@ -69,7 +69,7 @@ def test_a_failed_fork_still_prints_its_result_and_exits_with_1(run_forkvm: RunF
     assert str(place / "vm-2") in done.stderr
 
 
-def test_a_fork_that_would_copy_more_than_its_budget_exits_with_1(run_forkvm: RunForkvm, fresh: Fresh) -> None:
+def test_a_fork_beyond_its_copy_budget_exits_with_1(run_forkvm: RunForkvm, fresh: Fresh) -> None:
     place = fresh("ext4")
     make_guest(place / "vm-1", SMALL)
 
@@ -80,7 +80,7 @@ def test_a_fork_that_would_copy_more_than_its_budget_exits_with_1(run_forkvm: Ru
     assert [path.name for path in place.iterdir()] == ["vm-1"]
 
 
-def test_estimate_tells_what_a_fork_would_do_and_leaves_nothing(run_forkvm: RunForkvm, fresh: Fresh) -> None:
+def test_estimate_prints_what_a_fork_would_do_and_leaves_nothing(run_forkvm: RunForkvm, fresh: Fresh) -> None:
     place = fresh("xfs")
     make_guest(place / "vm-1", SMALL)
 
@@ -109,7 +109,7 @@ def test_a_bad_call_exits_with_2_in_one_line(run_forkvm: RunForkvm, tmp_path: Pa
     assert not any("Traceback" in done.stderr for done in (no_name, wrong_word, no_argument, bad_setting))
 
 
-def test_roots_bind_the_local_commands_too(run_forkvm: RunForkvm, fresh: Fresh, tmp_path: Path) -> None:
+def test_roots_apply_to_local_commands_too(run_forkvm: RunForkvm, fresh: Fresh, tmp_path: Path) -> None:
     place = fresh("xfs")
     make_guest(place / "vm-1", SMALL)
 
@@ -120,7 +120,7 @@ def test_roots_bind_the_local_commands_too(run_forkvm: RunForkvm, fresh: Fresh, 
     assert not (tmp_path / "vm-2").exists()
 
 
-def test_names_that_no_terminal_should_see_are_escaped(run_forkvm: RunForkvm, fresh: Fresh) -> None:
+def test_control_characters_in_names_are_escaped(run_forkvm: RunForkvm, fresh: Fresh) -> None:
     place = fresh("xfs")
     (place / "vm-1").mkdir()
     hostile = os.path.join(os.fsencode(place), b"vm-1", b"\x1b[2J\xff\n")
@@ -134,7 +134,9 @@ def test_names_that_no_terminal_should_see_are_escaped(run_forkvm: RunForkvm, fr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
-def test_an_interrupted_fork_leaves_nothing_and_says_so(number: signal.Signals, fresh: Fresh) -> None:
+def test_an_interrupted_fork_leaves_nothing_and_reports_that_it_was_cancelled(
+    number: signal.Signals, fresh: Fresh
+) -> None:
     place = fresh("tmpfs")
     (place / "vm-1").mkdir()
     for n in range(4):
@@ -179,7 +181,7 @@ def test_a_terminal_gets_a_progress_bar(fresh: Fresh) -> None:
     assert b"copy" in shown
 
 
-def test_verify_tells_what_is_shared_and_what_differs(run_forkvm: RunForkvm, fresh: Fresh) -> None:
+def test_verify_reports_shared_bytes_and_differences(run_forkvm: RunForkvm, fresh: Fresh) -> None:
     place = fresh("xfs")
     make_guest(place / "vm-1", SMALL)
     assert run_forkvm("fork", place / "vm-1", place / "vm-2").returncode == 0
@@ -199,7 +201,7 @@ def test_verify_tells_what_is_shared_and_what_differs(run_forkvm: RunForkvm, fre
     }
 
 
-def test_verify_finds_names_of_one_file_that_became_two(run_forkvm: RunForkvm, fresh: Fresh) -> None:
+def test_verify_finds_hard_links_that_became_separate_files(run_forkvm: RunForkvm, fresh: Fresh) -> None:
     place = fresh("xfs")
     (place / "a").mkdir()
     (place / "a" / "one").write_text("x")
@@ -228,7 +230,7 @@ def test_a_copy_on_another_filesystem_shares_nothing(run_forkvm: RunForkvm, fres
     assert snapshot(source / "vm-1") == before
 
 
-def test_relative_paths_begin_at_the_working_directory(tmp_path: Path) -> None:
+def test_relative_paths_are_relative_to_the_working_directory(tmp_path: Path) -> None:
     (tmp_path / "guests" / "vm-1").mkdir(parents=True)
     (tmp_path / "below").symlink_to(tmp_path / "guests" / "vm-1")
     calls = [

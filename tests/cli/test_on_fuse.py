@@ -50,7 +50,7 @@ def test_fork_and_campaign_leave_nothing_but_their_forks(run_forkvm: RunForkvm, 
         assert run_forkvm("verify", place / "vm-1", place / "c-5").returncode == 0
 
 
-def test_fork_that_fails_leaves_nothing(run_forkvm: RunForkvm, place: Path) -> None:
+def test_failed_fork_leaves_nothing(run_forkvm: RunForkvm, place: Path) -> None:
     os.mkfifo(place / "vm-1/fifo")
 
     done = run_forkvm("fork", place / "vm-1", place / "vm-2", timeout=30)

@@ -31,7 +31,7 @@ def place(fresh: Fresh) -> Path:
     return place
 
 
-def test_submit_and_wait_answers_with_the_result_that_status_and_files_give_later(
+def test_submit_wait_prints_the_result_that_status_and_files_print_later(
     run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, redis_server: RedisServer
 ) -> None:
     environment = program_environment(redis_server, place)
@@ -73,7 +73,7 @@ def test_a_failed_fork_exits_with_1_and_its_failed_entries_can_be_listed(
     assert [path.name for path in other.iterdir()] == []
 
 
-def test_a_request_that_cannot_be_meant_is_refused_before_it_is_sent(
+def test_an_invalid_request_is_refused_before_it_is_sent(
     run_forkvm: RunForkvm, place: Path, redis_server: RedisServer
 ) -> None:
     environment = program_environment(redis_server, place)
@@ -118,7 +118,7 @@ def test_the_status_of_an_unknown_id_is_still_one_json_document(
     assert json.loads(done.stdout) == {"id": "never-sent", "state": "PENDING", "progress": None, "result": None}
 
 
-def test_a_fork_that_waits_in_the_queue_is_known_and_can_be_cancelled(
+def test_a_fork_that_waits_in_the_queue_has_a_status_and_can_be_cancelled(
     run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, redis_server: RedisServer
 ) -> None:
     # Given a fork that waits behind others in the queue
@@ -140,7 +140,7 @@ def test_a_fork_that_waits_in_the_queue_is_known_and_can_be_cancelled(
     assert not (place / "vm-10").exists()
 
 
-def test_submit_that_waits_shows_its_id_and_says_when_no_worker_serves_the_queue(
+def test_submit_wait_prints_its_id_and_reports_that_no_worker_serves_the_queue(
     run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, redis_server: RedisServer
 ) -> None:
     environment = program_environment(redis_server, place)
@@ -160,7 +160,7 @@ def test_submit_that_waits_shows_its_id_and_says_when_no_worker_serves_the_queue
         client.delete("forkvm")
 
 
-def test_a_redis_that_goes_away_while_a_command_waits_is_one_line(
+def test_a_redis_that_stops_while_a_command_waits_is_a_one_line_error(
     place: Path, redis_server: RedisServer, run_forkvm: RunForkvm
 ) -> None:
     environment = program_environment(redis_server, place)
@@ -179,7 +179,7 @@ def test_a_redis_that_goes_away_while_a_command_waits_is_one_line(
         client.delete("forkvm")
 
 
-def test_cancel_ends_a_running_fork_while_it_waits_and_leaves_nothing(
+def test_cancel_waits_for_the_end_of_a_running_fork_which_leaves_nothing(
     run_forkvm: RunForkvm, fresh: Fresh, start_worker: StartWorker, redis_server: RedisServer
 ) -> None:
     place = fresh("tmpfs")

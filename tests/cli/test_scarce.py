@@ -44,7 +44,7 @@ def place(fresh: Fresh) -> Path:
 
 @pytest.mark.parametrize("source", ["small", "large"])
 @pytest.mark.parametrize("files", [6, 10, 14, 18, 22, 26, 30])
-def test_a_fork_with_few_open_files_is_whole_or_leaves_nothing(source: str, files: int, place: Path) -> None:
+def test_a_fork_with_few_open_files_is_complete_or_leaves_nothing(source: str, files: int, place: Path) -> None:
     command = [forkvm_script(), "fork", str(place / source), str(place / "out" / "fork")]
     done = subprocess.run(command, preexec_fn=with_files(files), capture_output=True, text=True, check=False)
 
@@ -58,7 +58,7 @@ def test_a_fork_with_few_open_files_is_whole_or_leaves_nothing(source: str, file
     assert (done.returncode == 0) == (files > 23)
 
 
-def test_a_campaign_takes_no_more_open_files_than_there_are(place: Path) -> None:
+def test_a_campaign_stays_within_the_limit_of_open_files(place: Path) -> None:
     command = [forkvm_script(), "campaign", str(place / "small"), "--to", str(place / "out" / "vm-{n}")]
     command += ["--count", "200", "--local"]
     done = subprocess.run(command, preexec_fn=with_files(48), capture_output=True, text=True, check=False)
@@ -69,7 +69,7 @@ def test_a_campaign_takes_no_more_open_files_than_there_are(place: Path) -> None
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("command", ["fork", "campaign"])
-def test_work_is_done_without_a_process_to_spare(
+def test_forks_are_made_when_no_process_can_be_started(
     command: str, processes: int, place: Path, public_program: PublicProgram
 ) -> None:
     for path in (place, place / "out"):

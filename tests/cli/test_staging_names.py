@@ -52,7 +52,7 @@ def test_local_campaign_is_a_bad_call_before_any_fork(name: str, run_forkvm: Run
     assert sorted(place.rglob("*")) == before
 
 
-def test_worker_refuses_what_a_client_sends_unchecked(
+def test_worker_refuses_a_staging_name_that_a_client_did_not_check(
     start_worker: StartWorker,
     redis_server: RedisServer,
     foreign_client: Celery,

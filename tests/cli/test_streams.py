@@ -47,14 +47,14 @@ def test_a_fork_needs_no_open_stream(closed: str, source: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("command", ["fork src dst", "fork --json src dst", "verify src same", "--help", "--version"])
-def test_a_reader_that_went_away_changes_no_exit_code(command: str, source: Path, tmp_path: Path) -> None:
+def test_a_closed_pipe_changes_no_exit_code(command: str, source: Path, tmp_path: Path) -> None:
     done = shell(f"cp -a src same; (sleep 0.2; $F {command}; echo $? > code) | true; wait", tmp_path)
 
     assert (tmp_path / "code").read_text() == "0\n"
     assert done.stderr == b""
 
 
-def test_differences_are_still_an_exit_code_of_1_without_a_reader(source: Path, tmp_path: Path) -> None:
+def test_differences_exit_with_1_on_a_closed_pipe_too(source: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
 
     done = shell("(sleep 0.2; $F verify src other; echo $? > code) | true; wait", tmp_path)
@@ -63,14 +63,14 @@ def test_differences_are_still_an_exit_code_of_1_without_a_reader(source: Path, 
     assert done.stderr == b""
 
 
-def test_an_answer_that_cannot_be_written_is_one_line_on_stderr(source: Path, tmp_path: Path) -> None:
+def test_output_that_cannot_be_written_is_one_line_on_stderr(source: Path, tmp_path: Path) -> None:
     done = shell("$F fork src dst > /dev/full", tmp_path)
 
     assert done.returncode == 0
     assert done.stderr == b"forkvm: the result could not be written to stdout: No space left on device\n"
 
 
-def test_a_pipe_that_another_process_made_non_blocking_gets_everything(source: Path, tmp_path: Path) -> None:
+def test_a_pipe_that_another_process_made_non_blocking_gets_all_output(source: Path, tmp_path: Path) -> None:
     """The reader is slow, and 2,000 lines are more than the pipe can hold."""
     other = tmp_path / "other"
     other.mkdir()
@@ -92,7 +92,7 @@ def test_a_pipe_that_another_process_made_non_blocking_gets_everything(source: P
 @pytest.mark.parametrize(
     "call", ['fork src dst "$E"', 'campaign src --to-file "$E"', 'fork "$E" dst', '"$E"', 'fork --label "$E" "$E" dst']
 )
-def test_no_escape_of_an_argument_reaches_the_terminal(call: str, source: Path, tmp_path: Path) -> None:
+def test_no_escape_sequence_in_an_argument_reaches_the_terminal(call: str, source: Path, tmp_path: Path) -> None:
     done = shell(f"$F {call}", tmp_path, E=_ESCAPE)
 
     assert done.returncode in (1, 2)

@@ -28,7 +28,7 @@ def forked_pair(place: Path, run_forkvm: RunForkvm) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("side", ["source", "clone"])
-def test_what_may_not_be_read_is_not_called_equal(run_forkvm: RunForkvm, fresh: Fresh, side: str) -> None:
+def test_unreadable_files_are_not_reported_as_equal(run_forkvm: RunForkvm, fresh: Fresh, side: str) -> None:
     place = fresh("xfs")
     place.chmod(0o755)
     source, clone = forked_pair(place, run_forkvm)
@@ -69,7 +69,7 @@ def test_what_may_not_be_read_is_not_called_equal(run_forkvm: RunForkvm, fresh: 
         ("getdents64:error=EIO", "below", "below", "listing the directory: Input/output error (EIO)"),
     ],
 )
-def test_what_the_filesystem_fails_to_read_is_not_called_equal(
+def test_files_with_read_errors_are_not_reported_as_equal(
     run_forkvm: RunForkvm, fresh: Fresh, call: str, path: str, at: str, what: str
 ) -> None:
     strace = require_command("strace", "injecting errors")
@@ -88,7 +88,7 @@ def test_what_the_filesystem_fails_to_read_is_not_called_equal(
     assert what in found["unread"][0]["what"]
 
 
-def test_what_vanishes_while_it_is_compared_is_not_called_equal(run_forkvm: RunForkvm, fresh: Fresh) -> None:
+def test_files_that_vanish_during_the_comparison_are_not_reported_as_equal(run_forkvm: RunForkvm, fresh: Fresh) -> None:
     strace = require_command("strace", "injecting errors")
     source, clone = forked_pair(fresh("xfs"), run_forkvm)
 
@@ -100,7 +100,7 @@ def test_what_vanishes_while_it_is_compared_is_not_called_equal(run_forkvm: RunF
     assert (found["same"], [one["path"] for one in found["unread"]]) == (False, ["link"])
 
 
-def test_hostile_names_are_escaped_and_hostile_entries_do_not_hang_it(run_forkvm: RunForkvm, fresh: Fresh) -> None:
+def test_hostile_names_are_escaped_and_special_files_do_not_hang_verify(run_forkvm: RunForkvm, fresh: Fresh) -> None:
     source, clone = forked_pair(fresh("xfs"), run_forkvm)
     hostile = os.path.join(os.fsencode(clone), b"\x1b[2J\xff\n")
     os.mkfifo(hostile)
@@ -117,7 +117,7 @@ def test_hostile_names_are_escaped_and_hostile_entries_do_not_hang_it(run_forkvm
     assert "\x1b[2J\udcff\n" in [one["path"] for one in json.loads(document.stdout)["differences"]]
 
 
-def test_a_clone_that_is_not_there_is_called_a_clone(run_forkvm: RunForkvm, fresh: Fresh) -> None:
+def test_the_error_for_a_missing_clone_names_the_clone(run_forkvm: RunForkvm, fresh: Fresh) -> None:
     source, clone = forked_pair(fresh("xfs"), run_forkvm)
 
     done = run_forkvm("verify", source, clone / "nothing")

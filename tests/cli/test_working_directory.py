@@ -36,7 +36,7 @@ def test_local_commands_import_nothing_from_the_working_directory(tmp_path: Path
     assert asked.returncode == 3, asked.stderr
 
 
-def test_module_of_the_command_line_imports_nothing_else_from_the_working_directory(tmp_path: Path) -> None:
+def test_worker_cli_module_imports_nothing_else_from_the_working_directory(tmp_path: Path) -> None:
     here = make_foreign_modules(tmp_path / "here", with_worker=False)
 
     done = _run(here, sys.executable, "-m", "worker.cli", "gc", str(tmp_path))
@@ -78,7 +78,7 @@ def test_worker_serves_from_a_directory_with_a_tasks_py(
 
 
 @pytest.mark.parametrize("command", ["forkvm gc", "celery -A worker.app report"])
-def test_foreign_package_that_is_imported_instead_is_named_in_one_line(tmp_path: Path, command: str) -> None:
+def test_foreign_package_on_the_import_path_is_named_in_one_line(tmp_path: Path, command: str) -> None:
     elsewhere = make_foreign_modules(tmp_path / "elsewhere", with_worker=False)
     for path in elsewhere.iterdir():
         if path.name != "tasks.py":

@@ -50,7 +50,7 @@ def settled(source: Path, destination: Path, **arguments: object) -> ForkResult:
 
 
 @pytest.mark.parametrize("phase", ["plan", "copy", "publish"])
-def test_a_fork_that_is_killed_leaves_nothing_at_its_destination_and_its_id_works_again(
+def test_a_killed_fork_leaves_no_destination_and_its_id_can_be_used_again(
     directory: Path, source: Path, phase: str, limits: Limits, every_beat: None
 ) -> None:
     def die(progress: Progress) -> None:
@@ -70,7 +70,7 @@ def test_a_fork_that_is_killed_leaves_nothing_at_its_destination_and_its_id_work
     assert leftovers(directory) == []
 
 
-def test_a_fork_that_is_killed_at_any_moment_is_whole_or_not_there(directory: Path, source: Path) -> None:
+def test_a_fork_killed_at_any_moment_is_complete_or_absent(directory: Path, source: Path) -> None:
     dice, outcomes = random.Random(7), set()
     for number in range(40):
         destination, limits = directory / f"fork-{number}", (INLINE, CHUNKED)[number % 2]
@@ -91,7 +91,7 @@ def test_a_fork_that_is_killed_at_any_moment_is_whole_or_not_there(directory: Pa
     assert False in outcomes
 
 
-def test_a_fork_that_kills_its_process_each_time_is_given_up_as_worker_lost(
+def test_a_fork_that_kills_its_process_each_time_fails_as_worker_lost(
     directory: Path, source: Path, every_beat: None
 ) -> None:
     def die(progress: Progress) -> None:
@@ -111,7 +111,7 @@ def test_a_fork_that_kills_its_process_each_time_is_given_up_as_worker_lost(
     forked(source, directory / "fork")
 
 
-def test_a_child_that_dies_has_its_chunk_done_by_another(directory: Path, every_beat: None) -> None:
+def test_the_chunk_of_a_killed_child_is_made_by_another(directory: Path, every_beat: None) -> None:
     source = directory / "source"
     source.mkdir()
     make_sparse_file(source / "disk.raw", 256 * MIB, 160 * MIB)
@@ -131,7 +131,7 @@ def test_a_child_that_dies_has_its_chunk_done_by_another(directory: Path, every_
     assert result["files"]["copied"] == 1
 
 
-def test_a_child_that_is_stopped_is_not_waited_for_and_its_chunk_is_done_by_another(
+def test_the_chunk_of_a_stopped_child_is_made_by_another_without_waiting(
     directory: Path, every_beat: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(child_processes, "STOPPED_SECONDS", 0.3)
@@ -203,9 +203,7 @@ def test_of_forks_to_one_destination_exactly_one_wins(
         (directory / "fork").rename(directory / f"done-{time.monotonic_ns()}")
 
 
-def test_of_two_processes_with_one_id_one_makes_the_fork_and_neither_tears_it(
-    directory: Path, source: Path, limits: Limits
-) -> None:
+def test_two_processes_with_one_id_make_one_complete_fork(directory: Path, source: Path, limits: Limits) -> None:
     def deliver() -> ForkResult:
         wait_until((directory / "go").exists, "the start")
         return fork(source, directory / "fork", limits=limits)
@@ -222,7 +220,7 @@ def test_of_two_processes_with_one_id_one_makes_the_fork_and_neither_tears_it(
         (directory / "fork").rename(directory / f"done-{time.monotonic_ns()}")
 
 
-def test_what_takes_the_destination_while_the_fork_is_made_stays(
+def test_an_entry_created_at_the_destination_during_the_fork_is_kept(
     directory: Path, source: Path, limits: Limits, every_beat: None
 ) -> None:
     destination = directory / "fork"
@@ -259,7 +257,7 @@ def test_a_cancelled_fork_leaves_nothing(
     forked(source, directory / "fork", limits=limits)
 
 
-def test_a_fork_that_is_cancelled_while_its_last_results_are_kept_leaves_nothing(
+def test_a_fork_cancelled_while_its_last_results_are_stored_leaves_nothing(
     directory: Path, source: Path, limits: Limits
 ) -> None:
     ledger = fork_with_ledger(source, directory / "fork", limits=limits, ended=True)
@@ -268,7 +266,7 @@ def test_a_fork_that_is_cancelled_while_its_last_results_are_kept_leaves_nothing
     assert [path.name for path in directory.iterdir()] == ["source"]
 
 
-def test_a_fork_is_never_seen_in_part(directory: Path, source: Path, limits: Limits) -> None:
+def test_a_partial_fork_is_never_visible(directory: Path, source: Path, limits: Limits) -> None:
     """A process that lists the destination repeatedly sees nothing, or the complete fork with its final modes."""
     wanted = {str(path.relative_to(source)) for path in source.rglob("*")}
     wanted = {path for path in wanted if os.fsencode(path) not in SKIPPED_BY_DEFAULT}
@@ -283,7 +281,7 @@ def test_a_fork_is_never_seen_in_part(directory: Path, source: Path, limits: Lim
     assert watcher.result() == wanted
 
 
-def test_forks_of_one_source_at_once_do_not_meet(directory: Path, source: Path) -> None:
+def test_simultaneous_forks_of_one_source_do_not_conflict(directory: Path, source: Path) -> None:
     def deliver(number: int) -> ForkResult:
         return fork(source, directory / f"fork-{number}", fork_id=f"fork-{number}", limits=CHUNKED)
 
@@ -295,9 +293,7 @@ def test_forks_of_one_source_at_once_do_not_meet(directory: Path, source: Path) 
     assert leftovers(directory) == []
 
 
-def test_a_corruption_on_the_way_is_found_by_verify_and_by_nothing_else(
-    directory: Path, source: Path, every_beat: None
-) -> None:
+def test_corruption_during_the_copy_is_found_only_by_verify(directory: Path, source: Path, every_beat: None) -> None:
     """`verify: content` reads every byte back. A flipped byte in the tree simulates a disk that returns wrong data."""
 
     def corrupt(progress: Progress) -> None:
@@ -317,7 +313,7 @@ def test_a_corruption_on_the_way_is_found_by_verify_and_by_nothing_else(
 
 
 @pytest.mark.parametrize("reflink", ["auto", "never"])
-def test_verify_and_sync_change_nothing_about_a_good_fork(fs: Path, limits: Limits, reflink: str) -> None:
+def test_verify_and_sync_do_not_change_a_successful_fork(fs: Path, limits: Limits, reflink: str) -> None:
     source = make_guest(fs / "source", SIZES)
 
     forked(source, fs / "fork", limits=limits, reflink=reflink, verify="content", durability="sync")
@@ -325,7 +321,7 @@ def test_verify_and_sync_change_nothing_about_a_good_fork(fs: Path, limits: Limi
     assert_alike(source, fs / "fork", SKIPPED_BY_DEFAULT)
 
 
-def test_no_fork_leaves_a_descriptor_or_a_child_behind(directory: Path, source: Path, limits: Limits) -> None:
+def test_no_fork_leaks_a_descriptor_or_a_child(directory: Path, source: Path, limits: Limits) -> None:
     before = set(os.listdir("/proc/self/fd"))
 
     forked(source, directory / "fork", limits=limits)

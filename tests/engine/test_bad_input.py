@@ -54,7 +54,7 @@ def test_a_source_that_is_no_directory(yard: Path, path: str) -> None:
     "path",
     ["relative", "", "{yard}/../{name}/fork", "{yard}/none/fork", "{yard}/source/state/fork", "{yard}/" + "n" * 256],
 )
-def test_a_destination_that_names_no_place(yard: Path, path: str) -> None:
+def test_an_invalid_destination_path(yard: Path, path: str) -> None:
     path = path.format(yard=yard, name=yard.name)
 
     error = refused(yard / "source", path)
@@ -63,7 +63,7 @@ def test_a_destination_that_names_no_place(yard: Path, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["relative", "", "{yard}/../{name}/source", "{yard}/" + "n" * 256])
-def test_a_source_that_names_no_place(yard: Path, path: str) -> None:
+def test_an_invalid_source_path(yard: Path, path: str) -> None:
     path = path.format(yard=yard, name=yard.name)
 
     error = refused(path, yard / "fork")
@@ -71,14 +71,14 @@ def test_a_source_that_names_no_place(yard: Path, path: str) -> None:
     assert (error["code"], error["path"]) == ("invalid_request", path)
 
 
-def test_a_path_longer_than_the_kernel_takes(yard: Path) -> None:
+def test_a_path_longer_than_the_kernel_accepts(yard: Path) -> None:
     path = f"{yard}/" + "d/" * 2100
 
     assert refused(path, yard / "fork")["code"] == "invalid_request"
     assert refused(yard / "source", path)["code"] == "invalid_request"
 
 
-def test_the_longest_path_that_the_kernel_takes_is_no_bad_input(yard: Path) -> None:
+def test_the_longest_path_that_the_kernel_accepts_is_valid(yard: Path) -> None:
     parent = str(yard)
     while len(parent) < 4095 - 256:
         parent += "/" + "d" * min(255, 4095 - 202 - len(parent))
@@ -94,7 +94,7 @@ def test_the_longest_path_that_the_kernel_takes_is_no_bad_input(yard: Path) -> N
     os.close(fd)
 
 
-def test_a_name_of_255_bytes_is_no_bad_input(yard: Path) -> None:
+def test_a_name_of_255_bytes_is_valid(yard: Path) -> None:
     destination = yard / os.fsdecode(b"\xff" * 255)
 
     forked(yard / "source", destination)
@@ -118,7 +118,7 @@ TAKEN: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("what", TAKEN)
-def test_a_destination_that_exists_stays_as_it_is(yard: Path, what: str, limits: Limits) -> None:
+def test_an_existing_destination_is_not_changed(yard: Path, what: str, limits: Limits) -> None:
     TAKEN[what](yard / "fork")
     before = os.lstat(yard / "fork")
 
@@ -144,7 +144,7 @@ def test_a_destination_inside_the_source(yard: Path, way: str) -> None:
     assert leftovers(yard / "source") == []
 
 
-def test_a_destination_inside_the_source_by_way_of_a_symlink_or_a_mount(yard: Path, mounts: Path) -> None:
+def test_a_destination_inside_the_source_through_a_symlink_or_a_mount(yard: Path, mounts: Path) -> None:
     (yard / "alias").symlink_to("source/snapshots")
     assert refused(yard / "source", yard / "alias" / "fork")["code"] == "destination_inside_source"
 
@@ -211,7 +211,7 @@ def test_a_fifo_or_device_in_the_source_before_anything_is_copied(
     special.unlink()
 
 
-def test_always_to_reflink_across_filesystems(yard: Path, fresh: Fresh, limits: Limits) -> None:
+def test_reflink_always_across_filesystems(yard: Path, fresh: Fresh, limits: Limits) -> None:
     error = refused(yard / "source", fresh("btrfs") / "fork", limits=limits, reflink="always")
 
     assert (error["code"], error["path"]) == ("reflink_unsupported", str(yard / "source" / "overlay.raw"))
@@ -244,7 +244,7 @@ def test_a_destination_that_is_full_for_one_range_of_many(
     assert error["path"].startswith(f"{full}/fork")
 
 
-def test_a_destination_without_inodes_at_any_moment(yard: Path, small_tmpfs: SmallTmpfs) -> None:
+def test_a_destination_that_runs_out_of_inodes_at_any_step(yard: Path, small_tmpfs: SmallTmpfs) -> None:
     """Each step of a fork in turn is the first one that finds the filesystem full."""
     full = small_tmpfs(MIB)
     source = yard / "tiny"

@@ -35,7 +35,7 @@ def _refused(source: Path, destination: Path, most: int, **arguments: object) ->
     return result["error"], result
 
 
-def test_a_fork_may_copy_exactly_its_budget_and_no_byte_more(fresh: Fresh, limits: Limits) -> None:
+def test_a_fork_may_copy_exactly_its_budget(fresh: Fresh, limits: Limits) -> None:
     directory = fresh("ext4")
     source = make_guest(directory / "source")
     data = _data(source)
@@ -69,7 +69,7 @@ def test_an_empty_file_and_a_hole_cost_nothing(fresh: Fresh) -> None:
     forked(directory / "source", directory / "fork", max_copied_bytes=0)
 
 
-def test_another_filesystem_is_found_before_anything_is_copied(fresh: Fresh, limits: Limits) -> None:
+def test_another_filesystem_is_detected_before_anything_is_copied(fresh: Fresh, limits: Limits) -> None:
     source = make_guest(fresh("xfs") / "source")
 
     error, _ = _refused(source, fresh("btrfs") / "fork", 0, limits=limits)
@@ -78,7 +78,7 @@ def test_another_filesystem_is_found_before_anything_is_copied(fresh: Fresh, lim
     assert "EXDEV" in error["message"]
 
 
-def test_one_nocow_file_among_many_is_found_before_anything_is_copied(fresh: Fresh, limits: Limits) -> None:
+def test_one_nocow_file_among_many_is_detected_before_anything_is_copied(fresh: Fresh, limits: Limits) -> None:
     # Given a small file that the reflink probe does not try
     directory = fresh("btrfs")
     source = make_guest(directory / "source")
@@ -98,7 +98,7 @@ def test_one_nocow_file_among_many_is_found_before_anything_is_copied(fresh: Fre
     assert (allowed["files"]["copied"], allowed["bytes"]["copied"]) == (1, 5000)
 
 
-def test_a_refusal_that_no_plan_can_know_ends_the_fork_at_the_bound(
+def test_an_unexpected_reflink_refusal_ends_the_fork_at_its_budget(
     fresh: Fresh, overlay_over: OverlayOver, limits: Limits
 ) -> None:
     # Given files on one device, some of which cannot be reflinked: only FICLONE shows which
@@ -119,7 +119,7 @@ def test_a_refusal_that_no_plan_can_know_ends_the_fork_at_the_bound(
     assert (allowed["files"]["reflinked"], allowed["bytes"]["copied"]) == (1, 4 * MIB)
 
 
-def test_a_chunk_that_is_done_again_does_not_count_twice(tmp_path: Path) -> None:
+def test_a_chunk_that_is_made_again_does_not_count_twice(tmp_path: Path) -> None:
     parent_fd = os.open(tmp_path, os.O_RDONLY)
     with Staging.claim(parent_fd, "fork-1", wait=0) as staging:
         # Given a process that was killed after it had copied a part of chunk 1, while another one works on chunk 0
@@ -135,7 +135,7 @@ def test_a_chunk_that_is_done_again_does_not_count_twice(tmp_path: Path) -> None
     os.close(parent_fd)
 
 
-def test_each_fork_of_a_campaign_has_the_budget_of_its_own(fresh: Fresh) -> None:
+def test_each_fork_of_a_campaign_has_its_own_budget(fresh: Fresh) -> None:
     # Given a campaign that can reflink into one parent and cannot into the other
     directory, other = fresh("xfs"), fresh("ext4")
     source = make_guest(directory / "source", SIZES)

@@ -44,7 +44,7 @@ def source(directory: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_fork_of_a_campaign_is_the_source_entry_by_entry(fresh: Fresh, kind: Kind) -> None:
+def test_every_fork_of_a_campaign_equals_the_source(fresh: Fresh, kind: Kind) -> None:
     # Given a source with every kind of entry
     directory = fresh(kind)
     source = make_everything(directory / "source")
@@ -82,7 +82,7 @@ def test_reflinked_forks_share_every_byte_with_the_source(fresh: Fresh, kind: Ki
     assert all(sharing(path / "overlay.raw").whole for path in paths)
 
 
-def test_a_sparse_copy_keeps_the_holes_in_every_fork(fresh: Fresh) -> None:
+def test_a_sparse_copy_preserves_the_holes_in_every_fork(fresh: Fresh) -> None:
     directory = fresh("ext4")
     source = make_guest(directory / "source", SIZES)
     paths = destinations(directory, 9)
@@ -95,7 +95,7 @@ def test_a_sparse_copy_keeps_the_holes_in_every_fork(fresh: Fresh) -> None:
 
 
 @pytest.mark.parametrize("batches", ["many", "one"])
-def test_the_books_of_each_fork_balance_and_the_campaigns_are_their_sums(
+def test_the_totals_of_each_fork_add_up_and_the_campaigns_are_their_sums(
     request: pytest.FixtureRequest, directory: Path, source: Path, tmp_path: Path, batches: str
 ) -> None:
     if batches == "one":
@@ -153,7 +153,7 @@ def test_a_campaign_with_children_goes_into_several_parents(fresh: Fresh) -> Non
 
 
 @pytest.mark.usefixtures("few_batches")
-def test_the_largest_batch_needs_few_of_the_descriptors_that_a_process_has(directory: Path, tmp_path: Path) -> None:
+def test_the_largest_batch_stays_within_the_descriptor_limit(directory: Path, tmp_path: Path) -> None:
     # Given more directories than files that are open at once, so that each of these files is in its own directory
     source = directory / "source"
     for n in range(40):
@@ -172,7 +172,7 @@ def test_the_largest_batch_needs_few_of_the_descriptors_that_a_process_has(direc
 
 
 @pytest.mark.parametrize("kind", ["xfs", "ext4"])
-def test_verify_and_sync_change_nothing_about_good_forks(fresh: Fresh, kind: Kind) -> None:
+def test_verify_and_sync_do_not_change_successful_forks(fresh: Fresh, kind: Kind) -> None:
     directory = fresh(kind)
     source = make_guest(directory / "source", SIZES)
     paths = destinations(directory, 9)
@@ -199,7 +199,7 @@ def test_no_more_forks_are_in_flight_than_max_parallel(directory: Path, source: 
     assert 0 < max(in_flight) <= most
 
 
-def test_a_campaign_of_one_fork_and_one_of_an_empty_source(directory: Path, source: Path) -> None:
+def test_a_campaign_of_one_fork_and_a_campaign_of_an_empty_source(directory: Path, source: Path) -> None:
     (directory / "empty").mkdir(mode=0o711)
 
     one = campaign(source, destinations(directory, 1))
@@ -210,7 +210,7 @@ def test_a_campaign_of_one_fork_and_one_of_an_empty_source(directory: Path, sour
     assert all((directory / f"e-{n}").stat().st_mode & 0o7777 == 0o711 for n in range(20))
 
 
-def test_the_options_hold_for_every_fork(directory: Path, source: Path) -> None:
+def test_the_options_apply_to_every_fork(directory: Path, source: Path) -> None:
     os.chmod(source / "state", 0o604)
     os.utime(source / "state", (1, 1))
 
@@ -231,7 +231,7 @@ def test_the_options_hold_for_every_fork(directory: Path, source: Path) -> None:
         assert (path / "state").stat().st_mtime > 1
 
 
-def test_destinations_that_are_not_utf8_are_taken_byte_by_byte(directory: Path, source: Path) -> None:
+def test_destinations_that_are_not_utf8_are_used_byte_for_byte(directory: Path, source: Path) -> None:
     paths = [Path(os.fsdecode(os.fsencode(directory) + b"/vm-\xff-%d" % n)) for n in range(9)]
 
     result = campaign(source, paths)
@@ -241,7 +241,7 @@ def test_destinations_that_are_not_utf8_are_taken_byte_by_byte(directory: Path, 
         assert_alike(source, path, SKIPPED_BY_DEFAULT)
 
 
-def test_no_campaign_leaves_a_descriptor_or_a_child_behind(fresh: Fresh, directory: Path, source: Path) -> None:
+def test_no_campaign_leaks_a_descriptor_or_a_child(fresh: Fresh, directory: Path, source: Path) -> None:
     elsewhere = fresh("ext4")
     before = set(os.listdir("/proc/self/fd"))
 
@@ -254,7 +254,7 @@ def test_no_campaign_leaves_a_descriptor_or_a_child_behind(fresh: Fresh, directo
         os.waitpid(-1, os.WNOHANG)
 
 
-def test_a_process_that_had_to_wait_while_it_planned_does_not_cut_small_forks_one_by_one(
+def test_a_delayed_planner_does_not_make_batches_of_one_small_fork(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ficlone = syscalls.ficlone

@@ -128,9 +128,7 @@ def assert_all_are_whole(source: Path, paths: list[Path], ledger: Ledger) -> Non
 
 
 @pytest.mark.parametrize("step", list(STEPS))
-def test_a_batch_whose_process_is_killed_is_taken_up_where_it_was(
-    directory: Path, source: Path, ledger: Ledger, step: str
-) -> None:
+def test_a_killed_batch_is_resumed(directory: Path, source: Path, ledger: Ledger, step: str) -> None:
     # Given
     paths = destinations(directory, FORKS)
     plan(source, paths)
@@ -151,7 +149,7 @@ def test_a_batch_whose_process_is_killed_is_taken_up_where_it_was(
 
 @pytest.mark.parametrize("step", ["between two renames", "before it is settled"])
 @pytest.mark.parametrize("change", ["gone", "replaced"])
-def test_what_a_dead_process_published_has_succeeded_although_the_source_is_no_more(
+def test_forks_published_by_a_killed_process_succeed_although_the_source_is_gone(
     directory: Path, source: Path, ledger: Ledger, step: str, change: str
 ) -> None:
     # Given a batch that was killed after it had published some of its forks, when all were complete
@@ -179,7 +177,7 @@ def test_what_a_dead_process_published_has_succeeded_although_the_source_is_no_m
 
 
 @pytest.mark.parametrize("step", ["before its first file", "before its first rename", "between two renames"])
-def test_a_batch_that_died_and_is_to_end_keeps_what_is_published_and_nothing_else(
+def test_a_killed_batch_that_is_cancelled_keeps_only_published_forks(
     directory: Path, source: Path, ledger: Ledger, step: str
 ) -> None:
     paths = destinations(directory, FORKS)
@@ -197,7 +195,7 @@ def test_a_batch_that_died_and_is_to_end_keeps_what_is_published_and_nothing_els
     assert leftovers(directory) == []
 
 
-def test_a_batch_that_is_killed_at_any_moment_and_often_has_every_fork_once(
+def test_a_batch_that_is_killed_often_at_any_moment_makes_every_fork_once(
     directory: Path, source: Path, tmp_path: Path
 ) -> None:
     dice, killed = random.Random(11), 0
@@ -230,9 +228,7 @@ def test_a_batch_that_is_killed_at_any_moment_and_often_has_every_fork_once(
         turn += 1
 
 
-def test_a_tree_whose_removal_was_interrupted_by_a_kill_is_removed_at_the_end(
-    directory: Path, source: Path, ledger: Ledger
-) -> None:
+def test_a_tree_whose_removal_was_killed_is_removed_at_the_end(directory: Path, source: Path, ledger: Ledger) -> None:
     """A tree is renamed before it is removed; and a finished tree has the mode of the source."""
     # Given a batch that was killed when its trees were finished, and again when it had renamed one of them
     paths = destinations(directory, FORKS)
@@ -254,7 +250,7 @@ def test_a_tree_whose_removal_was_interrupted_by_a_kill_is_removed_at_the_end(
     assert leftovers(directory) == []
 
 
-def test_a_batch_that_kills_its_process_each_time_ends_as_worker_lost(
+def test_a_batch_that_kills_its_process_each_time_fails_as_worker_lost(
     directory: Path, source: Path, ledger: Ledger
 ) -> None:
     paths = destinations(directory, FORKS)
@@ -270,7 +266,7 @@ def test_a_batch_that_kills_its_process_each_time_ends_as_worker_lost(
     assert [path.name for path in directory.iterdir()] == ["source"]
 
 
-def test_a_batch_of_two_parents_is_taken_up_in_both(
+def test_a_killed_batch_of_two_parents_is_resumed_in_both(
     directory: Path, source: Path, ledger: Ledger, fresh: Fresh
 ) -> None:
     # Given a batch that was killed between two renames in the second parent
@@ -291,7 +287,7 @@ def test_a_batch_of_two_parents_is_taken_up_in_both(
     assert leftovers(directory) == leftovers(elsewhere) == []
 
 
-def test_what_an_earlier_campaign_of_the_same_id_left_is_never_published(
+def test_staging_of_an_earlier_campaign_with_the_same_id_is_never_published(
     directory: Path, source: Path, ledger: Ledger, fresh: Fresh
 ) -> None:
     """Its trees are complete and recorded, but belong to an earlier campaign with other destinations."""
@@ -344,7 +340,7 @@ def seize(home: Path) -> None:
 
 
 @pytest.mark.parametrize("sleeper", list(STEPS)[:-2], indirect=True)
-def test_who_lost_a_batch_while_it_was_paused_writes_nothing_into_what_others_published(
+def test_a_paused_process_that_lost_its_batch_writes_nothing_into_published_forks(
     source: Path, ledger: Ledger, sleeper: tuple[Child[Any], list[Path]], directory: Path
 ) -> None:
     # Given a batch that was taken over from a paused process, and made
@@ -368,7 +364,7 @@ def test_who_lost_a_batch_while_it_was_paused_writes_nothing_into_what_others_pu
 
 
 @pytest.mark.parametrize("sleeper", list(STEPS)[:-2], indirect=True)
-def test_who_lost_a_batch_while_it_was_paused_publishes_nothing_of_what_was_given_up(
+def test_a_paused_process_that_lost_its_batch_publishes_no_fork_that_was_given_up(
     ledger: Ledger, sleeper: tuple[Child[Any], list[Path]], directory: Path
 ) -> None:
     child, paths = sleeper
@@ -385,7 +381,7 @@ def test_who_lost_a_batch_while_it_was_paused_publishes_nothing_of_what_was_give
 
 
 @pytest.mark.parametrize("sleeper", ["between two files", "before its first rename"], indirect=True)
-def test_who_lost_a_batch_and_wakes_when_the_campaign_is_over_leaves_nothing(
+def test_a_paused_process_that_resumes_after_the_campaign_leaves_nothing(
     source: Path, ledger: Ledger, sleeper: tuple[Child[Any], list[Path]], directory: Path
 ) -> None:
     child, paths = sleeper
@@ -400,7 +396,7 @@ def test_who_lost_a_batch_and_wakes_when_the_campaign_is_over_leaves_nothing(
     assert_all_are_whole(source, paths, ledger)
 
 
-def test_gc_leaves_a_live_campaign_alone_and_reaps_a_dead_one_with_all_its_trees(
+def test_gc_keeps_a_running_campaign_and_removes_a_killed_one_with_all_its_trees(
     directory: Path, source: Path, ledger: Ledger, fresh: Fresh
 ) -> None:
     # Given a local campaign in two parents
@@ -426,7 +422,7 @@ def test_gc_leaves_a_live_campaign_alone_and_reaps_a_dead_one_with_all_its_trees
     assert [path.exists() for path in paths] == [True, True, True, False, False, False]
 
 
-def test_gc_in_a_loop_beside_a_live_campaign_touches_nothing_of_it(directory: Path, source: Path) -> None:
+def test_gc_in_a_loop_does_not_affect_a_running_campaign(directory: Path, source: Path) -> None:
     def reap() -> None:
         while True:
             list(collect(str(directory), lambda job: False))
@@ -441,7 +437,7 @@ def test_gc_in_a_loop_beside_a_live_campaign_touches_nothing_of_it(directory: Pa
     assert_alike(source, directory / "vm-299", SKIPPED_BY_DEFAULT)
 
 
-def test_gc_keeps_what_the_queue_will_still_deliver(directory: Path, source: Path) -> None:
+def test_gc_keeps_staging_of_jobs_that_the_queue_will_deliver_again(directory: Path, source: Path) -> None:
     plan(source, destinations(directory, 3))
     rewrite_spec(directory / control_name(ID) / "journal", owner="queue")
 
@@ -452,7 +448,7 @@ def test_gc_keeps_what_the_queue_will_still_deliver(directory: Path, source: Pat
     assert [finding.verdict for finding in (*kept, *unknown, *removed)] == ["kept", "kept", "removed"]
 
 
-def test_children_of_a_local_campaign_that_are_killed_cost_nothing_but_time(directory: Path, source: Path) -> None:
+def test_killed_children_only_delay_a_local_campaign(directory: Path, source: Path) -> None:
     killed: list[int] = []
     others = children_of_this_process()
 
@@ -472,7 +468,7 @@ def test_children_of_a_local_campaign_that_are_killed_cost_nothing_but_time(dire
     assert leftovers(directory) == []
 
 
-def test_a_local_campaign_dies_with_its_process_and_its_id_works_again(directory: Path, source: Path) -> None:
+def test_a_killed_local_campaign_can_be_repeated_under_its_id(directory: Path, source: Path) -> None:
     # Given
     paths = destinations(directory, 1000)
     child = Child(lambda: campaign(source, paths))

@@ -59,7 +59,7 @@ def trace(source: Path, directory: Path, tmp_path: Path, durability: str) -> lis
     return [(match[1], match[2]) for match in found if match]
 
 
-def test_data_is_on_the_disk_before_the_record_the_record_before_the_renames_and_these_before_the_result(
+def test_data_is_synced_before_the_record_before_the_renames_before_the_result(
     directory: Path, source: Path, tmp_path: Path
 ) -> None:
     calls = trace(source, directory, tmp_path, "sync")
@@ -77,13 +77,13 @@ def test_data_is_on_the_disk_before_the_record_the_record_before_the_renames_and
     assert published[-1] < parent < settled
 
 
-def test_without_sync_nothing_waits_for_the_disk(directory: Path, source: Path, tmp_path: Path) -> None:
+def test_without_sync_nothing_is_synced(directory: Path, source: Path, tmp_path: Path) -> None:
     calls = trace(source, directory, tmp_path, "none")
 
     assert not [call for call in calls if call[0] in ("fsync", "syncfs")]
 
 
-def test_what_is_taken_up_from_a_dead_process_is_on_the_disk_too_before_it_is_told(
+def test_forks_taken_over_from_a_killed_process_are_synced_before_they_are_reported(
     directory: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given a batch that was killed between two renames
@@ -129,7 +129,7 @@ def _die_at_the_second_rename(paths: list[Path], ledger: Ledger) -> None:
     make_batches(paths[0], ledger)
 
 
-def test_a_parent_directory_that_cannot_be_synced_takes_the_forks_back(
+def test_a_parent_directory_that_cannot_be_synced_fails_and_removes_the_forks(
     directory: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(fd: int) -> None:
@@ -146,7 +146,7 @@ def test_a_parent_directory_that_cannot_be_synced_takes_the_forks_back(
     assert [path.name for path in directory.iterdir()] == ["source"]
 
 
-def test_a_record_that_power_loss_cut_short_is_none(directory: Path, source: Path, tmp_path: Path) -> None:
+def test_a_record_truncated_by_power_loss_is_ignored(directory: Path, source: Path, tmp_path: Path) -> None:
     """Nothing of it was published: it is on disk before the first rename."""
     (tmp_path / "ledger").mkdir()
     ledger, paths = Ledger(tmp_path / "ledger"), destinations(directory, 3)

@@ -38,9 +38,7 @@ def source(directory: Path) -> Path:
 
 
 @pytest.mark.usefixtures("few_batches")
-def test_destinations_that_cannot_be_fail_alone_and_are_left_as_they_are(
-    fresh: Fresh, directory: Path, source: Path
-) -> None:
+def test_invalid_destinations_fail_alone_and_are_not_changed(fresh: Fresh, directory: Path, source: Path) -> None:
     # Given every reason for which a destination can exist or be unreachable
     paths = destinations(directory, 12)
     (directory / "vm-002").mkdir()
@@ -82,7 +80,7 @@ def test_destinations_outside_the_roots_fail_alone(directory: Path, source: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_begun_fails_with_each_fork_and_makes_nothing(directory: Path, source: Path) -> None:
+def test_an_error_before_the_first_fork_fails_every_fork(directory: Path, source: Path) -> None:
     missing = campaign(directory / "missing", destinations(directory, 3))
     parents = campaign(source, [directory / "no" / "vm-0", directory / "such" / "vm-1"])
     inside = campaign(source, [source / "vm-0", source / "vm-1"])
@@ -122,7 +120,7 @@ def test_reflink_always_across_filesystems_fails_every_fork(fresh: Fresh, source
     assert list(elsewhere.iterdir()) == []
 
 
-def test_reflink_always_fails_only_the_forks_that_lie_elsewhere(fresh: Fresh, directory: Path, source: Path) -> None:
+def test_reflink_always_fails_only_the_forks_on_other_filesystems(fresh: Fresh, directory: Path, source: Path) -> None:
     elsewhere = fresh("ext4")
     paths = [*destinations(directory, 4), elsewhere / "vm-a", elsewhere / "vm-b"]
 
@@ -135,9 +133,7 @@ def test_reflink_always_fails_only_the_forks_that_lie_elsewhere(fresh: Fresh, di
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.usefixtures("few_batches")
-def test_a_filesystem_that_gets_full_has_whole_forks_and_none_of_the_others(
-    fresh: Fresh, small_tmpfs: SmallTmpfs, processes: int
-) -> None:
+def test_a_full_filesystem_has_only_complete_forks(fresh: Fresh, small_tmpfs: SmallTmpfs, processes: int) -> None:
     # Given room for about three forks of ten
     source = fresh("xfs") / "source"
     source.mkdir()
@@ -208,7 +204,7 @@ def test_a_source_that_changes_in_the_middle_gives_no_torn_fork(
 
 
 @pytest.mark.usefixtures("every_beat", "few_batches")
-def test_a_file_that_changes_while_it_is_cloned_is_named_by_every_fork(
+def test_a_file_that_changes_while_it_is_cloned_is_named_in_every_fork(
     directory: Path, source: Path, tmp_path: Path
 ) -> None:
     changed: list[bool] = []
@@ -228,7 +224,7 @@ def test_a_file_that_changes_while_it_is_cloned_is_named_by_every_fork(
 
 
 @pytest.mark.usefixtures("every_beat", "few_batches")
-def test_a_corruption_of_one_fork_is_found_by_verify_and_fails_it_alone(
+def test_corruption_of_one_fork_is_found_by_verify_and_fails_only_that_fork(
     directory: Path, source: Path, tmp_path: Path
 ) -> None:
     spoilt: list[str] = []
@@ -266,7 +262,7 @@ def test_on_error_abort_ends_the_campaign_with_the_first_failure(directory: Path
     assert leftovers(directory) == []
 
 
-def test_a_deadline_cancels_what_is_not_published_by_then(directory: Path, source: Path) -> None:
+def test_a_deadline_cancels_forks_that_are_not_published(directory: Path, source: Path) -> None:
     paths = destinations(directory, 400)
 
     result = campaign(source, paths, deadline=time.time() + 0.15)
@@ -283,9 +279,7 @@ def test_a_deadline_cancels_what_is_not_published_by_then(directory: Path, sourc
         assert_alike(source, path, SKIPPED_BY_DEFAULT)
 
 
-def test_a_campaign_that_is_ended_keeps_what_is_published_and_leaves_nothing_else(
-    directory: Path, source: Path
-) -> None:
+def test_a_cancelled_campaign_keeps_only_published_forks(directory: Path, source: Path) -> None:
     seen: list[CampaignProgress] = []
 
     def end(progress: CampaignProgress) -> None:
@@ -304,7 +298,7 @@ def test_a_campaign_that_is_ended_keeps_what_is_published_and_leaves_nothing_els
 
 
 @pytest.mark.usefixtures("every_beat")
-def test_a_campaign_that_is_ended_while_it_is_planned_has_made_nothing(directory: Path, source: Path) -> None:
+def test_a_campaign_cancelled_while_it_is_planned_makes_nothing(directory: Path, source: Path) -> None:
     def end(progress: CampaignProgress) -> None:
         raise ForkError(Code.CANCELLED, "ended by SIGTERM")
 

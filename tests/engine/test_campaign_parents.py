@@ -80,7 +80,7 @@ def test_forks_into_the_other_parents_are_made(what: str, parents: list[Path], s
 
 
 @pytest.mark.parametrize("what", IN_THE_WAY)
-def test_end_of_a_campaign_passes_over_the_parent(what: str, parents: list[Path], source: Path, tmp_path: Path) -> None:
+def test_the_end_of_a_campaign_skips_the_parent(what: str, parents: list[Path], source: Path, tmp_path: Path) -> None:
     # Given a half-done campaign whose control directory in one parent was replaced
     paths = [path for parent in parents for path in destinations(parent, 3)]
     plan(source, paths)

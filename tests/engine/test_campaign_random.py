@@ -31,7 +31,7 @@ EXAMPLES = settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow
     children=st.booleans(),
     taken=st.sets(st.integers(0, 8), max_size=2),
 )
-def test_every_fork_of_any_tree_is_that_tree(
+def test_every_fork_of_any_tree_equals_it(
     kind: Kind, fresh: Fresh, tree: Directory, count: int, most: int, open_files: int, children: bool, taken: set[int]
 ) -> None:
     with (

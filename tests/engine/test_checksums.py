@@ -28,14 +28,14 @@ def _record() -> bytes:
 @pytest.mark.parametrize(
     ("data", "read"), [(_report(), Report.from_bytes), (_record(), Record.from_bytes)], ids=["report", "batch record"]
 )
-def test_no_byte_can_change(data: bytes, read: Callable[[bytes], object]) -> None:
+def test_a_changed_byte_of_a_report_or_record_is_detected(data: bytes, read: Callable[[bytes], object]) -> None:
     read(data)
     for at in range(len(data)):
         with pytest.raises(ForkError, match="damaged"):
             read(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
 
 
-def test_no_byte_of_a_manifest_can_change(tmp_path: Path) -> None:
+def test_a_changed_byte_of_a_manifest_is_detected(tmp_path: Path) -> None:
     """The note of a hard link is the path of its first name. With one bit changed it would still be a valid path."""
     status = os.stat(tmp_path)
     entries = [entry_of("link", "a", Kind.HARDLINK, status), entry_of("file", "", Kind.FILE, status)]
@@ -50,7 +50,7 @@ def test_no_byte_of_a_manifest_can_change(tmp_path: Path) -> None:
             list(manifest.read(file.fileno(), manifest.whole(file.fileno())))
 
 
-def test_a_report_is_read_back_whatever_its_error_says() -> None:
+def test_a_report_with_any_error_message_is_read_back() -> None:
     report = Report()
     report.totals.error = ForkError(Code.IO_ERROR, "what the broker said: \0 \ud800", "/a").record()
 

@@ -36,7 +36,7 @@ def test_an_error_in_the_program_is_reported_once_and_without_a_traceback(capfd:
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_failed_system_call_is_the_error_of_the_staging_and_a_signal_is_none() -> None:
+def test_a_failed_system_call_is_reported_with_the_staging_and_a_signal_is_not() -> None:
     processes = ChildProcesses()
 
     error = processes.error_in([0, -signal.SIGKILL, errno.ENOSPC], "/guests/vm-1", "/guests/vm-2")

@@ -29,7 +29,7 @@ PAIRS: list[tuple[Kind, Kind]] = [
 ]
 
 
-def test_a_fork_has_everything_that_its_source_has(fs: Path, limits: Limits) -> None:
+def test_a_fork_equals_its_source(fs: Path, limits: Limits) -> None:
     source = make_everything(fs / "source")
     before = times(source)
 
@@ -40,7 +40,7 @@ def test_a_fork_has_everything_that_its_source_has(fs: Path, limits: Limits) -> 
 
 
 @pytest.mark.parametrize(("source_kind", "destination_kind"), PAIRS)
-def test_a_fork_onto_another_filesystem_has_everything_too(
+def test_a_fork_on_another_filesystem_equals_its_source(
     fresh: Fresh, source_kind: Kind, destination_kind: Kind, limits: Limits
 ) -> None:
     source = make_everything(fresh(source_kind) / "source")
@@ -80,7 +80,7 @@ def test_an_empty_source_is_forked(fs: Path, limits: Limits) -> None:
     assert result["chunks"] == 0
 
 
-def test_times_of_reading_are_carried_over_too(fs: Path, limits: Limits) -> None:
+def test_access_times_are_preserved(fs: Path, limits: Limits) -> None:
     source = make_guest(fs / "source")
     (source / "link").symlink_to("state")
     for path in [*source.rglob("*"), source]:
@@ -94,7 +94,7 @@ def test_times_of_reading_are_carried_over_too(fs: Path, limits: Limits) -> None
             assert (fs / "fork" / path).lstat().st_atime_ns == atime, path
 
 
-def test_reading_a_source_leaves_no_trace_in_its_files(fs: Path, limits: Limits) -> None:
+def test_reading_a_source_changes_no_file_times(fs: Path, limits: Limits) -> None:
     """Without O_NOATIME, relatime would record the first read after a write."""
     source = make_guest(fs / "source")
     for path in source.rglob("*"):
@@ -106,7 +106,7 @@ def test_reading_a_source_leaves_no_trace_in_its_files(fs: Path, limits: Limits)
     assert times(source) == before
 
 
-def test_listing_a_source_leaves_no_trace_in_its_directories(fs: Path, limits: Limits) -> None:
+def test_listing_a_source_changes_no_directory_times(fs: Path, limits: Limits) -> None:
     source = make_guest(fs / "source")
     directories = [source, *(path for path in source.rglob("*") if path.is_dir())]
     for path in directories:
@@ -119,7 +119,7 @@ def test_listing_a_source_leaves_no_trace_in_its_directories(fs: Path, limits: L
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o077, 0o777])
-def test_no_umask_shows_in_a_fork(fs: Path, umask: int, limits: Limits) -> None:
+def test_the_umask_does_not_affect_a_fork(fs: Path, umask: int, limits: Limits) -> None:
     source = make_everything(fs / "source")
 
     in_child(lambda: forked(source, fs / "fork", limits=limits), umask=umask)
@@ -127,7 +127,7 @@ def test_no_umask_shows_in_a_fork(fs: Path, umask: int, limits: Limits) -> None:
     assert_alike(source, fs / "fork", SKIPPED_BY_DEFAULT)
 
 
-def test_a_path_longer_than_the_kernel_takes_is_forked(fs: Path, limits: Limits) -> None:
+def test_a_tree_with_paths_longer_than_the_kernel_accepts_is_forked(fs: Path, limits: Limits) -> None:
     names = ["d" * 200] * 30
     make_deep(fs / "source", names)
 
@@ -136,7 +136,7 @@ def test_a_path_longer_than_the_kernel_takes_is_forked(fs: Path, limits: Limits)
     assert read_deep(fs / "fork", names) == (b"deep down", "to/somewhere", b"value")
 
 
-def test_a_thousand_levels_are_forked(fresh: Fresh) -> None:
+def test_a_tree_of_a_thousand_levels_is_forked(fresh: Fresh) -> None:
     directory, names = fresh("xfs"), ["level"] * 1200
     make_deep(directory / "source", names)
     try:
@@ -184,7 +184,7 @@ def _step(here: int, name: str) -> int:
     return below
 
 
-def test_a_hard_link_that_leads_out_of_the_source_becomes_a_file_of_the_fork_alone(fs: Path) -> None:
+def test_a_hard_link_to_a_file_outside_the_source_becomes_a_separate_file(fs: Path) -> None:
     source = make_guest(fs / "source")
     os.link(source / "state", fs / "outside")
 
@@ -207,7 +207,7 @@ def test_a_directory_of_more_entries_than_one_block_is_forked(fresh: Fresh, limi
     assert_alike(source, directory / "fork")
 
 
-def test_a_fork_of_a_fork_of_a_fork_is_the_source(fs: Path) -> None:
+def test_a_fork_of_a_fork_of_a_fork_equals_the_source(fs: Path) -> None:
     source = make_everything(fs / "source")
 
     forked(source, fs / "child")
@@ -226,7 +226,7 @@ def test_a_source_reached_through_a_symlink_is_forked_as_the_directory_it_is(fs:
     assert_alike(source, fs / "fork", SKIPPED_BY_DEFAULT)
 
 
-def test_sockets_are_left_out_at_any_depth_and_whatever_their_name(fs: Path) -> None:
+def test_sockets_are_skipped_at_any_depth_and_with_any_name(fs: Path) -> None:
     source = make_guest(fs / "source")
 
     result = forked(source, fs / "fork", exclude=())
@@ -235,7 +235,7 @@ def test_sockets_are_left_out_at_any_depth_and_whatever_their_name(fs: Path) -> 
     assert_alike(source, fs / "fork", [b"vsock.sock", b"firecracker.socket"])
 
 
-def test_forks_of_the_same_source_side_by_side_all_come_out(fs: Path) -> None:
+def test_parallel_forks_of_the_same_source_all_succeed(fs: Path) -> None:
     source = make_guest(fs / "source")
 
     for number in range(5):

@@ -188,7 +188,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_each_difference_is_found_and_nothing_else(fresh: Fresh, change: str) -> None:
+def test_exactly_the_differences_are_found(fresh: Fresh, change: str) -> None:
     alter, path, what = CHANGES[change]
     directory = fresh("xfs")
     source = make_source(directory)
@@ -213,7 +213,7 @@ def test_a_fork_of_everything_is_the_same_on_each_filesystem(fs: Path) -> None:
     assert differences(source, fs / "clone") == {}
 
 
-def test_what_a_fork_leaves_out_is_a_difference_in_the_clone_alone(fresh: Fresh) -> None:
+def test_skipped_entries_are_a_difference_only_if_the_clone_has_them(fresh: Fresh) -> None:
     directory = fresh("xfs")
     source = make_source(directory)
     (source / "logs").mkdir()
@@ -231,7 +231,7 @@ def test_what_a_fork_leaves_out_is_a_difference_in_the_clone_alone(fresh: Fresh)
     }
 
 
-def test_the_source_is_no_clone_of_itself_under_any_path(fresh: Fresh, tmp_path: Path) -> None:
+def test_the_source_is_not_a_clone_of_itself_under_any_path(fresh: Fresh, tmp_path: Path) -> None:
     directory = fresh("xfs")
     source = make_source(directory)
     forked(source, directory / "clone")
@@ -244,7 +244,7 @@ def test_the_source_is_no_clone_of_itself_under_any_path(fresh: Fresh, tmp_path:
         assert differences(source, directory / "clone")["below"] == "a mount point in the clone"
 
 
-def test_a_subvolume_that_no_fork_makes_is_a_difference(fresh: Fresh) -> None:
+def test_a_subvolume_in_the_clone_only_is_a_difference(fresh: Fresh) -> None:
     directory = fresh("btrfs")
     source = make_subvolume(directory / "source")
     (source / "disk").write_bytes(b"data")
@@ -269,7 +269,7 @@ def test_comparing_changes_no_atime(fresh: Fresh) -> None:
     assert [path for path in paths if path.lstat().st_atime_ns] == []
 
 
-def test_thousands_of_differences_are_counted_and_the_first_are_kept(fresh: Fresh) -> None:
+def test_thousands_of_differences_are_counted_and_the_first_are_listed(fresh: Fresh) -> None:
     directory = fresh("tmpfs")
     (directory / "source").mkdir()
     (directory / "clone").mkdir()
@@ -282,7 +282,7 @@ def test_thousands_of_differences_are_counted_and_the_first_are_kept(fresh: Fres
     assert len(found.first) == 10_000
 
 
-def test_bytes_that_neither_file_has_were_not_compared(tmp_path: Path) -> None:
+def test_bytes_beyond_the_end_of_both_files_do_not_count_as_compared(tmp_path: Path) -> None:
     """Two files that were truncated during the comparison are not reported as equal up to their former size."""
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(b"x" * 10)

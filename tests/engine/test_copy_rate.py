@@ -40,7 +40,7 @@ def copy_pieces(pace: CopyRate, count: int, size: int) -> None:
         pace(size, go_on)
 
 
-def test_processes_share_the_bound(directory: str) -> None:
+def test_processes_share_the_copy_rate(directory: str) -> None:
     began = time.monotonic()
     children = [Child(lambda: copy_pieces(CopyRate(directory, _RATE), 64, MIB // 4)) for _ in range(3)]
     for child in children:
@@ -50,7 +50,7 @@ def test_processes_share_the_bound(directory: str) -> None:
     assert _MOST * _RATE * seconds >= 3 * 64 * MIB / 4
 
 
-def test_without_a_bound_nothing_waits_and_nothing_is_created(directory: str) -> None:
+def test_without_a_copy_rate_nothing_waits_and_nothing_is_created(directory: str) -> None:
     began = time.monotonic()
 
     copy_pieces(CopyRate(directory), 1000, 1 << 40)
@@ -59,7 +59,7 @@ def test_without_a_bound_nothing_waits_and_nothing_is_created(directory: str) ->
     assert not Path(directory).exists()
 
 
-def test_a_bound_that_is_set_at_run_time_replaces_the_setting_for_all(directory: str) -> None:
+def test_a_copy_rate_set_at_run_time_replaces_the_setting_for_all_processes(directory: str) -> None:
     pace, other = CopyRate(directory, _RATE), CopyRate(directory)
     assert (pace.current(), pace.is_set_at_run_time(), other.current()) == (_RATE, False, None)
 
@@ -70,7 +70,7 @@ def test_a_bound_that_is_set_at_run_time_replaces_the_setting_for_all(directory:
     copy_pieces(pace, 1000, 1 << 40)
 
 
-def test_a_process_that_waits_goes_on_when_the_bound_is_removed(directory: str) -> None:
+def test_a_waiting_process_continues_when_the_copy_rate_is_removed(directory: str) -> None:
     pace, waits, done = CopyRate(directory, LEAST_RATE), Event(), Event()
 
     def copy() -> None:
@@ -94,7 +94,7 @@ def test_a_copy_that_waits_can_be_cancelled(directory: str) -> None:
         CopyRate(directory, LEAST_RATE)(1 << 40, cancel)
 
 
-def test_a_process_that_is_stopped_within_the_lock_does_not_keep_the_others(directory: str) -> None:
+def test_a_process_stopped_while_it_holds_the_lock_does_not_block_others(directory: str) -> None:
     CopyRate(directory).set(None)
 
     def hold() -> None:
@@ -114,7 +114,7 @@ def test_a_process_that_is_stopped_within_the_lock_does_not_keep_the_others(dire
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"\xff" * 24, b"\0" * 24, b"x" * 100])
-def test_a_damaged_file_is_one_without_a_bound(directory: str, content: bytes) -> None:
+def test_a_damaged_file_sets_no_copy_rate(directory: str, content: bytes) -> None:
     CopyRate(directory).set(MIB)
     Path(directory, FILE).write_bytes(content)
 
@@ -125,7 +125,7 @@ def test_a_damaged_file_is_one_without_a_bound(directory: str, content: bytes) -
     assert CopyRate(directory).current() == MIB
 
 
-def test_a_time_of_before_the_last_start_of_the_host_is_not_waited_for(directory: str) -> None:
+def test_a_time_from_before_the_last_boot_causes_no_wait(directory: str) -> None:
     CopyRate(directory).set(1 << 50)
     with Path(directory, FILE).open("r+b") as file:
         file.seek(16)
@@ -137,7 +137,7 @@ def test_a_time_of_before_the_last_start_of_the_host_is_not_waited_for(directory
     assert time.monotonic() - began < _FEW_SECONDS
 
 
-def test_a_directory_that_was_made_again_is_found(directory: str) -> None:
+def test_a_recreated_directory_is_used(directory: str) -> None:
     pace = CopyRate(directory, _RATE)
     pace(1, go_on)
     Path(directory, FILE).unlink()
@@ -146,7 +146,7 @@ def test_a_directory_that_was_made_again_is_found(directory: str) -> None:
     assert pace.current() == MIB
 
 
-def test_where_no_file_can_be_each_process_has_the_bound_for_itself(tmp_path: Path) -> None:
+def test_if_no_file_can_be_created_each_process_has_its_own_copy_rate(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     pace, began = CopyRate(str(tmp_path / "file" / "runtime"), _RATE), time.monotonic()
 
@@ -176,7 +176,7 @@ def _refusal(directory: str) -> str:
     return ""
 
 
-def test_a_step_of_a_copy_waits_and_goes_on_to_poll(directory: str) -> None:
+def test_a_copy_that_waits_continues_to_poll(directory: str) -> None:
     polls: list[int] = []
     ticker = Ticker(lambda progress: polls.append(progress["bytes_done"]), CopyRate(directory, MIB))
     began = time.monotonic()

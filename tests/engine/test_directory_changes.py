@@ -62,7 +62,7 @@ def test_a_directory_whose_metadata_changes_is_a_change_of_the_source(
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_each_kind_of_metadata_of_a_directory_is_watched(directory: Path, source: Path, change: str) -> None:
+def test_a_change_of_each_kind_of_directory_metadata_is_detected(directory: Path, source: Path, change: str) -> None:
     writer = ChangeOnce(lambda: CHANGES[change](source / "snapshots"), copying)
 
     error = refused(source, directory / "fork", beat=writer)
@@ -72,9 +72,7 @@ def test_each_kind_of_metadata_of_a_directory_is_watched(directory: Path, source
 
 
 @pytest.mark.parametrize("change", ["its mode", "its owner", "a new attribute"])
-def test_a_change_is_seen_also_where_entries_that_are_left_out_came_before_it(
-    directory: Path, source: Path, change: str
-) -> None:
+def test_a_change_after_changes_of_skipped_entries_is_detected(directory: Path, source: Path, change: str) -> None:
     def meddle() -> None:
         (source / "new.sock").touch()
         wait_for_clock_tick()
@@ -84,9 +82,7 @@ def test_a_change_is_seen_also_where_entries_that_are_left_out_came_before_it(
 
 
 @pytest.mark.parametrize("change", ["its mode", "its owner"])
-def test_a_change_is_seen_also_where_entries_that_are_left_out_come_after_it(
-    directory: Path, source: Path, change: str
-) -> None:
+def test_a_change_before_changes_of_skipped_entries_is_detected(directory: Path, source: Path, change: str) -> None:
     def meddle() -> None:
         CHANGES[change](source)
         wait_for_clock_tick()
@@ -95,7 +91,7 @@ def test_a_change_is_seen_also_where_entries_that_are_left_out_come_after_it(
     assert refused(source, directory / "fork", beat=ChangeOnce(meddle, copying))["code"] == "source_changed"
 
 
-def test_a_directory_that_is_published_is_one_that_the_source_had(directory: Path, source: Path) -> None:
+def test_a_published_directory_matches_the_source_at_one_moment(directory: Path, source: Path) -> None:
     """An attribute is set, then a skipped entry is created: the clone has the attribute and the newest mtime."""
 
     def meddle() -> None:
@@ -110,7 +106,7 @@ def test_a_directory_that_is_published_is_one_that_the_source_had(directory: Pat
 
 
 @pytest.mark.parametrize("when", [copying, closing])
-def test_entries_that_are_left_out_come_and_go_on_every_filesystem(
+def test_skipped_entries_may_come_and_go_on_every_filesystem(
     fs: Path, when: Callable[[Progress], bool], limits: Limits
 ) -> None:
     source = make_guest(fs / "source")
@@ -149,9 +145,7 @@ def test_a_campaign_makes_no_fork_of_a_directory_whose_metadata_changes(
     assert not any(path.exists() for path in paths)
 
 
-def test_a_campaign_goes_on_while_entries_that_are_left_out_come_and_go(
-    directory: Path, source: Path, tmp_path: Path
-) -> None:
+def test_a_campaign_continues_while_skipped_entries_come_and_go(directory: Path, source: Path, tmp_path: Path) -> None:
     paths = local_campaigns.destinations(directory, 3)
     local_campaigns.plan(source, paths)
     wait_for_clock_tick()

@@ -116,7 +116,7 @@ def test_a_lower_layer_that_cannot_reflink_is_a_copy(fresh: Fresh, overlay_over:
     _assert_true(_estimate(overlay / "source", overlay / "fork"), overlay / "source", overlay / "fork")
 
 
-def test_many_extents_links_that_leave_and_open_files_are_named(fresh: Fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_extents_outside_links_and_open_files_are_reported(fresh: Fresh, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(surprises, "MANY_EXTENTS", 1_000)
     directory = fresh("xfs")
     source = directory / "source"
@@ -137,7 +137,7 @@ def test_many_extents_links_that_leave_and_open_files_are_named(fresh: Fresh, mo
     _assert_true(closed, source, directory / "fork")
 
 
-def test_what_does_not_fit_is_said_with_both_figures(
+def test_a_fork_that_does_not_fit_is_reported_with_both_sizes(
     fresh: Fresh, small_tmpfs: SmallTmpfs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reservation, "DIRECTORY", str(tmp_path))
@@ -159,7 +159,7 @@ def test_what_does_not_fit_is_said_with_both_figures(
     assert str(small["free_bytes"]) in message
 
 
-def test_too_few_inodes_are_named(fresh: Fresh, small_tmpfs: SmallTmpfs) -> None:
+def test_too_few_inodes_are_reported(fresh: Fresh, small_tmpfs: SmallTmpfs) -> None:
     source, place = make_guest(fresh("ext4") / "source"), small_tmpfs(64 * MIB)
     inodes = os.statvfs(place).f_favail
     options = f"remount,nr_inodes={os.statvfs(place).f_files - inodes + 15}"
@@ -179,7 +179,7 @@ def test_too_few_inodes_are_named(fresh: Fresh, small_tmpfs: SmallTmpfs) -> None
         (lambda source: source.rename(source.parent / "gone"), Code.SOURCE_NOT_FOUND),
     ],
 )
-def test_what_would_fail_the_fork_fails_the_estimate(fresh: Fresh, make: object, code: Code) -> None:
+def test_errors_of_the_fork_fail_the_estimate(fresh: Fresh, make: object, code: Code) -> None:
     directory = fresh("xfs")
     source = make_guest(directory / "source")
     make(source)  # type: ignore[operator]
@@ -201,7 +201,7 @@ def test_reflinks_that_are_required_and_refused_fail_the_estimate(fresh: Fresh) 
     assert leftovers(directory) == []
 
 
-def test_one_copy_of_a_fragmented_template_makes_every_later_fork_cheap(reflink_fs: Path) -> None:
+def test_one_copy_of_a_fragmented_template_makes_later_forks_cheap(reflink_fs: Path) -> None:
     """The procedure in docs/reflink.md: FICLONE takes time for each extent, and a copy has few extents."""
     # Given a template that was forked, and then ran and wrote every other block of its image
     template = reflink_fs / "template"

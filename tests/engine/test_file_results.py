@@ -20,7 +20,7 @@ from tests.support.sources import make_everything, make_images
 from tests.support.tree import snapshot
 
 
-def test_what_an_earlier_attempt_kept_is_no_part_of_the_books(fs: Path, limits: Limits) -> None:
+def test_results_of_an_earlier_attempt_are_not_counted(fs: Path, limits: Limits) -> None:
     """The file may have been split into more parts, by a worker with other limits or before the source changed."""
     source = make_guest(fs / "source")
     pages = fork_with_ledger(source, fs / "earlier", fork_id="fork-0", limits=CHUNKED).pages
@@ -69,7 +69,7 @@ def test_copied_bytes_are_those_of_the_data_extents(fs: Path, limits: Limits) ->
         ), path
 
 
-def test_results_of_a_fork_are_json_whatever_its_names(fresh: Fresh) -> None:
+def test_results_of_a_fork_with_any_names_are_json(fresh: Fresh) -> None:
     directory = fresh("xfs")
     source = make_everything(directory / os.fsdecode(b"source-\xff"))
 
@@ -81,7 +81,7 @@ def test_results_of_a_fork_are_json_whatever_its_names(fresh: Fresh) -> None:
     assert os.fsdecode(b"names/not-utf8-\xff\xfe") in ledger.files
 
 
-def test_a_result_tells_when_and_how_long_and_echoes_its_labels(fresh: Fresh, limits: Limits) -> None:
+def test_a_result_has_times_durations_and_the_labels_of_its_request(fresh: Fresh, limits: Limits) -> None:
     directory = fresh("xfs")
     source = make_guest(directory / "source")
     before = datetime.now(UTC)
@@ -98,7 +98,7 @@ def test_a_result_tells_when_and_how_long_and_echoes_its_labels(fresh: Fresh, li
     assert result["labels"] == spec_of(source, source).labels == {}
 
 
-def test_progress_never_goes_back_and_ends_where_everything_is_done(fs: Path, limits: Limits, every_beat: None) -> None:
+def test_progress_never_decreases_and_ends_at_100_percent(fs: Path, limits: Limits, every_beat: None) -> None:
     source = make_everything(fs / "source")
     seen: list[Progress] = []
 
@@ -116,7 +116,7 @@ def test_progress_never_goes_back_and_ends_where_everything_is_done(fs: Path, li
     assert last["bytes_total"] == result["bytes"]["logical"] == last["bytes_done"]
 
 
-def test_a_skipped_directory_is_one_entry_and_what_is_below_it_none(fresh: Fresh, limits: Limits) -> None:
+def test_a_skipped_directory_counts_as_one_entry(fresh: Fresh, limits: Limits) -> None:
     directory = fresh("xfs")
     source = make_guest(directory / "source")
 
@@ -155,7 +155,7 @@ def test_a_custom_exclude_replaces_the_default(fresh: Fresh, limits: Limits) -> 
     }
 
 
-def test_a_hard_link_whose_first_name_is_left_out_is_cloned_under_its_second(fresh: Fresh, limits: Limits) -> None:
+def test_a_hard_link_whose_first_name_is_skipped_is_cloned_under_its_second(fresh: Fresh, limits: Limits) -> None:
     directory = fresh("xfs")
     source = directory / "source"
     source.mkdir()
@@ -170,7 +170,7 @@ def test_a_hard_link_whose_first_name_is_left_out_is_cloned_under_its_second(fre
     assert (directory / "fork" / "c").read_bytes() == b"three names"
 
 
-def test_a_failed_file_has_its_result_and_its_error_and_counts_as_failed(fresh: Fresh, limits: Limits) -> None:
+def test_a_failed_file_has_a_result_with_its_error_and_counts_as_failed(fresh: Fresh, limits: Limits) -> None:
     directory = fresh("ext4")
     source = make_guest(directory / "source")
 

@@ -75,7 +75,7 @@ RECORDS: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("what", RECORDS)
-def test_a_record_that_no_worker_wrote_neither_leads_out_nor_stands_for_a_fork(yard: Path, what: str) -> None:
+def test_a_forged_record_neither_leads_out_of_the_staging_nor_replaces_a_fork(yard: Path, what: str) -> None:
     before = snapshot(yard / "outside")
     (yard / "home" / NAME / "batch-0-1").write_bytes(RECORDS[what])
 
@@ -86,7 +86,7 @@ def test_a_record_that_no_worker_wrote_neither_leads_out_nor_stands_for_a_fork(y
     assert leftovers(yard / "home") == []
 
 
-def test_a_record_is_read_by_the_names_of_its_own_control_directory() -> None:
+def test_a_record_is_read_with_the_names_of_its_own_control_directory() -> None:
     with pytest.raises(ForkError, match="damaged"):
         Record.from_bytes(_record(trees={"0": "../outside"}))
     assert Record.from_bytes(_record(trees={"0": TREE})).trees == {0: TREE}
@@ -103,7 +103,7 @@ LISTS: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("what", LISTS)
-def test_a_list_of_destinations_that_no_worker_wrote_is_refused(yard: Path, what: str) -> None:
+def test_a_forged_list_of_destinations_is_refused(yard: Path, what: str) -> None:
     before = snapshot(yard / "outside")
     path = yard / "home" / NAME / "destinations"
     path.write_bytes(LISTS[what](path.read_bytes()))
@@ -128,7 +128,7 @@ def test_a_file_that_is_a_symlink_is_not_followed(yard: Path, name: str) -> None
     assert not any(path.exists() for path in destinations(yard / "home", 2))
 
 
-def test_an_annex_that_another_user_made_fails_the_forks_of_its_parent_alone(fresh: Fresh) -> None:
+def test_a_foreign_control_directory_fails_only_the_forks_in_its_parent(fresh: Fresh) -> None:
     yard = fresh("xfs")
     yard.chmod(0o755)
     make_guest(yard / "source")

@@ -83,7 +83,7 @@ PLANTED: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("what", PLANTED)
-def test_what_another_user_made_fails_the_fork_at_once_and_stays(yard: Path, what: str) -> None:
+def test_a_foreign_control_directory_fails_the_fork_at_once_and_is_kept(yard: Path, what: str) -> None:
     path = yard / "parent" / NAME
     in_child(lambda: PLANTED[what](path), user=ATTACKER)
     before = snapshot(yard / "outside"), path.lstat().st_ino, snapshot(yard / "parent")
@@ -98,7 +98,7 @@ def test_what_another_user_made_fails_the_fork_at_once_and_stays(yard: Path, wha
     assert (snapshot(yard / "outside"), path.lstat().st_ino, snapshot(yard / "parent")) == before
 
 
-def test_a_directory_of_ours_that_others_may_enter_is_no_staging(yard: Path) -> None:
+def test_our_directory_that_others_may_enter_is_not_used_as_staging(yard: Path) -> None:
     (yard / "parent" / NAME).mkdir()
     (yard / "parent" / NAME).chmod(0o770)
 
@@ -107,7 +107,7 @@ def test_a_directory_of_ours_that_others_may_enter_is_no_staging(yard: Path) -> 
 
 
 @pytest.mark.parametrize("mode", [0o000, 0o500, 0o2700])
-def test_a_directory_whose_maker_died_before_it_had_its_mode_is_gone_on_with(yard: Path, mode: int) -> None:
+def test_a_control_directory_with_an_unfinished_mode_is_used(yard: Path, mode: int) -> None:
     (yard / "parent" / NAME).mkdir()
     (yard / "parent" / NAME).chmod(mode)
 
@@ -117,7 +117,7 @@ def test_a_directory_whose_maker_died_before_it_had_its_mode_is_gone_on_with(yar
     assert leftovers(yard / "parent") == []
 
 
-def test_a_fork_of_ours_that_was_moved_to_the_control_directory_is_not_emptied(yard: Path) -> None:
+def test_our_fork_moved_to_the_control_directory_is_not_emptied(yard: Path) -> None:
     """A worker of an ordinary user owns all forks; users who may write in their parent may rename them."""
     moved = yard / "parent" / NAME
     make_guest(moved)
@@ -173,7 +173,7 @@ FILES: dict[str, Callable[[Path, Path], None]] = {
 
 @pytest.mark.parametrize("name", ["lock", "journal", "manifest", "closing", "report-plan", "report-0", "chunk-0"])
 @pytest.mark.parametrize("deed", FILES)
-def test_a_file_that_is_not_proved_ends_the_fork_within_seconds(yard: Path, deed: str, name: str) -> None:
+def test_a_file_without_proof_of_origin_ends_the_fork_within_seconds(yard: Path, deed: str, name: str) -> None:
     victim = yard / "outside" / "metadata.json"
     staging, _ = begun(yard)
     before = snapshot(yard / "outside")
@@ -240,7 +240,9 @@ RAW: dict[str, bytes] = {
 
 @pytest.mark.parametrize("what", [*HOSTILE, *RAW])
 @pytest.mark.parametrize("cancels", [False, True])
-def test_a_journal_that_no_worker_wrote_never_leads_out_nor_on_and_on(yard: Path, what: str, cancels: bool) -> None:
+def test_a_forged_journal_neither_leads_out_of_the_staging_nor_causes_endless_retries(
+    yard: Path, what: str, cancels: bool
+) -> None:
     """The delivery starts again, or fails; then the same request can be made."""
     staging, journal = begun(yard)
     before = snapshot(yard / "outside")
@@ -263,7 +265,7 @@ def test_a_journal_that_no_worker_wrote_never_leads_out_nor_on_and_on(yard: Path
 
 @pytest.mark.parametrize("name", ["manifest", "closing", "report-plan", "report-0", "chunk-0"])
 @pytest.mark.parametrize("data", [b"", b"null\n", b"{}\n", b"\xff" * 4096, b"[" * 100_000 + b"\n", b"0" * 4000])
-def test_a_file_that_no_worker_wrote_fails_the_fork_or_changes_nothing(yard: Path, name: str, data: bytes) -> None:
+def test_a_forged_file_fails_the_fork_or_has_no_effect(yard: Path, name: str, data: bytes) -> None:
     staging, _ = begun(yard)
     (staging / name).write_bytes(data)
 
@@ -300,7 +302,7 @@ def test_a_journal_with_another_digit_never_makes_a_wrong_fork(fresh: Fresh) -> 
     assert tried > 20
 
 
-def test_a_fork_whose_planning_left_no_report_fails(yard: Path) -> None:
+def test_a_fork_without_a_planning_report_fails(yard: Path) -> None:
     staging, _ = begun(yard)
     (staging / "report-plan").unlink()
 
@@ -310,7 +312,7 @@ def test_a_fork_whose_planning_left_no_report_fails(yard: Path) -> None:
     assert leftovers(yard / "parent") == []
 
 
-def test_the_journal_of_another_fork_is_not_taken_up(yard: Path) -> None:
+def test_the_journal_of_another_fork_is_not_used(yard: Path) -> None:
     staging, journal = begun(yard)
     journal["spec"]["fork_id"] = "fork-2"
     (staging / "journal").write_text(json.dumps(journal))
@@ -319,7 +321,7 @@ def test_the_journal_of_another_fork_is_not_taken_up(yard: Path) -> None:
     assert "its journal belongs to another fork" in staged_forks.cancel_fork(yard / "source", yard / "parent" / "fork")
 
 
-def test_a_copy_of_a_control_directory_is_not_taken_up(yard: Path) -> None:
+def test_a_copy_of_a_control_directory_is_not_used(yard: Path) -> None:
     staging, _ = begun(yard)
     staging.rename(yard / "parent" / "aside")
     shutil.copytree(yard / "parent" / "aside", staging)
@@ -345,7 +347,7 @@ def _swap_tree(yard: Path, staging: Path) -> None:
     in_child(swap, user=ATTACKER)
 
 
-def test_a_tree_that_was_replaced_between_two_chunks_fails_the_fork_and_stays(yard: Path) -> None:
+def test_a_tree_replaced_between_two_chunks_fails_the_fork_and_is_kept(yard: Path) -> None:
     staging, journal = begun(yard)
     _swap_tree(yard, staging)
 
@@ -356,7 +358,7 @@ def test_a_tree_that_was_replaced_between_two_chunks_fails_the_fork_and_stays(ya
     assert os.listdir(yard / "parent" / f"{NAME}.{journal['attempt']}") == ["theirs"]
 
 
-def test_a_tree_that_was_replaced_before_its_rename_is_never_reported_as_the_fork(yard: Path) -> None:
+def test_a_tree_replaced_before_its_rename_is_never_reported_as_the_fork(yard: Path) -> None:
     staging, _ = begun(yard)
     parent_fd = os.open(yard / "parent", os.O_RDONLY)
     with Staging.attach(parent_fd, "fork-1", wait=0, alone=True) as held:
@@ -375,9 +377,7 @@ def test_a_tree_that_was_replaced_before_its_rename_is_never_reported_as_the_for
 
 
 @pytest.mark.parametrize("bits", [{"uid": 0, "mode": 0o104755}, {"uid": NOBODY}, {"gid": 0}, {"mode": 0o102777}])
-def test_owner_and_mode_of_a_clone_are_those_of_the_source_whatever_the_manifest_says(
-    yard: Path, bits: dict[str, int]
-) -> None:
+def test_owner_and_mode_of_a_clone_come_from_the_source_not_from_the_manifest(yard: Path, bits: dict[str, int]) -> None:
     for path in (yard / "source").rglob("*"):
         os.chown(path, ATTACKER, ATTACKER, follow_symlinks=False)
     staging, _ = begun(yard)

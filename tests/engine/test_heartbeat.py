@@ -41,13 +41,13 @@ def threads() -> int:
     return sum(thread.name == "heartbeat" for thread in threading.enumerate())
 
 
-def test_all_files_that_are_held_are_touched_by_one_thread(tmp_path: Path) -> None:
+def test_one_thread_renews_the_heartbeats_of_all_held_files(tmp_path: Path) -> None:
     with opened(tmp_path / "a") as a, opened(tmp_path / "b") as b, with_heartbeat(a), with_heartbeat(b):
         wait_until(lambda: is_touched(a) and is_touched(b), "both touched")
         assert threads() == 1
 
 
-def test_a_file_that_was_let_go_is_not_touched_any_more(tmp_path: Path) -> None:
+def test_the_heartbeat_of_a_released_file_is_not_renewed(tmp_path: Path) -> None:
     with opened(tmp_path / "a") as a, opened(tmp_path / "b") as b, with_heartbeat(b):
         with with_heartbeat(a):
             pass
@@ -57,7 +57,7 @@ def test_a_file_that_was_let_go_is_not_touched_any_more(tmp_path: Path) -> None:
         assert not is_touched(a)
 
 
-def test_the_thread_ends_when_nothing_is_held_and_comes_back(tmp_path: Path) -> None:
+def test_the_thread_ends_when_no_file_is_held_and_starts_again(tmp_path: Path) -> None:
     with opened(tmp_path / "a") as a:
         with with_heartbeat(a):
             pass
@@ -66,7 +66,7 @@ def test_the_thread_ends_when_nothing_is_held_and_comes_back(tmp_path: Path) -> 
             wait_until(lambda: is_touched(a), "a touched")
 
 
-def test_one_file_that_cannot_be_touched_keeps_no_other_from_it(tmp_path: Path) -> None:
+def test_one_file_that_cannot_be_touched_does_not_affect_others(tmp_path: Path) -> None:
     gone = os.open(tmp_path, os.O_PATH)  # utimensat(2): EBADF
     try:
         with opened(tmp_path / "a") as a, with_heartbeat(gone), with_heartbeat(a):
@@ -75,7 +75,7 @@ def test_one_file_that_cannot_be_touched_keeps_no_other_from_it(tmp_path: Path) 
         os.close(gone)
 
 
-def test_a_forked_child_has_a_heartbeat_of_its_own(tmp_path: Path) -> None:
+def test_a_forked_child_has_its_own_heartbeat(tmp_path: Path) -> None:
     with opened(tmp_path / "a") as a, opened(tmp_path / "b") as b, with_heartbeat(a):
         child = os.fork()
         if child == 0:
@@ -90,7 +90,7 @@ def test_a_forked_child_has_a_heartbeat_of_its_own(tmp_path: Path) -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_a_holder_whose_line_a_full_disk_cut_off_writes_it_again(small_tmpfs: SmallTmpfs) -> None:
+def test_a_line_truncated_by_a_full_disk_is_written_again(small_tmpfs: SmallTmpfs) -> None:
     directory = small_tmpfs(64 << 10)
     lock, filler = directory / "lock", directory / "filler"
     lock.write_bytes(bytes(4090))  # a page of 4096 bytes has room for a part of the line

@@ -36,7 +36,7 @@ def data_of(path: Path) -> int:
 @pytest.mark.parametrize(
     ("kind", "reflink"), [("xfs", "auto"), ("xfs", "never"), ("ext4", "auto"), ("btrfs", "auto"), ("tmpfs", "auto")]
 )
-def test_holes_stay_holes_and_the_books_have_what_was_written(
+def test_holes_stay_holes_and_the_totals_count_written_bytes(
     images: tuple[Path, Path], fresh: Fresh, kind: Kind, reflink: str, limits: Limits
 ) -> None:
     source, backing = images
@@ -85,7 +85,7 @@ def test_a_file_without_holes_is_copied_with_its_zeros(fresh: Fresh, passthrough
     assert data_of(destination / "zeros.raw") == 3 * MIB
 
 
-def test_a_campaign_keeps_the_holes_too(images: tuple[Path, Path], fresh: Fresh, tmp_path: Path) -> None:
+def test_a_campaign_preserves_the_holes_too(images: tuple[Path, Path], fresh: Fresh, tmp_path: Path) -> None:
     source, backing = images
     place = fresh("xfs")
 

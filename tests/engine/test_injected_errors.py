@@ -59,7 +59,7 @@ def methods(traced: Traced) -> dict[str, str]:
 
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("name", ERRNOS_OF_ANSWERS[Answer.PAIR_CANNOT])
-def test_a_refusal_of_the_pair_is_remembered_for_the_fork(
+def test_a_refusal_for_the_pair_of_filesystems_is_remembered_for_the_fork(
     strace: str, directory: Path, source: Path, name: str, chunked: bool
 ) -> None:
     fork = directory / "fork"
@@ -85,7 +85,7 @@ def test_a_refusal_of_the_pair_is_remembered_for_the_fork(
 
 @pytest.mark.parametrize("file", ["c", "a"])
 @pytest.mark.parametrize("name", ERRNOS_OF_ANSWERS[Answer.FILE_CANNOT])
-def test_a_refusal_of_one_file_holds_for_that_file_alone(
+def test_a_refusal_for_one_file_applies_to_that_file_only(
     strace: str, directory: Path, source: Path, name: str, file: str
 ) -> None:
     fork = directory / "fork"
@@ -103,9 +103,7 @@ def test_a_refusal_of_one_file_holds_for_that_file_alone(
 
 
 @pytest.mark.parametrize("name", ERRNOS_OF_ANSWERS[Answer.NOT_YET])
-def test_a_file_that_cannot_be_reflinked_yet_is_asked_again(
-    strace: str, directory: Path, source: Path, name: str
-) -> None:
+def test_a_temporary_refusal_is_retried(strace: str, directory: Path, source: Path, name: str) -> None:
     fork = directory / "fork"
 
     traced = trace_fork(
@@ -120,9 +118,7 @@ def test_a_file_that_cannot_be_reflinked_yet_is_asked_again(
 
 
 @pytest.mark.parametrize("name", ERRNOS_OF_ANSWERS[Answer.NOT_YET])
-def test_a_file_that_never_can_be_reflinked_is_copied_alone_after_a_while(
-    strace: str, directory: Path, source: Path, name: str
-) -> None:
+def test_a_file_that_is_refused_repeatedly_is_copied(strace: str, directory: Path, source: Path, name: str) -> None:
     fork = directory / "fork"
 
     traced = trace_fork(strace, source, fork, calls="ioctl", inject=[f"ioctl:error={name}"], paths=[in_tree(fork, "b")])
@@ -134,7 +130,7 @@ def test_a_file_that_never_can_be_reflinked_is_copied_alone_after_a_while(
 
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("name", ERRNOS_OF_ANSWERS[Answer.ERROR])
-def test_an_error_fails_the_fork_and_is_never_followed_by_a_copy(
+def test_a_ficlone_error_fails_the_fork_without_a_copy(
     strace: str, directory: Path, source: Path, name: str, chunked: bool
 ) -> None:
     fork = directory / "fork"
@@ -157,9 +153,7 @@ def test_an_error_fails_the_fork_and_is_never_followed_by_a_copy(
     assert traced.result["error"]["path"] == str(fork / "a")
 
 
-def test_a_reflink_that_reports_success_and_did_nothing_is_found_out(
-    strace: str, directory: Path, source: Path
-) -> None:
+def test_a_reflink_that_reports_success_without_effect_is_detected(strace: str, directory: Path, source: Path) -> None:
     """OpenZFS truncated clones and reported success (issue 15728)."""
     fork = directory / "fork"
 
@@ -175,7 +169,7 @@ def test_a_reflink_that_reports_success_and_did_nothing_is_found_out(
 
 @pytest.mark.parametrize("name", ["ENOSYS", "EXDEV", "EINVAL", "EOPNOTSUPP", "ETXTBSY", "EPERM", "EBADF", "ENOENT"])
 @pytest.mark.parametrize("when", ["1+", "2+"])
-def test_a_refused_copy_file_range_is_followed_by_reads_and_writes_from_where_it_stands(
+def test_a_refused_copy_file_range_is_continued_with_reads_and_writes(
     strace: str, fresh: Fresh, name: str, when: str
 ) -> None:
     directory = fresh("ext4")
@@ -198,7 +192,7 @@ def test_a_refused_copy_file_range_is_followed_by_reads_and_writes_from_where_it
     assert traced.calls("INJECTED") > 0
 
 
-def test_a_copy_file_range_that_copies_nothing_is_followed_by_reads_and_writes(strace: str, fresh: Fresh) -> None:
+def test_a_copy_file_range_that_copies_nothing_is_continued_with_reads_and_writes(strace: str, fresh: Fresh) -> None:
     directory = fresh("ext4")
     source, fork = directory / "source", directory / "fork"
     source.mkdir()
@@ -227,7 +221,7 @@ def make_three_extents(path: Path) -> None:
 
 @pytest.mark.parametrize("reflink", ["auto", "never"])
 @pytest.mark.parametrize(("kind", "allocated"), [("ext4", 2), ("tmpfs", 0), ("xfs_noreflink", 0), ("btrfs", 0)])
-def test_large_extents_get_their_blocks_before_their_data_on_ext4(
+def test_large_extents_are_preallocated_on_ext4(
     strace: str, fresh: Fresh, kind: Kind, allocated: int, reflink: str
 ) -> None:
     directory = fresh(kind)
@@ -244,7 +238,7 @@ def test_large_extents_get_their_blocks_before_their_data_on_ext4(
 
 
 @pytest.mark.parametrize("name", ["EOPNOTSUPP", "ENOSYS", "EPERM"])
-def test_blocks_that_cannot_be_had_first_are_done_without(strace: str, fresh: Fresh, name: str) -> None:
+def test_a_refused_preallocation_is_ignored(strace: str, fresh: Fresh, name: str) -> None:
     """ext3 is served by the same driver and has no fallocate."""
     directory = fresh("ext4")
     source, fork = directory / "source", directory / "fork"
@@ -260,7 +254,7 @@ def test_blocks_that_cannot_be_had_first_are_done_without(strace: str, fresh: Fr
 
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize(("name", "code"), [("ENOSPC", "no_space"), ("EDQUOT", "no_space"), ("EIO", "io_error")])
-def test_an_error_of_the_allocation_fails_the_fork(
+def test_an_error_of_the_preallocation_fails_the_fork(
     strace: str, fresh: Fresh, name: str, code: str, chunked: bool
 ) -> None:
     directory = fresh("ext4")
@@ -369,7 +363,7 @@ def test_an_error_of_any_other_call_fails_the_fork_and_leaves_nothing(
     assert_failed(traced, directory, "no_space" if name == "ENOSPC" else "io_error", name)
 
 
-def test_a_lookup_that_raced_with_a_rename_is_made_again(strace: str, directory: Path, source: Path) -> None:
+def test_a_lookup_that_races_with_a_rename_is_retried(strace: str, directory: Path, source: Path) -> None:
     """openat2 returns EAGAIN in that case (openat2(2))."""
     fork = directory / "fork"
 
@@ -379,7 +373,7 @@ def test_a_lookup_that_raced_with_a_rename_is_made_again(strace: str, directory:
     assert_alike(source, fork)
 
 
-def test_a_durable_fork_is_on_its_disk_before_it_is_published_and_its_name_before_it_is_done(
+def test_a_durable_fork_is_synced_before_it_is_published_and_its_name_before_it_is_reported(
     strace: str, directory: Path, source: Path
 ) -> None:
     traced = trace_fork(strace, source, directory / "fork", calls="syncfs,fsync,renameat,renameat2", durability="sync")
@@ -388,15 +382,13 @@ def test_a_durable_fork_is_on_its_disk_before_it_is_published_and_its_name_befor
     assert_alike(source, directory / "fork")
 
 
-def test_a_fork_without_that_wish_waits_for_no_disk(strace: str, directory: Path, source: Path) -> None:
+def test_a_fork_without_durability_syncs_nothing(strace: str, directory: Path, source: Path) -> None:
     traced = trace_fork(strace, source, directory / "fork", calls="syncfs,fsync,fdatasync,sync")
 
     assert traced.calls("sync") == 0
 
 
-def test_a_durable_fork_whose_name_does_not_reach_the_disk_is_taken_back(
-    strace: str, directory: Path, source: Path
-) -> None:
+def test_a_durable_fork_whose_name_cannot_be_synced_is_removed(strace: str, directory: Path, source: Path) -> None:
     traced = trace_fork(
         strace,
         source,
@@ -422,7 +414,7 @@ def test_a_durable_fork_whose_name_does_not_reach_the_disk_is_taken_back(
         ("flock", 1),
     ],
 )
-def test_a_fork_that_dies_at_any_call_is_whole_or_not_there_and_its_next_delivery_ends_it(
+def test_a_fork_killed_at_any_call_is_complete_or_absent_and_the_next_delivery_ends_it(
     strace: str, directory: Path, source: Path, call: str, when: int
 ) -> None:
     fork = directory / "fork"

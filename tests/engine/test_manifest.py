@@ -57,7 +57,7 @@ def read(path: Path, span: Span | None = None) -> list[Block]:
 
 @settings(max_examples=50)
 @given(wanted=st.lists(blocks, max_size=5))
-def test_any_blocks_come_back_as_they_were(shared_tmp_path: Path, wanted: list[Block]) -> None:
+def test_any_blocks_are_read_back_unchanged(shared_tmp_path: Path, wanted: list[Block]) -> None:
     path = shared_tmp_path / "manifest"
 
     spans = write(path, *wanted)
@@ -76,14 +76,14 @@ def test_a_run_of_blocks_is_read_from_the_middle(tmp_path: Path) -> None:
     assert read(tmp_path / "manifest", middle) == wanted[3:6]
 
 
-def test_spans_find_every_block_again(tmp_path: Path) -> None:
+def test_every_block_is_found_by_its_span(tmp_path: Path) -> None:
     spans = write(tmp_path / "manifest", *[Block("d" * n, [entry("f" * n)] * n) for n in range(1, 20)])
 
     with (tmp_path / "manifest").open("rb") as file:
         assert list(manifest.spans(file.fileno())) == spans
 
 
-def test_names_that_are_not_utf8_come_back_byte_for_byte(tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_are_read_back_byte_for_byte(tmp_path: Path) -> None:
     name = os.fsdecode(bytes(range(1, 256)).replace(b"/", b""))
 
     write(tmp_path / "manifest", Block(name, [entry(name, name)]))
@@ -93,7 +93,7 @@ def test_names_that_are_not_utf8_come_back_byte_for_byte(tmp_path: Path) -> None
     assert block.entries[0].note == name
 
 
-def test_a_full_block_with_long_notes_comes_back(tmp_path: Path) -> None:
+def test_a_full_block_with_long_notes_is_read_back(tmp_path: Path) -> None:
     note = "/".join(["n" * 255] * 20)
     wanted = Block("p" * 4000, [entry(f"{n:0255}", note, Kind.HARDLINK, n) for n in range(BLOCK_ENTRIES)])
 
@@ -130,7 +130,7 @@ HOSTILE: dict[str, Block] = {
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_what_no_walk_writes_is_refused(tmp_path: Path, what: str) -> None:
+def test_entries_that_no_walk_writes_are_refused(tmp_path: Path, what: str) -> None:
     write(tmp_path / "manifest", HOSTILE[what])
 
     with pytest.raises(ForkError, match="damaged"):
@@ -138,7 +138,7 @@ def test_what_no_walk_writes_is_refused(tmp_path: Path, what: str) -> None:
 
 
 @pytest.mark.parametrize("header", [(0, 0, 0, 0, 0), (0, 1, 0, 1, 2**32 - 1), (2**32 - 1, 2**32 - 1, 0, 0, 1)])
-def test_a_block_of_a_size_that_none_has_is_refused_before_it_is_read(tmp_path: Path, header: tuple[int, ...]) -> None:
+def test_a_block_with_an_invalid_size_is_refused_before_it_is_read(tmp_path: Path, header: tuple[int, ...]) -> None:
     with (tmp_path / "manifest").open("wb") as file:
         file.write(struct.pack("=IIIII", *header))
         file.truncate(1 << 40)
@@ -164,7 +164,7 @@ def test_an_empty_manifest_has_no_blocks(tmp_path: Path) -> None:
     assert read(tmp_path / "manifest") == []
 
 
-def test_inode_numbers_of_64_bits_fit(tmp_path: Path) -> None:
+def test_inode_numbers_of_64_bits_are_supported(tmp_path: Path) -> None:
     """FUSE, NFS and overlayfs (xino) use inode numbers with the top bit set."""
     wanted = Block("", [entry("a")._replace(ino=2**64 - 1)])
 

@@ -35,7 +35,7 @@ def home(fs: Path) -> Path:
     return path
 
 
-def test_nothing_of_the_destinations_parent_shows_in_a_fork(fs: Path, limits: Limits) -> None:
+def test_the_destinations_parent_does_not_affect_a_fork(fs: Path, limits: Limits) -> None:
     source = make_everything(fs / "source")
     parent = fs / "parent"
     parent.mkdir()
@@ -48,7 +48,7 @@ def test_nothing_of_the_destinations_parent_shows_in_a_fork(fs: Path, limits: Li
     assert_alike(source, parent / "fork", SKIPPED_BY_DEFAULT)
 
 
-def test_an_ordinary_user_forks_what_is_his(home: Path, limits: Limits) -> None:
+def test_an_ordinary_user_forks_an_own_source(home: Path, limits: Limits) -> None:
     source = home / "source"
 
     def make_and_fork() -> None:
@@ -76,7 +76,7 @@ def test_an_ordinary_user_forks_what_is_his(home: Path, limits: Limits) -> None:
     assert_alike(source, home / "fork", SKIPPED_BY_DEFAULT)
 
 
-def test_a_source_whose_top_may_not_be_written_is_forked_by_its_owner(home: Path) -> None:
+def test_a_source_with_a_read_only_top_is_forked_by_its_owner(home: Path) -> None:
     make_guest(home / "source")
     for path in [home / "source", *(home / "source").rglob("*")]:
         os.chown(path, NOBODY, NOBODY)
@@ -87,7 +87,9 @@ def test_a_source_whose_top_may_not_be_written_is_forked_by_its_owner(home: Path
     assert_alike(home / "source", home / "fork", SKIPPED_BY_DEFAULT)
 
 
-def test_what_an_ordinary_user_forks_of_anothers_is_his_and_without_set_id_bits(home: Path, limits: Limits) -> None:
+def test_an_ordinary_users_fork_of_a_foreign_source_belongs_to_the_user_without_set_id_bits(
+    home: Path, limits: Limits
+) -> None:
     source = home / "source"
     source.mkdir(mode=0o755)
     for mode in (0o4755, 0o2755, 0o6755, 0o1644, 0o644):
@@ -116,7 +118,7 @@ def test_what_an_ordinary_user_forks_of_anothers_is_his_and_without_set_id_bits(
     assert clones[b"644"].xattrs == ((b"user.origin", b"root"),)
 
 
-def test_an_ordinary_user_keeps_a_group_that_he_is_in(home: Path) -> None:
+def test_an_ordinary_user_preserves_a_group_of_which_the_user_is_a_member(home: Path) -> None:
     source = home / "source"
     source.mkdir()
     (source / "file").write_bytes(b"x")
@@ -129,7 +131,7 @@ def test_an_ordinary_user_keeps_a_group_that_he_is_in(home: Path) -> None:
     assert_alike(source, home / "fork")
 
 
-def test_nobody_looks_into_a_fork_before_it_is_published(fresh: Fresh, every_beat: None) -> None:
+def test_no_other_user_can_read_a_fork_before_it_is_published(fresh: Fresh, every_beat: None) -> None:
     directory = fresh("xfs")
     source = make_guest(directory / "source")
     for path in [source, *source.rglob("*")]:
@@ -146,7 +148,7 @@ def test_nobody_looks_into_a_fork_before_it_is_published(fresh: Fresh, every_bea
     assert 0o700 in seen
 
 
-def test_files_in_the_making_are_not_open_to_more_than_their_sources_are(fresh: Fresh, every_beat: None) -> None:
+def test_unfinished_files_have_no_wider_mode_than_their_sources(fresh: Fresh, every_beat: None) -> None:
     directory = fresh("xfs")
     source = make_guest(directory / "source")
     (source / "overlay.raw").chmod(0o600)
@@ -183,7 +185,7 @@ def test_a_fork_that_failed_after_its_read_only_directories_were_made_leaves_not
     assert error["code"] == "source_changed"
 
 
-def test_what_is_not_to_be_preserved_is_as_a_plain_copy_has_it(fs: Path, limits: Limits) -> None:
+def test_metadata_that_is_not_preserved_is_that_of_a_plain_copy(fs: Path, limits: Limits) -> None:
     source = fs / "source"
     source.mkdir(mode=0o751)
     make_metadata(source)
@@ -229,7 +231,7 @@ def test_each_kind_of_metadata_is_preserved_by_itself(fs: Path, kept: str, limit
     assert clone.mode == 0o751
 
 
-def test_names_of_one_file_become_files_of_their_own_where_hard_links_are_not_wanted(fs: Path, limits: Limits) -> None:
+def test_hard_links_become_separate_files_if_they_are_not_preserved(fs: Path, limits: Limits) -> None:
     source = fs / "source"
     source.mkdir()
     (source / "a").write_bytes(b"two names")
@@ -243,7 +245,7 @@ def test_names_of_one_file_become_files_of_their_own_where_hard_links_are_not_wa
 
 
 @pytest.mark.parametrize("what", ["file", "directory", "parent"])
-def test_what_an_ordinary_user_may_not_do_is_permission_denied_by_its_path(home: Path, what: str) -> None:
+def test_forbidden_operations_of_an_ordinary_user_are_permission_denied_with_the_path(home: Path, what: str) -> None:
     source = make_guest(home / "source")
     source.chmod(0o755)
     if what == "file":
@@ -265,7 +267,7 @@ def test_what_an_ordinary_user_may_not_do_is_permission_denied_by_its_path(home:
     assert in_child(lambda: fork(source, home / "fork")["status"], user=NOBODY) == "succeeded"
 
 
-def test_a_file_that_its_own_owner_may_not_read_is_permission_denied(home: Path) -> None:
+def test_a_file_that_its_owner_may_not_read_is_permission_denied(home: Path) -> None:
     source = make_guest(home / "source")
     (source / "state").chmod(0)
     for path in [source, *source.rglob("*")]:

@@ -73,7 +73,7 @@ ACLS_LOST = {(".", "acl"), ("below", "acl"), ("below", "default acl"), ("key", "
 
 
 @pytest.mark.parametrize("umask", [0o022, 0])
-def test_a_destination_without_acls_gives_nobody_more_than_the_acls_gave(
+def test_a_destination_without_acls_gives_no_additional_access(
     guarded: Path, ramfs: Path, limits: Limits, umask: int
 ) -> None:
     result = in_child(lambda: forked(guarded, ramfs / "fork", limits=limits), umask=umask)
@@ -83,7 +83,7 @@ def test_a_destination_without_acls_gives_nobody_more_than_the_acls_gave(
 
 
 @pytest.mark.usefixtures("every_beat")
-def test_a_file_in_the_making_is_not_open_to_its_acls_mask(guarded: Path, ramfs: Path) -> None:
+def test_an_unfinished_file_does_not_have_the_mode_of_its_acls_mask(guarded: Path, ramfs: Path) -> None:
     seen: set[int] = set()
 
     def poll(progress: object) -> None:
@@ -96,9 +96,7 @@ def test_a_file_in_the_making_is_not_open_to_its_acls_mask(guarded: Path, ramfs:
 
 
 @pytest.mark.parametrize("preserve", [{"mode"}, {"mode", "ownership"}, {"ownership", "xattrs"}, set()])
-def test_a_fork_that_is_to_be_without_acls_gives_nobody_more_than_they_gave(
-    guarded: Path, limits: Limits, preserve: set[Any]
-) -> None:
+def test_a_fork_that_drops_acls_gives_no_additional_access(guarded: Path, limits: Limits, preserve: set[Any]) -> None:
     place = guarded.parent
 
     result = in_child(lambda: forked(guarded, place / "fork", limits=limits, preserve=frozenset(preserve)), umask=0)
@@ -131,7 +129,7 @@ def test_the_first_hundred_losses_are_listed_and_all_are_counted(fresh: Fresh, r
     assert {one["what"] for one in result["metadata_lost"]} == {"xattr user.origin"}
 
 
-def test_a_fork_that_keeps_all_has_lost_nothing(fs: Path, limits: Limits) -> None:
+def test_a_fork_that_preserves_everything_lists_no_loss(fs: Path, limits: Limits) -> None:
     source = make_guest(fs / "source")
     os.chown(source / "state", 1234, 5678)
     os.setxattr(source / "state", "user.origin", b"here")
@@ -144,7 +142,7 @@ def test_a_fork_that_keeps_all_has_lost_nothing(fs: Path, limits: Limits) -> Non
     assert (result["metadata_lost"], result["metadata_lost_total"]) == ([], 0)
 
 
-def test_what_an_ordinary_user_may_not_keep_is_listed(fresh: Fresh, limits: Limits) -> None:
+def test_metadata_that_an_ordinary_user_may_not_preserve_is_listed(fresh: Fresh, limits: Limits) -> None:
     home = fresh("xfs")
     os.chown(home, NOBODY, NOBODY)
     source = home / "source"
@@ -164,7 +162,7 @@ def test_what_an_ordinary_user_may_not_keep_is_listed(fresh: Fresh, limits: Limi
     assert lost(result) == others | special
 
 
-def test_an_owner_that_a_user_namespace_does_not_know_is_passed_over(fresh: Fresh, limits: Limits) -> None:
+def test_an_owner_not_mapped_in_a_user_namespace_is_skipped(fresh: Fresh, limits: Limits) -> None:
     home = fresh("xfs")
     source = make_guest(home / "source")
     (source / "theirs").write_bytes(b"x")
@@ -185,7 +183,7 @@ def test_an_owner_that_a_user_namespace_does_not_know_is_passed_over(fresh: Fres
     assert (home / "fork" / "state").stat().st_mode & 0o777 == 0o600
 
 
-def test_an_attribute_that_the_destination_refuses_is_passed_over(fresh: Fresh, limits: Limits) -> None:
+def test_an_attribute_that_the_destination_refuses_is_skipped(fresh: Fresh, limits: Limits) -> None:
     """btrfs does not compress a directory whose files are NOCOW."""
     place = fresh("btrfs")
     source, machines = place / "source", place / "machines"
@@ -202,7 +200,7 @@ def test_an_attribute_that_the_destination_refuses_is_passed_over(fresh: Fresh, 
     assert os.getxattr(machines / "fork" / "disk.raw", "user.origin") == b"here"
 
 
-def test_attributes_that_are_too_large_for_the_destination_are_passed_over(fresh: Fresh, limits: Limits) -> None:
+def test_attributes_that_are_too_large_for_the_destination_are_skipped(fresh: Fresh, limits: Limits) -> None:
     source, place = fresh("xfs") / "source", fresh("ext4")
     source.mkdir()
     (source / "file").write_bytes(b"x")
@@ -220,7 +218,7 @@ def test_attributes_that_are_too_large_for_the_destination_are_passed_over(fresh
     assert lost(result) == missing | {("file", "xattr user.large")}
 
 
-def test_an_attribute_for_which_a_full_filesystem_has_no_room_is_no_space(fresh: Fresh, small_ext4: SmallExt4) -> None:
+def test_an_attribute_that_does_not_fit_on_a_full_filesystem_is_no_space(fresh: Fresh, small_ext4: SmallExt4) -> None:
     source, place = fresh("xfs") / "source", small_ext4("-m", "0", "-O", "ea_inode")
     source.mkdir()
     (source / "file").write_bytes(b"")
@@ -263,7 +261,7 @@ def test_a_failing_or_full_disk_is_an_error_that_names_the_attribute(fresh: Fres
 
 
 @pytest.mark.parametrize("name", ["EPERM", "EACCES", "EOPNOTSUPP", "EINVAL", "E2BIG", "ERANGE", "ENAMETOOLONG"])
-def test_a_refused_attribute_is_listed_and_the_others_are_kept(fresh: Fresh, name: str) -> None:
+def test_a_refused_attribute_is_listed_and_the_others_are_preserved(fresh: Fresh, name: str) -> None:
     strace = require_command("strace", "the injection of errors")
     place = fresh("xfs")
     source = place / "source"
@@ -308,7 +306,7 @@ def test_an_attribute_that_is_removed_after_it_was_listed_is_a_change_of_the_sou
     assert (traced.result["error"]["code"], traced.result["error"]["path"]) == ("source_changed", str(source / "file"))
 
 
-def test_an_attribute_that_is_listed_and_is_not_there_is_passed_over(fresh: Fresh) -> None:
+def test_an_attribute_that_is_listed_but_missing_is_skipped(fresh: Fresh) -> None:
     strace = require_command("strace", "the injection of errors")
     place = fresh("xfs")
     source = place / "source"
@@ -346,7 +344,9 @@ def test_a_time_that_the_destination_does_not_reach_is_listed(fresh: Fresh, smal
     assert lost(forked(source, place / "fork")) == {("file", "timestamps")}
 
 
-def test_what_a_filesystem_accepts_and_drops_is_listed(fresh: Fresh, passthrough: Passthrough, limits: Limits) -> None:
+def test_metadata_that_a_filesystem_accepts_and_drops_is_listed(
+    fresh: Fresh, passthrough: Passthrough, limits: Limits
+) -> None:
     source, backing = fresh("xfs") / "source", fresh("ext4")
     source.mkdir()
     (source / "file").write_bytes(b"x")
@@ -364,7 +364,7 @@ def test_what_a_filesystem_accepts_and_drops_is_listed(fresh: Fresh, passthrough
 
 
 @pytest.mark.parametrize("umask", [0o177, 0o777])
-def test_a_umask_that_takes_from_the_owner_takes_nothing_from_a_fork(fs: Path, limits: Limits, umask: int) -> None:
+def test_a_umask_that_restricts_the_owner_does_not_affect_a_fork(fs: Path, limits: Limits, umask: int) -> None:
     home = fs / "home"
     home.mkdir()
     source = make_guest(home / "source")
@@ -380,7 +380,7 @@ def test_a_umask_that_takes_from_the_owner_takes_nothing_from_a_fork(fs: Path, l
 
 
 @pytest.mark.parametrize("bits", [5, 0])
-def test_a_default_acl_that_takes_from_the_owner_takes_nothing_from_a_fork(fs: Path, limits: Limits, bits: int) -> None:
+def test_a_default_acl_that_restricts_the_owner_does_not_affect_a_fork(fs: Path, limits: Limits, bits: int) -> None:
     home = fs / "home"
     home.mkdir()
     source = make_guest(home / "source")

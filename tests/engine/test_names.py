@@ -97,7 +97,7 @@ def assert_names_both(error: ErrorRecord, *names: str) -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
-def test_two_entries_of_any_kind_whose_names_are_one_fail_the_fork(
+def test_two_entries_of_any_kind_with_colliding_names_fail_the_fork(
     folding: Path, source: Path, limits: Limits, first: str, second: str
 ) -> None:
     (source / "below").mkdir()
@@ -112,7 +112,7 @@ def test_two_entries_of_any_kind_whose_names_are_one_fail_the_fork(
 
 
 @pytest.mark.parametrize("skip", ["Disk.raw", "disk.raw"])
-def test_one_of_the_two_is_forked_where_the_other_is_left_out(
+def test_a_collision_with_a_skipped_entry_does_not_fail_the_fork(
     folding: Path, source: Path, limits: Limits, skip: str
 ) -> None:
     file(source / "Disk.raw")
@@ -124,7 +124,7 @@ def test_one_of_the_two_is_forked_where_the_other_is_left_out(
     assert [(path.name, path.read_text()) for path in (folding / "fork").iterdir()] == [(kept, kept)]
 
 
-def test_two_forms_of_one_character_are_found_too(decomposing: Path, source: Path, limits: Limits) -> None:
+def test_two_forms_of_one_character_collide_too(decomposing: Path, source: Path, limits: Limits) -> None:
     file(source / COMPOSED)
     file(source / DECOMPOSED)
 
@@ -143,7 +143,7 @@ def test_a_large_source_that_is_cloned_while_it_is_walked_fails_too(folding: Pat
 
 
 @pytest.mark.parametrize(("first", "second"), [("file", "file"), ("directory", "directory"), ("hard_link", "file")])
-def test_a_campaign_onto_such_a_filesystem_fails_fork_by_fork(
+def test_a_campaign_with_colliding_names_fails_every_fork(
     folding: Path, source: Path, tmp_path: Path, first: str, second: str
 ) -> None:
     KINDS[first](source / "Disk.raw")
@@ -221,7 +221,7 @@ def linked_in_tree(*names: str) -> Callable[[Workspace, Plan], None]:
     ("first", "second"),
     [("file", "file"), ("file", "symlink"), ("file", "directory"), ("symlink", "directory"), ("file", "large_file")],
 )
-def test_names_that_are_one_are_found_in_a_second_try_too(
+def test_colliding_names_are_found_in_a_second_attempt_too(
     folding: Path, source: Path, first: str, second: str, left: tuple[str, ...]
 ) -> None:
     KINDS[first](source / "Disk.raw")
@@ -236,7 +236,7 @@ def test_names_that_are_one_are_found_in_a_second_try_too(
     assert list(folding.iterdir()) == []
 
 
-def test_names_that_are_one_are_found_in_different_chunks_of_a_second_try(folding: Path, source: Path) -> None:
+def test_colliding_names_are_found_in_different_chunks_of_a_second_attempt(folding: Path, source: Path) -> None:
     for number in range(8):  # three files per chunk
         file(source / f"file-{number}")
     names = ["Disk-1", "disk-1", "Disk-2", "disk-2"]
@@ -252,7 +252,7 @@ def test_names_that_are_one_are_found_in_different_chunks_of_a_second_try(foldin
 
 @pytest.mark.parametrize("left", [(), ("Link",), ("link",)])
 @pytest.mark.parametrize("other", ["first", "file", "hard_link"])
-def test_hard_links_that_are_one_name_are_found_in_a_second_closing(
+def test_colliding_hard_links_are_found_in_a_second_closing(
     folding: Path, source: Path, other: str, left: tuple[str, ...]
 ) -> None:
     if other == "first":
@@ -288,7 +288,7 @@ def _links_unless_walked_first(names: tuple[str, ...]) -> Callable[[Workspace, P
 
 
 @pytest.mark.parametrize("kind", ["folding", "decomposing"])
-def test_what_an_earlier_try_left_is_replaced(kind: str, request: pytest.FixtureRequest, source: Path) -> None:
+def test_entries_of_an_earlier_attempt_are_replaced(kind: str, request: pytest.FixtureRequest, source: Path) -> None:
     directory: Path = request.getfixturevalue(kind)
     names = [COMPOSED, "Disk.raw", "state", "link"]
     for name in names[:3]:
@@ -315,7 +315,7 @@ def test_what_an_earlier_try_left_is_replaced(kind: str, request: pytest.Fixture
     assert (directory / "fork" / "hard").stat().st_nlink == 3
 
 
-def test_a_first_try_replaces_nothing_whatever_the_filesystem(fresh: Fresh) -> None:
+def test_a_first_attempt_replaces_nothing_on_any_filesystem(fresh: Fresh) -> None:
     place = fresh("xfs")
     source = place / "source"
     source.mkdir()

@@ -71,7 +71,7 @@ def test_a_copy_with_defaults_stays_in_the_cache(place: Path) -> None:
     assert cached_pages(place / "fork" / "disk.raw").cached >= _PAGES - _FEW
 
 
-def test_write_out_is_begun_behind_a_copy_while_the_host_has_many_dirty_pages(place: Path) -> None:
+def test_writeback_is_started_behind_a_copy_while_the_host_has_many_dirty_pages(place: Path) -> None:
     with (place / "file").open("wb", buffering=0) as file:
         behind = WriteBehind(file.fileno(), 0, drops=False, most_dirty=0)
         try:

@@ -181,7 +181,7 @@ def test_a_fork_of_many_large_files_stays_within_its_number_of_chunks(fresh: Fre
         assert planned_.whole().count(name) == (0 if ranges else 1)
 
 
-def test_large_files_are_not_cut_where_they_can_be_reflinked(fresh: Fresh) -> None:
+def test_large_files_are_not_split_if_they_can_be_reflinked(fresh: Fresh) -> None:
     source = fresh("xfs") / "source"
     source.mkdir()
     make_sparse_file(source / "large", 8 * MIB, 8 * MIB)
@@ -194,7 +194,7 @@ def test_large_files_are_not_cut_where_they_can_be_reflinked(fresh: Fresh) -> No
     assert planned_.whole() == ["large", "other"]
 
 
-def test_a_source_that_can_be_reflinked_is_inline_whatever_its_bytes(fresh: Fresh) -> None:
+def test_a_source_of_any_size_is_inline_if_it_can_be_reflinked(fresh: Fresh) -> None:
     source = fresh("xfs") / "source"
     source.mkdir()
     make_sparse_file(source / "large", 8 * MIB, 8 * MIB)
@@ -217,7 +217,7 @@ def test_an_empty_file_with_blocks_behind_its_end_is_forked_as_an_empty_file(fre
 
 
 @pytest.mark.parametrize("kind", ["xfs", "ext4"])
-def test_chunks_are_begun_while_the_walk_goes_on(fresh: Fresh, kind: Kind) -> None:
+def test_chunks_are_started_during_the_walk(fresh: Fresh, kind: Kind) -> None:
     source = fresh(kind) / "source"
     paths = make_files(source, 12, 30)
     early = EarlyWorkers()
@@ -230,7 +230,7 @@ def test_chunks_are_begun_while_the_walk_goes_on(fresh: Fresh, kind: Kind) -> No
 
 
 @pytest.mark.parametrize("most", [1, 2, 5, 50])
-def test_chunks_that_are_begun_early_leave_room_for_the_rest(fresh: Fresh, most: int) -> None:
+def test_chunks_started_during_the_walk_leave_room_for_the_rest(fresh: Fresh, most: int) -> None:
     source = fresh("tmpfs") / "source"
     paths = make_files(source, 12, 30)
     make_sparse_file(source / "large", 12 * MIB, 8 * MIB)
@@ -258,7 +258,7 @@ def test_no_byte_is_copied_of_a_source_with_a_fifo(fresh: Fresh) -> None:
     assert early.taken != []
 
 
-def test_a_plan_comes_back_from_the_journal(fresh: Fresh) -> None:
+def test_a_plan_is_read_back_from_the_journal(fresh: Fresh) -> None:
     source = fresh("ext4") / "source"
     make_files(source, 3, 4)
     make_sparse_file(source / "large", 8 * MIB, 4 * MIB)

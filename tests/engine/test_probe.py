@@ -39,7 +39,7 @@ def threads(traced: Traced) -> dict[str, str]:
     return {name: thread for thread, call in calls for name in (*LARGE, "small") if f"/{name}>" in call}
 
 
-def test_the_two_largest_files_are_reflinked_by_a_thread_each(fresh: Fresh, strace: str) -> None:
+def test_the_two_largest_files_are_reflinked_in_parallel(fresh: Fresh, strace: str) -> None:
     directory = fresh("xfs")
     source = make_source(directory)
 
@@ -52,7 +52,7 @@ def test_the_two_largest_files_are_reflinked_by_a_thread_each(fresh: Fresh, stra
     assert by["a"] == by["c"] == by["small"]
 
 
-def test_on_btrfs_one_follows_the_other(fresh: Fresh, strace: str) -> None:
+def test_on_btrfs_they_are_reflinked_one_after_the_other(fresh: Fresh, strace: str) -> None:
     directory = fresh("btrfs")
 
     traced = trace_fork(strace, make_source(directory), directory / "fork", calls="ioctl")
@@ -62,7 +62,7 @@ def test_on_btrfs_one_follows_the_other(fresh: Fresh, strace: str) -> None:
 
 
 @pytest.mark.parametrize("refusing", [("b",), ("a",), ("a", "b")])
-def test_a_file_of_the_pair_that_refuses_is_copied_alone(fresh: Fresh, strace: str, refusing: tuple[str, ...]) -> None:
+def test_a_refused_file_of_the_two_is_copied(fresh: Fresh, strace: str, refusing: tuple[str, ...]) -> None:
     directory = fresh("xfs")
     source, fork = make_source(directory), directory / "fork"
 
@@ -78,7 +78,7 @@ def test_a_file_of_the_pair_that_refuses_is_copied_alone(fresh: Fresh, strace: s
 
 
 @pytest.mark.parametrize("failing", ["a", "b"])
-def test_a_file_of_the_pair_that_fails_fails_the_fork(fresh: Fresh, strace: str, failing: str) -> None:
+def test_a_failed_file_of_the_two_fails_the_fork(fresh: Fresh, strace: str, failing: str) -> None:
     directory = fresh("xfs")
     fork = directory / "fork"
 
@@ -94,7 +94,7 @@ def test_a_file_of_the_pair_that_fails_fails_the_fork(fresh: Fresh, strace: str,
     assert not fork.exists()
 
 
-def test_a_pair_of_filesystems_that_cannot_is_asked_once_a_thread(fresh: Fresh, strace: str) -> None:
+def test_a_pair_of_filesystems_without_reflinks_is_tried_once_per_thread(fresh: Fresh, strace: str) -> None:
     directory = fresh("xfs")
     source, fork = make_source(directory), directory / "fork"
 

@@ -60,18 +60,14 @@ def test_a_campaign_fails_in_that_parent_alone(refusing: Path, source: Path, tmp
     assert leftovers(good) == []
 
 
-def test_a_filesystem_that_is_not_known_is_tried_and_forked_to(
-    passthrough: Passthrough, source: Path, tmp_path: Path
-) -> None:
+def test_an_unknown_filesystem_is_tested_and_used(passthrough: Passthrough, source: Path, tmp_path: Path) -> None:
     (tmp_path / "backing").mkdir()
     able = passthrough(tmp_path / "backing")
 
     forked(source, able / "fork")
 
 
-def test_the_trial_of_doctor_finds_it_too(
-    refusing: Path, passthrough: Passthrough, tmp_path: Path, fresh: Fresh
-) -> None:
+def test_doctor_detects_it_too(refusing: Path, passthrough: Passthrough, tmp_path: Path, fresh: Fresh) -> None:
     (tmp_path / "other").mkdir()
     errnos = []
     for directory in (refusing, passthrough(tmp_path / "other"), fresh("xfs")):

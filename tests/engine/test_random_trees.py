@@ -36,7 +36,7 @@ def mount(request: pytest.FixtureRequest) -> Path:
 
 @EXAMPLES
 @given(tree=trees, limits=limits_, reflink=st.sampled_from(["auto", "auto", "never"]))
-def test_any_tree_is_forked_as_it_was(mount: Path, tree: Directory, limits: Limits, reflink: str) -> None:
+def test_any_tree_is_forked_unchanged(mount: Path, tree: Directory, limits: Limits, reflink: str) -> None:
     with fresh_directory(mount) as directory:
         source = directory / "source"
         make(os.fsencode(source), tree, [])

@@ -31,7 +31,7 @@ def test_the_number_of_ficlone_is_the_kernels() -> None:
     assert syscalls.FICLONE == 0x40049409
 
 
-def test_reasons_tell_the_errno_and_whom_it_holds_for() -> None:
+def test_reasons_name_the_errno_and_its_scope() -> None:
     assert Refusal(errno.EOPNOTSUPP).reason == "EOPNOTSUPP: this pair of filesystems cannot reflink"
     assert Refusal(errno.EXDEV, asked=False).reason == "EXDEV: this pair of filesystems refused a reflink before"
     assert Refusal(errno.EINVAL).reason == "EINVAL: this file cannot be reflinked"

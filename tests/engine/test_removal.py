@@ -58,7 +58,7 @@ def make_tree(top: Path) -> Path:
     return top
 
 
-def test_a_tree_goes_and_nothing_outside_it(fs: Path, fd_of: Callable[[Path], int]) -> None:
+def test_a_tree_is_removed_and_nothing_outside_it(fs: Path, fd_of: Callable[[Path], int]) -> None:
     (fs / "beside").write_text("stays")
     make_tree(fs / "tree")
 
@@ -82,7 +82,7 @@ def test_a_symlink_is_not_followed(fresh: Fresh, fd_of: Callable[[Path], int]) -
 
 @pytest.mark.parametrize("kind", ["xfs", "btrfs", "tmpfs"])
 @pytest.mark.parametrize("where", ["", "a", "a/b/c"])
-def test_a_mount_is_not_entered_and_the_rest_goes(
+def test_a_mount_is_not_entered_and_the_rest_is_removed(
     kind: str, where: str, fresh: Fresh, fd_of: Callable[[Path], int]
 ) -> None:
     place, precious = fresh("xfs"), make_tree(fresh(kind) / "precious")  # type: ignore[arg-type]
@@ -102,7 +102,7 @@ def test_a_mount_is_not_entered_and_the_rest_goes(
     assert list(place.iterdir()) == []
 
 
-def test_a_directory_that_is_a_mount_itself_is_left(fresh: Fresh, fd_of: Callable[[Path], int]) -> None:
+def test_a_mount_point_is_not_removed(fresh: Fresh, fd_of: Callable[[Path], int]) -> None:
     place, precious = fresh("xfs"), make_tree(fresh("xfs") / "precious")
 
     with bind_mounted(precious, place / "tree"), pytest.raises(OSError, match="mounted"):
@@ -111,7 +111,7 @@ def test_a_directory_that_is_a_mount_itself_is_left(fresh: Fresh, fd_of: Callabl
     assert (precious / "a/b/c/deep").exists()
 
 
-def test_nested_subvolumes_are_no_mounts_and_go(fresh: Fresh, fd_of: Callable[[Path], int]) -> None:
+def test_nested_subvolumes_are_removed(fresh: Fresh, fd_of: Callable[[Path], int]) -> None:
     place = fresh("btrfs")
     (place / "tree").mkdir()
     make_tree(make_subvolume(place / "tree/subvolume"))
@@ -125,7 +125,9 @@ def test_nested_subvolumes_are_no_mounts_and_go(fresh: Fresh, fd_of: Callable[[P
     assert list(place.iterdir()) == []
 
 
-def test_subvolume_goes_in_one_step_and_what_took_its_name_stays(fresh: Fresh, fd_of: Callable[[Path], int]) -> None:
+def test_subvolume_is_removed_in_one_step_and_an_entry_that_took_its_name_is_kept(
+    fresh: Fresh, fd_of: Callable[[Path], int]
+) -> None:
     place = fresh("btrfs")
     make_tree(make_subvolume(place / "tree"))
     opened = fd_of(place / "tree")
@@ -138,7 +140,9 @@ def test_subvolume_goes_in_one_step_and_what_took_its_name_stays(fresh: Fresh, f
     assert (place / "tree/a/b/c/deep").exists()
 
 
-def test_what_cannot_be_removed_is_named_and_all_else_goes(fresh: Fresh, fd_of: Callable[[Path], int]) -> None:
+def test_an_entry_that_cannot_be_removed_is_named_and_the_rest_is_removed(
+    fresh: Fresh, fd_of: Callable[[Path], int]
+) -> None:
     place = fresh("xfs")
     tree = make_tree(place / "tree")
     chattr = require_command("chattr", "immutable files")
@@ -226,7 +230,7 @@ def test_a_directory_that_is_filled_all_the_time_is_given_up(fresh: Fresh, fd_of
     assert time.monotonic() - began < _LONG
 
 
-def test_staging_goes_although_its_lock_is_open(silly: Path, fd_of: Callable[[Path], int]) -> None:
+def test_staging_is_removed_although_its_lock_is_open(silly: Path, fd_of: Callable[[Path], int]) -> None:
     parent = fd_of(silly)
 
     with Staging.claim(parent, "fork-1", wait=0) as staging:
@@ -241,7 +245,9 @@ def test_staging_goes_although_its_lock_is_open(silly: Path, fd_of: Callable[[Pa
     assert list(silly.iterdir()) == []
 
 
-def test_staging_that_another_process_waits_for_goes_with_its_name(silly: Path, fd_of: Callable[[Path], int]) -> None:
+def test_staging_that_another_process_waits_for_is_removed_with_its_name(
+    silly: Path, fd_of: Callable[[Path], int]
+) -> None:
     def wait_for_it() -> bool:
         wait_until((silly / "go").exists, "the start signal")
         fd = os.open(silly, os.O_RDONLY)
@@ -264,7 +270,7 @@ def _open_files(pid: int) -> list[os.stat_result]:
     return [os.stat(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
 
 
-def test_staging_that_is_claimed_anew_while_it_is_removed_stays(fresh: Fresh, fd_of: Callable[[Path], int]) -> None:
+def test_staging_claimed_again_during_its_removal_is_kept(fresh: Fresh, fd_of: Callable[[Path], int]) -> None:
     place = fresh("xfs")
     parent = fd_of(place)
 

@@ -58,7 +58,7 @@ def test_results_are_cut_into_pages_and_read_in_order() -> None:
     assert report.close() == pages
 
 
-def test_a_page_of_long_paths_that_do_not_compress_stays_a_small_value() -> None:
+def test_a_page_of_incompressible_long_paths_is_a_small_value() -> None:
     report = Report()
     names = ["/".join(os.urandom(120).decode("utf-8", "surrogateescape") for _ in range(32)) for _ in range(200)]
     for name in names:
@@ -70,7 +70,7 @@ def test_a_page_of_long_paths_that_do_not_compress_stays_a_small_value() -> None
     assert [one["path"] for one in unpack_pages(pages)] == names
 
 
-def test_a_report_comes_back_from_its_bytes() -> None:
+def test_a_report_is_read_back_from_its_bytes() -> None:
     report = Report()
     report.add(result("a", "reflink"))
     report.add(result("b\udcff", error=BROKEN))
@@ -113,7 +113,7 @@ def test_totals_count_each_method_and_the_failed_as_failed_only() -> None:
     assert totals.error == BROKEN
 
 
-def test_totals_of_parts_are_sums_and_the_first_error_and_fallback_stay() -> None:
+def test_totals_of_parts_are_sums_with_the_first_error_and_fallback() -> None:
     later: ErrorRecord = {**BROKEN, "path": "/later"}
     a = Totals(total=1, copied=1, bytes_logical=5, error=BROKEN)
     b = Totals(total=2, reflinked=2, bytes_logical=7, bytes_reflinked=7, error=later)
@@ -146,7 +146,7 @@ def test_ranges_of_one_file_become_its_one_result() -> None:
     assert joined["b"]["error"] == BROKEN
 
 
-def test_an_error_comes_back_from_its_record() -> None:
+def test_an_error_is_read_back_from_its_record() -> None:
     error = ForkError(Code.NO_SPACE, "writing: it is full", "/a/\udcff", errno.ENOSPC)
 
     again = from_record(json.loads(json.dumps(error.record())))
@@ -170,18 +170,18 @@ def test_an_error_comes_back_from_its_record() -> None:
         (errno.ENOENT, Code.IO_ERROR),
     ],
 )
-def test_an_errno_on_our_own_side_has_one_code(number: int, code: Code) -> None:
+def test_each_errno_has_one_code(number: int, code: Code) -> None:
     error = from_errno(number, "writing", "/a")
 
     assert (error.code, error.path, error.errno) == (code, "/a", number)
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ESTALE])
-def test_a_source_entry_that_is_gone_is_one_that_changed(number: int) -> None:
+def test_a_missing_source_entry_is_source_changed(number: int) -> None:
     assert from_source(OSError(number, ""), "opening", "/a").code is Code.SOURCE_CHANGED
 
 
-def test_a_fork_comes_back_from_the_journal() -> None:
+def test_a_fork_is_read_back_from_the_journal() -> None:
     spec = ForkSpec(
         fork_id="fork-1",
         source="/a\udcff",

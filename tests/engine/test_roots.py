@@ -25,7 +25,7 @@ from tasks.copier.roots import Roots, is_inside, normal_path
         ("/" + "a" * 4094, "/" + "a" * 4094),
     ],
 )
-def test_normal_path_says_the_same_in_fewest_words(path: str, normal: str) -> None:
+def test_normal_path_is_the_shortest_equivalent_path(path: str, normal: str) -> None:
     assert normal_path(path, "source") == normal
 
 
@@ -33,7 +33,7 @@ def test_normal_path_says_the_same_in_fewest_words(path: str, normal: str) -> No
     "path",
     ["", "a/b", "./a", "~/a", "/a/../b", "/..", "/a/..", "/a\0b", "/\ud800", "/" + "a" * 4095, "/" + "é" * 2048],
 )
-def test_paths_that_name_nothing_for_sure_are_refused(path: str) -> None:
+def test_ambiguous_paths_are_refused(path: str) -> None:
     with pytest.raises(ForkError) as refusal:
         normal_path(path, "source")
 
@@ -68,7 +68,7 @@ def test_paths_through_a_staging_name_are_refused(path: str, field: str) -> None
 @pytest.mark.parametrize(
     "name", [f".forkvm-{KEY}0", f".forkvm-{KEY[1:]}", f".forkvm-{KEY}.1", f"forkvm-{KEY}", f".forkvm-{KEY}.g1234567"]
 )
-def test_names_that_are_only_like_those_of_staging_are_taken(name: str) -> None:
+def test_names_that_only_resemble_staging_names_are_accepted(name: str) -> None:
     assert normal_path(f"/{name}", "destination") == f"/{name}"
 
 
@@ -117,7 +117,7 @@ def roots_of(yard: Path) -> Roots:
     return Roots((str(yard / "a"), str(yard / "b")))
 
 
-def test_what_lies_within_a_root_is_opened(yard: Path) -> None:
+def test_paths_within_a_root_are_opened(yard: Path) -> None:
     roots = roots_of(yard)
 
     assert opened(lambda: roots.open_source(str(yard / "a/guest"))) == yard / "a/guest"
@@ -149,11 +149,11 @@ def test_no_path_and_no_symlink_leads_out_of_a_root(yard: Path, path: str) -> No
     assert code_of(lambda: roots.open_parent(f"{place}/fork")) is Code.OUTSIDE_ROOTS
 
 
-def test_without_roots_the_callers_own_rights_are_the_only_bound(yard: Path) -> None:
+def test_without_roots_only_the_callers_own_rights_apply(yard: Path) -> None:
     assert opened(lambda: Roots().open_source(str(yard / "a/out/guest"))) == yard / "outside/guest"
 
 
-def test_a_source_that_is_not_there_or_no_directory_is_told_apart(yard: Path) -> None:
+def test_a_missing_source_and_a_source_that_is_no_directory_have_different_codes(yard: Path) -> None:
     for roots in (Roots(), roots_of(yard)):
         assert code_of(lambda r=roots: r.open_source(str(yard / "a/none"))) is Code.SOURCE_NOT_FOUND  # type: ignore[misc]
         assert code_of(lambda r=roots: r.open_source(str(yard / "a/file"))) is Code.SOURCE_NOT_DIRECTORY  # type: ignore[misc]
@@ -180,7 +180,7 @@ def test_a_root_itself_is_a_destination_that_exists(yard: Path) -> None:
     assert code_of(lambda: Roots().open_parent("/")) is Code.DESTINATION_EXISTS
 
 
-def test_no_refusal_leaves_a_descriptor_open(yard: Path) -> None:
+def test_no_refusal_leaks_a_descriptor(yard: Path) -> None:
     roots, before = roots_of(yard), len(os.listdir("/proc/self/fd"))
 
     for path in ("a/out/guest", "a/none", "a/file"):
@@ -190,7 +190,7 @@ def test_no_refusal_leaves_a_descriptor_open(yard: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_directory_is_inside_itself_and_its_ancestors_whatever_path_led_there(yard: Path) -> None:
+def test_a_directory_is_inside_itself_and_its_ancestors_by_any_path(yard: Path) -> None:
     fd = os.open(yard / "a/within/sub", os.O_RDONLY)
     try:
         assert is_inside(fd, os.stat(yard / "a/guest/sub"))

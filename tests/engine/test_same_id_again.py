@@ -54,7 +54,7 @@ def ask(source: Path, destination: Path) -> ForkResult:
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_the_other_request_is_made_and_nothing_of_the_first_is_in_it(yard: Path, phase: Phase) -> None:
+def test_the_other_request_is_made_without_anything_of_the_first(yard: Path, phase: Phase) -> None:
     leave(yard, phase)
 
     result = ask(yard / "b", yard / "second")
@@ -98,7 +98,7 @@ def test_other_options_make_another_request(yard: Path) -> None:
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_the_same_request_is_gone_on_with(yard: Path, phase: Phase) -> None:
+def test_the_same_request_is_continued(yard: Path, phase: Phase) -> None:
     leave(yard, phase)
     tree = _inode(yard)
 

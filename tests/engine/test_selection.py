@@ -27,7 +27,7 @@ def left_out(path: str, *, skip: tuple[str, ...] = (), exclude: tuple[str, ...] 
         ("snapshots/snapshot-latest/memory.zst.tmp", False),
     ],
 )
-def test_runtime_leftovers_of_a_guest_are_left_out_by_default(path: str, directory: bool) -> None:
+def test_runtime_files_of_a_guest_are_skipped_by_default(path: str, directory: bool) -> None:
     assert left_out(path, exclude=DEFAULT_EXCLUDE, directory=directory)
 
 
@@ -44,7 +44,7 @@ def test_runtime_leftovers_of_a_guest_are_left_out_by_default(path: str, directo
         ("a.sock\n", False),
     ],
 )
-def test_everything_else_is_taken_by_default(path: str, directory: bool) -> None:
+def test_everything_else_is_cloned_by_default(path: str, directory: bool) -> None:
     assert not left_out(path, exclude=DEFAULT_EXCLUDE, directory=directory)
 
 
@@ -81,7 +81,7 @@ def test_patterns_match_as_in_a_shell(pattern: str, path: str, matches: bool) ->
     assert left_out(path, exclude=(pattern,)) is matches
 
 
-def test_a_slash_at_the_end_keeps_a_pattern_to_directories() -> None:
+def test_a_trailing_slash_limits_a_pattern_to_directories() -> None:
     assert left_out("a/cache", exclude=("cache/",), directory=True)
     assert not left_out("a/cache", exclude=("cache/",), directory=False)
 
@@ -94,7 +94,7 @@ def test_skip_takes_exact_relative_paths_and_no_patterns() -> None:
     assert not left_out("abc", skip=("a*",))
 
 
-def test_reasons_say_which_wish_left_an_entry_out() -> None:
+def test_reasons_name_the_option_that_skipped_an_entry() -> None:
     selection = Selection(("state",), ("*.raw", "/logs/"))
 
     assert selection.reason("", "state", False) == "skip"
@@ -102,7 +102,7 @@ def test_reasons_say_which_wish_left_an_entry_out() -> None:
     assert selection.reason("", "logs", True) == "excluded by /logs/"
 
 
-def test_staging_of_another_fork_is_never_guest_data() -> None:
+def test_staging_of_another_fork_is_never_cloned() -> None:
     selection = Selection((), ())
 
     assert selection.reason("a", control_name("fork-1"), True) is not None
@@ -111,7 +111,7 @@ def test_staging_of_another_fork_is_never_guest_data() -> None:
     assert selection.reason("a", ".forkvm-settings", True) is None
 
 
-def test_a_hostile_pattern_costs_no_more_than_a_glance() -> None:
+def test_a_hostile_pattern_is_matched_in_milliseconds() -> None:
     selection = Selection((), ("*a" * 100 + "b",))
     began = time.process_time()
 

@@ -40,7 +40,7 @@ def assert_none_shared(directory: Path) -> None:
     assert [path for path in files_of(directory) if sharing(path).shared] == []
 
 
-def test_every_extent_of_a_fork_is_its_sources(reflink_fs: Path, limits: Limits) -> None:
+def test_every_extent_of_a_fork_is_shared_with_its_source(reflink_fs: Path, limits: Limits) -> None:
     source = make_everything(reflink_fs / "source")
 
     result = forked(source, reflink_fs / "fork", limits=limits)
@@ -53,7 +53,7 @@ def test_every_extent_of_a_fork_is_its_sources(reflink_fs: Path, limits: Limits)
     assert result["fallback"] is None
 
 
-def test_writing_to_a_fork_leaves_its_source_as_it_was(reflink_fs: Path, limits: Limits) -> None:
+def test_writing_to_a_fork_does_not_change_its_source(reflink_fs: Path, limits: Limits) -> None:
     source = make_guest(reflink_fs / "source")
     before = snapshot(source)
     forked(source, reflink_fs / "fork", limits=limits)
@@ -70,7 +70,7 @@ def test_writing_to_a_fork_leaves_its_source_as_it_was(reflink_fs: Path, limits:
     assert all(written[path].sha256 != clone[path].sha256 for path in written if written[path].kind == "file")
 
 
-def test_writing_to_a_source_leaves_its_fork_as_it_was(reflink_fs: Path) -> None:
+def test_writing_to_a_source_does_not_change_its_fork(reflink_fs: Path) -> None:
     source = make_guest(reflink_fs / "source")
     forked(source, reflink_fs / "fork")
     before = snapshot(reflink_fs / "fork")
@@ -81,7 +81,7 @@ def test_writing_to_a_source_leaves_its_fork_as_it_was(reflink_fs: Path) -> None
     assert snapshot(reflink_fs / "fork") == before
 
 
-def test_a_fork_that_was_told_never_to_reflink_shares_no_extent(reflink_fs: Path, limits: Limits) -> None:
+def test_a_fork_with_reflink_never_shares_no_extent(reflink_fs: Path, limits: Limits) -> None:
     source = make_everything(reflink_fs / "source")
 
     result = forked(source, reflink_fs / "fork", limits=limits, reflink="never")
@@ -123,9 +123,7 @@ def test_one_nocow_file_is_copied_and_all_others_are_reflinked(fresh: Fresh, lim
     assert_all_shared(directory / "fork")
 
 
-def test_more_nocow_files_than_are_asked_first_keep_no_other_file_from_its_reflink(
-    fresh: Fresh, limits: Limits
-) -> None:
+def test_many_nocow_files_do_not_prevent_reflinks_of_other_files(fresh: Fresh, limits: Limits) -> None:
     directory = fresh("btrfs")
     source = make_guest(directory / "source")
     for number in range(12):
@@ -147,7 +145,7 @@ def test_more_nocow_files_than_are_asked_first_keep_no_other_file_from_its_refli
         assert (result["files"]["copied"], result["files"]["reflinked"]) == (12, 6)
 
 
-def test_on_overlayfs_each_file_is_asked_for_itself(overlay_over: OverlayOver, fresh: Fresh, limits: Limits) -> None:
+def test_on_overlayfs_a_reflink_is_tried_for_each_file(overlay_over: OverlayOver, fresh: Fresh, limits: Limits) -> None:
     """One st_dev, two filesystems below: a refusal is not valid for other files."""
     lower = fresh("ext4")
     make_guest(lower / "source")
@@ -167,7 +165,7 @@ def test_on_overlayfs_each_file_is_asked_for_itself(overlay_over: OverlayOver, f
     assert ledger.result["fallback"]["errno"] == errno.EXDEV
 
 
-def test_a_pair_that_refused_is_not_asked_again(fresh: Fresh, limits: Limits) -> None:
+def test_a_pair_of_filesystems_that_refused_is_not_tried_again(fresh: Fresh, limits: Limits) -> None:
     source, destination = make_guest(fresh("xfs") / "source"), fresh("btrfs") / "fork"
 
     ledger = fork_with_ledger(source, destination, limits=limits)
@@ -182,7 +180,7 @@ def test_a_pair_that_refused_is_not_asked_again(fresh: Fresh, limits: Limits) ->
 
 
 @pytest.mark.parametrize("kind", ["xfs_noreflink", "ext4", "tmpfs"])
-def test_always_is_refused_where_the_filesystem_cannot(kind: str, fresh: Fresh, limits: Limits) -> None:
+def test_reflink_always_fails_on_filesystems_without_reflinks(kind: str, fresh: Fresh, limits: Limits) -> None:
     directory = fresh(kind)  # type: ignore[arg-type]
     source = make_guest(directory / "source")
 
@@ -195,7 +193,7 @@ def test_always_is_refused_where_the_filesystem_cannot(kind: str, fresh: Fresh, 
     assert [path.name for path in directory.iterdir()] == ["source"]
 
 
-def test_always_is_granted_where_every_file_can(reflink_fs: Path, limits: Limits) -> None:
+def test_reflink_always_succeeds_if_every_file_can_be_reflinked(reflink_fs: Path, limits: Limits) -> None:
     source = make_guest(reflink_fs / "source")
 
     forked(source, reflink_fs / "fork", limits=limits, reflink="always")
@@ -203,7 +201,7 @@ def test_always_is_granted_where_every_file_can(reflink_fs: Path, limits: Limits
     assert_all_shared(reflink_fs / "fork")
 
 
-def test_always_needs_no_reflink_for_what_is_no_file(fresh: Fresh, limits: Limits) -> None:
+def test_reflink_always_requires_reflinks_for_regular_files_only(fresh: Fresh, limits: Limits) -> None:
     directory = fresh("ext4")
     (directory / "source" / "below").mkdir(parents=True)
     (directory / "source" / "link").symlink_to("below")
@@ -213,7 +211,7 @@ def test_always_needs_no_reflink_for_what_is_no_file(fresh: Fresh, limits: Limit
     assert_alike(directory / "source", directory / "fork")
 
 
-def test_one_nocow_file_fails_a_fork_that_must_always_reflink(fresh: Fresh, limits: Limits) -> None:
+def test_one_nocow_file_fails_a_fork_with_reflink_always(fresh: Fresh, limits: Limits) -> None:
     directory = fresh("btrfs")
     source = make_guest(directory / "source")
     (source / "nocow").touch()
@@ -258,7 +256,7 @@ def test_an_instance_of_4_gib_is_forked_by_the_sparse_copy(kind: str, fresh: Fre
     assert result["seconds"]["total"] < 30
 
 
-def test_ranges_of_one_file_that_two_processes_copy_make_it_whole(fs: Path) -> None:
+def test_ranges_copied_by_two_processes_make_one_complete_file(fs: Path) -> None:
     (fs / "source").mkdir()
     make_sparse_file(fs / "source" / "disk.raw", 64 * MIB + 12_345, 24 * MIB)
 

@@ -56,7 +56,7 @@ def test_the_numbers_of_the_calls_are_the_kernels() -> None:
 # -- the result
 
 
-def test_a_snapshot_is_entry_by_entry_what_clones_of_all_entries_are(directory: Path) -> None:
+def test_a_snapshot_equals_a_fork_made_file_by_file(directory: Path) -> None:
     source = make_everything(make_subvolume(directory / "source"))
     os.setxattr(source, ACCESS_ACL, acl(7, 5, 1, users=[(1234, 7)]))
     os.setxattr(source, DEFAULT_ACL, acl(7, 5, 0, users=[(4321, 7)]))
@@ -88,7 +88,9 @@ def _atimes(root: Path) -> dict[bytes, int]:
     return {path: status.st_atime_ns for path, status in statuses(root)}
 
 
-def test_what_is_left_out_goes_and_its_directories_times_stay(directory: Path, source: Path) -> None:
+def test_skipped_entries_are_removed_and_times_of_their_directories_are_preserved(
+    directory: Path, source: Path
+) -> None:
     for name in ("deep/kept/gone/far", "deep/empty"):
         (source / name).mkdir(parents=True)
     (source / "deep/kept/gone/far/file").touch()
@@ -121,7 +123,7 @@ def test_a_snapshot_shares_every_extent_and_keeps_nocow_files_so(directory: Path
     assert all(sharing(directory / "fork" / name).whole for name in ("nocow", "overlay.raw"))
 
 
-def test_a_source_that_changes_meanwhile_is_forked_as_it_was_at_one_moment(
+def test_a_source_that_changes_is_forked_as_it_was_at_one_moment(
     directory: Path, source: Path, every_beat: None
 ) -> None:
     before = snapshot(source)
@@ -140,9 +142,7 @@ def test_a_source_that_changes_meanwhile_is_forked_as_it_was_at_one_moment(
     assert (source / "new").exists()
 
 
-def test_the_progress_of_a_snapshot_never_runs_ahead_of_what_is_known(
-    directory: Path, source: Path, every_beat: None
-) -> None:
+def test_the_progress_of_a_snapshot_never_exceeds_its_totals(directory: Path, source: Path, every_beat: None) -> None:
     told: list[Progress] = []
 
     result = by_snapshot(source, directory / "fork", beat=lambda progress: told.append(progress.copy()))
@@ -164,7 +164,7 @@ def test_the_result_of_a_verified_and_synced_snapshot(directory: Path, source: P
     assert_alike(source, directory / "fork", SKIPPED_BY_DEFAULT)
 
 
-def test_a_durable_snapshot_is_on_its_disk_before_it_is_published_and_its_name_before_it_is_done(
+def test_a_durable_snapshot_is_synced_before_it_is_published_and_its_name_before_it_is_reported(
     strace: str, directory: Path, source: Path
 ) -> None:
     traced = trace_fork(
@@ -177,7 +177,7 @@ def test_a_durable_snapshot_is_on_its_disk_before_it_is_published_and_its_name_b
 
 
 @pytest.mark.parametrize(("quietly", "code"), [(False, "source_changed"), (True, "verify_failed")])
-def test_verify_finds_what_differs_from_the_source(
+def test_verify_finds_differences_from_the_source(
     directory: Path, source: Path, quietly: bool, code: str, every_beat: None
 ) -> None:
     path = source / "snapshots" / "snapshot-latest" / "memory"
@@ -223,7 +223,7 @@ def test_a_fork_of_a_fork_of_a_mounted_subvolume_and_of_a_read_only_one(director
     ],
     ids=["snapshot=never", "reflink=never", "without hard links", "hard links alone"],
 )
-def test_a_wish_that_a_snapshot_cannot_fulfil_is_fulfilled_without(
+def test_options_that_a_snapshot_does_not_support_are_honoured_file_by_file(
     directory: Path, source: Path, arguments: dict[str, object]
 ) -> None:
     result = file_by_file(source, directory / "fork", **arguments)
@@ -231,11 +231,11 @@ def test_a_wish_that_a_snapshot_cannot_fulfil_is_fulfilled_without(
     assert result["files"]["copied" if "reflink" in arguments else "reflinked"] > 5
 
 
-def test_always_a_reflink_is_one_by_snapshot_too(directory: Path, source: Path) -> None:
+def test_reflink_always_is_satisfied_by_a_snapshot(directory: Path, source: Path) -> None:
     assert by_snapshot(source, directory / "fork", reflink="always")["files"]["reflinked"] == 6
 
 
-def test_a_plain_directory_of_a_subvolume_is_cloned_as_ever(directory: Path, source: Path) -> None:
+def test_a_plain_directory_of_a_subvolume_is_cloned_file_by_file(directory: Path, source: Path) -> None:
     result = file_by_file(source / "snapshots", directory / "fork")
 
     assert result["files"]["directories"] == 1
@@ -252,7 +252,7 @@ def test_a_destination_on_another_filesystem_gets_a_copy(source: Path, fresh: Fr
 
 
 @pytest.mark.parametrize("what", ["subvolume", "mount", "immutable", "immutable top", "append-only"])
-def test_what_a_snapshot_would_have_otherwise_is_cloned_file_by_file(
+def test_sources_that_a_snapshot_would_change_are_cloned_file_by_file(
     directory: Path, source: Path, fresh: Fresh, what: str
 ) -> None:
     with ExitStack() as undo:
@@ -282,7 +282,9 @@ def _add(what: str, source: Path, elsewhere: Path, undo: ExitStack) -> None:
 
 
 @pytest.mark.parametrize("kind", ["subvolume", "immutable"])
-def test_what_is_left_out_may_be_what_a_snapshot_does_not_carry_over(directory: Path, source: Path, kind: str) -> None:
+def test_skipped_entries_may_be_of_kinds_that_a_snapshot_does_not_preserve(
+    directory: Path, source: Path, kind: str
+) -> None:
     """A nested subvolume is an empty directory of the snapshot, which is removed; an immutable file there stays."""
     with ExitStack() as undo:
         if kind == "subvolume":

@@ -48,7 +48,7 @@ def source(directory: Path) -> Path:
 
 @pytest.mark.parametrize("phase", ["copy", "publish"])
 @pytest.mark.parametrize("then", ["the id again", "gc"])
-def test_a_fork_that_is_killed_on_the_way_leaves_nothing_for_long(
+def test_a_killed_fork_is_cleaned_up_by_the_next_one(
     directory: Path, source: Path, phase: str, then: str, every_beat: None
 ) -> None:
     def die(progress: Progress) -> None:
@@ -103,7 +103,7 @@ def _deliver(source: Path, destination: Path, ledger: Ledger) -> Ledger:
     return ledger
 
 
-def test_a_fork_that_was_published_is_known_again(source: Path, published: Path) -> None:
+def test_a_published_fork_is_recognized(source: Path, published: Path) -> None:
     before = published.stat()
 
     result = _deliver(source, published, Ledger()).result
@@ -112,7 +112,7 @@ def test_a_fork_that_was_published_is_known_again(source: Path, published: Path)
     assert published.stat() == before
 
 
-def test_another_subvolume_at_the_destination_is_not_taken_for_the_fork(source: Path, published: Path) -> None:
+def test_another_subvolume_at_the_destination_is_not_mistaken_for_the_fork(source: Path, published: Path) -> None:
     """The roots of all subvolumes have the same inode number."""
     published.rename(published.with_name("moved"))
     make_subvolume(published)
@@ -124,7 +124,7 @@ def test_another_subvolume_at_the_destination_is_not_taken_for_the_fork(source: 
     assert os.listdir(published) == ["theirs"]
 
 
-def test_a_paused_fork_that_is_taken_over_ends_without_a_trace(directory: Path, source: Path, every_beat: None) -> None:
+def test_a_paused_fork_that_is_taken_over_changes_nothing(directory: Path, source: Path, every_beat: None) -> None:
     (reader, writer), (resumed, resume) = os.pipe(), os.pipe()
 
     def pause(progress: Progress) -> None:
@@ -156,7 +156,7 @@ def test_a_paused_fork_that_is_taken_over_ends_without_a_trace(directory: Path, 
         os.close(fd)
 
 
-def test_of_two_processes_with_one_id_one_makes_the_fork(directory: Path, source: Path) -> None:
+def test_one_of_two_processes_with_one_id_makes_the_fork(directory: Path, source: Path) -> None:
     def deliver() -> ForkResult:
         wait_until((directory / "go").exists, "the start")
         return fork(source, directory / "fork")

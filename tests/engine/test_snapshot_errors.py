@@ -39,7 +39,7 @@ _ASKED, _MADE = 1, 2
 
 
 @pytest.mark.parametrize("name", ["EPERM", "EXDEV", "EINVAL", "ETXTBSY", "EOPNOTSUPP", "EAGAIN"])
-def test_a_refused_snapshot_falls_down_the_ladder(strace: str, directory: Path, source: Path, name: str) -> None:
+def test_a_refused_snapshot_falls_back_to_file_by_file(strace: str, directory: Path, source: Path, name: str) -> None:
     fork = directory / "fork"
     traced = trace_fork(
         strace, source, fork, calls="ioctl", inject=[f"ioctl:error={name}:when={_MADE}"], paths=[control(fork)]
@@ -51,7 +51,7 @@ def test_a_refused_snapshot_falls_down_the_ladder(strace: str, directory: Path, 
     assert leftovers(directory) == []
 
 
-def test_a_snapshot_is_not_written_to_without_need(strace: str, directory: Path) -> None:
+def test_a_snapshot_is_not_written_to_unnecessarily(strace: str, directory: Path) -> None:
     source, fork = make_subvolume(directory / "source"), directory / "fork"
     (source / "below").mkdir()
     make_sparse_file(source / "below" / "disk.raw", 8 * MIB, MIB)
@@ -88,7 +88,7 @@ def test_a_snapshot_is_not_written_to_without_need(strace: str, directory: Path)
         ("renameat2", 1, "ENOENT", "io_error"),
     ],
 )
-def test_an_error_on_the_way_fails_the_fork_and_leaves_nothing(
+def test_an_error_during_the_fork_fails_it_and_leaves_nothing(
     strace: str, directory: Path, source: Path, call: str, when: int, name: str, code: str
 ) -> None:
     fork = directory / "fork"
@@ -112,7 +112,9 @@ def test_an_error_on_the_way_fails_the_fork_and_leaves_nothing(
     by_snapshot(source, fork)
 
 
-def test_who_may_not_remove_a_subvolume_at_once_may_still_empty_it(strace: str, directory: Path, source: Path) -> None:
+def test_a_subvolume_that_may_not_be_destroyed_is_emptied_and_removed(
+    strace: str, directory: Path, source: Path
+) -> None:
     fork = directory / "fork"
     traced = trace_fork(
         strace, source, fork, calls="ioctl", inject=[f"ioctl:error=EPERM:when={_ASKED}"], paths=[control(fork)]

@@ -43,7 +43,7 @@ def home(directory: Path) -> Path:
     return home
 
 
-def test_an_ordinary_user_forks_his_subvolume_whole(home: Path) -> None:
+def test_an_ordinary_user_forks_an_own_subvolume_by_snapshot(home: Path) -> None:
     source = make_subvolume(home / "source")
     os.chown(source, NOBODY, NOBODY)
 
@@ -61,7 +61,7 @@ def test_an_ordinary_user_forks_his_subvolume_whole(home: Path) -> None:
     assert_alike(source, home / "fork", SKIPPED_BY_DEFAULT)
 
 
-def test_an_ordinary_users_snapshot_that_is_given_up_goes_too(home: Path, source: Path, every_beat: None) -> None:
+def test_an_ordinary_users_snapshot_that_is_given_up_is_removed(home: Path, source: Path, every_beat: None) -> None:
     _give(source, NOBODY)
 
     def cancel(progress: Progress) -> None:
@@ -75,7 +75,7 @@ def test_an_ordinary_users_snapshot_that_is_given_up_goes_too(home: Path, source
 
 
 @pytest.mark.parametrize("foreign", ["overlay.raw", "logs", ".", "vsock.sock"])
-def test_what_an_ordinary_user_could_not_own_or_remove_is_cloned_file_by_file(
+def test_a_subvolume_that_an_ordinary_user_could_not_own_or_remove_is_cloned_file_by_file(
     home: Path, source: Path, foreign: str
 ) -> None:
     _give(source, NOBODY)
@@ -91,7 +91,7 @@ def _give(root: Path, user: int) -> None:
         os.chown(os.path.join(os.fsencode(root), path), user, user, follow_symlinks=False)
 
 
-def test_nobody_else_gets_into_a_snapshot_before_it_is_published(
+def test_no_other_user_can_enter_a_snapshot_before_it_is_published(
     directory: Path, source: Path, every_beat: None
 ) -> None:
     """Its top has mode 0777 from the start, like the source."""

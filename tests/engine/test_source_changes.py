@@ -79,7 +79,7 @@ def _write_quietly(path: Path) -> None:
 
 @pytest.mark.parametrize("change", FILE_CHANGES)
 @pytest.mark.parametrize("reflink", ["auto", "never"])
-def test_a_file_that_changes_before_its_turn(directory: Path, source: Path, change: str, reflink: str) -> None:
+def test_a_file_that_changes_before_its_clone(directory: Path, source: Path, change: str, reflink: str) -> None:
     path = source / "snapshots" / "snapshot-latest" / "memory"
     writer = ChangeOnce(lambda: FILE_CHANGES[change](path), copying)
 
@@ -119,7 +119,7 @@ def test_a_file_that_changes_while_its_ranges_are_copied(directory: Path, change
 
 
 @pytest.mark.parametrize("change", FILE_CHANGES)
-def test_a_file_that_changes_after_its_turn_and_before_the_publish(
+def test_a_file_that_changes_after_its_clone_and_before_the_publish(
     directory: Path, source: Path, change: str, limits: Limits
 ) -> None:
     """Otherwise the files of the fork would be from two moments: a disk that does not match the memory."""
@@ -157,7 +157,7 @@ def _retarget(path: Path) -> None:
 
 @pytest.mark.parametrize("change", [name for name in TREE_CHANGES if name != "the source moved away"])
 @pytest.mark.parametrize("when", [copying, closing])
-def test_entries_that_come_go_or_change_places(
+def test_entries_that_are_created_removed_or_exchanged(
     directory: Path, change: str, when: Callable[[Progress], bool], limits: Limits
 ) -> None:
     source = make_guest(directory / "source")
@@ -174,7 +174,7 @@ def test_entries_that_come_go_or_change_places(
     assert error["path"].startswith(str(source))
 
 
-def test_a_file_that_goes_while_the_source_is_walked(directory: Path, source: Path) -> None:
+def test_a_file_that_is_removed_during_the_walk(directory: Path, source: Path) -> None:
     writer = ChangeOnce(lambda: (source / "snapshots" / "snapshot-latest").rename(directory / "moved"), planning)
 
     result = fork(source, directory / "fork", beat=writer)
@@ -188,7 +188,7 @@ def test_a_file_that_goes_while_the_source_is_walked(directory: Path, source: Pa
         assert result["error"]["code"] == "source_changed"
 
 
-def test_what_is_left_out_may_come_and_go(directory: Path, source: Path, limits: Limits) -> None:
+def test_skipped_entries_may_come_and_go(directory: Path, source: Path, limits: Limits) -> None:
     """The sockets, logs and half-written compressed files of a running guest."""
 
     def live() -> None:
@@ -208,7 +208,7 @@ def test_what_is_left_out_may_come_and_go(directory: Path, source: Path, limits:
         wait_for_clock_tick()
 
 
-def test_a_swapped_directory_leads_nobody_out_of_the_roots(directory: Path) -> None:
+def test_a_swapped_directory_does_not_lead_out_of_the_roots(directory: Path) -> None:
     source = make_guest(directory / "root" / "source")
     (directory / "outside" / "snapshot-latest").mkdir(parents=True)
     (directory / "outside" / "snapshot-latest" / "memory").write_bytes(b"a secret")
@@ -227,7 +227,7 @@ def test_a_swapped_directory_leads_nobody_out_of_the_roots(directory: Path) -> N
     assert snapshot(directory / "outside") == before
 
 
-def test_a_destinations_parent_that_is_swapped_for_a_symlink_leads_nobody_out_of_the_roots(
+def test_a_destinations_parent_swapped_for_a_symlink_does_not_lead_out_of_the_roots(
     directory: Path, source: Path
 ) -> None:
     (directory / "root").mkdir()
@@ -247,7 +247,7 @@ def test_a_destinations_parent_that_is_swapped_for_a_symlink_leads_nobody_out_of
     assert list((directory / "outside").iterdir()) == []
 
 
-def test_a_file_that_was_replaced_by_its_like_is_another_file(directory: Path, source: Path) -> None:
+def test_a_file_replaced_by_an_equal_one_is_a_change(directory: Path, source: Path) -> None:
     def replace_alike() -> None:
         path = source / "state"
         before = path.stat()
@@ -258,7 +258,7 @@ def test_a_file_that_was_replaced_by_its_like_is_another_file(directory: Path, s
     assert refused(source, directory / "fork", beat=ChangeOnce(replace_alike, copying))["code"] == "source_changed"
 
 
-def test_the_next_fork_of_a_source_that_has_come_to_rest_works(directory: Path, source: Path) -> None:
+def test_the_next_fork_of_a_source_that_no_longer_changes_succeeds(directory: Path, source: Path) -> None:
     refused(source, directory / "fork", beat=ChangeOnce(lambda: write(source / "state"), copying))
 
     forked(source, directory / "fork")

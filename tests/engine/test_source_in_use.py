@@ -73,7 +73,7 @@ def test_a_file_that_is_open_for_writing_fails_the_fork_on_each_filesystem(
     assert_alike(source, fs / "read")
 
 
-def test_a_small_file_beside_the_disk_counts_too(fresh: Fresh, process: Opener) -> None:
+def test_a_small_open_file_beside_the_disk_counts_too(fresh: Fresh, process: Opener) -> None:
     directory = fresh("xfs")
     source = make_source(directory)
     process.write(source / "state")
@@ -199,7 +199,7 @@ def test_a_file_that_is_opened_while_a_batch_is_cloned_fails_all_of_the_batch(
     assert set(codes(result).values()) == {"source_in_use"}
 
 
-def test_without_the_right_to_lease_the_fork_does_not_pretend(fresh: Fresh) -> None:
+def test_without_the_right_to_lease_the_fork_fails(fresh: Fresh) -> None:
     directory = fresh("xfs")
     directory.chmod(0o777)
     source = make_source(directory)
@@ -213,9 +213,7 @@ def test_without_the_right_to_lease_the_fork_does_not_pretend(fresh: Fresh) -> N
     assert "CAP_LEASE" in error["message"]
 
 
-def test_on_a_filesystem_that_does_not_see_every_writer_the_fork_does_not_pretend(
-    fresh: Fresh, passthrough: Passthrough
-) -> None:
+def test_on_a_filesystem_where_leases_miss_writers_the_fork_fails(fresh: Fresh, passthrough: Passthrough) -> None:
     for directory in (passthrough(fresh("xfs")), fresh("overlayfs")):
         source = make_source(directory)
 
@@ -224,7 +222,7 @@ def test_on_a_filesystem_that_does_not_see_every_writer_the_fork_does_not_preten
         assert (error["code"], error["errno"]) == ("source_open_unsupported", errno.EOPNOTSUPP)
 
 
-def test_whether_a_file_is_open_for_writing_can_be_asked(fresh: Fresh, passthrough: Passthrough) -> None:
+def test_is_open_for_writing_detects_a_writer(fresh: Fresh, passthrough: Passthrough) -> None:
     place = fresh("xfs")
     (place / "file").write_bytes(b"x")
     fd = os.open(place / "file", os.O_RDONLY)

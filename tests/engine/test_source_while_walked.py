@@ -78,7 +78,7 @@ def test_a_file_that_changes_between_its_clone_and_the_end_of_the_walk_fails_the
     assert error["code"] == "source_changed"
 
 
-def test_a_large_source_that_stays_as_it_is_is_forked(source: Path) -> None:
+def test_an_unchanged_large_source_is_forked(source: Path) -> None:
     forked(source, source.parent / "fork", limits=LIMITS)
 
     assert_alike(source, source.parent / "fork")

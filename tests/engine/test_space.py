@@ -47,7 +47,7 @@ def _refused(result: ForkResult, destination: Path) -> str:
     return result["error"]["message"]
 
 
-def test_a_fork_that_does_not_fit_fails_at_once_with_both_figures(
+def test_a_fork_that_does_not_fit_fails_at_once_with_both_sizes(
     fresh: Fresh, small_tmpfs: SmallTmpfs, limits: Limits, reservations: Path
 ) -> None:
     source, place = _source(fresh("ext4"), 24), small_tmpfs(20 * MIB)
@@ -61,7 +61,7 @@ def test_a_fork_that_does_not_fit_fails_at_once_with_both_figures(
     assert os.listdir(reservations) == []
 
 
-def test_blocks_that_were_only_preallocated_need_no_room(
+def test_preallocated_blocks_need_no_space(
     fresh: Fresh, small_tmpfs: SmallTmpfs, limits: Limits, reservations: Path
 ) -> None:
     source, place = _source(fresh("xfs"), 8), small_tmpfs(20 * MIB)
@@ -76,7 +76,7 @@ def test_blocks_that_were_only_preallocated_need_no_room(
 
 
 @pytest.mark.usefixtures("every_beat")
-def test_two_forks_at_once_do_not_both_begin_where_one_fits(
+def test_two_simultaneous_forks_do_not_both_start_if_only_one_fits(
     fresh: Fresh, small_tmpfs: SmallTmpfs, limits: Limits, reservations: Path
 ) -> None:
     # Given a fork that has copied a little of its 24 MiB into a filesystem of 40 MiB
@@ -143,7 +143,7 @@ def test_the_bytes_of_a_process_that_was_killed_do_not_count(reservations: Path)
 
 
 @pytest.mark.usefixtures("reservations")
-def test_a_queued_fork_counts_between_its_chunks_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_queued_fork_is_counted_between_its_chunks_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     with reservation.reserving():
         planner = reservation.reserve("1-2", bytes(16), 1000, is_queued=True)
     assert planner is not None
@@ -173,7 +173,7 @@ def test_only_the_same_filesystem_and_other_jobs_count() -> None:
     held.close()
 
 
-def test_what_other_users_or_dead_processes_left_does_not_count(reservations: Path) -> None:
+def test_reservations_of_other_users_or_ended_processes_do_not_count(reservations: Path) -> None:
     (reservations / "forkvm-space-1-1-0").touch()
     (reservations / "forkvm-space-1-2-0").symlink_to("/etc/hostname")
     (reservations / "forkvm-space-1-3-0").mkdir()

@@ -52,7 +52,7 @@ def other_process(hold: Callable[[], Any]) -> Iterator[None]:
         os.close(writer)
 
 
-def test_a_claim_makes_a_control_directory_for_us_alone(parent: int, tmp_path: Path) -> None:
+def test_a_claim_makes_a_private_control_directory(parent: int, tmp_path: Path) -> None:
     with Staging.claim(parent, "fork-1", wait=0) as staging:
         assert staging.journal() is None
         assert (tmp_path / NAME).stat().st_mode & 0o7777 == 0o700
@@ -61,14 +61,14 @@ def test_a_claim_makes_a_control_directory_for_us_alone(parent: int, tmp_path: P
     assert leftovers(tmp_path) == []
 
 
-def test_names_of_staging_come_from_the_id_alone() -> None:
+def test_names_of_staging_depend_only_on_the_id() -> None:
     assert control_name("fork-1") == NAME
     assert control_name("fork-2") != NAME
     assert len(os.fsencode(control_name("x" * 10_000))) < 64
     assert control_name("/../\udcff").startswith(".forkvm-")
 
 
-def test_nobody_else_claims_or_attaches_while_one_holds_the_claim(parent: int) -> None:
+def test_no_other_process_claims_or_attaches_while_the_claim_is_held(parent: int) -> None:
     with other_process(lambda: Staging.claim(parent, "fork-1", wait=0)):
         with pytest.raises(Held), Staging.claim(parent, "fork-1", wait=0.05):
             pass
@@ -96,7 +96,7 @@ def test_the_fence_opens_when_its_holder_is_killed(parent: int) -> None:
         assert staging.name == NAME
 
 
-def test_a_late_chunk_finds_no_staging_after_the_publish(parent: int, tmp_path: Path) -> None:
+def test_a_late_chunk_fails_to_attach_after_the_publish(parent: int, tmp_path: Path) -> None:
     with Staging.attach(parent, "fork-1", wait=0) as staging:
         assert staging is None
 
@@ -115,7 +115,7 @@ def _attaches(parent: int, directory: Path) -> bool:
         return staging is not None
 
 
-def test_one_who_waited_for_a_removed_staging_claims_a_new_one(parent: int, tmp_path: Path) -> None:
+def test_a_process_that_waited_for_a_removed_staging_claims_a_new_one(parent: int, tmp_path: Path) -> None:
     late = Child(lambda: _claims(parent, tmp_path))
     with Staging.claim(parent, "fork-1", wait=0) as first:
         inode = os.fstat(first.fd).st_ino
@@ -135,7 +135,7 @@ def _claims(parent: int, directory: Path) -> int:
         return os.fstat(staging.fd).st_ino
 
 
-def test_a_chunk_is_held_by_one_process_and_counts_how_often_it_was_begun(parent: int) -> None:
+def test_a_chunk_is_held_by_one_process_and_counts_its_attempts(parent: int) -> None:
     @contextmanager
     def in_chunk() -> Iterator[int | None]:
         with Staging.attach(parent, "fork-1", wait=0) as staging:
@@ -158,7 +158,7 @@ def test_a_chunk_is_held_by_one_process_and_counts_how_often_it_was_begun(parent
         assert begun == 3
 
 
-def test_a_chunk_whose_count_a_power_loss_took_was_begun_before(parent: int, tmp_path: Path) -> None:
+def test_a_chunk_whose_count_was_lost_by_power_loss_counts_as_started(parent: int, tmp_path: Path) -> None:
     with Staging.claim(parent, "fork-1", wait=0) as staging:
         with staging.hold_chunk(7) as begun:
             assert begun == 1
@@ -168,7 +168,7 @@ def test_a_chunk_whose_count_a_power_loss_took_was_begun_before(parent: int, tmp
             assert begun == 2
 
 
-def test_a_new_attempt_sweeps_away_the_earlier_one_and_counts_on(parent: int, tmp_path: Path) -> None:
+def test_a_new_attempt_removes_the_earlier_one_and_continues_its_count(parent: int, tmp_path: Path) -> None:
     with Staging.claim(parent, "fork-1", wait=0) as staging:
         first = staging.begin(SPEC, None)
         os.close(staging.make_tree(first))
@@ -192,7 +192,7 @@ def test_a_new_attempt_sweeps_away_the_earlier_one_and_counts_on(parent: int, tm
         assert second.phase is Phase.PLANNING
 
 
-def test_a_journal_that_power_loss_cut_short_is_none(parent: int, tmp_path: Path) -> None:
+def test_a_journal_truncated_by_power_loss_is_ignored(parent: int, tmp_path: Path) -> None:
     with Staging.claim(parent, "fork-1", wait=0) as staging:
         journal = staging.begin(SPEC, None)
         written = (tmp_path / NAME / "journal").read_bytes()
@@ -205,7 +205,7 @@ def test_a_journal_that_power_loss_cut_short_is_none(parent: int, tmp_path: Path
         assert staging.journal() == journal
 
 
-def test_reports_are_kept_whole(parent: int) -> None:
+def test_reports_are_read_back_unchanged(parent: int) -> None:
     report = Report()
     report.totals.copied = 3
     with Staging.claim(parent, "fork-1", wait=0) as staging:
@@ -219,7 +219,7 @@ def test_reports_are_kept_whole(parent: int) -> None:
         assert staging.report("plan").totals.copied == 3
 
 
-def test_a_tree_is_ours_alone_until_it_is_published_under_its_very_inode(parent: int, tmp_path: Path) -> None:
+def test_a_tree_is_private_until_it_is_published_with_the_same_inode(parent: int, tmp_path: Path) -> None:
     with Staging.claim(parent, "fork-1", wait=0) as staging:
         journal = staging.begin(SPEC, None)
         tree = staging.make_tree(journal)
@@ -269,7 +269,7 @@ def test_a_publish_replaces_nothing(fresh: Fresh, taken: str) -> None:
         os.close(fd)
 
 
-def test_notes_of_which_a_full_disk_took_a_part_are_an_error_and_hide_no_later_note(small_tmpfs: SmallTmpfs) -> None:
+def test_notes_truncated_by_a_full_disk_are_an_error_and_hide_no_later_note(small_tmpfs: SmallTmpfs) -> None:
     directory = small_tmpfs(64 << 10)
     filler = directory / "filler"
     parent = os.open(directory, os.O_RDONLY)

@@ -13,7 +13,7 @@ from tasks.copier.staging.staging import Staging
 from tests.fixtures.fuse import Passthrough
 
 
-def test_a_chunk_whose_lock_file_was_removed_meanwhile_on_fuse_is_begun_anew(
+def test_a_chunk_whose_lock_file_was_removed_on_fuse_is_started_again(
     passthrough: Passthrough, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FUSE and NFS report ESTALE for the status of an open file that was removed."""
@@ -47,9 +47,7 @@ def test_a_chunk_whose_lock_file_was_removed_meanwhile_on_fuse_is_begun_anew(
         os.close(parent)
 
 
-def test_a_staging_that_was_removed_meanwhile_on_fuse_is_no_longer_current(
-    passthrough: Passthrough, tmp_path: Path
-) -> None:
+def test_a_staging_that_was_removed_on_fuse_is_no_longer_current(passthrough: Passthrough, tmp_path: Path) -> None:
     (tmp_path / "backing").mkdir()
     parent = os.open(passthrough(tmp_path / "backing"), os.O_RDONLY)
     try:

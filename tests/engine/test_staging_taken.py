@@ -64,7 +64,7 @@ DEEDS: dict[str, Callable[[Path, Path], object]] = {
 
 @pytest.mark.parametrize("phase", ["plan", "copy", "publish"])
 @pytest.mark.parametrize("deed", DEEDS)
-def test_a_fork_whose_staging_is_taken_fails_and_touches_nothing_else(
+def test_a_fork_whose_staging_is_removed_or_replaced_fails_and_touches_nothing_else(
     yard: Path,
     deed: str,
     phase: str,
@@ -94,7 +94,7 @@ def test_a_fork_whose_staging_is_taken_fails_and_touches_nothing_else(
 
 
 @pytest.mark.parametrize("phase", ["plan", "copy", "publish"])
-def test_a_fork_whose_parent_is_replaced_by_a_symlink_is_made_where_it_was_begun(
+def test_a_fork_whose_parent_is_replaced_by_a_symlink_is_made_in_the_original_parent(
     yard: Path,
     phase: str,
     limits: Limits,
@@ -119,7 +119,7 @@ def test_a_fork_whose_parent_is_replaced_by_a_symlink_is_made_where_it_was_begun
 
 
 @pytest.mark.parametrize("taken", ["a directory", "a file", "a dangling symlink"])
-def test_a_destination_that_is_taken_at_the_rename_stays_as_it_is(
+def test_a_destination_created_at_the_rename_is_not_changed(
     yard: Path,
     taken: str,
     limits: Limits,

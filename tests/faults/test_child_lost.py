@@ -25,7 +25,7 @@ from tests.support.system.systems import System, send
 from tests.support.tree import snapshot
 
 
-def test_child_killed_once_at_any_moment_costs_nothing_but_time(
+def test_child_killed_at_any_point_only_delays_the_fork(
     start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
     system = start_armed_worker(CHILDREN)
@@ -38,7 +38,7 @@ def test_child_killed_once_at_any_moment_costs_nothing_but_time(
     assert_served_and_clean(system, guests, place)
 
 
-def test_fork_of_a_stopped_child_is_made_by_another_and_the_sleeper_writes_nothing_into_it(
+def test_fork_of_a_stopped_child_is_made_by_another_and_the_stopped_one_writes_nothing_into_it(
     start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
     # Given a child that is stopped at each point, while its worker runs
@@ -60,7 +60,7 @@ def test_fork_of_a_stopped_child_is_made_by_another_and_the_sleeper_writes_nothi
         assert system.scheduler.results.states.get(one.fork_id)["status"] == "SUCCESS"
 
 
-def test_child_that_hangs_longer_than_the_time_limit_is_killed_and_its_work_done_by_another(
+def test_child_that_exceeds_the_time_limit_is_killed_and_its_work_done_by_another(
     start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
     system = start_armed_worker(CHILDREN, {"FORKVM_TASK_TIME_LIMIT": "4", "FORKVM_VISIBILITY_TIMEOUT": "600"})
@@ -73,7 +73,7 @@ def test_child_that_hangs_longer_than_the_time_limit_is_killed_and_its_work_done
     assert_served_and_clean(system, guests, place)
 
 
-def test_what_a_child_leaves_that_hangs_after_the_result_is_removed_also_when_another_told_the_result(
+def test_staging_of_a_child_that_hangs_after_the_result_is_removed_even_if_another_returned_the_result(
     start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
     # Given a fork that a second delivery found complete while the process that made it was stopped

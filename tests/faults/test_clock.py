@@ -61,7 +61,7 @@ class Clock:
         os.rename(new, self._file)
 
 
-def test_forks_end_once_and_well_while_the_clock_jumps(
+def test_forks_succeed_once_while_the_clock_jumps(
     own_scheduler: Scheduler,
     start_worker: StartWorker,
     mounts: Path,
@@ -100,7 +100,7 @@ def test_forks_end_once_and_well_while_the_clock_jumps(
 
 
 @pytest.mark.parametrize(("offset", "deadline", "status"), [("+1h", 300, "succeeded"), ("-1h", 8, "cancelled")])
-def test_deadline_of_a_campaign_goes_by_one_clock(
+def test_deadline_of_a_campaign_uses_one_clock(
     offset: str,
     deadline: float,
     status: str,

@@ -101,7 +101,7 @@ def holding(lock: Path, user: int) -> Iterator[None]:
         os.close(writer)
 
 
-def test_what_another_user_planted_ends_forks_and_campaigns_at_once_and_stays(
+def test_entries_planted_by_another_user_end_forks_and_campaigns_at_once_and_are_kept(
     worker: Worker, own_scheduler: Scheduler, yard: Path
 ) -> None:
     parent, outside = yard / "parent", yard / "outside"
@@ -144,7 +144,7 @@ def test_what_another_user_planted_ends_forks_and_campaigns_at_once_and_stays(
 
 
 @pytest.mark.parametrize("cancels", [False, True])
-def test_a_lock_that_another_program_of_the_workers_user_holds_is_taken_from_it(
+def test_a_lock_held_by_another_program_of_the_workers_user_is_taken_over(
     worker: Worker, own_scheduler: Scheduler, yard: Path, cancels: bool, run_forkvm: RunForkvm, mounts: Path
 ) -> None:
     control = yard / "parent" / control_name("held")
@@ -169,7 +169,7 @@ def test_a_lock_that_another_program_of_the_workers_user_holds_is_taken_from_it(
 
 
 @pytest.mark.parametrize("deed", ["the control directory", "the tree", "a copy of the control directory"])
-def test_staging_that_another_user_moved_aside_between_two_chunks_fails_the_fork(
+def test_staging_moved_by_another_user_between_two_chunks_fails_the_fork(
     worker: Worker, own_scheduler: Scheduler, yard: Path, deed: str
 ) -> None:
     parent, outside = yard / "parent", yard / "outside"

@@ -77,9 +77,7 @@ def _filled(disk: Path, left: int) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("limits", [INLINE, CHUNKED], ids=["inline", "chunked"])
-def test_a_quota_that_is_used_up_is_no_space_and_leaves_nothing(
-    source: Path, quota_of_btrfs: Path, limits: Limits
-) -> None:
+def test_an_exceeded_quota_is_no_space_and_leaves_nothing(source: Path, quota_of_btrfs: Path, limits: Limits) -> None:
     place = quota_of_btrfs
 
     result = in_child(lambda: fork(source, place / "fork", limits=limits), user=NOBODY)
@@ -91,7 +89,7 @@ def test_a_quota_that_is_used_up_is_no_space_and_leaves_nothing(
     assert in_child(lambda: fork(fitting, place / "fork"), user=NOBODY)["error"] is None
 
 
-def test_a_disk_that_is_full_at_any_moment_is_no_space_and_leaves_nothing(
+def test_a_disk_that_is_full_at_any_step_is_no_space_and_leaves_nothing(
     source: Path, small_tmpfs: SmallTmpfs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Free space from too little for the journal, through too little for the manifest, to too little for the data.

@@ -71,7 +71,7 @@ def test_task_of_another_application_runs_once_beside_a_worker(
         assert notes.read_text().splitlines() == ["ran"]
 
 
-def test_worker_learns_nothing_of_other_applications_revoked_tasks(
+def test_worker_does_not_receive_revoked_tasks_of_other_applications(
     own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, tmp_path: Path
 ) -> None:
     """With mingle and gossip, Celery would exchange lists and events with every worker of the database."""
@@ -82,7 +82,7 @@ def test_worker_learns_nothing_of_other_applications_revoked_tasks(
         assert "sync with" not in worker.output()
 
 
-def test_messages_of_a_dead_worker_of_an_earlier_version_are_put_back_and_no_others(
+def test_only_messages_of_a_killed_worker_of_an_earlier_version_are_returned_to_the_queue(
     own_scheduler: Scheduler, start_worker: StartWorker, guests: Guests, place: Path, mounts: Path
 ) -> None:
     # Given messages of a killed and of a running worker of an earlier version, and a message of another application

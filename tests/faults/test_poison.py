@@ -16,7 +16,7 @@ from tests.support.system.result_checks import check_file_results, check_fork_re
 UNCOUNTED = ("begin uncounted", "finish uncounted", "before the rename")
 
 
-def test_work_that_kills_its_process_each_time_ends_after_a_bounded_number_of_tries(
+def test_a_fork_that_kills_its_process_each_time_ends_after_a_limited_number_of_attempts(
     start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
     # Given a fork that kills its process at every point, and other forks beside them

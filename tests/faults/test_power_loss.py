@@ -59,7 +59,7 @@ def disk(kind: str, mounts: Path, tmp_path: Path) -> Iterator[tuple[Path, PullPl
 
 
 @pytest.mark.parametrize(("limits", "reflink"), [(INLINE, "auto"), (CHUNKED, "never")])
-def test_a_durable_fork_is_whole_after_the_power_was_lost(
+def test_a_durable_fork_is_complete_after_a_power_loss(
     disk: tuple[Path, PullPlug], limits: Limits, reflink: str, tmp_path: Path
 ) -> None:
     point, pull_plug = disk
@@ -74,7 +74,7 @@ def test_a_durable_fork_is_whole_after_the_power_was_lost(
 
 
 @pytest.mark.parametrize("kind", ["btrfs"])
-def test_a_durable_fork_of_a_subvolume_is_whole_after_the_power_was_lost(
+def test_a_durable_fork_of_a_subvolume_is_complete_after_a_power_loss(
     disk: tuple[Path, PullPlug], tmp_path: Path
 ) -> None:
     point, pull_plug = disk
@@ -90,7 +90,7 @@ def test_a_durable_fork_of_a_subvolume_is_whole_after_the_power_was_lost(
 
 
 @pytest.mark.parametrize("kind", ["xfs"])
-def test_the_durable_forks_of_a_campaign_are_whole_after_the_power_was_lost(
+def test_the_durable_forks_of_a_campaign_are_complete_after_a_power_loss(
     disk: tuple[Path, PullPlug], tmp_path: Path
 ) -> None:
     point, pull_plug = disk

@@ -37,7 +37,7 @@ def source(fresh: Fresh) -> Path:
     return source
 
 
-def test_a_worker_with_the_documented_capabilities_forks_what_others_own_and_keeps_it_theirs(
+def test_a_worker_with_the_documented_capabilities_forks_foreign_files_and_preserves_their_owner(
     own_scheduler: Scheduler,
     public_program: PublicProgram,
     source: Path,
@@ -63,7 +63,7 @@ def test_a_worker_with_the_documented_capabilities_forks_what_others_own_and_kee
     assert_alike(source, source.parent / "copied")
 
 
-def test_without_them_what_others_own_is_out_of_reach(public_program: PublicProgram, source: Path) -> None:
+def test_without_capabilities_foreign_files_are_not_accessible(public_program: PublicProgram, source: Path) -> None:
     done = subprocess.run(
         [*as_ordinary_user(""), *public_program.command, "fork", source, source.parent / "fork", "--json"],
         cwd=public_program.directory,

@@ -54,7 +54,7 @@ NOT_PLAIN = {
 
 
 @pytest.mark.parametrize("name", list(NOT_PLAIN))
-def test_a_message_that_is_not_plain_is_left_to_the_worker(client: redis.Redis, queue: QueueOfForks, name: str) -> None:
+def test_a_message_with_extra_fields_is_left_to_the_worker(client: redis.Redis, queue: QueueOfForks, name: str) -> None:
     client.lpush("forkvm", _message("first"), NOT_PLAIN[name], _message("last"))
 
     taken = queue.take(10, "tag")
@@ -64,7 +64,7 @@ def test_a_message_that_is_not_plain_is_left_to_the_worker(client: redis.Redis, 
     assert queue.take(10, "tag") == []
 
 
-def test_what_is_taken_is_recorded_until_it_is_acknowledged(client: redis.Redis, queue: QueueOfForks) -> None:
+def test_a_taken_message_is_recorded_until_it_is_acknowledged(client: redis.Redis, queue: QueueOfForks) -> None:
     client.lpush("forkvm", _message("a"), _message("b"), _message("c"))
 
     taken = queue.take(2, "tag")
@@ -76,7 +76,7 @@ def test_what_is_taken_is_recorded_until_it_is_acknowledged(client: redis.Redis,
     assert not client.exists(UNACKED, f"{UNACKED}_index")
 
 
-def test_what_a_lost_process_had_taken_is_returned_and_taken_by_a_worker_alone(
+def test_messages_of_a_lost_process_are_returned_and_taken_only_by_a_worker(
     client: redis.Redis, queue: QueueOfForks
 ) -> None:
     client.lpush("forkvm", _message("a"), _message("b"), _message("c"))
@@ -91,7 +91,7 @@ def test_what_a_lost_process_had_taken_is_returned_and_taken_by_a_worker_alone(
     assert queue.take(10, "tag") == []
 
 
-def test_a_message_that_was_delivered_again_meanwhile_is_not_returned(client: redis.Redis, queue: QueueOfForks) -> None:
+def test_a_message_that_was_already_redelivered_is_not_returned(client: redis.Redis, queue: QueueOfForks) -> None:
     client.lpush("forkvm", _message("a"), _message("b"))
     taken = queue.take(2, "tag")
     client.hdel(UNACKED, taken[0].tag)

@@ -39,7 +39,7 @@ from tests.support.tree import snapshot
         pytest.param(False, "Trying again in 6.00 seconds", id="stopped until all messages are delivered again"),
     ],
 )
-def test_forks_whose_redis_goes_away_end_with_their_true_results(
+def test_forks_end_with_their_true_results_after_redis_was_down(
     start_armed_worker: StartArmedWorker,
     fault_points: FaultPoints,
     guests: Guests,
@@ -64,7 +64,7 @@ def test_forks_whose_redis_goes_away_end_with_their_true_results(
     assert_served_and_clean(system, guests, place)
 
 
-def test_redis_emptied_in_mid_fork_gives_no_false_success_and_its_staging_is_reaped(
+def test_redis_emptied_during_a_fork_gives_no_false_success_and_its_staging_is_removed(
     start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
     # Given forks at every point, whose files have not been modified for a long time
@@ -99,7 +99,7 @@ def test_redis_emptied_in_mid_fork_gives_no_false_success_and_its_staging_is_rea
     assert_served_and_clean(system, guests, place)
 
 
-def test_redis_emptied_while_forks_go_on_gives_no_false_success_and_the_ids_can_be_sent_again(
+def test_redis_emptied_while_forks_continue_gives_no_false_success_and_the_ids_can_be_sent_again(
     start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
     system = start_armed_worker(CHILDREN)
@@ -117,7 +117,7 @@ def test_redis_emptied_while_forks_go_on_gives_no_false_success_and_the_ids_can_
     assert_served_and_clean(system, guests, place)
 
 
-def test_full_redis_fails_forks_clearly_and_all_works_again_when_there_is_room(
+def test_full_redis_fails_forks_with_a_clear_error_and_they_succeed_when_there_is_room(
     start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
     # Given
@@ -148,7 +148,7 @@ def test_full_redis_fails_forks_clearly_and_all_works_again_when_there_is_room(
     assert_served_and_clean(system, guests, place)
 
 
-def test_full_redis_takes_nothing_of_the_forks_of_a_batch(own_scheduler: Scheduler) -> None:
+def test_full_redis_stores_the_outcomes_of_a_batch_completely_or_not_at_all(own_scheduler: Scheduler) -> None:
     redis, campaign = own_scheduler.redis, CampaignResults(own_scheduler.results, "c")
     spec = CampaignSpec(campaign_id="c", source="/a", aims=Aims(count=3))
     outcomes = [failed_outcome(spec.fork(n, f"/b-{n}", 0.0), cancelled("/b")) for n in range(3)]

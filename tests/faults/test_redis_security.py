@@ -27,7 +27,7 @@ def _refusals(server: SecureRedis) -> list[str]:
         return [f"{entry['reason']}: {entry['object']}" for entry in admin.execute_command("ACL", "LOG")]
 
 
-def test_forks_run_over_tls_under_the_documented_rights_also_when_a_worker_dies_and_no_log_has_the_password(
+def test_forks_run_over_tls_with_the_documented_rights_even_if_a_worker_is_killed_and_no_log_has_secrets(
     secure_redis: SecureRedis, start_worker: StartWorker, run_forkvm: RunForkvm, fresh: Fresh, mounts: Path
 ) -> None:
     # Given
@@ -78,7 +78,7 @@ def test_forks_run_over_tls_under_the_documented_rights_also_when_a_worker_dies_
             assert secret not in log
 
 
-def test_running_campaigns_are_cancelled_and_retried_under_the_documented_rights(
+def test_running_campaigns_are_cancelled_and_retried_with_the_documented_rights(
     secure_redis: SecureRedis, start_worker: StartWorker, run_forkvm: RunForkvm, fresh: Fresh, mounts: Path
 ) -> None:
     # Given a half-done campaign that is paused, even if this process gets little CPU time to stop it
@@ -124,7 +124,7 @@ def _pages(server: SecureRedis) -> list[str]:
     return [text for page in pages for text in (repr(page)[2:40], page.decode(errors="replace")[:40])]
 
 
-def test_rights_that_are_not_documented_are_not_given(secure_redis: SecureRedis) -> None:
+def test_only_documented_rights_are_given(secure_redis: SecureRedis) -> None:
     with secure_redis.admin() as admin:
         dry = ["ACL", "DRYRUN", "forkvm"]
         assert admin.execute_command(*dry, "SET", "forkvm:x:result", "1") in ("OK", b"OK")
@@ -152,14 +152,14 @@ def test_a_server_that_cannot_be_verified_is_refused_with_one_line_and_exit_code
         assert secure_redis.password not in line
 
 
-def test_a_file_of_authorities_that_is_not_there_is_a_bad_setting(run_forkvm: RunForkvm, tmp_path: Path) -> None:
+def test_a_missing_ca_file_is_a_bad_setting(run_forkvm: RunForkvm, tmp_path: Path) -> None:
     done = run_forkvm("status", "one", env={"FORKVM_REDIS_CA": str(tmp_path / "none")})
 
     assert done.returncode == 2
     assert "FORKVM_REDIS_CA" in done.stderr
 
 
-def test_a_wrong_password_is_told_without_repeating_it(
+def test_a_wrong_password_is_reported_without_repeating_it(
     secure_redis: SecureRedis, start_worker: StartWorker, run_forkvm: RunForkvm, mounts: Path
 ) -> None:
     environment = secure_redis.environment(password="hunter2-and-more")

@@ -52,7 +52,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("kind", REFUSALS)
-def test_forks_wait_while_redis_refuses_writes_and_no_state_goes_back(
+def test_forks_wait_while_redis_refuses_writes_and_no_state_goes_backwards(
     start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path, kind: str
 ) -> None:
     # Given a fork at every point

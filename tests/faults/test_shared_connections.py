@@ -17,7 +17,7 @@ from tests.support.system.systems import send
 FORKS = 100
 
 
-def test_worker_whose_idle_connection_is_closed_connects_again_and_goes_on(
+def test_worker_whose_idle_connection_is_closed_reconnects_and_continues(
     own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, guests: Guests, place: Path
 ) -> None:
     # Given a worker whose one child is a replacement. It sends no sweep: the child could be given it before the fork

@@ -14,7 +14,7 @@ from tests.support.system.scheduler import Scheduler
 MINUTE = 60.0
 
 
-def test_worker_whose_connections_go_silent_serves_again_within_a_minute_and_ends_when_told(
+def test_worker_whose_connections_go_silent_serves_again_within_a_minute_and_exits_on_sigterm(
     own_scheduler: Scheduler, start_worker: StartWorker, guests: Guests, place: Path, mounts: Path
 ) -> None:
     with Proxy(own_scheduler.server.socket) as proxy:
@@ -37,7 +37,7 @@ def test_worker_whose_connections_go_silent_serves_again_within_a_minute_and_end
         assert worker.wait(MINUTE) == 0
 
 
-def test_worker_that_was_told_to_consume_another_domains_queue_makes_large_forks_there(
+def test_worker_that_also_consumes_another_domains_queue_makes_large_forks_there(
     own_scheduler: Scheduler, start_worker: StartWorker, guests: Guests, place: Path, mounts: Path
 ) -> None:
     worker = start_worker(mounts, env={"FORKVM_INLINE_FILES": "4", "FORKVM_CHUNK_FILES": "8"})

@@ -37,7 +37,7 @@ from tests.support.system.staging_view import StagingView, leftovers
 from tests.support.system.systems import System
 
 
-def test_fork_whose_messages_are_lost_is_finished(
+def test_fork_whose_messages_are_lost_is_finished_by_the_sweep(
     start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
     # Given forks that are paused at every point
@@ -62,7 +62,7 @@ def _context(results: Results, place: Path) -> Context:
     return Context(Roots((str(place),)), Limits(), results, lambda task, kwargs, task_id: None, QUEUE)
 
 
-def test_sweeps_and_searches_in_a_tight_loop_leave_every_live_fork_alone(
+def test_sweeps_and_searches_in_a_tight_loop_do_not_affect_running_forks(
     own_scheduler: Scheduler,
     start_worker: StartWorker,
     mounts: Path,
@@ -114,7 +114,7 @@ def test_sweeps_and_searches_in_a_tight_loop_leave_every_live_fork_alone(
     assert_served_and_clean(system, guests, place)
 
 
-def test_staging_that_no_queue_knows_goes_when_it_is_old_and_that_of_an_open_fork_stays(
+def test_old_staging_that_no_queue_knows_is_removed_and_staging_of_an_open_fork_is_kept(
     start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
     # Given the staging of two killed forks, one of which Redis still knows
@@ -160,7 +160,7 @@ def plant(place: Path, fork_id: str, what: str) -> None:
 PLANTED = ("file", "FIFO", "symlink", "FIFO as journal", "foreign")
 
 
-def test_sweep_passes_over_what_is_in_the_way_of_one_fork(own_scheduler: Scheduler, place: Path) -> None:
+def test_sweep_skips_a_fork_whose_staging_was_replaced(own_scheduler: Scheduler, place: Path) -> None:
     # Given forks whose messages are lost, some with another entry at the path of their staging or its parent
     sent: list[str] = []
     send: Send = lambda task, kwargs, task_id: sent.append(task_id)  # noqa: E731
@@ -184,7 +184,7 @@ def test_sweep_passes_over_what_is_in_the_way_of_one_fork(own_scheduler: Schedul
     assert set(sent) == set(parents)
 
 
-def test_search_of_a_worker_passes_over_bad_entries(own_scheduler: Scheduler, place: Path) -> None:
+def test_search_of_a_worker_skips_bad_entries(own_scheduler: Scheduler, place: Path) -> None:
     for n, what in enumerate(PLANTED):
         plant(place, f"planted-{n}", what)
     place.joinpath("below").mkdir()

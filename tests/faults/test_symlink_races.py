@@ -122,7 +122,9 @@ def _while_swapped(yard: Path, swapped: str, make: Callable[[int], Counter[str]]
 
 
 @pytest.mark.parametrize("swapped", ["guests", "guests/source", "guests/source/a", "guests/source/a/b"])
-def test_a_source_whose_directories_are_swapped_for_symlinks_leads_nobody_out(yard: Path, swapped: str) -> None:
+def test_a_source_with_directories_swapped_for_symlinks_does_not_lead_out_of_the_roots(
+    yard: Path, swapped: str
+) -> None:
     outcomes = _fork_while_swapped(yard, swapped)
 
     # A directory below the source may be a symlink at the time of the walk: then the source contains a symlink.
@@ -130,11 +132,11 @@ def test_a_source_whose_directories_are_swapped_for_symlinks_leads_nobody_out(ya
     assert len(outcomes) > 1
 
 
-def test_a_destination_whose_parent_is_swapped_for_a_symlink_leads_nobody_out(yard: Path) -> None:
+def test_a_destination_with_a_parent_swapped_for_a_symlink_does_not_lead_out_of_the_roots(yard: Path) -> None:
     assert set(_fork_while_swapped(yard, "forks")) == {"succeeded", "outside_roots"}
 
 
-def test_a_campaign_whose_destinations_parent_is_swapped_for_a_symlink_leads_nobody_out(yard: Path) -> None:
+def test_a_campaign_with_a_parent_swapped_for_a_symlink_does_not_lead_out_of_the_roots(yard: Path) -> None:
     root = yard / "root"
 
     def one(number: int) -> Counter[str]:

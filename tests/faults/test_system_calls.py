@@ -69,7 +69,7 @@ def make_source(source: Path) -> None:
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_a_call_that_fails_once_leaves_a_whole_fork_or_none(strace: str, fresh: Fresh, name: str) -> None:
+def test_a_system_call_that_fails_once_leaves_a_complete_fork_or_none(strace: str, fresh: Fresh, name: str) -> None:
     way = WAYS[name]
     directory = fresh(way.kind)
     make_source(directory / "source")

@@ -28,7 +28,7 @@ from worker.settings import read_settings
 TAKEN_OVER_SECONDS = 15.0
 
 
-def test_forks_of_a_worker_that_died_with_its_machine_are_done_by_another_within_seconds(
+def test_forks_of_a_killed_worker_are_made_by_another_within_seconds(
     start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
     # Given a worker with a fork at every point, and another worker beside it
@@ -57,7 +57,7 @@ def test_forks_of_a_worker_that_died_with_its_machine_are_done_by_another_within
         pytest.param([signal.SIGQUIT], id="SIGQUIT"),
     ],
 )
-def test_worker_that_is_told_to_end_hands_back_or_finishes_all_it_has(
+def test_worker_that_is_stopped_returns_or_finishes_all_its_tasks(
     start_armed_worker: StartArmedWorker,
     fault_points: FaultPoints,
     guests: Guests,
@@ -83,7 +83,7 @@ def test_worker_that_is_told_to_end_hands_back_or_finishes_all_it_has(
     assert_served_and_clean(next_worker, guests, place)
 
 
-def test_worker_that_died_while_it_put_messages_back_keeps_no_other_from_it(
+def test_worker_killed_while_it_restores_messages_does_not_block_another_from_doing_so(
     start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
 ) -> None:
     # Given a worker that was killed with a fork, and with kombu's lock, as its own settings set it

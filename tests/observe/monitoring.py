@@ -52,7 +52,7 @@ def prometheus(address: str, tmp_path: Path) -> Iterator[Prometheus]:
         yield prometheus
 
 
-def test_each_query_of_the_dashboard_has_an_answer_under_load(
+def test_each_query_of_the_dashboard_returns_data_under_load(
     fresh: Fresh, start_worker: StartWorker, address: str, prometheus: Prometheus, send: Send
 ) -> None:
     guests, archive = fresh("xfs"), fresh("ext4")

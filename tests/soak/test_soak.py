@@ -72,7 +72,7 @@ def _in_background(strikes: Mapping[Callable[[], None], random.Random], until: f
 
 @pytest.mark.long
 @pytest.mark.timeout(plan.seconds() + 300)
-def test_every_job_has_one_true_end_whatever_strikes(
+def test_every_job_has_exactly_one_correct_result_under_random_faults(
     redis_server: RedisServer, start_worker: StartWorker, mounts: Path, fresh: Fresh, tmp_path: Path
 ) -> None:
     seed, seconds = plan.seed(), plan.seconds()

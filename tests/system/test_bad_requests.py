@@ -235,7 +235,7 @@ def test_labels_are_echoed_in_the_result_of_a_fork_that_failed(
     [None, "text", 7, 1.5, True, [], [{"source": "/a"}], {}, {"source": "/a"}, {"source": 1, "destination": {}}],
     ids=repr,
 )
-def test_request_that_is_no_object_or_not_whole_is_an_invalid_request(
+def test_request_that_is_no_object_or_incomplete_is_an_invalid_request(
     system: System, scheduler: Scheduler, request_: object
 ) -> None:
     message, result = scheduler.wait_failed(scheduler.send(request_))
@@ -300,7 +300,7 @@ def test_full_destination_is_no_space_and_leaves_nothing(
         assert list(full.iterdir()) == []
 
 
-def test_source_that_is_open_for_writing_is_refused_if_the_request_says_so(
+def test_source_that_is_open_for_writing_is_refused_on_request(
     system: System, scheduler: Scheduler, fresh: Fresh
 ) -> None:
     directory = fresh("xfs")
@@ -363,7 +363,7 @@ def test_source_that_changes_while_it_is_cloned_is_source_changed(
     system.assert_left_nothing_in(directory)
 
 
-def test_destination_that_someone_makes_while_the_fork_runs_is_left_as_it_is(
+def test_destination_created_while_the_fork_runs_is_not_changed(
     system: System, scheduler: Scheduler, large_source: Path, place: Path
 ) -> None:
     sent = scheduler.send({"source": str(large_source), "destination": str(place / "b")}, "overtaken")
@@ -379,7 +379,7 @@ def test_destination_that_someone_makes_while_the_fork_runs_is_left_as_it_is(
     system.assert_left_nothing_in(place)
 
 
-def test_sockets_of_running_machines_are_no_reason_to_fail(system: System, scheduler: Scheduler, fresh: Fresh) -> None:
+def test_sockets_of_running_machines_do_not_fail_a_fork(system: System, scheduler: Scheduler, fresh: Fresh) -> None:
     directory = fresh("xfs")
     source = make_guest(directory / "a", SIZES)
     with socket.socket(socket.AF_UNIX) as listener:
@@ -428,7 +428,7 @@ def worker_of_nobody(
         worker.end()
 
 
-def test_what_the_workers_user_may_not_do_is_permission_denied(
+def test_operations_that_the_workers_user_may_not_do_are_permission_denied(
     worker_of_nobody: Worker, own_scheduler: Scheduler, fresh: Fresh
 ) -> None:
     # Given a worker that does not run as root

@@ -109,9 +109,7 @@ def test_failed_fork_has_its_errbacks_called_and_fails_its_chain_and_chord(
     assert _sent(scheduler) == [("client.error", f"{size}-bad-0")]
 
 
-def test_cancelled_fork_calls_nothing_back_and_nobody_waits_for_what_was_to_follow(
-    scheduler: Scheduler, fresh: Fresh
-) -> None:
+def test_cancelled_fork_sends_no_callback_and_its_chain_and_chord_end(scheduler: Scheduler, fresh: Fresh) -> None:
     directory = fresh("xfs")
     jobs = [_job(scheduler, "chunks", directory, f"cancelled-{n}") for n in range(3)]
     for job in jobs:
@@ -130,7 +128,7 @@ def test_cancelled_fork_calls_nothing_back_and_nobody_waits_for_what_was_to_foll
 
 
 @pytest.mark.parametrize("size", ["inline", "chunks", "campaign"])
-def test_messages_delivered_again_after_the_end_call_nothing_back_twice(
+def test_messages_delivered_again_after_the_end_send_no_callback_twice(
     system: System, scheduler: Scheduler, fresh: Fresh, size: str
 ) -> None:
     job = _job(scheduler, size, fresh("xfs"), f"again-{size}")
@@ -149,7 +147,7 @@ def test_messages_delivered_again_after_the_end_call_nothing_back_twice(
     assert _names(scheduler) == sent
 
 
-def test_callback_that_was_lost_between_end_and_sending_is_sent_by_the_next_delivery(
+def test_callback_lost_between_result_and_sending_is_sent_by_the_next_delivery(
     system: System, scheduler: Scheduler, fresh: Fresh
 ) -> None:
     job = _job(scheduler, "chunks", fresh("xfs"), "lost")
@@ -169,7 +167,7 @@ def test_callback_that_was_lost_between_end_and_sending_is_sent_by_the_next_deli
     assert json.loads(scheduler.redis.lindex(OWN, 0) or b"")["headers"]["id"] == first
 
 
-def test_fork_whose_processes_are_killed_is_followed_once(
+def test_fork_whose_processes_are_killed_sends_its_callback_once(
     system: System, scheduler: Scheduler, large_source: Path, place: Path
 ) -> None:
     request = {"source": str(large_source), "destination": str(place / "b")}
@@ -185,7 +183,7 @@ def test_fork_whose_processes_are_killed_is_followed_once(
     system.assert_left_nothing_in(place)
 
 
-def test_callback_that_cannot_be_sent_changes_no_state_and_keeps_no_other_back(
+def test_callback_that_cannot_be_sent_changes_no_state_and_blocks_no_other(
     system: System, scheduler: Scheduler, fresh: Fresh
 ) -> None:
     scheduler.redis.hset("no-queue", "a", "b")  # LPUSH fails with WRONGTYPE
@@ -236,7 +234,9 @@ FORGED: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", FORGED)
-def test_forged_signature_is_refused_and_the_client_told(scheduler: Scheduler, fresh: Fresh, case: str) -> None:
+def test_forged_signature_is_refused_and_the_client_gets_the_error(
+    scheduler: Scheduler, fresh: Fresh, case: str
+) -> None:
     directory, fork_id = fresh("xfs"), f"forged-{case}"
     make_guest(directory / "a")
     request = {"source": str(directory / "a"), "destination": str(directory / "b")}

@@ -93,7 +93,7 @@ def test_a_campaign_has_its_result_under_its_id_and_each_fork_under_its_own(
     system.assert_left_nothing_in(place)
 
 
-def test_forks_can_be_asked_for_in_order_while_the_campaign_runs(
+def test_results_of_forks_can_be_read_in_order_while_the_campaign_runs(
     system: System, scheduler: Scheduler, source: Path, place: Path
 ) -> None:
     # Given a half-done campaign that is paused
@@ -198,7 +198,7 @@ def test_every_message_of_a_campaign_delivered_twice_and_again_later_makes_each_
     system.assert_left_nothing_in(place)
 
 
-def test_messages_of_a_half_done_campaign_delivered_again_in_reverse_make_each_fork_once(
+def test_messages_of_a_half_done_campaign_redelivered_in_reverse_order_make_each_fork_once(
     system: System, scheduler: Scheduler, source: Path, place: Path
 ) -> None:
     # Given a half-done campaign that is paused
@@ -224,7 +224,7 @@ def test_messages_of_a_half_done_campaign_delivered_again_in_reverse_make_each_f
     system.assert_left_nothing_in(place)
 
 
-def test_cancel_in_the_middle_keeps_what_is_published_and_leaves_nothing_else(
+def test_cancel_in_the_middle_keeps_only_published_forks(
     system: System, scheduler: Scheduler, source: Path, place: Path
 ) -> None:
     # Given
@@ -251,7 +251,7 @@ def test_cancel_in_the_middle_keeps_what_is_published_and_leaves_nothing_else(
     assert took < MOMENT
 
 
-def test_a_campaign_that_is_cancelled_before_it_begins_makes_nothing(
+def test_a_campaign_cancelled_before_it_starts_makes_nothing(
     system: System, scheduler: Scheduler, source: Path, place: Path
 ) -> None:
     scheduler.results.cancellations.request("early")
@@ -266,7 +266,7 @@ def test_a_campaign_that_is_cancelled_before_it_begins_makes_nothing(
     assert list(place.iterdir()) == []
 
 
-def test_forks_that_fail_are_told_and_the_others_are_made(
+def test_failed_forks_are_reported_and_the_others_are_made(
     system: System, scheduler: Scheduler, source: Path, place: Path
 ) -> None:
     for n in (3, 40, 41):
@@ -284,7 +284,9 @@ def test_forks_that_fail_are_told_and_the_others_are_made(
     assert published_forks(place) == [path.name for path in paths_of(place, 60)]
 
 
-def test_on_error_abort_ends_what_is_not_begun(system: System, scheduler: Scheduler, source: Path, place: Path) -> None:
+def test_on_error_abort_cancels_forks_that_are_not_started(
+    system: System, scheduler: Scheduler, source: Path, place: Path
+) -> None:
     (place / "vm-0001").mkdir()
 
     result = send(scheduler, request_of(source, place, 1500, on_error="abort"), "aborted").get(timeout=30)
@@ -298,7 +300,7 @@ def test_on_error_abort_ends_what_is_not_begun(system: System, scheduler: Schedu
     system.assert_left_nothing_in(place)
 
 
-def test_a_deadline_ends_what_is_not_published_by_then(
+def test_a_deadline_cancels_forks_that_are_not_published(
     system: System, scheduler: Scheduler, source: Path, place: Path
 ) -> None:
     stopwatch = LoadFreeStopwatch(system.pids)
@@ -331,7 +333,7 @@ def test_a_deadline_ends_what_is_not_published_by_then(
         pytest.param({"deadline": -1}, "deadline", id="a deadline before it begins"),
     ],
 )
-def test_a_request_that_makes_no_sense_fails_with_its_code_before_anything_is_done(
+def test_an_invalid_request_fails_with_its_code_before_anything_is_done(
     system: System, scheduler: Scheduler, source: Path, place: Path, change: dict[str, Any], said: str
 ) -> None:
     campaign_id = f"bad-{said}-{len(str(change))}"
@@ -346,7 +348,7 @@ def test_a_request_that_makes_no_sense_fails_with_its_code_before_anything_is_do
     assert list(place.iterdir()) == []
 
 
-def test_what_cannot_be_begun_fails_with_every_fork(system: System, scheduler: Scheduler, place: Path) -> None:
+def test_an_error_before_the_first_fork_fails_every_fork(system: System, scheduler: Scheduler, place: Path) -> None:
     sent = send(scheduler, request_of(place / "missing", place, 5), "missing")
 
     with pytest.raises(Exception, match=f"^source_not_found: {place}/missing"):

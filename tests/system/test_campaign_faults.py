@@ -54,9 +54,7 @@ def wait_for_end(scheduler: Scheduler, campaign_id: str, timeout: float = 60.0) 
     wait_until(lambda: scheduler.results.final.get(campaign_id) is not None, f"the result of {campaign_id}", timeout)
 
 
-def test_a_child_killed_in_the_middle_costs_nothing_but_time(
-    system: System, scheduler: Scheduler, source: Path, place: Path
-) -> None:
+def test_a_killed_child_only_delays_a_campaign(system: System, scheduler: Scheduler, source: Path, place: Path) -> None:
     sent = send(scheduler, request_of(source, place, 400), "child")
     spin_until(lambda: is_running(scheduler, "child", 400), "a half-done campaign")
 
@@ -97,7 +95,7 @@ def test_two_workers_of_a_domain_share_a_campaign_and_one_ends_it_when_the_other
     wait_until(lambda: not scheduler.redis.exists(*keys, UNACKED), "the end of all messages")
 
 
-def test_a_worker_that_was_paused_loses_its_batches_and_writes_nothing_into_what_was_published(
+def test_a_paused_worker_loses_its_batches_and_writes_nothing_into_published_forks(
     own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, source: Path, place: Path
 ) -> None:
     # Given a worker that was stopped with batches in progress
@@ -168,7 +166,7 @@ def test_a_campaign_whose_redis_is_full_ends_with_its_true_result_once_there_is_
     system.assert_left_nothing_in(place)
 
 
-def test_a_redis_that_was_emptied_tells_no_false_success_and_the_id_works_again(
+def test_an_emptied_redis_gives_no_false_success_and_the_id_can_be_used_again(
     system: System, scheduler: Scheduler, source: Path, place: Path, fresh: Fresh
 ) -> None:
     # Given
@@ -194,7 +192,7 @@ def test_a_redis_that_was_emptied_tells_no_false_success_and_the_id_works_again(
     system.assert_left_nothing_in(place)
 
 
-def test_a_staging_that_someone_removed_ends_the_campaign_with_a_clear_failure(
+def test_a_removed_staging_ends_the_campaign_with_a_clear_failure(
     system: System, scheduler: Scheduler, source: Path, place: Path
 ) -> None:
     send(scheduler, request_of(source, place, 2000), "robbed")

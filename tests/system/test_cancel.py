@@ -33,7 +33,7 @@ def _assert_cancelled(scheduler: Scheduler, fork_id: str, destination: Path) -> 
 
 
 @pytest.mark.parametrize("moment", ["planning", "first chunk", "half done"])
-def test_flag_ends_a_large_fork_within_moments_and_nothing_is_left(
+def test_cancellation_ends_a_large_fork_within_seconds_and_leaves_nothing(
     system: System, scheduler: Scheduler, large_source: Path, place: Path, moment: str
 ) -> None:
     # Given
@@ -66,7 +66,7 @@ def test_flag_ends_a_large_fork_within_moments_and_nothing_is_left(
     assert result["bytes"]["copied"] < sum(path.stat().st_blocks * 512 for path in large_source.rglob("*"))
 
 
-def test_flag_ends_a_fork_of_short_chunks_without_waiting_for_all_of_them(
+def test_cancellation_ends_a_fork_of_short_chunks_without_waiting_for_all_of_them(
     system: System, scheduler: Scheduler, large_source: Path, place: Path
 ) -> None:
     """Each chunk takes less time than the poll interval: cancellation must also be checked when a chunk starts."""
@@ -87,7 +87,7 @@ def test_flag_ends_a_fork_of_short_chunks_without_waiting_for_all_of_them(
     assert result["files"]["total"] < LARGE_FILES // 2
 
 
-def test_flag_ends_a_fork_that_is_cloned_inline(system: System, scheduler: Scheduler, fresh: Fresh) -> None:
+def test_cancellation_ends_a_fork_that_is_cloned_inline(system: System, scheduler: Scheduler, fresh: Fresh) -> None:
     """One task plans and clones; it checks for cancellation in its own poll callback."""
     directory = fresh("xfs_noreflink")
     source = directory / "a"
@@ -106,7 +106,7 @@ def test_flag_ends_a_fork_that_is_cloned_inline(system: System, scheduler: Sched
     system.assert_left_nothing_in(directory)
 
 
-def test_fork_cancelled_before_a_worker_takes_it_is_never_begun(
+def test_fork_cancelled_before_a_worker_takes_it_is_never_started(
     system: System, scheduler: Scheduler, fresh: Fresh
 ) -> None:
     directory = fresh("xfs")
@@ -138,7 +138,7 @@ def test_cancelling_after_success_changes_nothing(system: System, scheduler: Sch
     system.assert_left_nothing_in(directory)
 
 
-def test_cancelled_fork_stays_cancelled_when_its_messages_come_again(
+def test_cancelled_fork_stays_cancelled_when_its_messages_are_redelivered(
     system: System, scheduler: Scheduler, large_source: Path, place: Path
 ) -> None:
     with Recorder(system.server) as recorder:
@@ -157,7 +157,7 @@ def test_cancelled_fork_stays_cancelled_when_its_messages_come_again(
     system.assert_left_nothing_in(place)
 
 
-def test_other_forks_go_on_when_one_is_cancelled(
+def test_other_forks_continue_when_one_is_cancelled(
     system: System, scheduler: Scheduler, large_source: Path, place: Path
 ) -> None:
     sent = {

@@ -79,7 +79,7 @@ def test_running_fork_that_is_revoked_ends_as_cancelled_and_leaves_nothing(
     system.assert_left_nothing_in(place)
 
 
-def test_fork_that_is_revoked_before_a_worker_takes_it_is_never_begun(
+def test_fork_revoked_before_a_worker_takes_it_is_never_started(
     system: System, scheduler: Scheduler, fresh: Fresh
 ) -> None:
     directory = fresh("xfs")
@@ -108,7 +108,7 @@ def test_revoking_a_fork_that_has_ended_changes_nothing(system: System, schedule
     assert scheduler.results.final.fork("ended") == result
 
 
-def test_expired_fork_is_cancelled_with_a_result_also_when_it_is_sent_again(
+def test_expired_fork_is_cancelled_with_a_result_even_if_it_is_sent_again(
     system: System, scheduler: Scheduler, fresh: Fresh
 ) -> None:
     directory = fresh("xfs")
@@ -125,7 +125,7 @@ def test_expired_fork_is_cancelled_with_a_result_also_when_it_is_sent_again(
     system.assert_left_nothing_in(directory)
 
 
-def test_fork_that_expires_after_it_was_begun_goes_on(system: System, scheduler: Scheduler, fresh: Fresh) -> None:
+def test_fork_that_expires_after_its_start_continues(system: System, scheduler: Scheduler, fresh: Fresh) -> None:
     directory = fresh("xfs")
     source = make_guest(directory / "a")
     request = _request(source, directory / "b")
@@ -139,7 +139,7 @@ def test_fork_that_expires_after_it_was_begun_goes_on(system: System, scheduler:
 
 
 @pytest.mark.parametrize("limit", ["time_limit", "soft_time_limit"])
-def test_fork_that_takes_longer_than_its_clients_limit_ends_as_cancelled(
+def test_fork_that_exceeds_its_clients_time_limit_ends_as_cancelled(
     system: System, scheduler: Scheduler, fresh: Fresh, limit: str
 ) -> None:
     """One task makes it, from directories and symlinks, which takes seconds."""
@@ -155,7 +155,7 @@ def test_fork_that_takes_longer_than_its_clients_limit_ends_as_cancelled(
     system.assert_left_nothing_in(directory)
 
 
-def test_children_are_not_disturbed_by_sigusr1(
+def test_sigusr1_does_not_affect_children(
     system: System, scheduler: Scheduler, large_source: Path, place: Path
 ) -> None:
     staging, children = StagingView(place, "signalled"), system.worker.children
@@ -169,7 +169,7 @@ def test_children_are_not_disturbed_by_sigusr1(
     assert snapshot(place / "b") == snapshot(large_source)
 
 
-def test_client_that_ignores_the_result_can_still_ask_for_it(
+def test_client_that_ignores_the_result_can_still_read_it(
     system: System, scheduler: Scheduler, large_source: Path, place: Path, fresh: Fresh
 ) -> None:
     directory = fresh("xfs")
@@ -196,7 +196,7 @@ def test_final_state_is_never_replaced(system: System, scheduler: Scheduler, fir
     assert scheduler.results.states.get(job_id) == kept
 
 
-def test_fork_whose_id_celery_has_revoked_is_not_begun(system: System, scheduler: Scheduler, fresh: Fresh) -> None:
+def test_fork_whose_id_celery_has_revoked_is_not_started(system: System, scheduler: Scheduler, fresh: Fresh) -> None:
     """Another application's worker replies to a `revoke` too, and stores the state of a task that it does not know."""
     directory = fresh("xfs")
     scheduler.app.backend.store_result("elsewhere", ValueError("revoked"), "REVOKED")

@@ -18,7 +18,7 @@ _RATE = 16 * MIB
 _SIZE = 24 * MIB
 
 
-def test_two_workers_and_a_local_fork_together_stay_within_the_bound(
+def test_two_workers_and_a_local_fork_together_stay_within_the_copy_rate(
     start_worker: StartWorker,
     own_scheduler: Scheduler,
     run_forkvm: RunForkvm,

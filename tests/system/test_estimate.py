@@ -35,7 +35,7 @@ def test_an_estimate_is_the_result_of_its_task_and_nothing_is_left(scheduler: Sc
     assert os.listdir(source.parent) == ["a"]
 
 
-def test_an_estimate_that_cannot_be_made_fails_with_the_code_of_the_fork(scheduler: Scheduler, source: Path) -> None:
+def test_a_failed_estimate_has_the_error_code_of_the_fork(scheduler: Scheduler, source: Path) -> None:
     with pytest.raises(Exception, match="source_not_found"):
         _send(scheduler, source.parent / "missing", "estimate-2").get(timeout=TIMEOUT)
     with pytest.raises(Exception, match=r"dry_run: .* forkvm\.estimate"):

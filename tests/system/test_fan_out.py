@@ -42,7 +42,7 @@ def test_both_children_work_on_the_chunks_of_one_fork(
     assert {file["path"] for file in files} == entries_of(large_source)
 
 
-def test_fork_beyond_the_inline_limits_without_reflink_copies_a_large_file_in_ranges_and_keeps_its_holes(
+def test_fork_beyond_the_inline_limits_without_reflink_copies_a_large_file_in_ranges_and_preserves_its_holes(
     system: System, scheduler: Scheduler, fresh: Fresh
 ) -> None:
     # Given a disk whose data is in its first MiB, its last, and scattered between, among other files
@@ -77,7 +77,7 @@ def test_fork_beyond_the_inline_limits_without_reflink_copies_a_large_file_in_ra
     system.assert_left_nothing_in(directory)
 
 
-def test_reflinked_fork_of_many_files_is_fanned_out_and_every_extent_is_shared(
+def test_reflinked_fork_of_many_files_is_made_in_chunks_and_every_extent_is_shared(
     system: System, scheduler: Scheduler, fresh: Fresh
 ) -> None:
     directory = fresh("xfs")
@@ -101,7 +101,7 @@ def test_reflinked_fork_of_many_files_is_fanned_out_and_every_extent_is_shared(
     system.assert_left_nothing_in(directory)
 
 
-def test_other_forks_go_on_beside_a_large_one(
+def test_other_forks_are_made_beside_a_large_one(
     system: System, scheduler: Scheduler, large_source: Path, place: Path, fresh: Fresh
 ) -> None:
     directory = fresh("xfs")
@@ -117,7 +117,7 @@ def test_other_forks_go_on_beside_a_large_one(
     system.assert_left_nothing_in(place, directory)
 
 
-def test_many_forks_at_once_each_have_their_own_result(system: System, scheduler: Scheduler, fresh: Fresh) -> None:
+def test_many_simultaneous_forks_each_have_their_own_result(system: System, scheduler: Scheduler, fresh: Fresh) -> None:
     directory = fresh("xfs")
     sources = [make_guest(directory / f"a-{n}", seed=n) for n in range(3)]
     requests = {

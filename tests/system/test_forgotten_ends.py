@@ -60,7 +60,7 @@ def _result(scheduler: Scheduler, fork_id: str) -> Any:
     return scheduler.results.final.fork(fork_id)
 
 
-def test_a_fork_that_redis_forgot_ends_with_the_same_result(
+def test_a_fork_that_redis_lost_ends_with_the_same_result(
     own_scheduler: Scheduler, start_system: StartSystem, place: Path, tmp_path: Path
 ) -> None:
     # Given a Redis that is restored to the moment before a fork was started
@@ -99,7 +99,7 @@ def test_a_fork_that_redis_forgot_ends_with_the_same_result(
     system.assert_left_nothing_in(place)
 
 
-def test_a_destination_that_was_replaced_is_not_taken_for_the_fork(
+def test_a_replaced_destination_is_not_mistaken_for_the_fork(
     own_scheduler: Scheduler, start_system: StartSystem, place: Path
 ) -> None:
     system = start_system()
@@ -117,7 +117,7 @@ def test_a_destination_that_was_replaced_is_not_taken_for_the_fork(
     system.assert_left_nothing_in(place)
 
 
-def test_a_fork_whose_source_is_gone_by_then_ends_with_the_same_result(
+def test_a_lost_fork_whose_source_was_removed_ends_with_the_same_result(
     own_scheduler: Scheduler, start_system: StartSystem, place: Path
 ) -> None:
     system = start_system()
@@ -135,7 +135,7 @@ def test_a_fork_whose_source_is_gone_by_then_ends_with_the_same_result(
     system.assert_left_nothing_in(place)
 
 
-def test_a_campaign_that_redis_forgot_ends_with_the_same_results(
+def test_a_campaign_that_redis_lost_ends_with_the_same_results(
     own_scheduler: Scheduler, start_system: StartSystem, place: Path, tmp_path: Path
 ) -> None:
     # Given

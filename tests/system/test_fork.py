@@ -176,7 +176,7 @@ def test_pages_are_readable_while_a_large_fork_runs(
     system.assert_left_nothing_in(place)
 
 
-def test_pages_are_read_from_redis_as_the_readme_tells(
+def test_pages_are_read_from_redis_as_documented(
     system: System, scheduler: Scheduler, large_source: Path, place: Path
 ) -> None:
     result = scheduler.fork(large_source, place / "b", "fork-raw")
@@ -204,7 +204,7 @@ def _files_by_the_readme(server: Any, fork_id: str) -> list[Any]:
     return [file for page in pages for file in json.loads(zlib.decompress(page))]
 
 
-def test_every_key_of_a_fork_has_the_ttl_that_was_set(
+def test_every_key_of_a_fork_has_the_configured_ttl(
     system: System, scheduler: Scheduler, large_source: Path, place: Path
 ) -> None:
     scheduler.fork(large_source, place / "b", "fork-ttl")
@@ -221,7 +221,7 @@ def test_every_key_of_a_fork_has_the_ttl_that_was_set(
     assert {key: ttl for key, ttl in found.items() if not 0 < ttl <= keys.OPEN_SECONDS} == {}
 
 
-def test_destination_appears_whole(system: System, scheduler: Scheduler, large_source: Path, place: Path) -> None:
+def test_destination_appears_complete(system: System, scheduler: Scheduler, large_source: Path, place: Path) -> None:
     sent = scheduler.send({"source": str(large_source), "destination": str(place / "b")})
 
     spin_until(lambda: (place / "b").exists(), "the destination")
@@ -231,7 +231,7 @@ def test_destination_appears_whole(system: System, scheduler: Scheduler, large_s
     system.assert_left_nothing_in(place)
 
 
-def test_nobody_else_can_enter_a_fork_before_it_is_published(
+def test_no_other_user_can_enter_a_fork_before_it_is_published(
     system: System, scheduler: Scheduler, large_source: Path, place: Path
 ) -> None:
     sent = scheduler.send({"source": str(large_source), "destination": str(place / "b")}, "fork-private")
@@ -253,7 +253,7 @@ def _sizes(directory: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("durability", ["none", "sync"])
 @pytest.mark.parametrize("verify", ["none", "content"])
-def test_options_of_the_contract_are_taken(
+def test_options_of_the_contract_are_applied(
     system: System, scheduler: Scheduler, fresh: Fresh, durability: str, verify: str
 ) -> None:
     directory = fresh("xfs")
@@ -289,7 +289,7 @@ def test_options_of_the_contract_are_taken(
     system.assert_left_nothing_in(directory)
 
 
-def test_refused_reflink_is_told_once_for_the_fork_and_for_each_file(
+def test_refused_reflink_is_reported_once_for_the_fork_and_for_each_file(
     system: System, scheduler: Scheduler, fresh: Fresh
 ) -> None:
     directory = fresh("xfs_noreflink")
@@ -334,7 +334,7 @@ def test_names_that_are_not_utf8_go_through_requests_and_results_without_loss(
     system.assert_left_nothing_in(directory)
 
 
-def test_failure_under_a_name_that_is_not_utf8_tells_the_path(
+def test_failure_with_a_name_that_is_not_utf8_reports_the_path(
     system: System, scheduler: Scheduler, fresh: Fresh
 ) -> None:
     directory = fresh("xfs")
@@ -363,7 +363,7 @@ def test_name_of_255_bytes_is_forked_from_and_to(system: System, scheduler: Sche
     system.assert_left_nothing_in(directory)
 
 
-def test_client_in_another_program_needs_nothing_of_ours(system: System, fresh: Fresh) -> None:
+def test_client_in_another_program_needs_none_of_our_modules(system: System, fresh: Fresh) -> None:
     """The example of the contract, run where none of our modules can be imported."""
     directory = fresh("xfs")
     make_guest(directory / "a")

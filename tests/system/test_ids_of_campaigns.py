@@ -133,7 +133,7 @@ def test_the_same_id_in_a_second_domain_changes_nothing(
     assert "'forkvm.rack-7'" in refused.stderr
 
 
-def test_single_fork_of_a_campaign_cannot_be_cancelled_and_says_so(
+def test_cancelling_a_single_fork_of_a_campaign_is_refused_with_a_message(
     system: System, scheduler: Scheduler, source: Path, place: Path, mounts: Path, run_forkvm: RunForkvm
 ) -> None:
     environment = program_environment(system.server, mounts)
@@ -154,7 +154,7 @@ def test_single_fork_of_a_campaign_cannot_be_cancelled_and_says_so(
 
 
 @pytest.mark.parametrize("lost", ["home", "staging"])
-def test_every_fork_has_a_result_when_the_campaigns_directory_is_lost(
+def test_every_fork_has_a_result_when_the_campaigns_directory_is_moved(
     lost: str, system: System, scheduler: Scheduler, source: Path, place: Path
 ) -> None:
     # Given a half-done campaign

@@ -109,7 +109,7 @@ def test_fork_and_its_staging_survive_an_outage_that_is_longer_than_results_are_
     assert [key for key in scheduler.redis.scan_iter("*long*") if b":losses" not in key] == []
 
 
-def test_cancellation_survives_an_outage_and_one_that_comes_after_the_end_cancels_nothing_later(
+def test_cancellation_survives_an_outage_and_a_late_one_does_not_affect_later_jobs(
     own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, source: Path, fresh: Fresh
 ) -> None:
     scheduler, place = own_scheduler, fresh("xfs")

@@ -16,7 +16,7 @@ from tests.support.system.systems import System, send, spin_until
 from tests.support.tree import snapshot
 
 
-def test_children_killed_again_and_again_at_any_moment_cost_nothing_but_time(
+def test_children_killed_repeatedly_at_any_moment_only_delay_a_fork(
     system: System, scheduler: Scheduler, large_source: Path, place: Path, fresh: Fresh
 ) -> None:
     directory = fresh("xfs")
@@ -39,7 +39,7 @@ def test_children_killed_again_and_again_at_any_moment_cost_nothing_but_time(
     system.assert_left_nothing_in(place, directory)
 
 
-def test_fork_of_a_stopped_child_is_not_published_before_it_wakes_and_then_is_whole(
+def test_fork_of_a_stopped_child_is_published_only_after_it_continues_and_is_complete(
     system: System, scheduler: Scheduler, large_source: Path, place: Path
 ) -> None:
     """While it is stopped it holds its chunk, and may write as soon as it continues."""

@@ -42,7 +42,7 @@ def group(worker: Worker, number: signal.Signals) -> None:
     os.killpg(worker.pid, number)
 
 
-def test_a_long_task_is_delivered_once_while_its_worker_lives(
+def test_a_long_task_is_delivered_once_while_its_worker_runs(
     place: Path, start_worker: StartWorker, foreign_client: Celery, redis_server: RedisServer
 ) -> None:
     """Tests the lease with the installed kombu: without it the message would be delivered again after 5 s."""
@@ -55,7 +55,7 @@ def test_a_long_task_is_delivered_once_while_its_worker_lives(
     assert sum(worker.output().count("tests.long_task[long] received") for worker in workers) == 1
 
 
-def test_a_paused_worker_loses_its_fork_and_writes_nothing_into_the_published_one(
+def test_a_paused_worker_loses_its_fork_and_writes_nothing_into_the_published_fork(
     place: Path, start_worker: StartWorker, foreign_client: Celery, redis_server: RedisServer
 ) -> None:
     short = {**SMALL_CHUNKS, "FORKVM_VISIBILITY_TIMEOUT": "5"}

@@ -24,7 +24,7 @@ def _client(system: System, domain: str = "") -> Client:
     return Client(Settings(broker_url=server.broker_url, result_backend=server.backend_url, domain=domain))
 
 
-def test_an_overview_has_the_messages_jobs_and_workers_of_its_domain(
+def test_an_overview_shows_the_messages_jobs_and_workers_of_its_domain(
     system: System, large_source: Path, place: Path
 ) -> None:
     # Given a fork whose children are stopped, and messages in the queue of a domain without workers
@@ -89,7 +89,7 @@ def test_top_shows_the_domain_in_a_terminal_until_ctrl_c(system: System) -> None
     os.close(terminal)
 
 
-def test_top_prints_a_line_of_json_for_each_reading_until_its_reader_is_gone(system: System) -> None:
+def test_top_prints_a_line_of_json_per_reading_until_its_pipe_is_closed(system: System) -> None:
     command = [forkvm_script(), "top", "--json", "--interval", "1"]
     with ended_at_exit(
         subprocess.Popen(command, env=program_environment(system.server), stdout=subprocess.PIPE, text=True)

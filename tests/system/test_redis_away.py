@@ -69,7 +69,7 @@ def _forget_unacknowledged(scheduler: Scheduler) -> None:
         pytest.param("while it is finished", False, 4, id="while it is finished"),
     ],
 )
-def test_fork_whose_redis_goes_away_ends_with_its_true_result_and_the_next_one_is_served(
+def test_fork_ends_with_its_true_result_after_redis_was_down_and_the_next_one_is_served(
     start_system: StartSystem, source: Path, place: Path, fresh: Fresh, moment: str, kill: bool, times: int
 ) -> None:
     # Given a large fork at a certain step, and small ones in the queue behind it
@@ -142,7 +142,7 @@ def test_no_fork_is_lost_and_nothing_stays_unacknowledged_over_several_outages(
     assert leftovers(place) == []
 
 
-def test_idle_worker_whose_redis_goes_away_consumes_again(start_system: StartSystem, fresh: Fresh) -> None:
+def test_idle_worker_consumes_again_after_redis_was_down(start_system: StartSystem, fresh: Fresh) -> None:
     system = start_system()
     directory = fresh("xfs")
     make_guest(directory / "a")

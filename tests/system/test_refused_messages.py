@@ -125,7 +125,7 @@ def test_refused_message_ends_its_job_as_invalid_request(
 
 
 @pytest.mark.parametrize("value", [uuid.uuid4(), datetime.datetime.now(), decimal.Decimal(1), b"x"], ids=type)  # noqa: DTZ005
-def test_python_types_in_a_request_are_refused_with_a_whole_result(
+def test_python_types_in_a_request_are_refused_with_a_complete_result(
     scheduler: Scheduler, fresh: Fresh, value: object
 ) -> None:
     request = _request(fresh("xfs"))
@@ -137,7 +137,7 @@ def test_python_types_in_a_request_are_refused_with_a_whole_result(
 
 
 @pytest.mark.parametrize("length", [513, 4096])
-def test_client_of_an_id_that_is_too_long_is_told(scheduler: Scheduler, fresh: Fresh, length: int) -> None:
+def test_a_client_gets_an_error_for_an_id_that_is_too_long(scheduler: Scheduler, fresh: Fresh, length: int) -> None:
     text, _ = scheduler.wait_failed(scheduler.send(_request(fresh("xfs")), "i" * length))
 
     assert "its id is longer than 512" in text
@@ -152,7 +152,7 @@ def test_compressed_request_is_served(scheduler: Scheduler, fresh: Fresh, method
     assert Path(request["destination"]).exists()
 
 
-def test_client_of_protocol_1_is_told(system: System, fresh: Fresh) -> None:
+def test_a_client_with_protocol_1_gets_an_error(system: System, fresh: Fresh) -> None:
     client = Celery("old", broker=system.server.broker_url, backend=system.server.backend_url, set_as_current=False)
     client.conf.task_protocol = 1
     sent = client.send_task("forkvm.fork", kwargs={"request": _request(fresh("xfs"))}, queue=QUEUE)
@@ -162,7 +162,7 @@ def test_client_of_protocol_1_is_told(system: System, fresh: Fresh) -> None:
     client.close()
 
 
-def test_errback_and_chord_of_a_refused_message_are_told(scheduler: Scheduler, fresh: Fresh) -> None:
+def test_errback_and_chord_of_a_refused_message_get_the_error(scheduler: Scheduler, fresh: Fresh) -> None:
     request = _request(fresh("xfs")) | {"labels": {"n": decimal.Decimal(1)}}
     fork = signature("forkvm.fork", kwargs={"request": request}, app=scheduler.app, queue=QUEUE)
     note = signature("client.note", app=scheduler.app, queue="notices")

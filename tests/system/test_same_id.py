@@ -79,7 +79,7 @@ def test_the_same_large_fork_sent_three_times_at_once_is_made_once(
     system.assert_left_nothing_in(place)
 
 
-def test_the_same_id_sent_after_success_gives_the_first_result_whatever_it_asks_for(
+def test_the_same_id_sent_after_success_gives_the_first_result_for_any_request(
     system: System, scheduler: Scheduler, fresh: Fresh
 ) -> None:
     # Given
@@ -238,7 +238,7 @@ def test_every_message_of_a_large_fork_delivered_twice_gives_one_fork_and_one_re
     system.assert_left_nothing_in(place)
 
 
-def test_messages_of_a_half_done_fork_delivered_again_in_reverse_give_one_fork_and_one_result(
+def test_messages_of_a_half_done_fork_redelivered_in_reverse_order_give_one_fork_and_one_result(
     system: System, scheduler: Scheduler, large_source: Path, place: Path
 ) -> None:
     # Given a half-done fork that is paused
@@ -299,9 +299,7 @@ def test_late_chunks_and_finishes_write_nothing_into_a_published_fork(
     system.assert_left_nothing_in(place)
 
 
-def test_late_chunks_of_a_reflinked_fork_leave_every_extent_where_it_is(
-    system: System, scheduler: Scheduler, fresh: Fresh
-) -> None:
+def test_late_chunks_of_a_reflinked_fork_move_no_extent(system: System, scheduler: Scheduler, fresh: Fresh) -> None:
     directory = fresh("xfs")
     source = make_guest(directory / "a")
     for n in range(300):

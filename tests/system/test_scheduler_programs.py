@@ -95,7 +95,7 @@ def test_the_table_says_what_to_do_for_each_error_code() -> None:
     ]
 
 
-def test_the_program_in_python_tries_again_what_may_pass() -> None:
+def test_the_program_in_python_retries_temporary_errors() -> None:
     (words,) = re.findall(r"^MAY_PASS = {(.*)}$", _DOCUMENT, re.MULTILINE)
 
     may_pass = {

@@ -69,7 +69,7 @@ def test_a_second_host_that_does_not_see_the_locks_of_the_first_does_not_start(
     assert markers(backing) == []
 
 
-def test_hosts_that_see_each_others_locks_start_and_doctor_says_that_they_do(
+def test_hosts_that_see_each_others_locks_start_and_doctor_reports_it(
     start_worker: StartWorker, run_forkvm: RunForkvm, redis_server: RedisServer, fresh: Fresh, bindfs: Bindfs
 ) -> None:
     backing, usable = fresh("ext4"), fresh("tmpfs")
@@ -86,7 +86,7 @@ def test_hosts_that_see_each_others_locks_start_and_doctor_says_that_they_do(
     assert len(markers(backing)) == 2
 
 
-def test_a_mount_below_a_root_is_tried_too(
+def test_a_mount_below_a_root_is_tested_too(
     start_worker: StartWorker, run_forkvm: RunForkvm, redis_server: RedisServer, fresh: Fresh, bindfs: Bindfs
 ) -> None:
     backing, usable = fresh("ext4"), fresh("tmpfs")
@@ -99,7 +99,7 @@ def test_a_mount_below_a_root_is_tried_too(
     assert "locks (flock) are not shared" in refused.output().splitlines()[-1]
 
 
-def test_workers_of_one_mount_start_and_the_marker_of_a_dead_one_is_removed(
+def test_workers_of_one_mount_start_and_the_marker_of_a_killed_one_is_removed(
     start_worker: StartWorker, fresh: Fresh, bindfs: Bindfs
 ) -> None:
     point, usable = bindfs(fresh("ext4")), fresh("tmpfs")
@@ -130,7 +130,7 @@ def test_a_filesystem_of_one_host_gets_no_marker_and_no_check(
     assert list(place.iterdir()) == []
 
 
-def test_a_fork_leaves_markers_out(fresh: Fresh, bindfs: Bindfs) -> None:
+def test_a_fork_skips_markers(fresh: Fresh, bindfs: Bindfs) -> None:
     backing = fresh("ext4")
     point = bindfs(backing)
     (point / "source").mkdir()
@@ -181,7 +181,7 @@ def _plant_hard_link(path: Path, outside: Path) -> None:
     [_plant_link, _plant_foreign, _plant_writable, _plant_hard_link, lambda path, _: os.mkfifo(path, 0o600)],
     ids=["symlink", "foreign owner", "foreign mode", "hard link", "FIFO"],
 )
-def test_what_is_no_marker_of_ours_is_passed_over(fresh: Fresh, bindfs: Bindfs, plant: Any) -> None:
+def test_foreign_entries_with_names_of_markers_are_ignored(fresh: Fresh, bindfs: Bindfs, plant: Any) -> None:
     backing = fresh("ext4")
     point = bindfs(backing)
     path = backing / ".forkvm-worker-0123456789abcdef"
@@ -199,7 +199,7 @@ def test_what_is_no_marker_of_ours_is_passed_over(fresh: Fresh, bindfs: Bindfs, 
     assert path.is_symlink() or path.exists()
 
 
-def test_a_marker_of_ours_with_hostile_contents_is_printable_and_bounded(
+def test_hostile_contents_of_a_marker_are_escaped_and_truncated(
     start_worker: StartWorker, fresh: Fresh, bindfs: Bindfs
 ) -> None:
     """A process of our own user simulates a live worker of another host; its lock can be acquired here."""
@@ -221,7 +221,7 @@ def test_a_marker_of_ours_with_hostile_contents_is_printable_and_bounded(
     assert len(line) < 1500
 
 
-def test_gc_removes_the_marker_of_a_worker_that_ended_and_no_other(
+def test_gc_removes_only_markers_of_ended_workers(
     run_forkvm: RunForkvm, fresh: Fresh, bindfs: Bindfs, redis_server: RedisServer
 ) -> None:
     backing = fresh("ext4")
@@ -240,7 +240,7 @@ def test_gc_removes_the_marker_of_a_worker_that_ended_and_no_other(
     assert markers(backing) == [young, held]
 
 
-def test_where_no_marker_can_be_made_the_worker_starts_and_says_so(
+def test_a_worker_that_cannot_create_a_marker_starts_with_a_warning(
     start_worker: StartWorker, run_forkvm: RunForkvm, redis_server: RedisServer, fresh: Fresh, bindfs: Bindfs
 ) -> None:
     backing = fresh("ext4")

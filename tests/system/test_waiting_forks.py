@@ -57,9 +57,7 @@ def _check_all(scheduler: Scheduler, destinations: dict[str, Path], source: Path
         assert_alike(source, destination, SKIPPED_BY_DEFAULT)
 
 
-def test_most_forks_that_wait_are_taken_by_the_process_that_makes_them(
-    system: System, scheduler: Scheduler, directory: Path
-) -> None:
+def test_most_waiting_forks_are_taken_by_a_pool_process(system: System, scheduler: Scheduler, directory: Path) -> None:
     destinations = _send(scheduler, directory)
 
     _check_all(scheduler, destinations, directory / "a")
@@ -81,9 +79,7 @@ def test_a_fork_ends_before_those_that_its_process_makes_after_it(
     own_scheduler.wait_quiet()
 
 
-def test_forks_whose_process_is_killed_while_others_wait_are_made_once(
-    system: System, scheduler: Scheduler, directory: Path
-) -> None:
+def test_waiting_forks_of_a_killed_process_are_made_once(system: System, scheduler: Scheduler, directory: Path) -> None:
     destinations = _send(scheduler, directory, 4 * FORKS)
     with stopped_when(system.worker, lambda: bool(_taken(scheduler)), "a process that has taken messages") as children:
         send(children, signal.SIGKILL)
@@ -93,7 +89,7 @@ def test_forks_whose_process_is_killed_while_others_wait_are_made_once(
     system.worker.wait_for_output("messages that a lost process had taken go back to their queue")
 
 
-def test_forks_that_a_paused_process_has_taken_are_made_by_others(
+def test_forks_taken_by_a_paused_process_are_made_by_others(
     system: System, scheduler: Scheduler, directory: Path
 ) -> None:
     destinations = _send(scheduler, directory, 2 * FORKS)
@@ -103,7 +99,7 @@ def test_forks_that_a_paused_process_has_taken_are_made_by_others(
     system.assert_left_nothing_in(directory)
 
 
-def test_forks_that_wait_do_not_wait_behind_a_long_one(
+def test_small_forks_do_not_wait_behind_a_long_one(
     system: System, scheduler: Scheduler, directory: Path, large_source: Path, place: Path
 ) -> None:
     """The process that has taken them returns them, and other processes make them."""
@@ -116,7 +112,7 @@ def test_forks_that_wait_do_not_wait_behind_a_long_one(
     system.assert_left_nothing_in(directory, place)
 
 
-def test_requests_that_are_not_plain_are_answered_among_those_that_are(
+def test_requests_with_extra_fields_are_answered_among_plain_ones(
     system: System, scheduler: Scheduler, directory: Path
 ) -> None:
     def request(name: str) -> dict[str, str]:

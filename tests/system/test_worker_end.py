@@ -21,7 +21,7 @@ from tests.support.system.systems import send
 END_SECONDS = 10.0
 
 
-def test_worker_told_to_end_just_after_it_gave_a_child_a_task_ends_when_that_is_done(
+def test_worker_stopped_just_after_it_sent_a_task_to_a_child_exits_when_the_task_is_done(
     own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, fresh: Fresh
 ) -> None:
     # Given a child that has been sent a fork and has not yet reported that it took it

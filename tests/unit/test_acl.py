@@ -31,12 +31,12 @@ def acl(*entries: tuple[int, int]) -> bytes:
         ("set-id and sticky bits", 0o7771, [(USER_OBJ, 7), (USER, 7), (GROUP_OBJ, 5), (MASK, 7), (OTHER, 1)], 0o7751),
     ],
 )
-def test_a_mode_without_its_acl_gives_no_class_more_than_the_acl_gave(
+def test_a_mode_without_its_acl_gives_no_class_additional_access(
     what: str, mode: int, entries: list[tuple[int, int]], expected: int
 ) -> None:
     assert mode_without_acl(mode, acl(*entries)) == expected, what
 
 
 @pytest.mark.parametrize("value", [b"", b"\1\0\0\0", struct.pack("<I", 2), acl((USER_OBJ, 6), (OTHER, 4))[:-3]])
-def test_of_an_acl_that_cannot_be_read_only_the_owners_bits_are_left(value: bytes) -> None:
+def test_an_unreadable_acl_leaves_only_the_owners_bits(value: bytes) -> None:
     assert mode_without_acl(0o4674, value) == 0o4600

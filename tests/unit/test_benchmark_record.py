@@ -19,7 +19,7 @@ def row(filesystem: str, case: str, cp: float, measured_at: str) -> Row:
     return Row(case, filesystem, filesystem == "xfs", seconds, {"rsync": "it failed"}, measured_at)
 
 
-def test_a_run_replaces_what_it_measured_and_keeps_the_rest(tmp_path: Path) -> None:
+def test_a_run_replaces_the_figures_that_it_measured_and_keeps_the_rest(tmp_path: Path) -> None:
     path = str(tmp_path / "figures.json")
     tree, inst = row("xfs", "tree", 1.0, FIRST), row("xfs", "inst", 2.0, FIRST)
     old = [Finding("memory", 64.0, "MiB", 150, FIRST), Finding("growth", 1.5, "", None, FIRST)]
@@ -34,7 +34,7 @@ def test_a_run_replaces_what_it_measured_and_keeps_the_rest(tmp_path: Path) -> N
     assert json.loads(Path(path).read_text())["rows"][1]["ratio_to_cp"]["engine"] == 0.5
 
 
-def test_what_another_machine_measured_is_not_kept(tmp_path: Path) -> None:
+def test_figures_of_another_machine_are_not_kept(tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
     record.add_to(str(path), record.read(None), [row("xfs", "tree", 1.0, FIRST)], [])
     data = json.loads(path.read_text())
@@ -45,7 +45,7 @@ def test_what_another_machine_measured_is_not_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"rows": 3}', '{"rows": [{}]}', "[]"])
-def test_a_file_that_holds_something_else_is_refused_and_left(tmp_path: Path, text: str) -> None:
+def test_a_file_with_other_contents_is_refused_and_not_changed(tmp_path: Path, text: str) -> None:
     path = tmp_path / "figures.json"
     path.write_text(text)
 

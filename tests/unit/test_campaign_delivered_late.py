@@ -56,7 +56,7 @@ def yard(tmp_path: Path) -> Yard:
     return Yard(tmp_path, request, context, sent)
 
 
-def test_a_delivery_that_waited_for_the_conclusion_gives_its_result_and_makes_nothing(yard: Yard) -> None:
+def test_a_delivery_that_waits_for_the_end_returns_its_result_and_makes_nothing(yard: Yard) -> None:
     # Given a campaign that another process is about to conclude
     spec, _ = campaign_of(yard.request, "c", owner="queue")
     concluded = campaign_result(spec, {"forks.cancelled": 2}, [])
@@ -99,7 +99,7 @@ def test_a_second_delivery_sends_batches_again_while_one_is_made(yard: Yard) -> 
     os.close(parent_fd)
 
 
-def test_a_delivery_that_comes_while_the_first_one_ends_a_cancelled_campaign_waits_for_its_result(
+def test_a_second_delivery_of_a_cancelled_campaign_waits_for_the_result_of_the_first(
     yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given a cancelled campaign whose forks have results, but not yet the campaign itself
@@ -142,7 +142,7 @@ def test_a_delivery_that_comes_while_the_first_one_ends_a_cancelled_campaign_wai
 
 
 @pytest.mark.parametrize("again", ["campaign", "conclude"])
-def test_what_a_process_left_that_died_after_the_result_goes_with_the_next_delivery(yard: Yard, again: str) -> None:
+def test_staging_left_after_the_result_is_removed_by_the_next_delivery(yard: Yard, again: str) -> None:
     # Given a cancelled campaign with a result, and staging that a later delivery left when it was killed
     yard.results.cancellations.request("c")
     result = yard.deliver()
@@ -159,7 +159,7 @@ def test_what_a_process_left_that_died_after_the_result_goes_with_the_next_deliv
     assert yard.left() == ["source"]
 
 
-def test_a_campaign_whose_refusal_was_cut_short_ends_with_the_same_error(
+def test_a_campaign_whose_refusal_was_interrupted_ends_with_the_same_error(
     yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given a campaign that was refused for its source, by a process that was killed before it had stored the whole

@@ -25,7 +25,7 @@ def refusal(destinations: object, **fields: Any) -> str:
     return raised.value.message
 
 
-def test_a_list_is_taken_in_its_order_and_counted_from_one() -> None:
+def test_a_list_keeps_its_order_and_is_numbered_from_one() -> None:
     spec, paths = campaign_of({"source": "/a", "destinations": ["/z", "/b/c", "/b/a"]}, "c", owner="queue")
 
     assert paths == ["/z", "/b/c", "/b/a"]
@@ -45,7 +45,7 @@ def test_a_list_is_taken_in_its_order_and_counted_from_one() -> None:
         ("//g/./vm-{n}/", "/g/vm-9", "/g/vm-11"),
     ],
 )
-def test_a_template_is_counted_through_from_its_start(template: str, first: str, last: str) -> None:
+def test_a_template_is_numbered_from_its_start(template: str, first: str, last: str) -> None:
     request = {"source": "/a", "destinations": {"template": template, "count": 3, "start": 9}}
 
     spec, paths = campaign_of(request, "c", owner="queue")
@@ -78,11 +78,11 @@ def test_a_template_is_counted_through_from_its_start(template: str, first: str,
         "/g/{ n}",
     ],
 )
-def test_a_template_reaches_into_nothing_and_grows_to_nothing(template: str) -> None:
+def test_an_invalid_template_is_refused(template: str) -> None:
     assert "template" in refusal({"template": template, "count": 2})
 
 
-def test_a_template_without_n_is_one_path_and_no_more() -> None:
+def test_a_template_without_n_is_valid_for_one_path_only() -> None:
     assert paths_of({"template": "/g/vm", "count": 1}) == ["/g/vm"]
     assert paths_of({"template": "/g/{{}}", "count": 1}) == ["/g/{}"]
     assert "twice" in refusal({"template": "/g/vm", "count": 2})
@@ -93,7 +93,7 @@ def test_a_template_without_n_is_one_path_and_no_more() -> None:
     "destinations",
     [["/g/a", "/g/b", "/g/a"], ["/g/a", "/g/a/"], ["/g/a", "//g//a"], ["/g/a", "/g/./a"]],
 )
-def test_a_repeated_destination_is_refused_however_it_is_written(destinations: list[str]) -> None:
+def test_a_repeated_destination_in_any_spelling_is_refused(destinations: list[str]) -> None:
     assert "twice" in refusal(destinations)
 
 
@@ -111,11 +111,11 @@ def test_a_destination_inside_another_is_refused(destinations: list[str]) -> Non
     assert "inside" in refusal(destinations)
 
 
-def test_names_that_only_begin_alike_are_not_inside_each_other() -> None:
+def test_names_with_a_common_prefix_are_not_inside_each_other() -> None:
     assert paths_of(["/g/a", "/g/ab", "/g/a.b", "/g/a b"]) == ["/g/a", "/g/ab", "/g/a.b", "/g/a b"]
 
 
-def test_names_that_are_not_utf8_are_taken_byte_by_byte() -> None:
+def test_names_that_are_not_utf8_are_used_byte_for_byte() -> None:
     path = os.fsdecode(b"/g/\xff\xfe")
 
     assert paths_of([path]) == [path]
@@ -156,7 +156,7 @@ def test_destinations_of_another_shape_are_refused_and_named(destinations: objec
 
 
 @pytest.mark.parametrize("path", ["g/a", "", "/g/../a", "/g/a\0b", "/" + "x" * 5000])
-def test_a_path_that_is_none_is_refused(path: str) -> None:
+def test_an_invalid_path_is_refused(path: str) -> None:
     refusal(["/g/ok", path])
 
 
@@ -182,14 +182,14 @@ def test_a_path_that_is_none_is_refused(path: str) -> None:
         {"labels": {"a": 1}},
     ],
 )
-def test_a_field_that_is_unknown_or_of_no_sense_is_refused_and_named(fields: dict[str, Any]) -> None:
+def test_an_unknown_or_invalid_field_is_refused_and_named(fields: dict[str, Any]) -> None:
     (name,) = fields
 
     assert name in refusal(["/g/a"], **fields)
 
 
 @pytest.mark.parametrize("request_", [None, 7, "text", [], [{}], {}, {"source": "/a"}, {"destinations": ["/b"]}])
-def test_what_is_no_request_is_refused(request_: object) -> None:
+def test_a_value_that_is_no_request_is_refused(request_: object) -> None:
     with pytest.raises(ForkError) as raised:
         campaign_of(request_, "c", owner="queue")
 
@@ -199,7 +199,7 @@ def test_what_is_no_request_is_refused(request_: object) -> None:
     assert result["error"]["code"] == "invalid_request"
 
 
-def test_all_that_a_single_fork_can_be_told_holds_for_every_fork() -> None:
+def test_all_options_of_a_single_fork_apply_to_every_fork() -> None:
     request = {
         "source": "/a",
         "destinations": ["/b"],
@@ -227,7 +227,7 @@ def test_all_that_a_single_fork_can_be_told_holds_for_every_fork() -> None:
     assert spec.aims.deadline == pytest.approx(spec.started + 60)
 
 
-def test_a_summary_leaves_out_a_long_list_of_destinations() -> None:
+def test_a_summary_omits_a_long_list_of_destinations() -> None:
     request = {"source": "/a", "destinations": [f"/g/{n:040}" for n in range(10_000)], "reflink": "always"}
     spec, _ = campaign_of(request, "c", owner="queue")
 
@@ -237,7 +237,7 @@ def test_a_summary_leaves_out_a_long_list_of_destinations() -> None:
     assert (summary["forks"], summary["start"]) == (10_000, 1)
 
 
-def test_a_summary_keeps_a_small_request_whole_and_tells_requests_apart() -> None:
+def test_a_summary_contains_a_small_request_completely_and_distinguishes_requests() -> None:
     request = {"source": "/a", "destinations": {"template": "/g/{n}", "count": 100_000}, "labels": {"x": "y"}}
     spec, _ = campaign_of(request, "c", owner="queue")
 

@@ -68,7 +68,7 @@ def outcomes(
     return made
 
 
-def test_what_is_settled_is_kept_as_celerys_state_and_as_the_forks_result(
+def test_an_outcome_is_stored_as_celerys_state_and_as_the_forks_result(
     redis: fakeredis.FakeRedis, campaign: CampaignResults
 ) -> None:
     good, bad, ended = outcomes(0, 1), outcomes(1, 1, Code.NO_SPACE), outcomes(2, 1, Code.CANCELLED)
@@ -83,7 +83,7 @@ def test_what_is_settled_is_kept_as_celerys_state_and_as_the_forks_result(
     assert [file["path"] for file in campaign.results.pages.files("c.2")] == ["x", "y"]
 
 
-def test_a_run_is_settled_once_however_often_it_is_told(campaign: CampaignResults) -> None:
+def test_a_batch_that_is_stored_repeatedly_counts_once(campaign: CampaignResults) -> None:
     assert not campaign.has_outcomes(8)
 
     for _ in range(3):
@@ -108,7 +108,7 @@ def test_results_of_several_pages_are_read_back_in_order(campaign: CampaignResul
     assert found == [["x", "y"], long, long[:2]]
 
 
-def test_forks_come_in_order_and_whole_over_every_page(campaign: CampaignResults) -> None:
+def test_results_of_forks_are_read_in_order_across_pages(campaign: CampaignResults) -> None:
     for first in range(1100, -1, -100):
         campaign.store_outcomes(first, outcomes(first, 100))
 
@@ -116,14 +116,14 @@ def test_forks_come_in_order_and_whole_over_every_page(campaign: CampaignResults
     assert [fork["fork_id"] for fork in campaign.forks(501, 2)] == ["c.501", "c.502"]
 
 
-def test_forks_that_have_not_ended_are_left_out(campaign: CampaignResults) -> None:
+def test_forks_that_have_not_ended_are_omitted(campaign: CampaignResults) -> None:
     campaign.store_outcomes(3, outcomes(3, 2))
     campaign.store_outcomes(700, outcomes(700, 1))
 
     assert [fork["fork_id"] for fork in campaign.forks(1, 1200)] == ["c.4", "c.5", "c.701"]
 
 
-def test_failures_are_the_first_in_the_order_of_the_forks_and_bounded_in_bytes(campaign: CampaignResults) -> None:
+def test_failures_are_the_first_in_the_order_of_the_forks_and_limited_in_bytes(campaign: CampaignResults) -> None:
     for first in (180, 60, 240, 0, 120):  # in the order in which the batches of several children may end
         campaign.store_outcomes(first, outcomes(first, 60, Code.NO_SPACE, path="/" + "x" * 4000 + "\udcff" * 80))
 
@@ -137,7 +137,7 @@ def test_failures_are_the_first_in_the_order_of_the_forks_and_bounded_in_bytes(c
     assert result["forks"] == {"total": 300, "succeeded": 0, "failed": 300, "cancelled": 0}
 
 
-def test_failures_that_are_settled_together_leave_room_for_those_between_them(campaign: CampaignResults) -> None:
+def test_failures_that_are_stored_together_leave_room_for_those_between_them(campaign: CampaignResults) -> None:
     campaign.store_outcomes(0, outcomes(0, 1, Code.IO_ERROR) + outcomes(9, 1, Code.IO_ERROR))
     campaign.store_outcomes(4, outcomes(4, 2, Code.NO_SPACE))
     campaign.store_outcomes(1, outcomes(1, 3, Code.NO_SPACE))
@@ -145,14 +145,16 @@ def test_failures_that_are_settled_together_leave_room_for_those_between_them(ca
     assert [failure["fork_id"] for failure in campaign.failures()] == [f"c.{n}" for n in (1, 2, 3, 4, 5, 6, 10)]
 
 
-def test_batches_are_done_once_they_are_told(campaign: CampaignResults) -> None:
+def test_batches_are_done_once_their_outcomes_are_stored(campaign: CampaignResults) -> None:
     campaign.end_batch(128)
 
     assert campaign.is_batch_done(128)
     assert not campaign.is_batch_done(0)
 
 
-def test_progress_is_told_until_the_campaign_has_ended(redis: fakeredis.FakeRedis, campaign: CampaignResults) -> None:
+def test_progress_is_published_until_the_campaign_has_ended(
+    redis: fakeredis.FakeRedis, campaign: CampaignResults
+) -> None:
     campaign.store_outcomes(0, outcomes(0, 3) + outcomes(3, 1, Code.NO_SPACE))
 
     campaign.publish_progress(spec_of(10), campaign.sums(), planned_at=1.0)
@@ -167,7 +169,7 @@ def test_progress_is_told_until_the_campaign_has_ended(redis: fakeredis.FakeRedi
     assert campaign.results.states.get("c")["status"] == "SUCCESS"
 
 
-def test_the_first_reason_to_end_early_holds(campaign: CampaignResults) -> None:
+def test_the_first_reason_to_end_early_is_kept(campaign: CampaignResults) -> None:
     assert campaign.reason_to_end("/a") is None
 
     campaign.end_early(ForkError(Code.CANCELLED, "the deadline passed", "/a"))
@@ -186,7 +188,7 @@ def test_a_clients_cancel_is_a_reason_to_end_early(campaign: CampaignResults) ->
     assert (error.code, error.path) == (Code.CANCELLED, "/a")
 
 
-def test_the_final_result_is_kept(campaign: CampaignResults) -> None:
+def test_the_final_result_is_stored(campaign: CampaignResults) -> None:
     result = campaign_result(spec_of(3), {"forks.succeeded": 3}, [])
 
     campaign.store_campaign_result(result)

@@ -11,7 +11,7 @@ BODY = b'[[], {"request": {}}, {}]' * 100
 
 
 @pytest.mark.parametrize("method", ["gzip", "zlib", "bzip2", "bzip", "lzma", "xz"])
-def test_what_kombu_compressed_is_read_under_its_name_and_its_content_type(method: str) -> None:
+def test_a_body_compressed_by_kombu_is_read_by_its_name_and_its_content_type(method: str) -> None:
     compressed, content_type = kombu.compression.compress(BODY, method)
 
     assert decompress(compressed, method, len(BODY)) == BODY
@@ -19,7 +19,7 @@ def test_what_kombu_compressed_is_read_under_its_name_and_its_content_type(metho
 
 
 @pytest.mark.parametrize("method", ["gzip", "bzip2", "lzma"])
-def test_what_is_longer_than_the_bound_is_refused(method: str) -> None:
+def test_a_body_longer_than_the_limit_is_refused(method: str) -> None:
     compressed, _ = kombu.compression.compress(b"\0" * (64 << 20), method)
 
     with pytest.raises(Undecodable, match="longer than 1000"):
@@ -28,7 +28,7 @@ def test_what_is_longer_than_the_bound_is_refused(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["gzip", "bzip2", "lzma"])
 @pytest.mark.parametrize("kept", [0, 10, -1])
-def test_what_is_cut_off_is_refused(method: str, kept: int) -> None:
+def test_a_truncated_body_is_refused(method: str, kept: int) -> None:
     compressed, _ = kombu.compression.compress(BODY, method)
 
     with pytest.raises(Undecodable):
@@ -36,6 +36,6 @@ def test_what_is_cut_off_is_refused(method: str, kept: int) -> None:
 
 
 @pytest.mark.parametrize("method", ["", "zip", "brotli", "application/zstd"])
-def test_what_this_worker_cannot_read_is_refused_by_name(method: str) -> None:
+def test_an_unsupported_compression_is_refused_by_name(method: str) -> None:
     with pytest.raises(Undecodable, match="compression"):
         decompress(b"x", method, 1000)

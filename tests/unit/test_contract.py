@@ -28,7 +28,7 @@ def _refusal(request: object) -> ForkError:
     return raised.value
 
 
-def test_two_paths_are_a_request_and_the_rest_has_defaults() -> None:
+def test_a_request_needs_two_paths_and_the_rest_has_defaults() -> None:
     options = _parse(GOOD).options()
 
     assert (options.reflink, options.snapshot) == ("auto", "auto")
@@ -39,12 +39,12 @@ def test_two_paths_are_a_request_and_the_rest_has_defaults() -> None:
     assert _parse(GOOD).labels == {}
 
 
-def test_default_exclude_is_the_contracts() -> None:
+def test_default_exclude_is_that_of_the_contract() -> None:
     assert DEFAULT_EXCLUDE == ("/logs/", "*.lz4.tmp", "*.zst.tmp", "*.sock")
     assert set(PRESERVE_ALL) == {"mode", "ownership", "timestamps", "xattrs", "hardlinks"}
 
 
-def test_every_field_is_taken() -> None:
+def test_every_field_is_accepted() -> None:
     spec = spec_of(
         GOOD
         | {
@@ -76,7 +76,7 @@ def test_every_field_is_taken() -> None:
     assert (spec.labels, spec.owner, spec.queued) == (["x"], "queue", 1.5)
 
 
-def test_fields_that_an_earlier_version_does_not_know_are_written_only_if_they_are_used() -> None:
+def test_fields_unknown_to_an_earlier_version_are_written_only_if_they_are_used() -> None:
     plain, used = Options(), Options(source_open="refuse", cache="drop")
 
     assert set(plain.to_data()) == EARLIER_FIELDS
@@ -89,13 +89,13 @@ def test_fields_that_an_earlier_version_does_not_know_are_written_only_if_they_a
     ("path", "normal"),
     [("/a//b", "/a/b"), ("/a/./b/", "/a/b"), ("//a", "/a"), ("/", "/"), ("/\udcff", "/\udcff"), ("/...", "/...")],
 )
-def test_paths_are_made_normal(path: str, normal: str) -> None:
+def test_paths_are_normalized(path: str, normal: str) -> None:
     assert _parse(GOOD | {"destination": path}).destination == normal
 
 
 @pytest.mark.parametrize("path", ["/a//b/", "/\udcff", "", "a", "/..", "/a\0b", "/a" * 2048, "/.forkvm-0.1/x"])
 @pytest.mark.parametrize("field", ["source", "destination"])
-def test_request_of_two_paths_is_checked_as_one_with_options(field: str, path: str) -> None:
+def test_a_request_of_two_paths_is_validated_like_one_with_options(field: str, path: str) -> None:
     request = GOOD | {field: path}
 
     def outcome(request: dict[str, Any]) -> object:
@@ -129,7 +129,7 @@ def test_path_through_a_staging_name_is_refused(field: str, path: str) -> None:
     assert (error.path, field in error.message, "staging" in error.message) == (path, True, True)
 
 
-def test_longest_path_is_taken_and_one_byte_more_is_not() -> None:
+def test_the_longest_path_is_accepted_and_one_byte_more_is_not() -> None:
     longest = "/" + "ä" * 2047  # 4095 bytes
     assert _parse(GOOD | {"source": longest}).source == longest
     _refusal(GOOD | {"source": longest + "a"})
@@ -168,7 +168,7 @@ def test_longest_path_is_taken_and_one_byte_more_is_not() -> None:
         ({"labels": {"a": 1}}, "labels"),
     ],
 )
-def test_field_that_cannot_be_meant_is_refused_by_name(fields: dict[str, Any], named: str) -> None:
+def test_invalid_field_is_refused_by_name(fields: dict[str, Any], named: str) -> None:
     error = _refusal(GOOD | fields)
 
     assert named in error.message
@@ -176,18 +176,18 @@ def test_field_that_cannot_be_meant_is_refused_by_name(fields: dict[str, Any], n
 
 
 @pytest.mark.parametrize("request_", [None, 1, "x", [], [GOOD], b"{}", {}, {"source": "/a"}, {"destination": "/b"}])
-def test_what_is_no_whole_request_is_refused(request_: object) -> None:
+def test_an_incomplete_request_is_refused(request_: object) -> None:
     _refusal(request_)
 
 
-def test_all_that_is_wrong_is_told_at_once() -> None:
+def test_all_errors_are_reported_at_once() -> None:
     message = _refusal(GOOD | {"reflink": "x", "skip": [1], "colour": 1}).message
 
     assert all(name in message for name in ("reflink", "skip.0", "colour"))
 
 
 @pytest.mark.parametrize("text", ["\udcff", "ключ", "", "a\nb"])
-def test_text_goes_through_as_it_is(text: str) -> None:
+def test_text_is_not_changed(text: str) -> None:
     request = _parse(GOOD | {"labels": {text: text}, "exclude": [text or "x"], "skip": [text or "x"]})
 
     assert request.labels == {text: text}

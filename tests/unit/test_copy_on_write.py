@@ -32,9 +32,9 @@ TANGO, REFLUX = "CVE-2026-80530", "CVE-2026-64600"
         ("unknown", set()),
     ],
 )
-def test_a_release_before_the_fix_of_its_series_may_have_the_fault(release: str, named: set[str]) -> None:
+def test_a_release_before_the_fix_of_its_series_may_have_the_bug(release: str, named: set[str]) -> None:
     assert {fault.cve for fault in possible_faults(release, has_exchange=True)} == named
 
 
-def test_one_fault_needs_the_feature_exchange() -> None:
+def test_one_bug_needs_the_feature_exchange() -> None:
     assert possible_faults("6.12.100", has_exchange=False) == []

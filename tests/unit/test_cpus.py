@@ -40,11 +40,11 @@ def _mount(point: Path, root: str, kind: str, options: str = "rw") -> str:
     ("affinity", "quotas", "expected"),
     [(8, [], 8), (8, [2.0], 2), (8, [1.5], 2), (8, [0.1], 1), (2, [6.0], 2), (8, [4.0, 3.0, 5.0], 3), (1, [0.5], 1)],
 )
-def test_smallest_limit_counts_and_is_rounded_up(affinity: int, quotas: list[float], expected: int) -> None:
+def test_the_smallest_limit_applies_and_is_rounded_up(affinity: int, quotas: list[float], expected: int) -> None:
     assert cpus_within(affinity, quotas) == expected
 
 
-def test_quota_of_the_unified_hierarchy_is_that_of_the_group_and_of_all_above_it(tmp_path: Path) -> None:
+def test_quota_of_the_unified_hierarchy_includes_all_parent_groups(tmp_path: Path) -> None:
     _group(tmp_path, cpu__max="max 100000")
     _group(tmp_path / "pods", cpu__max="300000 100000")
     _group(tmp_path / "pods" / "a", cpu__max="max 100000")
@@ -64,14 +64,14 @@ def test_quota_of_version_1_is_read_where_cpu_time_is_mounted(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("group", ["/docker/2a", "/docker/2a\\x2d", "/"])
-def test_container_that_sees_its_own_group_as_the_top_finds_its_quota(tmp_path: Path, group: str) -> None:
+def test_container_that_sees_its_own_group_as_the_root_finds_its_quota(tmp_path: Path, group: str) -> None:
     _group(tmp_path, cpu__cfs_quota_us="200000", cpu__cfs_period_us="100000")
     mounts = _mount(tmp_path, group.replace("\\", "\\134"), "cgroup", "rw,cpu")
 
     assert cpu_quotas(f"1:cpu:{group}\n", mounts) == [2.0]
 
 
-def test_group_outside_of_what_is_mounted_counts_as_the_top_of_the_mount(tmp_path: Path) -> None:
+def test_group_outside_the_mount_counts_as_the_root_of_the_mount(tmp_path: Path) -> None:
     _group(tmp_path, cpu__max="200000 100000")
 
     assert cpu_quotas("0::/../other\n", _mount(tmp_path, "/docker/2a", "cgroup2")) == [2.0]
@@ -84,7 +84,7 @@ def test_quota_that_cannot_be_read_is_none(tmp_path: Path, text: str) -> None:
     assert cpu_quotas("0::/\n", _mount(tmp_path, "/", "cgroup2")) == []
 
 
-def test_affinity_of_the_process_counts() -> None:
+def test_affinity_of_the_process_is_used() -> None:
     one = min(os.sched_getaffinity(0))
 
     done = subprocess.run(
@@ -94,7 +94,7 @@ def test_affinity_of_the_process_counts() -> None:
     assert done.stdout.split() == ["1", "1"]
 
 
-def test_quota_of_a_real_control_group_counts(cpu_group: Path) -> None:
+def test_quota_of_a_real_control_group_is_used(cpu_group: Path) -> None:
     if (cpu_group / "cpu.max").exists():
         (cpu_group / "cpu.max").write_text("70000 100000")
     else:
@@ -126,7 +126,7 @@ def cpu_group() -> Iterator[Path]:
     directory.rmdir()
 
 
-def test_pool_has_as_many_processes_as_there_are_cpus_unless_one_says_how_many() -> None:
+def test_pool_has_one_process_per_cpu_unless_configured() -> None:
     assert make_app(read_settings()).conf.worker_concurrency == available_cpus()
     assert make_app(read_settings(concurrency="7")).conf.worker_concurrency == 7
 
@@ -135,12 +135,12 @@ def test_pool_has_as_many_processes_as_there_are_cpus_unless_one_says_how_many()
     ("name", "value"),
     [("CONCURRENCY", "0"), ("CONCURRENCY", "two"), ("NAME", "a b"), ("NAME", "a@b"), ("NAME", "a" * 65)],
 )
-def test_concurrency_and_name_that_cannot_be_meant_are_refused(name: str, value: str) -> None:
+def test_invalid_concurrency_and_name_are_refused(name: str, value: str) -> None:
     with pytest.raises(BadSettings, match=f"^FORKVM_{name}: "):
         read_settings(**{name.lower(): value})
 
 
-def test_node_has_the_name_that_was_set_and_a_second_of_that_name_gets_another() -> None:
+def test_node_has_the_configured_name_and_a_second_node_gets_another() -> None:
     name = f"rack-7-{os.getpid()}"
 
     assert node_name(name, "host") == f"{name}@host"
@@ -151,7 +151,7 @@ def test_node_has_the_name_that_was_set_and_a_second_of_that_name_gets_another()
     assert len({second, third, f"{name}@host"}) == 3
 
 
-def test_node_without_a_name_has_one_of_its_own() -> None:
+def test_node_without_a_configured_name_gets_a_unique_one() -> None:
     first, second = node_name("", "host"), node_name("", "host")
 
     assert first.startswith("forkvm-")

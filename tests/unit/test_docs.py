@@ -66,7 +66,7 @@ def test_the_readme_is_short() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=_name)
-def test_links_of_a_document_lead_somewhere(document: Path) -> None:
+def test_links_in_a_document_are_valid(document: Path) -> None:
     broken = []
     for link in _LINK.findall(_prose(document)):
         if re.match(r"[a-z]+:", link):
@@ -80,7 +80,7 @@ def test_links_of_a_document_lead_somewhere(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", sorted(set(DOCUMENTS) - {HISTORY}), ids=_name)
-def test_a_document_names_what_is_in_the_source(document: Path) -> None:
+def test_names_in_a_document_exist_in_the_source(document: Path) -> None:
     text = _prose(document)
     codes = [code.strip() for code in _CODE.findall(text)]
     modules = [code for code in codes if _MODULE.fullmatch(code)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.support.error_texts import ROOT, page
 
 
-def test_the_page_of_error_texts_is_that_of_the_source() -> None:
+def test_the_page_of_error_texts_is_current() -> None:
     assert (ROOT / "docs/error-texts.md").read_text() == page(), (
         "regenerate it: python -m tests.support.error_texts > docs/error-texts.md"
     )

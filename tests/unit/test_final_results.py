@@ -68,7 +68,7 @@ def test_the_final_state_is_published_as_celery_does(
     assert datetime.fromisoformat(record["date_done"]).tzinfo is not None
 
 
-def test_a_final_state_is_not_replaced_by_that_of_the_result(results: Results, redis: fakeredis.FakeRedis) -> None:
+def test_storing_the_result_does_not_replace_a_final_state(results: Results, redis: fakeredis.FakeRedis) -> None:
     redis.set(STATE, json.dumps({"status": "REVOKED", "result": None}), ex=EXPIRES)
 
     results.states.publish_final("fork-1", _result())
@@ -76,7 +76,7 @@ def test_a_final_state_is_not_replaced_by_that_of_the_result(results: Results, r
     assert results.states.get("fork-1")["status"] == "REVOKED"
 
 
-def test_storing_a_result_returns_whether_tasks_follow_the_job(results: Results, redis: fakeredis.FakeRedis) -> None:
+def test_storing_a_result_returns_whether_the_job_has_callbacks(results: Results, redis: fakeredis.FakeRedis) -> None:
     redis.hset(keys.CANVAS.of("fork-2"), "digest", b"{}")
     redis.expire(keys.CANVAS.of("fork-2"), EXPIRES)
 
@@ -84,7 +84,7 @@ def test_storing_a_result_returns_whether_tasks_follow_the_job(results: Results,
     assert results.final.store("fork-2", _result("fork-2")).has_followers is True
 
 
-def test_a_result_that_is_stored_stays_and_a_process_that_comes_later_learns_it(results: Results) -> None:
+def test_a_stored_result_is_not_replaced_and_a_later_process_gets_it(results: Results) -> None:
     """Two processes may end a fork at the same time if its staging cannot be locked."""
     first, second = _result(cause=ForkError(Code.IO_ERROR, "not usable", "/b")), _result()
     results.final.store("fork-1", first)

@@ -31,14 +31,14 @@ def _get(server: HttpServer, path: str, method: str = "GET") -> tuple[int, str]:
             return error.code, error.read().decode()
 
 
-def test_it_answers_its_paths_and_no_others(server: HttpServer) -> None:
+def test_it_serves_its_paths_and_no_others(server: HttpServer) -> None:
     assert _get(server, "/livez?verbose") == (200, "alive text/plain\n")
     assert _get(server, "/livez", "HEAD") == (200, "")
     assert _get(server, "/") == (404, "not found; there are /metrics, /livez and /readyz\n")
     assert _get(server, "/livez", "DELETE")[0] == 501
 
 
-def test_a_client_that_sends_nothing_keeps_no_other_waiting(server: HttpServer) -> None:
+def test_a_client_that_sends_nothing_blocks_no_other(server: HttpServer) -> None:
     with socket.create_connection(read_address(server.address)):
         assert _get(server, "/livez")[0] == 200
 

@@ -111,7 +111,7 @@ def _layer(module: str) -> int:
 
 
 @pytest.mark.parametrize("module", sorted(set(_modules()) - set(TOPS)))
-def test_a_module_imports_from_its_layer_and_below_it_only(module: str) -> None:
+def test_a_module_imports_only_from_its_layer_and_below(module: str) -> None:
     above = {name for name in _imports(module) - set(TOPS) if _layer(name) > _layer(module)}
 
     assert not above
@@ -132,7 +132,7 @@ def test_the_kernel_layer_imports_nothing_else_of_the_program() -> None:
     assert imported == set()
 
 
-def test_a_package_says_what_is_in_it() -> None:
+def test_a_package_has_a_docstring() -> None:
     packages = [_name(path) for path in _files(*PROGRAM) if path.name == "__init__.py"]
 
     assert [package for package in packages if not ast.get_docstring(_modules()[package])] == []

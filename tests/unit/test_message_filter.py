@@ -37,7 +37,7 @@ def _message(task: str = "forkvm.fork", body: object = None) -> dict[str, Any]:
     }
 
 
-def test_message_of_a_client_is_taken_as_it_is_but_for_how_it_came() -> None:
+def test_message_of_a_client_is_accepted_unchanged_except_its_delivery_info() -> None:
     message = _message()
     message["properties"]["delivery_info"] = {"exchange": "elsewhere", "routing_key": "elsewhere"}
 
@@ -49,14 +49,14 @@ def test_message_of_a_client_is_taken_as_it_is_but_for_how_it_came() -> None:
 
 
 @pytest.mark.parametrize("name", ["delivery_tag", "delivery_info", "correlation_id", "delivery_mode"])
-def test_what_only_its_taker_needs_may_be_left_out(name: str) -> None:
+def test_fields_that_only_the_consumer_needs_may_be_missing(name: str) -> None:
     message = _message()
     del message["properties"][name]
 
     assert checked(message, "forkvm", TASKS)["properties"]["delivery_tag"]
 
 
-def test_headers_that_nobody_reads_are_left_out() -> None:
+def test_headers_that_nobody_reads_are_removed() -> None:
     message = _message()
     message["headers"] |= {"get": 1, "callbacks": [1], "is_eager": True, "delivery_info": {}, "redelivered": True}
 
@@ -105,7 +105,7 @@ def _field(name: str, value: object) -> Callable[[dict[str, Any]], object]:
         pytest.param(_header("task", "forkvm.finish"), "destination", id="arguments of another task"),
     ],
 )
-def test_what_is_no_message_of_a_task_is_refused_without_its_contents(
+def test_a_value_that_is_no_task_message_is_refused_without_quoting_it(
     spoil: Callable[[dict[str, Any]], object], reason: str
 ) -> None:
     message = _message(body=[[], {"request": {"labels": {"token": SECRET}}}, {}])
@@ -119,6 +119,6 @@ def test_what_is_no_message_of_a_task_is_refused_without_its_contents(
 
 
 @pytest.mark.parametrize("message", [None, 1, "x", [], [[]], {}])
-def test_what_is_no_object_of_a_message_is_refused(message: object) -> None:
+def test_a_message_that_is_no_object_is_refused(message: object) -> None:
     with pytest.raises(Refused):
         checked(message, "forkvm", TASKS)

@@ -64,7 +64,7 @@ def test_the_page_has_the_metrics_that_the_documentation_lists_with_these_labels
     assert shown | {"forkvm_root_free_inodes": {"root"}} == documented
 
 
-def test_the_page_obeys_the_rules_of_promtool() -> None:
+def test_the_page_follows_the_rules_of_promtool() -> None:
     """Each metric has a help text and a type; counters end with _total, and nothing else does; units are base units."""
     for family in text_string_to_metric_families(_page()):
         assert family.documentation.endswith("."), family.name
@@ -74,7 +74,7 @@ def test_the_page_obeys_the_rules_of_promtool() -> None:
         assert not re.search(r"_(count|sum|bucket|info_total|ms|kib|minutes)$", family.name), family.name
 
 
-def test_values_that_could_not_be_read_are_left_out() -> None:
+def test_values_that_could_not_be_read_are_omitted() -> None:
     page = _page(redis=None, root=None)
 
     assert "forkvm_queue_messages{" not in page
@@ -82,11 +82,11 @@ def test_values_that_could_not_be_read_are_left_out() -> None:
     assert "forkvm_children 0.0" in page
 
 
-def test_inodes_without_a_limit_are_left_out() -> None:
+def test_inodes_without_a_limit_are_omitted() -> None:
     assert "forkvm_root_free_inodes{" not in _page()
 
 
-def test_a_reading_that_hangs_leaves_the_others_alone() -> None:
+def test_a_reading_that_hangs_does_not_block_the_others() -> None:
     asked, never = Event(), Event()
 
     def hang() -> RootValues:
@@ -145,7 +145,7 @@ def test_health(state: dict[str, Any], redis: object, root: object, alive: list[
     assert health.why_not_ready() == ready
 
 
-def test_a_consumer_loop_that_does_not_turn_is_not_alive() -> None:
+def test_a_consumer_loop_that_hangs_is_not_alive() -> None:
     consumer = Consumer(is_connected=True)
     consumer.turned_at -= 31
     health = Health(consumer, _Read(REDIS), {"/guests": _Read(ROOT)})

@@ -40,7 +40,7 @@ def _shown(overview: Overview, width: int, height: int | None = None) -> list[st
 
 
 @pytest.mark.parametrize("width", [80, 200])
-def test_the_tables_say_what_the_domain_does(width: int) -> None:
+def test_the_tables_show_the_state_of_the_domain(width: int) -> None:
     lines = [" ".join(line.split()) for line in _shown(BUSY, width)]
     destination = " /guests/vm-1" if width == 200 else ""
 
@@ -53,7 +53,7 @@ def test_the_tables_say_what_the_domain_does(width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [80, 200])
-def test_no_line_is_longer_than_the_terminal_and_no_column_loses_its_name(width: int) -> None:
+def test_lines_fit_the_terminal_and_columns_keep_their_names(width: int) -> None:
     lines = _shown(BUSY, width)
 
     assert max(map(len, lines)) <= width
@@ -62,7 +62,7 @@ def test_no_line_is_longer_than_the_terminal_and_no_column_loses_its_name(width:
 
 
 @pytest.mark.parametrize("height", [24, 40])
-def test_many_workers_and_jobs_are_cut_to_the_height_and_counted(height: int) -> None:
+def test_many_workers_and_jobs_are_truncated_to_the_height_and_counted(height: int) -> None:
     jobs = [replace(BUSY.jobs[0], id=f"fork-{n}") for n in range(100)]
     many = replace(BUSY, jobs=jobs, workers=BUSY.workers * 20, forks=5000, campaigns=0)
 

@@ -48,7 +48,7 @@ def _fork(tmp_path: Path) -> tuple[ForkSpec, ForkResult]:
 
 
 @pytest.mark.parametrize("size", [1, 10_000])
-def test_a_record_is_read_back_as_it_was(size: int) -> None:
+def test_a_record_is_read_back_unchanged(size: int) -> None:
     record = replace(RECORD, forks={n: replace(RECORD.forks[3], pages={"plan": [b"x" * size]}) for n in range(3)})
 
     assert Record.from_text(record.to_text()) == record
@@ -87,7 +87,7 @@ def test_anything_else_is_refused(text: bytes) -> None:
         Record.from_text(text)
 
 
-def test_a_noted_fork_is_found_while_it_is_there(tmp_path: Path, store: NoteFiles, parent: int) -> None:
+def test_a_noted_fork_is_found_while_it_exists(tmp_path: Path, store: NoteFiles, parent: int) -> None:
     spec, result = _fork(tmp_path)
     forks, roots = RecentForks(store), Roots((str(tmp_path),))
     forks.note_fork(spec, parent, "b", result, {"all": [b"page"]})
@@ -104,7 +104,7 @@ def test_a_noted_fork_is_found_while_it_is_there(tmp_path: Path, store: NoteFile
     assert forks.find(roots, spec) is None
 
 
-def test_a_garbled_note_is_not_believed(tmp_path: Path, store: NoteFiles, parent: int) -> None:
+def test_a_garbled_note_is_ignored(tmp_path: Path, store: NoteFiles, parent: int) -> None:
     spec, result = _fork(tmp_path)
     forks, roots = RecentForks(store), Roots((str(tmp_path),))
     forks.note_fork(spec, parent, "b", {**result, "destination": str(tmp_path / "elsewhere")}, {})
@@ -120,7 +120,7 @@ def test_a_garbled_note_is_not_believed(tmp_path: Path, store: NoteFiles, parent
     assert forks.find(roots, spec) is None
 
 
-def test_notes_are_purged_when_they_are_old(tmp_path: Path, store: NoteFiles) -> None:
+def test_old_notes_are_purged(tmp_path: Path, store: NoteFiles) -> None:
     store.add("new", Note(0, 0, b"x"))
     directory = _directory(tmp_path)
     (old := directory / f"ended-{int(time.time() - KEPT_SECONDS - 120) // 60}-00").touch(0o600)
@@ -147,7 +147,7 @@ def test_a_directory_that_is_not_ours_is_not_used(
     assert len(caplog.records) == 1
 
 
-def test_a_file_that_is_a_link_is_not_used(tmp_path: Path, store: NoteFiles) -> None:
+def test_a_symlink_is_not_used(tmp_path: Path, store: NoteFiles) -> None:
     store.add("f", Note(0, 0, b"x"))
     (file,) = _directory(tmp_path).iterdir()
     file.rename(tmp_path / "elsewhere")

@@ -53,7 +53,7 @@ LASTING = [
 
 
 @pytest.mark.parametrize("error", PASSING, ids=str)
-def test_what_passes_is_waited_out(error: Exception) -> None:
+def test_temporary_errors_are_retried(error: Exception) -> None:
     answers: list[Exception | str] = [error, "answer"]
 
     def call() -> str:
@@ -67,7 +67,7 @@ def test_what_passes_is_waited_out(error: Exception) -> None:
 
 
 @pytest.mark.parametrize("error", LASTING, ids=str)
-def test_what_lasts_is_raised(error: Exception) -> None:
+def test_permanent_errors_are_raised(error: Exception) -> None:
     def call() -> None:
         raise error
 
@@ -76,7 +76,7 @@ def test_what_lasts_is_raised(error: Exception) -> None:
         wait_out(call)
 
 
-def test_caller_may_wait_for_more() -> None:
+def test_caller_may_retry_further_errors() -> None:
     answers = iter((OutOfMemoryError("full"), None))
 
     def call() -> bool:
@@ -87,7 +87,7 @@ def test_caller_may_wait_for_more() -> None:
     assert wait_out(call, OutOfMemoryError)
 
 
-def test_what_redis_said_is_shown_without_the_command_whose_arguments_are_data_of_a_guest() -> None:
+def test_a_redis_error_is_shown_without_its_command_which_contains_data_of_a_guest() -> None:
     with fakeredis.FakeRedis() as redis:
         redis.set("a", "text")
         pipeline = redis.pipeline().rpush("a", b"a secret\0(name)")

@@ -42,7 +42,7 @@ def write_every_key(results: Results) -> None:
         results.periodic_work.start(work, "forkvm", 60)
 
 
-def test_keys_of_a_job_that_has_ended_expire_by_the_table() -> None:
+def test_keys_of_an_ended_job_expire_as_the_table_says() -> None:
     redis = fakeredis.FakeRedis()
     results = Results(redis, EXPIRES, lambda job_id: f"celery-task-meta-{job_id}")
     write_every_key(results)
@@ -64,7 +64,7 @@ def test_keys_of_a_job_that_has_ended_expire_by_the_table() -> None:
     assert {open_ttls[key] for key in open_ones} <= {keys.OPEN_SECONDS, keys.OPEN_SECONDS - 1}
 
 
-def test_a_job_that_takes_an_id_finds_nothing_of_the_earlier_one() -> None:
+def test_a_job_that_reuses_an_id_finds_no_keys_of_the_earlier_one() -> None:
     redis = fakeredis.FakeRedis()
     results = Results(redis, EXPIRES, lambda job_id: f"celery-task-meta-{job_id}")
     write_every_key(results)
@@ -77,7 +77,7 @@ def test_a_job_that_takes_an_id_finds_nothing_of_the_earlier_one() -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_a_script_uses_keys_of_the_table_only(script: Path) -> None:
+def test_a_script_uses_only_keys_of_the_table(script: Path) -> None:
     names = set(re.findall(r"(?:own|prefix) \.\. '(\w+):?", script.read_text()))
 
     assert names <= {key.name.partition(":")[0] for key in TABLE}
@@ -96,7 +96,7 @@ def test_a_script_refuses_a_wrong_name() -> None:
         lua.CANCEL.run(fakeredis.FakeRedis(), **values)
 
 
-def test_the_document_shows_the_table() -> None:
+def test_the_document_contains_the_table() -> None:
     rows = [f"| `{key.pattern}` | {key.type} | {key.holds} | {key.lifetime.value} |" for key in TABLE]
     document = (ROOT / "docs/redis-keys.md").read_text()
 

@@ -27,7 +27,7 @@ from worker.settings import BadSettings, read_settings
         ),
     ],
 )
-def test_url_is_read_and_written_for_kombu_and_celery(url: str, rendered: str, shown: str) -> None:
+def test_url_is_parsed_and_formatted_for_kombu_and_celery(url: str, rendered: str, shown: str) -> None:
     assert read_redis_url(url).render() == rendered
     assert read_redis_url(url).shown() == shown
 
@@ -40,7 +40,7 @@ def test_password_of_a_file_is_used_where_the_url_has_none() -> None:
     assert read_redis_url("redis+socket:///s").render("p") == "redis+socket://:p@/s?virtual_host=0"
 
 
-def test_files_of_tls_are_kept_for_the_connection() -> None:
+def test_files_of_tls_are_passed_to_the_connection() -> None:
     read = read_redis_url("rediss://h/0?ssl_certfile=%2Fa%20b&ssl_keyfile=/k")
 
     assert read == RedisUrl(
@@ -103,9 +103,7 @@ def test_files_of_tls_are_kept_for_the_connection() -> None:
     ],
 )
 @pytest.mark.parametrize("setting", ["broker_url", "result_backend"])
-def test_url_that_cannot_be_meant_is_refused_in_one_line_that_repeats_no_password(
-    setting: str, url: str, reason: str
-) -> None:
+def test_invalid_url_is_refused_in_one_line_without_its_password(setting: str, url: str, reason: str) -> None:
     with pytest.raises(BadSettings, match=reason) as raised:
         read_settings(**{setting: url})
 
@@ -122,6 +120,6 @@ def test_sentinels_need_the_name_of_the_master() -> None:
     assert read_settings(broker_url="sentinel://h:26379", sentinel_master="m").backend.scheme == "sentinel"
 
 
-def test_files_that_a_url_names_have_to_be_readable() -> None:
+def test_files_in_a_url_must_be_readable() -> None:
     with pytest.raises(BadSettings, match=r"^FORKVM_BROKER_URL: ssl_ca_certs"):
         read_settings(broker_url="rediss://h?ssl_ca_certs=/nonexistent/ca.pem")

@@ -91,7 +91,7 @@ def _page_of_campaign(name: str) -> _Page:
 
 
 @pytest.mark.parametrize("make", [_page_of_fork, _page_of_campaign])
-def test_a_hostile_name_is_text_and_nothing_else(make: Any) -> None:
+def test_a_hostile_name_is_only_text(make: Any) -> None:
     hostile, plain = make(HOSTILE), make("name")
 
     assert hostile.open == []
@@ -104,7 +104,7 @@ def test_a_hostile_name_is_text_and_nothing_else(make: Any) -> None:
 
 
 @pytest.mark.parametrize("make", [_page_of_fork, _page_of_campaign])
-def test_a_page_loads_and_runs_nothing(make: Any) -> None:
+def test_a_page_loads_no_resource_and_runs_no_script(make: Any) -> None:
     found = make("name")
 
     assert found.attributes & {"src", "href", "srcset", "action", "onerror", "onload"} == set()
@@ -112,7 +112,7 @@ def test_a_page_loads_and_runs_nothing(make: Any) -> None:
     assert "@import" not in found.text
 
 
-def test_the_page_of_a_fork_says_what_happened_and_what_to_do() -> None:
+def test_the_page_of_a_fork_shows_the_error_and_its_remedy() -> None:
     totals = Totals(total=1000, copied=1000)
     files = [_file(f"disk-{n}", n / 1000) for n in range(1, 1000)]
     spec = _spec("fork-1")
@@ -143,7 +143,7 @@ def test_the_page_of_a_campaign_lists_its_forks() -> None:
     assert "2 forks; each bar" in found.text
 
 
-def test_durations_are_counted_in_the_bins_that_hold_them() -> None:
+def test_durations_are_counted_in_their_bins() -> None:
     durations = Durations()
     for seconds in (0.0, 1e-6, 0.0015, 0.0019, 0.002, 1e9):
         durations.add(seconds)

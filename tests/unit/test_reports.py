@@ -110,7 +110,7 @@ def test_a_job_that_is_reported_again_is_counted_once(
     assert _value(metrics, "forkvm_campaigns_total", status="partial") == 1
 
 
-def test_what_killed_children_have_reported_is_not_lost(pipe: Pipe, metrics: Metrics) -> None:
+def test_reports_of_killed_children_are_not_lost(pipe: Pipe, metrics: Metrics) -> None:
     descriptors = len(os.listdir("/proc/self/fd"))
     for n in range(20):
         child = os.fork()
@@ -125,7 +125,7 @@ def test_what_killed_children_have_reported_is_not_lost(pipe: Pipe, metrics: Met
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
-def test_a_report_is_written_whole_however_long_its_names_are(pipe: Pipe) -> None:
+def test_a_report_with_long_names_is_written_completely(pipe: Pipe) -> None:
     spec = _spec("\U0001f4be" * 512, "/" + "\x01" * 4000 + "/b")
     pipe.reporter.forks_ended(spec.fork_id, [_succeeded(spec)], of_campaign=False)
 

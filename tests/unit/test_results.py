@@ -51,7 +51,7 @@ def _store_state(redis: fakeredis.FakeRedis, status: str) -> None:
 # -- the id
 
 
-def test_first_claim_holds_the_id(results: Results) -> None:
+def test_the_first_claim_of_an_id_is_kept(results: Results) -> None:
     first: Claim = {"request": {"source": "/a"}, "destination": "/b", "queue": "forkvm"}
     second: Claim = {"request": None, "destination": "/c", "queue": "forkvm.rack-7"}
 
@@ -63,7 +63,7 @@ def test_first_claim_holds_the_id(results: Results) -> None:
     assert results.claims.take("fork-2", second)[:2] == (second, None)
 
 
-def test_first_claim_alone_is_told_and_makes_the_fork_started_and_open(
+def test_only_the_first_claim_is_published_and_makes_the_fork_started_and_open(
     results: Results, redis: fakeredis.FakeRedis
 ) -> None:
     client: Any = redis
@@ -81,7 +81,7 @@ def test_first_claim_alone_is_told_and_makes_the_fork_started_and_open(
 
 
 @pytest.mark.parametrize("cause", [None, ForkError(Code.NO_SPACE, "it is full", "/b-\udcff", 28)])
-def test_claim_on_an_id_whose_fork_has_ended_tells_the_result(results: Results, cause: ForkError | None) -> None:
+def test_claim_of_an_id_whose_fork_has_ended_returns_the_result(results: Results, cause: ForkError | None) -> None:
     results.claims.take("fork-1", _claim())
     results.final.store("fork-1", _result(cause=cause))
 
@@ -116,7 +116,9 @@ def test_a_new_claim_deletes_the_callbacks_of_an_earlier_job(results: Results, r
     assert redis.hgetall(keys.CANVAS.of("fork-1")) == {b"digest": b"{}"}
 
 
-def test_claim_keeps_the_state_of_one_whose_claim_was_lost(results: Results, redis: fakeredis.FakeRedis) -> None:
+def test_claim_does_not_replace_the_state_of_a_job_whose_claim_was_lost(
+    results: Results, redis: fakeredis.FakeRedis
+) -> None:
     _store_state(redis, "PROGRESS")
 
     assert results.claims.take("fork-1", _claim())[:2] == (_claim(), None)
@@ -128,7 +130,7 @@ def test_claim_keeps_the_state_of_one_whose_claim_was_lost(results: Results, red
 
 
 @pytest.mark.parametrize("cause", [None, ForkError(Code.NO_SPACE, "it is full", "/b-\udcff", 28)])
-def test_settled_result_is_read_back_as_it_was(results: Results, cause: ForkError | None) -> None:
+def test_stored_result_is_read_back_unchanged(results: Results, cause: ForkError | None) -> None:
     assert results.final.fork("fork-1") is None
     result = _result(cause=cause)
 
@@ -138,7 +140,7 @@ def test_settled_result_is_read_back_as_it_was(results: Results, cause: ForkErro
     assert results.final.fork("fork-2") is None
 
 
-def test_ids_are_taken_in_one_command_without_a_state(results: Results, redis: fakeredis.FakeRedis) -> None:
+def test_ids_are_reserved_in_one_command_without_a_state(results: Results, redis: fakeredis.FakeRedis) -> None:
     results.claims.take("fork-2", _claim("forkvm.other"))
     results.cancellations.request("fork-3")
 
@@ -154,7 +156,7 @@ def test_ids_are_taken_in_one_command_without_a_state(results: Results, redis: f
     assert results.states.get("fork-1")["status"] == "STARTED"  # if the normal path continues it
 
 
-def test_result_and_cancellation_are_looked_up_at_once(results: Results) -> None:
+def test_result_and_cancellation_are_read_in_one_command(results: Results) -> None:
     assert results.final.status("fork-1") == (None, Cancellation.NOT_REQUESTED)
     result = _result("fork-2")
     results.cancellations.request("fork-1")
@@ -164,7 +166,7 @@ def test_result_and_cancellation_are_looked_up_at_once(results: Results) -> None
     assert results.final.status("fork-2") == (result, Cancellation.NOT_REQUESTED)
 
 
-def test_what_is_stored_is_ascii_json_for_any_client(results: Results, redis: fakeredis.FakeRedis) -> None:
+def test_stored_values_are_ascii_json(results: Results, redis: fakeredis.FakeRedis) -> None:
     results.final.store("fork-1", _result())
 
     stored = redis.get("forkvm:fork-1:result")
@@ -175,7 +177,7 @@ def test_what_is_stored_is_ascii_json_for_any_client(results: Results, redis: fa
 # -- pages
 
 
-def test_pages_come_in_the_order_plan_chunks_close_whatever_order_they_were_kept_in(results: Results) -> None:
+def test_pages_are_read_in_the_order_plan_chunks_close(results: Results) -> None:
     for part in ("close", "10", "2", "0", "plan"):
         results.pages.store("fork-1", {part: [page_of([_file(f"{part}-{n}")]) for n in range(2)]})
 
@@ -184,14 +186,14 @@ def test_pages_come_in_the_order_plan_chunks_close_whatever_order_they_were_kept
     assert paths == [f"{part}-{n}" for part in ("plan", "0", "2", "10", "close") for n in range(2)]
 
 
-def test_pages_kept_again_take_the_place_of_the_earlier_ones(results: Results) -> None:
+def test_pages_stored_again_replace_the_earlier_ones(results: Results) -> None:
     results.pages.store("fork-1", {"0": [page_of([_file("a")]), page_of([_file("b")])]})
     results.pages.store("fork-1", {"0": [page_of([_file("c")]), page_of([_file("d")])]})
 
     assert [file["path"] for file in results.pages.files("fork-1")] == ["c", "d"]
 
 
-def test_pages_that_are_kept_anew_are_the_only_ones(results: Results) -> None:
+def test_pages_stored_by_a_new_attempt_are_the_only_ones(results: Results) -> None:
     """Parts of an earlier attempt that this one does not have would be counted too."""
     results.pages.store("fork-1", {"plan": [page_of([_file("a")])], "7": [page_of([_file("b")])]})
 
@@ -217,7 +219,7 @@ def test_only_page_of_a_fork_has_one_key(results: Results, redis: fakeredis.Fake
     assert list(redis.scan_iter("forkvm:*")) == [b"forkvm:fork-1:page"]
 
 
-def test_fewer_pages_kept_again_leave_none_of_the_earlier_ones(results: Results) -> None:
+def test_fewer_pages_stored_again_leave_none_of_the_earlier_ones(results: Results) -> None:
     """A chunk that was killed and made again may have other pages than before."""
     results.pages.store("fork-1", {"0": [page_of([_file("a")]), page_of([_file("b")])]})
     results.pages.store("fork-1", {"0": [page_of([_file("a"), _file("b")])]})
@@ -225,16 +227,14 @@ def test_fewer_pages_kept_again_leave_none_of_the_earlier_ones(results: Results)
     assert [file["path"] for file in results.pages.files("fork-1")] == ["a", "b"]
 
 
-def test_what_tells_of_the_pages_does_not_grow_with_them(results: Results, redis: fakeredis.FakeRedis) -> None:
+def test_the_index_of_pages_does_not_grow_with_their_size(results: Results, redis: fakeredis.FakeRedis) -> None:
     results.pages.store("fork-1", {"0": [page_of([_file(str(n))]) for n in range(300)]})
 
     assert redis.hgetall("forkvm:fork-1:pages") == {b"0": b"300"}
     assert [file["path"] for file in results.pages.files("fork-1")] == [str(n) for n in range(300)]
 
 
-def test_files_that_are_there_by_now_are_read_and_expired_pages_passed_over(
-    results: Results, redis: fakeredis.FakeRedis
-) -> None:
+def test_pages_stored_so_far_are_read_and_expired_ones_skipped(results: Results, redis: fakeredis.FakeRedis) -> None:
     assert list(results.pages.files("fork-1")) == []
     results.pages.store("fork-1", {"plan": []})
     results.pages.store("fork-1", {"0": [page_of([_file("a\udcff")])]})
@@ -244,14 +244,14 @@ def test_files_that_are_there_by_now_are_read_and_expired_pages_passed_over(
     assert list(results.pages.files("fork-1")) == [_file("a\udcff")]
 
 
-def test_pages_of_two_forks_are_two(results: Results) -> None:
+def test_pages_of_two_forks_are_separate(results: Results) -> None:
     results.pages.store("fork-1", {"0": [page_of([_file("a")])]})
     results.pages.store("fork-2", {"0": [page_of([_file("b")])]})
 
     assert [file["path"] for file in results.pages.files("fork-1")] == ["a"]
 
 
-def test_who_keeps_pages_learns_whether_an_end_was_asked_for(results: Results) -> None:
+def test_storing_pages_returns_whether_cancellation_was_requested(results: Results) -> None:
     kept = [page_of([_file("a")])]
     before = [results.pages.store("fork-1", {"0": kept}), results.pages.store("fork-1", {})]
     before.append(results.pages.store_all("fork-1", kept))
@@ -266,7 +266,7 @@ def test_who_keeps_pages_learns_whether_an_end_was_asked_for(results: Results) -
 # -- progress
 
 
-def test_state_is_pending_before_anything_is_known(results: Results) -> None:
+def test_state_is_pending_for_an_unknown_id(results: Results) -> None:
     assert results.states.get("fork-1") == {"status": "PENDING", "result": None}
 
 
@@ -308,7 +308,7 @@ def test_progress_never_overwrites_a_final_state(results: Results, redis: fakere
     assert results.states.get("fork-1")["status"] == status
 
 
-def test_progress_does_not_overwrite_a_final_state_that_comes_while_it_is_told(
+def test_progress_does_not_overwrite_a_final_state_stored_at_the_same_time(
     results: Results,
     redis: fakeredis.FakeRedis,
     server: fakeredis.FakeServer,
@@ -336,7 +336,7 @@ def test_progress_does_not_overwrite_a_final_state_that_comes_while_it_is_told(
     other.close()
 
 
-def test_progress_is_published_for_whoever_waits(results: Results, redis: fakeredis.FakeRedis) -> None:
+def test_progress_is_published_for_waiting_clients(results: Results, redis: fakeredis.FakeRedis) -> None:
     with redis.pubsub(ignore_subscribe_messages=True) as channel:  # type: ignore[no-untyped-call]
         channel.subscribe(STATE)
         channel.get_message(timeout=1)
@@ -351,7 +351,7 @@ def test_progress_is_published_for_whoever_waits(results: Results, redis: fakere
 # -- cancellation
 
 
-def test_cancelling_is_for_one_fork_also_for_one_that_was_not_begun(results: Results) -> None:
+def test_cancellation_affects_one_fork_even_before_it_starts(results: Results) -> None:
     assert not results.cancellations.is_requested("fork-1")
 
     results.cancellations.request("fork-1")
@@ -368,7 +368,7 @@ def _claim(queue: str = "forkvm") -> Claim:
     return {"request": {"source": "/a"}, "destination": "/b", "queue": queue}
 
 
-def test_fork_is_open_from_its_claim_until_its_result_and_its_state_are_there(
+def test_fork_is_open_from_its_claim_until_its_result_and_state_are_stored(
     results: Results, redis: fakeredis.FakeRedis
 ) -> None:
     results.claims.take("fork-1", _claim())
@@ -383,7 +383,7 @@ def test_fork_is_open_from_its_claim_until_its_result_and_its_state_are_there(
     assert redis.zrange("forkvm:open", 0, -1) == [b"fork-2"]
 
 
-def test_sign_of_life_is_kept_of_an_open_fork_alone(results: Results, redis: fakeredis.FakeRedis) -> None:
+def test_heartbeat_is_stored_only_for_an_open_fork(results: Results, redis: fakeredis.FakeRedis) -> None:
     results.claims.take("fork-1", _claim())
 
     results.open_jobs.store_heartbeat("fork-1", 1_764_028_800_123)
@@ -394,7 +394,7 @@ def test_sign_of_life_is_kept_of_an_open_fork_alone(results: Results, redis: fak
     ]
 
 
-def test_claim_again_leaves_the_sign_of_life(results: Results) -> None:
+def test_a_second_claim_keeps_the_heartbeat(results: Results) -> None:
     results.claims.take("fork-1", _claim())
     results.open_jobs.store_heartbeat("fork-1", 7)
 
@@ -411,7 +411,7 @@ def test_fork_whose_claim_has_expired_is_forgotten(results: Results, redis: fake
     assert redis.zcard("forkvm:open") == 0
 
 
-def test_periodic_work_is_started_by_one_until_it_is_due_again(results: Results, redis: fakeredis.FakeRedis) -> None:
+def test_periodic_work_is_started_by_one_worker_per_interval(results: Results, redis: fakeredis.FakeRedis) -> None:
     assert results.periodic_work.start(keys.SWEEP, "forkvm", 60)
     assert not results.periodic_work.start(keys.SWEEP, "forkvm", 60)
     assert results.periodic_work.start(keys.SWEEP, "forkvm.rack-7", 60)

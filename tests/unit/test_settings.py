@@ -39,7 +39,7 @@ def test_without_any_variable_all_have_their_defaults(read: Read) -> None:
     assert settings.limits == Limits()
 
 
-def test_each_variable_is_taken(read: Read) -> None:
+def test_each_variable_is_read(read: Read) -> None:
     settings = read(
         {
             "FORKVM_BROKER_URL": "redis://a:1/2",
@@ -86,7 +86,7 @@ def test_each_variable_is_taken(read: Read) -> None:
         ("/", ("/",)),
     ],
 )
-def test_roots_are_separated_by_colons_and_made_normal(read: Read, value: str, roots: tuple[str, ...]) -> None:
+def test_roots_are_separated_by_colons_and_normalized(read: Read, value: str, roots: tuple[str, ...]) -> None:
     settings = read({"FORKVM_ROOTS": value})
 
     assert settings.roots == roots
@@ -96,7 +96,7 @@ def test_empty_variable_counts_as_unset(read: Read) -> None:
     assert read({"FORKVM_ROOTS": "", "FORKVM_RESULT_EXPIRES": ""}) == read({})
 
 
-def test_variables_of_others_are_left_alone(read: Read) -> None:
+def test_variables_of_other_programs_are_ignored(read: Read) -> None:
     assert read({"PATH": "/bin", "CELERY_BROKER_URL": "x", "XFORKVM_DOMAIN": "y"}) == read({})
 
 
@@ -119,7 +119,7 @@ def test_variables_of_others_are_left_alone(read: Read) -> None:
         ("FORKVM_ROOTS", "/guests:relative"),
     ],
 )
-def test_value_that_cannot_be_meant_is_refused_by_name(read: Read, name: str, value: str) -> None:
+def test_invalid_value_is_refused_by_name(read: Read, name: str, value: str) -> None:
     with pytest.raises(BadSettings, match=name):
         read({name: value})
 
@@ -136,7 +136,7 @@ def test_value_that_cannot_be_meant_is_refused_by_name(read: Read, name: str, va
         ("ROOTS", "/guests:relative", "relative is not an absolute path"),
     ],
 )
-def test_message_says_what_the_value_must_be(read: Read, name: str, value: str, text: str) -> None:
+def test_message_describes_valid_values(read: Read, name: str, value: str, text: str) -> None:
     with pytest.raises(BadSettings) as raised:
         read({f"FORKVM_{name}": value})
 
@@ -148,7 +148,7 @@ def test_number_may_be_written_in_several_ways(read: Read, value: str) -> None:
     assert read({"forkvm_result_expires": value}).result_expires == 60
 
 
-def test_all_that_is_wrong_is_told_at_once_in_one_line(read: Read) -> None:
+def test_all_errors_are_reported_at_once_in_one_line(read: Read) -> None:
     with pytest.raises(BadSettings) as raised:
         read({"FORKVM_CHUNK_FILES": "x", "FORKVM_MAX_CHUNKS": "y"})
 
@@ -174,7 +174,7 @@ def test_all_that_is_wrong_is_told_at_once_in_one_line(read: Read) -> None:
         {"FORKVM_COLOUR": ""},
     ],
 )
-def test_variables_that_others_set_are_ignored_without_a_word(
+def test_variables_set_by_other_software_are_ignored_without_a_warning(
     read: Read, capsys: pytest.CaptureFixture[str], others: dict[str, str]
 ) -> None:
     assert read(others) == read({})
@@ -226,7 +226,7 @@ def test_secret_is_read_from_its_directory_only(read: Read, tmp_path: Path, caps
     ]
 
 
-def test_secret_that_cannot_be_read_or_meant_is_refused_without_a_word_of_it(read: Read, tmp_path: Path) -> None:
+def test_unreadable_or_invalid_secret_is_refused_without_quoting_it(read: Read, tmp_path: Path) -> None:
     secrets = {"FORKVM_SECRETS_DIR": str(tmp_path)}
     for content in (b"redis://:s3cret\xff@a", b"redis://:s3cret/@a", b"redis://:s3cret@" + bytes(2 << 20)):
         (tmp_path / "forkvm_broker_url").write_bytes(content)

@@ -77,7 +77,7 @@ def test_a_job_that_is_reported_again_has_its_spans_once(tracing: Tracing, expor
     assert [span.name for span in exporter.get_finished_spans()].count("forkvm.fork") == 1
 
 
-def test_what_processes_report_becomes_spans(tracing: Tracing, exporter: InMemorySpanExporter) -> None:
+def test_reports_of_processes_become_spans(tracing: Tracing, exporter: InMemorySpanExporter) -> None:
     pipe = Pipe(counts=False, spans=True)
     spec = ForkSpec(fork_id="f", source="/a", destination="/b", queued=0.5)
     campaign = CampaignSpec(campaign_id="c", source="/a", aims=Aims(count=1))
@@ -118,5 +118,5 @@ def test_a_client_links_its_trace_by_a_header(header: object, is_kept: bool) -> 
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318", "OTEL_SDK_DISABLED": "true"}, False),
     ],
 )
-def test_traces_are_sent_where_opentelemetrys_own_variables_say(environment: dict[str, str], wanted: bool) -> None:
+def test_traces_are_sent_to_the_address_in_opentelemetrys_variables(environment: dict[str, str], wanted: bool) -> None:
     assert are_traces_wanted(environment) is wanted

@@ -32,7 +32,7 @@ def test_a_message_is_found_wherever_it_is(job_id: str, redis: FakeRedis) -> Non
 
 
 @pytest.mark.parametrize("job_id", ["f1", "fork-2500", "fork", "tag-1", '"', "\udcff", ""])
-def test_no_other_id_is_found(job_id: str, redis: FakeRedis) -> None:
+def test_an_id_that_only_resembles_it_is_not_found(job_id: str, redis: FakeRedis) -> None:
     assert not is_waiting(redis, job_id, QUEUE, UNACKED)
 
 

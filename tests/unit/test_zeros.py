@@ -30,11 +30,11 @@ def test_runs_are_whole_blocks_of_the_file_that_are_not_zero(
     assert list(nonzero_runs(bytearray(data), len(data), offset)) == runs
 
 
-def test_nothing_after_the_length_counts() -> None:
+def test_bytes_after_the_length_are_ignored() -> None:
     assert list(nonzero_runs(bytearray(BLOCK) + b"x", BLOCK, 0)) == []
 
 
-def test_what_is_between_the_runs_is_zero_and_no_run_has_a_zero_block() -> None:
+def test_bytes_between_the_runs_are_zero_and_no_run_has_a_zero_block() -> None:
     dice = random.Random(5)
     for _ in range(200):
         size, offset = dice.randrange(40_000), dice.randrange(3 * BLOCK)

@@ -37,7 +37,7 @@ FORKS = 400
 
 
 @pytest.mark.parametrize(("first", "second"), [("earlier", "this"), ("this", "earlier")])
-def test_one_version_finishes_what_the_other_began(
+def test_one_version_finishes_jobs_that_the_other_started(
     first: Version,
     second: Version,
     start_version: StartVersion,
@@ -83,7 +83,7 @@ def test_one_version_finishes_what_the_other_began(
 
 @pytest.mark.long
 @pytest.mark.timeout(options.seconds() + 300)
-def test_nothing_is_lost_while_workers_of_both_versions_are_killed(
+def test_no_job_is_lost_while_workers_of_both_versions_are_killed(
     start_version: StartVersion, own_scheduler: Scheduler, fresh: Fresh
 ) -> None:
     # Given
