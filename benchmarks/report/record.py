@@ -63,7 +63,7 @@ def add_to(path: str, kept: Kept, rows: Sequence[Row], findings: Sequence[Findin
     """
     old_rows, old_findings = kept
     all_rows = {**{(row.filesystem, row.case): row for row in old_rows}, **{(r.filesystem, r.case): r for r in rows}}
-    ordered = sorted(all_rows.values(), key=_place)
+    ordered = sorted(all_rows.values(), key=_position)
     all_findings = {**{finding.what: finding for finding in old_findings}, **{f.what: f for f in findings}}
     text = json.dumps(_as_data(ordered, list(all_findings.values())), indent=1) + "\n"
     if path == _STDOUT:
@@ -75,7 +75,7 @@ def add_to(path: str, kept: Kept, rows: Sequence[Row], findings: Sequence[Findin
     return ordered
 
 
-def _place(row: Row) -> tuple[int, int, str]:
+def _position(row: Row) -> tuple[int, int, str]:
     """Sort key of a row: the order of the table."""
     kind = KINDS.index(row.filesystem) if row.filesystem in KINDS else len(KINDS)
     return kind, list(CASES).index(row.case), row.filesystem

@@ -30,78 +30,80 @@ SMALL = GuestSizes(overlay=1 << 20, overlay_data=1 << 18, memory=1 << 20, memory
 
 
 @pytest.fixture
-def place(fresh: Fresh) -> Path:
-    place = fresh("xfs")
-    make_guest(place / "vm", SMALL)
-    return place
+def workdir(fresh: Fresh) -> Path:
+    workdir = fresh("xfs")
+    make_guest(workdir / "vm", SMALL)
+    return workdir
 
 
-def forks_in(place: Path) -> list[str]:
-    return sorted(path.name for path in place.iterdir() if path.name != "vm")
+def forks_in(workdir: Path) -> list[str]:
+    return sorted(path.name for path in workdir.iterdir() if path.name != "vm")
 
 
-def test_local_makes_a_campaign_without_a_broker_and_prints_text(run_forkvm: RunForkvm, place: Path) -> None:
-    done = run_forkvm("campaign", place / "vm", "--to", f"{place}/vm-{{n:03}}", "--count", "12", "--local")
+def test_local_makes_a_campaign_without_a_broker_and_prints_text(run_forkvm: RunForkvm, workdir: Path) -> None:
+    done = run_forkvm("campaign", workdir / "vm", "--to", f"{workdir}/vm-{{n:03}}", "--count", "12", "--local")
 
     assert done.returncode == 0
-    assert done.stdout.startswith(f"succeeded: {place}/vm -> 12 forks in ")
+    assert done.stdout.startswith(f"succeeded: {workdir}/vm -> 12 forks in ")
     assert "12 succeeded" in done.stdout
     assert done.stderr == ""
-    assert forks_in(place) == [f"vm-{n:03}" for n in range(1, 13)]
-    assert run_forkvm("verify", place / "vm", place / "vm-012").returncode == 0
+    assert forks_in(workdir) == [f"vm-{n:03}" for n in range(1, 13)]
+    assert run_forkvm("verify", workdir / "vm", workdir / "vm-012").returncode == 0
 
 
-def test_local_with_json_prints_the_one_document_of_the_contract(run_forkvm: RunForkvm, place: Path) -> None:
-    (place / "list").write_bytes(b"".join(os.fsencode(place) + b"/vm-\xff-%d\n" % n for n in range(4)) + b"\n")
+def test_local_with_json_prints_the_one_document_of_the_contract(run_forkvm: RunForkvm, workdir: Path) -> None:
+    (workdir / "list").write_bytes(b"".join(os.fsencode(workdir) + b"/vm-\xff-%d\n" % n for n in range(4)) + b"\n")
 
-    done = run_forkvm("campaign", place / "vm", "--to-file", place / "list", "--local", "--json", "--id", "c1")
+    done = run_forkvm("campaign", workdir / "vm", "--to-file", workdir / "list", "--local", "--json", "--id", "c1")
 
     result = json.loads(done.stdout)
     assert (done.returncode, done.stderr) == (0, "")
     assert (result["campaign_id"], result["status"], result["forks"]["succeeded"]) == ("c1", "succeeded", 4)
-    assert (place / os.fsdecode(b"vm-\xff-3")).is_dir()
+    assert (workdir / os.fsdecode(b"vm-\xff-3")).is_dir()
 
 
-def test_local_with_failures_exits_with_1_and_names_them(run_forkvm: RunForkvm, place: Path) -> None:
-    (place / "vm-2").mkdir()
+def test_local_with_failures_exits_with_1_and_names_them(run_forkvm: RunForkvm, workdir: Path) -> None:
+    (workdir / "vm-2").mkdir()
 
-    done = run_forkvm("campaign", place / "vm", "--to-file", "-", "--local", stdin=f"{place}/vm-1\n{place}/vm-2\n")
+    done = run_forkvm(
+        "campaign", workdir / "vm", "--to-file", "-", "--local", stdin=f"{workdir}/vm-1\n{workdir}/vm-2\n"
+    )
 
     assert done.returncode == 1
     assert done.stdout.startswith("partial: ")
-    assert f"destination_exists: {place}/vm-2" in done.stdout
+    assert f"destination_exists: {workdir}/vm-2" in done.stdout
     assert "Traceback" not in done.stderr
 
 
-def test_a_bad_call_exits_with_2_in_one_line_and_makes_nothing(run_forkvm: RunForkvm, place: Path) -> None:
+def test_a_bad_call_exits_with_2_in_one_line_and_makes_nothing(run_forkvm: RunForkvm, workdir: Path) -> None:
     """The error comes before any connection: there is no broker here."""
-    source, template = str(place / "vm"), f"{place}/vm-{{n}}"
+    source, template = str(workdir / "vm"), f"{workdir}/vm-{{n}}"
     calls = {
         ("campaign",): "SOURCE",
         ("campaign", source): "destinations",
         ("campaign", source, "--to", template): "--count",
         ("campaign", source, "--to", template, "--to-file", "-"): "destinations",
-        ("campaign", source, "--to-file", f"{place}/missing"): "No such file",
+        ("campaign", source, "--to-file", f"{workdir}/missing"): "No such file",
         ("campaign", source, "--to", template, "--count", "many"): "--count",
-        ("campaign", source, "--to", f"{place}/same", "--count", "2"): "twice",
+        ("campaign", source, "--to", f"{workdir}/same", "--count", "2"): "twice",
         ("campaign", source, "--to", template, "--count", "2", "--on-error", "panic"): "--on-error",
-        ("campaign", source, "--to", f"{place}/vm-{{n.real}}", "--count", "2", "--local"): "template",
+        ("campaign", source, "--to", f"{workdir}/vm-{{n.real}}", "--count", "2", "--local"): "template",
     }
 
-    for call, said in calls.items():
-        done = run_forkvm(*call, env={"FORKVM_BROKER_URL": f"redis+socket://{place}/nobody"})
+    for call, message in calls.items():
+        done = run_forkvm(*call, env={"FORKVM_BROKER_URL": f"redis+socket://{workdir}/nobody"})
         assert done.returncode == 2, (call, done)
-        assert said in done.stderr, (call, done.stderr)
+        assert message in done.stderr, (call, done.stderr)
         assert "Traceback" not in done.stderr
 
-    assert forks_in(place) == []
+    assert forks_in(workdir) == []
 
 
-def test_a_retry_refuses_every_option_that_it_would_ignore(run_forkvm: RunForkvm, place: Path) -> None:
+def test_a_retry_refuses_every_option_that_it_would_ignore(run_forkvm: RunForkvm, workdir: Path) -> None:
     """The error comes before any connection: there is no broker here."""
     arguments = {
-        "SOURCE": [f"{place}/vm"],
-        "--to": ["--to", f"{place}/vm-{{n}}"],
+        "SOURCE": [f"{workdir}/vm"],
+        "--to": ["--to", f"{workdir}/vm-{{n}}"],
         "--count": ["--count", "2"],
         "--start": ["--start", "1"],
         "--to-file": ["--to-file", "-"],
@@ -113,30 +115,30 @@ def test_a_retry_refuses_every_option_that_it_would_ignore(run_forkvm: RunForkvm
         "--label": ["--label", "a=b"],
     }
 
-    for name, wish in arguments.items():
-        done = run_forkvm("campaign", "--retry", "c1", *wish, env={"FORKVM_BROKER_URL": "redis+socket:///nobody"})
+    for name, option in arguments.items():
+        done = run_forkvm("campaign", "--retry", "c1", *option, env={"FORKVM_BROKER_URL": "redis+socket:///nobody"})
         assert (done.returncode, done.stdout) == (2, ""), name
         assert done.stderr.endswith(f"leave out {name}\n"), (name, done.stderr)
 
 
 def test_a_retry_uses_the_domain_of_the_option_or_of_the_campaign(
-    run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, redis_server: RedisServer
+    run_forkvm: RunForkvm, workdir: Path, start_worker: StartWorker, redis_server: RedisServer
 ) -> None:
     # Given a campaign of the default domain in which one fork failed
-    environment = program_environment(redis_server, place)
-    start_worker(place, 1)
-    (place / "vm-1").mkdir()
-    send = ["campaign", str(place / "vm"), "--to", f"{place}/vm-{{n}}", "--count", "2", "--id", "c1", "--wait"]
+    environment = program_environment(redis_server, workdir)
+    start_worker(workdir, 1)
+    (workdir / "vm-1").mkdir()
+    send = ["campaign", str(workdir / "vm"), "--to", f"{workdir}/vm-{{n}}", "--count", "2", "--id", "c1", "--wait"]
     assert run_forkvm(*send, env=environment).returncode == 1
     retry = ["campaign", "--retry", "c1"]
 
     # When
-    elsewhere = run_forkvm(*retry, "--id", "c2", "--domain", "nvme-b", env=environment)
-    at_home = run_forkvm(*retry, "--id", "c3", "--wait", env={**environment, "FORKVM_DOMAIN": "nvme-b"})
+    other_domain = run_forkvm(*retry, "--id", "c2", "--domain", "nvme-b", env=environment)
+    same_domain = run_forkvm(*retry, "--id", "c3", "--wait", env={**environment, "FORKVM_DOMAIN": "nvme-b"})
 
     # Then
-    assert (elsewhere.returncode, at_home.returncode) == (0, 1)
-    assert "destination_exists" in at_home.stdout
+    assert (other_domain.returncode, same_domain.returncode) == (0, 1)
+    assert "destination_exists" in same_domain.stdout
     with redis_server.client() as client:
         (waiting,) = client.lrange("forkvm.nvme-b", 0, -1)
         assert json.loads(waiting)["headers"]["id"] == "c2"
@@ -164,14 +166,14 @@ def test_without_a_broker_campaigns_exit_with_3_in_one_line(run_forkvm: RunForkv
 
 
 def test_a_campaign_is_sent_waited_for_listed_and_retried(
-    run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, redis_server: RedisServer
+    run_forkvm: RunForkvm, workdir: Path, start_worker: StartWorker, redis_server: RedisServer
 ) -> None:
     # Given two destinations that exist
-    environment = program_environment(redis_server, place)
-    start_worker(place, command="forkvm", args=["--domain", "nvme-a"])
+    environment = program_environment(redis_server, workdir)
+    start_worker(workdir, command="forkvm", args=["--domain", "nvme-a"])
     for n in (3, 7):
-        (place / f"vm-{n}").mkdir()
-    send = ["campaign", str(place / "vm"), "--to", f"{place}/vm-{{n}}", "--count", "20", "--domain", "nvme-a"]
+        (workdir / f"vm-{n}").mkdir()
+    send = ["campaign", str(workdir / "vm"), "--to", f"{workdir}/vm-{{n}}", "--count", "20", "--domain", "nvme-a"]
 
     # When
     waited = run_forkvm(*send, "--id", "c1", "--label", "rack=7", "--wait", "--json", env=environment)
@@ -191,9 +193,9 @@ def test_a_campaign_is_sent_waited_for_listed_and_retried(
     assert [line.split()[:2] for line in failed.stdout.splitlines()] == [["failed", "c1.3"], ["failed", "c1.7"]]
 
     # When the failed forks are retried, now that their destinations are free
-    identity = (place / "vm-1").stat().st_ino
+    identity = (workdir / "vm-1").stat().st_ino
     for n in (3, 7):
-        (place / f"vm-{n}").rmdir()
+        (workdir / f"vm-{n}").rmdir()
     retry = ["campaign", "--retry", "c1", "--id", "c2", "--wait", "--json"]
     retried = run_forkvm(*retry, env=environment)  # in the domain of the campaign that is retried
     nothing = run_forkvm("campaign", "--retry", "c2", "--wait", env=environment)
@@ -201,43 +203,43 @@ def test_a_campaign_is_sent_waited_for_listed_and_retried(
     # Then only those forks were made
     assert retried.returncode == 0
     assert json.loads(retried.stdout)["forks"] == {"total": 2, "succeeded": 2, "failed": 0, "cancelled": 0}
-    assert (place / "vm-1").stat().st_ino == identity
-    assert forks_in(place) == sorted(f"vm-{n}" for n in range(1, 21))
+    assert (workdir / "vm-1").stat().st_ino == identity
+    assert forks_in(workdir) == sorted(f"vm-{n}" for n in range(1, 21))
     forks = [json.loads(line) for line in run_forkvm("forks", "c2", "--json", env=environment).stdout.splitlines()]
     assert [(fork["destination"], fork["labels"]) for fork in forks] == [
-        (f"{place}/vm-{n}", {"rack": "7"}) for n in (3, 7)
+        (f"{workdir}/vm-{n}", {"rack": "7"}) for n in (3, 7)
     ]
     assert nothing.returncode == 0
     assert "nothing to retry" in nothing.stderr
 
 
 def test_a_running_campaign_is_watched_with_a_bar_and_cancelled(
-    run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, own_scheduler: Scheduler
+    run_forkvm: RunForkvm, workdir: Path, start_worker: StartWorker, own_scheduler: Scheduler
 ) -> None:
     # Given a half-done campaign that is paused
-    environment = program_environment(own_scheduler.server, place)
-    worker = start_worker(place, 1)
-    send = ["campaign", str(place / "vm"), "--to", f"{place}/vm-{{n}}", "--count", "1000", "--id", "c1"]
+    environment = program_environment(own_scheduler.server, workdir)
+    worker = start_worker(workdir, 1)
+    send = ["campaign", str(workdir / "vm"), "--to", f"{workdir}/vm-{{n}}", "--count", "1000", "--id", "c1"]
     sent = run_forkvm(*send, env=environment)
     states = own_scheduler.results.states
     with ExitStack() as stack:
         with stopped_when(worker, lambda: states.get("c1")["status"] == "PROGRESS", "a half-done campaign"):
             # When
-            terminal, its_other_side = pty.openpty()
+            terminal, other_end = pty.openpty()
             stack.callback(os.close, terminal)
-            watch = begin(["status", "c1", "--watch", "--json"], environment | {"TERM": "xterm"}, its_other_side)
+            watch = begin(["status", "c1", "--watch", "--json"], environment | {"TERM": "xterm"}, other_end)
             watching = stack.enter_context(ended_at_exit(watch))
-            os.close(its_other_side)
+            os.close(other_end)
             shown = b""
             while b"/1000" not in shown:
                 shown += os.read(terminal, 4096)
-            told = json.loads(run_forkvm("status", "c1", "--json", env=environment).stdout)
+            status = json.loads(run_forkvm("status", "c1", "--json", env=environment).stdout)
             retry = run_forkvm("campaign", "--retry", "c1", env=environment)
             cancelling = stack.enter_context(ended_at_exit(begin(["cancel", "c1", "--json"], environment)))
             wait_until(lambda: own_scheduler.results.cancellations.is_requested("c1"), "the request to cancel")
         with suppress(OSError):  # EIO: the other end is closed
-            while shown_more := os.read(terminal, 4096):
-                shown += shown_more
+            while more := os.read(terminal, 4096):
+                shown += more
         answer = json.loads(cancelling.communicate(timeout=60)[0])
         output, _ = watching.communicate(timeout=60)
 
@@ -245,8 +247,8 @@ def test_a_running_campaign_is_watched_with_a_bar_and_cancelled(
     assert sent.stdout == "c1\n"
     assert b"forks" in shown
     assert b"/s" in shown
-    assert told["state"] == "PROGRESS"
-    assert set(told["progress"]) == {"forks_done", "forks_total", "forks_failed", "eta_seconds"}
+    assert status["state"] == "PROGRESS"
+    assert set(status["progress"]) == {"forks_done", "forks_total", "forks_failed", "eta_seconds"}
     assert retry.returncode == 2
     assert "not ended yet" in retry.stderr
     assert answer["state"] == "REVOKED"
@@ -255,7 +257,7 @@ def test_a_running_campaign_is_watched_with_a_bar_and_cancelled(
     assert json.loads(output)["result"] == answer["result"]
     assert watching.returncode == 1
     own_scheduler.wait_quiet()
-    assert len(forks_in(place)) == answer["result"]["forks"]["succeeded"] > 0
+    assert len(forks_in(workdir)) == answer["result"]["forks"]["succeeded"] > 0
 
 
 def begin(command: list[str], environment: dict[str, str], stderr: int | None = None) -> subprocess.Popen[bytes]:
@@ -263,19 +265,19 @@ def begin(command: list[str], environment: dict[str, str], stderr: int | None = 
     return subprocess.Popen([forkvm_script(), *command], env=environment, stdout=subprocess.PIPE, stderr=stderr)
 
 
-def test_an_interrupted_local_campaign_keeps_and_reports_published_forks(place: Path) -> None:
-    command = [forkvm_script(), "campaign", str(place / "vm"), "--to", f"{place}/vm-{{n}}", "--count", "5000"]
+def test_an_interrupted_local_campaign_keeps_and_reports_published_forks(workdir: Path) -> None:
+    command = [forkvm_script(), "campaign", str(workdir / "vm"), "--to", f"{workdir}/vm-{{n}}", "--count", "5000"]
     started = subprocess.Popen([*command, "--local"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with ended_at_exit(started) as process:
-        wait_until((place / "vm-1").exists, "the first fork")
+        wait_until((workdir / "vm-1").exists, "the first fork")
 
         process.send_signal(signal.SIGINT)
-        told, said = process.communicate(timeout=30)
+        stdout, stderr = process.communicate(timeout=30)
 
     assert process.returncode == 1
-    assert told.startswith("cancelled: ")
-    assert "SIGINT" in said
-    assert "Traceback" not in said
-    standing = forks_in(place)
-    assert not any(name.startswith(".forkvm") for name in standing)
-    assert f"{len(standing)} succeeded" in told
+    assert stdout.startswith("cancelled: ")
+    assert "SIGINT" in stderr
+    assert "Traceback" not in stderr
+    existing = forks_in(workdir)
+    assert not any(name.startswith(".forkvm") for name in existing)
+    assert f"{len(existing)} succeeded" in stdout

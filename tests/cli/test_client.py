@@ -18,9 +18,9 @@ from worker.settings import Settings
 FORK_ID = "ends"
 
 
-@pytest.mark.parametrize("looks_before", range(3))
+@pytest.mark.parametrize("reads_before", range(3))
 def test_status_never_shows_an_ended_job_without_its_result(
-    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, looks_before: int
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, reads_before: int
 ) -> None:
     # Given a fork whose result is stored and then published by Celery between two reads of `status`
     client = Client(Settings(broker_url=redis_server.broker_url))
@@ -28,15 +28,15 @@ def test_status_never_shows_an_ended_job_without_its_result(
     spec = ForkSpec(fork_id=FORK_ID, source="/a", destination="/b")
     result = succeeded(spec, Totals(), 0, Clock(spec.started))
     ask: Callable[..., Any] = results.redis.execute_command
-    looks = 0
+    reads = 0
 
     def end_between(*command: Any, **options: Any) -> Any:
-        nonlocal looks
-        if looks == looks_before:
-            looks += 1
+        nonlocal reads
+        if reads == reads_before:
+            reads += 1
             results.final.store(FORK_ID, result)
             results.redis.set(results.state_key(FORK_ID), state_json(FORK_ID, states.SUCCESS, "null"), ex=60)
-        looks += 1
+        reads += 1
         return ask(*command, **options)
 
     monkeypatch.setattr(results.redis, "execute_command", end_between)

@@ -20,7 +20,7 @@ _NOBODY = 65534
 
 
 @pytest.fixture
-def nowhere(tmp_path: Path) -> dict[str, str]:
+def no_redis(tmp_path: Path) -> dict[str, str]:
     """An environment without a Redis."""
     return {"FORKVM_BROKER_URL": f"redis+socket://{tmp_path}/nobody?password=secret"}
 
@@ -34,9 +34,9 @@ def found_in(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]
 def test_no_problem_is_found_on_xfs_with_a_well_configured_redis(
     run_forkvm: RunForkvm, fresh: Fresh, redis_server: RedisServer
 ) -> None:
-    place = fresh("xfs")
+    workdir = fresh("xfs")
 
-    done = run_forkvm("doctor", "--json", env=program_environment(redis_server, place))
+    done = run_forkvm("doctor", "--json", env=program_environment(redis_server, workdir))
 
     document = json.loads(done.stdout)
     assert (done.returncode, done.stderr) == (0, "")
@@ -47,44 +47,44 @@ def test_no_problem_is_found_on_xfs_with_a_well_configured_redis(
     checks = found_in(done)
     redis = f"Redis {redis_server.broker_url}"
     assert {"kernel: openat2", "kernel: renameat2", "limit: open files", f"{redis}: memory"} <= set(checks)
-    assert checks[f"root {place}"]["found"].startswith("XFS, writable")
-    assert checks[f"root {place}: reflink"]["found"] == "works"
-    assert checks[f"root {place}: read leases"]["found"] == "work"
+    assert checks[f"root {workdir}"]["found"].startswith("XFS, writable")
+    assert checks[f"root {workdir}: reflink"]["found"] == "works"
+    assert checks[f"root {workdir}: read leases"]["found"] == "work"
     assert checks[redis]["found"] == "reached through a unix socket"
     assert checks[f"{redis}: appendonly"]["found"] == "yes"
     assert checks[f"{redis}: maxmemory-policy"]["found"] == "noeviction"
-    assert list(place.iterdir()) == []
+    assert list(workdir.iterdir()) == []
 
 
 def test_text_output_has_a_line_per_check_and_the_fix_below(
     run_forkvm: RunForkvm, fresh: Fresh, redis_server: RedisServer
 ) -> None:
-    place = fresh("ext4")
+    workdir = fresh("ext4")
 
-    done = run_forkvm("doctor", env=program_environment(redis_server, place))
+    done = run_forkvm("doctor", env=program_environment(redis_server, workdir))
 
     lines = done.stdout.splitlines()
     warned = next(n for n, line in enumerate(lines) if line.startswith("warn"))
     assert (done.returncode, done.stderr) == (0, "")  # a warning is not a failure
     assert {line[:5] for line in lines} == {"ok   ", "warn ", "     "}
-    assert lines[warned].startswith(f"warn root {place}: reflink: refused (EOPNOTSUPP")
+    assert lines[warned].startswith(f"warn root {workdir}: reflink: refused (EOPNOTSUPP")
     assert "forks copy all data" in lines[warned]
     assert lines[warned + 1].startswith("     -> keep guests on XFS")
     assert [line for line in lines if line.startswith("     ")] == [lines[warned + 1]]
-    assert list(place.iterdir()) == []
+    assert list(workdir.iterdir()) == []
 
 
 def test_unusable_roots_are_bad_and_without_redis_the_exit_code_is_3(
-    run_forkvm: RunForkvm, tmp_path: Path, nowhere: dict[str, str], redis_server: RedisServer
+    run_forkvm: RunForkvm, tmp_path: Path, no_redis: dict[str, str], redis_server: RedisServer
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
     roots = {"FORKVM_ROOTS": f"{tmp_path}/missing:{tmp_path}/file"}
 
     with_redis = run_forkvm("doctor", "--json", env=program_environment(redis_server) | roots)
-    without = run_forkvm("doctor", "--json", env=nowhere | roots)
-    for_a_person = run_forkvm("doctor", env=nowhere)
+    without = run_forkvm("doctor", "--json", env=no_redis | roots)
+    as_text = run_forkvm("doctor", env=no_redis)
 
-    assert (with_redis.returncode, without.returncode, for_a_person.returncode) == (1, 3, 3)
+    assert (with_redis.returncode, without.returncode, as_text.returncode) == (1, 3, 3)
     for done in (with_redis, without):
         checks = found_in(done)
         assert checks[f"root {tmp_path}/missing"]["verdict"] == "bad"
@@ -93,9 +93,9 @@ def test_unusable_roots_are_bad_and_without_redis_the_exit_code_is_3(
         assert json.loads(done.stdout)["verdict"] == "bad"
         assert "secret" not in done.stdout
     assert found_in(without)["Redis"]["found"].startswith("no broker at redis+socket://")
-    assert "warn roots: none\n     -> set FORKVM_ROOTS" in for_a_person.stdout
-    assert "bad  Redis: no broker at redis+socket://" in for_a_person.stdout
-    assert for_a_person.stderr == ""
+    assert "warn roots: none\n     -> set FORKVM_ROOTS" in as_text.stdout
+    assert "bad  Redis: no broker at redis+socket://" in as_text.stdout
+    assert as_text.stderr == ""
 
 
 @pytest.mark.parametrize(
@@ -130,78 +130,78 @@ def test_a_redis_that_may_lose_accepted_jobs_is_bad(run_forkvm: RunForkvm, redis
 def test_checks_that_the_user_of_security_md_may_not_make_are_reported_as_unknown(
     run_forkvm: RunForkvm, secure_redis: SecureRedis
 ) -> None:
-    may_ask = run_forkvm("doctor", "--json", env=secure_redis.environment())
+    with_info = run_forkvm("doctor", "--json", env=secure_redis.environment())
     with secure_redis.admin() as admin:
         admin.execute_command("ACL", "SETUSER", "forkvm", "-info")
-    may_not = run_forkvm("doctor", "--json", env=secure_redis.environment())
+    without_info = run_forkvm("doctor", "--json", env=secure_redis.environment())
 
     redis = f"Redis rediss://localhost:{secure_redis.port}/0"
-    checks = found_in(may_ask)
+    checks = found_in(with_info)
     assert checks[redis]["found"] == "reached over TLS, certificate and host name verified"
     assert checks[f"{redis}: appendonly"]["verdict"] == "bad"  # the state of that server
     fsync = checks[f"{redis}: appendfsync"]
     assert (fsync["verdict"], fsync["found"]) == ("warn", "unknown: CONFIG is not permitted")
-    settings = found_in(may_not)[f"{redis}: settings"]
+    settings = found_in(without_info)[f"{redis}: settings"]
     assert (settings["verdict"], settings["found"]) == ("warn", "unknown: INFO is not permitted")
-    assert (may_ask.returncode, may_not.returncode) == (1, 0)
-    for done in (may_ask, may_not):
+    assert (with_info.returncode, without_info.returncode) == (1, 0)
+    for done in (with_info, without_info):
         assert done.stderr == ""
         assert secure_redis.password not in done.stdout
 
 
 def test_a_root_that_the_user_may_not_write_to_is_a_warning_and_nothing_is_left(
-    run_forkvm: RunForkvm, fresh: Fresh, nowhere: dict[str, str]
+    run_forkvm: RunForkvm, fresh: Fresh, no_redis: dict[str, str]
 ) -> None:
-    place = fresh("xfs")
-    place.chmod(0o755)
+    workdir = fresh("xfs")
+    workdir.chmod(0o755)
 
-    done = run_forkvm("doctor", "--json", env=nowhere | {"FORKVM_ROOTS": str(place)}, user=_NOBODY)
+    done = run_forkvm("doctor", "--json", env=no_redis | {"FORKVM_ROOTS": str(workdir)}, user=_NOBODY)
 
-    check = found_in(done)[f"root {place}"]
+    check = found_in(done)[f"root {workdir}"]
     assert check["verdict"] == "warn"
     assert check["found"] == f"XFS, not writable for uid {_NOBODY}; reflink not checked"
-    assert list(place.iterdir()) == []
+    assert list(workdir.iterdir()) == []
 
 
 def test_a_read_only_root_is_reported(
-    run_forkvm: RunForkvm, fresh: Fresh, tmp_path: Path, nowhere: dict[str, str]
+    run_forkvm: RunForkvm, fresh: Fresh, tmp_path: Path, no_redis: dict[str, str]
 ) -> None:
     with bind_mounted(fresh("xfs"), tmp_path / "view") as view:
         subprocess.run(["mount", "-o", "remount,bind,ro", str(view)], check=True)
 
-        done = run_forkvm("doctor", "--json", env=nowhere | {"FORKVM_ROOTS": str(view)})
+        done = run_forkvm("doctor", "--json", env=no_redis | {"FORKVM_ROOTS": str(view)})
 
     check = found_in(done)[f"root {view}"]
     assert (check["verdict"], check["found"]) == ("warn", "XFS, read-only; reflink not checked")
 
 
 def test_staging_without_a_heartbeat_is_counted_and_left_to_gc(
-    run_forkvm: RunForkvm, fresh: Fresh, nowhere: dict[str, str]
+    run_forkvm: RunForkvm, fresh: Fresh, no_redis: dict[str, str]
 ) -> None:
-    place = fresh("xfs")
+    workdir = fresh("xfs")
     for key, is_old in (("0" * 16, True), ("1" * 16, False)):
-        (place / f".forkvm-{key}").mkdir(mode=0o700)
-        (place / f".forkvm-{key}.00000000").mkdir()
+        (workdir / f".forkvm-{key}").mkdir(mode=0o700)
+        (workdir / f".forkvm-{key}.00000000").mkdir()
         if is_old:
-            os.utime(place / f".forkvm-{key}", (0, 0))
-    before = sorted(path.name for path in place.iterdir())
+            os.utime(workdir / f".forkvm-{key}", (0, 0))
+    before = sorted(path.name for path in workdir.iterdir())
 
-    done = run_forkvm("doctor", "--json", env=nowhere | {"FORKVM_ROOTS": str(place)})
+    done = run_forkvm("doctor", "--json", env=no_redis | {"FORKVM_ROOTS": str(workdir)})
 
-    check = found_in(done)[f"root {place}: staging"]
+    check = found_in(done)[f"root {workdir}: staging"]
     assert (check["verdict"], check["found"][:2]) == ("warn", "1 ")
     assert "forkvm gc" in check["fix"]
-    assert sorted(path.name for path in place.iterdir()) == before
+    assert sorted(path.name for path in workdir.iterdir()) == before
 
 
 def test_a_root_where_no_fork_can_be_published_is_bad(
-    run_forkvm: RunForkvm, passthrough: Passthrough, fresh: Fresh, nowhere: dict[str, str]
+    run_forkvm: RunForkvm, passthrough: Passthrough, fresh: Fresh, no_redis: dict[str, str]
 ) -> None:
-    place = passthrough(fresh("xfs"), "refuse_flags")
+    workdir = passthrough(fresh("xfs"), "refuse_flags")
 
-    done = run_forkvm("doctor", "--json", env=nowhere | {"FORKVM_ROOTS": str(place)})
+    done = run_forkvm("doctor", "--json", env=no_redis | {"FORKVM_ROOTS": str(workdir)})
 
-    check = found_in(done)[f"root {place}"]
+    check = found_in(done)[f"root {workdir}"]
     assert (check["verdict"], check["found"]) == ("bad", "FUSE, refuses RENAME_NOREPLACE: EINVAL: Invalid argument")
     assert "forks cannot be published here" in check["fix"]
-    assert list(place.iterdir()) == []
+    assert list(workdir.iterdir()) == []

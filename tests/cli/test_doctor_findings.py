@@ -49,11 +49,11 @@ def test_each_root_has_a_row_of_the_matrix_of_reflinks(fresh: Fresh) -> None:
 
 
 def test_the_geometry_of_xfs_is_what_xfs_info_says(xfs: Path, xfs_noreflink: Path) -> None:
-    for place in (xfs, xfs_noreflink):
-        command = [require_command("xfs_info", "XFS"), str(place)]
+    for workdir in (xfs, xfs_noreflink):
+        command = [require_command("xfs_info", "XFS"), str(workdir)]
         info = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         block, blocks = re.findall(r"^log .*?bsize=(\d+) +blocks=(\d+)", info, re.MULTILINE)[0]
-        fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+        fd = os.open(workdir, os.O_RDONLY | os.O_DIRECTORY)
         found = kernel_xfs.geometry(fd)
         os.close(fd)
 
@@ -85,18 +85,18 @@ def test_a_mount_is_shown_with_its_options_and_sync_is_a_warning(fresh: Fresh, t
 
 
 def test_a_user_who_may_not_preserve_the_owners_of_a_root_is_warned(run_forkvm: RunForkvm, fresh: Fresh) -> None:
-    place = fresh("xfs")
-    place.chmod(0o777)
-    (place / "vm").mkdir()
-    roots = {"FORKVM_ROOTS": str(place), "FORKVM_BROKER_URL": f"redis+socket://{place}/nobody"}
+    workdir = fresh("xfs")
+    workdir.chmod(0o777)
+    (workdir / "vm").mkdir()
+    roots = {"FORKVM_ROOTS": str(workdir), "FORKVM_BROKER_URL": f"redis+socket://{workdir}/nobody"}
 
-    fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    fd = os.open(workdir, os.O_RDONLY | os.O_DIRECTORY)
     as_root = owner_check("root", fd)
     os.close(fd)
     as_nobody = found_in(run_forkvm("doctor", "--json", env=roots, user=_NOBODY))
 
     assert as_root.verdict == "ok"
-    owners = as_nobody[f"root {place}: owners"]
+    owners = as_nobody[f"root {workdir}: owners"]
     assert owners["verdict"] == "warn"
     assert owners["found"].startswith("1 of 1 entries belong to other users (first uid 0): their forks lose owners")
     assert "CAP_CHOWN" in owners["fix"]
@@ -190,10 +190,10 @@ def test_a_misspelled_variable_is_reported_with_a_suggestion(monkeypatch: pytest
 def test_a_worker_logs_each_warning_and_does_not_start_where_no_fork_can_succeed(
     start_worker: StartWorker, fresh: Fresh, run_forkvm: RunForkvm, redis_server: RedisServer
 ) -> None:
-    place = fresh("xfs")
-    missing = f"{place}/missing"
+    workdir = fresh("xfs")
+    missing = f"{workdir}/missing"
 
-    worker = start_worker([place, Path(missing)])
+    worker = start_worker([workdir, Path(missing)])
     refused = run_forkvm("worker", env=program_environment(redis_server, Path(missing)))
 
     (line,) = (line for line in worker.output().splitlines() if f"root {missing}: it does not exist" in line)

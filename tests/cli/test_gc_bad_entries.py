@@ -25,11 +25,11 @@ OLD = (86_400, 86_400)
 
 
 @pytest.fixture
-def place(fresh: Fresh) -> Path:
+def workdir(fresh: Fresh) -> Path:
     return fresh("xfs")
 
 
-def make_dead(parent: Path, fork_id: str) -> Path:
+def make_abandoned(parent: Path, fork_id: str) -> Path:
     """Staging of a local fork whose process was killed. Returns its control directory."""
     parent.mkdir(exist_ok=True)
     fd = os.open(parent, os.O_RDONLY)
@@ -102,36 +102,39 @@ IN_THE_WAY: dict[str, Callable[[Path], object]] = {
 }
 
 
-def found_by_gc(run_forkvm: RunForkvm, place: Path, *, code: int = 0) -> dict[str, dict[str, str]]:
-    done = run_forkvm("gc", place, "--json", timeout=30)
+def found_by_gc(run_forkvm: RunForkvm, workdir: Path, *, code: int = 0) -> dict[str, dict[str, str]]:
+    done = run_forkvm("gc", workdir, "--json", timeout=30)
     assert done.returncode == code, done.stderr
     assert done.stderr == ""
     return {finding["path"]: finding for finding in json.loads(done.stdout)}
 
 
-def test_all_bad_entries_are_reported_and_all_other_staging_is_removed(run_forkvm: RunForkvm, place: Path) -> None:
+def test_all_bad_entries_are_reported_and_all_other_staging_is_removed(run_forkvm: RunForkvm, workdir: Path) -> None:
     # Given all bad entries, with abandoned staging before, between and after them
     kept: dict[Path, str] = {}
-    dead: set[Path] = set()
+    abandoned: set[Path] = set()
     for n, (what, (damage, reason)) in enumerate(DAMAGE.items()):
-        dead.add(make_dead(place, f"dead-{n}"))
-        control = make_dead(place, f"bad-{n}")
+        abandoned.add(make_abandoned(workdir, f"dead-{n}"))
+        control = make_abandoned(workdir, f"bad-{n}")
         damage(control)
         kept[control] = reason
         assert what
     for n, (kind, make) in enumerate(IN_THE_WAY.items()):
         for name in (f".forkvm-{n:016x}", f".forkvm-{n + 16:016x}.{n:08x}"):
-            make(place / name)
-            kept[place / name] = kind
-    theirs = place / f".forkvm-{99:016x}.01234567"
+            make(workdir / name)
+            kept[workdir / name] = kind
+    theirs = workdir / f".forkvm-{99:016x}.01234567"
     theirs.mkdir(mode=0o700)
     (theirs / "disk").write_text("theirs")
     os.chown(theirs, OTHER, OTHER)
     kept[theirs] = "user 1000"
-    dead |= {make_dead(place / os.fsdecode(b"not-utf8-\xff"), "deep"), make_dead(place / "last", "last")}
+    abandoned |= {
+        make_abandoned(workdir / os.fsdecode(b"not-utf8-\xff"), "deep"),
+        make_abandoned(workdir / "last", "last"),
+    }
 
     # When
-    found = found_by_gc(run_forkvm, place)
+    found = found_by_gc(run_forkvm, workdir)
 
     # Then
     for path, reason in kept.items():
@@ -139,8 +142,8 @@ def test_all_bad_entries_are_reported_and_all_other_staging_is_removed(run_forkv
         assert reason in found[str(path)]["reason"]
         assert os.path.lexists(path)
     removed = {path for path, finding in found.items() if finding["verdict"] == "removed"}
-    assert removed == {str(path) for path in dead}
-    assert not any(path.exists() for path in dead)
+    assert removed == {str(path) for path in abandoned}
+    assert not any(path.exists() for path in abandoned)
     assert (theirs / "disk").read_text() == "theirs"
 
 
@@ -148,29 +151,29 @@ def test_all_bad_entries_are_reported_and_all_other_staging_is_removed(run_forkv
     "data", [b"", b"null", b"[]", b"{}", b"[" * 1_000_000, b"1" * 100_000, b'{"spec": {}}', b"\xff"]
 )
 def test_staging_with_an_invalid_journal_is_removed_when_it_is_old(
-    data: bytes, run_forkvm: RunForkvm, place: Path
+    data: bytes, run_forkvm: RunForkvm, workdir: Path
 ) -> None:
-    control, other = make_dead(place, "damaged"), make_dead(place, "other")
+    control, other = make_abandoned(workdir, "damaged"), make_abandoned(workdir, "other")
     (control / "journal").write_bytes(data)
 
-    fresh = found_by_gc(run_forkvm, place)
+    fresh = found_by_gc(run_forkvm, workdir)
     for path in (control / "lock", control):
         os.utime(path, OLD)
-    old = found_by_gc(run_forkvm, place)
+    old = found_by_gc(run_forkvm, workdir)
 
     assert (fresh[str(control)]["verdict"], fresh[str(other)]["verdict"]) == ("kept", "removed")
     assert old[str(control)]["verdict"] == "removed"
-    assert stagings(place) == set()
+    assert stagings(workdir) == set()
 
 
-def test_control_directory_with_foreign_entries_is_kept(run_forkvm: RunForkvm, place: Path) -> None:
-    control = place / f".forkvm-{7:016x}"
+def test_control_directory_with_foreign_entries_is_kept(run_forkvm: RunForkvm, workdir: Path) -> None:
+    control = workdir / f".forkvm-{7:016x}"
     control.mkdir(mode=0o700)
     (control / "vm.raw").write_text("precious")
-    found_by_gc(run_forkvm, place)
+    found_by_gc(run_forkvm, workdir)
     os.utime(control, OLD)
 
-    found = found_by_gc(run_forkvm, place)
+    found = found_by_gc(run_forkvm, workdir)
 
     assert found[str(control)]["verdict"] == "kept"
     assert "vm.raw" in found[str(control)]["reason"]
@@ -182,33 +185,33 @@ def test_control_directory_with_foreign_entries_is_kept(run_forkvm: RunForkvm, p
     [(0o755, 0, True), (0o1777, 0, True), (0o777, 0, False), (0o775, 0, False), (0o755, OTHER, False)],
 )
 def test_private_directory_that_another_user_may_have_moved_is_kept(
-    mode: int, owner: int, removed: bool, run_forkvm: RunForkvm, place: Path
+    mode: int, owner: int, removed: bool, run_forkvm: RunForkvm, workdir: Path
 ) -> None:
-    tree, control = place / f".forkvm-{1:016x}.01234567", place / f".forkvm-{2:016x}.01234567"
+    tree, control = workdir / f".forkvm-{1:016x}.01234567", workdir / f".forkvm-{2:016x}.01234567"
     for directory, name in ((tree, "disk"), (control, "lock")):
         directory.mkdir(mode=0o700)
         (directory / name).touch()
-    place.chmod(mode)
-    os.chown(place, owner, owner)
+    workdir.chmod(mode)
+    os.chown(workdir, owner, owner)
 
-    found = found_by_gc(run_forkvm, place)
+    found = found_by_gc(run_forkvm, workdir)
 
     assert found[str(tree)]["verdict"] == ("removed" if removed else "kept")
     assert found[str(control)]["verdict"] == "removed"  # it contains only the files of a control directory
     assert tree.exists() != removed
 
 
-def test_tree_that_was_replaced_by_another_directory_is_kept(run_forkvm: RunForkvm, place: Path) -> None:
-    control = make_dead(place, "f1")
-    (tree,) = place.glob(f"{control.name}.*")
-    tree.rename(place / "vm-2")
+def test_tree_that_was_replaced_by_another_directory_is_kept(run_forkvm: RunForkvm, workdir: Path) -> None:
+    control = make_abandoned(workdir, "f1")
+    (tree,) = workdir.glob(f"{control.name}.*")
+    tree.rename(workdir / "vm-2")
     tree.mkdir()
     (tree / "precious").write_text("theirs")
 
-    found_by_gc(run_forkvm, place)
+    found_by_gc(run_forkvm, workdir)
 
     assert (tree / "precious").read_text() == "theirs"
-    assert (place / "vm-2/disk").read_text() == "half"
+    assert (workdir / "vm-2/disk").read_text() == "half"
 
 
 @pytest.fixture
@@ -228,13 +231,13 @@ def immutable() -> Iterator[Callable[[Path], None]]:
 
 @pytest.mark.parametrize("what", ["", "journal", "tree"])
 def test_immutable_staging_is_a_failure_and_the_rest_is_removed(
-    what: str, run_forkvm: RunForkvm, place: Path, immutable: Callable[[Path], None]
+    what: str, run_forkvm: RunForkvm, workdir: Path, immutable: Callable[[Path], None]
 ) -> None:
-    control, others = make_dead(place, "f1"), {make_dead(place, f"other-{n}") for n in range(5)}
-    (tree,) = place.glob(f"{control.name}.*")
+    control, others = make_abandoned(workdir, "f1"), {make_abandoned(workdir, f"other-{n}") for n in range(5)}
+    (tree,) = workdir.glob(f"{control.name}.*")
     immutable(tree / "disk" if what == "tree" else control / what)
 
-    found = found_by_gc(run_forkvm, place, code=1)
+    found = found_by_gc(run_forkvm, workdir, code=1)
 
     assert found[str(control)]["verdict"] == "failed"
     assert "EPERM" in found[str(control)]["reason"]
@@ -242,15 +245,15 @@ def test_immutable_staging_is_a_failure_and_the_rest_is_removed(
 
 
 def test_mount_in_a_tree_is_a_failure_and_the_mounted_files_are_kept(
-    run_forkvm: RunForkvm, place: Path, fresh: Fresh
+    run_forkvm: RunForkvm, workdir: Path, fresh: Fresh
 ) -> None:
-    control, other = make_dead(place, "f1"), make_dead(place, "other")
-    (tree,) = place.glob(f"{control.name}.*")
+    control, other = make_abandoned(workdir, "f1"), make_abandoned(workdir, "other")
+    (tree,) = workdir.glob(f"{control.name}.*")
     precious = fresh("ext4")
     (precious / "disk").write_text("theirs")
 
     with bind_mounted(precious, tree / "mounted"):
-        found = found_by_gc(run_forkvm, place, code=1)
+        found = found_by_gc(run_forkvm, workdir, code=1)
 
     assert found[str(control)]["verdict"] == "failed"
     assert "mounted" in found[str(control)]["reason"]
@@ -259,33 +262,33 @@ def test_mount_in_a_tree_is_a_failure_and_the_mounted_files_are_kept(
 
 
 def test_staging_with_an_open_file_on_fuse_is_a_failure_and_gc_ends(
-    run_forkvm: RunForkvm, passthrough: Passthrough, place: Path
+    run_forkvm: RunForkvm, passthrough: Passthrough, workdir: Path
 ) -> None:
-    place = passthrough(place, "silly")
-    control, other = make_dead(place, "f1"), make_dead(place, "other")
-    (tree,) = place.glob(f"{control.name}.*")
+    workdir = passthrough(workdir, "silly")
+    control, other = make_abandoned(workdir, "f1"), make_abandoned(workdir, "other")
+    (tree,) = workdir.glob(f"{control.name}.*")
 
     with (tree / "disk").open():
-        busy = found_by_gc(run_forkvm, place, code=1)
-    free = found_by_gc(run_forkvm, place)
+        busy = found_by_gc(run_forkvm, workdir, code=1)
+    free = found_by_gc(run_forkvm, workdir)
 
     assert (busy[str(control)]["verdict"], busy[str(other)]["verdict"]) == ("failed", "removed")
     assert "keeps files in it open" in busy[str(control)]["reason"]
     assert free[str(control)]["verdict"] == "removed"
-    assert stagings(place) == set()
+    assert stagings(workdir) == set()
 
 
 def test_unreadable_staging_is_reported_to_an_ordinary_user_and_the_users_own_is_removed(
-    run_forkvm: RunForkvm, public_program: PublicProgram, place: Path
+    run_forkvm: RunForkvm, public_program: PublicProgram, workdir: Path
 ) -> None:
-    theirs, closed = make_dead(place, "theirs"), place / "closed"
+    theirs, closed = make_abandoned(workdir, "theirs"), workdir / "closed"
     closed.mkdir(mode=0o700)
-    own = make_dead(place, "own")
-    for path in (own, *own.iterdir(), *place.glob(f"{own.name}.*"), *place.glob(f"{own.name}.*/*")):
+    own = make_abandoned(workdir, "own")
+    for path in (own, *own.iterdir(), *workdir.glob(f"{own.name}.*"), *workdir.glob(f"{own.name}.*/*")):
         os.chown(path, 65534, 65534)
-    place.chmod(0o1777)
+    workdir.chmod(0o1777)
 
-    done = run_forkvm("gc", place, "--json", user=65534)
+    done = run_forkvm("gc", workdir, "--json", user=65534)
 
     found = {finding["path"]: finding for finding in json.loads(done.stdout)}
     assert done.returncode == 1  # a directory was not searched
@@ -302,15 +305,19 @@ def test_unreadable_staging_is_reported_to_an_ordinary_user_and_the_users_own_is
         ("{sub}", "getdents64:error=ENOENT", None),
     ],
 )
-def test_disk_error_is_a_failure_of_one_entry(path: str, inject: str, verdict: str | None, place: Path) -> None:
+def test_disk_error_is_a_failure_of_one_entry(path: str, inject: str, verdict: str | None, workdir: Path) -> None:
     strace = require_command("strace", "the injection of errors")
-    control, other, last = make_dead(place, "f1"), make_dead(place, "other"), make_dead(place / "last", "last")
-    make_dead(place / "sub", "sub")
-    bad = path.format(control=control, sub=place / "sub")
+    control, other, last = (
+        make_abandoned(workdir, "f1"),
+        make_abandoned(workdir, "other"),
+        make_abandoned(workdir / "last", "last"),
+    )
+    make_abandoned(workdir / "sub", "sub")
+    bad = path.format(control=control, sub=workdir / "sub")
 
     tracing = ["-o", "/dev/null", "-e", "trace=getdents64", "-e", f"inject={inject}", "-P", bad]
     done = subprocess.run(
-        [strace, *tracing, forkvm_script(), "gc", place, "--json"],
+        [strace, *tracing, forkvm_script(), "gc", workdir, "--json"],
         capture_output=True,
         text=True,
         timeout=30,
@@ -325,12 +332,12 @@ def test_disk_error_is_a_failure_of_one_entry(path: str, inject: str, verdict: s
     assert not last.exists()
 
 
-def test_root_that_cannot_be_opened_does_not_end_the_search_of_the_others(run_forkvm: RunForkvm, place: Path) -> None:
-    dead = make_dead(place / "b", "f1")
+def test_root_that_cannot_be_opened_does_not_end_the_search_of_the_others(run_forkvm: RunForkvm, workdir: Path) -> None:
+    abandoned = make_abandoned(workdir / "b", "f1")
 
-    done = run_forkvm("gc", place / "a", place / "b")
+    done = run_forkvm("gc", workdir / "a", workdir / "b")
 
     assert done.returncode == 1
-    assert f"failed {place}/a: " in done.stdout
+    assert f"failed {workdir}/a: " in done.stdout
     assert "1 removed, 0 kept, 1 failed" in done.stdout
-    assert not dead.exists()
+    assert not abandoned.exists()

@@ -21,7 +21,7 @@ def _run(*args: str) -> Result:
 
 
 @pytest.mark.parametrize(
-    ("call", "said"),
+    ("call", "suggestion"),
     [
         (["forkk", "a", "b"], "No such command 'forkk'. (Did you mean one of: 'fork', 'forks'?)"),
         (["fork", "--relfink", "never", "a", "b"], "No such option '--relfink'. Did you mean '--reflink'?"),
@@ -34,11 +34,11 @@ def _run(*args: str) -> Result:
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
-def test_a_mistyped_command_or_option_gets_a_suggestion(call: list[str], said: str) -> None:
+def test_a_mistyped_command_or_option_gets_a_suggestion(call: list[str], suggestion: str) -> None:
     done = _run(*call)
 
     assert done.exit_code == 2
-    assert said in done.stderr
+    assert suggestion in done.stderr
 
 
 @pytest.mark.parametrize(

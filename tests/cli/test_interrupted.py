@@ -33,7 +33,7 @@ def started(command: list[str], environment: dict[str, str]) -> Iterator[subproc
 READS = 5
 
 
-def looks(server: RedisServer) -> int:
+def reads(server: RedisServer) -> int:
     """How many times any client has read keys. A waiting command does so repeatedly."""
     with server.client() as client:
         return int(client.info("commandstats").get("cmdstat_mget", {"calls": 0})["calls"])
@@ -49,18 +49,18 @@ def test_ctrl_c_ends_the_wait_and_reports_that_the_job_continues(
     environment = program_environment(redis_server)
     if command[0] == "status":
         assert run_forkvm("submit", "/guests/a", "/guests/b", "--id", "the job", env=environment).returncode == 0
-    before = looks(redis_server)
+    before = reads(redis_server)
     with started(command, environment) as process:
-        wait_until(lambda: looks(redis_server) > before + READS, "a command that waits")
+        wait_until(lambda: reads(redis_server) > before + READS, "a command that waits")
 
         # When
         process.send_signal(signal.SIGINT)
-        told, said = process.communicate(timeout=30)
+        stdout, stderr = process.communicate(timeout=30)
 
     # Then
-    assert (process.returncode, told) == (130, "")
+    assert (process.returncode, stdout) == (130, "")
     ended = "forkvm: the job continues; to see it: forkvm status 'the job'\n"
-    assert said.endswith(ended)
+    assert stderr.endswith(ended)
     assert json.loads(run_forkvm("status", "the job", "--json", env=environment).stdout)["state"] == "PENDING"
     with redis_server.client() as client:
         sent = [json.loads(message)["headers"]["id"] for message in client.lrange("forkvm", 0, -1)]
@@ -77,13 +77,13 @@ def test_ctrl_c_at_other_times_exits_with_130_and_no_traceback(
     with started(["cancel", "the job"], environment) as process:
         with redis_server.client() as client:
             wait_until(lambda: bool(client.exists("forkvm:the job:cancel")), "the request to cancel")
-        before = looks(redis_server)
-        wait_until(lambda: looks(redis_server) > before + READS, "a command that waits")
+        before = reads(redis_server)
+        wait_until(lambda: reads(redis_server) > before + READS, "a command that waits")
 
         process.send_signal(signal.SIGINT)
-        told, said = process.communicate(timeout=30)
+        stdout, stderr = process.communicate(timeout=30)
 
-    assert (process.returncode, told, said.strip()) == (130, "", "")
+    assert (process.returncode, stdout, stderr.strip()) == (130, "", "")
     with redis_server.client() as client:
         assert client.exists("forkvm:the job:cancel")
         client.delete("forkvm")
@@ -92,13 +92,13 @@ def test_ctrl_c_at_other_times_exits_with_130_and_no_traceback(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 def test_other_signals_end_a_waiting_command_cleanly(number: signal.Signals, redis_server: RedisServer) -> None:
     with started(_SUBMIT, program_environment(redis_server)) as process:
-        before = looks(redis_server)
-        wait_until(lambda: looks(redis_server) > before + READS, "a command that waits")
+        before = reads(redis_server)
+        wait_until(lambda: reads(redis_server) > before + READS, "a command that waits")
 
         process.send_signal(number)
-        told, said = process.communicate(timeout=30)
+        stdout, stderr = process.communicate(timeout=30)
 
-    assert (process.returncode, told) == (128 + number, "")
-    assert "Traceback" not in said
+    assert (process.returncode, stdout) == (128 + number, "")
+    assert "Traceback" not in stderr
     with redis_server.client() as client:
         client.delete("forkvm")

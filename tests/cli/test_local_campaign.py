@@ -25,18 +25,18 @@ MORE_FORKS = 2_000
 
 
 @pytest.fixture
-def place(fresh: Fresh) -> Path:
-    place = fresh("xfs")
-    make_source(place / "source")
-    (place / "out").mkdir()
-    return place
+def workdir(fresh: Fresh) -> Path:
+    workdir = fresh("xfs")
+    make_source(workdir / "source")
+    (workdir / "out").mkdir()
+    return workdir
 
 
 @contextmanager
-def campaign(place: Path, count: int, *options: str) -> Iterator[subprocess.Popen[str]]:
+def campaign(workdir: Path, count: int, *options: str) -> Iterator[subprocess.Popen[str]]:
     """A running local campaign. Its remaining processes are killed at the end."""
-    to = f"{place}/out/vm-{{n:05}}"
-    command = [forkvm_script(), "campaign", str(place / "source"), "--to", to, "--count", str(count), *options]
+    to = f"{workdir}/out/vm-{{n:05}}"
+    command = [forkvm_script(), "campaign", str(workdir / "source"), "--to", to, "--count", str(count), *options]
     process = subprocess.Popen(
         [*command, "--local", "--json"],
         stdout=subprocess.PIPE,
@@ -52,8 +52,8 @@ def campaign(place: Path, count: int, *options: str) -> Iterator[subprocess.Pope
             process.communicate()
 
 
-def forks_in(place: Path) -> list[Path]:
-    return sorted(path for path in (place / "out").iterdir() if path.name.startswith("vm-"))
+def forks_in(workdir: Path) -> list[Path]:
+    return sorted(path for path in (workdir / "out").iterdir() if path.name.startswith("vm-"))
 
 
 def children(process: subprocess.Popen[str]) -> list[int]:
@@ -61,54 +61,54 @@ def children(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in text.split()]
 
 
-def wait_for_forks(place: Path, process: subprocess.Popen[str], least: int = 20) -> None:
-    wait_until(lambda: len(forks_in(place)) > least and len(children(process)) > 0, f"{least} forks")
+def wait_for_forks(workdir: Path, process: subprocess.Popen[str], least: int = 20) -> None:
+    wait_until(lambda: len(forks_in(workdir)) > least and len(children(process)) > 0, f"{least} forks")
 
 
-def end(process: subprocess.Popen[str], place: Path) -> dict[str, Any]:
+def end(process: subprocess.Popen[str], workdir: Path) -> dict[str, Any]:
     """The result. Checks that the forks that it names exist, and no others."""
     out, err = process.communicate(timeout=90)
     assert "Traceback" not in err
     result: dict[str, Any] = json.loads(out)
     forks = result["forks"]
-    assert forks["succeeded"] == len(forks_in(place))
+    assert forks["succeeded"] == len(forks_in(workdir))
     assert forks["total"] == sum(count for name, count in forks.items() if name != "total")
-    assert [path.name for path in (place / "out").iterdir() if not path.name.startswith("vm-")] == []
-    whole = snapshot(place / "source")
-    for path in forks_in(place)[::100]:
+    assert [path.name for path in (workdir / "out").iterdir() if not path.name.startswith("vm-")] == []
+    whole = snapshot(workdir / "source")
+    for path in forks_in(workdir)[::100]:
         assert snapshot(path) == whole
     return result
 
 
-def test_a_stopped_child_delays_a_campaign_and_loses_no_fork(place: Path) -> None:
-    with campaign(place, COUNT) as process:
-        wait_for_forks(place, process)
+def test_a_stopped_child_delays_a_campaign_and_loses_no_fork(workdir: Path) -> None:
+    with campaign(workdir, COUNT) as process:
+        wait_for_forks(workdir, process)
         os.kill(children(process)[0], signal.SIGSTOP)
 
-        result = end(process, place)
+        result = end(process, workdir)
 
     assert (process.returncode, result["status"], result["error"]) == (0, "succeeded", None)
 
 
-def test_killed_children_lose_no_fork(place: Path) -> None:
-    with campaign(place, COUNT) as process:
+def test_killed_children_lose_no_fork(workdir: Path) -> None:
+    with campaign(workdir, COUNT) as process:
         for _ in range(3):
-            wait_for_forks(place, process, len(forks_in(place)) + 20)
+            wait_for_forks(workdir, process, len(forks_in(workdir)) + 20)
             send(children(process), signal.SIGKILL)  # a child may have ended in the meantime
 
-        result = end(process, place)
+        result = end(process, workdir)
 
     assert (process.returncode, result["status"], result["error"]) == (0, "succeeded", None)
 
 
 @pytest.mark.parametrize("on_error", ["continue", "abort"])
 def test_a_full_disk_leaves_exactly_the_reported_forks(on_error: str, small_tmpfs: SmallTmpfs) -> None:
-    place = small_tmpfs(24 << 20)
-    make_source(place / "source")
-    (place / "out").mkdir()
+    workdir = small_tmpfs(24 << 20)
+    make_source(workdir / "source")
+    (workdir / "out").mkdir()
 
-    with campaign(place, COUNT, "--on-error", on_error) as process:
-        result = end(process, place)
+    with campaign(workdir, COUNT, "--on-error", on_error) as process:
+        result = end(process, workdir)
 
     assert (process.returncode, result["status"]) == (1, "partial")
     assert (result["forks"]["cancelled"] > 0) == (on_error == "abort")
@@ -118,15 +118,15 @@ def test_a_full_disk_leaves_exactly_the_reported_forks(on_error: str, small_tmpf
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_ends_a_campaign_at_once_and_leaves_only_complete_forks(
-    number: signal.Signals, place: Path
+    number: signal.Signals, workdir: Path
 ) -> None:
-    with campaign(place, 20 * COUNT) as process:
-        wait_for_forks(place, process)
-        before = len(forks_in(place))
+    with campaign(workdir, 20 * COUNT) as process:
+        wait_for_forks(workdir, process)
+        before = len(forks_in(workdir))
 
         os.killpg(process.pid, number)  # a terminal signals the children too
         process.wait(timeout=60)
-        result = end(process, place)
+        result = end(process, workdir)
 
     assert result["forks"]["succeeded"] - before <= MORE_FORKS
     assert result["status"] == "cancelled"

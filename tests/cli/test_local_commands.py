@@ -22,22 +22,22 @@ SMALL = GuestSizes(overlay=8 << 20, overlay_data=1 << 20, memory=8 << 20, memory
 
 
 def test_fork_prints_a_result_for_people_and_exits_with_0(run_forkvm: RunForkvm, fresh: Fresh) -> None:
-    place = fresh("xfs")
-    make_guest(place / "vm-1", SMALL)
+    workdir = fresh("xfs")
+    make_guest(workdir / "vm-1", SMALL)
 
-    done = run_forkvm("fork", place / "vm-1", place / "vm-2")
+    done = run_forkvm("fork", workdir / "vm-1", workdir / "vm-2")
 
     assert done.returncode == 0
-    assert done.stdout.startswith(f"succeeded: {place}/vm-1 -> {place}/vm-2 in ")
+    assert done.stdout.startswith(f"succeeded: {workdir}/vm-1 -> {workdir}/vm-2 in ")
     assert done.stderr == ""
-    assert run_forkvm("verify", place / "vm-1", place / "vm-2").returncode == 0
+    assert run_forkvm("verify", workdir / "vm-1", workdir / "vm-2").returncode == 0
 
 
 def test_fork_with_json_prints_the_one_document_of_the_contract(run_forkvm: RunForkvm, fresh: Fresh) -> None:
-    place = fresh("xfs")
-    make_guest(place / "vm-1", SMALL)
+    workdir = fresh("xfs")
+    make_guest(workdir / "vm-1", SMALL)
 
-    done = run_forkvm("fork", place / "vm-1", place / "vm-2", "--label", "rack=7", "--json")
+    done = run_forkvm("fork", workdir / "vm-1", workdir / "vm-2", "--label", "rack=7", "--json")
 
     result = json.loads(done.stdout)
     assert (result["status"], result["error"], result["labels"]) == ("succeeded", None, {"rack": "7"})
@@ -45,55 +45,57 @@ def test_fork_with_json_prints_the_one_document_of_the_contract(run_forkvm: RunF
 
 
 def test_fork_reports_a_subvolume_unless_snapshots_are_disabled(run_forkvm: RunForkvm, fresh: Fresh) -> None:
-    place = fresh("btrfs")
-    make_guest(make_subvolume(place / "vm-1"), SMALL)
+    workdir = fresh("btrfs")
+    make_guest(make_subvolume(workdir / "vm-1"), SMALL)
 
-    whole = run_forkvm("fork", place / "vm-1", place / "vm-2")
-    by_files = run_forkvm("fork", place / "vm-1", place / "vm-3", "--snapshot", "never", "--json")
+    whole = run_forkvm("fork", workdir / "vm-1", workdir / "vm-2")
+    by_files = run_forkvm("fork", workdir / "vm-1", workdir / "vm-3", "--snapshot", "never", "--json")
 
     assert "subvolume" in whole.stdout
     assert json.loads(by_files.stdout)["subvolume"] is False
-    assert run_forkvm("verify", place / "vm-1", place / "vm-2").returncode == 0
+    assert run_forkvm("verify", workdir / "vm-1", workdir / "vm-2").returncode == 0
 
 
 def test_a_failed_fork_still_prints_its_result_and_exits_with_1(run_forkvm: RunForkvm, fresh: Fresh) -> None:
-    place = fresh("xfs")
-    make_guest(place / "vm-1", SMALL)
-    (place / "vm-2").symlink_to("nowhere")
+    workdir = fresh("xfs")
+    make_guest(workdir / "vm-1", SMALL)
+    (workdir / "vm-2").symlink_to("nowhere")
 
-    done = run_forkvm("fork", place / "vm-1", place / "vm-2", "--json")
+    done = run_forkvm("fork", workdir / "vm-1", workdir / "vm-2", "--json")
 
     assert done.returncode == 1
     assert json.loads(done.stdout)["error"]["code"] == "destination_exists"
     assert done.stderr.count("\n") == 1
-    assert str(place / "vm-2") in done.stderr
+    assert str(workdir / "vm-2") in done.stderr
 
 
 def test_a_fork_beyond_its_copy_budget_exits_with_1(run_forkvm: RunForkvm, fresh: Fresh) -> None:
-    place = fresh("ext4")
-    make_guest(place / "vm-1", SMALL)
+    workdir = fresh("ext4")
+    make_guest(workdir / "vm-1", SMALL)
 
-    done = run_forkvm("fork", place / "vm-1", place / "vm-2", "--max-copied-bytes", "0")
+    done = run_forkvm("fork", workdir / "vm-1", workdir / "vm-2", "--max-copied-bytes", "0")
 
     assert done.returncode == 1
     assert "copy_budget_exceeded" in done.stderr
-    assert [path.name for path in place.iterdir()] == ["vm-1"]
+    assert [path.name for path in workdir.iterdir()] == ["vm-1"]
 
 
 def test_estimate_prints_what_a_fork_would_do_and_leaves_nothing(run_forkvm: RunForkvm, fresh: Fresh) -> None:
-    place = fresh("xfs")
-    make_guest(place / "vm-1", SMALL)
+    workdir = fresh("xfs")
+    make_guest(workdir / "vm-1", SMALL)
 
-    done = run_forkvm("estimate", place / "vm-1", place / "vm-2")
-    found = json.loads(run_forkvm("estimate", place / "vm-1", place / "vm-2", "--reflink", "never", "--json").stdout)
-    refused = run_forkvm("estimate", place / "vm-1", place / "vm-1")
+    done = run_forkvm("estimate", workdir / "vm-1", workdir / "vm-2")
+    found = json.loads(
+        run_forkvm("estimate", workdir / "vm-1", workdir / "vm-2", "--reflink", "never", "--json").stdout
+    )
+    refused = run_forkvm("estimate", workdir / "vm-1", workdir / "vm-1")
 
-    assert done.stdout.startswith(f"reflink: {place}/vm-1 -> {place}/vm-2\n")
+    assert done.stdout.startswith(f"reflink: {workdir}/vm-1 -> {workdir}/vm-2\n")
     assert "fits" in done.stdout
     assert (found["method"], found["reason"], found["fits"]) == ("copy", "reflink=never", True)
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "destination_exists" in refused.stderr
-    assert [path.name for path in place.iterdir()] == ["vm-1"]
+    assert [path.name for path in workdir.iterdir()] == ["vm-1"]
 
 
 def test_a_bad_call_exits_with_2_in_one_line(run_forkvm: RunForkvm, tmp_path: Path) -> None:
@@ -110,10 +112,10 @@ def test_a_bad_call_exits_with_2_in_one_line(run_forkvm: RunForkvm, tmp_path: Pa
 
 
 def test_roots_apply_to_local_commands_too(run_forkvm: RunForkvm, fresh: Fresh, tmp_path: Path) -> None:
-    place = fresh("xfs")
-    make_guest(place / "vm-1", SMALL)
+    workdir = fresh("xfs")
+    make_guest(workdir / "vm-1", SMALL)
 
-    done = run_forkvm("fork", place / "vm-1", tmp_path / "vm-2", env={"FORKVM_ROOTS": str(place)})
+    done = run_forkvm("fork", workdir / "vm-1", tmp_path / "vm-2", env={"FORKVM_ROOTS": str(workdir)})
 
     assert done.returncode == 1
     assert "outside_roots" in done.stderr
@@ -121,12 +123,12 @@ def test_roots_apply_to_local_commands_too(run_forkvm: RunForkvm, fresh: Fresh, 
 
 
 def test_control_characters_in_names_are_escaped(run_forkvm: RunForkvm, fresh: Fresh) -> None:
-    place = fresh("xfs")
-    (place / "vm-1").mkdir()
-    hostile = os.path.join(os.fsencode(place), b"vm-1", b"\x1b[2J\xff\n")
+    workdir = fresh("xfs")
+    (workdir / "vm-1").mkdir()
+    hostile = os.path.join(os.fsencode(workdir), b"vm-1", b"\x1b[2J\xff\n")
     os.mkfifo(hostile)
 
-    done = run_forkvm("fork", place / "vm-1", place / "vm-2")
+    done = run_forkvm("fork", workdir / "vm-1", workdir / "vm-2")
 
     assert "unsupported_file_type" in done.stderr
     assert "\x1b" not in done.stderr
@@ -137,35 +139,35 @@ def test_control_characters_in_names_are_escaped(run_forkvm: RunForkvm, fresh: F
 def test_an_interrupted_fork_leaves_nothing_and_reports_that_it_was_cancelled(
     number: signal.Signals, fresh: Fresh
 ) -> None:
-    place = fresh("tmpfs")
-    (place / "vm-1").mkdir()
+    workdir = fresh("tmpfs")
+    (workdir / "vm-1").mkdir()
     for n in range(4):
-        make_slow_file(place / "vm-1" / f"disk-{n}")
-    command = [forkvm_script(), "fork", str(place / "vm-1"), str(place / "vm-2")]
+        make_slow_file(workdir / "vm-1" / f"disk-{n}")
+    command = [forkvm_script(), "fork", str(workdir / "vm-1"), str(workdir / "vm-2")]
     default = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=default)
-    wait_until(lambda: any(path.name.startswith(".forkvm-") for path in place.iterdir()), "the staging")
+    wait_until(lambda: any(path.name.startswith(".forkvm-") for path in workdir.iterdir()), "the staging")
 
     process.send_signal(number)
-    _, said = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=30)
 
     assert process.returncode == 1
-    assert "cancelled" in said
-    assert [path.name for path in place.iterdir()] == ["vm-1"]
+    assert "cancelled" in stderr
+    assert [path.name for path in workdir.iterdir()] == ["vm-1"]
 
 
 def test_a_terminal_gets_a_progress_bar(fresh: Fresh) -> None:
-    place = fresh("tmpfs")
-    (place / "vm-1").mkdir()
+    workdir = fresh("tmpfs")
+    (workdir / "vm-1").mkdir()
     for n in range(4):
-        make_slow_file(place / "vm-1" / f"disk-{n}")
-    terminal, its_other_side = pty.openpty()
+        make_slow_file(workdir / "vm-1" / f"disk-{n}")
+    terminal, other_end = pty.openpty()
     try:
-        command = [forkvm_script(), "fork", str(place / "vm-1"), str(place / "vm-2"), "--json"]
+        command = [forkvm_script(), "fork", str(workdir / "vm-1"), str(workdir / "vm-2"), "--json"]
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=its_other_side, env={**os.environ, "TERM": "xterm"}
+            command, stdout=subprocess.PIPE, stderr=other_end, env={**os.environ, "TERM": "xterm"}
         )
-        os.close(its_other_side)
+        os.close(other_end)
         shown = b""
         while process.poll() is None or not shown:
             try:
@@ -182,16 +184,16 @@ def test_a_terminal_gets_a_progress_bar(fresh: Fresh) -> None:
 
 
 def test_verify_reports_shared_bytes_and_differences(run_forkvm: RunForkvm, fresh: Fresh) -> None:
-    place = fresh("xfs")
-    make_guest(place / "vm-1", SMALL)
-    assert run_forkvm("fork", place / "vm-1", place / "vm-2").returncode == 0
+    workdir = fresh("xfs")
+    make_guest(workdir / "vm-1", SMALL)
+    assert run_forkvm("fork", workdir / "vm-1", workdir / "vm-2").returncode == 0
 
-    same = json.loads(run_forkvm("verify", place / "vm-1", place / "vm-2", "--json").stdout)
-    (place / "vm-2" / "config.json").write_text("{}")
-    (place / "vm-2" / "state").unlink()
-    (place / "vm-2" / "new").touch()
-    os.utime(place / "vm-2" / "metadata.json", ns=(0, 0))
-    differing = run_forkvm("verify", place / "vm-1", place / "vm-2", "--json")
+    same = json.loads(run_forkvm("verify", workdir / "vm-1", workdir / "vm-2", "--json").stdout)
+    (workdir / "vm-2" / "config.json").write_text("{}")
+    (workdir / "vm-2" / "state").unlink()
+    (workdir / "vm-2" / "new").touch()
+    os.utime(workdir / "vm-2" / "metadata.json", ns=(0, 0))
+    differing = run_forkvm("verify", workdir / "vm-1", workdir / "vm-2", "--json")
 
     assert same["same"] is True
     assert same["bytes"]["shared"] == same["bytes"]["mapped"] > 2 << 20
@@ -202,28 +204,28 @@ def test_verify_reports_shared_bytes_and_differences(run_forkvm: RunForkvm, fres
 
 
 def test_verify_finds_hard_links_that_became_separate_files(run_forkvm: RunForkvm, fresh: Fresh) -> None:
-    place = fresh("xfs")
-    (place / "a").mkdir()
-    (place / "a" / "one").write_text("x")
-    (place / "a" / "two").hardlink_to(place / "a" / "one")
-    assert run_forkvm("fork", place / "a", place / "b").returncode == 0
-    assert run_forkvm("verify", place / "a", place / "b").returncode == 0
+    workdir = fresh("xfs")
+    (workdir / "a").mkdir()
+    (workdir / "a" / "one").write_text("x")
+    (workdir / "a" / "two").hardlink_to(workdir / "a" / "one")
+    assert run_forkvm("fork", workdir / "a", workdir / "b").returncode == 0
+    assert run_forkvm("verify", workdir / "a", workdir / "b").returncode == 0
 
-    (place / "b" / "two").unlink()
-    subprocess.run(["cp", "-p", place / "b" / "one", place / "b" / "two"], check=True)
-    done = run_forkvm("verify", place / "a", place / "b")
+    (workdir / "b" / "two").unlink()
+    subprocess.run(["cp", "-p", workdir / "b" / "one", workdir / "b" / "two"], check=True)
+    done = run_forkvm("verify", workdir / "a", workdir / "b")
 
     assert done.returncode == 1
     assert "not the same hard links" in done.stdout
 
 
 def test_a_copy_on_another_filesystem_shares_nothing(run_forkvm: RunForkvm, fresh: Fresh) -> None:
-    source, place = fresh("xfs"), fresh("ext4")
+    source, workdir = fresh("xfs"), fresh("ext4")
     make_guest(source / "vm-1", SMALL)
     before = snapshot(source / "vm-1")
 
-    assert run_forkvm("fork", source / "vm-1", place / "vm-1").returncode == 0
-    found = json.loads(run_forkvm("verify", source / "vm-1", place / "vm-1", "--json").stdout)
+    assert run_forkvm("fork", source / "vm-1", workdir / "vm-1").returncode == 0
+    found = json.loads(run_forkvm("verify", source / "vm-1", workdir / "vm-1", "--json").stdout)
 
     assert found["same"] is True
     assert found["bytes"]["shared"] == 0

@@ -25,68 +25,71 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def place(kind: str, passthrough: Passthrough, bindfs: Bindfs, fresh: Fresh) -> Path:
+def workdir(kind: str, passthrough: Passthrough, bindfs: Bindfs, fresh: Fresh) -> Path:
     """A directory on FUSE with a guest."""
     backing = fresh("xfs")
     make_guest(backing / "vm-1", SMALL)
     return bindfs(backing) if kind == "bindfs" else passthrough(backing, "silly")
 
 
-def hidden(place: Path) -> list[str]:
+def hidden(workdir: Path) -> list[str]:
     """The names that a command must not leave behind."""
-    return [name for name in os.listdir(place) if name.startswith(".")]
+    return [name for name in os.listdir(workdir) if name.startswith(".")]
 
 
-def test_fork_and_campaign_leave_nothing_but_their_forks(run_forkvm: RunForkvm, kind: str, place: Path) -> None:
+def test_fork_and_campaign_leave_nothing_but_their_forks(run_forkvm: RunForkvm, kind: str, workdir: Path) -> None:
     expected = 1 if kind == "bindfs" else 0
 
-    fork = run_forkvm("fork", place / "vm-1", place / "vm-2", timeout=30)
-    campaign = run_forkvm("campaign", place / "vm-1", "--to", place / "c-{n}", "--count", "5", "--local", timeout=60)
+    fork = run_forkvm("fork", workdir / "vm-1", workdir / "vm-2", timeout=30)
+    campaign = run_forkvm(
+        "campaign", workdir / "vm-1", "--to", workdir / "c-{n}", "--count", "5", "--local", timeout=60
+    )
 
     assert (fork.returncode, campaign.returncode) == (expected, expected), (fork.stderr, campaign.stderr)
-    assert hidden(place) == []
+    assert hidden(workdir) == []
     if not expected:
-        assert run_forkvm("verify", place / "vm-1", place / "vm-2").returncode == 0
-        assert run_forkvm("verify", place / "vm-1", place / "c-5").returncode == 0
+        assert run_forkvm("verify", workdir / "vm-1", workdir / "vm-2").returncode == 0
+        assert run_forkvm("verify", workdir / "vm-1", workdir / "c-5").returncode == 0
 
 
-def test_failed_fork_leaves_nothing(run_forkvm: RunForkvm, place: Path) -> None:
-    os.mkfifo(place / "vm-1/fifo")
+def test_failed_fork_leaves_nothing(run_forkvm: RunForkvm, workdir: Path) -> None:
+    os.mkfifo(workdir / "vm-1/fifo")
 
-    done = run_forkvm("fork", place / "vm-1", place / "vm-2", timeout=30)
+    done = run_forkvm("fork", workdir / "vm-1", workdir / "vm-2", timeout=30)
 
     assert done.returncode == 1
-    assert hidden(place) == []
-    assert not (place / "vm-2").exists()
+    assert hidden(workdir) == []
+    assert not (workdir / "vm-2").exists()
 
 
-def test_doctor_ends_and_leaves_nothing(run_forkvm: RunForkvm, place: Path) -> None:
-    environment = {**os.environ, "FORKVM_ROOTS": str(place), "FORKVM_BROKER_URL": "redis+socket:///nowhere"}
+def test_doctor_ends_and_leaves_nothing(run_forkvm: RunForkvm, workdir: Path) -> None:
+    environment = {**os.environ, "FORKVM_ROOTS": str(workdir), "FORKVM_BROKER_URL": "redis+socket:///nowhere"}
 
     done = run_forkvm("doctor", env=environment, timeout=30)
 
-    assert f"root {place}" in done.stdout
-    assert hidden(place) == []
+    assert f"root {workdir}" in done.stdout
+    assert hidden(workdir) == []
 
 
-def test_gc_removes_what_a_killed_fork_left(run_forkvm: RunForkvm, place: Path) -> None:
+def test_gc_removes_what_a_killed_fork_left(run_forkvm: RunForkvm, workdir: Path) -> None:
     strace = require_command("strace", "a fork that is killed")
     killed = ["-e", "inject=utimensat:signal=KILL", "-e", "trace=utimensat"]
     subprocess.run(
-        [strace, "-f", "-o", "/dev/null", *killed, forkvm_script(), "fork", place / "vm-1", place / "vm-2"], timeout=30
+        [strace, "-f", "-o", "/dev/null", *killed, forkvm_script(), "fork", workdir / "vm-1", workdir / "vm-2"],
+        timeout=30,
     )
 
-    done = run_forkvm("gc", place, timeout=30)
+    done = run_forkvm("gc", workdir, timeout=30)
 
     assert done.returncode == 0
-    assert hidden(place) == []
+    assert hidden(workdir) == []
 
 
-def test_interrupt_ends_a_fork_and_leaves_nothing(place: Path) -> None:
-    with (place / "vm-1/large").open("wb") as file:
+def test_interrupt_ends_a_fork_and_leaves_nothing(workdir: Path) -> None:
+    with (workdir / "vm-1/large").open("wb") as file:
         file.truncate(1 << 40)  # a filesystem that does not report holes: all bytes are data, so the copy takes long
-    with subprocess.Popen([forkvm_script(), "fork", str(place / "vm-1"), str(place / "vm-2")]) as process:
+    with subprocess.Popen([forkvm_script(), "fork", str(workdir / "vm-1"), str(workdir / "vm-2")]) as process:
         process.send_signal(signal.SIGINT)
         assert process.wait(30) != 0
 
-    assert hidden(place) == []
+    assert hidden(workdir) == []

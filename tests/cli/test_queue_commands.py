@@ -25,19 +25,19 @@ SMALL = GuestSizes(overlay=8 << 20, overlay_data=1 << 20, memory=8 << 20, memory
 
 
 @pytest.fixture
-def place(fresh: Fresh) -> Path:
-    place = fresh("xfs")
-    make_guest(place / "vm-1", SMALL)
-    return place
+def workdir(fresh: Fresh) -> Path:
+    workdir = fresh("xfs")
+    make_guest(workdir / "vm-1", SMALL)
+    return workdir
 
 
 def test_submit_wait_prints_the_result_that_status_and_files_print_later(
-    run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, redis_server: RedisServer
+    run_forkvm: RunForkvm, workdir: Path, start_worker: StartWorker, redis_server: RedisServer
 ) -> None:
-    environment = program_environment(redis_server, place)
-    start_worker(place, command="forkvm")
+    environment = program_environment(redis_server, workdir)
+    start_worker(workdir, command="forkvm")
 
-    waited = run_forkvm("submit", place / "vm-1", place / "vm-2", "--id", "f1", "--wait", "--json", env=environment)
+    waited = run_forkvm("submit", workdir / "vm-1", workdir / "vm-2", "--id", "f1", "--wait", "--json", env=environment)
     status = run_forkvm("status", "f1", "--json", env=environment)
     listed = run_forkvm("files", "f1", "--json", env=environment)
     shown = run_forkvm("files", "f1", env=environment)
@@ -53,14 +53,14 @@ def test_submit_wait_prints_the_result_that_status_and_files_print_later(
 
 
 def test_a_failed_fork_exits_with_1_and_its_failed_entries_can_be_listed(
-    run_forkvm: RunForkvm, place: Path, fresh: Fresh, start_worker: StartWorker, redis_server: RedisServer
+    run_forkvm: RunForkvm, workdir: Path, fresh: Fresh, start_worker: StartWorker, redis_server: RedisServer
 ) -> None:
     other = fresh("ext4")
-    environment = program_environment(redis_server, [place, other])
-    start_worker([place, other])
+    environment = program_environment(redis_server, [workdir, other])
+    start_worker([workdir, other])
 
     waited = run_forkvm(
-        "submit", place / "vm-1", other / "vm-2", "--id", "f1", "--reflink", "always", "--wait", env=environment
+        "submit", workdir / "vm-1", other / "vm-2", "--id", "f1", "--reflink", "always", "--wait", env=environment
     )
     status = run_forkvm("status", "f1", env=environment)
     failed = run_forkvm("files", "f1", "--failed", env=environment)
@@ -74,11 +74,11 @@ def test_a_failed_fork_exits_with_1_and_its_failed_entries_can_be_listed(
 
 
 def test_an_invalid_request_is_refused_before_it_is_sent(
-    run_forkvm: RunForkvm, place: Path, redis_server: RedisServer
+    run_forkvm: RunForkvm, workdir: Path, redis_server: RedisServer
 ) -> None:
-    environment = program_environment(redis_server, place)
+    environment = program_environment(redis_server, workdir)
 
-    done = run_forkvm("submit", place / "vm-1", place / "vm-2", "--reflink", "maybe", env=environment)
+    done = run_forkvm("submit", workdir / "vm-1", workdir / "vm-2", "--reflink", "maybe", env=environment)
 
     assert done.returncode == 2
     assert "'maybe' is not one of 'auto', 'always', 'never'" in done.stderr
@@ -119,17 +119,17 @@ def test_the_status_of_an_unknown_id_is_still_one_json_document(
 
 
 def test_a_fork_that_waits_in_the_queue_has_a_status_and_can_be_cancelled(
-    run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, redis_server: RedisServer
+    run_forkvm: RunForkvm, workdir: Path, start_worker: StartWorker, redis_server: RedisServer
 ) -> None:
     # Given a fork that waits behind others in the queue
-    environment = program_environment(redis_server, place)
+    environment = program_environment(redis_server, workdir)
     for number in range(3):
-        run_forkvm("submit", place / "vm-1", place / f"vm-{number}0", "--id", f"f{number}", env=environment)
+        run_forkvm("submit", workdir / "vm-1", workdir / f"vm-{number}0", "--id", f"f{number}", env=environment)
 
     # When
     waiting = run_forkvm("status", "f1", env=environment)
     cancelled = run_forkvm("cancel", "f1", env=environment, timeout=60)
-    start_worker(place)
+    start_worker(workdir)
     wait_until(lambda: run_forkvm("status", "f1", env=environment).returncode == 1, "the end of the fork")
 
     # Then
@@ -137,17 +137,17 @@ def test_a_fork_that_waits_in_the_queue_has_a_status_and_can_be_cancelled(
     assert (cancelled.returncode, cancelled.stdout) == (0, "f1: cancellation requested; waiting for a worker\n")
     assert run_forkvm("status", "f2", env=environment).stdout.startswith("succeeded")
     assert "cancelled" in run_forkvm("status", "f1", env=environment).stdout
-    assert not (place / "vm-10").exists()
+    assert not (workdir / "vm-10").exists()
 
 
 def test_submit_wait_prints_its_id_and_reports_that_no_worker_serves_the_queue(
-    run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, redis_server: RedisServer
+    run_forkvm: RunForkvm, workdir: Path, start_worker: StartWorker, redis_server: RedisServer
 ) -> None:
-    environment = program_environment(redis_server, place)
-    start_worker(place, command="forkvm", args=["--domain", "elsewhere"])
+    environment = program_environment(redis_server, workdir)
+    start_worker(workdir, command="forkvm", args=["--domain", "elsewhere"])
 
     done = run_forkvm(
-        "submit", place / "vm-1", place / "vm-2", "--id", "f 1", "--wait", "--timeout", "4", env=environment
+        "submit", workdir / "vm-1", workdir / "vm-2", "--id", "f 1", "--wait", "--timeout", "4", env=environment
     )
 
     assert (done.returncode, done.stdout) == (124, "")
@@ -161,19 +161,19 @@ def test_submit_wait_prints_its_id_and_reports_that_no_worker_serves_the_queue(
 
 
 def test_a_redis_that_stops_while_a_command_waits_is_a_one_line_error(
-    place: Path, redis_server: RedisServer, run_forkvm: RunForkvm
+    workdir: Path, redis_server: RedisServer, run_forkvm: RunForkvm
 ) -> None:
-    environment = program_environment(redis_server, place)
-    command = [forkvm_script(), "submit", str(place / "vm-1"), str(place / "vm-2"), "--wait"]
+    environment = program_environment(redis_server, workdir)
+    command = [forkvm_script(), "submit", str(workdir / "vm-1"), str(workdir / "vm-2"), "--wait"]
     with ended_at_exit(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)) as process:
         assert process.stderr is not None
         assert process.stderr.readline().startswith("forkvm: waiting for ")
 
         redis_server.stop()
-        said = process.communicate(timeout=60)[1]
+        stderr = process.communicate(timeout=60)[1]
 
-    assert (process.returncode, said.count("\n")) == (3, 1)
-    assert said.startswith("forkvm: Redis: ")
+    assert (process.returncode, stderr.count("\n")) == (3, 1)
+    assert stderr.startswith("forkvm: Redis: ")
     redis_server.start()
     with redis_server.client() as client:
         client.delete("forkvm")
@@ -182,13 +182,13 @@ def test_a_redis_that_stops_while_a_command_waits_is_a_one_line_error(
 def test_cancel_waits_for_the_end_of_a_running_fork_which_leaves_nothing(
     run_forkvm: RunForkvm, fresh: Fresh, start_worker: StartWorker, redis_server: RedisServer
 ) -> None:
-    place = fresh("tmpfs")
-    (place / "vm-1").mkdir()
+    workdir = fresh("tmpfs")
+    (workdir / "vm-1").mkdir()
     for n in range(4):
-        make_slow_file(place / "vm-1" / f"disk-{n}")
-    environment = program_environment(redis_server, place)
-    worker = start_worker(place, env={"FORKVM_CHUNK_BYTES": str(16 << 20)})
-    run_forkvm("submit", place / "vm-1", place / "vm-2", "--id", "f1", env=environment)
+        make_slow_file(workdir / "vm-1" / f"disk-{n}")
+    environment = program_environment(redis_server, workdir)
+    worker = start_worker(workdir, env={"FORKVM_CHUNK_BYTES": str(16 << 20)})
+    run_forkvm("submit", workdir / "vm-1", workdir / "vm-2", "--id", "f1", env=environment)
 
     def has(key: str, text: str) -> bool:
         with redis_server.client() as client:
@@ -207,34 +207,34 @@ def test_cancel_waits_for_the_end_of_a_running_fork_which_leaves_nothing(
     assert set(running["progress"]) == {"files_done", "files_total", "bytes_done", "bytes_total", "phase"}
     assert cancelled["state"] == "REVOKED"
     assert cancelled["result"]["status"] == "cancelled"
-    assert [path.name for path in place.iterdir()] == ["vm-1"]
+    assert [path.name for path in workdir.iterdir()] == ["vm-1"]
     assert json.loads(run_forkvm("status", "f1", "--json", env=environment).stdout)["state"] == "REVOKED"
 
 
 def test_cancel_of_a_finished_fork_changes_nothing_and_exits_with_1(
-    run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, redis_server: RedisServer
+    run_forkvm: RunForkvm, workdir: Path, start_worker: StartWorker, redis_server: RedisServer
 ) -> None:
-    environment = program_environment(redis_server, place)
-    start_worker(place)
-    run_forkvm("submit", place / "vm-1", place / "vm-2", "--id", "f1", "--wait", env=environment)
+    environment = program_environment(redis_server, workdir)
+    start_worker(workdir)
+    run_forkvm("submit", workdir / "vm-1", workdir / "vm-2", "--id", "f1", "--wait", env=environment)
 
     done = run_forkvm("cancel", "f1", env=environment)
 
     assert done.returncode == 1
     assert done.stdout.startswith("succeeded")
     assert done.stderr == "forkvm: f1: not cancelled: it has ended already (SUCCESS)\n"
-    assert (place / "vm-2").is_dir()
+    assert (workdir / "vm-2").is_dir()
 
 
 def test_a_domain_has_a_queue_of_its_own_that_only_its_worker_serves(
-    run_forkvm: RunForkvm, place: Path, start_worker: StartWorker, redis_server: RedisServer
+    run_forkvm: RunForkvm, workdir: Path, start_worker: StartWorker, redis_server: RedisServer
 ) -> None:
-    environment = program_environment(redis_server, place)
-    start_worker(place, command="forkvm", args=["--domain", "nvme-a"])
-    default = start_worker(place)
+    environment = program_environment(redis_server, workdir)
+    start_worker(workdir, command="forkvm", args=["--domain", "nvme-a"])
+    default = start_worker(workdir)
 
     done = run_forkvm(
-        "submit", place / "vm-1", place / "vm-2", "--domain", "nvme-a", "--id", "f1", "--wait", env=environment
+        "submit", workdir / "vm-1", workdir / "vm-2", "--domain", "nvme-a", "--id", "f1", "--wait", env=environment
     )
 
     assert done.returncode == 0

@@ -31,52 +31,52 @@ def names(directory: Path) -> list[str]:
 
 
 @pytest.fixture
-def place(fresh: Fresh) -> Path:
+def workdir(fresh: Fresh) -> Path:
     """A source of three small files, and one of 2,500, which takes more than one process."""
-    place = fresh("tmpfs")
+    workdir = fresh("tmpfs")
     for name, count in (("small", 3), ("large", 2_500)):
-        (place / name).mkdir()
+        (workdir / name).mkdir()
         for number in range(count):
-            (place / name / f"{number}").write_text("x")
-    (place / "out").mkdir()
-    return place
+            (workdir / name / f"{number}").write_text("x")
+    (workdir / "out").mkdir()
+    return workdir
 
 
 @pytest.mark.parametrize("source", ["small", "large"])
 @pytest.mark.parametrize("files", [6, 10, 14, 18, 22, 26, 30])
-def test_a_fork_with_few_open_files_is_complete_or_leaves_nothing(source: str, files: int, place: Path) -> None:
-    command = [forkvm_script(), "fork", str(place / source), str(place / "out" / "fork")]
+def test_a_fork_with_few_open_files_is_complete_or_leaves_nothing(source: str, files: int, workdir: Path) -> None:
+    command = [forkvm_script(), "fork", str(workdir / source), str(workdir / "out" / "fork")]
     done = subprocess.run(command, preexec_fn=with_files(files), capture_output=True, text=True, check=False)
 
     assert "Traceback" not in done.stderr
     if done.returncode:
         assert "EMFILE" in done.stderr
         assert "raise its limit of open files" in done.stderr
-        assert names(place / "out") == []
+        assert names(workdir / "out") == []
     else:
-        assert len(names(place / "out" / "fork")) == len(names(place / source))
+        assert len(names(workdir / "out" / "fork")) == len(names(workdir / source))
     assert (done.returncode == 0) == (files > 23)
 
 
-def test_a_campaign_stays_within_the_limit_of_open_files(place: Path) -> None:
-    command = [forkvm_script(), "campaign", str(place / "small"), "--to", str(place / "out" / "vm-{n}")]
+def test_a_campaign_stays_within_the_limit_of_open_files(workdir: Path) -> None:
+    command = [forkvm_script(), "campaign", str(workdir / "small"), "--to", str(workdir / "out" / "vm-{n}")]
     command += ["--count", "200", "--local"]
     done = subprocess.run(command, preexec_fn=with_files(48), capture_output=True, text=True, check=False)
 
     assert (done.returncode, done.stderr) == (0, "")
-    assert len(names(place / "out")) == 200
+    assert len(names(workdir / "out")) == 200
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("command", ["fork", "campaign"])
 def test_forks_are_made_when_no_process_can_be_started(
-    command: str, processes: int, place: Path, public_program: PublicProgram
+    command: str, processes: int, workdir: Path, public_program: PublicProgram
 ) -> None:
-    for path in (place, place / "out"):
+    for path in (workdir, workdir / "out"):
         os.chown(path, _USER, _USER)
     calls = {
-        "fork": ["fork", str(place / "large"), str(place / "out" / "fork"), "--json"],
-        "campaign": ["campaign", str(place / "small"), "--to", f"{place}/out/vm-{{n}}", "--count", "40", "--local"],
+        "fork": ["fork", str(workdir / "large"), str(workdir / "out" / "fork"), "--json"],
+        "campaign": ["campaign", str(workdir / "small"), "--to", f"{workdir}/out/vm-{{n}}", "--count", "40", "--local"],
     }
     done = subprocess.run(
         ["prlimit", f"--nproc={processes}", *public_program.command, *calls[command]],
@@ -93,25 +93,25 @@ def test_forks_are_made_when_no_process_can_be_started(
     assert (done.returncode, done.stderr) == (0, "")
     if command == "fork":
         assert json.loads(done.stdout)["files"]["total"] == 2_500
-    assert len(names(place / "out")) == (1 if command == "fork" else 40)
+    assert len(names(workdir / "out")) == (1 if command == "fork" else 40)
 
 
 @pytest.mark.parametrize("preserve", ["mode,ownership,timestamps,xattrs,hardlinks", "timestamps"])
-def test_a_fork_needs_no_proc(preserve: str, place: Path) -> None:
-    (place / "small" / "link").symlink_to("0")
+def test_a_fork_needs_no_proc(preserve: str, workdir: Path) -> None:
+    (workdir / "small" / "link").symlink_to("0")
 
-    result = without_proc("fork", str(place / "small"), str(place / "out" / "fork"), "--preserve", preserve)
+    result = without_proc("fork", str(workdir / "small"), str(workdir / "out" / "fork"), "--preserve", preserve)
 
-    assert os.readlink(place / "out" / "fork" / "link") == "0"
+    assert os.readlink(workdir / "out" / "fork" / "link") == "0"
     lost = [{"path": "link", "what": "xattrs: those of a symlink cannot be copied without /proc"}]
     assert result["metadata_lost"] == (lost if "xattrs" in preserve else [])
 
 
 def test_a_subvolume_is_cloned_file_by_file_without_proc(fresh: Fresh) -> None:
-    place = fresh("btrfs")
-    make_guest(make_subvolume(place / "vm-1"), SMALL)
+    workdir = fresh("btrfs")
+    make_guest(make_subvolume(workdir / "vm-1"), SMALL)
 
-    result = without_proc("fork", str(place / "vm-1"), str(place / "vm-2"))
+    result = without_proc("fork", str(workdir / "vm-1"), str(workdir / "vm-2"))
 
     assert (result["status"], result["subvolume"]) == ("succeeded", False)
 

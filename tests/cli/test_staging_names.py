@@ -16,40 +16,40 @@ NAME = ".forkvm-0123456789abcdef"
 
 
 @pytest.fixture
-def place(fresh: Fresh) -> Path:
+def workdir(fresh: Fresh) -> Path:
     """A directory with a guest, and with a directory whose name looks like a staging name."""
-    place = fresh("tmpfs")
-    (place / "vm-1").mkdir()
-    (place / "vm-1/state").write_text("running")
-    (place / f"{NAME}.01234567").mkdir()
-    return place
+    workdir = fresh("tmpfs")
+    (workdir / "vm-1").mkdir()
+    (workdir / "vm-1/state").write_text("running")
+    (workdir / f"{NAME}.01234567").mkdir()
+    return workdir
 
 
 DESTINATIONS = [NAME, f"{NAME}.01234568", f"{NAME}.01234567/vm-2"]
 
 
 @pytest.mark.parametrize("name", DESTINATIONS)
-def test_local_fork_is_a_bad_call(name: str, run_forkvm: RunForkvm, place: Path) -> None:
-    before = sorted(place.rglob("*"))
+def test_local_fork_is_a_bad_call(name: str, run_forkvm: RunForkvm, workdir: Path) -> None:
+    before = sorted(workdir.rglob("*"))
 
-    done = run_forkvm("fork", place / "vm-1", place / name, "--json")
+    done = run_forkvm("fork", workdir / "vm-1", workdir / name, "--json")
 
     assert done.returncode == 2
     assert json.loads(done.stdout)["error"]["code"] == "invalid_request"
-    assert sorted(place.rglob("*")) == before
+    assert sorted(workdir.rglob("*")) == before
 
 
 @pytest.mark.parametrize("name", DESTINATIONS)
-def test_local_campaign_is_a_bad_call_before_any_fork(name: str, run_forkvm: RunForkvm, place: Path) -> None:
-    (place / "list").write_text(f"{place}/vm-2\n{place}/{name}\n")
-    before = sorted(place.rglob("*"))
+def test_local_campaign_is_a_bad_call_before_any_fork(name: str, run_forkvm: RunForkvm, workdir: Path) -> None:
+    (workdir / "list").write_text(f"{workdir}/vm-2\n{workdir}/{name}\n")
+    before = sorted(workdir.rglob("*"))
 
-    by_list = run_forkvm("campaign", place / "vm-1", "--to-file", place / "list", "--local")
-    by_template = run_forkvm("campaign", place / "vm-1", "--to", place / name / "vm-{n}", "--count", "2", "--local")
+    by_list = run_forkvm("campaign", workdir / "vm-1", "--to-file", workdir / "list", "--local")
+    by_template = run_forkvm("campaign", workdir / "vm-1", "--to", workdir / name / "vm-{n}", "--count", "2", "--local")
 
     assert (by_list.returncode, by_template.returncode) == (2, 2)
     assert "looks like a staging name" in by_list.stderr
-    assert sorted(place.rglob("*")) == before
+    assert sorted(workdir.rglob("*")) == before
 
 
 def test_worker_refuses_a_staging_name_that_a_client_did_not_check(
@@ -57,16 +57,19 @@ def test_worker_refuses_a_staging_name_that_a_client_did_not_check(
     redis_server: RedisServer,
     foreign_client: Celery,
     run_forkvm: RunForkvm,
-    place: Path,
+    workdir: Path,
 ) -> None:
-    environment = program_environment(redis_server, place)
-    start_worker(place)
+    environment = program_environment(redis_server, workdir)
+    start_worker(workdir)
     requests = {
-        "f1": ("forkvm.fork", {"source": f"{place}/vm-1", "destination": f"{place}/{NAME}"}),
-        "f2": ("forkvm.fork", {"source": f"{place}/{NAME}.01234567", "destination": f"{place}/vm-2"}),
-        "c1": ("forkvm.campaign", {"source": f"{place}/vm-1", "destinations": [f"{place}/vm-3", f"{place}/{NAME}"]}),
+        "f1": ("forkvm.fork", {"source": f"{workdir}/vm-1", "destination": f"{workdir}/{NAME}"}),
+        "f2": ("forkvm.fork", {"source": f"{workdir}/{NAME}.01234567", "destination": f"{workdir}/vm-2"}),
+        "c1": (
+            "forkvm.campaign",
+            {"source": f"{workdir}/vm-1", "destinations": [f"{workdir}/vm-3", f"{workdir}/{NAME}"]},
+        ),
     }
-    before = sorted(place.rglob("*"))
+    before = sorted(workdir.rglob("*"))
 
     for job_id, (task, request) in requests.items():
         foreign_client.send_task(task, kwargs={"request": request}, task_id=job_id, queue="forkvm")
@@ -74,4 +77,4 @@ def test_worker_refuses_a_staging_name_that_a_client_did_not_check(
     for job_id in requests:
         done = run_forkvm("status", job_id, "--watch", "--json", env=environment)
         assert json.loads(done.stdout)["result"]["error"]["code"] == "invalid_request"
-    assert sorted(place.rglob("*")) == before
+    assert sorted(workdir.rglob("*")) == before

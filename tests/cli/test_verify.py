@@ -16,8 +16,8 @@ from tests.support.requirements import require_command
 _NOBODY = 65534
 
 
-def forked_pair(place: Path, run_forkvm: RunForkvm) -> tuple[Path, Path]:
-    source, clone = place / "source", place / "clone"
+def forked_pair(workdir: Path, run_forkvm: RunForkvm) -> tuple[Path, Path]:
+    source, clone = workdir / "source", workdir / "clone"
     (source / "below").mkdir(parents=True)
     (source / "disk").write_bytes(b"data" * 1000)
     os.setxattr(source / "disk", "user.known", b"1")
@@ -29,14 +29,14 @@ def forked_pair(place: Path, run_forkvm: RunForkvm) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("side", ["source", "clone"])
 def test_unreadable_files_are_not_reported_as_equal(run_forkvm: RunForkvm, fresh: Fresh, side: str) -> None:
-    place = fresh("xfs")
-    place.chmod(0o755)
-    source, clone = forked_pair(place, run_forkvm)
+    workdir = fresh("xfs")
+    workdir.chmod(0o755)
+    source, clone = forked_pair(workdir, run_forkvm)
     (source / "disk").chmod(0o644)
     (clone / "disk").chmod(0o644)
     for path in (source, clone):
         (path / "below").chmod(0o755)
-    hidden = place / side
+    hidden = workdir / side
     (hidden / "secret").write_text("x")
     (hidden / "secret").chmod(0o600)
     other = clone if side == "source" else source

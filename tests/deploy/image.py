@@ -70,8 +70,8 @@ def check_image(daemon: Daemon, stack: Stack, report: Report) -> None:
         run = ["run", "--rm", "--network", "none", "--user", "0", stack.image]
         found_sources = daemon.docker(*run, "sh", "-c", f"{_FIND_SOURCES} 2>/dev/null").split()
         assert found_sources == [], found_sources
-        place = daemon.docker(*run, "python", "-c", "import worker, tasks; print(worker.__file__, tasks.__file__)")
-        assert all(re.search(r"^/opt/forkvm/lib/.*/site-packages/", path) for path in place.split()), place
+        modules = daemon.docker(*run, "python", "-c", "import worker, tasks; print(worker.__file__, tasks.__file__)")
+        assert all(re.search(r"^/opt/forkvm/lib/.*/site-packages/", path) for path in modules.split()), modules
         assert "forkvm, version" in daemon.docker(*run, "forkvm", "--version")
 
 

@@ -14,7 +14,7 @@ from tests.deploy.stack import Stack, wait_for
 _LARGE = 2 << 30
 _ALL_CPUS = len(os.sched_getaffinity(0))
 #: Seconds that docker-compose.yml gives the worker to stop.
-_GRACE = 60
+_STOP_SECONDS = 60
 
 _MAKE_LARGE = f"""
 import os
@@ -31,7 +31,7 @@ for name in ("overlay.raw", "config.json", "snapshots/memory"):
         file.write(os.urandom(65536))
 """
 #: Inode, owner and change time of the fork's directory and file; and the names next to it.
-_LOOK = """
+_PRINT_STATE = """
 import json, os, sys
 def seen(path):
     found = os.stat(path)
@@ -96,7 +96,7 @@ def check_faults(daemon: Daemon, stack: Stack, report: Report) -> None:
         result = stack.result("large")
         _assert_done_once(stack, "large", request, result)
 
-    with report.check(f"the worker stops during a copy of 2 GiB within {_GRACE} s, and the fork succeeds later"):
+    with report.check(f"the worker stops during a copy of 2 GiB within {_STOP_SECONDS} s, and the fork succeeds later"):
         request |= {"destination": "/guests/stopped-fork"}
         _limit(daemon, stack, 0.1)
         stack.send("stopped", request)
@@ -106,7 +106,7 @@ def check_faults(daemon: Daemon, stack: Stack, report: Report) -> None:
         stack.compose("stop", "worker")
         seconds = time.monotonic() - begin
         exit_code = worker.inspect()["State"]["ExitCode"]
-        assert (seconds < _GRACE, exit_code) == (True, 0), (seconds, exit_code)
+        assert (seconds < _STOP_SECONDS, exit_code) == (True, 0), (seconds, exit_code)
         _limit(daemon, stack, _ALL_CPUS)
         stack.compose("start", "worker")
         _assert_done_once(stack, "stopped", request, stack.result("stopped"))
@@ -140,14 +140,14 @@ def _assert_done_once(stack: Stack, job_id: str, request: dict[str, Any], result
     destination = request["destination"]
     assert result["bytes"]["copied"] == _LARGE, result["bytes"]
     worker.execute("cmp", "/guests/large/disk.raw", f"{destination}/disk.raw")
-    before = worker.python(_LOOK, destination)
+    before = worker.python(_PRINT_STATE, destination)
     assert ".forkvm-" not in before, before
     stack.send(job_id, request)
-    wait_for(lambda: _at_rest(stack), "Redis to hold no message")
+    wait_for(lambda: _is_idle(stack), "Redis to hold no message")
     assert stack.result(job_id) == result
-    assert worker.python(_LOOK, destination) == before
+    assert worker.python(_PRINT_STATE, destination) == before
 
 
-def _at_rest(stack: Stack) -> bool:
+def _is_idle(stack: Stack) -> bool:
     """Whether no message waits in a queue or is held by a worker."""
     return int(stack["redis"].execute("redis-cli", "eval", _COUNT_MESSAGES, "0")) == 0

@@ -73,9 +73,9 @@ def _started(daemon: Daemon, stack: Stack) -> Container:
         daemon.docker("build", "--network", "none", "--tag", "deploy-service", context)
     rights = [option for name in _CAPABILITIES for option in ("--cap-add", name)]
     unconfined = ["--security-opt", "seccomp=unconfined", "--security-opt", "apparmor=unconfined"]
-    places = ["--tmpfs", "/run", "--tmpfs", "/tmp", "--volume", f"{daemon.guests / 'service'}:/guests"]
+    mounts = ["--tmpfs", "/run", "--tmpfs", "/tmp", "--volume", f"{daemon.guests / 'service'}:/guests"]
     line = ["--detach", "--name", "deploy-service", "--network", stack.network, "--cgroupns", "private"]
-    daemon.docker("run", *line, *rights, *unconfined, *places, "deploy-service", "/lib/systemd/systemd")
+    daemon.docker("run", *line, *rights, *unconfined, *mounts, "deploy-service", "/lib/systemd/systemd")
     return Container(daemon, "deploy-service")
 
 

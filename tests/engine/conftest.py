@@ -19,7 +19,7 @@ def limits(request: pytest.FixtureRequest) -> Limits:
 
 
 @pytest.fixture
-def every_beat(monkeypatch: pytest.MonkeyPatch) -> None:
+def every_poll(monkeypatch: pytest.MonkeyPatch) -> None:
     """Call the poll callback after every entry and every piece of a file, so that a test can act at each.
 
     By default it is called four times a second.

@@ -51,13 +51,13 @@ def settled(source: Path, destination: Path, **arguments: object) -> ForkResult:
 
 @pytest.mark.parametrize("phase", ["plan", "copy", "publish"])
 def test_a_killed_fork_leaves_no_destination_and_its_id_can_be_used_again(
-    directory: Path, source: Path, phase: str, limits: Limits, every_beat: None
+    directory: Path, source: Path, phase: str, limits: Limits, every_poll: None
 ) -> None:
-    def die(progress: Progress) -> None:
+    def kill_self(progress: Progress) -> None:
         if progress["phase"] == phase and (phase != "copy" or progress["bytes_done"] > MIB):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    child = Child(lambda: fork(source, directory / "fork", beat=die, limits=limits, reflink="never"))
+    child = Child(lambda: fork(source, directory / "fork", poll=kill_self, limits=limits, reflink="never"))
     with pytest.raises(AssertionError, match="the child ended with -9"):
         child.result()
     assert not (directory / "fork").exists()
@@ -71,11 +71,11 @@ def test_a_killed_fork_leaves_no_destination_and_its_id_can_be_used_again(
 
 
 def test_a_fork_killed_at_any_moment_is_complete_or_absent(directory: Path, source: Path) -> None:
-    dice, outcomes = random.Random(7), set()
+    rng, outcomes = random.Random(7), set()
     for number in range(40):
         destination, limits = directory / f"fork-{number}", (INLINE, CHUNKED)[number % 2]
         child = Child(lambda: fork(source, destination, limits=limits))  # noqa: B023 - forked here and now
-        time.sleep(dice.uniform(0, 0.06))
+        time.sleep(rng.uniform(0, 0.06))
         child.kill()
 
         published = destination.exists()
@@ -92,14 +92,14 @@ def test_a_fork_killed_at_any_moment_is_complete_or_absent(directory: Path, sour
 
 
 def test_a_fork_that_kills_its_process_each_time_fails_as_worker_lost(
-    directory: Path, source: Path, every_beat: None
+    directory: Path, source: Path, every_poll: None
 ) -> None:
-    def die(progress: Progress) -> None:
+    def kill_self(progress: Progress) -> None:
         if progress["phase"] == "copy":
             os.kill(os.getpid(), signal.SIGKILL)
 
     for _ in range(4):
-        child = Child(lambda: fork(source, directory / "fork", beat=die))
+        child = Child(lambda: fork(source, directory / "fork", poll=kill_self))
         with pytest.raises(AssertionError, match="the child ended with -9"):
             child.result()
 
@@ -111,7 +111,7 @@ def test_a_fork_that_kills_its_process_each_time_fails_as_worker_lost(
     forked(source, directory / "fork")
 
 
-def test_the_chunk_of_a_killed_child_is_made_by_another(directory: Path, every_beat: None) -> None:
+def test_the_chunk_of_a_killed_child_is_made_by_another(directory: Path, every_poll: None) -> None:
     source = directory / "source"
     source.mkdir()
     make_sparse_file(source / "disk.raw", 256 * MIB, 160 * MIB)
@@ -124,7 +124,7 @@ def test_the_chunk_of_a_killed_child_is_made_by_another(directory: Path, every_b
             killed.append(children[0])
             os.kill(killed[0], signal.SIGKILL)
 
-    result = forked(source, directory / "fork", beat=kill_one, limits=CHUNKED, reflink="never")
+    result = forked(source, directory / "fork", poll=kill_one, limits=CHUNKED, reflink="never")
 
     assert killed
     assert_alike(source, directory / "fork")
@@ -132,7 +132,7 @@ def test_the_chunk_of_a_killed_child_is_made_by_another(directory: Path, every_b
 
 
 def test_the_chunk_of_a_stopped_child_is_made_by_another_without_waiting(
-    directory: Path, every_beat: None, monkeypatch: pytest.MonkeyPatch
+    directory: Path, every_poll: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(child_processes, "STOPPED_SECONDS", 0.3)
     source = directory / "source"
@@ -147,7 +147,7 @@ def test_the_chunk_of_a_stopped_child_is_made_by_another_without_waiting(
             stopped.append(children[0])
             os.kill(stopped[0], signal.SIGSTOP)
 
-    result = forked(source, directory / "fork", beat=stop_one, limits=CHUNKED, reflink="never")
+    result = forked(source, directory / "fork", poll=stop_one, limits=CHUNKED, reflink="never")
 
     assert stopped
     assert stopped[0] not in children_of_this_process()
@@ -156,7 +156,7 @@ def test_the_chunk_of_a_stopped_child_is_made_by_another_without_waiting(
 
 
 def test_no_child_outlives_a_fork_whose_tree_was_replaced_while_it_was_planned(
-    directory: Path, every_beat: None
+    directory: Path, every_poll: None
 ) -> None:
     # Given a source with chunks that are started during the walk
     source = directory / "source"
@@ -173,7 +173,7 @@ def test_no_child_outlives_a_fork_whose_tree_was_replaced_while_it_was_planned(
             tree.mkdir()
 
     # When
-    result = fork(source, directory / "fork", beat=replace_tree, limits=CHUNKED, reflink="never")
+    result = fork(source, directory / "fork", poll=replace_tree, limits=CHUNKED, reflink="never")
 
     # Then
     assert moved
@@ -221,7 +221,7 @@ def test_two_processes_with_one_id_make_one_complete_fork(directory: Path, sourc
 
 
 def test_an_entry_created_at_the_destination_during_the_fork_is_kept(
-    directory: Path, source: Path, limits: Limits, every_beat: None
+    directory: Path, source: Path, limits: Limits, every_poll: None
 ) -> None:
     destination = directory / "fork"
 
@@ -229,7 +229,7 @@ def test_an_entry_created_at_the_destination_during_the_fork_is_kept(
         if progress["phase"] == "publish" and not destination.is_symlink():
             destination.symlink_to("nowhere")
 
-    result = fork(source, destination, beat=take, limits=limits)
+    result = fork(source, destination, poll=take, limits=limits)
 
     assert result["error"] is not None
     assert result["error"]["code"] == "destination_exists"
@@ -239,7 +239,7 @@ def test_an_entry_created_at_the_destination_during_the_fork_is_kept(
 
 @pytest.mark.parametrize("phase", ["plan", "copy", "publish"])
 def test_a_cancelled_fork_leaves_nothing(
-    directory: Path, source: Path, phase: str, limits: Limits, every_beat: None
+    directory: Path, source: Path, phase: str, limits: Limits, every_poll: None
 ) -> None:
     before = snapshot(source)
 
@@ -247,7 +247,7 @@ def test_a_cancelled_fork_leaves_nothing(
         if progress["phase"] == phase:
             raise ForkError(Code.CANCELLED, "cancelled on request")
 
-    result = fork(source, directory / "fork", beat=cancel, limits=limits, reflink="never")
+    result = fork(source, directory / "fork", poll=cancel, limits=limits, reflink="never")
 
     assert result["status"] == "cancelled"
     assert result["error"] is not None
@@ -293,7 +293,7 @@ def test_simultaneous_forks_of_one_source_do_not_conflict(directory: Path, sourc
     assert leftovers(directory) == []
 
 
-def test_corruption_during_the_copy_is_found_only_by_verify(directory: Path, source: Path, every_beat: None) -> None:
+def test_corruption_during_the_copy_is_found_only_by_verify(directory: Path, source: Path, every_poll: None) -> None:
     """`verify: content` reads every byte back. A flipped byte in the tree simulates a disk that returns wrong data."""
 
     def corrupt(progress: Progress) -> None:
@@ -302,14 +302,14 @@ def test_corruption_during_the_copy_is_found_only_by_verify(directory: Path, sou
                 with path.open("r+b") as file:
                     file.write(b"a flipped bit")
 
-    result = fork(source, directory / "fork", beat=corrupt, reflink="never", verify="content")
+    result = fork(source, directory / "fork", poll=corrupt, reflink="never", verify="content")
 
     assert result["error"] is not None
     assert result["error"]["code"] == "verify_failed"
     assert result["error"]["path"] == str(directory / "fork" / "config.ext4")
     assert "byte 0" in result["error"]["message"]
     assert [path.name for path in directory.iterdir()] == ["source"]
-    forked(source, directory / "fork", beat=corrupt, reflink="never")
+    forked(source, directory / "fork", poll=corrupt, reflink="never")
 
 
 @pytest.mark.parametrize("reflink", ["auto", "never"])

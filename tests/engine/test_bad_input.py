@@ -18,7 +18,7 @@ from tests.support.tree import Entry, snapshot
 
 
 @pytest.fixture
-def yard(fresh: Fresh) -> Iterator[Path]:
+def workdir(fresh: Fresh) -> Iterator[Path]:
     """A directory with a source. After each test nothing else is left in it, and the next fork succeeds."""
     directory = fresh("xfs")
     source = make_guest(directory / "source")
@@ -33,60 +33,67 @@ def files_of(source: Path) -> dict[bytes, Entry]:
     return {path: entry for path, entry in snapshot(source).items() if entry.kind != "directory"}
 
 
-def test_a_source_that_is_missing(yard: Path) -> None:
-    error = refused(yard / "none", yard / "fork")
+def test_a_source_that_is_missing(workdir: Path) -> None:
+    error = refused(workdir / "none", workdir / "fork")
 
-    assert (error["code"], error["path"]) == ("source_not_found", str(yard / "none"))
+    assert (error["code"], error["path"]) == ("source_not_found", str(workdir / "none"))
 
 
 @pytest.mark.parametrize("path", ["file", "file/below", "dangling"])
-def test_a_source_that_is_no_directory(yard: Path, path: str) -> None:
-    (yard / "file").touch()
-    (yard / "dangling").symlink_to("none")
+def test_a_source_that_is_no_directory(workdir: Path, path: str) -> None:
+    (workdir / "file").touch()
+    (workdir / "dangling").symlink_to("none")
 
-    error = refused(yard / path, yard / "fork")
+    error = refused(workdir / path, workdir / "fork")
 
     code = "source_not_found" if path == "dangling" else "source_not_directory"
-    assert (error["code"], error["path"]) == (code, str(yard / path))
+    assert (error["code"], error["path"]) == (code, str(workdir / path))
 
 
 @pytest.mark.parametrize(
     "path",
-    ["relative", "", "{yard}/../{name}/fork", "{yard}/none/fork", "{yard}/source/state/fork", "{yard}/" + "n" * 256],
+    [
+        "relative",
+        "",
+        "{workdir}/../{name}/fork",
+        "{workdir}/none/fork",
+        "{workdir}/source/state/fork",
+        "{workdir}/" + "n" * 256,
+    ],
 )
-def test_an_invalid_destination_path(yard: Path, path: str) -> None:
-    path = path.format(yard=yard, name=yard.name)
+def test_an_invalid_destination_path(workdir: Path, path: str) -> None:
+    path = path.format(workdir=workdir, name=workdir.name)
 
-    error = refused(yard / "source", path)
-
-    assert (error["code"], error["path"]) == ("invalid_request", path)
-
-
-@pytest.mark.parametrize("path", ["relative", "", "{yard}/../{name}/source", "{yard}/" + "n" * 256])
-def test_an_invalid_source_path(yard: Path, path: str) -> None:
-    path = path.format(yard=yard, name=yard.name)
-
-    error = refused(path, yard / "fork")
+    error = refused(workdir / "source", path)
 
     assert (error["code"], error["path"]) == ("invalid_request", path)
 
 
-def test_a_path_longer_than_the_kernel_accepts(yard: Path) -> None:
-    path = f"{yard}/" + "d/" * 2100
+@pytest.mark.parametrize("path", ["relative", "", "{workdir}/../{name}/source", "{workdir}/" + "n" * 256])
+def test_an_invalid_source_path(workdir: Path, path: str) -> None:
+    path = path.format(workdir=workdir, name=workdir.name)
 
-    assert refused(path, yard / "fork")["code"] == "invalid_request"
-    assert refused(yard / "source", path)["code"] == "invalid_request"
+    error = refused(path, workdir / "fork")
+
+    assert (error["code"], error["path"]) == ("invalid_request", path)
 
 
-def test_the_longest_path_that_the_kernel_accepts_is_valid(yard: Path) -> None:
-    parent = str(yard)
+def test_a_path_longer_than_the_kernel_accepts(workdir: Path) -> None:
+    path = f"{workdir}/" + "d/" * 2100
+
+    assert refused(path, workdir / "fork")["code"] == "invalid_request"
+    assert refused(workdir / "source", path)["code"] == "invalid_request"
+
+
+def test_the_longest_path_that_the_kernel_accepts_is_valid(workdir: Path) -> None:
+    parent = str(workdir)
     while len(parent) < 4095 - 256:
         parent += "/" + "d" * min(255, 4095 - 202 - len(parent))
     os.makedirs(parent)
     destination = Path(parent, "n" * (4095 - 1 - len(parent)))
     assert len(os.fsencode(destination)) == 4095
 
-    forked(yard / "source", destination)
+    forked(workdir / "source", destination)
 
     assert (destination / "state").name == "state"
     fd = os.open(destination, os.O_RDONLY)
@@ -94,12 +101,12 @@ def test_the_longest_path_that_the_kernel_accepts_is_valid(yard: Path) -> None:
     os.close(fd)
 
 
-def test_a_name_of_255_bytes_is_valid(yard: Path) -> None:
-    destination = yard / os.fsdecode(b"\xff" * 255)
+def test_a_name_of_255_bytes_is_valid(workdir: Path) -> None:
+    destination = workdir / os.fsdecode(b"\xff" * 255)
 
-    forked(yard / "source", destination)
+    forked(workdir / "source", destination)
 
-    assert_alike(yard / "source", destination, SKIPPED_BY_DEFAULT)
+    assert_alike(workdir / "source", destination, SKIPPED_BY_DEFAULT)
 
 
 def make_directory(path: Path) -> None:
@@ -118,71 +125,71 @@ TAKEN: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("what", TAKEN)
-def test_an_existing_destination_is_not_changed(yard: Path, what: str, limits: Limits) -> None:
-    TAKEN[what](yard / "fork")
-    before = os.lstat(yard / "fork")
+def test_an_existing_destination_is_not_changed(workdir: Path, what: str, limits: Limits) -> None:
+    TAKEN[what](workdir / "fork")
+    before = os.lstat(workdir / "fork")
 
-    error = refused(yard / "source", yard / "fork", limits=limits)
+    error = refused(workdir / "source", workdir / "fork", limits=limits)
 
-    assert (error["code"], error["path"]) == ("destination_exists", str(yard / "fork"))
-    assert os.lstat(yard / "fork") == before
+    assert (error["code"], error["path"]) == ("destination_exists", str(workdir / "fork"))
+    assert os.lstat(workdir / "fork") == before
 
 
-def test_a_source_as_its_own_destination_and_below_its_destination(yard: Path) -> None:
-    nested = make_guest(yard / "nested" / "guest")
+def test_a_source_as_its_own_destination_and_below_its_destination(workdir: Path) -> None:
+    nested = make_guest(workdir / "nested" / "guest")
 
-    assert refused(yard / "source", yard / "source")["code"] == "destination_exists"
-    assert refused(nested, yard / "nested")["code"] == "destination_exists"
+    assert refused(workdir / "source", workdir / "source")["code"] == "destination_exists"
+    assert refused(nested, workdir / "nested")["code"] == "destination_exists"
     assert refused(nested, Path("/"))["code"] == "destination_exists"
 
 
 @pytest.mark.parametrize("way", ["fork", "snapshots/fork", "logs/fork"])
-def test_a_destination_inside_the_source(yard: Path, way: str) -> None:
-    error = refused(yard / "source", yard / "source" / way)
+def test_a_destination_inside_the_source(workdir: Path, way: str) -> None:
+    error = refused(workdir / "source", workdir / "source" / way)
 
-    assert (error["code"], error["path"]) == ("destination_inside_source", str(yard / "source" / way))
-    assert leftovers(yard / "source") == []
+    assert (error["code"], error["path"]) == ("destination_inside_source", str(workdir / "source" / way))
+    assert leftovers(workdir / "source") == []
 
 
-def test_a_destination_inside_the_source_through_a_symlink_or_a_mount(yard: Path, mounts: Path) -> None:
-    (yard / "alias").symlink_to("source/snapshots")
-    assert refused(yard / "source", yard / "alias" / "fork")["code"] == "destination_inside_source"
+def test_a_destination_inside_the_source_through_a_symlink_or_a_mount(workdir: Path, mounts: Path) -> None:
+    (workdir / "alias").symlink_to("source/snapshots")
+    assert refused(workdir / "source", workdir / "alias" / "fork")["code"] == "destination_inside_source"
 
-    (yard / "mounted").mkdir()
-    subprocess.run(["mount", "--bind", yard / "source", yard / "mounted"], check=True)
+    (workdir / "mounted").mkdir()
+    subprocess.run(["mount", "--bind", workdir / "source", workdir / "mounted"], check=True)
     try:
-        assert refused(yard / "source", yard / "mounted" / "fork")["code"] == "destination_inside_source"
-        assert refused(yard / "mounted", yard / "source" / "fork")["code"] == "destination_inside_source"
+        assert refused(workdir / "source", workdir / "mounted" / "fork")["code"] == "destination_inside_source"
+        assert refused(workdir / "mounted", workdir / "source" / "fork")["code"] == "destination_inside_source"
     finally:
-        subprocess.run(["umount", yard / "mounted"], check=True)
+        subprocess.run(["umount", workdir / "mounted"], check=True)
 
 
-def test_paths_outside_the_roots(yard: Path) -> None:
-    roots = [yard / "root"]
-    make_guest(yard / "root" / "guest")
-    (yard / "root" / "out").symlink_to(yard)
+def test_paths_outside_the_roots(workdir: Path) -> None:
+    roots = [workdir / "root"]
+    make_guest(workdir / "root" / "guest")
+    (workdir / "root" / "out").symlink_to(workdir)
 
     for source, destination, named in (
-        (yard / "source", yard / "root" / "fork", yard / "source"),
-        (yard / "root" / "guest", yard / "fork", yard / "fork"),
-        (yard / "root" / "out" / "source", yard / "root" / "fork", yard / "root" / "out" / "source"),
-        (yard / "root" / "guest", yard / "root" / "out" / "fork", yard / "root" / "out" / "fork"),
-        (yard / "root" / "guest", yard / "rootless" / "fork", yard / "rootless" / "fork"),
+        (workdir / "source", workdir / "root" / "fork", workdir / "source"),
+        (workdir / "root" / "guest", workdir / "fork", workdir / "fork"),
+        (workdir / "root" / "out" / "source", workdir / "root" / "fork", workdir / "root" / "out" / "source"),
+        (workdir / "root" / "guest", workdir / "root" / "out" / "fork", workdir / "root" / "out" / "fork"),
+        (workdir / "root" / "guest", workdir / "rootless" / "fork", workdir / "rootless" / "fork"),
     ):
         error = refused(source, destination, roots=roots)
         assert (error["code"], error["path"]) == ("outside_roots", str(named))
 
-    forked(yard / "root" / "guest", yard / "root" / "fork", roots=roots)
+    forked(workdir / "root" / "guest", workdir / "root" / "fork", roots=roots)
 
 
-def test_a_symlink_in_the_source_is_cloned_and_never_followed(yard: Path) -> None:
-    guest = make_guest(yard / "root" / "guest")
-    (guest / "secrets").symlink_to(yard / "source")
+def test_a_symlink_in_the_source_is_cloned_and_never_followed(workdir: Path) -> None:
+    guest = make_guest(workdir / "root" / "guest")
+    (guest / "secrets").symlink_to(workdir / "source")
 
-    forked(guest, yard / "root" / "fork", roots=[yard / "root"])
+    forked(guest, workdir / "root" / "fork", roots=[workdir / "root"])
 
-    assert (yard / "root" / "fork" / "secrets").is_symlink()
-    assert_alike(guest, yard / "root" / "fork", SKIPPED_BY_DEFAULT)
+    assert (workdir / "root" / "fork" / "secrets").is_symlink()
+    assert_alike(guest, workdir / "root" / "fork", SKIPPED_BY_DEFAULT)
 
 
 DEVICES: dict[str, Callable[[Path], object]] = {
@@ -194,33 +201,33 @@ DEVICES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("what", DEVICES)
 def test_a_fifo_or_device_in_the_source_before_anything_is_copied(
-    yard: Path, what: str, limits: Limits, every_beat: None
+    workdir: Path, what: str, limits: Limits, every_poll: None
 ) -> None:
-    special = yard / "source" / "snapshots" / "special"
+    special = workdir / "source" / "snapshots" / "special"
     DEVICES[what](special)
     phases: list[str] = []
 
     error = refused(
-        yard / "source", yard / "fork", limits=limits, beat=lambda progress: phases.append(progress["phase"])
+        workdir / "source", workdir / "fork", limits=limits, poll=lambda progress: phases.append(progress["phase"])
     )
 
     assert (error["code"], error["path"]) == ("unsupported_file_type", str(special))
     assert what in error["message"]
     assert set(phases) <= {"plan"}
-    forked(yard / "source", yard / "fork", skip=("snapshots/special",), fork_id="fork-2", limits=limits)
+    forked(workdir / "source", workdir / "fork", skip=("snapshots/special",), fork_id="fork-2", limits=limits)
     special.unlink()
 
 
-def test_reflink_always_across_filesystems(yard: Path, fresh: Fresh, limits: Limits) -> None:
-    error = refused(yard / "source", fresh("btrfs") / "fork", limits=limits, reflink="always")
+def test_reflink_always_across_filesystems(workdir: Path, fresh: Fresh, limits: Limits) -> None:
+    error = refused(workdir / "source", fresh("btrfs") / "fork", limits=limits, reflink="always")
 
-    assert (error["code"], error["path"]) == ("reflink_unsupported", str(yard / "source" / "overlay.raw"))
+    assert (error["code"], error["path"]) == ("reflink_unsupported", str(workdir / "source" / "overlay.raw"))
 
 
-def test_a_destination_that_is_full(yard: Path, small_tmpfs: SmallTmpfs, limits: Limits) -> None:
+def test_a_destination_that_is_full(workdir: Path, small_tmpfs: SmallTmpfs, limits: Limits) -> None:
     full = small_tmpfs(6 * MIB)  # the overlay fits, the other files do not
 
-    error = refused(yard / "source", full / "fork", limits=limits)
+    error = refused(workdir / "source", full / "fork", limits=limits)
 
     assert error["code"] == "no_space"
     assert error["path"].startswith(str(full / "fork"))
@@ -231,7 +238,7 @@ def test_a_destination_that_is_full(yard: Path, small_tmpfs: SmallTmpfs, limits:
 
 @pytest.mark.parametrize("reflink", ["auto", "never"])
 def test_a_destination_that_is_full_for_one_range_of_many(
-    yard: Path, small_tmpfs: SmallTmpfs, reflink: str, fresh: Fresh
+    workdir: Path, small_tmpfs: SmallTmpfs, reflink: str, fresh: Fresh
 ) -> None:
     source = fresh("ext4") / "source"
     source.mkdir()
@@ -244,10 +251,10 @@ def test_a_destination_that_is_full_for_one_range_of_many(
     assert error["path"].startswith(f"{full}/fork")
 
 
-def test_a_destination_that_runs_out_of_inodes_at_any_step(yard: Path, small_tmpfs: SmallTmpfs) -> None:
+def test_a_destination_that_runs_out_of_inodes_at_any_step(workdir: Path, small_tmpfs: SmallTmpfs) -> None:
     """Each step of a fork in turn is the first one that finds the filesystem full."""
     full = small_tmpfs(MIB)
-    source = yard / "tiny"
+    source = workdir / "tiny"
     (source / "below").mkdir(parents=True)
     (source / "below" / "file").touch()
     (source / "link").symlink_to("below")
@@ -267,11 +274,11 @@ def test_a_destination_that_runs_out_of_inodes_at_any_step(yard: Path, small_tmp
     assert_alike(source, full / "fork")
 
 
-def test_a_destination_on_a_read_only_filesystem(yard: Path, small_tmpfs: SmallTmpfs) -> None:
-    sealed = small_tmpfs(MIB)
-    subprocess.run(["mount", "-o", "remount,ro", sealed], check=True)
+def test_a_destination_on_a_read_only_filesystem(workdir: Path, small_tmpfs: SmallTmpfs) -> None:
+    read_only = small_tmpfs(MIB)
+    subprocess.run(["mount", "-o", "remount,ro", read_only], check=True)
 
-    error = refused(yard / "source", sealed / "fork")
+    error = refused(workdir / "source", read_only / "fork")
 
-    assert (error["code"], error["path"]) == ("io_error", str(sealed / "fork"))
+    assert (error["code"], error["path"]) == ("io_error", str(read_only / "fork"))
     assert "Read-only" in error["message"]

@@ -122,9 +122,9 @@ def test_the_totals_of_each_fork_add_up_and_the_campaigns_are_their_sums(
 
 def test_forks_go_into_several_parents_on_several_filesystems(fresh: Fresh, tmp_path: Path) -> None:
     # Given destinations that change their parent at every step, so that each batch has several parents
-    places = [fresh("xfs"), fresh("ext4"), fresh("tmpfs"), fresh("xfs")]
-    source = make_guest(places[0] / "source", SIZES)
-    paths = [places[n % 4] / f"vm-{n}" for n in range(24)]
+    workdirs = [fresh("xfs"), fresh("ext4"), fresh("tmpfs"), fresh("xfs")]
+    source = make_guest(workdirs[0] / "source", SIZES)
+    paths = [workdirs[n % 4] / f"vm-{n}" for n in range(24)]
 
     # When
     result, ledger = campaign_with_ledger(source, paths, tmp_path / "ledger")
@@ -134,22 +134,22 @@ def test_forks_go_into_several_parents_on_several_filesystems(fresh: Fresh, tmp_
     for n, path in enumerate(paths):
         assert_alike(source, path, SKIPPED_BY_DEFAULT)
         check_file_results(ledger.forks[n], ledger.files(n))
-        same = path.parent in (places[0], places[3])
+        same = path.parent in (workdirs[0], workdirs[3])
         assert (ledger.forks[n]["fallback"] is None) == same
         assert (ledger.forks[n]["files"]["copied"] == 0) == same
 
 
 def test_a_campaign_with_children_goes_into_several_parents(fresh: Fresh) -> None:
-    places = [fresh("xfs"), fresh("ext4")]
-    source = make_guest(places[0] / "source", SIZES)
-    paths = [places[n // 3 % 2] / f"vm-{n}" for n in range(24)]
+    workdirs = [fresh("xfs"), fresh("ext4")]
+    source = make_guest(workdirs[0] / "source", SIZES)
+    paths = [workdirs[n // 3 % 2] / f"vm-{n}" for n in range(24)]
 
     result = campaign(source, paths)
 
     assert counts(result) == (24, 0, 0)
     for path in paths:
         assert_alike(source, path, SKIPPED_BY_DEFAULT)
-    assert leftovers(places[0]) == leftovers(places[1]) == []
+    assert leftovers(workdirs[0]) == leftovers(workdirs[1]) == []
 
 
 @pytest.mark.usefixtures("few_batches")
@@ -165,7 +165,7 @@ def test_the_largest_batch_stays_within_the_descriptor_limit(directory: Path, tm
         nonlocal most
         most = max(most, len(os.listdir("/proc/self/fd")))
 
-    result, _ = campaign_with_ledger(source, destinations(directory, 128), tmp_path / "ledger", beat=count)
+    result, _ = campaign_with_ledger(source, destinations(directory, 128), tmp_path / "ledger", poll=count)
 
     assert counts(result) == (128, 0, 0)
     assert 128 < most < 256  # of 1,024
@@ -193,7 +193,7 @@ def test_no_more_forks_are_in_flight_than_max_parallel(directory: Path, source: 
 
     for n in range(100):
         (source / f"file-{n}").touch()
-    result = campaign(source, destinations(directory, 60), max_parallel=most, beat=count, processes=3)
+    result = campaign(source, destinations(directory, 60), max_parallel=most, poll=count, processes=3)
 
     assert counts(result) == (60, 0, 0)
     assert 0 < max(in_flight) <= most

@@ -84,10 +84,10 @@ def ledger(tmp_path: Path) -> Ledger:
 
 def acting_at(step: str, act: Callable[[], Any], work: Callable[[], Any]) -> Child[Any]:
     """A child process that runs `work`, and calls `act` immediately before a given step."""
-    place, name, calls_before = STEPS[step]
+    owner, name, calls_before = STEPS[step]
 
     def run() -> Any:
-        original, calls = getattr(place, name), [0]
+        original, calls = getattr(owner, name), [0]
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             if calls[0] == calls_before:
@@ -95,13 +95,13 @@ def acting_at(step: str, act: Callable[[], Any], work: Callable[[], Any]) -> Chi
             calls[0] += 1
             return original(*args, **kwargs)
 
-        setattr(place, name, counted)
+        setattr(owner, name, counted)
         return work()
 
     return Child(run)
 
 
-def die() -> None:
+def kill_self() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -109,7 +109,7 @@ def pause() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def wait_for_death(child: Child[Any]) -> None:
+def wait_until_killed(child: Child[Any]) -> None:
     with pytest.raises(AssertionError, match="the child ended with -9"):
         child.result()
 
@@ -134,7 +134,7 @@ def test_a_killed_batch_is_resumed(directory: Path, source: Path, ledger: Ledger
     plan(source, paths)
 
     # When
-    wait_for_death(acting_at(step, die, lambda: make_batches(paths[0], ledger)))
+    wait_until_killed(acting_at(step, kill_self, lambda: make_batches(paths[0], ledger)))
     published = {path: identity(path) for path in paths if path.exists()}
     for path in published:
         assert_alike(source, path, SKIPPED_BY_DEFAULT)
@@ -155,7 +155,7 @@ def test_forks_published_by_a_killed_process_succeed_although_the_source_is_gone
     # Given a batch that was killed after it had published some of its forks, when all were complete
     paths = destinations(directory, FORKS)
     plan(source, paths)
-    wait_for_death(acting_at(step, die, lambda: make_batches(paths[0], ledger)))
+    wait_until_killed(acting_at(step, kill_self, lambda: make_batches(paths[0], ledger)))
     published = [path.exists() for path in paths]
     moved = source.rename(directory / "moved")
     if change == "replaced":
@@ -182,7 +182,7 @@ def test_a_killed_batch_that_is_cancelled_keeps_only_published_forks(
 ) -> None:
     paths = destinations(directory, FORKS)
     plan(source, paths)
-    wait_for_death(acting_at(step, die, lambda: make_batches(paths[0], ledger)))
+    wait_until_killed(acting_at(step, kill_self, lambda: make_batches(paths[0], ledger)))
     published = [path for path in paths if path.exists()]
 
     make_batches(paths[0], ledger, abort=ForkError(Code.CANCELLED, "cancelled on request"))
@@ -198,7 +198,7 @@ def test_a_killed_batch_that_is_cancelled_keeps_only_published_forks(
 def test_a_batch_that_is_killed_often_at_any_moment_makes_every_fork_once(
     directory: Path, source: Path, tmp_path: Path
 ) -> None:
-    dice, killed = random.Random(11), 0
+    rng, killed = random.Random(11), 0
     (tmp_path / "whole").mkdir()
     whole, paths = Ledger(tmp_path / "whole"), destinations(directory, FORKS)
     plan(source, paths)
@@ -215,7 +215,7 @@ def test_a_batch_that_is_killed_often_at_any_moment_makes_every_fork_once(
         plan(source, paths)
         for _ in range(3):  # the fourth attempt is the last one
             child = Child(lambda: make_batches(paths[0], ledger))  # noqa: B023 - forked here and now
-            if child.is_done(dice.uniform(0, pace)):
+            if child.is_done(rng.uniform(0, pace)):
                 pace *= 0.8  # the duration was measured while the machine was busier
             else:
                 killed += 1
@@ -233,10 +233,10 @@ def test_a_tree_whose_removal_was_killed_is_removed_at_the_end(directory: Path, 
     # Given a batch that was killed when its trees were finished, and again when it had renamed one of them
     paths = destinations(directory, FORKS)
     plan(source, paths)
-    wait_for_death(acting_at("before its second record", die, lambda: make_batches(paths[0], ledger)))
+    wait_until_killed(acting_at("before its second record", kill_self, lambda: make_batches(paths[0], ledger)))
     STEPS["between the rename of a tree and its removal"] = (Staging, "discard_named_tree", 0)
-    wait_for_death(
-        acting_at("between the rename of a tree and its removal", die, lambda: make_batches(paths[0], ledger))
+    wait_until_killed(
+        acting_at("between the rename of a tree and its removal", kill_self, lambda: make_batches(paths[0], ledger))
     )
     before = leftovers(directory)
 
@@ -256,7 +256,7 @@ def test_a_batch_that_kills_its_process_each_time_fails_as_worker_lost(
     paths = destinations(directory, FORKS)
     plan(source, paths)
     for _ in range(4):
-        wait_for_death(acting_at("between two files", die, lambda: make_batches(paths[0], ledger)))
+        wait_until_killed(acting_at("between two files", kill_self, lambda: make_batches(paths[0], ledger)))
 
     make_batches(paths[0], ledger)
 
@@ -274,7 +274,7 @@ def test_a_killed_batch_of_two_parents_is_resumed_in_both(
     paths = [*destinations(directory, 3), *destinations(elsewhere, 3)]
     plan(source, paths)
     STEPS["in the second parent"] = (syscalls, "rename_noreplace", 4)
-    wait_for_death(acting_at("in the second parent", die, lambda: make_batches(paths[0], ledger)))
+    wait_until_killed(acting_at("in the second parent", kill_self, lambda: make_batches(paths[0], ledger)))
     assert [path.exists() for path in paths] == [True, True, True, True, False, False]
     assert leftovers(elsewhere) != []
 
@@ -296,7 +296,7 @@ def test_staging_of_an_earlier_campaign_with_the_same_id_is_never_published(
     paths = [directory / "vm-0", elsewhere / "vm-1"]
     plan(source, paths)
     STEPS["in the second parent"] = (syscalls, "rename_noreplace", 1)
-    wait_for_death(acting_at("in the second parent", die, lambda: make_batches(paths[0], ledger)))
+    wait_until_killed(acting_at("in the second parent", kill_self, lambda: make_batches(paths[0], ledger)))
 
     # When another campaign uses its id, and the source has changed
     (source / "new").write_text("later")
@@ -311,7 +311,7 @@ def test_staging_of_an_earlier_campaign_with_the_same_id_is_never_published(
 
 
 @pytest.fixture
-def sleeper(
+def paused_child(
     directory: Path, source: Path, ledger: Ledger, request: pytest.FixtureRequest
 ) -> Iterator[tuple[Child[Any], list[Path]]]:
     """A child that is stopped in the middle of a batch, at the step that the test names; and the destinations."""
@@ -339,12 +339,12 @@ def seize(home: Path) -> None:
             seize_batch(found, Roots(), first)
 
 
-@pytest.mark.parametrize("sleeper", list(STEPS)[:-2], indirect=True)
+@pytest.mark.parametrize("paused_child", list(STEPS)[:-2], indirect=True)
 def test_a_paused_process_that_lost_its_batch_writes_nothing_into_published_forks(
-    source: Path, ledger: Ledger, sleeper: tuple[Child[Any], list[Path]], directory: Path
+    source: Path, ledger: Ledger, paused_child: tuple[Child[Any], list[Path]], directory: Path
 ) -> None:
     # Given a batch that was taken over from a paused process, and made
-    child, paths = sleeper
+    child, paths = paused_child
     with pytest.raises(Held):
         make_batches(paths[0], ledger)
     seize(paths[0])
@@ -363,28 +363,28 @@ def test_a_paused_process_that_lost_its_batch_writes_nothing_into_published_fork
     assert leftovers(directory) == []
 
 
-@pytest.mark.parametrize("sleeper", list(STEPS)[:-2], indirect=True)
+@pytest.mark.parametrize("paused_child", list(STEPS)[:-2], indirect=True)
 def test_a_paused_process_that_lost_its_batch_publishes_no_fork_that_was_given_up(
-    ledger: Ledger, sleeper: tuple[Child[Any], list[Path]], directory: Path
+    ledger: Ledger, paused_child: tuple[Child[Any], list[Path]], directory: Path
 ) -> None:
-    child, paths = sleeper
+    child, paths = paused_child
     seize(paths[0])
     make_batches(paths[0], ledger, abort=ForkError(Code.CANCELLED, "cancelled on request"))
-    told = [fork["status"] == "succeeded" for fork in ledger.forks]
+    reported = [fork["status"] == "succeeded" for fork in ledger.forks]
 
     os.kill(child.pid, signal.SIGCONT)
 
     child.result()
-    assert [path.exists() for path in paths] == told
+    assert [path.exists() for path in paths] == reported
     end(paths[0], ledger)
     assert leftovers(directory) == []
 
 
-@pytest.mark.parametrize("sleeper", ["between two files", "before its first rename"], indirect=True)
+@pytest.mark.parametrize("paused_child", ["between two files", "before its first rename"], indirect=True)
 def test_a_paused_process_that_resumes_after_the_campaign_leaves_nothing(
-    source: Path, ledger: Ledger, sleeper: tuple[Child[Any], list[Path]], directory: Path
+    source: Path, ledger: Ledger, paused_child: tuple[Child[Any], list[Path]], directory: Path
 ) -> None:
-    child, paths = sleeper
+    child, paths = paused_child
     seize(paths[0])
     make_batches(paths[0], ledger)
     end(paths[0], ledger)
@@ -406,14 +406,14 @@ def test_gc_keeps_a_running_campaign_and_removes_a_killed_one_with_all_its_trees
     STEPS["in the second parent"] = (syscalls, "rename_noreplace", 3)
     child = acting_at("in the second parent", pause, lambda: make_batches(paths[0], ledger))
     wait_for_pause(child)
-    standing = leftovers(directory), leftovers(elsewhere)
-    assert len(standing[1]) > 3
+    existing = leftovers(directory), leftovers(elsewhere)
+    assert len(existing[1]) > 3
 
     # When it runs, when it is paused, and when it is killed
-    live = [finding for place in (directory, elsewhere) for finding in collect(str(place), lambda job: True)]
-    assert (leftovers(directory), leftovers(elsewhere)) == standing
+    live = [finding for parent in (directory, elsewhere) for finding in collect(str(parent), lambda job: True)]
+    assert (leftovers(directory), leftovers(elsewhere)) == existing
     child.kill()
-    dead = [finding for place in (directory, elsewhere) for finding in collect(str(place), lambda job: True)]
+    dead = [finding for parent in (directory, elsewhere) for finding in collect(str(parent), lambda job: True)]
 
     # Then
     assert {finding.verdict for finding in live} == {"kept"}
@@ -459,7 +459,7 @@ def test_killed_children_only_delay_a_local_campaign(directory: Path, source: Pa
             os.kill(killed[-1], signal.SIGKILL)
 
     paths = destinations(directory, 2000)  # enough polls on any machine: the callback kills the children
-    result = campaign(source, paths, beat=kill_one)
+    result = campaign(source, paths, poll=kill_one)
 
     assert killed
     assert (result["status"], result["forks"]["succeeded"]) == ("succeeded", 2000)
@@ -474,7 +474,7 @@ def test_a_killed_local_campaign_can_be_repeated_under_its_id(directory: Path, s
     child = Child(lambda: campaign(source, paths))
     wait_until(paths[5].exists, "a few forks")
     child.kill()
-    standing = {path: identity(path) for path in paths if path.exists()}
+    existing = {path: identity(path) for path in paths if path.exists()}
 
     # When
     deadline = time.monotonic() + 10
@@ -488,5 +488,5 @@ def test_a_killed_local_campaign_can_be_repeated_under_its_id(directory: Path, s
     assert result["status"] == "partial"
     assert {failure["error"]["code"] for failure in result["failures"]} == {"destination_exists"}
     assert all(path.exists() for path in paths)
-    assert {path: identity(path) for path in standing} == standing
+    assert {path: identity(path) for path in existing} == existing
     assert leftovers(directory) == []

@@ -91,7 +91,7 @@ def test_forks_taken_over_from_a_killed_process_are_synced_before_they_are_repor
     (tmp_path / "ledger").mkdir()
     ledger, paths = Ledger(tmp_path / "ledger"), destinations(directory, 3)
     plan(source, paths, durability="sync")
-    child = Child(lambda: _die_at_the_second_rename(paths, ledger))
+    child = Child(lambda: _kill_self_at_the_second_rename(paths, ledger))
     with pytest.raises(AssertionError, match="the child ended with -9"):
         child.result()
 
@@ -116,7 +116,7 @@ def test_forks_taken_over_from_a_killed_process_are_synced_before_they_are_repor
     assert events == [str(directory), "settled"]
 
 
-def _die_at_the_second_rename(paths: list[Path], ledger: Ledger) -> None:
+def _kill_self_at_the_second_rename(paths: list[Path], ledger: Ledger) -> None:
     rename, calls = syscalls.rename_noreplace, [0]
 
     def counted(src_dir_fd: int, src: str, dst_dir_fd: int, dst: str) -> None:

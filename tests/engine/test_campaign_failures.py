@@ -139,10 +139,10 @@ def test_a_full_filesystem_has_only_complete_forks(fresh: Fresh, small_tmpfs: Sm
     source.mkdir()
     for n in range(4):
         make_sparse_file(source / f"disk-{n}", MIB, MIB, seed=n)
-    place = small_tmpfs(14 * MIB)
+    workdir = small_tmpfs(14 * MIB)
 
     # When
-    result = campaign(source, destinations(place, 10), processes=processes)
+    result = campaign(source, destinations(workdir, 10), processes=processes)
 
     # Then
     succeeded, failed, cancelled = counts(result)
@@ -150,13 +150,13 @@ def test_a_full_filesystem_has_only_complete_forks(fresh: Fresh, small_tmpfs: Sm
     assert failed > 0
     assert set(codes(result).values()) == {"no_space"}
     assert {failure["error"]["errno"] for failure in result["failures"]} == {errno.ENOSPC}
-    standing = sorted(place.iterdir())
-    assert len(standing) == succeeded
-    for path in standing:
+    existing = sorted(workdir.iterdir())
+    assert len(existing) == succeeded
+    for path in existing:
         assert_alike(source, path)
 
 
-@pytest.mark.usefixtures("every_beat", "few_batches")
+@pytest.mark.usefixtures("every_poll", "few_batches")
 @pytest.mark.parametrize("change", ["write", "truncate", "remove", "replace", "add", "rename the source"])
 def test_a_source_that_changes_in_the_middle_gives_no_torn_fork(
     directory: Path, source: Path, tmp_path: Path, change: str
@@ -164,7 +164,7 @@ def test_a_source_that_changes_in_the_middle_gives_no_torn_fork(
     # Given
     done: list[bool] = []
 
-    def meddle(progress: Progress) -> None:
+    def act(progress: Progress) -> None:
         if progress["files_done"] < 5 or done:
             return
         done.append(True)
@@ -186,15 +186,15 @@ def test_a_source_that_changes_in_the_middle_gives_no_torn_fork(
             source.rename(directory / "moved")
 
     # When
-    result, ledger = campaign_with_ledger(source, destinations(directory, 6), tmp_path / "ledger", beat=meddle)
+    result, ledger = campaign_with_ledger(source, destinations(directory, 6), tmp_path / "ledger", poll=act)
 
     # Then
     assert done
     if change == "rename the source":  # which does not affect processes that have it open: the forks are complete
         source = directory / "moved"
-    standing = [path for path in destinations(directory, 6) if path.exists()]
-    assert len(standing) == counts(result)[0]
-    for path in standing:
+    existing = [path for path in destinations(directory, 6) if path.exists()]
+    assert len(existing) == counts(result)[0]
+    for path in existing:
         assert_alike(source, path, SKIPPED_BY_DEFAULT)
     if change != "rename the source":
         assert counts(result) == (0, 6, 0)
@@ -203,7 +203,7 @@ def test_a_source_that_changes_in_the_middle_gives_no_torn_fork(
         check_file_results(fork, ledger.files(n))
 
 
-@pytest.mark.usefixtures("every_beat", "few_batches")
+@pytest.mark.usefixtures("every_poll", "few_batches")
 def test_a_file_that_changes_while_it_is_cloned_is_named_in_every_fork(
     directory: Path, source: Path, tmp_path: Path
 ) -> None:
@@ -216,31 +216,31 @@ def test_a_file_that_changes_while_it_is_cloned_is_named_in_every_fork(
             with (source / "config.ext4").open("ab") as file:
                 file.write(b"the machine goes on")
 
-    result, ledger = campaign_with_ledger(source, destinations(directory, 4), tmp_path / "ledger", beat=append)
+    result, ledger = campaign_with_ledger(source, destinations(directory, 4), tmp_path / "ledger", poll=append)
 
     assert counts(result) == (0, 4, 0)
     for n in range(4):
         assert [file["path"] for file in ledger.files(n) if file["error"]] == ["config.ext4"]
 
 
-@pytest.mark.usefixtures("every_beat", "few_batches")
+@pytest.mark.usefixtures("every_poll", "few_batches")
 def test_corruption_of_one_fork_is_found_by_verify_and_fails_only_that_fork(
     directory: Path, source: Path, tmp_path: Path
 ) -> None:
-    spoilt: list[str] = []
+    damaged: list[str] = []
 
     def corrupt(progress: Progress) -> None:
         for path in sorted(directory.glob(".forkvm-*.*/config.ext4")):
-            if path.stat().st_blocks and (not spoilt or spoilt == [path.parent.name]):
-                spoilt[:] = [path.parent.name]
+            if path.stat().st_blocks and (not damaged or damaged == [path.parent.name]):
+                damaged[:] = [path.parent.name]
                 with path.open("r+b") as file:
                     file.write(b"a flipped bit")
 
     result, _ = campaign_with_ledger(
-        source, destinations(directory, 4), tmp_path / "ledger", beat=corrupt, reflink="never", verify="content"
+        source, destinations(directory, 4), tmp_path / "ledger", poll=corrupt, reflink="never", verify="content"
     )
 
-    assert spoilt
+    assert damaged
     assert counts(result) == (3, 1, 0)
     assert set(codes(result).values()) == {"verify_failed"}
 
@@ -287,7 +287,7 @@ def test_a_cancelled_campaign_keeps_only_published_forks(directory: Path, source
         if any(directory.glob("vm-*")):
             raise ForkError(Code.CANCELLED, "ended by SIGTERM")
 
-    result = campaign(source, destinations(directory, 600), beat=end)
+    result = campaign(source, destinations(directory, 600), poll=end)
 
     succeeded, failed, cancelled = counts(result)
     assert result["status"] == "cancelled"
@@ -297,12 +297,12 @@ def test_a_cancelled_campaign_keeps_only_published_forks(directory: Path, source
     assert set(seen[-1]) == {"forks_done", "forks_total", "forks_failed", "eta_seconds"}
 
 
-@pytest.mark.usefixtures("every_beat")
+@pytest.mark.usefixtures("every_poll")
 def test_a_campaign_cancelled_while_it_is_planned_makes_nothing(directory: Path, source: Path) -> None:
     def end(progress: CampaignProgress) -> None:
         raise ForkError(Code.CANCELLED, "ended by SIGTERM")
 
-    result = campaign(source, destinations(directory, 500), beat=end)
+    result = campaign(source, destinations(directory, 500), poll=end)
 
     assert result["status"] == "cancelled"
     assert counts(result) == (0, 0, 500)

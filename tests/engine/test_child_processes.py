@@ -46,9 +46,9 @@ def test_a_failed_system_call_is_reported_with_the_staging_and_a_signal_is_not()
     assert processes.error_in([0, -signal.SIGKILL], "/guests/vm-1", "/guests/vm-2") is None
 
 
-@pytest.mark.parametrize("told_to_end", [False, True])
+@pytest.mark.parametrize("stopping", [False, True])
 def test_a_stopped_child_is_killed_and_reaped_before_the_wait_ends(
-    monkeypatch: pytest.MonkeyPatch, told_to_end: bool
+    monkeypatch: pytest.MonkeyPatch, stopping: bool
 ) -> None:
     monkeypatch.setattr(child_processes, "STOPPED_SECONDS", 0.3)
     before = children_of_this_process()
@@ -61,7 +61,7 @@ def test_a_stopped_child_is_killed_and_reaped_before_the_wait_ends(
     processes = ChildProcesses()
     processes.start(2, stop_after_the_work)
     began = time.monotonic()
-    codes = processes.reap() if told_to_end else processes.wait(lambda: None)
+    codes = processes.reap() if stopping else processes.wait(lambda: None)
 
     assert sorted(codes) == [-signal.SIGKILL, 0]
     assert children_of_this_process() == before

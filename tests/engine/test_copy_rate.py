@@ -26,7 +26,7 @@ _MOST = 1.1
 _FEW_SECONDS = 10.0
 
 
-def go_on() -> None:
+def never_cancel() -> None:
     """A poll callback that never cancels."""
 
 
@@ -37,7 +37,7 @@ def directory(tmp_path: Path) -> str:
 
 def copy_pieces(pace: CopyRate, count: int, size: int) -> None:
     for _ in range(count):
-        pace(size, go_on)
+        pace(size, never_cancel)
 
 
 def test_processes_share_the_copy_rate(directory: str) -> None:
@@ -107,7 +107,7 @@ def test_a_process_stopped_while_it_holds_the_lock_does_not_block_others(directo
     try:
         began = time.monotonic()
         CopyRate(directory).set(1 << 50)
-        CopyRate(directory)(MIB, go_on)
+        CopyRate(directory)(MIB, never_cancel)
         assert time.monotonic() - began < _FEW_SECONDS
     finally:
         holder.kill()
@@ -120,7 +120,7 @@ def test_a_damaged_file_sets_no_copy_rate(directory: str, content: bytes) -> Non
 
     assert CopyRate(directory).current() is None
     assert CopyRate(directory, _RATE).current() == _RATE
-    CopyRate(directory, 1 << 50)(MIB, go_on)
+    CopyRate(directory, 1 << 50)(MIB, never_cancel)
     CopyRate(directory).set(MIB)
     assert CopyRate(directory).current() == MIB
 
@@ -132,14 +132,14 @@ def test_a_time_from_before_the_last_boot_causes_no_wait(directory: str) -> None
         file.write(struct.pack("=q", time.monotonic_ns() + 7200 * 10**9))
     began = time.monotonic()
 
-    CopyRate(directory)(MIB, go_on)
+    CopyRate(directory)(MIB, never_cancel)
 
     assert time.monotonic() - began < _FEW_SECONDS
 
 
 def test_a_recreated_directory_is_used(directory: str) -> None:
     pace = CopyRate(directory, _RATE)
-    pace(1, go_on)
+    pace(1, never_cancel)
     Path(directory, FILE).unlink()
     CopyRate(directory).set(MIB)
 

@@ -17,7 +17,7 @@ from tests.support.engine.source_writers import ChangeOnce, closing, copying, wa
 from tests.support.guests import make_guest
 from tests.support.sources import ACCESS_ACL, DEFAULT_ACL, OLD_NS, acl
 
-pytestmark = pytest.mark.usefixtures("every_beat")
+pytestmark = pytest.mark.usefixtures("every_poll")
 
 CHANGES: dict[str, Callable[[Path], object]] = {
     "its mode": lambda path: path.chmod(0o2711),
@@ -55,7 +55,7 @@ def test_a_directory_whose_metadata_changes_is_a_change_of_the_source(
 ) -> None:
     writer = ChangeOnce(lambda: CHANGES[change](source / name), when)
 
-    error = refused(source, directory / "fork", beat=writer, limits=limits)
+    error = refused(source, directory / "fork", poll=writer, limits=limits)
 
     assert writer.done
     assert (error["code"], error["path"]) == ("source_changed", str(source / name))
@@ -65,7 +65,7 @@ def test_a_directory_whose_metadata_changes_is_a_change_of_the_source(
 def test_a_change_of_each_kind_of_directory_metadata_is_detected(directory: Path, source: Path, change: str) -> None:
     writer = ChangeOnce(lambda: CHANGES[change](source / "snapshots"), copying)
 
-    error = refused(source, directory / "fork", beat=writer)
+    error = refused(source, directory / "fork", poll=writer)
 
     assert writer.done
     assert (error["code"], error["path"]) == ("source_changed", str(source / "snapshots"))
@@ -73,33 +73,33 @@ def test_a_change_of_each_kind_of_directory_metadata_is_detected(directory: Path
 
 @pytest.mark.parametrize("change", ["its mode", "its owner", "a new attribute"])
 def test_a_change_after_changes_of_skipped_entries_is_detected(directory: Path, source: Path, change: str) -> None:
-    def meddle() -> None:
+    def act() -> None:
         (source / "new.sock").touch()
         wait_for_clock_tick()
         CHANGES[change](source)
 
-    assert refused(source, directory / "fork", beat=ChangeOnce(meddle, copying))["code"] == "source_changed"
+    assert refused(source, directory / "fork", poll=ChangeOnce(act, copying))["code"] == "source_changed"
 
 
 @pytest.mark.parametrize("change", ["its mode", "its owner"])
 def test_a_change_before_changes_of_skipped_entries_is_detected(directory: Path, source: Path, change: str) -> None:
-    def meddle() -> None:
+    def act() -> None:
         CHANGES[change](source)
         wait_for_clock_tick()
         (source / "new.sock").touch()
 
-    assert refused(source, directory / "fork", beat=ChangeOnce(meddle, copying))["code"] == "source_changed"
+    assert refused(source, directory / "fork", poll=ChangeOnce(act, copying))["code"] == "source_changed"
 
 
 def test_a_published_directory_matches_the_source_at_one_moment(directory: Path, source: Path) -> None:
     """An attribute is set, then a skipped entry is created: the clone has the attribute and the newest mtime."""
 
-    def meddle() -> None:
+    def act() -> None:
         os.setxattr(source, "user.new", b"1")
         wait_for_clock_tick()
         (source / "new.sock").touch()
 
-    forked(source, directory / "fork", beat=ChangeOnce(meddle, copying))
+    forked(source, directory / "fork", poll=ChangeOnce(act, copying))
 
     assert os.getxattr(directory / "fork", "user.new") == b"1"
     assert (directory / "fork").stat().st_mtime_ns == source.stat().st_mtime_ns
@@ -119,7 +119,7 @@ def test_skipped_entries_may_come_and_go_on_every_filesystem(
         (source / "state.zst.tmp").rename(source / "snapshots" / "state.zst.tmp")
 
     writer = ChangeOnce(live, when)
-    forked(source, fs / "fork", beat=writer, limits=limits)
+    forked(source, fs / "fork", poll=writer, limits=limits)
 
     assert writer.done
 

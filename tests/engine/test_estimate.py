@@ -141,13 +141,13 @@ def test_a_fork_that_does_not_fit_is_reported_with_both_sizes(
     fresh: Fresh, small_tmpfs: SmallTmpfs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reservation, "DIRECTORY", str(tmp_path))
-    source, place = make_guest(fresh("ext4") / "source"), small_tmpfs(8 * MIB)
+    source, workdir = make_guest(fresh("ext4") / "source"), small_tmpfs(8 * MIB)
     fitting = small_tmpfs(32 * MIB)
     fd = os.open(fitting, os.O_RDONLY)
     held = reservation.reserve("1-2", free_space.filesystem_id(fd), 24 * MIB, is_queued=False)
     os.close(fd)
 
-    small, shared = _estimate(source, place / "fork"), _estimate(source, fitting / "fork")
+    small, shared = _estimate(source, workdir / "fork"), _estimate(source, fitting / "fork")
     assert held is not None
     held.close()
     alone = _estimate(source, fitting / "fork")
@@ -160,12 +160,12 @@ def test_a_fork_that_does_not_fit_is_reported_with_both_sizes(
 
 
 def test_too_few_inodes_are_reported(fresh: Fresh, small_tmpfs: SmallTmpfs) -> None:
-    source, place = make_guest(fresh("ext4") / "source"), small_tmpfs(64 * MIB)
-    inodes = os.statvfs(place).f_favail
-    options = f"remount,nr_inodes={os.statvfs(place).f_files - inodes + 15}"
-    subprocess.run(["mount", "-o", options, str(place)], check=True)
+    source, workdir = make_guest(fresh("ext4") / "source"), small_tmpfs(64 * MIB)
+    inodes = os.statvfs(workdir).f_favail
+    options = f"remount,nr_inodes={os.statvfs(workdir).f_files - inodes + 15}"
+    subprocess.run(["mount", "-o", options, str(workdir)], check=True)
 
-    found = _estimate(source, place / "fork")
+    found = _estimate(source, workdir / "fork")
 
     assert "no_inodes" in _codes(found)
     assert not found["fits"]

@@ -98,12 +98,12 @@ def test_a_result_has_times_durations_and_the_labels_of_its_request(fresh: Fresh
     assert result["labels"] == spec_of(source, source).labels == {}
 
 
-def test_progress_never_decreases_and_ends_at_100_percent(fs: Path, limits: Limits, every_beat: None) -> None:
+def test_progress_never_decreases_and_ends_at_100_percent(fs: Path, limits: Limits, every_poll: None) -> None:
     source = make_everything(fs / "source")
     seen: list[Progress] = []
 
     result = forked(
-        source, fs / "fork", limits=limits, reflink="never", beat=lambda progress: seen.append(progress.copy())
+        source, fs / "fork", limits=limits, reflink="never", poll=lambda progress: seen.append(progress.copy())
     )
 
     phases = [progress["phase"] for progress in seen]

@@ -27,27 +27,27 @@ TREE = f"{NAME}.0123abcd"
 
 
 @pytest.fixture
-def yard(fresh: Fresh) -> Path:
+def workdir(fresh: Fresh) -> Path:
     """A planned campaign of two forks, and a directory elsewhere that must not be touched."""
-    yard = fresh("xfs")
-    yard.chmod(0o755)
-    make_guest(yard / "source")
-    make_guest(yard / "outside")
-    (yard / "home").mkdir()
-    (yard / "home").chmod(0o777)
-    (yard / "ledger").mkdir()
-    plan(yard / "source", destinations(yard / "home", 2))
-    return yard
+    workdir = fresh("xfs")
+    workdir.chmod(0o755)
+    make_guest(workdir / "source")
+    make_guest(workdir / "outside")
+    (workdir / "home").mkdir()
+    (workdir / "home").chmod(0o777)
+    (workdir / "ledger").mkdir()
+    plan(workdir / "source", destinations(workdir / "home", 2))
+    return workdir
 
 
-def make(yard: Path) -> None:
+def make(workdir: Path) -> None:
     """Have a worker make all batches and finish the campaign; each fork must equal the source."""
-    home = destinations(yard / "home", 2)
-    make_batches(home[0], Ledger(yard / "ledger"))
-    end(home[0], Ledger(yard / "ledger"))
+    home = destinations(workdir / "home", 2)
+    make_batches(home[0], Ledger(workdir / "ledger"))
+    end(home[0], Ledger(workdir / "ledger"))
     for path in home:
         if path.exists():
-            assert_alike(yard / "source", path, SKIPPED_BY_DEFAULT)
+            assert_alike(workdir / "source", path, SKIPPED_BY_DEFAULT)
 
 
 def _record(**fields: Any) -> bytes:
@@ -75,15 +75,15 @@ RECORDS: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("what", RECORDS)
-def test_a_forged_record_neither_leads_out_of_the_staging_nor_replaces_a_fork(yard: Path, what: str) -> None:
-    before = snapshot(yard / "outside")
-    (yard / "home" / NAME / "batch-0-1").write_bytes(RECORDS[what])
+def test_a_forged_record_neither_leads_out_of_the_staging_nor_replaces_a_fork(workdir: Path, what: str) -> None:
+    before = snapshot(workdir / "outside")
+    (workdir / "home" / NAME / "batch-0-1").write_bytes(RECORDS[what])
 
-    make(yard)
+    make(workdir)
 
-    assert snapshot(yard / "outside") == before
-    assert all(path.exists() for path in destinations(yard / "home", 2))
-    assert leftovers(yard / "home") == []
+    assert snapshot(workdir / "outside") == before
+    assert all(path.exists() for path in destinations(workdir / "home", 2))
+    assert leftovers(workdir / "home") == []
 
 
 def test_a_record_is_read_with_the_names_of_its_own_control_directory() -> None:
@@ -103,48 +103,48 @@ LISTS: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("what", LISTS)
-def test_a_forged_list_of_destinations_is_refused(yard: Path, what: str) -> None:
-    before = snapshot(yard / "outside")
-    path = yard / "home" / NAME / "destinations"
+def test_a_forged_list_of_destinations_is_refused(workdir: Path, what: str) -> None:
+    before = snapshot(workdir / "outside")
+    path = workdir / "home" / NAME / "destinations"
     path.write_bytes(LISTS[what](path.read_bytes()))
 
     with pytest.raises(ForkError, match="the staging directory is damaged"):
-        make(yard)
+        make(workdir)
 
-    assert snapshot(yard / "outside") == before
+    assert snapshot(workdir / "outside") == before
 
 
 @pytest.mark.parametrize("name", ["destinations", "manifest", "closing", "journal", "lock"])
-def test_a_file_that_is_a_symlink_is_not_followed(yard: Path, name: str) -> None:
-    path = yard / "home" / NAME / name
+def test_a_file_that_is_a_symlink_is_not_followed(workdir: Path, name: str) -> None:
+    path = workdir / "home" / NAME / name
     path.unlink()
-    path.symlink_to(yard / "outside" / "metadata.json")
-    before = snapshot(yard / "outside")
+    path.symlink_to(workdir / "outside" / "metadata.json")
+    before = snapshot(workdir / "outside")
 
     with suppress(ForkError, AssertionError):  # without a journal it is no planned campaign
-        make(yard)
+        make(workdir)
 
-    assert snapshot(yard / "outside") == before
-    assert not any(path.exists() for path in destinations(yard / "home", 2))
+    assert snapshot(workdir / "outside") == before
+    assert not any(path.exists() for path in destinations(workdir / "home", 2))
 
 
 def test_a_foreign_control_directory_fails_only_the_forks_in_its_parent(fresh: Fresh) -> None:
-    yard = fresh("xfs")
-    yard.chmod(0o755)
-    make_guest(yard / "source")
+    workdir = fresh("xfs")
+    workdir.chmod(0o755)
+    make_guest(workdir / "source")
     for name in ("one", "two"):
-        (yard / name).mkdir()
-        (yard / name).chmod(0o777)
-    (yard / "ledger").mkdir()
-    paths = [yard / "one" / "vm", yard / "two" / "vm"]
-    plan(yard / "source", paths)
-    in_child(lambda: os.mkdir(yard / "two" / NAME, 0o700), user=ATTACKER)
+        (workdir / name).mkdir()
+        (workdir / name).chmod(0o777)
+    (workdir / "ledger").mkdir()
+    paths = [workdir / "one" / "vm", workdir / "two" / "vm"]
+    plan(workdir / "source", paths)
+    in_child(lambda: os.mkdir(workdir / "two" / NAME, 0o700), user=ATTACKER)
 
-    make_batches(paths[0], Ledger(yard / "ledger"))
-    result = end(paths[0], Ledger(yard / "ledger"))
+    make_batches(paths[0], Ledger(workdir / "ledger"))
+    result = end(paths[0], Ledger(workdir / "ledger"))
 
-    assert_alike(yard / "source", paths[0], SKIPPED_BY_DEFAULT)
+    assert_alike(workdir / "source", paths[0], SKIPPED_BY_DEFAULT)
     assert not paths[1].exists()
     assert [failure["destination"] for failure in result["failures"]] == [os.fspath(paths[1])]
     assert "not usable as staging" in result["failures"][0]["error"]["message"]
-    assert os.listdir(yard / "two") == [NAME]
+    assert os.listdir(workdir / "two") == [NAME]

@@ -30,28 +30,28 @@ NAME = control_name("fork-1")
 
 
 @pytest.fixture
-def yard(fresh: Fresh) -> Path:
+def workdir(fresh: Fresh) -> Path:
     """A source, a directory elsewhere that must not be touched, and a parent in which everybody may write."""
-    yard = fresh("xfs")
-    yard.chmod(0o755)
-    make_guest(yard / "source")
-    make_guest(yard / "outside")
-    (yard / "parent").mkdir()
-    (yard / "parent").chmod(0o777)
-    return yard
+    workdir = fresh("xfs")
+    workdir.chmod(0o755)
+    make_guest(workdir / "source")
+    make_guest(workdir / "outside")
+    (workdir / "parent").mkdir()
+    (workdir / "parent").chmod(0o777)
+    return workdir
 
 
-def deliver(yard: Path) -> ForkResult:
+def deliver(workdir: Path) -> ForkResult:
     """Deliver the request to a worker, which makes all chunks itself. Returns the result that it stores."""
-    return fork_with_ledger(yard / "source", yard / "parent" / "fork", limits=CHUNKED).result
+    return fork_with_ledger(workdir / "source", workdir / "parent" / "fork", limits=CHUNKED).result
 
 
-def begun(yard: Path) -> tuple[Path, dict[str, Any]]:
-    return staged_forks.begin_fork(yard / "source", yard / "parent" / "fork")
+def begun(workdir: Path) -> tuple[Path, dict[str, Any]]:
+    return staged_forks.begin_fork(workdir / "source", workdir / "parent" / "fork")
 
 
-def go_on_with(yard: Path) -> str:
-    return staged_forks.continue_fork(yard / "source", yard / "parent" / "fork")
+def continue_fork(workdir: Path) -> str:
+    return staged_forks.continue_fork(workdir / "source", workdir / "parent" / "fork")
 
 
 # -- entries that a user made at the path of the control directory
@@ -83,48 +83,48 @@ PLANTED: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("what", PLANTED)
-def test_a_foreign_control_directory_fails_the_fork_at_once_and_is_kept(yard: Path, what: str) -> None:
-    path = yard / "parent" / NAME
+def test_a_foreign_control_directory_fails_the_fork_at_once_and_is_kept(workdir: Path, what: str) -> None:
+    path = workdir / "parent" / NAME
     in_child(lambda: PLANTED[what](path), user=ATTACKER)
-    before = snapshot(yard / "outside"), path.lstat().st_ino, snapshot(yard / "parent")
+    before = snapshot(workdir / "outside"), path.lstat().st_ino, snapshot(workdir / "parent")
     began = time.monotonic()
 
     with pytest.raises(ForkError, match="not usable as staging") as raised:
-        deliver(yard)
+        deliver(workdir)
 
     assert time.monotonic() - began < 5
     assert os.fspath(path) in str(raised.value)
     assert "remove it" in str(raised.value)
-    assert (snapshot(yard / "outside"), path.lstat().st_ino, snapshot(yard / "parent")) == before
+    assert (snapshot(workdir / "outside"), path.lstat().st_ino, snapshot(workdir / "parent")) == before
 
 
-def test_our_directory_that_others_may_enter_is_not_used_as_staging(yard: Path) -> None:
-    (yard / "parent" / NAME).mkdir()
-    (yard / "parent" / NAME).chmod(0o770)
+def test_our_directory_that_others_may_enter_is_not_used_as_staging(workdir: Path) -> None:
+    (workdir / "parent" / NAME).mkdir()
+    (workdir / "parent" / NAME).chmod(0o770)
 
     with pytest.raises(ForkError, match="its mode is 0770 and not 0700"):
-        deliver(yard)
+        deliver(workdir)
 
 
 @pytest.mark.parametrize("mode", [0o000, 0o500, 0o2700])
-def test_a_control_directory_with_an_unfinished_mode_is_used(yard: Path, mode: int) -> None:
-    (yard / "parent" / NAME).mkdir()
-    (yard / "parent" / NAME).chmod(mode)
+def test_a_control_directory_with_an_unfinished_mode_is_used(workdir: Path, mode: int) -> None:
+    (workdir / "parent" / NAME).mkdir()
+    (workdir / "parent" / NAME).chmod(mode)
 
-    assert deliver(yard)["status"] == "succeeded"
+    assert deliver(workdir)["status"] == "succeeded"
 
-    assert_alike(yard / "source", yard / "parent" / "fork", SKIPPED_BY_DEFAULT)
-    assert leftovers(yard / "parent") == []
+    assert_alike(workdir / "source", workdir / "parent" / "fork", SKIPPED_BY_DEFAULT)
+    assert leftovers(workdir / "parent") == []
 
 
-def test_our_fork_moved_to_the_control_directory_is_not_emptied(yard: Path) -> None:
+def test_our_fork_moved_to_the_control_directory_is_not_emptied(workdir: Path) -> None:
     """A worker of an ordinary user owns all forks; users who may write in their parent may rename them."""
-    moved = yard / "parent" / NAME
+    moved = workdir / "parent" / NAME
     make_guest(moved)
     moved.chmod(0o700)
     before = snapshot(moved)
 
-    result = deliver(yard)
+    result = deliver(workdir)
 
     assert result["error"] is not None
     assert "which is not a file of forkvm" in result["error"]["message"]
@@ -172,22 +172,22 @@ FILES: dict[str, Callable[[Path, Path], None]] = {
 
 
 @pytest.mark.parametrize("name", ["lock", "journal", "manifest", "closing", "report-plan", "report-0", "chunk-0"])
-@pytest.mark.parametrize("deed", FILES)
-def test_a_file_without_proof_of_origin_ends_the_fork_within_seconds(yard: Path, deed: str, name: str) -> None:
-    victim = yard / "outside" / "metadata.json"
-    staging, _ = begun(yard)
-    before = snapshot(yard / "outside")
-    FILES[deed](staging / name, victim)
+@pytest.mark.parametrize("change", FILES)
+def test_a_file_without_proof_of_origin_ends_the_fork_within_seconds(workdir: Path, change: str, name: str) -> None:
+    target = workdir / "outside" / "metadata.json"
+    staging, _ = begun(workdir)
+    before = snapshot(workdir / "outside")
+    FILES[change](staging / name, target)
     began = time.monotonic()
 
-    outcome = go_on_with(yard)
+    outcome = continue_fork(workdir)
 
     assert time.monotonic() - began < 5
     assert "not usable as staging" in outcome, outcome
-    assert not (yard / "parent" / "fork").exists()
+    assert not (workdir / "parent" / "fork").exists()
     (staging / name).unlink(missing_ok=True)  # another name of the target changes its ctime
-    assert snapshot(yard / "outside").keys() == before.keys()
-    assert victim.read_bytes() == (yard / "source" / "metadata.json").read_bytes()
+    assert snapshot(workdir / "outside").keys() == before.keys()
+    assert target.read_bytes() == (workdir / "source" / "metadata.json").read_bytes()
 
 
 # -- fields
@@ -241,11 +241,11 @@ RAW: dict[str, bytes] = {
 @pytest.mark.parametrize("what", [*HOSTILE, *RAW])
 @pytest.mark.parametrize("cancels", [False, True])
 def test_a_forged_journal_neither_leads_out_of_the_staging_nor_causes_endless_retries(
-    yard: Path, what: str, cancels: bool
+    workdir: Path, what: str, cancels: bool
 ) -> None:
     """The delivery starts again, or fails; then the same request can be made."""
-    staging, journal = begun(yard)
-    before = snapshot(yard / "outside")
+    staging, journal = begun(workdir)
+    before = snapshot(workdir / "outside")
     if what in RAW:
         data = RAW[what]
     else:
@@ -253,138 +253,146 @@ def test_a_forged_journal_neither_leads_out_of_the_staging_nor_causes_endless_re
         data = json.dumps(journal).encode()
     (staging / "journal").write_bytes(data)
 
-    outcome = staged_forks.cancel_fork(yard / "source", yard / "parent" / "fork") if cancels else go_on_with(yard)
+    outcome = (
+        staged_forks.cancel_fork(workdir / "source", workdir / "parent" / "fork") if cancels else continue_fork(workdir)
+    )
 
     assert "unexpected" not in outcome
-    assert snapshot(yard / "outside") == before
-    if not (yard / "parent" / "fork").exists():
-        assert deliver(yard)["status"] == "succeeded"
-    assert_alike(yard / "source", yard / "parent" / "fork", SKIPPED_BY_DEFAULT)
-    assert leftovers(yard / "parent") == []
+    assert snapshot(workdir / "outside") == before
+    if not (workdir / "parent" / "fork").exists():
+        assert deliver(workdir)["status"] == "succeeded"
+    assert_alike(workdir / "source", workdir / "parent" / "fork", SKIPPED_BY_DEFAULT)
+    assert leftovers(workdir / "parent") == []
 
 
 @pytest.mark.parametrize("name", ["manifest", "closing", "report-plan", "report-0", "chunk-0"])
 @pytest.mark.parametrize("data", [b"", b"null\n", b"{}\n", b"\xff" * 4096, b"[" * 100_000 + b"\n", b"0" * 4000])
-def test_a_forged_file_fails_the_fork_or_has_no_effect(yard: Path, name: str, data: bytes) -> None:
-    staging, _ = begun(yard)
+def test_a_forged_file_fails_the_fork_or_has_no_effect(workdir: Path, name: str, data: bytes) -> None:
+    staging, _ = begun(workdir)
     (staging / name).write_bytes(data)
 
-    outcome = go_on_with(yard)
+    outcome = continue_fork(workdir)
 
     assert "unexpected" not in outcome
-    if (yard / "parent" / "fork").exists():
-        assert_alike(yard / "source", yard / "parent" / "fork", SKIPPED_BY_DEFAULT)
-    assert leftovers(yard / "parent") == []
+    if (workdir / "parent" / "fork").exists():
+        assert_alike(workdir / "source", workdir / "parent" / "fork", SKIPPED_BY_DEFAULT)
+    assert leftovers(workdir / "parent") == []
 
 
 def test_a_journal_with_another_digit_never_makes_a_wrong_fork(fresh: Fresh) -> None:
     """Every digit of its plan. Without a checksum, two dozen of the changes left holes in a file copied in ranges."""
-    yard = fresh("xfs_noreflink")
-    (yard / "source").mkdir()
-    (yard / "parent").mkdir()
-    make_sparse_file(yard / "source" / "disk", 4 * MIB, 4 * MIB)
-    tried, text = 0, begun(yard)[0].joinpath("journal").read_text()
+    workdir = fresh("xfs_noreflink")
+    (workdir / "source").mkdir()
+    (workdir / "parent").mkdir()
+    make_sparse_file(workdir / "source" / "disk", 4 * MIB, 4 * MIB)
+    tried, text = 0, begun(workdir)[0].joinpath("journal").read_text()
     plan = text.index('"chunks"')
     for number in range(len(re.findall("[0-9]", text[plan : text.index("]]", plan)]))):
-        shutil.rmtree(yard / "parent")
-        (yard / "parent").mkdir()
-        path = begun(yard)[0] / "journal"
+        shutil.rmtree(workdir / "parent")
+        (workdir / "parent").mkdir()
+        path = begun(workdir)[0] / "journal"
         text = path.read_text()
         at = [found.start() for found in re.finditer("[0-9]", text[text.index('"chunks"') :])][number]
         at += text.index('"chunks"')
         path.write_text(f"{text[:at]}{(int(text[at]) + 1) % 10}{text[at + 1 :]}")
 
-        assert "unexpected" not in go_on_with(yard)
+        assert "unexpected" not in continue_fork(workdir)
 
-        if (yard / "parent" / "fork").exists():
+        if (workdir / "parent" / "fork").exists():
             tried += 1
-            assert_alike(yard / "source", yard / "parent" / "fork", SKIPPED_BY_DEFAULT)
+            assert_alike(workdir / "source", workdir / "parent" / "fork", SKIPPED_BY_DEFAULT)
     assert tried > 20
 
 
-def test_a_fork_without_a_planning_report_fails(yard: Path) -> None:
-    staging, _ = begun(yard)
+def test_a_fork_without_a_planning_report_fails(workdir: Path) -> None:
+    staging, _ = begun(workdir)
     (staging / "report-plan").unlink()
 
-    assert "the report of its planning is missing" in go_on_with(yard)
+    assert "the report of its planning is missing" in continue_fork(workdir)
 
-    assert not (yard / "parent" / "fork").exists()
-    assert leftovers(yard / "parent") == []
+    assert not (workdir / "parent" / "fork").exists()
+    assert leftovers(workdir / "parent") == []
 
 
-def test_the_journal_of_another_fork_is_not_used(yard: Path) -> None:
-    staging, journal = begun(yard)
+def test_the_journal_of_another_fork_is_not_used(workdir: Path) -> None:
+    staging, journal = begun(workdir)
     journal["spec"]["fork_id"] = "fork-2"
     (staging / "journal").write_text(json.dumps(journal))
 
-    assert "its journal belongs to another fork" in go_on_with(yard)
-    assert "its journal belongs to another fork" in staged_forks.cancel_fork(yard / "source", yard / "parent" / "fork")
+    assert "its journal belongs to another fork" in continue_fork(workdir)
+    assert "its journal belongs to another fork" in staged_forks.cancel_fork(
+        workdir / "source", workdir / "parent" / "fork"
+    )
 
 
-def test_a_copy_of_a_control_directory_is_not_used(yard: Path) -> None:
-    staging, _ = begun(yard)
-    staging.rename(yard / "parent" / "aside")
-    shutil.copytree(yard / "parent" / "aside", staging)
+def test_a_copy_of_a_control_directory_is_not_used(workdir: Path) -> None:
+    staging, _ = begun(workdir)
+    staging.rename(workdir / "parent" / "aside")
+    shutil.copytree(workdir / "parent" / "aside", staging)
     staging.chmod(0o700)
 
-    assert "it is a copy of a staging directory" in go_on_with(yard)
-    assert "it is a copy of a staging directory" in staged_forks.cancel_fork(yard / "source", yard / "parent" / "fork")
+    assert "it is a copy of a staging directory" in continue_fork(workdir)
+    assert "it is a copy of a staging directory" in staged_forks.cancel_fork(
+        workdir / "source", workdir / "parent" / "fork"
+    )
 
 
 # -- the tree
 
 
-def _swap_tree(yard: Path, staging: Path) -> None:
+def _swap_tree(workdir: Path, staging: Path) -> None:
     """Put another directory in place of the tree, as a user who may write in the parent can."""
     journal = json.loads((staging / "journal").read_bytes())
     tree = staging.with_name(f"{NAME}.{journal['attempt']}")
 
     def swap() -> None:
-        tree.rename(yard / "parent" / "aside")
+        tree.rename(workdir / "parent" / "aside")
         tree.mkdir()
         (tree / "theirs").touch()
 
     in_child(swap, user=ATTACKER)
 
 
-def test_a_tree_replaced_between_two_chunks_fails_the_fork_and_is_kept(yard: Path) -> None:
-    staging, journal = begun(yard)
-    _swap_tree(yard, staging)
+def test_a_tree_replaced_between_two_chunks_fails_the_fork_and_is_kept(workdir: Path) -> None:
+    staging, journal = begun(workdir)
+    _swap_tree(workdir, staging)
 
-    outcome = go_on_with(yard)
+    outcome = continue_fork(workdir)
 
     assert "it is not the directory that this fork was made in" in outcome
-    assert not (yard / "parent" / "fork").exists()
-    assert os.listdir(yard / "parent" / f"{NAME}.{journal['attempt']}") == ["theirs"]
+    assert not (workdir / "parent" / "fork").exists()
+    assert os.listdir(workdir / "parent" / f"{NAME}.{journal['attempt']}") == ["theirs"]
 
 
-def test_a_tree_replaced_before_its_rename_is_never_reported_as_the_fork(yard: Path) -> None:
-    staging, _ = begun(yard)
-    parent_fd = os.open(yard / "parent", os.O_RDONLY)
+def test_a_tree_replaced_before_its_rename_is_never_reported_as_the_fork(workdir: Path) -> None:
+    staging, _ = begun(workdir)
+    parent_fd = os.open(workdir / "parent", os.O_RDONLY)
     with Staging.attach(parent_fd, "fork-1", wait=0, alone=True) as held:
         assert held is not None
         journal = held.journal()
         assert journal is not None
-        _swap_tree(yard, staging)
+        _swap_tree(workdir, staging)
         tree = held.tree_name(journal)
 
         with pytest.raises(ForkError, match="it is not the directory"):
             held.publish(journal, "fork", sync=False)
 
     os.close(parent_fd)
-    assert not (yard / "parent" / "fork").exists()
-    assert os.listdir(yard / "parent" / tree) == ["theirs"]
+    assert not (workdir / "parent" / "fork").exists()
+    assert os.listdir(workdir / "parent" / tree) == ["theirs"]
 
 
 @pytest.mark.parametrize("bits", [{"uid": 0, "mode": 0o104755}, {"uid": NOBODY}, {"gid": 0}, {"mode": 0o102777}])
-def test_owner_and_mode_of_a_clone_come_from_the_source_not_from_the_manifest(yard: Path, bits: dict[str, int]) -> None:
-    for path in (yard / "source").rglob("*"):
+def test_owner_and_mode_of_a_clone_come_from_the_source_not_from_the_manifest(
+    workdir: Path, bits: dict[str, int]
+) -> None:
+    for path in (workdir / "source").rglob("*"):
         os.chown(path, ATTACKER, ATTACKER, follow_symlinks=False)
-    staging, _ = begun(yard)
+    staging, _ = begun(workdir)
     staged_forks.change_manifest(staging / "manifest", bits)
 
-    outcome = go_on_with(yard)
+    outcome = continue_fork(workdir)
 
     assert "source_changed" in outcome
-    assert not (yard / "parent" / "fork").exists()
-    assert leftovers(yard / "parent") == []
+    assert not (workdir / "parent" / "fork").exists()
+    assert leftovers(workdir / "parent") == []

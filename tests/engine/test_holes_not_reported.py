@@ -87,12 +87,12 @@ def test_a_file_without_holes_is_copied_with_its_zeros(fresh: Fresh, passthrough
 
 def test_a_campaign_preserves_the_holes_too(images: tuple[Path, Path], fresh: Fresh, tmp_path: Path) -> None:
     source, backing = images
-    place = fresh("xfs")
+    workdir = fresh("xfs")
 
-    result, _ = campaign_with_ledger(source, destinations(place, 2), tmp_path / "ledger")
+    result, _ = campaign_with_ledger(source, destinations(workdir, 2), tmp_path / "ledger")
 
     assert result["status"] == "succeeded"
-    for path in destinations(place, 2):
+    for path in destinations(workdir, 2):
         assert_alike(source, path)
         for name in os.listdir(source):
             assert allocated_bytes(path / name) <= allocated_bytes(backing / name) + MIB, name
@@ -100,7 +100,7 @@ def test_a_campaign_preserves_the_holes_too(images: tuple[Path, Path], fresh: Fr
 
 
 def test_reading_a_hole_ends_when_the_fork_is_cancelled(
-    fresh: Fresh, passthrough: Passthrough, limits: Limits, every_beat: None
+    fresh: Fresh, passthrough: Passthrough, limits: Limits, every_poll: None
 ) -> None:
     backing = fresh("xfs")
     (backing / "source").mkdir()
@@ -114,7 +114,7 @@ def test_reading_a_hole_ends_when_the_fork_is_cancelled(
         if len(seen) > 20:
             raise ForkError(Code.CANCELLED, "enough", "")
 
-    result = fork(passthrough(backing) / "source", destination, limits=limits, beat=cancel, reflink="never")
+    result = fork(passthrough(backing) / "source", destination, limits=limits, poll=cancel, reflink="never")
 
     assert result["status"] == "cancelled"
     assert "copy" in {progress["phase"] for progress in seen}

@@ -131,7 +131,7 @@ def test_an_ordinary_user_preserves_a_group_of_which_the_user_is_a_member(home: 
     assert_alike(source, home / "fork")
 
 
-def test_no_other_user_can_read_a_fork_before_it_is_published(fresh: Fresh, every_beat: None) -> None:
+def test_no_other_user_can_read_a_fork_before_it_is_published(fresh: Fresh, every_poll: None) -> None:
     directory = fresh("xfs")
     source = make_guest(directory / "source")
     for path in [source, *source.rglob("*")]:
@@ -141,14 +141,14 @@ def test_no_other_user_can_read_a_fork_before_it_is_published(fresh: Fresh, ever
     def poll(progress: object) -> None:
         seen.update(stat.S_IMODE((directory / name).lstat().st_mode) for name in leftovers(directory))
 
-    forked(source, directory / "fork", beat=poll, reflink="never")
+    forked(source, directory / "fork", poll=poll, reflink="never")
 
     # The tree gets its final mode immediately before the rename; until then only its owner can enter.
     assert seen <= {0o700, 0o777}
     assert 0o700 in seen
 
 
-def test_unfinished_files_have_no_wider_mode_than_their_sources(fresh: Fresh, every_beat: None) -> None:
+def test_unfinished_files_have_no_wider_mode_than_their_sources(fresh: Fresh, every_poll: None) -> None:
     directory = fresh("xfs")
     source = make_guest(directory / "source")
     (source / "overlay.raw").chmod(0o600)
@@ -157,14 +157,14 @@ def test_unfinished_files_have_no_wider_mode_than_their_sources(fresh: Fresh, ev
     def poll(progress: object) -> None:
         seen.update(stat.S_IMODE(path.lstat().st_mode) for path in directory.glob(".forkvm-*.*/overlay.raw"))
 
-    in_child(lambda: (forked(source, directory / "fork", beat=poll, reflink="never"), seen)[1], umask=0)
-    forked(source, directory / "fork-2", beat=poll, reflink="never")
+    in_child(lambda: (forked(source, directory / "fork", poll=poll, reflink="never"), seen)[1], umask=0)
+    forked(source, directory / "fork-2", poll=poll, reflink="never")
 
     assert seen == {0o600}
 
 
 def test_a_fork_that_failed_after_its_read_only_directories_were_made_leaves_nothing(
-    home: Path, every_beat: None
+    home: Path, every_poll: None
 ) -> None:
     source = make_guest(home / "source")
     (source / "sealed").mkdir()
@@ -176,11 +176,11 @@ def test_a_fork_that_failed_after_its_read_only_directories_were_made_leaves_not
     for path in [source, *source.rglob("*")]:
         os.chown(path, NOBODY, NOBODY)
 
-    def meddle(progress: dict[str, object]) -> None:
+    def act(progress: dict[str, object]) -> None:
         if progress["phase"] == "publish":
             (source / "new").touch()
 
-    error = in_child(lambda: refused(source, home / "fork", beat=meddle), user=NOBODY)
+    error = in_child(lambda: refused(source, home / "fork", poll=act), user=NOBODY)
 
     assert error["code"] == "source_changed"
 

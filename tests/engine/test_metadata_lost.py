@@ -52,7 +52,7 @@ def modes(root: Path) -> dict[str, int]:
 
 
 @pytest.fixture
-def guarded(fresh: Fresh) -> Path:
+def source_with_acls(fresh: Fresh) -> Path:
     """A source to which ACLs give a user access, and in which the group has none."""
     source = fresh("xfs") / "source"
     (source / "below").mkdir(parents=True)
@@ -74,41 +74,45 @@ ACLS_LOST = {(".", "acl"), ("below", "acl"), ("below", "default acl"), ("key", "
 
 @pytest.mark.parametrize("umask", [0o022, 0])
 def test_a_destination_without_acls_gives_no_additional_access(
-    guarded: Path, ramfs: Path, limits: Limits, umask: int
+    source_with_acls: Path, ramfs: Path, limits: Limits, umask: int
 ) -> None:
-    result = in_child(lambda: forked(guarded, ramfs / "fork", limits=limits), umask=umask)
+    result = in_child(lambda: forked(source_with_acls, ramfs / "fork", limits=limits), umask=umask)
 
     assert modes(ramfs / "fork") == WITHOUT_ACLS
     assert lost(result) == ACLS_LOST | {("key", "xattr user.origin")}
 
 
-@pytest.mark.usefixtures("every_beat")
-def test_an_unfinished_file_does_not_have_the_mode_of_its_acls_mask(guarded: Path, ramfs: Path) -> None:
+@pytest.mark.usefixtures("every_poll")
+def test_an_unfinished_file_does_not_have_the_mode_of_its_acls_mask(source_with_acls: Path, ramfs: Path) -> None:
     seen: set[int] = set()
 
     def poll(progress: object) -> None:
         seen.update(path.lstat().st_mode & 0o777 for path in ramfs.glob(".forkvm-*.*/disk.raw"))
 
-    in_child(lambda: forked(guarded, ramfs / "fork", beat=poll), umask=0)
-    forked(guarded, ramfs / "fork-2", beat=poll)
+    in_child(lambda: forked(source_with_acls, ramfs / "fork", poll=poll), umask=0)
+    forked(source_with_acls, ramfs / "fork-2", poll=poll)
 
     assert seen == {0o600}
 
 
 @pytest.mark.parametrize("preserve", [{"mode"}, {"mode", "ownership"}, {"ownership", "xattrs"}, set()])
-def test_a_fork_that_drops_acls_gives_no_additional_access(guarded: Path, limits: Limits, preserve: set[Any]) -> None:
-    place = guarded.parent
+def test_a_fork_that_drops_acls_gives_no_additional_access(
+    source_with_acls: Path, limits: Limits, preserve: set[Any]
+) -> None:
+    workdir = source_with_acls.parent
 
-    result = in_child(lambda: forked(guarded, place / "fork", limits=limits, preserve=frozenset(preserve)), umask=0)
+    result = in_child(
+        lambda: forked(source_with_acls, workdir / "fork", limits=limits, preserve=frozenset(preserve)), umask=0
+    )
 
-    assert modes(place / "fork") == WITHOUT_ACLS
+    assert modes(workdir / "fork") == WITHOUT_ACLS
     assert lost(result) == set()  # nobody requested them
 
 
-def test_each_fork_of_a_campaign_lists_its_losses(guarded: Path, ramfs: Path, tmp_path: Path) -> None:
+def test_each_fork_of_a_campaign_lists_its_losses(source_with_acls: Path, ramfs: Path, tmp_path: Path) -> None:
     paths = local_campaigns.destinations(ramfs, 3)
 
-    _, ledger = local_campaigns.campaign_with_ledger(guarded, paths, tmp_path / "ledger")
+    _, ledger = local_campaigns.campaign_with_ledger(source_with_acls, paths, tmp_path / "ledger")
 
     assert [modes(path) for path in paths] == [WITHOUT_ACLS] * 3
     assert [lost(result) for result in ledger.forks] == [ACLS_LOST | {("key", "xattr user.origin")}] * 3
@@ -185,8 +189,8 @@ def test_an_owner_not_mapped_in_a_user_namespace_is_skipped(fresh: Fresh, limits
 
 def test_an_attribute_that_the_destination_refuses_is_skipped(fresh: Fresh, limits: Limits) -> None:
     """btrfs does not compress a directory whose files are NOCOW."""
-    place = fresh("btrfs")
-    source, machines = place / "source", place / "machines"
+    workdir = fresh("btrfs")
+    source, machines = workdir / "source", workdir / "machines"
     source.mkdir()
     machines.mkdir()
     subprocess.run([require_command("chattr", "NOCOW files"), "+C", machines], check=True)
@@ -201,7 +205,7 @@ def test_an_attribute_that_the_destination_refuses_is_skipped(fresh: Fresh, limi
 
 
 def test_attributes_that_are_too_large_for_the_destination_are_skipped(fresh: Fresh, limits: Limits) -> None:
-    source, place = fresh("xfs") / "source", fresh("ext4")
+    source, workdir = fresh("xfs") / "source", fresh("ext4")
     source.mkdir()
     (source / "file").write_bytes(b"x")
     os.setxattr(source / "file", "user.large", b"x" * 60_000)
@@ -209,32 +213,32 @@ def test_attributes_that_are_too_large_for_the_destination_are_skipped(fresh: Fr
     for number in range(4):  # each one fits, but not all of them
         os.setxattr(source, f"user.{number}", b"x" * 1500)
 
-    result = forked(source, place / "fork", limits=limits)
+    result = forked(source, workdir / "fork", limits=limits)
 
-    assert os.getxattr(place / "fork" / "file", "user.small") == b"here"
-    kept = {name for name in os.listxattr(place / "fork") if name.startswith("user.")}
+    assert os.getxattr(workdir / "fork" / "file", "user.small") == b"here"
+    kept = {name for name in os.listxattr(workdir / "fork") if name.startswith("user.")}
     assert len(kept) == 2
     missing = {(".", f"xattr user.{number}") for number in range(4) if f"user.{number}" not in kept}
     assert lost(result) == missing | {("file", "xattr user.large")}
 
 
 def test_an_attribute_that_does_not_fit_on_a_full_filesystem_is_no_space(fresh: Fresh, small_ext4: SmallExt4) -> None:
-    source, place = fresh("xfs") / "source", small_ext4("-m", "0", "-O", "ea_inode")
+    source, workdir = fresh("xfs") / "source", small_ext4("-m", "0", "-O", "ea_inode")
     source.mkdir()
     (source / "file").write_bytes(b"")
     os.setxattr(source / "file", "user.origin", b"x" * 60_000)
-    filling = place / "filling"
+    filling = workdir / "filling"
     with filling.open("wb") as file:
-        status = os.statvfs(place)
+        status = os.statvfs(workdir)
         os.posix_fallocate(file.fileno(), 0, (status.f_bavail - 1) * status.f_frsize)
 
     for _ in range(40):  # until there is room for the staging and none for the attribute
-        error = fork(source, place / "fork")["error"]
+        error = fork(source, workdir / "fork")["error"]
         if error is None:
             break
         assert (error["code"], error["errno"]) == ("no_space", errno.ENOSPC)
         if "user.origin" in error["message"]:
-            assert error["path"] == str(place / "fork" / "file")
+            assert error["path"] == str(workdir / "fork" / "file")
             return
         os.truncate(filling, filling.stat().st_size - status.f_frsize)
     pytest.fail("with no amount of free space was the attribute the first to fail")
@@ -243,38 +247,38 @@ def test_an_attribute_that_does_not_fit_on_a_full_filesystem_is_no_space(fresh: 
 @pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EIO", "ENOMEM", "EROFS"])
 def test_a_failing_or_full_disk_is_an_error_that_names_the_attribute(fresh: Fresh, name: str) -> None:
     strace = require_command("strace", "the injection of errors")
-    place = fresh("xfs")
-    source = place / "source"
+    workdir = fresh("xfs")
+    source = workdir / "source"
     source.mkdir()
     (source / "file").write_bytes(b"x")
     os.setxattr(source / "file", "user.origin", b"here")
 
-    traced = trace_fork(strace, source, place / "fork", calls="fsetxattr", inject=[f"fsetxattr:error={name}"])
+    traced = trace_fork(strace, source, workdir / "fork", calls="fsetxattr", inject=[f"fsetxattr:error={name}"])
 
     assert traced.result is not None
     error = traced.result["error"]
     assert error is not None
     code = "no_space" if name in ("ENOSPC", "EDQUOT") else "io_error"
     assert (error["code"], error["errno"]) == (code, getattr(errno, name))
-    assert (error["path"], "user.origin" in error["message"]) == (str(place / "fork" / "file"), True)
-    assert leftovers(place) == []
+    assert (error["path"], "user.origin" in error["message"]) == (str(workdir / "fork" / "file"), True)
+    assert leftovers(workdir) == []
 
 
 @pytest.mark.parametrize("name", ["EPERM", "EACCES", "EOPNOTSUPP", "EINVAL", "E2BIG", "ERANGE", "ENAMETOOLONG"])
 def test_a_refused_attribute_is_listed_and_the_others_are_preserved(fresh: Fresh, name: str) -> None:
     strace = require_command("strace", "the injection of errors")
-    place = fresh("xfs")
-    source = place / "source"
+    workdir = fresh("xfs")
+    source = workdir / "source"
     source.mkdir()
     (source / "file").write_bytes(b"x")
     for attribute in ("user.a", "user.b"):
         os.setxattr(source / "file", attribute, b"here")
 
-    traced = trace_fork(strace, source, place / "fork", calls="fsetxattr", inject=[f"fsetxattr:error={name}:when=1"])
+    traced = trace_fork(strace, source, workdir / "fork", calls="fsetxattr", inject=[f"fsetxattr:error={name}:when=1"])
 
     assert traced.result is not None
     assert traced.result["status"] == "succeeded"
-    (kept,) = os.listxattr(place / "fork" / "file")
+    (kept,) = os.listxattr(workdir / "fork" / "file")
     assert lost(traced.result) == {("file", "xattr user.a"), ("file", "xattr user.b")} - {("file", f"xattr {kept}")}
 
 
@@ -283,18 +287,18 @@ def test_an_attribute_that_is_removed_after_it_was_listed_is_a_change_of_the_sou
     fresh: Fresh, chunked: bool
 ) -> None:
     strace = require_command("strace", "the injection of errors")
-    place = fresh("xfs")
-    source = place / "source"
+    workdir = fresh("xfs")
+    source = workdir / "source"
     source.mkdir()
     (source / "file").write_bytes(b"x")
     os.setxattr(source / "file", "user.origin", b"here")
-    clone = in_tree(place / "fork", "file")
+    clone = in_tree(workdir / "fork", "file")
     script = f"until [ -e {clone} ]; do :; done; sleep 0.1; setfattr -x user.origin {source / 'file'}"
     with ended_at_exit(subprocess.Popen(["sh", "-c", script])) as remover:
         traced = trace_fork(
             strace,
             source,
-            place / "fork",
+            workdir / "fork",
             calls="fgetxattr",
             inject=["fgetxattr:delay_enter=500000"],
             chunked=chunked,
@@ -308,20 +312,20 @@ def test_an_attribute_that_is_removed_after_it_was_listed_is_a_change_of_the_sou
 
 def test_an_attribute_that_is_listed_but_missing_is_skipped(fresh: Fresh) -> None:
     strace = require_command("strace", "the injection of errors")
-    place = fresh("xfs")
-    source = place / "source"
+    workdir = fresh("xfs")
+    source = workdir / "source"
     source.mkdir()
     (source / "file").write_bytes(b"x")
     os.setxattr(source / "file", "user.origin", b"here")
 
-    traced = trace_fork(strace, source, place / "fork", calls="fgetxattr", inject=["fgetxattr:error=ENODATA"])
+    traced = trace_fork(strace, source, workdir / "fork", calls="fgetxattr", inject=["fgetxattr:error=ENODATA"])
 
     assert traced.result is not None
     assert (traced.result["status"], traced.result["metadata_lost"]) == ("succeeded", [])
 
 
 def test_times_that_the_destination_rounds_are_listed(fresh: Fresh, small_ext4: SmallExt4, limits: Limits) -> None:
-    source, place = fresh("xfs") / "source", small_ext4("-I", "128")
+    source, workdir = fresh("xfs") / "source", small_ext4("-I", "128")
     source.mkdir()
     for name in ("fine", "whole"):
         (source / name).write_bytes(b"x")
@@ -329,19 +333,19 @@ def test_times_that_the_destination_rounds_are_listed(fresh: Fresh, small_ext4: 
     os.utime(source / "whole", ns=(1_500_000_000 * 10**9, 1_400_000_000 * 10**9))
     os.utime(source, ns=(1_500_000_000 * 10**9, 1_400_000_000 * 10**9))
 
-    result = forked(source, place / "fork", limits=limits)
+    result = forked(source, workdir / "fork", limits=limits)
 
     assert lost(result) == {("fine", "timestamps")}
 
 
 def test_a_time_that_the_destination_does_not_reach_is_listed(fresh: Fresh, small_ext4: SmallExt4) -> None:
-    source, place = fresh("btrfs") / "source", small_ext4("-I", "128")
+    source, workdir = fresh("btrfs") / "source", small_ext4("-I", "128")
     source.mkdir()
     (source / "file").write_bytes(b"x")
     os.utime(source / "file", ns=(10**9 << 32, 10**9 << 32))
     os.utime(source, ns=(10**9, 10**9))
 
-    assert lost(forked(source, place / "fork")) == {("file", "timestamps")}
+    assert lost(forked(source, workdir / "fork")) == {("file", "timestamps")}
 
 
 def test_metadata_that_a_filesystem_accepts_and_drops_is_listed(
@@ -354,9 +358,9 @@ def test_metadata_that_a_filesystem_accepts_and_drops_is_listed(
     (source / "link").symlink_to("nowhere")
     for name in ("file", "link"):
         os.chown(source / name, 1234, 5678, follow_symlinks=False)
-    place = passthrough(backing, "drop_metadata")
+    workdir = passthrough(backing, "drop_metadata")
 
-    result = forked(source, place / "fork", limits=limits)
+    result = forked(source, workdir / "fork", limits=limits)
 
     top = {(".", "mode"), (".", "timestamps")}
     both = {(name, what) for name in ("file", "link") for what in ("ownership", "timestamps")}

@@ -316,11 +316,11 @@ def test_entries_of_an_earlier_attempt_are_replaced(kind: str, request: pytest.F
 
 
 def test_a_first_attempt_replaces_nothing_on_any_filesystem(fresh: Fresh) -> None:
-    place = fresh("xfs")
-    source = place / "source"
+    workdir = fresh("xfs")
+    source = workdir / "source"
     source.mkdir()
     file(source / "state")
-    spec, ledger, ticker = spec_of(source, place / "fork", reflink="never"), Ledger(), Ticker(never_stop)
+    spec, ledger, ticker = spec_of(source, workdir / "fork", reflink="never"), Ledger(), Ticker(never_stop)
     with (
         open_endpoints(Roots(), spec.source, spec.destination) as ends,
         Staging.claim(ends.parent_fd, spec.fork_id, wait=0) as staging,
@@ -340,7 +340,7 @@ def test_a_first_attempt_replaces_nothing_on_any_filesystem(fresh: Fresh) -> Non
             assert (error["code"], error["errno"], error["path"]) == (
                 "io_error",
                 errno.EEXIST,
-                str(place / "fork/state"),
+                str(workdir / "fork/state"),
             )
             assert "'state' exists already" in error["message"]
             assert os.stat("state", dir_fd=work.tree_fd).st_size == 0

@@ -24,13 +24,13 @@ _FEW = _PAGES // 20
 
 
 @pytest.fixture(params=ON_DISK)
-def place(request: pytest.FixtureRequest, fresh: Fresh) -> Path:
+def workdir(request: pytest.FixtureRequest, fresh: Fresh) -> Path:
     return fresh(request.param)
 
 
-def make_source(place: Path) -> Path:
+def make_source(workdir: Path) -> Path:
     """A source with one dense file whose pages are not cached."""
-    source = place / "source"
+    source = workdir / "source"
     source.mkdir()
     make_sparse_file(source / "disk.raw", _SIZE, _SIZE)
     evict(source / "disk.raw")
@@ -38,47 +38,47 @@ def make_source(place: Path) -> Path:
     return source
 
 
-def test_a_copy_with_cache_drop_leaves_no_pages(place: Path) -> None:
-    source = make_source(place)
+def test_a_copy_with_cache_drop_leaves_no_pages(workdir: Path) -> None:
+    source = make_source(workdir)
 
-    forked(source, place / "fork", reflink="never", cache="drop")
+    forked(source, workdir / "fork", reflink="never", cache="drop")
 
-    wait_until(lambda: cached_pages(place / "fork" / "disk.raw").cached <= _FEW, "the end of the write-out")
+    wait_until(lambda: cached_pages(workdir / "fork" / "disk.raw").cached <= _FEW, "the end of the write-out")
     assert cached_pages(source / "disk.raw").cached <= _FEW
-    assert_alike(source, place / "fork")
+    assert_alike(source, workdir / "fork")
 
 
-def test_pages_of_the_source_that_were_cached_before_are_kept(place: Path) -> None:
-    source = make_source(place)
+def test_pages_of_the_source_that_were_cached_before_are_kept(workdir: Path) -> None:
+    source = make_source(workdir)
     read = 8 * MIB
     with (source / "disk.raw").open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no more than this
         file.read(read)
     before = cached_pages(source / "disk.raw", 0, read).cached
 
-    forked(source, place / "fork", reflink="never", cache="drop")
+    forked(source, workdir / "fork", reflink="never", cache="drop")
 
     assert before > _FEW
     assert cached_pages(source / "disk.raw", 0, read).cached >= before - _FEW
     assert cached_pages(source / "disk.raw", 2 * read).cached <= _FEW
 
 
-def test_a_copy_with_defaults_stays_in_the_cache(place: Path) -> None:
-    source = make_source(place)
+def test_a_copy_with_defaults_stays_in_the_cache(workdir: Path) -> None:
+    source = make_source(workdir)
 
-    forked(source, place / "fork", reflink="never")
+    forked(source, workdir / "fork", reflink="never")
 
-    assert cached_pages(place / "fork" / "disk.raw").cached >= _PAGES - _FEW
+    assert cached_pages(workdir / "fork" / "disk.raw").cached >= _PAGES - _FEW
 
 
-def test_writeback_is_started_behind_a_copy_while_the_host_has_many_dirty_pages(place: Path) -> None:
-    with (place / "file").open("wb", buffering=0) as file:
+def test_writeback_is_started_behind_a_copy_while_the_host_has_many_dirty_pages(workdir: Path) -> None:
+    with (workdir / "file").open("wb", buffering=0) as file:
         behind = WriteBehind(file.fileno(), 0, drops=False, most_dirty=0)
         try:
             for at in range(0, _SIZE, MIB):
                 file.write(os.urandom(MIB))
                 behind.wrote(MIB, at + MIB)
-            wait_until(lambda: cached_pages(place / "file").dirty <= _FEW, "the begin of the write-out", timeout=8.0)
+            wait_until(lambda: cached_pages(workdir / "file").dirty <= _FEW, "the begin of the write-out", timeout=8.0)
         finally:
             behind.stop()
 
@@ -86,12 +86,12 @@ def test_writeback_is_started_behind_a_copy_while_the_host_has_many_dirty_pages(
 @pytest.mark.parametrize("kind", ["tmpfs", "overlayfs", "xfs_noreflink"])
 @pytest.mark.parametrize("limits", [INLINE, CHUNKED], ids=["inline", "chunked"])
 def test_cache_drop_makes_the_same_fork_everywhere(fresh: Fresh, kind: Kind, limits: object) -> None:
-    place = fresh(kind)
-    source = place / "source"
+    workdir = fresh(kind)
+    source = workdir / "source"
     source.mkdir()
     make_sparse_file(source / "disk.raw", 24 * MIB + 5, 17 * MIB)
     (source / "state").write_bytes(b"paused")
 
-    forked(source, place / "fork", reflink="never", cache="drop", limits=limits)
+    forked(source, workdir / "fork", reflink="never", cache="drop", limits=limits)
 
-    assert_alike(source, place / "fork")
+    assert_alike(source, workdir / "fork")

@@ -111,13 +111,13 @@ def test_a_small_fork_is_one_inline_chunk(fresh: Fresh) -> None:
     source = fresh("ext4") / "source"
     paths = make_files(source, 3, 4)
 
-    planned_ = planned(source, INLINE)
+    result = planned(source, INLINE)
 
-    assert planned_.plan.inline
-    assert len(planned_.plan.chunks) == 1
-    assert planned_.whole() == paths
-    assert planned_.plan.entries == 15
-    assert planned_.plan.bytes == 12 * 5000
+    assert result.plan.inline
+    assert len(result.plan.chunks) == 1
+    assert result.whole() == paths
+    assert result.plan.entries == 15
+    assert result.plan.bytes == 12 * 5000
 
 
 @pytest.mark.parametrize("chunk_files", [1, 3, 7, 16, 40])
@@ -125,11 +125,11 @@ def test_chunks_hold_every_file_exactly_once(fresh: Fresh, chunk_files: int) -> 
     source = fresh("ext4") / "source"
     paths = make_files(source, 7, 5)
 
-    planned_ = planned(source, Limits(inline_files=0, chunk_files=chunk_files))
+    result = planned(source, Limits(inline_files=0, chunk_files=chunk_files))
 
-    assert not planned_.plan.inline
-    assert planned_.whole() == paths
-    assert len(planned_.plan.chunks) >= 2  # two children can work at once
+    assert not result.plan.inline
+    assert result.whole() == paths
+    assert len(result.plan.chunks) >= 2  # two children can work at once
 
 
 @pytest.mark.parametrize("chunk_bytes", [MIB, 3 * MIB, 5 * MIB])
@@ -141,17 +141,17 @@ def test_ranges_cover_a_large_file_exactly_and_start_at_whole_mebibytes(fresh: F
     make_sparse_file(source / "full", 6 * MIB - 1, 6 * MIB)
     make_sparse_file(source / "small", 4096, 4096)
 
-    planned_ = planned(source, Limits(inline_bytes=0, chunk_bytes=chunk_bytes))
+    result = planned(source, Limits(inline_bytes=0, chunk_bytes=chunk_bytes))
 
     for name, length in (("large", size), ("full", 6 * MIB - 1)):
-        ranges = planned_.ranges(name)
+        ranges = result.ranges(name)
         assert len(ranges) > 1
         assert ranges[0][0] == 0
         assert ranges[-1][1] == length
         assert [end for _, end in ranges[:-1]] == [start for start, _ in ranges[1:]]
         assert all(start % MIB == 0 and start < end for start, end in ranges)
-    assert planned_.whole() == ["small"]
-    assert planned_.made == {"large": size, "full": 6 * MIB - 1}
+    assert result.whole() == ["small"]
+    assert result.made == {"large": size, "full": 6 * MIB - 1}
 
 
 @pytest.mark.parametrize("most", [1, 2, 5, 50])
@@ -159,10 +159,10 @@ def test_a_fork_of_many_files_stays_within_its_number_of_chunks(fresh: Fresh, mo
     source = fresh("tmpfs") / "source"
     paths = make_files(source, 12, 30)
 
-    planned_ = planned(source, Limits(inline_files=0, chunk_files=1, max_chunks=most))
+    result = planned(source, Limits(inline_files=0, chunk_files=1, max_chunks=most))
 
-    assert planned_.whole() == paths
-    assert len(planned_.plan.chunks) <= most
+    assert result.whole() == paths
+    assert len(result.plan.chunks) <= most
 
 
 def test_a_fork_of_many_large_files_stays_within_its_number_of_chunks(fresh: Fresh) -> None:
@@ -171,14 +171,14 @@ def test_a_fork_of_many_large_files_stays_within_its_number_of_chunks(fresh: Fre
     for number in range(6):
         make_sparse_file(source / f"large-{number}", 12 * MIB, 8 * MIB, seed=number)
 
-    planned_ = planned(source, Limits(inline_bytes=0, chunk_bytes=MIB, max_chunks=10))
+    result = planned(source, Limits(inline_bytes=0, chunk_bytes=MIB, max_chunks=10))
 
-    assert len(planned_.plan.chunks) <= 10
+    assert len(result.plan.chunks) <= 10
     for number in range(6):
         name = f"large-{number}"
-        ranges = planned_.ranges(name)
+        ranges = result.ranges(name)
         assert sum(end - start for start, end in ranges) == (12 * MIB if ranges else 0)
-        assert planned_.whole().count(name) == (0 if ranges else 1)
+        assert result.whole().count(name) == (0 if ranges else 1)
 
 
 def test_large_files_are_not_split_if_they_can_be_reflinked(fresh: Fresh) -> None:
@@ -187,11 +187,11 @@ def test_large_files_are_not_split_if_they_can_be_reflinked(fresh: Fresh) -> Non
     make_sparse_file(source / "large", 8 * MIB, 8 * MIB)
     make_sparse_file(source / "other", 4 * MIB, 4 * MIB)
 
-    planned_ = planned(source, Limits(inline_files=0, chunk_bytes=MIB))
+    result = planned(source, Limits(inline_files=0, chunk_bytes=MIB))
 
-    assert {chunk.kind for chunk in planned_.plan.chunks} == {"files"}
-    assert planned_.plan.cloned == ("large",)
-    assert planned_.whole() == ["large", "other"]
+    assert {chunk.kind for chunk in result.plan.chunks} == {"files"}
+    assert result.plan.cloned == ("large",)
+    assert result.whole() == ["large", "other"]
 
 
 def test_a_source_of_any_size_is_inline_if_it_can_be_reflinked(fresh: Fresh) -> None:
@@ -222,11 +222,11 @@ def test_chunks_are_started_during_the_walk(fresh: Fresh, kind: Kind) -> None:
     paths = make_files(source, 12, 30)
     early = EarlyWorkers()
 
-    planned_ = planned(source, Limits(inline_files=20, chunk_files=24), early)
+    result = planned(source, Limits(inline_files=20, chunk_files=24), early)
 
     assert len(early.taken) > 5
-    assert planned_.plan.chunks[: len(early.taken)] == early.taken
-    assert planned_.whole() == paths
+    assert result.plan.chunks[: len(early.taken)] == early.taken
+    assert result.whole() == paths
 
 
 @pytest.mark.parametrize("most", [1, 2, 5, 50])
@@ -236,10 +236,10 @@ def test_chunks_started_during_the_walk_leave_room_for_the_rest(fresh: Fresh, mo
     make_sparse_file(source / "large", 12 * MIB, 8 * MIB)
     limits = Limits(inline_files=0, chunk_files=1, chunk_bytes=MIB, max_chunks=most)
 
-    planned_ = planned(source, limits, EarlyWorkers())
+    result = planned(source, limits, EarlyWorkers())
 
-    assert planned_.whole() == (paths if planned_.ranges("large") else sorted([*paths, "large"]))
-    assert len(planned_.plan.chunks) <= most
+    assert result.whole() == (paths if result.ranges("large") else sorted([*paths, "large"]))
+    assert len(result.plan.chunks) <= most
 
 
 def test_no_byte_is_copied_of_a_source_with_a_fifo(fresh: Fresh) -> None:
@@ -253,8 +253,8 @@ def test_no_byte_is_copied_of_a_source_with_a_fifo(fresh: Fresh) -> None:
 
     assert caught.value.code is Code.UNSUPPORTED_FILE_TYPE
     assert early.taken == []
-    planned_ = planned(source, Limits(inline_files=20, chunk_files=24), early, skip=("d9/fifo",))
-    assert planned_.plan.entries == 12 * 31 + 1
+    result = planned(source, Limits(inline_files=20, chunk_files=24), early, skip=("d9/fifo",))
+    assert result.plan.entries == 12 * 31 + 1
     assert early.taken != []
 
 

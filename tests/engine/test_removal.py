@@ -69,15 +69,15 @@ def test_a_tree_is_removed_and_nothing_outside_it(fs: Path, fd_of: Callable[[Pat
 
 
 def test_a_symlink_is_not_followed(fresh: Fresh, fd_of: Callable[[Path], int]) -> None:
-    place = fresh("tmpfs")
-    make_tree(place / "theirs")
-    (place / "link").symlink_to("theirs")
+    workdir = fresh("tmpfs")
+    make_tree(workdir / "theirs")
+    (workdir / "link").symlink_to("theirs")
 
     with pytest.raises(OSError, match="link"):
-        trees.remove(fd_of(place), "link")
+        trees.remove(fd_of(workdir), "link")
 
-    assert (place / "theirs/a/b/c/deep").exists()
-    assert (place / "link").is_symlink()
+    assert (workdir / "theirs/a/b/c/deep").exists()
+    assert (workdir / "link").is_symlink()
 
 
 @pytest.mark.parametrize("kind", ["xfs", "btrfs", "tmpfs"])
@@ -85,71 +85,71 @@ def test_a_symlink_is_not_followed(fresh: Fresh, fd_of: Callable[[Path], int]) -
 def test_a_mount_is_not_entered_and_the_rest_is_removed(
     kind: str, where: str, fresh: Fresh, fd_of: Callable[[Path], int]
 ) -> None:
-    place, precious = fresh("xfs"), make_tree(fresh(kind) / "precious")  # type: ignore[arg-type]
-    tree = make_tree(place / "tree")
+    workdir, mounted = fresh("xfs"), make_tree(fresh(kind) / "precious")  # type: ignore[arg-type]
+    tree = make_tree(workdir / "tree")
     point = tree / where / "mounted"
 
-    with bind_mounted(precious, point):
+    with bind_mounted(mounted, point):
         with pytest.raises(OSError, match="mounted") as refusal:
-            trees.remove(fd_of(place), "tree")
-        assert (refusal.value.errno, refusal.value.filename) == (errno.EXDEV, str(point.relative_to(place)))
-        assert sorted(path for path in tree.rglob("*") if precious.name not in path.parts and path.is_file()) == sorted(
+            trees.remove(fd_of(workdir), "tree")
+        assert (refusal.value.errno, refusal.value.filename) == (errno.EXDEV, str(point.relative_to(workdir)))
+        assert sorted(path for path in tree.rglob("*") if mounted.name not in path.parts and path.is_file()) == sorted(
             path for path in point.rglob("*") if path.is_file()
         )
         assert (point / "a/b/c/deep").exists()
-    assert (precious / "a/b/c/deep").exists()
-    trees.remove(fd_of(place), "tree")
-    assert list(place.iterdir()) == []
+    assert (mounted / "a/b/c/deep").exists()
+    trees.remove(fd_of(workdir), "tree")
+    assert list(workdir.iterdir()) == []
 
 
 def test_a_mount_point_is_not_removed(fresh: Fresh, fd_of: Callable[[Path], int]) -> None:
-    place, precious = fresh("xfs"), make_tree(fresh("xfs") / "precious")
+    workdir, mounted = fresh("xfs"), make_tree(fresh("xfs") / "precious")
 
-    with bind_mounted(precious, place / "tree"), pytest.raises(OSError, match="mounted"):
-        trees.remove(fd_of(place), "tree")
+    with bind_mounted(mounted, workdir / "tree"), pytest.raises(OSError, match="mounted"):
+        trees.remove(fd_of(workdir), "tree")
 
-    assert (precious / "a/b/c/deep").exists()
+    assert (mounted / "a/b/c/deep").exists()
 
 
 def test_nested_subvolumes_are_removed(fresh: Fresh, fd_of: Callable[[Path], int]) -> None:
-    place = fresh("btrfs")
-    (place / "tree").mkdir()
-    make_tree(make_subvolume(place / "tree/subvolume"))
-    make_tree(make_subvolume(place / "tree/subvolume/a/nested"))
-    make_tree(make_subvolume(place / "other"))
-    make_tree(make_subvolume(place / "other/a/nested"))
+    workdir = fresh("btrfs")
+    (workdir / "tree").mkdir()
+    make_tree(make_subvolume(workdir / "tree/subvolume"))
+    make_tree(make_subvolume(workdir / "tree/subvolume/a/nested"))
+    make_tree(make_subvolume(workdir / "other"))
+    make_tree(make_subvolume(workdir / "other/a/nested"))
 
-    trees.remove(fd_of(place), "tree")
-    trees.remove(fd_of(place), "other")
+    trees.remove(fd_of(workdir), "tree")
+    trees.remove(fd_of(workdir), "other")
 
-    assert list(place.iterdir()) == []
+    assert list(workdir.iterdir()) == []
 
 
 def test_subvolume_is_removed_in_one_step_and_an_entry_that_took_its_name_is_kept(
     fresh: Fresh, fd_of: Callable[[Path], int]
 ) -> None:
-    place = fresh("btrfs")
-    make_tree(make_subvolume(place / "tree"))
-    opened = fd_of(place / "tree")
-    (place / "tree").rename(place / "moved")
-    make_tree(make_subvolume(place / "tree"))
+    workdir = fresh("btrfs")
+    make_tree(make_subvolume(workdir / "tree"))
+    opened = fd_of(workdir / "tree")
+    (workdir / "tree").rename(workdir / "moved")
+    make_tree(make_subvolume(workdir / "tree"))
 
-    syscalls.destroy_opened_subvolume(fd_of(place), opened)
+    syscalls.destroy_opened_subvolume(fd_of(workdir), opened)
 
-    assert [path.name for path in place.iterdir()] == ["tree"]
-    assert (place / "tree/a/b/c/deep").exists()
+    assert [path.name for path in workdir.iterdir()] == ["tree"]
+    assert (workdir / "tree/a/b/c/deep").exists()
 
 
 def test_an_entry_that_cannot_be_removed_is_named_and_the_rest_is_removed(
     fresh: Fresh, fd_of: Callable[[Path], int]
 ) -> None:
-    place = fresh("xfs")
-    tree = make_tree(place / "tree")
+    workdir = fresh("xfs")
+    tree = make_tree(workdir / "tree")
     chattr = require_command("chattr", "immutable files")
     subprocess.run([chattr, "+i", tree / "a/disk"], check=True)
     try:
         with pytest.raises(PermissionError) as refusal:
-            trees.remove(fd_of(place), "tree")
+            trees.remove(fd_of(workdir), "tree")
 
         assert refusal.value.filename == "tree/a/disk"
         assert sorted(path.name for path in tree.rglob("*")) == ["a", "disk"]
@@ -159,19 +159,19 @@ def test_an_entry_that_cannot_be_removed_is_named_and_the_rest_is_removed(
 
 @pytest.mark.parametrize("mode", [0o000, 0o111, 0o222, 0o444, 0o500])
 def test_an_ordinary_user_removes_own_directories_whatever_their_mode(mode: int, fresh: Fresh) -> None:
-    place = fresh("xfs")
-    place.chmod(0o777)
+    workdir = fresh("xfs")
+    workdir.chmod(0o777)
 
     def remove() -> list[str]:
         os.setgroups([])
         os.setresgid(65534, 65534, 65534)
         os.setresuid(65534, 65534, 65534)
-        tree = make_tree(place / "tree")
+        tree = make_tree(workdir / "tree")
         for directory in ("a/b/c", "a/b", "a"):
             (tree / directory).chmod(mode)
-        fd = os.open(place, os.O_RDONLY)
+        fd = os.open(workdir, os.O_RDONLY)
         trees.remove(fd, "tree")
-        return os.listdir(place)
+        return os.listdir(workdir)
 
     assert Child(remove).result() == []
 
@@ -205,9 +205,9 @@ def test_a_file_that_is_closed_meanwhile_is_waited_for(silly: Path, fd_of: Calla
 
 
 def test_a_directory_that_is_filled_all_the_time_is_given_up(fresh: Fresh, fd_of: Callable[[Path], int]) -> None:
-    place = fresh("tmpfs")
-    (place / "tree").mkdir()
-    top, ended = fd_of(place / "tree"), threading.Event()
+    workdir = fresh("tmpfs")
+    (workdir / "tree").mkdir()
+    top, ended = fd_of(workdir / "tree"), threading.Event()
 
     def fill() -> None:
         n = 0
@@ -223,7 +223,7 @@ def test_a_directory_that_is_filled_all_the_time_is_given_up(fresh: Fresh, fd_of
         thread.start()
     began = time.monotonic()
     with suppress(OSError):
-        trees.remove(fd_of(place), "tree")
+        trees.remove(fd_of(workdir), "tree")
     ended.set()
     for thread in threads:
         thread.join()
@@ -271,15 +271,15 @@ def _open_files(pid: int) -> list[os.stat_result]:
 
 
 def test_staging_claimed_again_during_its_removal_is_kept(fresh: Fresh, fd_of: Callable[[Path], int]) -> None:
-    place = fresh("xfs")
-    parent = fd_of(place)
+    workdir = fresh("xfs")
+    parent = fd_of(workdir)
 
     with Staging.claim(parent, "fork-1", wait=0) as old:
-        (place / old.name / "lock").unlink()  # as `old.remove` does before its last step
+        (workdir / old.name / "lock").unlink()  # as `old.remove` does before its last step
         with Staging.claim(parent, "fork-1", wait=0) as new:
             assert new.is_current()
 
             old.remove()
 
             assert new.is_current()
-            assert (place / new.name / "lock").exists()
+            assert (workdir / new.name / "lock").exists()

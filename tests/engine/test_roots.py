@@ -72,19 +72,19 @@ def test_names_that_only_resemble_staging_names_are_accepted(name: str) -> None:
     assert normal_path(f"/{name}", "destination") == f"/{name}"
 
 
-def test_symlink_into_staging_is_refused_for_both_ends(yard: Path) -> None:
-    (yard / f"a/.forkvm-{KEY}/inner").mkdir(parents=True)
-    (yard / "a/link").symlink_to(f".forkvm-{KEY}")
-    (yard / "a/inner").symlink_to("link/inner")
+def test_symlink_into_staging_is_refused_for_both_ends(workdir: Path) -> None:
+    (workdir / f"a/.forkvm-{KEY}/inner").mkdir(parents=True)
+    (workdir / "a/link").symlink_to(f".forkvm-{KEY}")
+    (workdir / "a/inner").symlink_to("link/inner")
 
-    for roots in (roots_of(yard), Roots()):
-        for path in (yard / "a/link", yard / "a/link/inner", yard / "a/inner"):
+    for roots in (roots_of(workdir), Roots()):
+        for path in (workdir / "a/link", workdir / "a/link/inner", workdir / "a/inner"):
             assert code_of(partial(roots.open_source, str(path))) is Code.INVALID_REQUEST
             assert code_of(partial(roots.open_parent, str(path / "vm"))) is Code.INVALID_REQUEST
 
 
 @pytest.fixture
-def yard(tmp_path: Path) -> Path:
+def workdir(tmp_path: Path) -> Path:
     """Two roots, `a` and `b`, and `outside`; links out of `a` and within it."""
     for name in ("a/guest/sub", "b/guest", "outside/guest", "ab/guest"):
         (tmp_path / name).mkdir(parents=True)
@@ -113,20 +113,20 @@ def code_of(open_it: Callable[[], object]) -> Code:
     return refusal.value.code
 
 
-def roots_of(yard: Path) -> Roots:
-    return Roots((str(yard / "a"), str(yard / "b")))
+def roots_of(workdir: Path) -> Roots:
+    return Roots((str(workdir / "a"), str(workdir / "b")))
 
 
-def test_paths_within_a_root_are_opened(yard: Path) -> None:
-    roots = roots_of(yard)
+def test_paths_within_a_root_are_opened(workdir: Path) -> None:
+    roots = roots_of(workdir)
 
-    assert opened(lambda: roots.open_source(str(yard / "a/guest"))) == yard / "a/guest"
-    assert opened(lambda: roots.open_source(str(yard / "b/guest/"))) == yard / "b/guest"
-    assert opened(lambda: roots.open_source(str(yard / "a"))) == yard / "a"
+    assert opened(lambda: roots.open_source(str(workdir / "a/guest"))) == workdir / "a/guest"
+    assert opened(lambda: roots.open_source(str(workdir / "b/guest/"))) == workdir / "b/guest"
+    assert opened(lambda: roots.open_source(str(workdir / "a"))) == workdir / "a"
 
 
-def test_a_symlink_that_stays_within_its_root_is_followed(yard: Path) -> None:
-    assert opened(lambda: roots_of(yard).open_source(str(yard / "a/within/sub"))) == yard / "a/guest/sub"
+def test_a_symlink_that_stays_within_its_root_is_followed(workdir: Path) -> None:
+    assert opened(lambda: roots_of(workdir).open_source(str(workdir / "a/within/sub"))) == workdir / "a/guest/sub"
 
 
 @pytest.mark.parametrize(
@@ -142,60 +142,60 @@ def test_a_symlink_that_stays_within_its_root_is_followed(yard: Path) -> None:
         "a/loop",
     ],
 )
-def test_no_path_and_no_symlink_leads_out_of_a_root(yard: Path, path: str) -> None:
-    roots, place = roots_of(yard), str(yard / path)
+def test_no_path_and_no_symlink_leads_out_of_a_root(workdir: Path, path: str) -> None:
+    roots, outside_path = roots_of(workdir), str(workdir / path)
 
-    assert code_of(lambda: roots.open_source(place)) is Code.OUTSIDE_ROOTS
-    assert code_of(lambda: roots.open_parent(f"{place}/fork")) is Code.OUTSIDE_ROOTS
-
-
-def test_without_roots_only_the_callers_own_rights_apply(yard: Path) -> None:
-    assert opened(lambda: Roots().open_source(str(yard / "a/out/guest"))) == yard / "outside/guest"
+    assert code_of(lambda: roots.open_source(outside_path)) is Code.OUTSIDE_ROOTS
+    assert code_of(lambda: roots.open_parent(f"{outside_path}/fork")) is Code.OUTSIDE_ROOTS
 
 
-def test_a_missing_source_and_a_source_that_is_no_directory_have_different_codes(yard: Path) -> None:
-    for roots in (Roots(), roots_of(yard)):
-        assert code_of(lambda r=roots: r.open_source(str(yard / "a/none"))) is Code.SOURCE_NOT_FOUND  # type: ignore[misc]
-        assert code_of(lambda r=roots: r.open_source(str(yard / "a/file"))) is Code.SOURCE_NOT_DIRECTORY  # type: ignore[misc]
-        assert code_of(lambda r=roots: r.open_source(str(yard / "a/file/x"))) is Code.SOURCE_NOT_DIRECTORY  # type: ignore[misc]
+def test_without_roots_only_the_callers_own_rights_apply(workdir: Path) -> None:
+    assert opened(lambda: Roots().open_source(str(workdir / "a/out/guest"))) == workdir / "outside/guest"
 
 
-def test_a_destination_is_its_parent_and_a_name(yard: Path) -> None:
-    fd, name = roots_of(yard).open_parent(str(yard / "a/within/fork/"))
-
-    assert (opened(lambda: fd), name) == (yard / "a/guest", "fork")
-
-
-def test_a_destination_whose_parent_cannot_hold_it_is_an_invalid_request(yard: Path) -> None:
-    roots = roots_of(yard)
-
-    assert code_of(lambda: roots.open_parent(str(yard / "a/none/fork"))) is Code.INVALID_REQUEST
-    assert code_of(lambda: roots.open_parent(str(yard / "a/file/fork"))) is Code.INVALID_REQUEST
-    assert code_of(lambda: roots.open_parent(str(yard / "a" / ("n" * 256)))) is Code.INVALID_REQUEST
-    assert code_of(lambda: roots.open_parent(str(yard / "a" / ("n" * 256) / "fork"))) is Code.INVALID_REQUEST
+def test_a_missing_source_and_a_source_that_is_no_directory_have_different_codes(workdir: Path) -> None:
+    for roots in (Roots(), roots_of(workdir)):
+        assert code_of(lambda r=roots: r.open_source(str(workdir / "a/none"))) is Code.SOURCE_NOT_FOUND  # type: ignore[misc]
+        assert code_of(lambda r=roots: r.open_source(str(workdir / "a/file"))) is Code.SOURCE_NOT_DIRECTORY  # type: ignore[misc]
+        assert code_of(lambda r=roots: r.open_source(str(workdir / "a/file/x"))) is Code.SOURCE_NOT_DIRECTORY  # type: ignore[misc]
 
 
-def test_a_root_itself_is_a_destination_that_exists(yard: Path) -> None:
-    assert code_of(lambda: roots_of(yard).open_parent(str(yard / "a"))) is Code.DESTINATION_EXISTS
+def test_a_destination_is_its_parent_and_a_name(workdir: Path) -> None:
+    fd, name = roots_of(workdir).open_parent(str(workdir / "a/within/fork/"))
+
+    assert (opened(lambda: fd), name) == (workdir / "a/guest", "fork")
+
+
+def test_a_destination_whose_parent_cannot_hold_it_is_an_invalid_request(workdir: Path) -> None:
+    roots = roots_of(workdir)
+
+    assert code_of(lambda: roots.open_parent(str(workdir / "a/none/fork"))) is Code.INVALID_REQUEST
+    assert code_of(lambda: roots.open_parent(str(workdir / "a/file/fork"))) is Code.INVALID_REQUEST
+    assert code_of(lambda: roots.open_parent(str(workdir / "a" / ("n" * 256)))) is Code.INVALID_REQUEST
+    assert code_of(lambda: roots.open_parent(str(workdir / "a" / ("n" * 256) / "fork"))) is Code.INVALID_REQUEST
+
+
+def test_a_root_itself_is_a_destination_that_exists(workdir: Path) -> None:
+    assert code_of(lambda: roots_of(workdir).open_parent(str(workdir / "a"))) is Code.DESTINATION_EXISTS
     assert code_of(lambda: Roots().open_parent("/")) is Code.DESTINATION_EXISTS
 
 
-def test_no_refusal_leaks_a_descriptor(yard: Path) -> None:
-    roots, before = roots_of(yard), len(os.listdir("/proc/self/fd"))
+def test_no_refusal_leaks_a_descriptor(workdir: Path) -> None:
+    roots, before = roots_of(workdir), len(os.listdir("/proc/self/fd"))
 
     for path in ("a/out/guest", "a/none", "a/file"):
-        code_of(lambda p=path: roots.open_source(str(yard / p)))  # type: ignore[misc]
-        code_of(lambda p=path: roots.open_parent(str(yard / p / "fork")))  # type: ignore[misc]
+        code_of(lambda p=path: roots.open_source(str(workdir / p)))  # type: ignore[misc]
+        code_of(lambda p=path: roots.open_parent(str(workdir / p / "fork")))  # type: ignore[misc]
 
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_directory_is_inside_itself_and_its_ancestors_by_any_path(yard: Path) -> None:
-    fd = os.open(yard / "a/within/sub", os.O_RDONLY)
+def test_a_directory_is_inside_itself_and_its_ancestors_by_any_path(workdir: Path) -> None:
+    fd = os.open(workdir / "a/within/sub", os.O_RDONLY)
     try:
-        assert is_inside(fd, os.stat(yard / "a/guest/sub"))
-        assert is_inside(fd, os.stat(yard / "a"))
+        assert is_inside(fd, os.stat(workdir / "a/guest/sub"))
+        assert is_inside(fd, os.stat(workdir / "a"))
         assert is_inside(fd, os.stat("/"))
-        assert not is_inside(fd, os.stat(yard / "b"))
+        assert not is_inside(fd, os.stat(workdir / "b"))
     finally:
         os.close(fd)

@@ -124,7 +124,7 @@ def test_a_snapshot_shares_every_extent_and_keeps_nocow_files_so(directory: Path
 
 
 def test_a_source_that_changes_is_forked_as_it_was_at_one_moment(
-    directory: Path, source: Path, every_beat: None
+    directory: Path, source: Path, every_poll: None
 ) -> None:
     before = snapshot(source)
 
@@ -134,7 +134,7 @@ def test_a_source_that_changes_is_forked_as_it_was_at_one_moment(
             (source / "metadata.json").unlink(missing_ok=True)
             (source / "new").touch()
 
-    by_snapshot(source, directory / "fork", beat=change, exclude=[])
+    by_snapshot(source, directory / "fork", poll=change, exclude=[])
 
     after = snapshot(directory / "fork")
     sockets = {path for path, entry in before.items() if entry.kind == "socket"}
@@ -142,14 +142,14 @@ def test_a_source_that_changes_is_forked_as_it_was_at_one_moment(
     assert (source / "new").exists()
 
 
-def test_the_progress_of_a_snapshot_never_exceeds_its_totals(directory: Path, source: Path, every_beat: None) -> None:
-    told: list[Progress] = []
+def test_the_progress_of_a_snapshot_never_exceeds_its_totals(directory: Path, source: Path, every_poll: None) -> None:
+    records: list[Progress] = []
 
-    result = by_snapshot(source, directory / "fork", beat=lambda progress: told.append(progress.copy()))
+    result = by_snapshot(source, directory / "fork", poll=lambda progress: records.append(progress.copy()))
 
-    assert all(progress["files_done"] <= progress["files_total"] for progress in told)
-    assert all(progress["bytes_done"] <= progress["bytes_total"] for progress in told)
-    assert told[-1] == {
+    assert all(progress["files_done"] <= progress["files_total"] for progress in records)
+    assert all(progress["bytes_done"] <= progress["bytes_total"] for progress in records)
+    assert records[-1] == {
         "phase": "publish",
         "files_done": result["files"]["total"],
         "files_total": result["files"]["total"],
@@ -178,7 +178,7 @@ def test_a_durable_snapshot_is_synced_before_it_is_published_and_its_name_before
 
 @pytest.mark.parametrize(("quietly", "code"), [(False, "source_changed"), (True, "verify_failed")])
 def test_verify_finds_differences_from_the_source(
-    directory: Path, source: Path, quietly: bool, code: str, every_beat: None
+    directory: Path, source: Path, quietly: bool, code: str, every_poll: None
 ) -> None:
     path = source / "snapshots" / "snapshot-latest" / "memory"
 
@@ -190,7 +190,7 @@ def test_verify_finds_differences_from_the_source(
             if quietly:
                 os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
-    error = refused(source, directory / "fork", beat=write, verify="content")
+    error = refused(source, directory / "fork", poll=write, verify="content")
 
     assert error["code"] == code
     assert error["path"].endswith("snapshots/snapshot-latest/memory")

@@ -49,13 +49,13 @@ def source(directory: Path) -> Path:
 @pytest.mark.parametrize("phase", ["copy", "publish"])
 @pytest.mark.parametrize("then", ["the id again", "gc"])
 def test_a_killed_fork_is_cleaned_up_by_the_next_one(
-    directory: Path, source: Path, phase: str, then: str, every_beat: None
+    directory: Path, source: Path, phase: str, then: str, every_poll: None
 ) -> None:
-    def die(progress: Progress) -> None:
+    def kill_self(progress: Progress) -> None:
         if progress["phase"] == phase and progress["files_done"] > 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    child = Child(lambda: fork(source, directory / "fork", beat=die))
+    child = Child(lambda: fork(source, directory / "fork", poll=kill_self))
     with pytest.raises(AssertionError, match="the child ended with -9"):
         child.result()
     assert not (directory / "fork").exists()
@@ -73,7 +73,7 @@ def test_a_killed_fork_is_cleaned_up_by_the_next_one(
     assert not half_made.exists()
 
 
-class _DiesAtTheEnd(Ledger):
+class _KilledAtTheEnd(Ledger):
     """A ledger whose process is killed after the rename, before the result is stored."""
 
     def store_result(self, result: ForkResult) -> None:
@@ -84,7 +84,7 @@ class _DiesAtTheEnd(Ledger):
 def published(directory: Path, source: Path) -> Iterator[Path]:
     """A fork that was published by a process that was killed before it stored the result."""
     destination = directory / "fork"
-    child = Child(lambda: _deliver(source, destination, _DiesAtTheEnd()))
+    child = Child(lambda: _deliver(source, destination, _KilledAtTheEnd()))
     with pytest.raises(AssertionError, match="the child ended with -9"):
         child.result()
     assert is_subvolume(destination)
@@ -124,7 +124,7 @@ def test_another_subvolume_at_the_destination_is_not_mistaken_for_the_fork(sourc
     assert os.listdir(published) == ["theirs"]
 
 
-def test_a_paused_fork_that_is_taken_over_changes_nothing(directory: Path, source: Path, every_beat: None) -> None:
+def test_a_paused_fork_that_is_taken_over_changes_nothing(directory: Path, source: Path, every_poll: None) -> None:
     (reader, writer), (resumed, resume) = os.pipe(), os.pipe()
 
     def pause(progress: Progress) -> None:
@@ -132,7 +132,7 @@ def test_a_paused_fork_that_is_taken_over_changes_nothing(directory: Path, sourc
             os.write(writer, b"!")
             os.read(resumed, 1)
 
-    paused = Child(lambda: fork(source, directory / "fork", beat=pause))
+    paused = Child(lambda: fork(source, directory / "fork", poll=pause))
     assert os.read(reader, 1) == b"!"
     parent_fd = os.open(directory, os.O_RDONLY)
     heartbeat = (directory / control_name("fork-1") / "lock").stat().st_mtime_ns

@@ -61,15 +61,15 @@ def test_an_ordinary_user_forks_an_own_subvolume_by_snapshot(home: Path) -> None
     assert_alike(source, home / "fork", SKIPPED_BY_DEFAULT)
 
 
-def test_an_ordinary_users_snapshot_that_is_given_up_is_removed(home: Path, source: Path, every_beat: None) -> None:
-    _give(source, NOBODY)
+def test_an_ordinary_users_snapshot_that_is_given_up_is_removed(home: Path, source: Path, every_poll: None) -> None:
+    _chown_all(source, NOBODY)
 
     def cancel(progress: Progress) -> None:
         if progress["phase"] == "copy" and progress["files_done"] > 3:
             assert os.path.isdir(home / control_name("fork-1") / "snapshot")
             raise ForkError(Code.CANCELLED, "cancelled on request")
 
-    result = in_child(lambda: fork(source, home / "fork", beat=cancel), user=NOBODY)
+    result = in_child(lambda: fork(source, home / "fork", poll=cancel), user=NOBODY)
 
     assert (result["status"], leftovers(home)) == ("cancelled", [])
 
@@ -78,7 +78,7 @@ def test_an_ordinary_users_snapshot_that_is_given_up_is_removed(home: Path, sour
 def test_a_subvolume_that_an_ordinary_user_could_not_own_or_remove_is_cloned_file_by_file(
     home: Path, source: Path, foreign: str
 ) -> None:
-    _give(source, NOBODY)
+    _chown_all(source, NOBODY)
     os.chown(source / foreign, 0, 0)
 
     in_child(lambda: file_by_file(source, home / "fork"), user=NOBODY)
@@ -86,13 +86,13 @@ def test_a_subvolume_that_an_ordinary_user_could_not_own_or_remove_is_cloned_fil
     assert {entry.uid for entry in snapshot(home / "fork").values()} == {NOBODY}
 
 
-def _give(root: Path, user: int) -> None:
+def _chown_all(root: Path, user: int) -> None:
     for path, _ in statuses(root):
         os.chown(os.path.join(os.fsencode(root), path), user, user, follow_symlinks=False)
 
 
 def test_no_other_user_can_enter_a_snapshot_before_it_is_published(
-    directory: Path, source: Path, every_beat: None
+    directory: Path, source: Path, every_poll: None
 ) -> None:
     """Its top has mode 0777 from the start, like the source."""
     seen = []
@@ -102,7 +102,7 @@ def test_no_other_user_can_enter_a_snapshot_before_it_is_published(
             names = leftovers(directory)
             seen.append((len(names), {stat.S_IMODE((directory / name).stat().st_mode) for name in names}))
 
-    by_snapshot(source, directory / "fork", beat=poll)
+    by_snapshot(source, directory / "fork", poll=poll)
 
     assert set(map(str, seen)) == {str((2, {0o700}))}
     assert (directory / "fork").stat().st_mode & 0o7777 == 0o777

@@ -16,7 +16,7 @@ from tests.support.engine.source_writers import ChangeOnce, closing, copying, in
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest, make_sparse_file
 from tests.support.tree import snapshot
 
-pytestmark = pytest.mark.usefixtures("every_beat")
+pytestmark = pytest.mark.usefixtures("every_poll")
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_a_file_that_changes_before_its_clone(directory: Path, source: Path, cha
     path = source / "snapshots" / "snapshot-latest" / "memory"
     writer = ChangeOnce(lambda: FILE_CHANGES[change](path), copying)
 
-    error = refused(source, directory / "fork", beat=writer, reflink=reflink)
+    error = refused(source, directory / "fork", poll=writer, reflink=reflink)
 
     assert writer.done
     assert error["code"] == "source_changed"
@@ -95,7 +95,7 @@ def test_a_file_that_changes_while_its_bytes_are_copied(directory: Path, source:
     path = source / "overlay.raw"
     writer = ChangeOnce(lambda: FILE_CHANGES[change](path), in_a_file)
 
-    error = refused(source, directory / "fork", beat=writer, reflink="never")
+    error = refused(source, directory / "fork", poll=writer, reflink="never")
 
     assert writer.done
     assert error["code"] == "source_changed"
@@ -111,7 +111,7 @@ def test_a_file_that_changes_while_its_ranges_are_copied(directory: Path, change
     wait_for_clock_tick()
     writer = ChangeOnce(lambda: FILE_CHANGES[change](source / "disk.raw"), lambda progress: progress["phase"] == "copy")
 
-    error = refused(source, directory / "fork", beat=writer, reflink="never", limits=CHUNKED)
+    error = refused(source, directory / "fork", poll=writer, reflink="never", limits=CHUNKED)
 
     assert writer.done
     assert error["code"] == "source_changed"
@@ -126,7 +126,7 @@ def test_a_file_that_changes_after_its_clone_and_before_the_publish(
     path = source / "snapshots" / "snapshot-latest" / "memory"
     writer = ChangeOnce(lambda: FILE_CHANGES[change](path), closing)
 
-    error = refused(source, directory / "fork", beat=writer, limits=limits)
+    error = refused(source, directory / "fork", poll=writer, limits=limits)
 
     assert writer.done
     assert error["code"] == "source_changed"
@@ -167,7 +167,7 @@ def test_entries_that_are_created_removed_or_exchanged(
     wait_for_clock_tick()
     writer = ChangeOnce(lambda: TREE_CHANGES[change](source), when)
 
-    error = refused(source, directory / "fork", beat=writer, limits=limits)
+    error = refused(source, directory / "fork", poll=writer, limits=limits)
 
     assert writer.done
     assert error["code"] == "source_changed"
@@ -177,7 +177,7 @@ def test_entries_that_are_created_removed_or_exchanged(
 def test_a_file_that_is_removed_during_the_walk(directory: Path, source: Path) -> None:
     writer = ChangeOnce(lambda: (source / "snapshots" / "snapshot-latest").rename(directory / "moved"), planning)
 
-    result = fork(source, directory / "fork", beat=writer)
+    result = fork(source, directory / "fork", poll=writer)
 
     # The walk meets either all of it or nothing; it must not find half of it.
     assert writer.done
@@ -200,7 +200,7 @@ def test_skipped_entries_may_come_and_go(directory: Path, source: Path, limits: 
 
     for number, when in enumerate((planning, copying, closing)):
         writer = ChangeOnce(live, when)
-        forked(source, directory / f"fork-{number}", beat=writer, limits=limits)
+        forked(source, directory / f"fork-{number}", poll=writer, limits=limits)
         assert writer.done
         (source / "vsock.sock").touch()
         (source / "snapshots" / "snapshot-latest" / "memory.lz4.tmp").touch()
@@ -220,7 +220,7 @@ def test_a_swapped_directory_does_not_lead_out_of_the_roots(directory: Path) -> 
         (source / "snapshots").symlink_to("../../outside")
 
     writer = ChangeOnce(swap, copying)
-    error = refused(source, directory / "root" / "fork", beat=writer, roots=[directory / "root"])
+    error = refused(source, directory / "root" / "fork", poll=writer, roots=[directory / "root"])
 
     assert writer.done
     assert error["code"] == "source_changed"
@@ -241,7 +241,7 @@ def test_a_destinations_parent_swapped_for_a_symlink_does_not_lead_out_of_the_ro
         parent.symlink_to(directory / "outside")
 
     writer = ChangeOnce(swap, copying)
-    fork(directory / "root" / "source", parent / "fork", beat=writer, roots=[directory / "root"])
+    fork(directory / "root" / "source", parent / "fork", poll=writer, roots=[directory / "root"])
 
     assert writer.done
     assert list((directory / "outside").iterdir()) == []
@@ -255,11 +255,11 @@ def test_a_file_replaced_by_an_equal_one_is_a_change(directory: Path, source: Pa
         os.utime(path.with_name("new"), ns=(before.st_atime_ns, before.st_mtime_ns))
         path.with_name("new").rename(path)
 
-    assert refused(source, directory / "fork", beat=ChangeOnce(replace_alike, copying))["code"] == "source_changed"
+    assert refused(source, directory / "fork", poll=ChangeOnce(replace_alike, copying))["code"] == "source_changed"
 
 
 def test_the_next_fork_of_a_source_that_no_longer_changes_succeeds(directory: Path, source: Path) -> None:
-    refused(source, directory / "fork", beat=ChangeOnce(lambda: write(source / "state"), copying))
+    refused(source, directory / "fork", poll=ChangeOnce(lambda: write(source / "state"), copying))
 
     forked(source, directory / "fork")
 

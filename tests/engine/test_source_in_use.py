@@ -120,7 +120,7 @@ class _OpenOnce:
             self.seconds.append(self._process.write(self._path))
 
 
-@pytest.mark.usefixtures("every_beat")
+@pytest.mark.usefixtures("every_poll")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_process_that_opens_a_file_in_the_middle_waits_for_milliseconds(
     kind: Kind, fresh: Fresh, process: Opener
@@ -130,7 +130,7 @@ def test_a_process_that_opens_a_file_in_the_middle_waits_for_milliseconds(
 
     for _ in range(_ROUNDS):
         middle = _OpenOnce(process, source / "disk.raw")
-        error = refused(source, fs / "fork", source_open="refuse", reflink="never", beat=middle)
+        error = refused(source, fs / "fork", source_open="refuse", reflink="never", poll=middle)
         process.close()
         seconds += middle.seconds
         assert (error["code"], error["path"]) == ("source_in_use", str(source / "disk.raw"))
@@ -178,7 +178,7 @@ def test_every_fork_of_a_campaign_needs_a_quiet_source(fresh: Fresh, process: Op
     assert leftovers(directory) == []
 
 
-@pytest.mark.usefixtures("every_beat", "few_batches")
+@pytest.mark.usefixtures("every_poll", "few_batches")
 def test_a_file_that_is_opened_while_a_batch_is_cloned_fails_all_of_the_batch(
     fresh: Fresh, process: Opener, tmp_path: Path
 ) -> None:
@@ -186,12 +186,12 @@ def test_a_file_that_is_opened_while_a_batch_is_cloned_fails_all_of_the_batch(
     source = make_source(directory)
     seconds: list[float] = []
 
-    def beat(progress: Progress) -> None:
+    def poll(progress: Progress) -> None:
         if not seconds and progress["files_done"] == 3:  # in the second of four forks
             seconds.append(process.write(source / "disk.raw"))
 
     result, _ = campaign_with_ledger(
-        source, destinations(directory, 4), tmp_path / "ledger", beat=beat, source_open="refuse"
+        source, destinations(directory, 4), tmp_path / "ledger", poll=poll, source_open="refuse"
     )
 
     assert len(seconds) == 1
@@ -223,13 +223,13 @@ def test_on_a_filesystem_where_leases_miss_writers_the_fork_fails(fresh: Fresh, 
 
 
 def test_is_open_for_writing_detects_a_writer(fresh: Fresh, passthrough: Passthrough) -> None:
-    place = fresh("xfs")
-    (place / "file").write_bytes(b"x")
-    fd = os.open(place / "file", os.O_RDONLY)
-    elsewhere = os.open(passthrough(place) / "file", os.O_RDONLY)
+    workdir = fresh("xfs")
+    (workdir / "file").write_bytes(b"x")
+    fd = os.open(workdir / "file", os.O_RDONLY)
+    elsewhere = os.open(passthrough(workdir) / "file", os.O_RDONLY)
     try:
         before = is_open_for_writing(fd)
-        with (place / "file").open("r+b"):
+        with (workdir / "file").open("r+b"):
             during = is_open_for_writing(fd)
         after = is_open_for_writing(fd)
         with pytest.raises(LeasesUnknown):

@@ -18,8 +18,8 @@ from tests.support.engine.source_writers import wait_for_clock_tick
 #: Chunks of 20 files are started as soon as the walk has found 10.
 LIMITS = Limits(inline_files=10, inline_bytes=0, chunk_files=20)
 #: Polls before the change, one per directory of ten files: by then the first chunks have been sent.
-_BEATS = 7
-pytestmark = pytest.mark.usefixtures("every_beat")
+_POLLS = 7
+pytestmark = pytest.mark.usefixtures("every_poll")
 
 
 @pytest.fixture(autouse=True)
@@ -40,18 +40,18 @@ def source(fresh: Fresh) -> Path:
     return source
 
 
-class Meddler:
+class ChangeDuringWalk:
     """Changes something once, when the walk continues and the first chunk is done."""
 
     def __init__(self, directory: Path, change: Callable[[Path], None]) -> None:
         self._directory = directory
         self._change = change
-        self._beats = 0
+        self._polls = 0
         self.done = False
 
     def __call__(self, progress: Progress) -> None:
-        self._beats += progress["phase"] == "plan"
-        if self.done or self._beats < _BEATS:
+        self._polls += progress["phase"] == "plan"
+        if self.done or self._polls < _POLLS:
             return
         wait_until(lambda: any(self._directory.glob(".forkvm-*/report-0")), "the first chunk")
         self.done = True
@@ -71,10 +71,10 @@ def test_a_file_that_changes_between_its_clone_and_the_end_of_the_walk_fails_the
         with (source / name).open("r+b") as file:
             file.write(b"changed")
 
-    meddler = Meddler(source.parent, change)
-    error = refused(source, source.parent / "fork", beat=meddler, limits=LIMITS)
+    change_during_walk = ChangeDuringWalk(source.parent, change)
+    error = refused(source, source.parent / "fork", poll=change_during_walk, limits=LIMITS)
 
-    assert meddler.done
+    assert change_during_walk.done
     assert error["code"] == "source_changed"
 
 

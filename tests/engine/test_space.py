@@ -50,77 +50,77 @@ def _refused(result: ForkResult, destination: Path) -> str:
 def test_a_fork_that_does_not_fit_fails_at_once_with_both_sizes(
     fresh: Fresh, small_tmpfs: SmallTmpfs, limits: Limits, reservations: Path
 ) -> None:
-    source, place = _source(fresh("ext4"), 24), small_tmpfs(20 * MIB)
-    free = os.statvfs(place).f_bavail * os.statvfs(place).f_frsize
+    source, workdir = _source(fresh("ext4"), 24), small_tmpfs(20 * MIB)
+    free = os.statvfs(workdir).f_bavail * os.statvfs(workdir).f_frsize
 
-    message = _refused(fork(source, place / "fork", limits=limits), place / "fork")
+    message = _refused(fork(source, workdir / "fork", limits=limits), workdir / "fork")
 
     assert str(24 * MIB) in message
     assert any(str(free - pages * 4096) in message for pages in range(16))  # staging takes a few pages
-    assert leftovers(place) == []
+    assert leftovers(workdir) == []
     assert os.listdir(reservations) == []
 
 
 def test_preallocated_blocks_need_no_space(
     fresh: Fresh, small_tmpfs: SmallTmpfs, limits: Limits, reservations: Path
 ) -> None:
-    source, place = _source(fresh("xfs"), 8), small_tmpfs(20 * MIB)
+    source, workdir = _source(fresh("xfs"), 8), small_tmpfs(20 * MIB)
     fd = os.open(source / "layers" / "disk-0", os.O_WRONLY)
     os.posix_fallocate(fd, 0, 64 * MIB)
     os.close(fd)
 
-    result = forked(source, place / "fork", limits=limits)
+    result = forked(source, workdir / "fork", limits=limits)
 
     assert result["bytes"]["copied"] == 8 * MIB
     assert os.listdir(reservations) == []
 
 
-@pytest.mark.usefixtures("every_beat")
+@pytest.mark.usefixtures("every_poll")
 def test_two_simultaneous_forks_do_not_both_start_if_only_one_fits(
     fresh: Fresh, small_tmpfs: SmallTmpfs, limits: Limits, reservations: Path
 ) -> None:
     # Given a fork that has copied a little of its 24 MiB into a filesystem of 40 MiB
-    source, place = _source(fresh("ext4"), 24), small_tmpfs(40 * MIB)
+    source, workdir = _source(fresh("ext4"), 24), small_tmpfs(40 * MIB)
     second: list[ForkResult] = []
 
-    def beat(progress: Progress) -> None:
+    def poll(progress: Progress) -> None:
         if progress["phase"] == "copy" and not second:
-            second.append(fork(source, place / "second", fork_id="fork-2"))
+            second.append(fork(source, workdir / "second", fork_id="fork-2"))
 
     # When
-    first = fork(source, place / "first", limits=limits, beat=beat)
+    first = fork(source, workdir / "first", limits=limits, poll=poll)
 
     # Then
     assert first["status"] == "succeeded", first["error"]
-    message = _refused(second[0], place / "second")
+    message = _refused(second[0], workdir / "second")
     assert "other forks of this host" in message or limits.inline_files == 0
-    assert leftovers(place) == os.listdir(reservations) == []
+    assert leftovers(workdir) == os.listdir(reservations) == []
 
 
 def test_forks_of_a_campaign_that_do_not_fit_fail_alone(
     fresh: Fresh, small_tmpfs: SmallTmpfs, reservations: Path
 ) -> None:
-    source, place = _source(fresh("ext4"), 8), small_tmpfs(36 * MIB)
+    source, workdir = _source(fresh("ext4"), 8), small_tmpfs(36 * MIB)
 
-    result = campaign(source, [place / f"vm-{n}" for n in range(6)], processes=1)
+    result = campaign(source, [workdir / f"vm-{n}" for n in range(6)], processes=1)
 
     assert counts(result) == (4, 2, 0)
     assert set(codes(result).values()) == {"no_space"}
     assert "bytes free" in result["failures"][0]["error"]["message"]
-    assert leftovers(place) == os.listdir(reservations) == []
+    assert leftovers(workdir) == os.listdir(reservations) == []
 
 
 def test_a_campaign_of_forks_that_never_fit_ends_before_it_begins(
     fresh: Fresh, small_tmpfs: SmallTmpfs, reservations: Path
 ) -> None:
-    source, place = _source(fresh("ext4"), 24), small_tmpfs(20 * MIB)
+    source, workdir = _source(fresh("ext4"), 24), small_tmpfs(20 * MIB)
 
-    result = campaign(source, [place / f"vm-{n}" for n in range(3)])
+    result = campaign(source, [workdir / f"vm-{n}" for n in range(3)])
 
     assert counts(result) == (0, 3, 0)
     assert result["error"] is not None
     assert result["error"]["code"] == "no_space"
-    assert leftovers(place) == os.listdir(reservations) == []
+    assert leftovers(workdir) == os.listdir(reservations) == []
 
 
 def test_the_bytes_of_a_process_that_was_killed_do_not_count(reservations: Path) -> None:

@@ -22,7 +22,7 @@ def test_a_chunk_whose_lock_file_was_removed_on_fuse_is_started_again(
     open_proved = proof.open_file
     removals: list[str] = []
 
-    def removed_before_it_is_proved(fd: int) -> os.stat_result:
+    def remove_then_fstat(fd: int) -> os.stat_result:
         if removals:
             os.unlink(removals.pop(), dir_fd=staging.fd)
         return fstat(fd)
@@ -33,7 +33,7 @@ def test_a_chunk_whose_lock_file_was_removed_on_fuse_is_started_again(
         return open_proved(dir_fd, name, flags)
 
     fstat = syscalls.fstat
-    monkeypatch.setattr(syscalls, "fstat", removed_before_it_is_proved)
+    monkeypatch.setattr(syscalls, "fstat", remove_then_fstat)
     monkeypatch.setattr(proof, "open_file", opened_and_removed)
     try:
         with Staging.claim(parent, "fork-1", wait=0) as staging:

@@ -26,12 +26,12 @@ from tests.support.tree import snapshot
 
 
 @pytest.fixture
-def yard(fresh: Fresh) -> Path:
-    yard = fresh("xfs")
-    make_guest(yard / "source")
-    (yard / "parent").mkdir()
-    make_guest(yard / "outside")
-    return yard
+def workdir(fresh: Fresh) -> Path:
+    workdir = fresh("xfs")
+    make_guest(workdir / "source")
+    (workdir / "parent").mkdir()
+    make_guest(workdir / "outside")
+    return workdir
 
 
 def _control(parent: Path) -> Path:
@@ -53,7 +53,7 @@ def _replace_parent(parent: Path, outside: Path) -> None:
 
 
 #: The action, given the destination's parent and a directory elsewhere.
-DEEDS: dict[str, Callable[[Path, Path], object]] = {
+ACTIONS: dict[str, Callable[[Path, Path], object]] = {
     "the control directory removed": lambda parent, _: shutil.rmtree(_control(parent)),
     "the control directory replaced by a symlink": lambda parent, outside: _replace(_control(parent), outside),
     "the tree removed": lambda parent, _: shutil.rmtree(_tree(parent)),
@@ -63,24 +63,24 @@ DEEDS: dict[str, Callable[[Path, Path], object]] = {
 
 
 @pytest.mark.parametrize("phase", ["plan", "copy", "publish"])
-@pytest.mark.parametrize("deed", DEEDS)
+@pytest.mark.parametrize("action", ACTIONS)
 def test_a_fork_whose_staging_is_removed_or_replaced_fails_and_touches_nothing_else(
-    yard: Path,
-    deed: str,
+    workdir: Path,
+    action: str,
     phase: str,
     limits: Limits,
-    every_beat: None,
+    every_poll: None,
 ) -> None:
-    parent, outside = yard / "parent", yard / "outside"
+    parent, outside = workdir / "parent", workdir / "outside"
     before = snapshot(outside)
     done: list[str] = []
 
-    def meddle(progress: Progress) -> None:
+    def act(progress: Progress) -> None:
         if progress["phase"] == phase and not done:
-            done.append(deed)
-            DEEDS[deed](parent, outside)
+            done.append(action)
+            ACTIONS[action](parent, outside)
 
-    result = fork(yard / "source", parent / "fork", beat=meddle, limits=limits, reflink="never")
+    result = fork(workdir / "source", parent / "fork", poll=act, limits=limits, reflink="never")
 
     assert done
     assert result["error"] is not None, "it succeeded"
@@ -90,53 +90,53 @@ def test_a_fork_whose_staging_is_removed_or_replaced_fails_and_touches_nothing_e
     assert not (parent / "fork").exists()
     shutil.rmtree(parent, ignore_errors=True)
     parent.mkdir(exist_ok=True)
-    forked(yard / "source", parent / "fork")
+    forked(workdir / "source", parent / "fork")
 
 
 @pytest.mark.parametrize("phase", ["plan", "copy", "publish"])
 def test_a_fork_whose_parent_is_replaced_by_a_symlink_is_made_in_the_original_parent(
-    yard: Path,
+    workdir: Path,
     phase: str,
     limits: Limits,
-    every_beat: None,
+    every_poll: None,
 ) -> None:
-    parent, outside = yard / "parent", yard / "outside"
+    parent, outside = workdir / "parent", workdir / "outside"
     before = snapshot(outside)
     done: list[str] = []
 
-    def meddle(progress: Progress) -> None:
+    def act(progress: Progress) -> None:
         if progress["phase"] == phase and not done:
             done.append(phase)
             _replace_parent(parent, outside)
 
-    result = fork(yard / "source", parent / "fork", beat=meddle, limits=limits)
+    result = fork(workdir / "source", parent / "fork", poll=act, limits=limits)
 
     assert done
     assert result["error"] is None
     assert snapshot(outside) == before
-    assert_alike(yard / "source", yard / "moved" / "fork", SKIPPED_BY_DEFAULT)
-    assert leftovers(yard / "moved") == []
+    assert_alike(workdir / "source", workdir / "moved" / "fork", SKIPPED_BY_DEFAULT)
+    assert leftovers(workdir / "moved") == []
 
 
 @pytest.mark.parametrize("taken", ["a directory", "a file", "a dangling symlink"])
 def test_a_destination_created_at_the_rename_is_not_changed(
-    yard: Path,
+    workdir: Path,
     taken: str,
     limits: Limits,
     tmp_path: Path,
 ) -> None:
     """The call is delayed at its entry to the kernel until the destination exists."""
     strace = require_command("strace", "a system call that waits")
-    destination = yard / "parent" / "fork"
+    destination = workdir / "parent" / "fork"
     inject = ["renameat2:delay_enter=500000"]
     traced = TracedChild(
         strace,
         tmp_path / "trace",
-        lambda: fork(yard / "source", destination, limits=limits),
+        lambda: fork(workdir / "source", destination, limits=limits),
         calls="renameat2",
         inject=inject,
     )
-    staging = StagingView(yard / "parent", "fork-1")
+    staging = StagingView(workdir / "parent", "fork-1")
 
     traced.begin()
     wait_until(lambda: staging.phase == "publishing", "the step before the rename", timeout=10)
@@ -152,16 +152,16 @@ def test_a_destination_created_at_the_rename_is_not_changed(
     assert result["error"] is not None
     assert result["error"]["code"] == "destination_exists"
     assert destination.lstat() == before
-    assert leftovers(yard / "parent") == []
+    assert leftovers(workdir / "parent") == []
 
 
-def test_a_fork_whose_tree_was_moved_between_two_chunks_fails_instead_of_waiting_for_them(yard: Path) -> None:
+def test_a_fork_whose_tree_was_moved_between_two_chunks_fails_instead_of_waiting_for_them(workdir: Path) -> None:
     """Each chunk would find no tree, could report nothing, and would be sent again."""
     # Given
-    destination = yard / "parent" / "fork"
-    begin_fork(yard / "source", destination)
-    _tree(yard / "parent").rename(yard / "moved")
-    ledger, fd = Ledger(), os.open(yard / "parent", os.O_RDONLY)
+    destination = workdir / "parent" / "fork"
+    begin_fork(workdir / "source", destination)
+    _tree(workdir / "parent").rename(workdir / "moved")
+    ledger, fd = Ledger(), os.open(workdir / "parent", os.O_RDONLY)
 
     # When
     try:
@@ -176,4 +176,4 @@ def test_a_fork_whose_tree_was_moved_between_two_chunks_fails_instead_of_waiting
     assert result is not None
     assert result["error"] is not None
     assert (result["error"]["code"], result["error"]["path"]) == ("io_error", str(destination))
-    assert leftovers(yard / "parent") == []
+    assert leftovers(workdir / "parent") == []

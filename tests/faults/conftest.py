@@ -57,6 +57,6 @@ def guests(xfs: Path) -> Iterator[Guests]:
 
 
 @pytest.fixture
-def place(fresh: Fresh) -> Path:
+def workdir(fresh: Fresh) -> Path:
     """The directory of the destinations."""
     return fresh("xfs")

@@ -62,16 +62,16 @@ class PausedFork:
 
 
 def start_paused_forks(
-    system: System, fault_points: FaultPoints, guests: Guests, place: Path, which: Iterable[str] = FAULT_POINTS
+    system: System, fault_points: FaultPoints, guests: Guests, workdir: Path, which: Iterable[str] = FAULT_POINTS
 ) -> list[PausedFork]:
     """Start a fork for each point, and return when each is paused there."""
     forks = []
     for point in which:
         fork_id = point.replace(" ", "-")
         source = guests.small if point == INLINE else guests.large
-        forks.append((point, fork_id, source, place / fork_id))
+        forks.append((point, fork_id, source, workdir / fork_id))
         fault_points.arm(fork_id, point, "stop")
-        system.scheduler.send({"source": str(source), "destination": str(place / fork_id)}, fork_id)
+        system.scheduler.send({"source": str(source), "destination": str(workdir / fork_id)}, fork_id)
     for point, fork_id, *_ in forks:
         wait_until(lambda m=point, f=fork_id: bool(fault_points.reached(f, m)), f"a process at {point}")  # type: ignore[misc]
     return [PausedFork(*fork, pid=fault_points.reached(fork[1], fork[0])[0]) for fork in forks]
@@ -82,9 +82,9 @@ def resume(paused: Iterable[PausedFork]) -> None:
     send([one.pid for one in paused], signal.SIGCONT)
 
 
-def assert_served_and_clean(system: System, guests: Guests, place: Path, name: str = "next") -> None:
+def assert_served_and_clean(system: System, guests: Guests, workdir: Path, name: str = "next") -> None:
     """The worker serves another fork; afterwards no message is in flight and no staging is left."""
-    system.scheduler.send({"source": str(guests.small), "destination": str(place / name)}, name)
-    PausedFork("no fault", name, guests.small, place / name, 0).wait_for_success(system.scheduler)
+    system.scheduler.send({"source": str(guests.small), "destination": str(workdir / name)}, name)
+    PausedFork("no fault", name, guests.small, workdir / name, 0).wait_for_success(system.scheduler)
     system.scheduler.wait_quiet()
-    wait_until(lambda: not leftovers(place), f"the removal of all staging: {leftovers(place)}")
+    wait_until(lambda: not leftovers(workdir), f"the removal of all staging: {leftovers(workdir)}")

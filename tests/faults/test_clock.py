@@ -112,11 +112,11 @@ def test_deadline_of_a_campaign_uses_one_clock(
 ) -> None:
     """The host that makes forks may have another clock than the host that planned them."""
     # Given a campaign that is half done
-    clock, place = Clock(tmp_path / "clock"), fresh("xfs")
-    source = make_source(place / "source")
+    clock, workdir = Clock(tmp_path / "clock"), fresh("xfs")
+    source = make_source(workdir / "source")
     worker = start_worker(mounts, 2, env=clock.environment)
     sent = time.monotonic()
-    send(own_scheduler, request_of(source, place, 600, deadline=deadline), "c")
+    send(own_scheduler, request_of(source, workdir, 600, deadline=deadline), "c")
     with stopped_when(worker, lambda: 0 < done(own_scheduler, "c") < 600, "a half-done campaign"):
         # When the clock of the worker that makes the rest differs by an hour, and a short deadline passes
         clock.set(offset)
@@ -127,7 +127,7 @@ def test_deadline_of_a_campaign_uses_one_clock(
     wait_until(lambda: own_scheduler.results.final.get("c") is not None, "the end", 60)
     own_scheduler.wait_quiet()
     assert result_of(own_scheduler, "c")["status"] == status
-    assert_results_are_consistent(own_scheduler, result_of(own_scheduler, "c"), paths_of(place, 600))
+    assert_results_are_consistent(own_scheduler, result_of(own_scheduler, "c"), paths_of(workdir, 600))
 
 
 def _hour(worker: Worker) -> str:

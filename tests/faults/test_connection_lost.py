@@ -22,9 +22,9 @@ SEED = 3
 
 
 def test_forks_and_campaigns_over_a_bad_connection_end_with_their_true_results(
-    own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, guests: Guests, place: Path
+    own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, guests: Guests, workdir: Path
 ) -> None:
-    dice = random.Random(SEED)
+    rng = random.Random(SEED)
     with Proxy(own_scheduler.server.socket) as proxy:
         address = f"redis+socket://{proxy.socket}"
         worker = start_worker(
@@ -41,20 +41,20 @@ def test_forks_and_campaigns_over_a_bad_connection_end_with_their_true_results(
         system = System(own_scheduler.server, worker, own_scheduler)
 
         # Given a bad connection, and a campaign in small batches and forks that are sent over it
-        (place / "many").mkdir()
-        many = request_of(guests.small, place / "many", FANNED_OUT, max_parallel=4)
+        (workdir / "many").mkdir()
+        many = request_of(guests.small, workdir / "many", FANNED_OUT, max_parallel=4)
         send(own_scheduler, many, "many")
         forks = []
         for n in range(FORKS):
             source = guests.large if n % 3 == 0 else guests.small
-            fork = PausedFork(INLINE, f"fork-{n}", source, place / f"fork-{n}", 0)
+            fork = PausedFork(INLINE, f"fork-{n}", source, workdir / f"fork-{n}", 0)
             _send(system, fork)
             forks.append(fork)
-            proxy.delay = dice.choice([0.0, 0.0, 0.002, 0.02])
-            hinder = dice.choice([proxy.cut, proxy.halve, None])
-            if hinder is not None:
-                hinder()
-            time.sleep(dice.uniform(0.05, 0.6))
+            proxy.delay = rng.choice([0.0, 0.0, 0.002, 0.02])
+            fault = rng.choice([proxy.cut, proxy.halve, None])
+            if fault is not None:
+                fault()
+            time.sleep(rng.uniform(0.05, 0.6))
         proxy.delay = 0.0
         assert proxy.cuts > FORKS // 4
 
@@ -69,11 +69,11 @@ def test_forks_and_campaigns_over_a_bad_connection_end_with_their_true_results(
             fork.wait_for_success(own_scheduler)
         wait_until(lambda: own_scheduler.results.final.get("many") is not None, "the campaign's result", TIMEOUT)
         made = assert_results_are_consistent(
-            own_scheduler, result_of(own_scheduler, "many"), paths_of(place / "many", FANNED_OUT)
+            own_scheduler, result_of(own_scheduler, "many"), paths_of(workdir / "many", FANNED_OUT)
         )
         assert {fork["status"] for fork in made} == {"succeeded"}
         assert worker.running
-        assert_served_and_clean(system, guests, place)
+        assert_served_and_clean(system, guests, workdir)
 
 
 def _send(system: System, fork: PausedFork) -> None:

@@ -28,22 +28,22 @@ from tests.support.tree import snapshot
 
 ATTACKER = 1000
 #: Seconds within which a fork or its cancellation must end. A lock holder counts as paused after 10 s.
-SOON = 30.0
+END_SECONDS = 30.0
 
 
 @pytest.fixture
-def yard(fresh: Fresh) -> Path:
+def workdir(fresh: Fresh) -> Path:
     """The guests of root, a file that only root can read, and a parent in which everybody may write."""
-    yard = fresh("xfs_noreflink")
-    yard.chmod(0o755)
-    make_guest(yard / "source")
-    make_sparse_file(yard / "source" / "disk.raw", 64 * MIB, 32 * MIB, seed=9)
-    make_guest(yard / "outside")
-    (yard / "outside" / "shadow").write_text("secret")
-    (yard / "outside" / "shadow").chmod(0o600)
-    (yard / "parent").mkdir()
-    (yard / "parent").chmod(0o777)
-    return yard
+    workdir = fresh("xfs_noreflink")
+    workdir.chmod(0o755)
+    make_guest(workdir / "source")
+    make_sparse_file(workdir / "source" / "disk.raw", 64 * MIB, 32 * MIB, seed=9)
+    make_guest(workdir / "outside")
+    (workdir / "outside" / "shadow").write_text("secret")
+    (workdir / "outside" / "shadow").chmod(0o600)
+    (workdir / "parent").mkdir()
+    (workdir / "parent").chmod(0o777)
+    return workdir
 
 
 @pytest.fixture
@@ -102,9 +102,9 @@ def holding(lock: Path, user: int) -> Iterator[None]:
 
 
 def test_entries_planted_by_another_user_end_forks_and_campaigns_at_once_and_are_kept(
-    worker: Worker, own_scheduler: Scheduler, yard: Path
+    worker: Worker, own_scheduler: Scheduler, workdir: Path
 ) -> None:
-    parent, outside = yard / "parent", yard / "outside"
+    parent, outside = workdir / "parent", workdir / "outside"
     for kind, plant in PLANTED.items():
         for job in ("fork", "campaign"):
             control = parent / control_name(f"{job}-{kind}")
@@ -114,14 +114,14 @@ def test_entries_planted_by_another_user_end_forks_and_campaigns_at_once_and_are
 
     with holding(parent / control_name("fork-directory") / "lock", ATTACKER):
         forks = [
-            own_scheduler.send({"source": str(yard / "source"), "destination": str(parent / kind)}, f"fork-{kind}")
+            own_scheduler.send({"source": str(workdir / "source"), "destination": str(parent / kind)}, f"fork-{kind}")
             for kind in PLANTED
         ]
         campaigns = [
             own_scheduler.app.send_task(
                 "forkvm.campaign",
                 kwargs={
-                    "request": {"source": str(yard / "source"), "destinations": [str(parent / f"c-{kind}")]},
+                    "request": {"source": str(workdir / "source"), "destinations": [str(parent / f"c-{kind}")]},
                 },
                 task_id=f"campaign-{kind}",
                 queue="forkvm",
@@ -129,14 +129,14 @@ def test_entries_planted_by_another_user_end_forks_and_campaigns_at_once_and_are
             for kind in PLANTED
         ]
         for sent in forks:
-            message, result = own_scheduler.wait_failed(sent, SOON)
+            message, result = own_scheduler.wait_failed(sent, END_SECONDS)
             assert "not usable as staging" in message
             assert result["status"] == "failed"
         for sent in campaigns:
             with pytest.raises(Exception, match="not usable as staging"):
-                sent.get(timeout=SOON)
+                sent.get(timeout=END_SECONDS)
 
-    assert time.monotonic() - began < SOON
+    assert time.monotonic() - began < END_SECONDS
     assert snapshot(outside) == before
     after = snapshot(parent)
     assert after.keys() == planted.keys()
@@ -145,9 +145,9 @@ def test_entries_planted_by_another_user_end_forks_and_campaigns_at_once_and_are
 
 @pytest.mark.parametrize("cancels", [False, True])
 def test_a_lock_held_by_another_program_of_the_workers_user_is_taken_over(
-    worker: Worker, own_scheduler: Scheduler, yard: Path, cancels: bool, run_forkvm: RunForkvm, mounts: Path
+    worker: Worker, own_scheduler: Scheduler, workdir: Path, cancels: bool, run_forkvm: RunForkvm, mounts: Path
 ) -> None:
-    control = yard / "parent" / control_name("held")
+    control = workdir / "parent" / control_name("held")
 
     def plant() -> None:
         control.mkdir(mode=0o700)
@@ -155,27 +155,27 @@ def test_a_lock_held_by_another_program_of_the_workers_user_is_taken_over(
     in_child(plant, user=NOBODY)
     with holding(control / "lock", NOBODY):
         sent = own_scheduler.send(
-            {"source": str(yard / "source"), "destination": str(yard / "parent" / "fork")}, "held"
+            {"source": str(workdir / "source"), "destination": str(workdir / "parent" / "fork")}, "held"
         )
         if cancels:
             done = run_forkvm("cancel", "held", env=program_environment(own_scheduler.server, mounts))
             assert done.returncode == 0, done.stderr
-            _, result = own_scheduler.wait_failed(sent, SOON)
+            _, result = own_scheduler.wait_failed(sent, END_SECONDS)
             assert result["status"] == "cancelled"
-            assert not (yard / "parent" / "fork").exists()
+            assert not (workdir / "parent" / "fork").exists()
         else:
-            assert own_scheduler.wait(sent, SOON)["status"] == "succeeded"
-            assert_alike(yard / "source", yard / "parent" / "fork", SKIPPED_BY_DEFAULT)
+            assert own_scheduler.wait(sent, END_SECONDS)["status"] == "succeeded"
+            assert_alike(workdir / "source", workdir / "parent" / "fork", SKIPPED_BY_DEFAULT)
 
 
 @pytest.mark.parametrize("deed", ["the control directory", "the tree", "a copy of the control directory"])
 def test_staging_moved_by_another_user_between_two_chunks_fails_the_fork(
-    worker: Worker, own_scheduler: Scheduler, yard: Path, deed: str
+    worker: Worker, own_scheduler: Scheduler, workdir: Path, deed: str
 ) -> None:
-    parent, outside = yard / "parent", yard / "outside"
+    parent, outside = workdir / "parent", workdir / "outside"
     before = snapshot(outside)
     view = StagingView(parent, "moved")
-    sent = own_scheduler.send({"source": str(yard / "source"), "destination": str(parent / "fork")}, "moved")
+    sent = own_scheduler.send({"source": str(workdir / "source"), "destination": str(parent / "fork")}, "moved")
 
     with stopped_in_the_middle(worker, view):
         journal = view.journal()
@@ -198,7 +198,7 @@ def test_staging_moved_by_another_user_between_two_chunks_fails_the_fork(
         else:
             in_child(move, user=ATTACKER)
 
-    _, result = own_scheduler.wait_failed(sent, SOON)
+    _, result = own_scheduler.wait_failed(sent, END_SECONDS)
     assert result["status"] == "failed"
     assert result["error"] is not None
     assert result["error"]["code"] == "io_error"

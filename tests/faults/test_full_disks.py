@@ -56,37 +56,37 @@ def quota_of_btrfs(fresh: Fresh) -> Iterator[Path]:
         subprocess.run([btrfs, *command], check=True, capture_output=True)
 
 
-def _assert_out_of_room(result: ForkResult, place: Path, number: int) -> None:
+def _assert_out_of_room(result: ForkResult, workdir: Path, number: int) -> None:
     assert result["error"] is not None, "it succeeded"
     assert (result["error"]["code"], result["error"]["errno"]) == ("no_space", number)
-    assert leftovers(place) == []
-    assert list(place.iterdir()) == []
+    assert leftovers(workdir) == []
+    assert list(workdir.iterdir()) == []
 
 
 @contextmanager
 def _filled(disk: Path, left: int) -> Iterator[Path]:
     """An empty directory on a disk with so many bytes free."""
-    place, filler = disk / "place", disk / "filler"
-    place.mkdir()
+    workdir, filler = disk / "place", disk / "filler"
+    workdir.mkdir()
     with filler.open("wb") as file:
         free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
         os.posix_fallocate(file.fileno(), 0, free - left)
-    yield place
-    shutil.rmtree(place)
+    yield workdir
+    shutil.rmtree(workdir)
     filler.unlink()
 
 
 @pytest.mark.parametrize("limits", [INLINE, CHUNKED], ids=["inline", "chunked"])
 def test_an_exceeded_quota_is_no_space_and_leaves_nothing(source: Path, quota_of_btrfs: Path, limits: Limits) -> None:
-    place = quota_of_btrfs
+    workdir = quota_of_btrfs
 
-    result = in_child(lambda: fork(source, place / "fork", limits=limits), user=NOBODY)
+    result = in_child(lambda: fork(source, workdir / "fork", limits=limits), user=NOBODY)
 
-    _assert_out_of_room(result, place, errno.EDQUOT)
+    _assert_out_of_room(result, workdir, errno.EDQUOT)
     fitting = source.parent / "fitting"
     fitting.mkdir()
     (fitting / "state").write_bytes(b"paused")
-    assert in_child(lambda: fork(fitting, place / "fork"), user=NOBODY)["error"] is None
+    assert in_child(lambda: fork(fitting, workdir / "fork"), user=NOBODY)["error"] is None
 
 
 def test_a_disk_that_is_full_at_any_step_is_no_space_and_leaves_nothing(
@@ -101,12 +101,12 @@ def test_a_disk_that_is_full_at_any_step_is_no_space_and_leaves_nothing(
     disk = small_tmpfs(64 * MIB)
     for left in (0, 4 << 10, 12 << 10, 24 << 10, 64 << 10, 128 << 10, 256 << 10, MIB, 3 * MIB, 9 * MIB, 40 * MIB):
         for limits in (INLINE, CHUNKED):
-            with _filled(disk, left) as place:
-                result = fork(source, place / "fork", limits=limits)
+            with _filled(disk, left) as workdir:
+                result = fork(source, workdir / "fork", limits=limits)
                 if result["error"] is None:
-                    assert_alike(source, place / "fork")
+                    assert_alike(source, workdir / "fork")
                 else:
-                    _assert_out_of_room(result, place, errno.ENOSPC)
+                    _assert_out_of_room(result, workdir, errno.ENOSPC)
                 outcomes.add((result["status"], result["files"]["total"] > 0))
 
     assert outcomes == {("failed", False), ("failed", True), ("succeeded", True)}

@@ -51,17 +51,17 @@ def _message(task: str, body: Any, fork_id: str) -> dict[str, Any]:
     }
 
 
-class Malice:
+class HostileMessages:
     """Makes messages that no client should send, from one seed."""
 
     def __init__(self, directory: Path) -> None:
-        self._dice = random.Random(SEED)
+        self._rng = random.Random(SEED)
         self._directory = directory
-        self.trap = directory / "trap"
+        self.exploit_file = directory / "trap"
 
     def messages(self) -> tuple[list[bytes], int]:
         """All messages, and the number of those that the filter must refuse. It may accept some of the others."""
-        never: list[Callable[[], bytes]] = [
+        always_refused: list[Callable[[], bytes]] = [
             self._noise,
             self._no_message,
             self._pickled,
@@ -69,16 +69,16 @@ class Malice:
             self._wrong_type,
             self._old_protocol,
         ]
-        seldom: list[Callable[[], bytes]] = [
-            self._bitten,
+        sometimes_refused: list[Callable[[], bytes]] = [
+            self._corrupted,
             self._field_missing,
             self._field_replaced,
             self._wrong_arguments,
             self._strange_id,
         ]
-        chosen = [self._dice.choice([*never, *seldom]) for _ in range(COUNT)]
+        chosen = [self._rng.choice([*always_refused, *sometimes_refused]) for _ in range(COUNT)]
         made = [make() for make in chosen]
-        return [*made, self._huge()], sum(make in never for make in chosen) + 1
+        return [*made, self._huge()], sum(make in always_refused for make in chosen) + 1
 
     def _good(self) -> dict[str, Any]:
         destination = str(self._directory / "nowhere" / "b")
@@ -91,11 +91,11 @@ class Malice:
             "forkvm.batch": {"campaign_id": "x", "home": destination, "first": 0},
             "forkvm.conclude": {"home": destination},
         }
-        task = self._dice.choice(sorted(arguments))
-        return _message(task, [[], arguments[task], {}], f"hostile-{self._dice.randrange(10**9)}")
+        task = self._rng.choice(sorted(arguments))
+        return _message(task, [[], arguments[task], {}], f"hostile-{self._rng.randrange(10**9)}")
 
     def _any(self) -> Any:
-        return self._dice.choice(
+        return self._rng.choice(
             [
                 None,
                 True,
@@ -117,34 +117,34 @@ class Malice:
         )
 
     def _noise(self) -> bytes:
-        return self._dice.randbytes(self._dice.randrange(1, 200))
+        return self._rng.randbytes(self._rng.randrange(1, 200))
 
     def _no_message(self) -> bytes:
         return json.dumps(self._any()).encode()
 
-    def _bitten(self) -> bytes:
+    def _corrupted(self) -> bytes:
         """A valid message with some bytes changed or cut off."""
         raw = bytearray(json.dumps(self._good()).encode())
-        for _ in range(self._dice.randrange(1, 4)):
-            raw[self._dice.randrange(len(raw))] = self._dice.randrange(256)
-        return bytes(raw[: self._dice.choice([len(raw), self._dice.randrange(len(raw))])])
+        for _ in range(self._rng.randrange(1, 4)):
+            raw[self._rng.randrange(len(raw))] = self._rng.randrange(256)
+        return bytes(raw[: self._rng.choice([len(raw), self._rng.randrange(len(raw))])])
 
     def _field_missing(self) -> bytes:
         message = self._good()
-        part: Any = self._dice.choice([message, message["headers"], message["properties"]])
-        part.pop(self._dice.choice(sorted(part)))
+        part: Any = self._rng.choice([message, message["headers"], message["properties"]])
+        part.pop(self._rng.choice(sorted(part)))
         return json.dumps(message).encode()
 
     def _field_replaced(self) -> bytes:
         message = self._good()
-        part: Any = self._dice.choice([message, message["headers"], message["properties"]])
-        part[self._dice.choice(sorted(part))] = self._any()
+        part: Any = self._rng.choice([message, message["headers"], message["properties"]])
+        part[self._rng.choice(sorted(part))] = self._any()
         return json.dumps(message).encode()
 
     def _wrong_arguments(self) -> bytes:
         message = self._good()
-        kwargs = {self._dice.choice(["self", "request", "fork_id", "task", "every", "\0", "x"]): self._any()}
-        body = [self._dice.choice([[], [1], [None] * 5]), kwargs, {}]
+        kwargs = {self._rng.choice(["self", "request", "fork_id", "task", "every", "\0", "x"]): self._any()}
+        body = [self._rng.choice([[], [1], [None] * 5]), kwargs, {}]
         message["body"] = base64.b64encode(json.dumps(body).encode()).decode()
         return json.dumps(message).encode()
 
@@ -153,25 +153,25 @@ class Malice:
         return json.dumps(message | {"body": base64.b64encode(body).decode()}).encode()
 
     def _pickled(self) -> bytes:
-        exploit = pickle.dumps(([], {"request": _Exploit(self.trap)}, {}))
-        kind = self._dice.choice(
+        exploit = pickle.dumps(([], {"request": _Exploit(self.exploit_file)}, {}))
+        kind = self._rng.choice(
             ["application/x-python-serialize", "application/json", "application/data", "text/plain"]
         )
-        return self._body(exploit, kind, self._dice.choice(["binary", "utf-8", "rot13"]))
+        return self._body(exploit, kind, self._rng.choice(["binary", "utf-8", "rot13"]))
 
     def _deep(self) -> bytes:
-        depth = self._dice.choice([100, 5000, 100_000])
+        depth = self._rng.choice([100, 5000, 100_000])
         return self._body(b"[" * depth + b"]" * depth)
 
     def _wrong_type(self) -> bytes:
-        kind = self._dice.choice(["", "application/x-yaml", "application/x-msgpack", "image/png", "application/json\0"])
-        return self._body(b"[[], {}, {}]", kind, self._dice.choice(["utf-8", "utf-99", "base64"]))
+        kind = self._rng.choice(["", "application/x-yaml", "application/x-msgpack", "image/png", "application/json\0"])
+        return self._body(b"[[], {}, {}]", kind, self._rng.choice(["utf-8", "utf-99", "base64"]))
 
     def _old_protocol(self) -> bytes:
         """Protocol 1 has all fields in its body; the other protocols do not."""
         body = {"task": "forkvm.fork", "id": "old", "args": [], "kwargs": self._any(), "eta": self._any()}
         message = self._good() | {"body": base64.b64encode(json.dumps(body).encode()).decode()}
-        message["headers"] = self._dice.choice([{}, {"protocol": 7}, {"task": None}])
+        message["headers"] = self._rng.choice([{}, {"protocol": 7}, {"task": None}])
         return json.dumps(message).encode()
 
     def _strange_id(self) -> bytes:
@@ -190,14 +190,14 @@ class Malice:
 
 
 def test_hostile_messages_are_refused_and_the_worker_serves_the_next_job(
-    own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, place: Path
+    own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, workdir: Path
 ) -> None:
     # Given
     worker = start_worker(mounts, args=["--without-mingle"], env={"FORKVM_VISIBILITY_TIMEOUT": "5"})
     system, scheduler = System(own_scheduler.server, worker, own_scheduler), own_scheduler
-    make_guest(place / "a")
-    malice = Malice(place)
-    messages, certain = malice.messages()
+    make_guest(workdir / "a")
+    hostile = HostileMessages(workdir)
+    messages, certain = hostile.messages()
 
     # When
     for n, message in enumerate(messages):
@@ -209,13 +209,13 @@ def test_hostile_messages_are_refused_and_the_worker_serves_the_next_job(
 
     wait_until(taken, "the end of the hostile messages", 120)
     assert worker.running, worker.output()[-3000:]
-    sent = scheduler.send({"source": str(place / "a"), "destination": str(place / "b")})
+    sent = scheduler.send({"source": str(workdir / "a"), "destination": str(workdir / "b")})
     assert scheduler.wait(sent)["status"] == "succeeded"
-    assert not malice.trap.exists()
-    assert sorted(path.name for path in place.iterdir()) == ["a", "b"]
+    assert not hostile.exploit_file.exists()
+    assert sorted(path.name for path in workdir.iterdir()) == ["a", "b"]
     log = worker.output()
     assert len(_REFUSAL.findall(log)) >= certain > COUNT // 3
     assert "Traceback" not in log, log[log.index("Traceback") - 500 :][:3000]
-    system.assert_left_nothing_in(place)
+    system.assert_left_nothing_in(workdir)
     for key in [key for key in scheduler.redis.scan_iter() if scheduler.redis.ttl(key) == -1]:
         assert key.startswith(b"_kombu"), key

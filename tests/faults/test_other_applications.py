@@ -83,12 +83,16 @@ def test_worker_does_not_receive_revoked_tasks_of_other_applications(
 
 
 def test_only_messages_of_a_killed_worker_of_an_earlier_version_are_returned_to_the_queue(
-    own_scheduler: Scheduler, start_worker: StartWorker, guests: Guests, place: Path, mounts: Path
+    own_scheduler: Scheduler, start_worker: StartWorker, guests: Guests, workdir: Path, mounts: Path
 ) -> None:
     # Given messages of a killed and of a running worker of an earlier version, and a message of another application
     redis, now = own_scheduler.redis, time.time()
-    ours = _message("forkvm.fork", "ours", {"request": {"source": str(guests.small), "destination": str(place / "a")}})
-    live = _message("forkvm.fork", "live", {"request": {"source": str(guests.small), "destination": str(place / "b")}})
+    ours = _message(
+        "forkvm.fork", "ours", {"request": {"source": str(guests.small), "destination": str(workdir / "a")}}
+    )
+    live = _message(
+        "forkvm.fork", "live", {"request": {"source": str(guests.small), "destination": str(workdir / "b")}}
+    )
     other = _message("other.note", "other", {})
     held = {
         "ours": (ours, QUEUE, now - 60),

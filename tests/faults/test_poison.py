@@ -17,7 +17,7 @@ UNCOUNTED = ("begin uncounted", "finish uncounted", "before the rename")
 
 
 def test_a_fork_that_kills_its_process_each_time_ends_after_a_limited_number_of_attempts(
-    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
+    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, workdir: Path
 ) -> None:
     # Given a fork that kills its process at every point, and other forks beside them
     system = start_armed_worker(6)
@@ -27,8 +27,8 @@ def test_a_fork_that_kills_its_process_each_time_ends_after_a_limited_number_of_
         source = guests.small if point == INLINE else guests.large
         fork_id = point.replace(" ", "-")
         fault_points.arm(fork_id, point, "poison")
-        poisoned.append(PausedFork(point, fork_id, source, place / fork_id, 0))
-    good = [PausedFork("no point", f"good-{n}", guests.large, place / f"good-{n}", 0) for n in range(4)]
+        poisoned.append(PausedFork(point, fork_id, source, workdir / fork_id, 0))
+    good = [PausedFork("no point", f"good-{n}", guests.large, workdir / f"good-{n}", 0) for n in range(4)]
 
     # When
     for fork in [*poisoned, *good]:
@@ -56,4 +56,4 @@ def test_a_fork_that_kills_its_process_each_time_ends_after_a_limited_number_of_
         assert 2 <= tries <= (2 * MAX_LOSSES if fork.point in UNCOUNTED else MAX_TRIES + 1), (fork.point, tries)
         state = partial(scheduler.results.states.get, fork.fork_id)
         wait_until(lambda state=state: state()["status"] == "FAILURE", f"the state of {fork}")  # type: ignore[misc]
-    assert_served_and_clean(system, guests, place)
+    assert_served_and_clean(system, guests, workdir)

@@ -31,7 +31,7 @@ FILESYSTEMS: dict[str, tuple[list[str], list[str]]] = {
 #: A little more than the smallest size that mkfs.xfs accepts.
 _IMAGE_BYTES = 320 * MIB
 
-PullPlug = Callable[[], Path]
+CutPower = Callable[[], Path]
 
 
 @pytest.fixture(params=FILESYSTEMS)
@@ -40,7 +40,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def disk(kind: str, mounts: Path, tmp_path: Path) -> Iterator[tuple[Path, PullPlug]]:
+def disk(kind: str, mounts: Path, tmp_path: Path) -> Iterator[tuple[Path, CutPower]]:
     """A mounted filesystem, and a function that shows its state after a power loss at the moment of the call."""
     (mkfs, *options), mount_again = FILESYSTEMS[kind]
     image, copy, point = tmp_path / "image", tmp_path / "copy", mounts / "disk"
@@ -50,40 +50,40 @@ def disk(kind: str, mounts: Path, tmp_path: Path) -> Iterator[tuple[Path, PullPl
     with ExitStack() as before, ExitStack() as after:
         before.enter_context(image_mounted(image, point))
 
-        def pull_plug() -> Path:
+        def cut_power() -> Path:
             subprocess.run(["cp", "--sparse=always", image, copy], check=True)
             before.close()
             return after.enter_context(image_mounted(copy, point, *mount_again))
 
-        yield point, pull_plug
+        yield point, cut_power
 
 
 @pytest.mark.parametrize(("limits", "reflink"), [(INLINE, "auto"), (CHUNKED, "never")])
 def test_a_durable_fork_is_complete_after_a_power_loss(
-    disk: tuple[Path, PullPlug], limits: Limits, reflink: str, tmp_path: Path
+    disk: tuple[Path, CutPower], limits: Limits, reflink: str, tmp_path: Path
 ) -> None:
-    point, pull_plug = disk
+    point, cut_power = disk
     source = make_guest(point / "source", SIZES)
     pristine = _copy_of(source, tmp_path)
     (point / "guests").mkdir()
 
     forked(source, point / "guests" / "fork", limits=limits, reflink=reflink, durability="sync")
-    after = _without_power(point, pull_plug)
+    after = _without_power(point, cut_power)
 
     _assert_whole(after / "guests" / "fork", after / "source", pristine)
 
 
 @pytest.mark.parametrize("kind", ["btrfs"])
 def test_a_durable_fork_of_a_subvolume_is_complete_after_a_power_loss(
-    disk: tuple[Path, PullPlug], tmp_path: Path
+    disk: tuple[Path, CutPower], tmp_path: Path
 ) -> None:
-    point, pull_plug = disk
+    point, cut_power = disk
     source = make_guest(make_subvolume(point / "source"), SIZES)
     pristine = _copy_of(source, tmp_path)
     (point / "guests").mkdir()
 
     result = forked(source, point / "guests" / "fork", durability="sync")
-    after = _without_power(point, pull_plug)
+    after = _without_power(point, cut_power)
 
     assert result["subvolume"]
     _assert_whole(after / "guests" / "fork", after / "source", pristine)
@@ -91,15 +91,15 @@ def test_a_durable_fork_of_a_subvolume_is_complete_after_a_power_loss(
 
 @pytest.mark.parametrize("kind", ["xfs"])
 def test_the_durable_forks_of_a_campaign_are_complete_after_a_power_loss(
-    disk: tuple[Path, PullPlug], tmp_path: Path
+    disk: tuple[Path, CutPower], tmp_path: Path
 ) -> None:
-    point, pull_plug = disk
+    point, cut_power = disk
     source = make_guest(point / "source", SIZES)
     pristine = _copy_of(source, tmp_path)
     (point / "guests").mkdir()
 
     result = campaign(source, destinations(point / "guests", 3), durability="sync")
-    after = _without_power(point, pull_plug)
+    after = _without_power(point, cut_power)
 
     assert result["status"] == "succeeded"
     for fork in destinations(after / "guests", 3):
@@ -112,11 +112,11 @@ def _copy_of(source: Path, directory: Path) -> Path:
     return Path(shutil.copytree(source, directory / "pristine", symlinks=True, ignore=left_out))
 
 
-def _without_power(point: Path, pull_plug: PullPlug) -> Path:
+def _without_power(point: Path, cut_power: CutPower) -> Path:
     """The filesystem after a power loss. First checks that the copy shows no more than the disk had."""
     unsynced = b"and not synced" * 1000
     (point / "written later").write_bytes(unsynced)
-    after = pull_plug()
+    after = cut_power()
     later = after / "written later"
     assert not later.exists() or later.read_bytes() != unsynced, "the copy shows more than the disk had"
     return after

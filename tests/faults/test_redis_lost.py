@@ -43,13 +43,13 @@ def test_forks_end_with_their_true_results_after_redis_was_down(
     start_armed_worker: StartArmedWorker,
     fault_points: FaultPoints,
     guests: Guests,
-    place: Path,
+    workdir: Path,
     kill: bool,
     noticed: str,
 ) -> None:
     # Given
     system = start_armed_worker(CHILDREN)
-    paused = start_paused_forks(system, fault_points, guests, place)
+    paused = start_paused_forks(system, fault_points, guests, workdir)
 
     # When Redis is down while all forks continue
     system.server.kill() if kill else system.server.stop()
@@ -61,24 +61,24 @@ def test_forks_end_with_their_true_results_after_redis_was_down(
     for one in paused:
         one.wait_for_success(system.scheduler)
     assert system.worker.running
-    assert_served_and_clean(system, guests, place)
+    assert_served_and_clean(system, guests, workdir)
 
 
 def test_redis_emptied_during_a_fork_gives_no_false_success_and_its_staging_is_removed(
-    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
+    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, workdir: Path
 ) -> None:
     # Given forks at every point, whose files have not been modified for a long time
     system = start_armed_worker(CHILDREN)
-    paused = start_paused_forks(system, fault_points, guests, place)
+    paused = start_paused_forks(system, fault_points, guests, workdir)
     for one in paused:
-        StagingView(place, one.fork_id).grow_old()
+        StagingView(workdir, one.fork_id).backdate()
 
     # When Redis loses all data and the processes are killed
     system.scheduler.redis.flushall()
     send([one.pid for one in paused], signal.SIGKILL)
 
     # Then unpublished forks leave nothing, not even staging. A worker may have had a message in memory
-    wait_until(lambda: not leftovers(place), "the removal of all staging")
+    wait_until(lambda: not leftovers(workdir), "the removal of all staging")
     system.scheduler.wait_quiet()
     forgotten = [one for one in paused if system.scheduler.results.final.fork(one.fork_id) is None]
     assert len(forgotten) > len(paused) // 2
@@ -96,14 +96,14 @@ def test_redis_emptied_during_a_fork_gives_no_false_success_and_its_staging_is_r
             _assert_destination_exists(system.scheduler, one)
         else:
             one.wait_for_success(system.scheduler, emptied=one.point in PUBLISHED)
-    assert_served_and_clean(system, guests, place)
+    assert_served_and_clean(system, guests, workdir)
 
 
 def test_redis_emptied_while_forks_continue_gives_no_false_success_and_the_ids_can_be_sent_again(
-    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
+    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, workdir: Path
 ) -> None:
     system = start_armed_worker(CHILDREN)
-    paused = start_paused_forks(system, fault_points, guests, place)
+    paused = start_paused_forks(system, fault_points, guests, workdir)
 
     system.scheduler.redis.flushall()
     resume(paused)
@@ -114,15 +114,15 @@ def test_redis_emptied_while_forks_continue_gives_no_false_success_and_the_ids_c
         result = _wait_for_result(system.scheduler, one)
         assert result["error"] is None, one.point
         assert snapshot(one.destination) == snapshot(one.source)
-    assert_served_and_clean(system, guests, place)
+    assert_served_and_clean(system, guests, workdir)
 
 
 def test_full_redis_fails_forks_with_a_clear_error_and_they_succeed_when_there_is_room(
-    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
+    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, workdir: Path
 ) -> None:
     # Given
     system = start_armed_worker(CHILDREN)
-    paused = start_paused_forks(system, fault_points, guests, place)
+    paused = start_paused_forks(system, fault_points, guests, workdir)
 
     # When there is no room until the processes that must write FileResults have given up
     system.scheduler.redis.config_set("maxmemory", "1mb")
@@ -145,7 +145,7 @@ def test_full_redis_fails_forks_with_a_clear_error_and_they_succeed_when_there_i
             assert result["error"]["code"] == "no_space", result["error"]
             assert not one.destination.exists()
     assert system.worker.running
-    assert_served_and_clean(system, guests, place)
+    assert_served_and_clean(system, guests, workdir)
 
 
 def test_full_redis_stores_the_outcomes_of_a_batch_completely_or_not_at_all(own_scheduler: Scheduler) -> None:

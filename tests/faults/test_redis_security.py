@@ -16,7 +16,7 @@ from tests.support.system.queued_campaigns import make_source
 from tests.support.system.systems import SMALL_LIMITS, send
 
 #: A file of a guest, and its content: neither may appear in a log.
-TELLING_NAME, TELLING_DATA = "secret-name.raw", b"what a guest knows"
+SECRET_NAME, SECRET_DATA = "secret-name.raw", b"what a guest knows"
 
 #: The number of forks of a campaign that still runs when the command that sent it has ended, even on a fast machine.
 _MANY = 1_500
@@ -33,16 +33,16 @@ def test_forks_run_over_tls_with_the_documented_rights_even_if_a_worker_is_kille
     # Given
     directory = fresh("ext4")
     source = make_guest(directory / "source")
-    (source / TELLING_NAME).write_bytes(TELLING_DATA)
+    (source / SECRET_NAME).write_bytes(SECRET_DATA)
     environment = secure_redis.environment() | SMALL_LIMITS | {"FORKVM_VISIBILITY_TIMEOUT": "5"}
     # The worker that is killed sends no sweep: its one child could be given it before the fork.
-    doomed = start_worker(mounts, 1, env=environment | {"FORKVM_VISIBILITY_TIMEOUT": "600"})
+    killed_worker = start_worker(mounts, 1, env=environment | {"FORKVM_VISIBILITY_TIMEOUT": "600"})
 
     # When the first worker is killed while it makes a fork, and another worker starts
-    send(doomed.children, signal.SIGSTOP)
+    send(killed_worker.children, signal.SIGSTOP)
     run_forkvm("submit", source, directory / "lost", "--id", "lost", env=environment)
-    wait_until(lambda: "Task forkvm.fork[lost] received" in doomed.output(), "the fork to be taken")
-    doomed.kill()
+    wait_until(lambda: "Task forkvm.fork[lost] received" in killed_worker.output(), "the fork to be taken")
+    killed_worker.kill()
     worker = start_worker(mounts, 2, env=environment)
     done = run_forkvm("submit", source, directory / "fork", "--id", "one", "--wait", "--json", env=environment)
     watched = run_forkvm("status", "lost", "--watch", "--json", env=environment)
@@ -61,7 +61,7 @@ def test_forks_run_over_tls_with_the_documented_rights_even_if_a_worker_is_kille
     result = json.loads(done.stdout)
     assert result["chunks"] > 1
     assert len(listed.stdout.splitlines()) == result["files"]["total"]
-    assert TELLING_NAME in listed.stdout
+    assert SECRET_NAME in listed.stdout
     assert json.loads(watched.stdout)["state"] == "SUCCESS"
     assert json.loads(cancelled.stdout)["result"]["status"] == "succeeded"
     assert json.loads(campaign.stdout)["forks"] == {"total": 3, "succeeded": 2, "failed": 1, "cancelled": 0}
@@ -72,9 +72,9 @@ def test_forks_run_over_tls_with_the_documented_rights_even_if_a_worker_is_kille
     assert _refusals(secure_redis) == []
     pages = _pages(secure_redis)
     assert pages
-    for log in (doomed.output(), worker.output()):
+    for log in (killed_worker.output(), worker.output()):
         assert "Task forkvm.fork" in log
-        for secret in (secure_redis.password, TELLING_NAME, TELLING_DATA.decode(), '"copied_bytes"', *pages):
+        for secret in (secure_redis.password, SECRET_NAME, SECRET_DATA.decode(), '"copied_bytes"', *pages):
             assert secret not in log
 
 
@@ -140,12 +140,12 @@ def test_a_server_that_cannot_be_verified_is_refused_with_one_line_and_exit_code
     another_host = secure_redis.environment(host="127.0.0.1")
 
     worker = start_worker(mounts, 1, command="forkvm", env=another_host, wait=False)
-    asked = [run_forkvm("status", "one", env=environment) for environment in (untrusted, unnamed, another_host)]
+    refusals = [run_forkvm("status", "one", env=environment) for environment in (untrusted, unnamed, another_host)]
 
     assert worker.wait() == 3
-    assert [done.returncode for done in asked] == [3, 3, 3]
-    for said in (*(done.stderr for done in asked), worker.output()):
-        (line,) = said.splitlines()
+    assert [done.returncode for done in refusals] == [3, 3, 3]
+    for text in (*(done.stderr for done in refusals), worker.output()):
+        (line,) = text.splitlines()
         assert line.startswith("forkvm: ")
         assert "CERTIFICATE_VERIFY_FAILED" in line
         assert "localhost" in line or "127.0.0.1" in line
@@ -164,11 +164,11 @@ def test_a_wrong_password_is_reported_without_repeating_it(
 ) -> None:
     environment = secure_redis.environment(password="hunter2-and-more")
 
-    asked = run_forkvm("status", "one", env=environment)
+    refusals = run_forkvm("status", "one", env=environment)
     worker = start_worker(mounts, 1, env=environment, wait=False)
     wait_until(lambda: "invalid username-password pair" in worker.output(), "the worker's error message")
     worker.kill()
 
-    assert asked.returncode == 3
-    assert "invalid username-password pair" in asked.stderr
-    assert "hunter2" not in asked.stderr + asked.stdout + worker.output()
+    assert refusals.returncode == 3
+    assert "invalid username-password pair" in refusals.stderr
+    assert "hunter2" not in refusals.stderr + refusals.stdout + worker.output()

@@ -53,11 +53,11 @@ REFUSALS = {
 
 @pytest.mark.parametrize("kind", REFUSALS)
 def test_forks_wait_while_redis_refuses_writes_and_no_state_goes_backwards(
-    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path, kind: str
+    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, workdir: Path, kind: str
 ) -> None:
     # Given a fork at every point
     system = start_armed_worker(CHILDREN)
-    paused = start_paused_forks(system, fault_points, guests, place)
+    paused = start_paused_forks(system, fault_points, guests, workdir)
     with system.scheduler.watching(paused[0].fork_id) as first, system.scheduler.watching(paused[-1].fork_id) as last:
         # When Redis refuses writes while all forks continue
         REFUSALS[kind].begin(system.scheduler)
@@ -76,4 +76,4 @@ def test_forks_wait_while_redis_refuses_writes_and_no_state_goes_backwards(
     for records in (first, last):
         assert "FAILURE" not in states(records)
     assert system.worker.running
-    assert_served_and_clean(system, guests, place)
+    assert_served_and_clean(system, guests, workdir)

@@ -18,7 +18,7 @@ FORKS = 100
 
 
 def test_worker_whose_idle_connection_is_closed_reconnects_and_continues(
-    own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, guests: Guests, place: Path
+    own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, guests: Guests, workdir: Path
 ) -> None:
     # Given a worker whose one child is a replacement. It sends no sweep: the child could be given it before the fork
     # that is to be delayed
@@ -27,12 +27,12 @@ def test_worker_whose_idle_connection_is_closed_reconnects_and_continues(
     first = worker.children
     send(first, signal.SIGKILL)
     wait_until(lambda: worker.children not in (first, []), "another child")
-    own_scheduler.fork(guests.small, place / "fork")
+    own_scheduler.fork(guests.small, workdir / "fork")
 
     # When Redis closes the connection while the child has all messages that the worker may take
     child = worker.children
     send(child, signal.SIGSTOP)
-    held_up = own_scheduler.send({"source": str(guests.small), "destination": str(place / "held-up")})
+    delayed = own_scheduler.send({"source": str(guests.small), "destination": str(workdir / "held-up")})
     wait_until(lambda: own_scheduler.messages()[UNACKED] == 1, "the message to be taken")
     before = _sockets(worker)
     (idle,) = _waiting(own_scheduler)
@@ -42,9 +42,10 @@ def test_worker_whose_idle_connection_is_closed_reconnects_and_continues(
     # Then the worker sleeps, and takes all messages that follow
     wait_until_asleep(lambda: [worker.pid], "a worker that waits")
     send(child, signal.SIGCONT)
-    own_scheduler.wait(held_up)
+    own_scheduler.wait(delayed)
     sent = [
-        own_scheduler.send({"source": str(guests.small), "destination": str(place / f"fork-{n}")}) for n in range(FORKS)
+        own_scheduler.send({"source": str(guests.small), "destination": str(workdir / f"fork-{n}")})
+        for n in range(FORKS)
     ]
     for fork in sent:
         own_scheduler.wait(fork)

@@ -15,17 +15,17 @@ MINUTE = 60.0
 
 
 def test_worker_whose_connections_go_silent_serves_again_within_a_minute_and_exits_on_sigterm(
-    own_scheduler: Scheduler, start_worker: StartWorker, guests: Guests, place: Path, mounts: Path
+    own_scheduler: Scheduler, start_worker: StartWorker, guests: Guests, workdir: Path, mounts: Path
 ) -> None:
     with Proxy(own_scheduler.server.socket) as proxy:
         address = f"redis+socket://{proxy.socket}"
         worker = start_worker(mounts, env={"FORKVM_BROKER_URL": address, "FORKVM_RESULT_BACKEND": address})
-        own_scheduler.fork(guests.small, place / "first", "first")
+        own_scheduler.fork(guests.small, workdir / "first", "first")
 
         # When the current connections are dead, and Redis has ended the last BRPOP, which would receive a message
         proxy.silence()
         wait_until(lambda: own_scheduler.redis.info("clients")["blocked_clients"] == 0, "the end of the last BRPOP")
-        own_scheduler.send({"source": str(guests.small), "destination": str(place / "next")}, "next")
+        own_scheduler.send({"source": str(guests.small), "destination": str(workdir / "next")}, "next")
 
         # Then
         wait_until(lambda: own_scheduler.results.states.get("next")["status"] == "SUCCESS", "the next fork", MINUTE)
@@ -38,10 +38,10 @@ def test_worker_whose_connections_go_silent_serves_again_within_a_minute_and_exi
 
 
 def test_worker_that_also_consumes_another_domains_queue_makes_large_forks_there(
-    own_scheduler: Scheduler, start_worker: StartWorker, guests: Guests, place: Path, mounts: Path
+    own_scheduler: Scheduler, start_worker: StartWorker, guests: Guests, workdir: Path, mounts: Path
 ) -> None:
     worker = start_worker(mounts, env={"FORKVM_INLINE_FILES": "4", "FORKVM_CHUNK_FILES": "8"})
-    request = {"source": str(guests.large), "destination": str(place / "fork")}
+    request = {"source": str(guests.large), "destination": str(workdir / "fork")}
 
     own_scheduler.app.control.add_consumer("forkvm.other")
     own_scheduler.app.send_task("forkvm.fork", kwargs={"request": request}, task_id="other", queue="forkvm.other")
@@ -60,12 +60,12 @@ def test_heartbeat_file_that_cannot_be_written_is_an_error_at_the_start(
     worker = start_worker(mounts, 1, env={"FORKVM_HEARTBEAT_FILE": str(path)}, wait=False)
 
     assert worker.wait() == 2
-    said = [line for line in worker.output().splitlines() if line.startswith("forkvm: ")]
-    assert said == [f"forkvm: FORKVM_HEARTBEAT_FILE: {path} cannot be written: No such file or directory"]
+    lines = [line for line in worker.output().splitlines() if line.startswith("forkvm: ")]
+    assert lines == [f"forkvm: FORKVM_HEARTBEAT_FILE: {path} cannot be written: No such file or directory"]
 
 
 def test_heartbeat_file_that_cannot_be_written_later_is_one_warning(
-    own_scheduler: Scheduler, start_worker: StartWorker, guests: Guests, place: Path, mounts: Path, tmp_path: Path
+    own_scheduler: Scheduler, start_worker: StartWorker, guests: Guests, workdir: Path, mounts: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "hidden" / "heartbeat"
     path.parent.mkdir()
@@ -75,7 +75,7 @@ def test_heartbeat_file_that_cannot_be_written_later_is_one_warning(
     shutil.rmtree(path.parent)
 
     wait_until(lambda: "heartbeat file" in worker.output(), "the warning")
-    own_scheduler.fork(guests.small, place / "fork")
+    own_scheduler.fork(guests.small, workdir / "fork")
     path.parent.mkdir()
     wait_until(path.exists, "the heartbeat, written again")
     assert worker.output().count("heartbeat file") == 1

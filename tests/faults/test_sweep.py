@@ -38,12 +38,12 @@ from tests.support.system.systems import System
 
 
 def test_fork_whose_messages_are_lost_is_finished_by_the_sweep(
-    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
+    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, workdir: Path
 ) -> None:
     # Given forks that are paused at every point
     system = start_armed_worker(CHILDREN)
     redis = system.scheduler.redis
-    paused = start_paused_forks(system, fault_points, guests, place)
+    paused = start_paused_forks(system, fault_points, guests, workdir)
 
     # When all their messages are lost, as if Redis had stopped between kombu's two steps, and their processes are
     # killed
@@ -54,12 +54,12 @@ def test_fork_whose_messages_are_lost_is_finished_by_the_sweep(
     other = start_armed_worker(4)
     for one in paused:
         one.wait_for_success(other.scheduler)
-    assert_served_and_clean(other, guests, place)
+    assert_served_and_clean(other, guests, workdir)
 
 
-def _context(results: Results, place: Path) -> Context:
+def _context(results: Results, workdir: Path) -> Context:
     """The context of a sweep in this process, which searches and removes, and sends nothing."""
-    return Context(Roots((str(place),)), Limits(), results, lambda task, kwargs, task_id: None, QUEUE)
+    return Context(Roots((str(workdir),)), Limits(), results, lambda task, kwargs, task_id: None, QUEUE)
 
 
 def test_sweeps_and_searches_in_a_tight_loop_do_not_affect_running_forks(
@@ -67,7 +67,7 @@ def test_sweeps_and_searches_in_a_tight_loop_do_not_affect_running_forks(
     start_worker: StartWorker,
     mounts: Path,
     guests: Guests,
-    place: Path,
+    workdir: Path,
     run_forkvm: RunForkvm,
 ) -> None:
     # Given sweeps in a tight loop: of the forks' own deployment, and of one that knows none of them
@@ -80,8 +80,8 @@ def test_sweeps_and_searches_in_a_tight_loop_do_not_affect_running_forks(
         server = own_scheduler.server
         try:
             with server.client(decode_responses=False) as client, Redis.from_url(f"{server.redis_url}?db=1") as empty:
-                own = _context(replace(own_scheduler.results, redis=client), place)
-                foreign = _context(replace(own_scheduler.results, redis=empty), place)
+                own = _context(replace(own_scheduler.results, redis=client), workdir)
+                foreign = _context(replace(own_scheduler.results, redis=empty), workdir)
                 while not ended.is_set():
                     for context in (own, foreign):
                         remove_abandoned(context)
@@ -96,10 +96,10 @@ def test_sweeps_and_searches_in_a_tight_loop_do_not_affect_running_forks(
         # When the worker and a local command make forks at the same time
         forks = []
         for n in range(30):
-            fork = PausedFork("no point", f"live-{n}", guests.large, place / f"live-{n}", 0)
+            fork = PausedFork("no point", f"live-{n}", guests.large, workdir / f"live-{n}", 0)
             system.scheduler.send({"source": str(fork.source), "destination": str(fork.destination)}, fork.fork_id)
             forks.append(fork)
-        local = run_forkvm("fork", guests.large, place / "local")
+        local = run_forkvm("fork", guests.large, workdir / "local")
 
         # Then every fork is made, at its first attempt
         for fork in forks:
@@ -111,26 +111,26 @@ def test_sweeps_and_searches_in_a_tight_loop_do_not_affect_running_forks(
     assert local.returncode == 0, local.stderr
     assert sweeps[0] > 20
     assert "removed staging" not in worker.output()
-    assert_served_and_clean(system, guests, place)
+    assert_served_and_clean(system, guests, workdir)
 
 
 def test_old_staging_that_no_queue_knows_is_removed_and_staging_of_an_open_fork_is_kept(
-    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
+    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, workdir: Path
 ) -> None:
     # Given the staging of two killed forks, one of which Redis still knows
     system = start_armed_worker(2)
-    start_paused_forks(system, fault_points, guests, place, ["middle", "finish"])
+    start_paused_forks(system, fault_points, guests, workdir, ["middle", "finish"])
     system.worker.kill()
     redis = system.scheduler.redis
     redis.delete("forkvm:middle:claim")
-    context = _context(system.scheduler.results, place)
-    forgotten, known = (StagingView(place, name) for name in ("middle", "finish"))
+    context = _context(system.scheduler.results, workdir)
+    forgotten, known = (StagingView(workdir, name) for name in ("middle", "finish"))
 
     # When
     remove_abandoned(context)
     assert forgotten.control.exists()
-    forgotten.grow_old()
-    known.grow_old()
+    forgotten.backdate()
+    known.backdate()
     remove_abandoned(context)
 
     # Then
@@ -138,12 +138,12 @@ def test_old_staging_that_no_queue_knows_is_removed_and_staging_of_an_open_fork_
     assert known.control.exists()
     redis.flushall()
     remove_abandoned(context)
-    assert leftovers(place) == []
+    assert leftovers(workdir) == []
 
 
-def plant(place: Path, fork_id: str, what: str) -> None:
+def plant(workdir: Path, fork_id: str, what: str) -> None:
     """Put an entry that is not staging of ours at the path of a fork's control directory."""
-    control = place / control_name(fork_id)
+    control = workdir / control_name(fork_id)
     if what == "file":
         control.write_text("in the way")
     elif what == "FIFO":
@@ -160,20 +160,20 @@ def plant(place: Path, fork_id: str, what: str) -> None:
 PLANTED = ("file", "FIFO", "symlink", "FIFO as journal", "foreign")
 
 
-def test_sweep_skips_a_fork_whose_staging_was_replaced(own_scheduler: Scheduler, place: Path) -> None:
+def test_sweep_skips_a_fork_whose_staging_was_replaced(own_scheduler: Scheduler, workdir: Path) -> None:
     # Given forks whose messages are lost, some with another entry at the path of their staging or its parent
     sent: list[str] = []
     send: Send = lambda task, kwargs, task_id: sent.append(task_id)  # noqa: E731
-    context = Context(Roots((str(place),)), Limits(), own_scheduler.results, send, QUEUE)
-    (place / "file").touch()
-    (place / "loop").symlink_to("loop")
+    context = Context(Roots((str(workdir),)), Limits(), own_scheduler.results, send, QUEUE)
+    (workdir / "file").touch()
+    (workdir / "loop").symlink_to("loop")
     for n, what in enumerate(PLANTED):
-        plant(place, f"planted-{n}", what)
+        plant(workdir, f"planted-{n}", what)
     parents = {f"planted-{n}": "." for n in range(len(PLANTED))}
     parents |= {"in-file": "file", "in-loop": "loop", "outside": "..", "last": "."}
     for fork_id, parent in parents.items():
-        destination = f"{place}/{parent}/{fork_id}"
-        request = {"source": f"{place}/none", "destination": destination}
+        destination = f"{workdir}/{parent}/{fork_id}"
+        request = {"source": f"{workdir}/none", "destination": destination}
         own_scheduler.results.claims.take(fork_id, {"request": request, "destination": destination, "queue": QUEUE})
 
     # When
@@ -184,34 +184,34 @@ def test_sweep_skips_a_fork_whose_staging_was_replaced(own_scheduler: Scheduler,
     assert set(sent) == set(parents)
 
 
-def test_search_of_a_worker_skips_bad_entries(own_scheduler: Scheduler, place: Path) -> None:
+def test_search_of_a_worker_skips_bad_entries(own_scheduler: Scheduler, workdir: Path) -> None:
     for n, what in enumerate(PLANTED):
-        plant(place, f"planted-{n}", what)
-    place.joinpath("below").mkdir()
-    fd = os.open(place / "below", os.O_RDONLY)
+        plant(workdir, f"planted-{n}", what)
+    workdir.joinpath("below").mkdir()
+    fd = os.open(workdir / "below", os.O_RDONLY)
     with Staging.claim(fd, "dead", wait=0) as staging:
         staging.begin(ForkSpec(fork_id="dead", source="/a", destination="/b").to_data(), None)
     os.close(fd)
     missing = Context(
-        Roots((str(place / "missing"), str(place))), Limits(), own_scheduler.results, lambda *_, **__: None, QUEUE
+        Roots((str(workdir / "missing"), str(workdir))), Limits(), own_scheduler.results, lambda *_, **__: None, QUEUE
     )
 
     remove_abandoned(missing)
 
-    assert not any((place / "below").iterdir())
-    assert len(leftovers(place)) == len(PLANTED)
+    assert not any((workdir / "below").iterdir())
+    assert len(leftovers(workdir)) == len(PLANTED)
 
 
 @pytest.mark.parametrize("what", PLANTED)
 def test_campaign_whose_staging_was_replaced_ends_and_others_are_served(
-    what: str, start_armed_worker: StartArmedWorker, guests: Guests, place: Path
+    what: str, start_armed_worker: StartArmedWorker, guests: Guests, workdir: Path
 ) -> None:
     # Given a claimed campaign whose message is lost, and whose control directory was replaced by a foreign one
     system = start_armed_worker(2)
-    destinations = [str(place / f"vm-{n}") for n in range(3)]
+    destinations = [str(workdir / f"vm-{n}") for n in range(3)]
     request = {"source": str(guests.small), "destinations": destinations}
     spec, _ = campaign_of(request, "c1", owner="queue")
-    plant(place, "c1", what)
+    plant(workdir, "c1", what)
     claim: Claim = {
         "request": summary_of(request, spec),
         "destination": destinations[0],
@@ -231,5 +231,5 @@ def test_campaign_whose_staging_was_replaced_ends_and_others_are_served(
     result = CampaignResults(system.scheduler.results, "c1").result()
     assert result is not None
     assert (result["status"], result["forks"]["failed"]) == ("failed", 3)
-    assert not any((place / f"vm-{n}").exists() for n in range(3))
-    system.scheduler.fork(guests.small, place / "next", "next")
+    assert not any((workdir / f"vm-{n}").exists() for n in range(3))
+    system.scheduler.fork(guests.small, workdir / "next", "next")

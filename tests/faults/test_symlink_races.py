@@ -26,26 +26,26 @@ FORKS = 60
 #: Forks of one campaign.
 FANNED_OUT = 8
 #: A swapper pauses after so many swaps for so long, in seconds: some forks overlap with swaps, some do not.
-SPRINT, REST = 1000, 0.05
+SWAPS_PER_BURST, PAUSE_SECONDS = 1000, 0.05
 SECRET = b"a secret"
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
 
 @pytest.fixture
-def yard(fresh: Fresh) -> Path:
+def workdir(fresh: Fresh) -> Path:
     """`root`, the only root, with a guest and a directory for forks;
 
     `outside`, which looks the same and contains secrets.
     """
-    yard = fresh("xfs")
+    workdir = fresh("xfs")
     for side, content in (("root", b"paused"), ("outside", SECRET)):
-        deepest = yard / side / "guests" / "source" / "a" / "b"
+        deepest = workdir / side / "guests" / "source" / "a" / "b"
         deepest.mkdir(parents=True)
         for directory in (deepest, deepest.parent, deepest.parent.parent):
             (directory / "state").write_bytes(content)
-        (yard / side / "forks").mkdir()
-    return yard
+        (workdir / side / "forks").mkdir()
+    return workdir
 
 
 class Swapper:
@@ -61,19 +61,19 @@ class Swapper:
         self._count = mmap.mmap(-1, 8)
         self._pid = os.fork()
         if self._pid == 0:
-            self._swap_for_ever()
+            self._swap_endlessly()
 
     @property
     def swaps(self) -> int:
         return int.from_bytes(self._count[:], "little")
 
-    def _swap_for_ever(self) -> None:
+    def _swap_endlessly(self) -> None:
         try:
             for done in itertools.count(1):
                 self._exchange()
                 self._count[:] = done.to_bytes(8, "little")
-                if done % SPRINT == 0:
-                    time.sleep(REST)
+                if done % SWAPS_PER_BURST == 0:
+                    time.sleep(PAUSE_SECONDS)
         finally:
             os._exit(1)
 
@@ -91,29 +91,29 @@ class Swapper:
         self._link.unlink()
 
 
-def _fork_while_swapped(yard: Path, swapped: str) -> Counter[str]:
+def _fork_while_swapped(workdir: Path, swapped: str) -> Counter[str]:
     """Make forks until enough of them overlapped with enough swaps. Returns their results."""
-    source, destination = yard / "root" / "guests" / "source", yard / "root" / "forks" / "fork"
+    source, destination = workdir / "root" / "guests" / "source", workdir / "root" / "forks" / "fork"
 
     def one(number: int) -> Counter[str]:
-        result = fork(source, f"{destination}-{number}", roots=[yard / "root"])
+        result = fork(source, f"{destination}-{number}", roots=[workdir / "root"])
         return Counter([result["error"]["code"] if result["error"] else "succeeded"])
 
-    return _while_swapped(yard, swapped, one)
+    return _while_swapped(workdir, swapped, one)
 
 
-def _while_swapped(yard: Path, swapped: str, make: Callable[[int], Counter[str]]) -> Counter[str]:
+def _while_swapped(workdir: Path, swapped: str, make: Callable[[int], Counter[str]]) -> Counter[str]:
     """Call `make` until enough forks overlapped with enough swaps. Returns the results."""
-    outside = snapshot(yard / "outside")
+    outside = snapshot(workdir / "outside")
     outcomes: Counter[str] = Counter()
-    swapper = Swapper(yard / "root" / swapped, yard / "outside" / swapped)
+    swapper = Swapper(workdir / "root" / swapped, workdir / "outside" / swapped)
     try:
         while outcomes.total() < FORKS or swapper.swaps < SWAPS:
             outcomes += make(outcomes.total())
     finally:
         swapper.end()
-    assert snapshot(yard / "outside") == outside
-    forks = yard / "root" / "forks"
+    assert snapshot(workdir / "outside") == outside
+    forks = workdir / "root" / "forks"
     assert leftovers(forks) == []
     assert len(list(forks.iterdir())) == outcomes["succeeded"]
     secret = [path for path in forks.rglob("*") if path.name == "state" and SECRET in path.read_bytes()]
@@ -123,21 +123,21 @@ def _while_swapped(yard: Path, swapped: str, make: Callable[[int], Counter[str]]
 
 @pytest.mark.parametrize("swapped", ["guests", "guests/source", "guests/source/a", "guests/source/a/b"])
 def test_a_source_with_directories_swapped_for_symlinks_does_not_lead_out_of_the_roots(
-    yard: Path, swapped: str
+    workdir: Path, swapped: str
 ) -> None:
-    outcomes = _fork_while_swapped(yard, swapped)
+    outcomes = _fork_while_swapped(workdir, swapped)
 
     # A directory below the source may be a symlink at the time of the walk: then the source contains a symlink.
     assert set(outcomes) <= {"succeeded", "source_changed", "outside_roots"}
     assert len(outcomes) > 1
 
 
-def test_a_destination_with_a_parent_swapped_for_a_symlink_does_not_lead_out_of_the_roots(yard: Path) -> None:
-    assert set(_fork_while_swapped(yard, "forks")) == {"succeeded", "outside_roots"}
+def test_a_destination_with_a_parent_swapped_for_a_symlink_does_not_lead_out_of_the_roots(workdir: Path) -> None:
+    assert set(_fork_while_swapped(workdir, "forks")) == {"succeeded", "outside_roots"}
 
 
-def test_a_campaign_with_a_parent_swapped_for_a_symlink_does_not_lead_out_of_the_roots(yard: Path) -> None:
-    root = yard / "root"
+def test_a_campaign_with_a_parent_swapped_for_a_symlink_does_not_lead_out_of_the_roots(workdir: Path) -> None:
+    root = workdir / "root"
 
     def one(number: int) -> Counter[str]:
         paths = [root / "forks" / f"fork-{number}-{n}" for n in range(FANNED_OUT)]
@@ -146,6 +146,6 @@ def test_a_campaign_with_a_parent_swapped_for_a_symlink_does_not_lead_out_of_the
         assert codes.total() == result["forks"]["failed"]
         return codes + Counter(succeeded=result["forks"]["succeeded"])
 
-    outcomes = _while_swapped(yard, "forks", one)
+    outcomes = _while_swapped(workdir, "forks", one)
 
     assert set(outcomes) == {"succeeded", "outside_roots"}

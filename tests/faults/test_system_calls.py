@@ -52,7 +52,7 @@ def strace() -> str:
 
 
 @pytest.fixture(autouse=True)
-def _little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reflink, "RETRY_SECONDS", 0.2)
 
 
@@ -79,8 +79,8 @@ def test_a_system_call_that_fails_once_leaves_a_complete_fork_or_none(strace: st
     calls = calls_of(whole.trace())
     assert len(calls) > 200
 
-    turn = 3 * list(WAYS).index(name)
-    faults = [(call, ERRORS[(n + turn) % len(ERRORS)]) for n, call in enumerate(calls)]
+    offset = 3 * list(WAYS).index(name)
+    faults = [(call, ERRORS[(n + offset) % len(ERRORS)]) for n, call in enumerate(calls)]
     wrong = list(_wrong(strace, directory, way, faults))
 
     assert not wrong, "\n".join(wrong)
@@ -91,44 +91,44 @@ def _wrong(strace: str, directory: Path, way: Way, faults: list[tuple[Call, str]
     for at in range(0, len(faults), _AT_ONCE):
         running = []
         for n, (call, error) in enumerate(faults[at : at + _AT_ONCE]):
-            place = directory / f"place-{n}"
-            place.mkdir()
+            workdir = directory / f"place-{n}"
+            workdir.mkdir()
             inject = [f"{call.name}:error={error}:when={call.number}"]
-            work = lambda place=place: _fork(way, directory, place)  # noqa: E731
+            work = lambda workdir=workdir: _fork(way, directory, workdir)  # noqa: E731
             running.append(
-                (call, error, place, TracedChild(strace, place / "log", work, calls=call.name, inject=inject))
+                (call, error, workdir, TracedChild(strace, workdir / "log", work, calls=call.name, inject=inject))
             )
         for *_, traced in running:
             traced.begin()
-        for call, error, place, traced in running:
+        for call, error, workdir, traced in running:
             try:
-                complaint = _complaint(traced.result(), directory / "source", place, call, error)
+                complaint = _complaint(traced.result(), directory / "source", workdir, call, error)
             except AssertionError as raised:
                 complaint = str(raised)
             if complaint:
                 yield f"{call.name}, number {call.number}, {error}: {complaint}"
-            shutil.rmtree(place)
+            shutil.rmtree(workdir)
 
 
-def _fork(way: Way, directory: Path, place: Path | None = None) -> ForkResult:
-    destination = (place or directory) / "fork"
+def _fork(way: Way, directory: Path, workdir: Path | None = None) -> ForkResult:
+    destination = (workdir or directory) / "fork"
     # One child: with two, it is not known which of them makes the nth call.
     return fork(directory / "source", destination, limits=way.limits, processes=1, **way.options)
 
 
-def _complaint(result: ForkResult, source: Path, place: Path, call: Call, error: str) -> str:
-    published = (place / "fork").exists()
+def _complaint(result: ForkResult, source: Path, workdir: Path, call: Call, error: str) -> str:
+    published = (workdir / "fork").exists()
     if published != (result["status"] == "succeeded"):
         return f"it {result['status']}, and the destination is {'' if published else 'not '}there"
     if published:
-        assert_alike(source, place / "fork")
+        assert_alike(source, workdir / "fork")
     if (call, error) == _HELD_BY_ANOTHER:
         return ""
-    if leftovers(place):
-        return f"left: {leftovers(place)}"
-    told = result["error"]
-    if told is not None:
+    if leftovers(workdir):
+        return f"left: {leftovers(workdir)}"
+    failure = result["error"]
+    if failure is not None:
         expected = ("no_space" if error in NO_SPACE else "io_error", getattr(errno, error))
-        if (told["code"], told["errno"]) != expected or "unexpected" in told["message"]:
-            return str(told)
+        if (failure["code"], failure["errno"]) != expected or "unexpected" in failure["message"]:
+            return str(failure)
     return ""

@@ -29,11 +29,11 @@ TAKEN_OVER_SECONDS = 15.0
 
 
 def test_forks_of_a_killed_worker_are_made_by_another_within_seconds(
-    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
+    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, workdir: Path
 ) -> None:
     # Given a worker with a fork at every point, and another worker beside it
     system = start_armed_worker(CHILDREN)
-    paused = start_paused_forks(system, fault_points, guests, place)
+    paused = start_paused_forks(system, fault_points, guests, workdir)
     other = start_armed_worker()
     published = {one: identity(one.destination) for one in paused if one.point in PUBLISHED}
 
@@ -46,7 +46,7 @@ def test_forks_of_a_killed_worker_are_made_by_another_within_seconds(
         one.wait_for_success(other.scheduler)
     assert stopwatch.seconds() < TAKEN_OVER_SECONDS
     assert {one: identity(one.destination) for one in published} == published  # not made twice
-    assert_served_and_clean(other, guests, place)
+    assert_served_and_clean(other, guests, workdir)
 
 
 @pytest.mark.parametrize(
@@ -61,12 +61,12 @@ def test_worker_that_is_stopped_returns_or_finishes_all_its_tasks(
     start_armed_worker: StartArmedWorker,
     fault_points: FaultPoints,
     guests: Guests,
-    place: Path,
+    workdir: Path,
     signals: list[signal.Signals],
 ) -> None:
     # Given
     system = start_armed_worker(CHILDREN)
-    paused = start_paused_forks(system, fault_points, guests, place)
+    paused = start_paused_forks(system, fault_points, guests, workdir)
 
     # When
     for number in signals:
@@ -80,19 +80,19 @@ def test_worker_that_is_stopped_returns_or_finishes_all_its_tasks(
     next_worker = start_armed_worker(4)
     for one in paused:
         one.wait_for_success(next_worker.scheduler)
-    assert_served_and_clean(next_worker, guests, place)
+    assert_served_and_clean(next_worker, guests, workdir)
 
 
 def test_worker_killed_while_it_restores_messages_does_not_block_another_from_doing_so(
-    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, place: Path
+    start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, workdir: Path
 ) -> None:
     # Given a worker that was killed with a fork, and with kombu's lock, as its own settings set it
-    doomed = start_armed_worker(1)
-    paused = start_paused_forks(doomed, fault_points, guests, place, ["plan"])
-    doomed.worker.kill()
-    settings = read_settings(roots=str(place), broker_url=doomed.server.broker_url)
+    killed_system = start_armed_worker(1)
+    paused = start_paused_forks(killed_system, fault_points, guests, workdir, ["plan"])
+    killed_system.worker.kill()
+    settings = read_settings(roots=str(workdir), broker_url=killed_system.server.broker_url)
     options = make_app(settings).conf.broker_transport_options
-    lock = doomed.scheduler.redis.lock(options["unacked_mutex_key"], timeout=options["unacked_mutex_expire"])
+    lock = killed_system.scheduler.redis.lock(options["unacked_mutex_key"], timeout=options["unacked_mutex_expire"])
     assert lock.acquire(blocking=False)
 
     # When another worker starts
@@ -101,4 +101,4 @@ def test_worker_killed_while_it_restores_messages_does_not_block_another_from_do
     # Then
     for one in paused:
         one.wait_for_success(other.scheduler, TAKEN_OVER_SECONDS)
-    assert_served_and_clean(other, guests, place)
+    assert_served_and_clean(other, guests, workdir)

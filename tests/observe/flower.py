@@ -22,7 +22,7 @@ from tests.observe.prometheus import free_port
 from tests.support.guests import make_guest
 
 _CONFIGURATION = ROOT / "deploy/flower/flowerconfig.py"
-_PATIENCE = 60.0
+_TIMEOUT = 60.0
 
 
 class Flower:
@@ -75,7 +75,7 @@ def test_flower_shows_forks_campaigns_and_their_parts_under_readable_names_with_
     guests = fresh("xfs")
     make_guest(guests / "a")
     worker = start_worker(guests, env={"FORKVM_INLINE_BYTES": "0", "FORKVM_CHUNK_BYTES": str(1 << 20)})
-    wait_until(lambda: "Events of group {task} enabled by remote." in worker.output(), "Flower's events", _PATIENCE)
+    wait_until(lambda: "Events of group {task} enabled by remote." in worker.output(), "Flower's events", _TIMEOUT)
 
     def send(job: str, task: str = "forkvm.fork", **request: Any) -> Any:
         fields = {"source": str(guests / "a"), "destination": str(guests / job)} | request
@@ -91,13 +91,13 @@ def test_flower_shows_forks_campaigns_and_their_parts_under_readable_names_with_
         for _ in range(64):
             file.write(b"forkvm" * 174_763)  # 1 MiB
     large = send("chunks", reflink="never")
-    wait_until(lambda: flower.rows().get("chunks", {}).get("state") == "PROGRESS", "the progress", _PATIENCE)
+    wait_until(lambda: flower.rows().get("chunks", {}).get("state") == "PROGRESS", "the progress", _TIMEOUT)
     progress = flower.rows()["chunks"]
     send("cancelled")
     foreign_client.control.revoke("cancelled")
     large.get(timeout=60)
-    wait_until(lambda: flower.rows()["chunks"]["state"] == "SUCCESS", "the end of the fork in chunks", _PATIENCE)
-    wait_until(lambda: flower.rows().get("cancelled", {}).get("state") == "REVOKED", "the cancelled fork", _PATIENCE)
+    wait_until(lambda: flower.rows()["chunks"]["state"] == "SUCCESS", "the end of the fork in chunks", _TIMEOUT)
+    wait_until(lambda: flower.rows().get("cancelled", {}).get("state") == "REVOKED", "the cancelled fork", _TIMEOUT)
     rows = flower.rows()
 
     shown = {job: (rows[job]["name"], rows[job]["state"]) for job in ("inline", "none", "many", "chunks")}

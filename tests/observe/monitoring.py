@@ -22,7 +22,7 @@ _DASHBOARD = json.loads((ROOT / "deploy/grafana/forkvm.json").read_text())
 #: The values that Grafana inserts for the variables of the dashboard.
 _VARIABLES = {"$job": ".*", "$instance": ".*", "$__rate_interval": "30s", "$__range": "5m"}
 #: Seconds until scrapes show an event, also on a busy machine.
-_PATIENCE = 90.0
+_TIMEOUT = 90.0
 
 Send = Callable[..., Any]
 
@@ -61,7 +61,7 @@ def test_each_query_of_the_dashboard_returns_data_under_load(
     unanswered = [target["expr"] for panel in _DASHBOARD["panels"] for target in panel.get("targets", [])]
     assert len(unanswered) > 20
 
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _TIMEOUT
     for number in itertools.count():
         source = str(guests / "a")
         send("forkvm.fork", source=source, destination=str(guests / f"fork-{number}"))
@@ -92,13 +92,13 @@ def test_an_alert_fires_when_a_root_is_moved_to_a_filesystem_without_reflinks(
         worker = start()
         assert fork()["fallback"] is None
         reflinked = 'forkvm_files_total{method="reflink"} > 0'
-        wait_until(lambda: bool(prometheus.query(reflinked)), "the metrics of a reflinked fork", _PATIENCE)
+        wait_until(lambda: bool(prometheus.query(reflinked)), "the metrics of a reflinked fork", _TIMEOUT)
         assert prometheus.alerts() == {}
         worker.end()
 
     with bind_mounted(fresh("ext4"), root):
         worker = start()
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + _TIMEOUT
         while "ForkvmSilentFullCopies" not in (firing := prometheus.alerts()) and time.monotonic() < deadline:
             assert fork()["status"] == "succeeded"  # no other metric shows that everything is copied
         worker.end()

@@ -29,29 +29,29 @@ _OUTSIDE = "outside of all staging"
 class Damage:
     """Damages staging. Entries that it moves aside stay until `clear`."""
 
-    def __init__(self, jobs: Callable[[], list[Job]], aside: tuple[Path, ...], dice: random.Random) -> None:
+    def __init__(self, jobs: Callable[[], list[Job]], aside: tuple[Path, ...], rng: random.Random) -> None:
         """`jobs`: the running jobs that may be damaged; `aside`: a directory on each filesystem for moved entries."""
         self._jobs = jobs
         self._aside = aside
-        self._dice = dice
+        self._rng = rng
         self._moved = 0
         #: Where planted symlinks lead.
         self._outside = aside[0].parent / "outside"
         self._outside.write_text(_OUTSIDE)
 
-    def strike(self) -> str:
+    def inject(self) -> str:
         """Damage one running fork or campaign. Returns a description of the damage."""
-        deed = self._dice.choice(list(_DEEDS))
-        head_start = self._dice.uniform(0.0, _LONGEST_HEAD_START)
+        kind = self._rng.choice(list(_KINDS))
+        head_start = self._rng.uniform(0.0, _LONGEST_HEAD_START)
         control = self._running()
         if control is None:
             return "staging to damage not found"
         time.sleep(head_start)
         try:
-            _DEEDS[deed](self, control)
+            _KINDS[kind](self, control)
         except (FileNotFoundError, NotADirectoryError):  # the fork has ended
             return "staging gone before it was damaged"
-        return deed
+        return kind
 
     def clear(self) -> None:
         """Remove the moved entries. Raises AssertionError if a planted symlink was followed."""
@@ -81,17 +81,17 @@ class Damage:
         kinds.pop(_LOCK, None)
         if not kinds:
             raise FileNotFoundError(control)
-        return control / self._dice.choice(kinds[self._dice.choice(sorted(kinds))])
+        return control / self._rng.choice(kinds[self._rng.choice(sorted(kinds))])
 
     def truncate(self, control: Path) -> None:
         path = self._file(control)
-        os.truncate(path, self._dice.randint(0, path.stat().st_size))
+        os.truncate(path, self._rng.randint(0, path.stat().st_size))
 
     def garble(self, control: Path) -> None:
         path = self._file(control)
         with path.open("r+b") as file:
-            file.seek(self._dice.randint(0, path.stat().st_size))
-            file.write(self._dice.randbytes(self._dice.randint(1, 32)))
+            file.seek(self._rng.randint(0, path.stat().st_size))
+            file.write(self._rng.randbytes(self._rng.randint(1, 32)))
 
     def change_digit(self, control: Path) -> None:
         """The file keeps its expected format."""
@@ -99,8 +99,8 @@ class Damage:
         data = bytearray(path.read_bytes())
         digits = [at for at, byte in enumerate(data) if 0x30 <= byte <= 0x39]
         if digits:
-            at = self._dice.choice(digits)
-            data[at] = 0x30 + (data[at] - 0x30 + self._dice.randint(1, 9)) % 10
+            at = self._rng.choice(digits)
+            data[at] = 0x30 + (data[at] - 0x30 + self._rng.randint(1, 9)) % 10
             with path.open("r+b") as file:
                 file.write(data)
 
@@ -137,15 +137,15 @@ class Damage:
         trees = sorted(path for path in control.parent.glob(f"{control.name}.*"))
         if not trees:
             raise FileNotFoundError(control)
-        self._move_aside(self._dice.choice(trees))
+        self._move_aside(self._rng.choice(trees))
 
     def _move_aside(self, path: Path) -> None:
         self._moved += 1
-        aside = next(place for place in self._aside if place.stat().st_dev == path.parent.stat().st_dev)
+        aside = next(directory for directory in self._aside if directory.stat().st_dev == path.parent.stat().st_dev)
         path.rename(aside / f"moved-{self._moved}")
 
 
-_DEEDS: dict[str, Callable[[Damage, Path], None]] = {
+_KINDS: dict[str, Callable[[Damage, Path], None]] = {
     "staging file truncated": Damage.truncate,
     "staging file garbled": Damage.garble,
     "staging file with another digit": Damage.change_digit,

@@ -30,11 +30,11 @@ _GRACE_SECONDS = 15.0
 class Faults:
     """Injects faults into workers and Redis, and counts them."""
 
-    def __init__(self, start: Start, redis: RedisFaults, damage: Damage, dice: random.Random) -> None:
+    def __init__(self, start: Start, redis: RedisFaults, damage: Damage, rng: random.Random) -> None:
         self._start_one = start
         self._redis = redis
         self._damage = damage
-        self._dice = dice
+        self._rng = rng
         #: All workers that were ever started; `workers` are the running ones.
         self.started: list[Worker] = []
         self.workers = [self._start(number) for number in range(2)]
@@ -42,17 +42,17 @@ class Faults:
         #: When a fault hit Redis itself.
         self.of_redis: list[Interval] = []
 
-    def strike(self) -> None:
+    def inject(self) -> None:
         """Inject one random fault of a process, of Redis or of a connection."""
-        fault = self._dice.choice(
+        fault = self._rng.choice(
             [
                 *(self._kill_child,) * 3,
                 self._stop_child,
                 self._stop_worker,
                 self._kill_worker,
                 self._end_worker,
-                *(self._dice.choice(self._redis.of_server),) * 4,
-                *(self._dice.choice(self._redis.of_connections),) * 2,
+                *(self._rng.choice(self._redis.of_server),) * 4,
+                *(self._rng.choice(self._redis.of_connections),) * 2,
             ]
         )
         began = time.time()
@@ -63,7 +63,7 @@ class Faults:
 
     def damage(self) -> None:
         """Damage the staging of one random job."""
-        self.counts[self._damage.strike()] += 1
+        self.counts[self._damage.inject()] += 1
 
     def deliveries(self) -> int:
         """The total number of messages of forks and campaigns that the workers took."""
@@ -75,11 +75,11 @@ class Faults:
         return worker
 
     def _worker(self) -> int:
-        return self._dice.randrange(len(self.workers))
+        return self._rng.randrange(len(self.workers))
 
     def _child(self) -> list[int]:
         children = self.workers[self._worker()].children
-        return [self._dice.choice(children)] if children else []
+        return [self._rng.choice(children)] if children else []
 
     def _kill_child(self) -> None:
         send(self._child(), signal.SIGKILL)
@@ -87,14 +87,14 @@ class Faults:
     def _stop_child(self) -> None:
         child = self._child()
         send(child, signal.SIGSTOP)
-        time.sleep(self._dice.uniform(0.5, 14.0))
+        time.sleep(self._rng.uniform(0.5, 14.0))
         send(child, signal.SIGCONT)
 
     def _stop_worker(self) -> None:
         worker = self.workers[self._worker()]
         everyone = [worker.pid, *worker.children]
         send(everyone, signal.SIGSTOP)
-        time.sleep(self._dice.uniform(0.5, 14.0))
+        time.sleep(self._rng.uniform(0.5, 14.0))
         send(everyone, signal.SIGCONT)
 
     def _kill_worker(self) -> None:

@@ -99,80 +99,80 @@ def _fork(source: Path, parent: Path, fork_id: str, kind: str, **fields: Any) ->
     return Job(fork_id, kind, request, frozenset({None}), **fields)
 
 
-def _small(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
+def _small(sources: Sources, reflink: Path, plain: Path, fork_id: str, rng: random.Random) -> Job:
     return _fork(sources.small, reflink, fork_id, "small")
 
 
-def _reflinked(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
+def _reflinked(sources: Sources, reflink: Path, plain: Path, fork_id: str, rng: random.Random) -> Job:
     return _fork(sources.reflinked, reflink, fork_id, "reflinked in chunks")
 
 
-def _copied(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
+def _copied(sources: Sources, reflink: Path, plain: Path, fork_id: str, rng: random.Random) -> Job:
     return _fork(sources.copied, plain, fork_id, "copied in chunks")
 
 
-def _doubled(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
-    source = dice.choice([sources.small, sources.reflinked])
+def _doubled(sources: Sources, reflink: Path, plain: Path, fork_id: str, rng: random.Random) -> Job:
+    source = rng.choice([sources.small, sources.reflinked])
     return _fork(source, reflink, fork_id, "sent three times", copies=3)
 
 
-def _cancelled(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
-    job = _fork(sources.copied, plain, fork_id, "cancelled", cancel_after=dice.uniform(0.0, 0.5))
+def _cancelled(sources: Sources, reflink: Path, plain: Path, fork_id: str, rng: random.Random) -> Job:
+    job = _fork(sources.copied, plain, fork_id, "cancelled", cancel_after=rng.uniform(0.0, 0.5))
     job.ends = frozenset({None, "cancelled"})
     return job
 
 
-def _unsupported(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
+def _unsupported(sources: Sources, reflink: Path, plain: Path, fork_id: str, rng: random.Random) -> Job:
     job = _fork(sources.unsupported, reflink, fork_id, "of a FIFO")
     job.ends = frozenset({"unsupported_file_type"})
     return job
 
 
-def _missing(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
+def _missing(sources: Sources, reflink: Path, plain: Path, fork_id: str, rng: random.Random) -> Job:
     job = _fork(reflink / "missing", reflink, fork_id, "of nothing")
     job.ends = frozenset({"source_not_found"})
     return job
 
 
-def _taken(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
-    job = _fork(sources.small, reflink, fork_id, "to a taken place")
+def _taken(sources: Sources, reflink: Path, plain: Path, fork_id: str, rng: random.Random) -> Job:
+    job = _fork(sources.small, reflink, fork_id, "to an existing destination")
     job.destination.symlink_to("nowhere")
     job.ends = frozenset({"destination_exists"})
     return job
 
 
-def _campaign(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
-    forks = dice.randint(2, 24)
+def _campaign(sources: Sources, reflink: Path, plain: Path, fork_id: str, rng: random.Random) -> Job:
+    forks = rng.randint(2, 24)
     destinations = {"template": f"{reflink / fork_id}-{{n}}", "count": forks}
-    request = {"source": str(dice.choice([sources.small, sources.reflinked])), "destinations": destinations}
-    return Job(fork_id, "campaign", request, frozenset({None}), forks=forks, copies=dice.choice([1, 1, 2]))
+    request = {"source": str(rng.choice([sources.small, sources.reflinked])), "destinations": destinations}
+    return Job(fork_id, "campaign", request, frozenset({None}), forks=forks, copies=rng.choice([1, 1, 2]))
 
 
-def _cancelled_campaign(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
-    job = _campaign(sources, reflink, plain, fork_id, dice)
-    job.kind, job.cancel_after, job.ends = "cancelled campaign", dice.uniform(0.0, 0.5), frozenset({None, "cancelled"})
+def _cancelled_campaign(sources: Sources, reflink: Path, plain: Path, fork_id: str, rng: random.Random) -> Job:
+    job = _campaign(sources, reflink, plain, fork_id, rng)
+    job.kind, job.cancel_after, job.ends = "cancelled campaign", rng.uniform(0.0, 0.5), frozenset({None, "cancelled"})
     return job
 
 
-def _revoked(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
-    make = dice.choice([_cancelled, _cancelled_campaign])
-    job = make(sources, reflink, plain, fork_id, dice)
-    job.cancel_by = dice.choice(["revoke", "terminate"])
+def _revoked(sources: Sources, reflink: Path, plain: Path, fork_id: str, rng: random.Random) -> Job:
+    make = rng.choice([_cancelled, _cancelled_campaign])
+    job = make(sources, reflink, plain, fork_id, rng)
+    job.cancel_by = rng.choice(["revoke", "terminate"])
     job.kind = f"{job.kind} by {job.cancel_by}"
     return job
 
 
-def _expiring(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
-    source = dice.choice([sources.small, sources.reflinked])
-    job = _fork(source, reflink, fork_id, "expiring", options={"expires": dice.uniform(0.02, 1.0)})
+def _expiring(sources: Sources, reflink: Path, plain: Path, fork_id: str, rng: random.Random) -> Job:
+    source = rng.choice([sources.small, sources.reflinked])
+    job = _fork(source, reflink, fork_id, "expiring", options={"expires": rng.uniform(0.02, 1.0)})
     job.ends = frozenset({None, "cancelled"})
     return job
 
 
-def _planted(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
-    source, parent = dice.choice([(sources.small, reflink), (sources.copied, plain)])
+def _planted(sources: Sources, reflink: Path, plain: Path, fork_id: str, rng: random.Random) -> Job:
+    source, parent = rng.choice([(sources.small, reflink), (sources.copied, plain)])
     job = _fork(source, parent, fork_id, "planted")
-    job.plant = plant(parent, fork_id, dice)
+    job.plant = plant(parent, fork_id, rng)
     job.kind, job.ends = f"planted {job.plant.kind}", frozenset({"io_error"})
     return job
 
@@ -181,14 +181,14 @@ def _planted(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: r
 _DAMAGED = frozenset({None, "io_error", "source_changed", "worker_lost"})
 
 
-def _damaged(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
-    job = dice.choice([_reflinked, _copied])(sources, reflink, plain, fork_id, dice)
+def _damaged(sources: Sources, reflink: Path, plain: Path, fork_id: str, rng: random.Random) -> Job:
+    job = rng.choice([_reflinked, _copied])(sources, reflink, plain, fork_id, rng)
     job.kind, job.ends, job.may_be_damaged = f"{job.kind}, damaged", _DAMAGED, True
     return job
 
 
-def _damaged_campaign(sources: Sources, reflink: Path, plain: Path, fork_id: str, dice: random.Random) -> Job:
-    job = _campaign(sources, reflink, plain, fork_id, dice)
+def _damaged_campaign(sources: Sources, reflink: Path, plain: Path, fork_id: str, rng: random.Random) -> Job:
+    job = _campaign(sources, reflink, plain, fork_id, rng)
     job.kind, job.ends, job.may_be_damaged = "damaged campaign", _DAMAGED, True
     return job
 

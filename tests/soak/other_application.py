@@ -49,10 +49,10 @@ _TIMEOUT = 60.0
 class OtherApplication:
     """Its worker, its client, and the checks of its tasks."""
 
-    def __init__(self, directory: Path, server: RedisServer, dice: random.Random) -> None:
+    def __init__(self, directory: Path, server: RedisServer, rng: random.Random) -> None:
         self._directory = directory
         self._server = server
-        self._dice = dice
+        self._rng = rng
         self._notes, self.log = directory / "notes", directory / "other.log"
         self._client = Celery("other-client", broker=server.broker_url, set_as_current=False)
         self._sent: dict[int, float] = {}
@@ -66,7 +66,7 @@ class OtherApplication:
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + _EVERY_SECONDS
-        number, wait = len(self._sent), self._dice.uniform(_SHORTEST_WAIT, _LONGEST_WAIT)
+        number, wait = len(self._sent), self._rng.uniform(_SHORTEST_WAIT, _LONGEST_WAIT)
         with suppress(OperationalError, RedisError, OSError):  # it is unknown whether the task was sent
             self._client.send_task("other.note", args=[number], queue=_QUEUE, countdown=wait, retry=False)
             self._sent[number] = time.time()
@@ -77,13 +77,13 @@ class OtherApplication:
             lambda: not self._missing(faults), f"tasks of the other application: {self._missing(faults)}", _TIMEOUT
         )
         runs = self._runs()
-        judged = {n: times for n, times in runs.items() if n in self._sent and not self._met(n, times[0], faults)}
-        several = {n: times for n, times in judged.items() if len(times) > 1}
+        checked = {n: times for n, times in runs.items() if n in self._sent and not self._overlaps(n, times[0], faults)}
+        several = {n: times for n, times in checked.items() if len(times) > 1}
         assert several == {}, f"tasks of the other application ran more than once: {several}"
-        others = sum(len(times) for n, times in runs.items() if n not in judged)
+        others = sum(len(times) for n, times in runs.items() if n not in checked)
         return (
-            f"{len(self._sent)} tasks of another application: {len(judged)} met no fault of Redis, and ran once; "
-            f"{len(self._sent) - len(judged)} others ran {others} times"
+            f"{len(self._sent)} tasks of another application: {len(checked)} met no fault of Redis, and ran once; "
+            f"{len(self._sent) - len(checked)} others ran {others} times"
         )
 
     def end(self) -> None:
@@ -123,18 +123,18 @@ class OtherApplication:
     def _missing(self, faults: list[Interval]) -> list[int]:
         """The tasks that have not run, although no fault hit Redis since they were sent."""
         runs = self._runs()
-        return [n for n in self._sent if n not in runs and not self._met(n, time.time(), faults)]
+        return [n for n in self._sent if n not in runs and not self._overlaps(n, time.time(), faults)]
 
-    def _met(self, number: int, until: float, faults: list[Interval]) -> bool:
+    def _overlaps(self, number: int, until: float, faults: list[Interval]) -> bool:
         sent = self._sent[number]
         return any(began < until + _ACKNOWLEDGED_SECONDS and ended > sent for began, ended in faults)
 
 
 @contextmanager
-def other_application(directory: Path, server: RedisServer, dice: random.Random) -> Iterator[OtherApplication]:
+def other_application(directory: Path, server: RedisServer, rng: random.Random) -> Iterator[OtherApplication]:
     """Another application. At the end its worker is stopped and its keys are removed."""
     directory.mkdir()
-    application = OtherApplication(directory, server, dice)
+    application = OtherApplication(directory, server, rng)
     try:
         yield application
     finally:

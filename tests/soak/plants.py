@@ -13,7 +13,7 @@ from pathlib import Path
 from tasks.copier.staging.control_directory import control_name
 
 #: The other user.
-_STRANGER = 1000
+_OTHER_USER = 1000
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Plant:
         self.path.rmdir()
 
 
-def plant(parent: Path, fork_id: str, dice: random.Random) -> Plant:
+def plant(parent: Path, fork_id: str, rng: random.Random) -> Plant:
     """Put one of `_PLANTS` at the path of the fork's control directory."""
-    kind, path = dice.choice(sorted(_PLANTS)), parent / control_name(fork_id)
+    kind, path = rng.choice(sorted(_PLANTS)), parent / control_name(fork_id)
     _PLANTS[kind](path)
     return Plant(kind, path, _seen(path))
 
@@ -49,14 +49,14 @@ def _seen(path: Path) -> tuple[object, ...]:
     return status.st_ino, status.st_mode, status.st_uid, *names
 
 
-def _plant_staging_of_a_stranger(path: Path) -> None:
+def _plant_foreign_staging(path: Path) -> None:
     """A staging directory with a lock and a journal that leads out of it."""
     path.mkdir(mode=0o700)
     (path / "lock").touch()
     journal = {"spec": {"fork_id": "x"}, "control": path.stat().st_ino, "attempt": "d/../../outside"}
     (path / "journal").write_text(json.dumps(journal))
     for owned in (path, path / "lock", path / "journal"):
-        os.chown(owned, _STRANGER, _STRANGER)
+        os.chown(owned, _OTHER_USER, _OTHER_USER)
 
 
 def _plant_open_directory(path: Path) -> None:
@@ -66,11 +66,11 @@ def _plant_open_directory(path: Path) -> None:
 
 def _plant_file(path: Path) -> None:
     path.write_text("theirs")
-    os.chown(path, _STRANGER, _STRANGER)
+    os.chown(path, _OTHER_USER, _OTHER_USER)
 
 
 _PLANTS: dict[str, Callable[[Path], object]] = {
-    "directory of another user": _plant_staging_of_a_stranger,
+    "directory of another user": _plant_foreign_staging,
     "directory of mode 0777": _plant_open_directory,
     "FIFO": os.mkfifo,
     "file": _plant_file,

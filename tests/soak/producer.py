@@ -27,15 +27,15 @@ class Producer:
         app: Celery,
         checks: FinalChecks,
         sources: Sources,
-        places: tuple[Path, Path],
+        workdirs: tuple[Path, Path],
         seed: int,
         kinds: Sequence[Kind] = KINDS,
     ) -> None:
         self._app = app
         self._checks = checks
         self._sources = sources
-        self._places = places
-        self._dice = random.Random(seed)
+        self._places = workdirs
+        self._rng = random.Random(seed)
         self._kinds = kinds
         self.jobs: list[Job] = []
         self.open: list[Job] = []
@@ -47,7 +47,7 @@ class Producer:
             self.close_ended()
             self._cancel_some()
             while len(self.open) < OPEN_JOBS:
-                job = self._dice.choice(self._kinds)(self._sources, *self._places, f"job-{len(self.jobs)}", self._dice)
+                job = self._rng.choice(self._kinds)(self._sources, *self._places, f"job-{len(self.jobs)}", self._rng)
                 self.jobs.append(job)
                 self.open.append(job)
                 for _ in range(job.copies):

@@ -29,10 +29,10 @@ _BUSY_MILLISECONDS, _DEFAULT_BUSY_MILLISECONDS = 50, 5000
 class RedisFaults:
     """Faults of Redis, each over when the method returns. Faults of connections affect one worker, behind `proxy`."""
 
-    def __init__(self, server: RedisServer, proxy: Proxy, dice: random.Random) -> None:
+    def __init__(self, server: RedisServer, proxy: Proxy, rng: random.Random) -> None:
         self._server = server
         self._proxy = proxy
-        self._dice = dice
+        self._rng = rng
         #: Faults of Redis itself: other applications see them too.
         self.of_server: list[Callable[[], None]] = [
             self.kill_redis,
@@ -61,12 +61,12 @@ class RedisFaults:
             client.config_set("appendfsync", "always")
             client.ping()  # answered after the writes of earlier rounds of its event loop
         self._server.kill()
-        time.sleep(self._dice.uniform(0.0, 2.0))
+        time.sleep(self._rng.uniform(0.0, 2.0))
         self._server.start()
 
     def restart_redis(self) -> None:
         self._server.stop()
-        time.sleep(self._dice.uniform(0.0, 4.0))
+        time.sleep(self._rng.uniform(0.0, 4.0))
         self._server.start()
 
     def cut_connections(self) -> None:
@@ -75,7 +75,7 @@ class RedisFaults:
 
     def readonly(self) -> None:
         """The server is a replica for a while, as in a failover."""
-        seconds = self._dice.uniform(1.0, 4.0)
+        seconds = self._rng.uniform(1.0, 4.0)
         with self._asking() as client:
             client.replicaof("127.0.0.1", "1")
             time.sleep(seconds)
@@ -83,7 +83,7 @@ class RedisFaults:
 
     def too_few_replicas(self) -> None:
         """Writes are refused with NOREPLICAS."""
-        seconds = self._dice.uniform(1.0, 4.0)
+        seconds = self._rng.uniform(1.0, 4.0)
         with self._asking() as client:
             client.config_set("min-replicas-to-write", 1)
             time.sleep(seconds)
@@ -91,7 +91,7 @@ class RedisFaults:
 
     def misconf(self) -> None:
         """Writes are refused because the last save failed: the process that saves is killed."""
-        seconds = self._dice.uniform(0.5, 2.0)
+        seconds = self._rng.uniform(0.5, 2.0)
         with self._asking() as client:
             client.config_set("save", "3600 1")
             client.config_set("rdb-key-save-delay", 10_000_000)  # microseconds
@@ -107,7 +107,7 @@ class RedisFaults:
 
     def busy(self) -> None:
         """A script runs; all other clients get BUSY."""
-        seconds = self._dice.uniform(0.5, 1.5)
+        seconds = self._rng.uniform(0.5, 1.5)
         with self._asking() as client, self._server.client() as other:
             client.config_set("busy-reply-threshold", _BUSY_MILLISECONDS)
             spinning = threading.Thread(target=_spin, args=(other,))
@@ -122,13 +122,13 @@ class RedisFaults:
     def silence_and_cut_connections(self) -> None:
         """Connections pass nothing on and are not closed until much later."""
         self._proxy.silence()
-        time.sleep(self._dice.uniform(1.0, _LONGEST_SILENCE))
+        time.sleep(self._rng.uniform(1.0, _LONGEST_SILENCE))
         self._proxy.cut()
 
     def hold_connections(self) -> None:
         """Bytes on all connections, also new ones, arrive much later."""
         self._proxy.hold()
-        time.sleep(self._dice.uniform(1.0, _LONGEST_SILENCE))
+        time.sleep(self._rng.uniform(1.0, _LONGEST_SILENCE))
         self._proxy.release()
 
     def deliver_again(self) -> None:

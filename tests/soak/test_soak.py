@@ -48,19 +48,19 @@ LIMITS = {
 
 
 @contextmanager
-def _in_background(strikes: Mapping[Callable[[], None], random.Random], until: float) -> Iterator[list[BaseException]]:
-    """Call each function in `strikes` repeatedly in a thread, with random pauses from its generator."""
+def _in_background(actions: Mapping[Callable[[], None], random.Random], until: float) -> Iterator[list[BaseException]]:
+    """Call each function in `actions` repeatedly in a thread, with random pauses from its generator."""
     failures: list[BaseException] = []
 
-    def strike_on(strike: Callable[[], None], dice: random.Random) -> None:
+    def repeat(inject: Callable[[], None], rng: random.Random) -> None:
         try:
             while time.monotonic() < until:
-                strike()
-                time.sleep(dice.uniform(0.2, 2.0))
+                inject()
+                time.sleep(rng.uniform(0.2, 2.0))
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=strike_on, args=item) for item in strikes.items()]
+    threads = [threading.Thread(target=repeat, args=item) for item in actions.items()]
     for thread in threads:
         thread.start()
     try:
@@ -76,11 +76,11 @@ def test_every_job_has_exactly_one_correct_result_under_random_faults(
     redis_server: RedisServer, start_worker: StartWorker, mounts: Path, fresh: Fresh, tmp_path: Path
 ) -> None:
     seed, seconds = plan.seed(), plan.seconds()
-    places = fresh("xfs"), fresh("xfs_noreflink")
-    aside = tuple(place / "aside" for place in places)
+    workdirs = fresh("xfs"), fresh("xfs_noreflink")
+    aside = tuple(workdir / "aside" for workdir in workdirs)
     for directory in aside:
         directory.mkdir()
-    sources = make_sources(*places)
+    sources = make_sources(*workdirs)
 
     with (
         Proxy(redis_server.socket) as proxy,
@@ -96,15 +96,15 @@ def test_every_job_has_exactly_one_correct_result_under_random_faults(
 
         scheduler = Scheduler(app, redis_server)
         checks = FinalChecks(scheduler)
-        producer = Producer(app, checks, sources, places, seed)
+        producer = Producer(app, checks, sources, workdirs, seed)
         damage = Damage(producer.damageable, aside, random.Random(seed + 4))
-        dice = random.Random(seed + 1)
-        faults = Faults(start, RedisFaults(redis_server, proxy, dice), damage, dice)
+        rng = random.Random(seed + 1)
+        faults = Faults(start, RedisFaults(redis_server, proxy, rng), damage, rng)
         until = time.monotonic() + seconds
 
         # When
-        strikes = {faults.strike: random.Random(seed + 2), faults.damage: random.Random(seed + 5)}
-        with _in_background(strikes, until) as failures:
+        actions = {faults.inject: random.Random(seed + 2), faults.damage: random.Random(seed + 5)}
+        with _in_background(actions, until) as failures:
             while time.monotonic() < until and not failures:
                 producer.produce()
                 other.resume()
@@ -122,8 +122,10 @@ def test_every_job_has_exactly_one_correct_result_under_random_faults(
         assert [(job.fork_id, job.kind) for job in producer.open] == []
         scheduler.wait_quiet()
         damage.clear()
-        left_to_gc = _collect(redis_server, mounts, places, producer.jobs)
-        wait_until(lambda: not any(map(leftovers, places)), f"the removal of all staging: {[*map(leftovers, places)]}")
+        left_to_gc = _collect(redis_server, mounts, workdirs, producer.jobs)
+        wait_until(
+            lambda: not any(map(leftovers, workdirs)), f"the removal of all staging: {[*map(leftovers, workdirs)]}"
+        )
         checks.check_end(producer.jobs)
         others = other.check(faults.of_redis)
         assert all(worker.running for worker in faults.workers)
@@ -136,13 +138,13 @@ def test_every_job_has_exactly_one_correct_result_under_random_faults(
         scheduler.close()
 
 
-def _collect(server: RedisServer, roots: Path, places: tuple[Path, ...], jobs: list[Job]) -> int:
+def _collect(server: RedisServer, roots: Path, workdirs: tuple[Path, ...], jobs: list[Job]) -> int:
     """Have `forkvm gc` remove what is left of jobs that may have been damaged, and of no others.
 
     Returns how much that is.
     """
     damaged = tuple(job.control.name for job in jobs if job.may_be_damaged)
-    left = [Path(path) for path in itertools.chain(*map(leftovers, places)) if Path(path).name.startswith(damaged)]
+    left = [Path(path) for path in itertools.chain(*map(leftovers, workdirs)) if Path(path).name.startswith(damaged)]
     if not left:
         return 0
     for planted in itertools.chain.from_iterable(path.iterdir() for path in left if "." not in path.name[1:]):
@@ -152,7 +154,7 @@ def _collect(server: RedisServer, roots: Path, places: tuple[Path, ...], jobs: l
         with suppress(FileNotFoundError, NotADirectoryError):
             os.utime(path, (86_400, 86_400))  # gc keeps staging that was made recently
     done = subprocess.run(
-        [forkvm_script(), "gc", *map(str, places)],
+        [forkvm_script(), "gc", *map(str, workdirs)],
         env=program_environment(server, roots),
         capture_output=True,
         text=True,

@@ -119,7 +119,7 @@ def large_source(xfs_noreflink: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def place(large_source: Path) -> Iterator[Path]:
+def workdir(large_source: Path) -> Iterator[Path]:
     """An empty directory on the filesystem of `large_source`. It is removed even while a worker writes to it."""
     directory = Path(tempfile.mkdtemp(dir=large_source.parent))
     yield directory

@@ -364,19 +364,19 @@ def test_source_that_changes_while_it_is_cloned_is_source_changed(
 
 
 def test_destination_created_while_the_fork_runs_is_not_changed(
-    system: System, scheduler: Scheduler, large_source: Path, place: Path
+    system: System, scheduler: Scheduler, large_source: Path, workdir: Path
 ) -> None:
-    sent = scheduler.send({"source": str(large_source), "destination": str(place / "b")}, "overtaken")
-    with stopped_in_the_middle(system.worker, StagingView(place, "overtaken")):
-        (place / "b").mkdir()
-        (place / "b" / "mine").write_text("mine")
+    sent = scheduler.send({"source": str(large_source), "destination": str(workdir / "b")}, "overtaken")
+    with stopped_in_the_middle(system.worker, StagingView(workdir, "overtaken")):
+        (workdir / "b").mkdir()
+        (workdir / "b" / "mine").write_text("mine")
 
     message, result = scheduler.wait_failed(sent)
 
-    assert message.startswith(f"destination_exists: {place / 'b'}: ")
+    assert message.startswith(f"destination_exists: {workdir / 'b'}: ")
     check_file_results(result, scheduler.files("overtaken"))
-    assert [path.name for path in (place / "b").iterdir()] == ["mine"]
-    system.assert_left_nothing_in(place)
+    assert [path.name for path in (workdir / "b").iterdir()] == ["mine"]
+    system.assert_left_nothing_in(workdir)
 
 
 def test_sockets_of_running_machines_do_not_fail_a_fork(system: System, scheduler: Scheduler, fresh: Fresh) -> None:

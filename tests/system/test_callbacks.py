@@ -69,9 +69,9 @@ def test_link_chain_and_chord_follow_a_job_of_any_size(scheduler: Scheduler, fre
     directory = fresh("xfs")
     jobs = iter([_job(scheduler, size, directory, f"{size}-{word}") for word in ("link", "chain", "chord")])
     if size == "campaign":  # three into one directory would collide
-        for job, place in zip(jobs_list := list(jobs), ("x", "y", "z"), strict=True):
-            (directory / place).mkdir()
-            job.kwargs["request"]["destinations"]["template"] = f"{directory}/{place}/vm-{{n:04}}"
+        for job, workdir in zip(jobs_list := list(jobs), ("x", "y", "z"), strict=True):
+            (directory / workdir).mkdir()
+            job.kwargs["request"]["destinations"]["template"] = f"{directory}/{workdir}/vm-{{n:04}}"
         jobs = iter(jobs_list)
 
     linked = next(jobs).apply_async(link=_note(scheduler, "link"), link_error=_note(scheduler, "error"))
@@ -168,19 +168,19 @@ def test_callback_lost_between_result_and_sending_is_sent_by_the_next_delivery(
 
 
 def test_fork_whose_processes_are_killed_sends_its_callback_once(
-    system: System, scheduler: Scheduler, large_source: Path, place: Path
+    system: System, scheduler: Scheduler, large_source: Path, workdir: Path
 ) -> None:
-    request = {"source": str(large_source), "destination": str(place / "b")}
+    request = {"source": str(large_source), "destination": str(workdir / "b")}
     fork = signature("forkvm.fork", kwargs={"request": request}, app=scheduler.app, queue=QUEUE, task_id="killed")
     chord([fork.set(link=_note(scheduler, "link"))])(_note(scheduler, "chord"))
-    with stopped_in_the_middle(system.worker, StagingView(place, "killed")) as children:
+    with stopped_in_the_middle(system.worker, StagingView(workdir, "killed")) as children:
         send(children, signal.SIGKILL)
 
     wait_until(lambda: len(_sent(scheduler)) == 2, "the callbacks", 60)
     scheduler.wait_quiet()
     assert _names(scheduler) == ["client.chord", "client.link"]
     assert scheduler.results.states.get("killed")["status"] == "SUCCESS"
-    system.assert_left_nothing_in(place)
+    system.assert_left_nothing_in(workdir)
 
 
 def test_callback_that_cannot_be_sent_changes_no_state_and_blocks_no_other(

@@ -46,7 +46,7 @@ RESULT_FIELDS = {
 }
 PROGRESS_FIELDS = {"forks_done", "forks_total", "forks_failed", "eta_seconds"}
 #: Seconds within which a cancelled campaign must have ended after the request.
-MOMENT = 2.0
+END_SECONDS = 2.0
 #: The number of a campaign's forks that may be made before a single fork starts that is sent while the campaign runs:
 #: two batches for each child of the worker.
 FAIR = 4 * MOST_IN_BATCH
@@ -59,7 +59,7 @@ def source(xfs: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def place(fresh: Fresh) -> Path:
+def workdir(fresh: Fresh) -> Path:
     return fresh("xfs")
 
 
@@ -71,33 +71,33 @@ def make_tiny_source(path: Path) -> Path:
 
 
 def test_a_campaign_has_its_result_under_its_id_and_each_fork_under_its_own(
-    system: System, scheduler: Scheduler, source: Path, place: Path
+    system: System, scheduler: Scheduler, source: Path, workdir: Path
 ) -> None:
     # When
     with scheduler.watching("whole") as records:
-        result = send(scheduler, request_of(source, place, 200, labels={"rack": "7"}), "whole").get(timeout=30)
+        result = send(scheduler, request_of(source, workdir, 200, labels={"rack": "7"}), "whole").get(timeout=30)
         scheduler.wait_quiet()
 
     # Then
     assert set(result) == RESULT_FIELDS
-    assert_all_are_whole(scheduler, result, source, paths_of(place, 200))
+    assert_all_are_whole(scheduler, result, source, paths_of(workdir, 200))
     assert result == result_of(scheduler, "whole")
     assert scheduler.app.AsyncResult("whole.200").get(timeout=5) == forks_of(scheduler, "whole", 200)[-1]
     assert scheduler.app.AsyncResult("whole.7").get(timeout=5)["labels"] == {"rack": "7"}
     assert result["bytes"]["copied"] == 0
     assert (states(records)[0], states(records)[-1]) == ("STARTED", "SUCCESS")
     assert set(states(records)) <= {"STARTED", "PROGRESS", "SUCCESS"}
-    told = [record["result"] for record in records if record["status"] == "PROGRESS"]
-    assert all(set(progress) == PROGRESS_FIELDS for progress in told)
-    assert {progress["forks_total"] for progress in told} == {200}
-    system.assert_left_nothing_in(place)
+    progress_records = [record["result"] for record in records if record["status"] == "PROGRESS"]
+    assert all(set(progress) == PROGRESS_FIELDS for progress in progress_records)
+    assert {progress["forks_total"] for progress in progress_records} == {200}
+    system.assert_left_nothing_in(workdir)
 
 
 def test_results_of_forks_can_be_read_in_order_while_the_campaign_runs(
-    system: System, scheduler: Scheduler, source: Path, place: Path
+    system: System, scheduler: Scheduler, source: Path, workdir: Path
 ) -> None:
     # Given a half-done campaign that is paused
-    sent = send(scheduler, request_of(source, place, 400), "running")
+    sent = send(scheduler, request_of(source, workdir, 400), "running")
     with stopped_when(system.worker, lambda: 0 < done(scheduler, "running") < 400, "a half-done campaign"):
         # When
         forks = forks_of(scheduler, "running", 400)
@@ -115,15 +115,15 @@ def test_results_of_forks_can_be_read_in_order_while_the_campaign_runs(
         assert state["status"] in ("STARTED", "PROGRESS")
         assert scheduler.results.final.get("running") is None
 
-    assert_all_are_whole(scheduler, sent.get(timeout=30), source, paths_of(place, 400))
-    system.assert_left_nothing_in(place)
+    assert_all_are_whole(scheduler, sent.get(timeout=30), source, paths_of(workdir, 400))
+    system.assert_left_nothing_in(workdir)
 
 
 def test_a_list_of_destinations_in_several_directories_keeps_its_order(
     system: System, scheduler: Scheduler, fresh: Fresh, source: Path
 ) -> None:
-    places = [fresh("xfs"), fresh("ext4"), fresh("tmpfs")]
-    paths = [places[n % 3] / f"vm-{n}" for n in range(60)]
+    workdirs = [fresh("xfs"), fresh("ext4"), fresh("tmpfs")]
+    paths = [workdirs[n % 3] / f"vm-{n}" for n in range(60)]
 
     request = {"source": str(source), "destinations": [str(path) for path in paths]}
     result = send(scheduler, request, "listed").get(timeout=30)
@@ -131,14 +131,14 @@ def test_a_list_of_destinations_in_several_directories_keeps_its_order(
     forks = assert_results_are_consistent(scheduler, result, paths)
     assert result["status"] == "succeeded"
     assert [fork["fallback"] is None for fork in forks] == [n % 3 == 0 for n in range(60)]
-    system.assert_left_nothing_in(*places)
+    system.assert_left_nothing_in(*workdirs)
 
 
 def test_the_same_id_sent_at_once_and_afterwards_is_one_campaign(
-    system: System, scheduler: Scheduler, source: Path, place: Path
+    system: System, scheduler: Scheduler, source: Path, workdir: Path
 ) -> None:
     # Given
-    request, paths = request_of(source, place, 150), paths_of(place, 150)
+    request, paths = request_of(source, workdir, 150), paths_of(workdir, 150)
     sent = [send(scheduler, request, "same") for _ in range(3)]
     results = [one.get(timeout=30) for one in sent]
     scheduler.wait_quiet()
@@ -146,7 +146,7 @@ def test_the_same_id_sent_at_once_and_afterwards_is_one_campaign(
 
     # When
     again = send(scheduler, request, "same").get(timeout=30)
-    for other in (request_of(source, place / "other", 3), request | {"labels": ["other"]}, {"unknown": 1}, "none"):
+    for other in (request_of(source, workdir / "other", 3), request | {"labels": ["other"]}, {"unknown": 1}, "none"):
         send(scheduler, other, "same")
     scheduler.wait_quiet()
 
@@ -156,31 +156,31 @@ def test_the_same_id_sent_at_once_and_afterwards_is_one_campaign(
     assert_all_are_whole(scheduler, again, source, paths)
     assert {path: identity(path) for path in paths[::10]} == published
     assert scheduler.app.AsyncResult("same").get(timeout=5) == again
-    system.assert_left_nothing_in(place)
+    system.assert_left_nothing_in(workdir)
 
 
 def test_another_request_under_the_id_of_a_running_campaign_changes_nothing(
-    system: System, scheduler: Scheduler, source: Path, place: Path, fresh: Fresh
+    system: System, scheduler: Scheduler, source: Path, workdir: Path, fresh: Fresh
 ) -> None:
     elsewhere = fresh("xfs")
-    sent = send(scheduler, request_of(source, place, 300), "taken")
+    sent = send(scheduler, request_of(source, workdir, 300), "taken")
     with stopped_when(system.worker, lambda: 0 < done(scheduler, "taken") < 300, "a half-done campaign"):
         send(scheduler, request_of(source, elsewhere, 5), "taken")
         send(scheduler, {"source": "relative"}, "taken")
 
-    assert_all_are_whole(scheduler, sent.get(timeout=30), source, paths_of(place, 300))
+    assert_all_are_whole(scheduler, sent.get(timeout=30), source, paths_of(workdir, 300))
     scheduler.wait_quiet()
     assert list(elsewhere.iterdir()) == []
     assert scheduler.results.states.get("taken")["status"] == "SUCCESS"
 
 
 def test_every_message_of_a_campaign_delivered_twice_and_again_later_makes_each_fork_once(
-    system: System, scheduler: Scheduler, source: Path, place: Path
+    system: System, scheduler: Scheduler, source: Path, workdir: Path
 ) -> None:
     # Given
-    paths = paths_of(place, 200)
+    paths = paths_of(workdir, 200)
     with Recorder(system.server, lambda message: deliver(system.server, message)) as recorder:
-        result = send(scheduler, request_of(source, place, 200), "doubled").get(timeout=40)
+        result = send(scheduler, request_of(source, workdir, 200), "doubled").get(timeout=40)
         scheduler.wait_quiet()
     published = {path: identity(path) for path in paths}
 
@@ -195,16 +195,16 @@ def test_every_message_of_a_campaign_delivered_twice_and_again_later_makes_each_
     assert result_of(scheduler, "doubled") == result
     assert scheduler.results.states.get("doubled")["status"] == "SUCCESS"
     assert {path: identity(path) for path in paths} == published
-    system.assert_left_nothing_in(place)
+    system.assert_left_nothing_in(workdir)
 
 
 def test_messages_of_a_half_done_campaign_redelivered_in_reverse_order_make_each_fork_once(
-    system: System, scheduler: Scheduler, source: Path, place: Path
+    system: System, scheduler: Scheduler, source: Path, workdir: Path
 ) -> None:
     # Given a half-done campaign that is paused
-    paths = paths_of(place, 400)
+    paths = paths_of(workdir, 400)
     with Recorder(system.server) as recorder:
-        sent = send(scheduler, request_of(source, place, 400), "reversed")
+        sent = send(scheduler, request_of(source, workdir, 400), "reversed")
         with stopped_when(system.worker, lambda: 0 < done(scheduler, "reversed") < 400, "a half-done campaign"):
             published = {path: identity(path) for path in paths if path.exists()}
 
@@ -221,15 +221,15 @@ def test_messages_of_a_half_done_campaign_redelivered_in_reverse_order_make_each
     assert_all_are_whole(scheduler, result, source, paths)
     assert result_of(scheduler, "reversed") == result
     assert {path: identity(path) for path in published} == published
-    system.assert_left_nothing_in(place)
+    system.assert_left_nothing_in(workdir)
 
 
 def test_cancel_in_the_middle_keeps_only_published_forks(
-    system: System, scheduler: Scheduler, source: Path, place: Path
+    system: System, scheduler: Scheduler, source: Path, workdir: Path
 ) -> None:
     # Given
-    paths = paths_of(place, 2000)
-    sent = send(scheduler, request_of(source, place, 2000), "cancelled")
+    paths = paths_of(workdir, 2000)
+    sent = send(scheduler, request_of(source, workdir, 2000), "cancelled")
     spin_until(lambda: done(scheduler, "cancelled"), "the first forks")
 
     # When
@@ -244,67 +244,69 @@ def test_cancel_in_the_middle_keeps_only_published_forks(
     assert result["status"] == "cancelled"
     assert result["forks"]["succeeded"] > 0
     assert result["forks"]["cancelled"] > 0
-    assert published_forks(place) == [Path(fork["destination"]).name for fork in forks if fork["status"] == "succeeded"]
+    assert published_forks(workdir) == [
+        Path(fork["destination"]).name for fork in forks if fork["status"] == "succeeded"
+    ]
     assert str(scheduler.app.AsyncResult("cancelled.2000").state) == "REVOKED"
     assert str(sent.state) == "REVOKED"
-    system.assert_left_nothing_in(place)
-    assert took < MOMENT
+    system.assert_left_nothing_in(workdir)
+    assert took < END_SECONDS
 
 
 def test_a_campaign_cancelled_before_it_starts_makes_nothing(
-    system: System, scheduler: Scheduler, source: Path, place: Path
+    system: System, scheduler: Scheduler, source: Path, workdir: Path
 ) -> None:
     scheduler.results.cancellations.request("early")
 
-    sent = send(scheduler, request_of(source, place, 30), "early")
+    sent = send(scheduler, request_of(source, workdir, 30), "early")
 
     spin_until(lambda: scheduler.results.final.get("early"), "the end")
     scheduler.wait_quiet()
-    assert_results_are_consistent(scheduler, result_of(scheduler, "early"), paths_of(place, 30))
+    assert_results_are_consistent(scheduler, result_of(scheduler, "early"), paths_of(workdir, 30))
     assert result_of(scheduler, "early")["forks"]["cancelled"] == 30
     assert str(sent.state) == "REVOKED"
-    assert list(place.iterdir()) == []
+    assert list(workdir.iterdir()) == []
 
 
 def test_failed_forks_are_reported_and_the_others_are_made(
-    system: System, scheduler: Scheduler, source: Path, place: Path
+    system: System, scheduler: Scheduler, source: Path, workdir: Path
 ) -> None:
     for n in (3, 40, 41):
-        (place / f"vm-{n:04}").mkdir()
+        (workdir / f"vm-{n:04}").mkdir()
 
-    result = send(scheduler, request_of(source, place, 60), "partial").get(timeout=30)
+    result = send(scheduler, request_of(source, workdir, 60), "partial").get(timeout=30)
 
     assert (result["status"], result["error"]) == ("partial", None)
     assert [failure["fork_id"] for failure in result["failures"]] == ["partial.3", "partial.40", "partial.41"]
     assert {failure["error"]["code"] for failure in result["failures"]} == {"destination_exists"}
-    assert_results_are_consistent(scheduler, result, paths_of(place, 60))
+    assert_results_are_consistent(scheduler, result, paths_of(workdir, 60))
     message, fork = scheduler.wait_failed(scheduler.app.AsyncResult("partial.40"))
-    assert message.startswith(f"destination_exists: {place}/vm-0040")
+    assert message.startswith(f"destination_exists: {workdir}/vm-0040")
     assert fork["status"] == "failed"
-    assert published_forks(place) == [path.name for path in paths_of(place, 60)]
+    assert published_forks(workdir) == [path.name for path in paths_of(workdir, 60)]
 
 
 def test_on_error_abort_cancels_forks_that_are_not_started(
-    system: System, scheduler: Scheduler, source: Path, place: Path
+    system: System, scheduler: Scheduler, source: Path, workdir: Path
 ) -> None:
-    (place / "vm-0001").mkdir()
+    (workdir / "vm-0001").mkdir()
 
-    result = send(scheduler, request_of(source, place, 1500, on_error="abort"), "aborted").get(timeout=30)
+    result = send(scheduler, request_of(source, workdir, 1500, on_error="abort"), "aborted").get(timeout=30)
 
     assert result["status"] in ("partial", "failed")
     assert result["error"]["code"] == "destination_exists"
     assert result["forks"]["failed"] == 1
     assert result["forks"]["cancelled"] > 0
-    assert_results_are_consistent(scheduler, result, paths_of(place, 1500))
-    assert len(published_forks(place)) == result["forks"]["succeeded"] + 1
-    system.assert_left_nothing_in(place)
+    assert_results_are_consistent(scheduler, result, paths_of(workdir, 1500))
+    assert len(published_forks(workdir)) == result["forks"]["succeeded"] + 1
+    system.assert_left_nothing_in(workdir)
 
 
 def test_a_deadline_cancels_forks_that_are_not_published(
-    system: System, scheduler: Scheduler, source: Path, place: Path
+    system: System, scheduler: Scheduler, source: Path, workdir: Path
 ) -> None:
     stopwatch = LoadFreeStopwatch(system.pids)
-    sent = send(scheduler, request_of(source, place, 1500, deadline=0.4), "late")
+    sent = send(scheduler, request_of(source, workdir, 1500, deadline=0.4), "late")
 
     result = spin_until(lambda: scheduler.results.final.get("late"), "the end")
     took = stopwatch.seconds()
@@ -312,15 +314,15 @@ def test_a_deadline_cancels_forks_that_are_not_published(
     scheduler.wait_quiet()
     assert result["status"] == "cancelled"
     assert "deadline" in result["error"]["message"]
-    assert took < 0.4 + MOMENT
-    assert_results_are_consistent(scheduler, result_of(scheduler, "late"), paths_of(place, 1500))
-    assert len(published_forks(place)) == result["forks"]["succeeded"]
+    assert took < 0.4 + END_SECONDS
+    assert_results_are_consistent(scheduler, result_of(scheduler, "late"), paths_of(workdir, 1500))
+    assert len(published_forks(workdir)) == result["forks"]["succeeded"]
     assert str(sent.state) == "REVOKED"
-    system.assert_left_nothing_in(place)
+    system.assert_left_nothing_in(workdir)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         pytest.param({"unknown": 1}, "unknown", id="an unknown field"),
         pytest.param({"source": "relative"}, "source", id="a relative source"),
@@ -334,41 +336,41 @@ def test_a_deadline_cancels_forks_that_are_not_published(
     ],
 )
 def test_an_invalid_request_fails_with_its_code_before_anything_is_done(
-    system: System, scheduler: Scheduler, source: Path, place: Path, change: dict[str, Any], said: str
+    system: System, scheduler: Scheduler, source: Path, workdir: Path, change: dict[str, Any], message: str
 ) -> None:
-    campaign_id = f"bad-{said}-{len(str(change))}"
+    campaign_id = f"bad-{message}-{len(str(change))}"
 
-    sent = send(scheduler, request_of(source, place, 3) | change, campaign_id)
+    sent = send(scheduler, request_of(source, workdir, 3) | change, campaign_id)
 
-    with pytest.raises(Exception, match=f"^invalid_request: .*{said}"):
+    with pytest.raises(Exception, match=f"^invalid_request: .*{message}"):
         sent.get(timeout=10)
     assert sent.state == "FAILURE"
     result = result_of(scheduler, campaign_id)
     assert (result["status"], result["forks"]["total"]) == ("failed", 0)
-    assert list(place.iterdir()) == []
+    assert list(workdir.iterdir()) == []
 
 
-def test_an_error_before_the_first_fork_fails_every_fork(system: System, scheduler: Scheduler, place: Path) -> None:
-    sent = send(scheduler, request_of(place / "missing", place, 5), "missing")
+def test_an_error_before_the_first_fork_fails_every_fork(system: System, scheduler: Scheduler, workdir: Path) -> None:
+    sent = send(scheduler, request_of(workdir / "missing", workdir, 5), "missing")
 
-    with pytest.raises(Exception, match=f"^source_not_found: {place}/missing"):
+    with pytest.raises(Exception, match=f"^source_not_found: {workdir}/missing"):
         sent.get(timeout=10)
 
     scheduler.wait_quiet()
-    assert_results_are_consistent(scheduler, result_of(scheduler, "missing"), paths_of(place, 5))
+    assert_results_are_consistent(scheduler, result_of(scheduler, "missing"), paths_of(workdir, 5))
     assert result_of(scheduler, "missing")["forks"]["failed"] == 5
     assert scheduler.app.AsyncResult("missing.5").state == "FAILURE"
-    assert list(place.iterdir()) == []
+    assert list(workdir.iterdir()) == []
 
 
 def test_a_single_fork_starts_soon_while_a_campaign_of_ten_thousand_runs(
-    system: System, scheduler: Scheduler, place: Path, fresh: Fresh
+    system: System, scheduler: Scheduler, workdir: Path, fresh: Fresh
 ) -> None:
     """It waits for the batches that are running or already taken. The test uses the median of several forks."""
     # Given
     directory = fresh("xfs")
     make_guest(directory / "a", GuestSizes(overlay=1 << 20, overlay_data=1 << 16, memory=1 << 20, memory_data=1 << 16))
-    send(scheduler, request_of(make_tiny_source(directory / "one"), place, 10_000), "crowd")
+    send(scheduler, request_of(make_tiny_source(directory / "one"), workdir, 10_000), "crowd")
     spin_until(lambda: done(scheduler, "crowd"), "the first forks")
 
     # When
@@ -386,18 +388,18 @@ def test_a_single_fork_starts_soon_while_a_campaign_of_ten_thousand_runs(
     ends = [datetime.fromisoformat(fork["finished_at"]) for fork in forks if fork["status"] == "succeeded"]
     made_before = [sum(sent < end < started for end in ends) for sent, started in waits]
     assert statistics.median(made_before) <= FAIR, made_before
-    system.assert_left_nothing_in(directory, place)
+    system.assert_left_nothing_in(directory, workdir)
 
 
 def test_two_campaigns_share_the_workers(system: System, scheduler: Scheduler, fresh: Fresh) -> None:
-    places = {"left": fresh("xfs"), "right": fresh("xfs")}
+    workdirs = {"left": fresh("xfs"), "right": fresh("xfs")}
     source = make_tiny_source(fresh("xfs") / "source")
 
     # A turn has up to 8 batches, the number that a campaign may have in the queue at once, of up to 128 forks
-    sent = [send(scheduler, request_of(source, place, 3_000), name) for name, place in places.items()]
+    sent = [send(scheduler, request_of(source, workdir, 3_000), name) for name, workdir in workdirs.items()]
     for one in sent:
         assert one.get(timeout=40)["status"] == "succeeded"
 
-    ends = sorted((fork["finished_at"], name) for name in places for fork in forks_of(scheduler, name, 3_000))
+    ends = sorted((fork["finished_at"], name) for name in workdirs for fork in forks_of(scheduler, name, 3_000))
     changes = sum(before[1] != after[1] for before, after in pairwise(ends))
     assert changes >= 4, "one was made after the other"

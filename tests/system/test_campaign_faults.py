@@ -41,7 +41,7 @@ def source(xfs: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def place(fresh: Fresh) -> Path:
+def workdir(fresh: Fresh) -> Path:
     return fresh("xfs")
 
 
@@ -54,18 +54,20 @@ def wait_for_end(scheduler: Scheduler, campaign_id: str, timeout: float = 60.0) 
     wait_until(lambda: scheduler.results.final.get(campaign_id) is not None, f"the result of {campaign_id}", timeout)
 
 
-def test_a_killed_child_only_delays_a_campaign(system: System, scheduler: Scheduler, source: Path, place: Path) -> None:
-    sent = send(scheduler, request_of(source, place, 400), "child")
+def test_a_killed_child_only_delays_a_campaign(
+    system: System, scheduler: Scheduler, source: Path, workdir: Path
+) -> None:
+    sent = send(scheduler, request_of(source, workdir, 400), "child")
     spin_until(lambda: is_running(scheduler, "child", 400), "a half-done campaign")
 
     send_signal(system.worker.children[:1], signal.SIGKILL)
 
-    assert_all_are_whole(scheduler, sent.get(timeout=40), source, paths_of(place, 400))
-    system.assert_left_nothing_in(place)
+    assert_all_are_whole(scheduler, sent.get(timeout=40), source, paths_of(workdir, 400))
+    system.assert_left_nothing_in(workdir)
 
 
 def test_two_workers_of_a_domain_share_a_campaign_and_one_ends_it_when_the_other_is_killed(
-    own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, source: Path, place: Path
+    own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, source: Path, workdir: Path
 ) -> None:
     # Given two workers of one domain, and one of the default domain
     scheduler, queue = own_scheduler, f"forkvm.{DOMAIN}"
@@ -74,7 +76,7 @@ def test_two_workers_of_a_domain_share_a_campaign_and_one_ends_it_when_the_other
     other = start_worker(mounts, 1)
     for worker in workers:
         worker.wait_until_ready()
-    send(scheduler, request_of(source, place, 600), "shared", queue)
+    send(scheduler, request_of(source, workdir, 600), "shared", queue)
     spin_until(
         lambda: is_running(scheduler, "shared", 600) and all("forkvm.batch[" in w.output() for w in workers),
         "both to be running",
@@ -87,8 +89,8 @@ def test_two_workers_of_a_domain_share_a_campaign_and_one_ends_it_when_the_other
     # Then
     wait_for_end(scheduler, "shared")
     took = stopwatch.seconds()
-    assert_all_are_whole(scheduler, result_of(scheduler, "shared"), source, paths_of(place, 600))
-    wait_until(lambda: not leftovers(place), "the removal of all staging")
+    assert_all_are_whole(scheduler, result_of(scheduler, "shared"), source, paths_of(workdir, 600))
+    wait_until(lambda: not leftovers(workdir), "the removal of all staging")
     assert "shared" not in other.output()
     assert took < 15
     keys = [f"{queue}{inner}" for inner in ("", "#batch", "#chunk", "#finish")]
@@ -96,12 +98,12 @@ def test_two_workers_of_a_domain_share_a_campaign_and_one_ends_it_when_the_other
 
 
 def test_a_paused_worker_loses_its_batches_and_writes_nothing_into_published_forks(
-    own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, source: Path, place: Path
+    own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, source: Path, workdir: Path
 ) -> None:
     # Given a worker that was stopped with batches in progress
     scheduler = own_scheduler
     sleeper = start_worker(mounts, env=SHORT)
-    send(scheduler, request_of(source, place, 400), "paused")
+    send(scheduler, request_of(source, workdir, 400), "paused")
     spin_until(lambda: is_running(scheduler, "paused", 400), "a half-done campaign")
     os.killpg(sleeper.pid, signal.SIGSTOP)
     try:
@@ -109,7 +111,7 @@ def test_a_paused_worker_loses_its_batches_and_writes_nothing_into_published_for
         start_worker(mounts, env=SHORT)
         wait_for_end(scheduler, "paused", 90)
         result = result_of(scheduler, "paused")
-        paths = paths_of(place, 400)
+        paths = paths_of(workdir, 400)
         published = {path: identity(path) for path in paths}
     finally:
         os.killpg(sleeper.pid, signal.SIGCONT)
@@ -119,36 +121,36 @@ def test_a_paused_worker_loses_its_batches_and_writes_nothing_into_published_for
     assert_all_are_whole(scheduler, result, source, paths)
     assert {path: identity(path) for path in paths} == published
     assert result_of(scheduler, "paused") == result
-    wait_until(lambda: not leftovers(place), "the removal of the stopped child's staging")
+    wait_until(lambda: not leftovers(workdir), "the removal of the stopped child's staging")
     scheduler.wait_quiet()
 
 
 def test_a_campaign_whose_redis_is_killed_and_started_again_ends_with_its_true_result(
-    start_system: StartSystem, source: Path, place: Path
+    start_system: StartSystem, source: Path, workdir: Path
 ) -> None:
     system = start_system(SHORT)
     scheduler, count = system.scheduler, 600
-    send(scheduler, request_of(source, place, count), "away")
+    send(scheduler, request_of(source, workdir, count), "away")
     spin_until(lambda: is_running(scheduler, "away", count), "a half-done campaign")
 
     system.server.kill()
     system.server.start()
 
     wait_for_end(scheduler, "away")
-    assert_all_are_whole(scheduler, result_of(scheduler, "away"), source, paths_of(place, count))
+    assert_all_are_whole(scheduler, result_of(scheduler, "away"), source, paths_of(workdir, count))
     wait_until(lambda: scheduler.results.states.get("away")["status"] == "SUCCESS", "the campaign's state")
     assert system.worker.running
-    wait_until(lambda: not leftovers(place), "the removal of all staging")
+    wait_until(lambda: not leftovers(workdir), "the removal of all staging")
     scheduler.redis.delete(UNACKED, f"{UNACKED}_index", f"{UNACKED}_mutex")
 
 
 def test_a_campaign_whose_redis_is_full_ends_with_its_true_result_once_there_is_room(
-    start_system: StartSystem, source: Path, place: Path
+    start_system: StartSystem, source: Path, workdir: Path
 ) -> None:
     # Given
     system = start_system(SHORT)
     scheduler, count = system.scheduler, 600
-    send(scheduler, request_of(source, place, count), "full")
+    send(scheduler, request_of(source, workdir, count), "full")
 
     # When there is no room for the results of its batches
     with stopped_when(system.worker, lambda: is_running(scheduler, "full", count), "a half-done campaign"):
@@ -160,17 +162,17 @@ def test_a_campaign_whose_redis_is_full_ends_with_its_true_result_once_there_is_
 
     # Then
     wait_for_end(scheduler, "full")
-    assert_all_are_whole(scheduler, result_of(scheduler, "full"), source, paths_of(place, count))
+    assert_all_are_whole(scheduler, result_of(scheduler, "full"), source, paths_of(workdir, count))
     wait_until(lambda: scheduler.results.states.get("full")["status"] == "SUCCESS", "the campaign's state")
     assert system.worker.running
-    system.assert_left_nothing_in(place)
+    system.assert_left_nothing_in(workdir)
 
 
 def test_an_emptied_redis_gives_no_false_success_and_the_id_can_be_used_again(
-    system: System, scheduler: Scheduler, source: Path, place: Path, fresh: Fresh
+    system: System, scheduler: Scheduler, source: Path, workdir: Path, fresh: Fresh
 ) -> None:
     # Given
-    send(scheduler, request_of(source, place, 1000), "forgotten")
+    send(scheduler, request_of(source, workdir, 1000), "forgotten")
     spin_until(lambda: is_running(scheduler, "forgotten", 1000), "a half-done campaign")
 
     # When
@@ -180,26 +182,26 @@ def test_an_emptied_redis_gives_no_false_success_and_the_id_can_be_used_again(
     # Then
     assert scheduler.results.final.get("forgotten") is None
     assert scheduler.results.states.get("forgotten")["status"] not in ("SUCCESS", "FAILURE")
-    before = published_forks(place)
+    before = published_forks(workdir)
     assert len(before) < 1000
 
     # and another campaign with that id makes what it requests, beside the forks of the first
-    request = request_of(source, place, 30) | {"destinations": [str(place / f"again-{n}") for n in range(30)]}
+    request = request_of(source, workdir, 30) | {"destinations": [str(workdir / f"again-{n}") for n in range(30)]}
     result = send(scheduler, request, "forgotten").get(timeout=30)
     assert result["forks"]["total"] == 30
-    assert_all_are_whole(scheduler, result, source, [place / f"again-{n}" for n in range(30)])
-    assert published_forks(place) == before
-    system.assert_left_nothing_in(place)
+    assert_all_are_whole(scheduler, result, source, [workdir / f"again-{n}" for n in range(30)])
+    assert published_forks(workdir) == before
+    system.assert_left_nothing_in(workdir)
 
 
 def test_a_removed_staging_ends_the_campaign_with_a_clear_failure(
-    system: System, scheduler: Scheduler, source: Path, place: Path
+    system: System, scheduler: Scheduler, source: Path, workdir: Path
 ) -> None:
-    send(scheduler, request_of(source, place, 2000), "robbed")
+    send(scheduler, request_of(source, workdir, 2000), "robbed")
     spin_until(lambda: is_running(scheduler, "robbed", 2000), "a half-done campaign")
 
-    (control,) = (path for path in place.glob(".forkvm-*") if "." not in path.name[1:])
-    control.rename(place / "elsewhere")
+    (control,) = (path for path in workdir.glob(".forkvm-*") if "." not in path.name[1:])
+    control.rename(workdir / "elsewhere")
 
     wait_for_end(scheduler, "robbed")
     result = result_of(scheduler, "robbed")
@@ -209,4 +211,4 @@ def test_a_removed_staging_ends_the_campaign_with_a_clear_failure(
     succeeded = [fork for fork in forks_of(scheduler, "robbed", 2000) if fork["status"] == "succeeded"]
     assert result["forks"]["succeeded"] == len(succeeded)
     assert all(Path(fork["destination"]).is_dir() for fork in succeeded)
-    system.assert_left_nothing_in(place)
+    system.assert_left_nothing_in(workdir)

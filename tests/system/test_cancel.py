@@ -17,7 +17,7 @@ from tests.support.system.systems import System, spin_until, stopped_in_the_midd
 from tests.system.conftest import LARGE_FILES
 
 #: Seconds within which a cancelled fork must have ended after the request.
-MOMENT = 2.0
+END_SECONDS = 2.0
 
 
 def _assert_cancelled(scheduler: Scheduler, fork_id: str, destination: Path) -> None:
@@ -32,34 +32,34 @@ def _assert_cancelled(scheduler: Scheduler, fork_id: str, destination: Path) -> 
     assert not destination.exists()
 
 
-@pytest.mark.parametrize("moment", ["planning", "first chunk", "half done"])
+@pytest.mark.parametrize("step", ["planning", "first chunk", "half done"])
 def test_cancellation_ends_a_large_fork_within_seconds_and_leaves_nothing(
-    system: System, scheduler: Scheduler, large_source: Path, place: Path, moment: str
+    system: System, scheduler: Scheduler, large_source: Path, workdir: Path, step: str
 ) -> None:
     # Given
-    fork_id = f"cancel-{moment}"
-    request = {"source": str(large_source), "destination": str(place / "b")}
-    staging = StagingView(place, fork_id)
+    fork_id = f"cancel-{step}"
+    request = {"source": str(large_source), "destination": str(workdir / "b")}
+    staging = StagingView(workdir, fork_id)
     with scheduler.watching(fork_id) as records:
         sent = scheduler.send(request, fork_id)
         reached = {
             "planning": lambda: staging.phase == "planning",
             "first chunk": lambda: bool(staging.begun()),
             "half done": staging.is_in_the_middle,
-        }[moment]
-        spin_until(lambda: reached(), moment)
+        }[step]
+        spin_until(lambda: reached(), step)
 
         # When
         scheduler.results.cancellations.request(fork_id)
         stopwatch = LoadFreeStopwatch(system.pids)
 
         # Then
-        _assert_cancelled(scheduler, fork_id, place / "b")
+        _assert_cancelled(scheduler, fork_id, workdir / "b")
         took = stopwatch.seconds()
-        system.assert_left_nothing_in(place)
+        system.assert_left_nothing_in(workdir)
     assert str(sent.state) == "REVOKED"
     assert states(records)[-1] == "REVOKED"
-    assert took < MOMENT
+    assert took < END_SECONDS
     # the fork was not nearly complete anyway
     result = scheduler.results.final.fork(fork_id)
     assert result is not None
@@ -67,19 +67,19 @@ def test_cancellation_ends_a_large_fork_within_seconds_and_leaves_nothing(
 
 
 def test_cancellation_ends_a_fork_of_short_chunks_without_waiting_for_all_of_them(
-    system: System, scheduler: Scheduler, large_source: Path, place: Path
+    system: System, scheduler: Scheduler, large_source: Path, workdir: Path
 ) -> None:
     """Each chunk takes less time than the poll interval: cancellation must also be checked when a chunk starts."""
-    sent = scheduler.send({"source": str(large_source), "destination": str(place / "b")}, "cancel-short")
-    staging = StagingView(place, "cancel-short")
+    sent = scheduler.send({"source": str(large_source), "destination": str(workdir / "b")}, "cancel-short")
+    staging = StagingView(workdir, "cancel-short")
     with stopped_in_the_middle(system.worker, staging):
         scheduler.results.cancellations.request("cancel-short")
         chunks, done = staging.chunks, len(staging.done())
 
-    _assert_cancelled(scheduler, str(sent.id), place / "b")
+    _assert_cancelled(scheduler, str(sent.id), workdir / "b")
 
     assert done < chunks // 2
-    system.assert_left_nothing_in(place)
+    system.assert_left_nothing_in(workdir)
     done_in_all = system.worker.output().count("[cancel-short.chunk.")
     result = scheduler.results.final.fork("cancel-short")
     assert done_in_all > 0
@@ -139,13 +139,13 @@ def test_cancelling_after_success_changes_nothing(system: System, scheduler: Sch
 
 
 def test_cancelled_fork_stays_cancelled_when_its_messages_are_redelivered(
-    system: System, scheduler: Scheduler, large_source: Path, place: Path
+    system: System, scheduler: Scheduler, large_source: Path, workdir: Path
 ) -> None:
     with Recorder(system.server) as recorder:
-        sent = scheduler.send({"source": str(large_source), "destination": str(place / "b")}, "cancel-again")
-        spin_until(lambda: StagingView(place, "cancel-again").begun(), "the first chunk")
+        sent = scheduler.send({"source": str(large_source), "destination": str(workdir / "b")}, "cancel-again")
+        spin_until(lambda: StagingView(workdir, "cancel-again").begun(), "the first chunk")
         scheduler.results.cancellations.request("cancel-again")
-        _assert_cancelled(scheduler, str(sent.id), place / "b")
+        _assert_cancelled(scheduler, str(sent.id), workdir / "b")
         scheduler.wait_quiet()
     first = scheduler.results.final.fork("cancel-again")
 
@@ -153,22 +153,22 @@ def test_cancelled_fork_stays_cancelled_when_its_messages_are_redelivered(
     scheduler.wait_quiet()
 
     assert scheduler.results.final.fork("cancel-again") == first
-    _assert_cancelled(scheduler, "cancel-again", place / "b")
-    system.assert_left_nothing_in(place)
+    _assert_cancelled(scheduler, "cancel-again", workdir / "b")
+    system.assert_left_nothing_in(workdir)
 
 
 def test_other_forks_continue_when_one_is_cancelled(
-    system: System, scheduler: Scheduler, large_source: Path, place: Path
+    system: System, scheduler: Scheduler, large_source: Path, workdir: Path
 ) -> None:
     sent = {
-        name: scheduler.send({"source": str(large_source), "destination": str(place / name)}, name) for name in "xy"
+        name: scheduler.send({"source": str(large_source), "destination": str(workdir / name)}, name) for name in "xy"
     }
-    spin_until(lambda: StagingView(place, "x").begun(), "the first chunk")
+    spin_until(lambda: StagingView(workdir, "x").begun(), "the first chunk")
 
     scheduler.results.cancellations.request("x")
 
-    _assert_cancelled(scheduler, "x", place / "x")
+    _assert_cancelled(scheduler, "x", workdir / "x")
     result = scheduler.wait(sent["y"])
     assert result["status"] == "succeeded"
     check_file_results(result, scheduler.files("y"))
-    system.assert_left_nothing_in(place)
+    system.assert_left_nothing_in(workdir)

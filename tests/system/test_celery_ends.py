@@ -58,25 +58,25 @@ def _assert_cancelled(scheduler: Scheduler, fork_id: str, destination: Path, wor
 
 @pytest.mark.parametrize("way", REVOKED)
 def test_running_fork_that_is_revoked_ends_as_cancelled_and_leaves_nothing(
-    system: System, scheduler: Scheduler, large_source: Path, place: Path, way: str
+    system: System, scheduler: Scheduler, large_source: Path, workdir: Path, way: str
 ) -> None:
     fork_id, children = way.replace(" ", "-"), system.worker.children
-    staging = StagingView(place, fork_id)
+    staging = StagingView(workdir, fork_id)
     with Recorder(system.server) as recorder, scheduler.watching(fork_id) as records:
-        _send(scheduler, _request(large_source, place / "b"), fork_id)
+        _send(scheduler, _request(large_source, workdir / "b"), fork_id)
         spin_until(staging.begun, "the first chunk")
 
         REVOKED[way](scheduler.app.control, fork_id)
 
-        _assert_cancelled(scheduler, fork_id, place / "b")
+        _assert_cancelled(scheduler, fork_id, workdir / "b")
         scheduler.wait_quiet()
         deliver(system.server, *recorder.messages)
         scheduler.wait_quiet()
-    _assert_cancelled(scheduler, fork_id, place / "b")
+    _assert_cancelled(scheduler, fork_id, workdir / "b")
     assert states(records)[-1] == "REVOKED"
     assert states(records).count("REVOKED") == 1
     assert system.worker.children == children
-    system.assert_left_nothing_in(place)
+    system.assert_left_nothing_in(workdir)
 
 
 def test_fork_revoked_before_a_worker_takes_it_is_never_started(
@@ -156,25 +156,25 @@ def test_fork_that_exceeds_its_clients_time_limit_ends_as_cancelled(
 
 
 def test_sigusr1_does_not_affect_children(
-    system: System, scheduler: Scheduler, large_source: Path, place: Path
+    system: System, scheduler: Scheduler, large_source: Path, workdir: Path
 ) -> None:
-    staging, children = StagingView(place, "signalled"), system.worker.children
-    _send(scheduler, _request(large_source, place / "b"), "signalled")
+    staging, children = StagingView(workdir, "signalled"), system.worker.children
+    _send(scheduler, _request(large_source, workdir / "b"), "signalled")
     spin_until(staging.begun, "the first chunk")
 
     send(children, signal.SIGUSR1)
 
     assert scheduler.wait(scheduler.app.AsyncResult("signalled"))["status"] == "succeeded"
     assert system.worker.children == children
-    assert snapshot(place / "b") == snapshot(large_source)
+    assert snapshot(workdir / "b") == snapshot(large_source)
 
 
 def test_client_that_ignores_the_result_can_still_read_it(
-    system: System, scheduler: Scheduler, large_source: Path, place: Path, fresh: Fresh
+    system: System, scheduler: Scheduler, large_source: Path, workdir: Path, fresh: Fresh
 ) -> None:
     directory = fresh("xfs")
     _send(scheduler, _request(make_guest(directory / "a"), directory / "b"), "small", ignore_result=True)
-    _send(scheduler, _request(large_source, place / "b"), "large", ignore_result=True)
+    _send(scheduler, _request(large_source, workdir / "b"), "large", ignore_result=True)
 
     for fork_id in ("small", "large"):
         wait_until(lambda f=fork_id: scheduler.results.states.get(f)["status"] == "SUCCESS", f"the end of {fork_id}")  # type: ignore[misc]

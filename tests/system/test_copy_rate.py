@@ -26,20 +26,20 @@ def test_two_workers_and_a_local_fork_together_stay_within_the_copy_rate(
     tmp_path: Path,
 ) -> None:
     # Given two workers of one process each, with an I/O priority
-    place = fresh("xfs_noreflink")
-    (place / "source").mkdir()
-    make_sparse_file(place / "source" / "disk.raw", _SIZE, _SIZE)
+    workdir = fresh("xfs_noreflink")
+    (workdir / "source").mkdir()
+    make_sparse_file(workdir / "source" / "disk.raw", _SIZE, _SIZE)
     env = {
         "FORKVM_RUNTIME_DIR": str(tmp_path / "runtime"),
         "FORKVM_COPY_RATE": str(_RATE),
         "FORKVM_IO_PRIORITY": "best-effort:6",
     }
-    workers = [start_worker(place, env=env, concurrency=1) for _ in range(2)]
+    workers = [start_worker(workdir, env=env, concurrency=1) for _ in range(2)]
 
     # When both copy, and a local fork too
     began = time.monotonic()
-    forks = [own_scheduler.send({"source": f"{place}/source", "destination": f"{place}/vm-{n}"}) for n in range(2)]
-    local = run_forkvm("fork", place / "source", place / "vm-2", env=env, timeout=60)
+    forks = [own_scheduler.send({"source": f"{workdir}/source", "destination": f"{workdir}/vm-{n}"}) for n in range(2)]
+    local = run_forkvm("fork", workdir / "source", workdir / "vm-2", env=env, timeout=60)
     copied = [own_scheduler.wait(fork)["bytes"]["copied"] for fork in forks]
     seconds = time.monotonic() - began
 

@@ -24,18 +24,18 @@ def _workers_of_chunks(log: str, fork_id: str) -> dict[int, str]:
 
 
 def test_both_children_work_on_the_chunks_of_one_fork(
-    system: System, scheduler: Scheduler, large_source: Path, place: Path
+    system: System, scheduler: Scheduler, large_source: Path, workdir: Path
 ) -> None:
-    result = scheduler.fork(large_source, place / "b", "fork-both")
+    result = scheduler.fork(large_source, workdir / "b", "fork-both")
 
-    system.assert_left_nothing_in(place)
+    system.assert_left_nothing_in(workdir)
     done_by = _workers_of_chunks(system.worker.output(), "fork-both")
     assert set(done_by) < set(range(result["chunks"]))  # the first ones were made while the planner still walked
     shares = {child: list(done_by.values()).count(child) for child in set(done_by.values())}
     assert len(shares) == 2
     assert min(shares.values()) > result["chunks"] // 10
     # and the fork made by both equals the source, entry by entry
-    assert snapshot(place / "b") == snapshot(large_source)
+    assert snapshot(workdir / "b") == snapshot(large_source)
     check_fork_result(result)
     files = scheduler.files("fork-both")
     check_file_results(result, files)
@@ -102,11 +102,11 @@ def test_reflinked_fork_of_many_files_is_made_in_chunks_and_every_extent_is_shar
 
 
 def test_other_forks_are_made_beside_a_large_one(
-    system: System, scheduler: Scheduler, large_source: Path, place: Path, fresh: Fresh
+    system: System, scheduler: Scheduler, large_source: Path, workdir: Path, fresh: Fresh
 ) -> None:
     directory = fresh("xfs")
     make_guest(directory / "a")
-    large = scheduler.send({"source": str(large_source), "destination": str(place / "b")})
+    large = scheduler.send({"source": str(large_source), "destination": str(workdir / "b")})
 
     for n in range(5):
         assert scheduler.fork(directory / "a", directory / f"b-{n}")["status"] == "succeeded"
@@ -114,7 +114,7 @@ def test_other_forks_are_made_beside_a_large_one(
 
     assert scheduler.wait(large)["status"] == "succeeded"
     assert small_ones_first  # they waited for a chunk or two, not for the whole fork
-    system.assert_left_nothing_in(place, directory)
+    system.assert_left_nothing_in(workdir, directory)
 
 
 def test_many_simultaneous_forks_each_have_their_own_result(system: System, scheduler: Scheduler, fresh: Fresh) -> None:
@@ -138,16 +138,16 @@ def test_many_simultaneous_forks_each_have_their_own_result(system: System, sche
 
 
 def test_two_workers_share_the_chunks_of_one_fork(
-    start_system: StartSystem, start_worker: StartWorker, mounts: Path, large_source: Path, place: Path
+    start_system: StartSystem, start_worker: StartWorker, mounts: Path, large_source: Path, workdir: Path
 ) -> None:
     system = start_system(concurrency=1)
     other = start_worker(mounts, 1, env=SMALL_LIMITS)
 
-    result = system.scheduler.fork(large_source, place / "b", "fork-shared")
+    result = system.scheduler.fork(large_source, workdir / "b", "fork-shared")
 
-    system.assert_left_nothing_in(place)
+    system.assert_left_nothing_in(workdir)
     shares = [_workers_of_chunks(worker.output(), "fork-shared") for worker in (system.worker, other)]
     assert all(shares)
     assert set().union(*shares) < set(range(result["chunks"]))  # the planner's process made the others
     check_file_results(result, system.scheduler.files("fork-shared"))
-    assert snapshot(place / "b") == snapshot(large_source)
+    assert snapshot(workdir / "b") == snapshot(large_source)

@@ -28,11 +28,11 @@ COUNT = 300
 
 
 @pytest.fixture
-def place(fresh: Fresh) -> Path:
+def workdir(fresh: Fresh) -> Path:
     return fresh("xfs")
 
 
-def _keep(scheduler: Scheduler, copy: Path) -> None:
+def _save_data(scheduler: Scheduler, copy: Path) -> None:
     """Copy the data that Redis has on disk."""
     server = scheduler.server
     server.stop()
@@ -40,7 +40,7 @@ def _keep(scheduler: Scheduler, copy: Path) -> None:
     server.start()
 
 
-def _go_back(system: System, copy: Path) -> None:
+def _restore_data(system: System, copy: Path) -> None:
     """Kill Redis, and start it with the copied data."""
     server = system.server
     server.kill()
@@ -61,19 +61,19 @@ def _result(scheduler: Scheduler, fork_id: str) -> Any:
 
 
 def test_a_fork_that_redis_lost_ends_with_the_same_result(
-    own_scheduler: Scheduler, start_system: StartSystem, place: Path, tmp_path: Path
+    own_scheduler: Scheduler, start_system: StartSystem, workdir: Path, tmp_path: Path
 ) -> None:
     # Given a Redis that is restored to the moment before a fork was started
-    make_guest(place / "a")
-    own_scheduler.send({"source": str(place / "a"), "destination": str(place / "b")}, "forgotten")
-    _keep(own_scheduler, tmp_path / "copy")
+    make_guest(workdir / "a")
+    own_scheduler.send({"source": str(workdir / "a"), "destination": str(workdir / "b")}, "forgotten")
+    _save_data(own_scheduler, tmp_path / "copy")
     system = start_system()
     before = _result(own_scheduler, "forgotten")
     own_scheduler.wait_quiet()
-    files, inode = own_scheduler.files("forgotten"), (place / "b").stat().st_ino
+    files, inode = own_scheduler.files("forgotten"), (workdir / "b").stat().st_ino
 
     # When
-    _go_back(system, tmp_path / "copy")
+    _restore_data(system, tmp_path / "copy")
 
     # Then
     after = _result(own_scheduler, "forgotten")
@@ -82,87 +82,87 @@ def test_a_fork_that_redis_lost_ends_with_the_same_result(
     assert own_scheduler.results.states.get("forgotten")["status"] == "SUCCESS"
     assert own_scheduler.files("forgotten") == files
     check_file_results(after, files)
-    assert (place / "b").stat().st_ino == inode
+    assert (workdir / "b").stat().st_ino == inode
     own_scheduler.wait_quiet()
 
     # and for another id, or another request under that id, it does not count as the fork
     _, other = own_scheduler.wait_failed(
-        own_scheduler.send({"source": str(place / "a"), "destination": str(place / "b")}, "other")
+        own_scheduler.send({"source": str(workdir / "a"), "destination": str(workdir / "b")}, "other")
     )
     assert other["error"] is not None
     assert other["error"]["code"] == "destination_exists"
     own_scheduler.redis.flushall()
-    request = {"source": str(place / "a"), "destination": str(place / "b"), "labels": ["another"]}
+    request = {"source": str(workdir / "a"), "destination": str(workdir / "b"), "labels": ["another"]}
     _, other = own_scheduler.wait_failed(own_scheduler.send(request, "forgotten"))
     assert other["error"] is not None
     assert other["error"]["code"] == "destination_exists"
-    system.assert_left_nothing_in(place)
+    system.assert_left_nothing_in(workdir)
 
 
 def test_a_replaced_destination_is_not_mistaken_for_the_fork(
-    own_scheduler: Scheduler, start_system: StartSystem, place: Path
+    own_scheduler: Scheduler, start_system: StartSystem, workdir: Path
 ) -> None:
     system = start_system()
-    make_guest(place / "a")
-    own_scheduler.fork(place / "a", place / "b", "replaced")
-    shutil.rmtree(place / "b")
-    (place / "b").mkdir()
+    make_guest(workdir / "a")
+    own_scheduler.fork(workdir / "a", workdir / "b", "replaced")
+    shutil.rmtree(workdir / "b")
+    (workdir / "b").mkdir()
 
     own_scheduler.redis.flushall()
-    sent = own_scheduler.send({"source": str(place / "a"), "destination": str(place / "b")}, "replaced")
+    sent = own_scheduler.send({"source": str(workdir / "a"), "destination": str(workdir / "b")}, "replaced")
 
     _, result = own_scheduler.wait_failed(sent)
     assert result["error"] is not None
     assert result["error"]["code"] == "destination_exists"
-    system.assert_left_nothing_in(place)
+    system.assert_left_nothing_in(workdir)
 
 
 def test_a_lost_fork_whose_source_was_removed_ends_with_the_same_result(
-    own_scheduler: Scheduler, start_system: StartSystem, place: Path
+    own_scheduler: Scheduler, start_system: StartSystem, workdir: Path
 ) -> None:
     system = start_system()
-    make_guest(place / "a")
-    before = own_scheduler.fork(place / "a", place / "b", "orphan")
+    make_guest(workdir / "a")
+    before = own_scheduler.fork(workdir / "a", workdir / "b", "orphan")
 
     own_scheduler.wait_quiet()
     own_scheduler.redis.flushall()
-    shutil.rmtree(place / "a")
+    shutil.rmtree(workdir / "a")
     after = own_scheduler.wait(
-        own_scheduler.send({"source": str(place / "a"), "destination": str(place / "b")}, "orphan")
+        own_scheduler.send({"source": str(workdir / "a"), "destination": str(workdir / "b")}, "orphan")
     )
 
     assert after == before
-    system.assert_left_nothing_in(place)
+    system.assert_left_nothing_in(workdir)
 
 
 def test_a_campaign_that_redis_lost_ends_with_the_same_results(
-    own_scheduler: Scheduler, start_system: StartSystem, place: Path, tmp_path: Path
+    own_scheduler: Scheduler, start_system: StartSystem, workdir: Path, tmp_path: Path
 ) -> None:
     # Given
-    source = make_source(place / "source")
-    send(own_scheduler, request_of(source, place, COUNT), "many")
-    _keep(own_scheduler, tmp_path / "copy")
+    source = make_source(workdir / "source")
+    send(own_scheduler, request_of(source, workdir, COUNT), "many")
+    _save_data(own_scheduler, tmp_path / "copy")
     system = start_system()
     _wait_for_end(own_scheduler, "many")
     own_scheduler.wait_quiet()
     before, forks = result_of(own_scheduler, "many"), forks_of(own_scheduler, "many", COUNT)
-    inodes = [path.stat().st_ino for path in paths_of(place, COUNT)]
+    inodes = [path.stat().st_ino for path in paths_of(workdir, COUNT)]
 
     # When
-    _go_back(system, tmp_path / "copy")
+    _restore_data(system, tmp_path / "copy")
 
     # Then
     _wait_for_end(own_scheduler, "many")
     own_scheduler.wait_quiet()
     after = result_of(own_scheduler, "many")
-    assert_all_are_whole(own_scheduler, after, source, paths_of(place, COUNT))
+    assert_all_are_whole(own_scheduler, after, source, paths_of(workdir, COUNT))
     assert after["forks"] == before["forks"]
     assert forks_of(own_scheduler, "many", COUNT) == forks
-    assert [path.stat().st_ino for path in paths_of(place, COUNT)] == inodes
+    assert [path.stat().st_ino for path in paths_of(workdir, COUNT)] == inodes
 
     # and for another campaign with the same destinations they do not count as its forks
-    send(own_scheduler, request_of(source, place, COUNT), "other")
+    send(own_scheduler, request_of(source, workdir, COUNT), "other")
     _wait_for_end(own_scheduler, "other")
     own_scheduler.wait_quiet()
     assert result_of(own_scheduler, "other")["forks"]["failed"] == COUNT
-    system.assert_left_nothing_in(place)
+    system.assert_left_nothing_in(workdir)

@@ -124,7 +124,7 @@ def test_empty_source_succeeds(system: System, scheduler: Scheduler, fresh: Fres
 
 
 def test_states_of_a_large_fork_are_started_then_progress_then_success(
-    system: System, scheduler: Scheduler, large_source: Path, place: Path
+    system: System, scheduler: Scheduler, large_source: Path, workdir: Path
 ) -> None:
     seen: list[str] = []
 
@@ -135,7 +135,7 @@ def test_states_of_a_large_fork_are_started_then_progress_then_success(
         return state == "SUCCESS"
 
     with scheduler.watching("fork-states") as records:
-        sent = scheduler.send({"source": str(large_source), "destination": str(place / "b")}, "fork-states")
+        sent = scheduler.send({"source": str(large_source), "destination": str(workdir / "b")}, "fork-states")
         spin_until(poll, "the end", 40)
         result = scheduler.wait(sent)
 
@@ -144,25 +144,25 @@ def test_states_of_a_large_fork_are_started_then_progress_then_success(
     assert states(records)[-2:] == ["PROGRESS", "SUCCESS"]
     assert records[-1]["result"] == result
     progress = [record["result"] for record in records if record["status"] == "PROGRESS"]
-    for told in progress:
-        assert set(told) == {"files_done", "files_total", "bytes_done", "bytes_total", "phase"}
-        assert told["phase"] in ("plan", "copy", "publish")
-        assert 0 <= told["files_done"] <= told["files_total"] <= result["files"]["total"]
-        assert 0 <= told["bytes_done"] <= told["bytes_total"] <= result["bytes"]["logical"]
-        if told["phase"] != "plan":  # before that they are what the walk has found so far
-            assert told["files_total"] == result["files"]["total"]
-            assert told["bytes_total"] == result["bytes"]["logical"]
+    for report in progress:
+        assert set(report) == {"files_done", "files_total", "bytes_done", "bytes_total", "phase"}
+        assert report["phase"] in ("plan", "copy", "publish")
+        assert 0 <= report["files_done"] <= report["files_total"] <= result["files"]["total"]
+        assert 0 <= report["bytes_done"] <= report["bytes_total"] <= result["bytes"]["logical"]
+        if report["phase"] != "plan":  # before that they are what the walk has found so far
+            assert report["files_total"] == result["files"]["total"]
+            assert report["bytes_total"] == result["bytes"]["logical"]
     # and progress advances
-    done = [told["bytes_done"] for told in progress if told["phase"] == "copy"]
+    done = [report["bytes_done"] for report in progress if report["phase"] == "copy"]
     assert done == sorted(done)
     assert len(set(done)) > 1
-    system.assert_left_nothing_in(place)
+    system.assert_left_nothing_in(workdir)
 
 
 def test_pages_are_readable_while_a_large_fork_runs(
-    system: System, scheduler: Scheduler, large_source: Path, place: Path
+    system: System, scheduler: Scheduler, large_source: Path, workdir: Path
 ) -> None:
-    sent = scheduler.send({"source": str(large_source), "destination": str(place / "b")}, "fork-pages")
+    sent = scheduler.send({"source": str(large_source), "destination": str(workdir / "b")}, "fork-pages")
 
     early = spin_until(lambda: scheduler.files("fork-pages"), "results of files")
     state = scheduler.results.states.get("fork-pages")["status"]
@@ -173,14 +173,14 @@ def test_pages_are_readable_while_a_large_fork_runs(
     assert 0 < len(early) < len(files)
     assert all(file in files for file in early)
     check_file_results(result, files)
-    system.assert_left_nothing_in(place)
+    system.assert_left_nothing_in(workdir)
 
 
 def test_pages_are_read_from_redis_as_documented(
-    system: System, scheduler: Scheduler, large_source: Path, place: Path
+    system: System, scheduler: Scheduler, large_source: Path, workdir: Path
 ) -> None:
-    result = scheduler.fork(large_source, place / "b", "fork-raw")
-    campaign = {"source": str(large_source), "destinations": [str(place / "c")]}
+    result = scheduler.fork(large_source, workdir / "b", "fork-raw")
+    campaign = {"source": str(large_source), "destinations": [str(workdir / "c")]}
     scheduler.app.send_task("forkvm.campaign", args=[campaign], task_id="campaign-raw", queue="forkvm").get(timeout=40)
 
     # Then a chunked fork has pages of several parts, and its totals are the sums of its FileResults
@@ -192,7 +192,7 @@ def test_pages_are_read_from_redis_as_documented(
     assert {file["path"] for file in _files_by_the_readme(scheduler.redis, "campaign-raw.1")} == {
         file["path"] for file in files
     }
-    system.assert_left_nothing_in(place)
+    system.assert_left_nothing_in(workdir)
 
 
 def _files_by_the_readme(server: Any, fork_id: str) -> list[Any]:
@@ -205,9 +205,9 @@ def _files_by_the_readme(server: Any, fork_id: str) -> list[Any]:
 
 
 def test_every_key_of_a_fork_has_the_configured_ttl(
-    system: System, scheduler: Scheduler, large_source: Path, place: Path
+    system: System, scheduler: Scheduler, large_source: Path, workdir: Path
 ) -> None:
-    scheduler.fork(large_source, place / "b", "fork-ttl")
+    scheduler.fork(large_source, workdir / "b", "fork-ttl")
 
     scheduler.wait_quiet()
     found = {
@@ -221,29 +221,29 @@ def test_every_key_of_a_fork_has_the_configured_ttl(
     assert {key: ttl for key, ttl in found.items() if not 0 < ttl <= keys.OPEN_SECONDS} == {}
 
 
-def test_destination_appears_complete(system: System, scheduler: Scheduler, large_source: Path, place: Path) -> None:
-    sent = scheduler.send({"source": str(large_source), "destination": str(place / "b")})
+def test_destination_appears_complete(system: System, scheduler: Scheduler, large_source: Path, workdir: Path) -> None:
+    sent = scheduler.send({"source": str(large_source), "destination": str(workdir / "b")})
 
-    spin_until(lambda: (place / "b").exists(), "the destination")
+    spin_until(lambda: (workdir / "b").exists(), "the destination")
 
-    assert _sizes(place / "b") == _sizes(large_source)
+    assert _sizes(workdir / "b") == _sizes(large_source)
     scheduler.wait(sent)
-    system.assert_left_nothing_in(place)
+    system.assert_left_nothing_in(workdir)
 
 
 def test_no_other_user_can_enter_a_fork_before_it_is_published(
-    system: System, scheduler: Scheduler, large_source: Path, place: Path
+    system: System, scheduler: Scheduler, large_source: Path, workdir: Path
 ) -> None:
-    sent = scheduler.send({"source": str(large_source), "destination": str(place / "b")}, "fork-private")
+    sent = scheduler.send({"source": str(large_source), "destination": str(workdir / "b")}, "fork-private")
 
-    staging = StagingView(place, "fork-private")
+    staging = StagingView(workdir, "fork-private")
     spin_until(lambda: staging.phase == "cloning", "chunks")
-    modes = {path.name: path.stat().st_mode & 0o777 for path in place.glob(".forkvm-*")}
+    modes = {path.name: path.stat().st_mode & 0o777 for path in workdir.glob(".forkvm-*")}
 
     assert set(modes.values()) == {0o700}
     assert len(modes) == 2
     scheduler.wait(sent)
-    system.assert_left_nothing_in(place)
+    system.assert_left_nothing_in(workdir)
 
 
 def _sizes(directory: Path) -> dict[str, int]:

@@ -41,7 +41,7 @@ def source(xfs: Path) -> Iterator[Path]:
         yield make_source(parent / "source")
 
 
-def let_pass(redis: Redis, seconds: int) -> None:
+def advance_ttls(redis: Redis, seconds: int) -> None:
     """Change the TTL of each key as if so many seconds had passed."""
     for key in redis.scan_iter():
         ttl = redis.ttl(key)
@@ -53,16 +53,16 @@ def test_campaign_survives_an_outage_of_its_workers_that_is_longer_than_results_
     own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, source: Path, fresh: Fresh
 ) -> None:
     # Given a campaign that is half done when its only worker is killed
-    scheduler, place, count = own_scheduler, fresh("xfs"), 600
+    scheduler, workdir, count = own_scheduler, fresh("xfs"), 600
     worker = start_worker(mounts, env=ENVIRONMENT)
-    send(scheduler, request_of(source, place, count), "long")
+    send(scheduler, request_of(source, workdir, count), "long")
     spin_until(lambda: 0 < done(scheduler, "long") < count, "a half-done campaign")
     worker.kill()
     forks = forks_of(scheduler, "long", count)
     assert 0 < len(forks) < count
 
     # When no worker runs for three days
-    let_pass(scheduler.redis, THREE_DAYS)
+    advance_ttls(scheduler.redis, THREE_DAYS)
 
     # Then its client still sees it, and the results of its ended forks
     assert scheduler.results.states.get("long")["status"] in ("STARTED", "PROGRESS")
@@ -71,27 +71,27 @@ def test_campaign_survives_an_outage_of_its_workers_that_is_longer_than_results_
     # and a worker ends it, and from then on all its keys are kept equally long
     start_worker(mounts, env=ENVIRONMENT)
     wait_until(lambda: scheduler.results.final.get("long") is not None, "the end", 60)
-    assert_all_are_whole(scheduler, result_of(scheduler, "long"), source, paths_of(place, count))
+    assert_all_are_whole(scheduler, result_of(scheduler, "long"), source, paths_of(workdir, count))
     scheduler.wait_quiet()
-    assert leftovers(place) == []
-    let_pass(scheduler.redis, EXPIRES)
+    assert leftovers(workdir) == []
+    advance_ttls(scheduler.redis, EXPIRES)
     assert list(scheduler.redis.scan_iter("*long*")) == []
 
 
 def test_fork_and_its_staging_survive_an_outage_that_is_longer_than_results_are_kept(
-    own_scheduler: Scheduler, start_worker: StartWorker, large_source: Path, place: Path, mounts: Path
+    own_scheduler: Scheduler, start_worker: StartWorker, large_source: Path, workdir: Path, mounts: Path
 ) -> None:
     # Given a chunked fork that is half done when its only worker is killed
-    scheduler, staging = own_scheduler, StagingView(place, "long")
+    scheduler, staging = own_scheduler, StagingView(workdir, "long")
     worker = start_worker(mounts, env=ENVIRONMENT)
-    scheduler.send({"source": str(large_source), "destination": str(place / "fork")}, "long")
+    scheduler.send({"source": str(large_source), "destination": str(workdir / "fork")}, "long")
     with stopped_in_the_middle(worker, staging):
         worker.kill()
 
     # When no worker runs for three days, and its messages are lost
-    let_pass(scheduler.redis, THREE_DAYS)
-    staging.grow_old()
-    context = Context(Roots((str(place),)), Limits(), scheduler.results, lambda task, kwargs, task_id: None, QUEUE)
+    advance_ttls(scheduler.redis, THREE_DAYS)
+    staging.backdate()
+    context = Context(Roots((str(workdir),)), Limits(), scheduler.results, lambda task, kwargs, task_id: None, QUEUE)
     remove_abandoned(context)
 
     # Then its staging exists, and a worker ends it
@@ -99,34 +99,34 @@ def test_fork_and_its_staging_survive_an_outage_that_is_longer_than_results_are_
     assert scheduler.results.states.get("long")["status"] in ("STARTED", "PROGRESS")
     start_worker(mounts, env=ENVIRONMENT)
     wait_until(lambda: scheduler.results.states.get("long")["status"] == "SUCCESS", "the end", 60)
-    assert_alike(large_source, place / "fork", SKIPPED_BY_DEFAULT)
+    assert_alike(large_source, workdir / "fork", SKIPPED_BY_DEFAULT)
     files = scheduler.files("long")
     result = scheduler.results.final.fork("long")
     assert result is not None
     assert len(files) == result["files"]["total"]
     scheduler.wait_quiet()
-    let_pass(scheduler.redis, EXPIRES)
+    advance_ttls(scheduler.redis, EXPIRES)
     assert [key for key in scheduler.redis.scan_iter("*long*") if b":losses" not in key] == []
 
 
 def test_cancellation_survives_an_outage_and_a_late_one_does_not_affect_later_jobs(
     own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, source: Path, fresh: Fresh
 ) -> None:
-    scheduler, place = own_scheduler, fresh("xfs")
-    request = {"source": str(source), "destination": str(place / "fork")}
+    scheduler, workdir = own_scheduler, fresh("xfs")
+    request = {"source": str(source), "destination": str(workdir / "fork")}
 
     # Given a fork that was cancelled before a worker took it
     sent = scheduler.send(request, "early")
     scheduler.results.cancellations.request("early")
-    let_pass(scheduler.redis, THREE_DAYS)
+    advance_ttls(scheduler.redis, THREE_DAYS)
     start_worker(mounts, env=ENVIRONMENT)
     scheduler.wait_failed(sent)
     assert str(sent.state) == "REVOKED"
-    assert not (place / "fork").exists()
+    assert not (workdir / "fork").exists()
 
     # When it is cancelled again after its end, and its result has expired
     scheduler.results.cancellations.request("early")
-    let_pass(scheduler.redis, EXPIRES)
+    advance_ttls(scheduler.redis, EXPIRES)
 
     # Then the id is free
     assert scheduler.results.final.get("early") is None
@@ -141,17 +141,17 @@ def test_campaign_under_the_id_of_an_earlier_one_has_none_of_its_results(
     own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, source: Path, fresh: Fresh
 ) -> None:
     # Given a campaign with failures, whose claim and result Redis has lost
-    scheduler, place = own_scheduler, fresh("xfs")
+    scheduler, workdir = own_scheduler, fresh("xfs")
     start_worker(mounts, env=ENVIRONMENT)
     for n in (1, 2, 3):
-        (place / f"vm-{n:04}").mkdir()
-    assert send(scheduler, request_of(source, place, 30), "again").get(timeout=30)["status"] == "partial"
+        (workdir / f"vm-{n:04}").mkdir()
+    assert send(scheduler, request_of(source, workdir, 30), "again").get(timeout=30)["status"] == "partial"
     scheduler.redis.delete("forkvm:again:claim", "forkvm:again:result", "celery-task-meta-again")
     for n in (1, 2, 3):
-        (place / f"vm-{n:04}").rmdir()
+        (workdir / f"vm-{n:04}").rmdir()
 
     # When a campaign with the same id starts and ends before it has made any fork
-    send(scheduler, request_of(place / "missing", place, 30), "again")
+    send(scheduler, request_of(workdir / "missing", workdir, 30), "again")
     wait_until(lambda: scheduler.results.final.get("again") is not None, "the end")
     scheduler.wait_quiet()
 

@@ -21,21 +21,21 @@ SMALL_CHUNKS = {"FORKVM_INLINE_BYTES": "0", "FORKVM_CHUNK_BYTES": str(32 << 20)}
 
 
 @pytest.fixture
-def place(fresh: Fresh) -> Path:
-    place = fresh("tmpfs")
-    (place / "vm-1").mkdir()
+def workdir(fresh: Fresh) -> Path:
+    workdir = fresh("tmpfs")
+    (workdir / "vm-1").mkdir()
     for n in range(3):
-        make_slow_file(place / "vm-1" / f"disk-{n}")
-    return place
+        make_slow_file(workdir / "vm-1" / f"disk-{n}")
+    return workdir
 
 
-def send(client: Celery, place: Path, fork_id: str) -> None:
-    request = {"source": str(place / "vm-1"), "destination": str(place / "vm-2")}
+def send(client: Celery, workdir: Path, fork_id: str) -> None:
+    request = {"source": str(workdir / "vm-1"), "destination": str(workdir / "vm-2")}
     client.send_task("forkvm.fork", kwargs={"request": request}, task_id=fork_id, queue="forkvm")
 
 
-def is_chunk_begun(place: Path) -> bool:
-    return any(place.glob(".forkvm-*/chunk-*"))
+def is_chunk_begun(workdir: Path) -> bool:
+    return any(workdir.glob(".forkvm-*/chunk-*"))
 
 
 def group(worker: Worker, number: signal.Signals) -> None:
@@ -43,11 +43,11 @@ def group(worker: Worker, number: signal.Signals) -> None:
 
 
 def test_a_long_task_is_delivered_once_while_its_worker_runs(
-    place: Path, start_worker: StartWorker, foreign_client: Celery, redis_server: RedisServer
+    workdir: Path, start_worker: StartWorker, foreign_client: Celery, redis_server: RedisServer
 ) -> None:
     """Tests the lease with the installed kombu: without it the message would be delivered again after 5 s."""
     short = {"FORKVM_VISIBILITY_TIMEOUT": "5"}
-    workers = [start_worker(place, env=short, args=["-I", "tests.support.system.long_task"]) for _ in range(2)]
+    workers = [start_worker(workdir, env=short, args=["-I", "tests.support.system.long_task"]) for _ in range(2)]
 
     foreign_client.send_task("tests.long_task", kwargs={"seconds": 11}, task_id="long", queue="forkvm")
 
@@ -56,25 +56,25 @@ def test_a_long_task_is_delivered_once_while_its_worker_runs(
 
 
 def test_a_paused_worker_loses_its_fork_and_writes_nothing_into_the_published_fork(
-    place: Path, start_worker: StartWorker, foreign_client: Celery, redis_server: RedisServer
+    workdir: Path, start_worker: StartWorker, foreign_client: Celery, redis_server: RedisServer
 ) -> None:
     short = {**SMALL_CHUNKS, "FORKVM_VISIBILITY_TIMEOUT": "5"}
-    sleeper = start_worker(place, env=short)
-    send(foreign_client, place, "f1")
-    wait_until(lambda: is_chunk_begun(place), "a running chunk")
+    sleeper = start_worker(workdir, env=short)
+    send(foreign_client, workdir, "f1")
+    wait_until(lambda: is_chunk_begun(workdir), "a running chunk")
     group(sleeper, signal.SIGSTOP)
     try:
-        start_worker(place, env=short)
+        start_worker(workdir, env=short)
         result = foreign_client.AsyncResult("f1").get(timeout=90)
-        published = snapshot(place / "vm-2")
-        changes = {path: path.stat().st_ctime_ns for path in (place / "vm-2").rglob("*")}
+        published = snapshot(workdir / "vm-2")
+        changes = {path: path.stat().st_ctime_ns for path in (workdir / "vm-2").rglob("*")}
     finally:
         group(sleeper, signal.SIGCONT)
     wait_until_asleep(lambda: sleeper.children, "the end of what the paused worker does")
 
     assert result["status"] == "succeeded"
-    assert snapshot(place / "vm-2") == published
-    assert {path: path.stat().st_ctime_ns for path in (place / "vm-2").rglob("*")} == changes
-    assert sorted(path.name for path in place.iterdir()) == ["vm-1", "vm-2"]
+    assert snapshot(workdir / "vm-2") == published
+    assert {path: path.stat().st_ctime_ns for path in (workdir / "vm-2").rglob("*")} == changes
+    assert sorted(path.name for path in workdir.iterdir()) == ["vm-1", "vm-2"]
     assert foreign_client.AsyncResult("f1").get(timeout=5) == result
     sleeper.kill()  # its warm shutdown waits for its task

@@ -25,16 +25,16 @@ def _client(system: System, domain: str = "") -> Client:
 
 
 def test_an_overview_shows_the_messages_jobs_and_workers_of_its_domain(
-    system: System, large_source: Path, place: Path
+    system: System, large_source: Path, workdir: Path
 ) -> None:
     # Given a fork whose children are stopped, and messages in the queue of a domain without workers
-    request = {"source": str(large_source), "destination": str(place / "b")}
+    request = {"source": str(large_source), "destination": str(workdir / "b")}
     here, nowhere = _client(system), _client(system, "nowhere")
     for age in (100, 500):
         headers = {"sent_at": time.time() - age}
         system.scheduler.app.send_task(FORK_TASK, kwargs={"request": request}, queue="forkvm.nowhere", headers=headers)
     sent = system.scheduler.send(request, "half")
-    with stopped_in_the_middle(system.worker, StagingView(place, "half")):
+    with stopped_in_the_middle(system.worker, StagingView(workdir, "half")):
         # When
         found, other = here.overview(), nowhere.overview()
     system.scheduler.redis.delete("forkvm.nowhere")
@@ -52,7 +52,7 @@ def test_an_overview_shows_the_messages_jobs_and_workers_of_its_domain(
     assert 0 <= worker.heartbeat_seconds < 30
     (job,) = found.jobs
     assert (found.forks, found.campaigns) == (1, 0)
-    assert (job.id, job.kind, job.destination) == ("half", "fork", str(place / "b"))
+    assert (job.id, job.kind, job.destination) == ("half", "fork", str(workdir / "b"))
     assert (other.forks, other.workers, other.queues[0].waiting) == (0, [], 2)
     assert 500 <= (other.queues[0].oldest_seconds or 0) < 600
 
@@ -65,12 +65,16 @@ def test_queues_prints_the_overview(system: System, run_forkvm: RunForkvm) -> No
 
 
 def test_top_shows_the_domain_in_a_terminal_until_ctrl_c(system: System) -> None:
-    terminal, its_end = pty.openpty()
+    terminal, other_end = pty.openpty()
     environment = program_environment(system.server) | {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
     process = subprocess.Popen(
-        [forkvm_script(), "top", "--interval", "1"], env=environment, stdin=its_end, stdout=its_end, stderr=its_end
+        [forkvm_script(), "top", "--interval", "1"],
+        env=environment,
+        stdin=other_end,
+        stdout=other_end,
+        stderr=other_end,
     )
-    os.close(its_end)
+    os.close(other_end)
     os.set_blocking(terminal, False)
     shown = bytearray()
 

@@ -18,14 +18,14 @@ from tests.support.tree import snapshot
 
 #: Log lines of the main process after 0, 2, 4 seconds and so on, and of a child with a task twice a second. The main
 #: process does not notice an outage while it waits for no message, since its children have all that it may take.
-_MISSED = ("Cannot connect to redis", "Redis does not answer; trying again")
+_OUTAGE_LINES = ("Cannot connect to redis", "Redis does not answer; trying again")
 
 
 def _is_finishing(staging: StagingView) -> bool:
     return staging.phase == "cloning" and len(staging.done()) == staging.chunks and staging.owner() is not None
 
 
-MOMENTS: dict[str, Callable[[StagingView], bool]] = {
+STEPS: dict[str, Callable[[StagingView], bool]] = {
     "while it is planned": lambda staging: staging.phase == "planning",
     "while it is finished": _is_finishing,
 }
@@ -42,11 +42,11 @@ def source(xfs_noreflink: Path) -> Iterator[Path]:
         yield source
 
 
-def _go_away(system: System, times: int, *, kill: bool = False) -> None:
+def _stop_redis(system: System, times: int, *, kill: bool = False) -> None:
     """Stop Redis until the worker's processes have logged so many failed attempts."""
 
     def missed() -> int:
-        return sum(map(system.worker.output().count, _MISSED))
+        return sum(map(system.worker.output().count, _OUTAGE_LINES))
 
     before = missed()
     if kill:
@@ -63,38 +63,38 @@ def _forget_unacknowledged(scheduler: Scheduler) -> None:
 
 
 @pytest.mark.parametrize(
-    ("moment", "kill", "times"),
+    ("step", "kill", "times"),
     [
         pytest.param("while it is planned", True, 1, id="while it is planned"),
         pytest.param("while it is finished", False, 4, id="while it is finished"),
     ],
 )
 def test_fork_ends_with_its_true_result_after_redis_was_down_and_the_next_one_is_served(
-    start_system: StartSystem, source: Path, place: Path, fresh: Fresh, moment: str, kill: bool, times: int
+    start_system: StartSystem, source: Path, workdir: Path, fresh: Fresh, step: str, kill: bool, times: int
 ) -> None:
     # Given a large fork at a certain step, and small ones in the queue behind it
     system = start_system()
     scheduler = system.scheduler
     directory = fresh("xfs")
     make_guest(directory / "a")
-    scheduler.send({"source": str(source), "destination": str(place / "b")}, "away")
+    scheduler.send({"source": str(source), "destination": str(workdir / "b")}, "away")
     for n in range(4):
         scheduler.send({"source": str(directory / "a"), "destination": str(directory / f"b-{n}")}, f"small-{n}")
-    staging = StagingView(place, "away")
-    spin_until(lambda: MOMENTS[moment](staging), moment)
+    staging = StagingView(workdir, "away")
+    spin_until(lambda: STEPS[step](staging), step)
 
     # When
-    _go_away(system, times, kill=kill)
+    _stop_redis(system, times, kill=kill)
 
     # Then all of them succeed. The test reads Redis directly: Celery's own wait does not survive a restart of the
     # server
     for fork_id in ("away", "small-0", "small-1", "small-2", "small-3"):
         _wait_for_success(scheduler, fork_id)
-    assert snapshot(place / "b") == snapshot(source)
+    assert snapshot(workdir / "b") == snapshot(source)
     guest = snapshot(directory / "a")
     for n in range(4):
         assert snapshot(directory / f"b-{n}")[b"overlay.raw"] == guest[b"overlay.raw"]
-    wait_until(lambda: not leftovers(place) and not leftovers(directory), "the removal of all staging")
+    wait_until(lambda: not leftovers(workdir) and not leftovers(directory), "the removal of all staging")
 
     # and the worker consumes again
     assert system.worker.running, "the worker ended"
@@ -121,25 +121,25 @@ def _has_progressed(staging: StagingView, part: float) -> bool:
 
 
 def test_no_fork_is_lost_and_nothing_stays_unacknowledged_over_several_outages(
-    start_system: StartSystem, source: Path, large_source: Path, place: Path
+    start_system: StartSystem, source: Path, large_source: Path, workdir: Path
 ) -> None:
     """Each outage starts at another moment: a message may be in transit, or taken and not yet recorded."""
     system = start_system()
     scheduler = system.scheduler
     for name, directory in (("x", source), ("y", large_source)):
-        scheduler.send({"source": str(directory), "destination": str(place / name)}, name)
-    spin_until(lambda: all(StagingView(place, name).journal() for name in ("x", "y")), "both to be running")
+        scheduler.send({"source": str(directory), "destination": str(workdir / name)}, name)
+    spin_until(lambda: all(StagingView(workdir, name).journal() for name in ("x", "y")), "both to be running")
 
-    large = StagingView(place, "y")
+    large = StagingView(workdir, "y")
     for n in range(4):
         spin_until(lambda n=n: n == 0 or _has_progressed(large, n / 5), "progress", 60)  # type: ignore[misc]
-        _go_away(system, 1, kill=bool(n % 2))
+        _stop_redis(system, 1, kill=bool(n % 2))
 
     for name in ("x", "y"):
         _wait_for_success(scheduler, name)
     assert system.worker.running, "the worker ended"
     wait_until(lambda: not any(scheduler.messages().values()), "the end of all messages")
-    assert leftovers(place) == []
+    assert leftovers(workdir) == []
 
 
 def test_idle_worker_consumes_again_after_redis_was_down(start_system: StartSystem, fresh: Fresh) -> None:
@@ -147,7 +147,7 @@ def test_idle_worker_consumes_again_after_redis_was_down(start_system: StartSyst
     directory = fresh("xfs")
     make_guest(directory / "a")
 
-    _go_away(system, 1)
+    _stop_redis(system, 1)
 
     system.scheduler.send({"source": str(directory / "a"), "destination": str(directory / "b")}, "after")
     _wait_for_success(system.scheduler, "after")

@@ -57,11 +57,11 @@ def _header(name: str, value: object) -> Callable[[dict[str, Any]], object]:
 
 
 def _body(body: object, **headers: object) -> Callable[[dict[str, Any]], object]:
-    def spoil(message: dict[str, Any]) -> None:
+    def damage(message: dict[str, Any]) -> None:
         message["body"] = _encoded(body)
         message["headers"] |= headers
 
-    return spoil
+    return damage
 
 
 def _old(message: dict[str, Any]) -> None:
@@ -72,7 +72,7 @@ def _old(message: dict[str, Any]) -> None:
 
 BOMB = zlib.compress(b" " * (256 << 20), 9)
 #: The defect of a message, and a word of the reason.
-SPOILT: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "protocol 1": (_old, "protocol"),
     "unknown compression": (_header("compression", "application/x-none"), "compression"),
     "no base64": (lambda message: message.update(body="!"), "JSON"),
@@ -101,7 +101,7 @@ SPOILT: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ("case", "task"),
     [
         (case, task)
-        for case in SPOILT
+        for case in DAMAGED
         for task in ("forkvm.fork", "forkvm.campaign")
         if (case, task) != ("protocol 1", "forkvm.campaign")  # the task is in its body
     ],
@@ -110,9 +110,9 @@ def test_refused_message_ends_its_job_as_invalid_request(
     system: System, scheduler: Scheduler, fresh: Fresh, case: str, task: str
 ) -> None:
     directory, fork_id = fresh("xfs"), f"refused-{task}-{case}"
-    spoil, word = SPOILT[case]
+    damage, word = DAMAGED[case]
     message = _raw(_request(directory), fork_id, task)
-    spoil(message)
+    damage(message)
 
     scheduler.redis.lpush(QUEUE, json.dumps(message))
 
@@ -178,19 +178,19 @@ def test_errback_and_chord_of_a_refused_message_get_the_error(scheduler: Schedul
 
 
 def test_refused_message_under_the_id_of_another_job_changes_neither_its_state_nor_its_result(
-    system: System, scheduler: Scheduler, large_source: Path, place: Path
+    system: System, scheduler: Scheduler, large_source: Path, workdir: Path
 ) -> None:
-    request = {"source": str(large_source), "destination": str(place / "b")}
+    request = {"source": str(large_source), "destination": str(workdir / "b")}
     sent = scheduler.send(request, "held")
-    spoilt = _raw(request, "held")
-    spoilt["content-type"] = "application/x-yaml"
-    spin_until(StagingView(place, "held").begun, "the first chunk")
+    damaged = _raw(request, "held")
+    damaged["content-type"] = "application/x-yaml"
+    spin_until(StagingView(workdir, "held").begun, "the first chunk")
 
-    scheduler.redis.rpush(QUEUE, json.dumps(spoilt))
+    scheduler.redis.rpush(QUEUE, json.dumps(damaged))
     result = scheduler.wait(sent)
-    scheduler.redis.lpush(QUEUE, json.dumps(spoilt))
+    scheduler.redis.lpush(QUEUE, json.dumps(damaged))
     scheduler.wait_quiet()
 
     assert result["status"] == "succeeded"
     assert (sent.state, scheduler.results.final.fork("held")) == ("SUCCESS", result)
-    system.assert_left_nothing_in(place)
+    system.assert_left_nothing_in(workdir)

@@ -32,9 +32,9 @@ def _results(records: list[dict[str, Any]], state: str) -> list[Any]:
 
 def _assert_one_end(records: list[dict[str, Any]], state: str) -> None:
     """After a final state there is no other one, and no earlier state."""
-    told = states(records)
-    final = next(n for n, seen in enumerate(told) if seen in FINAL)
-    assert told[final:] == [state]
+    published = states(records)
+    final = next(n for n, seen in enumerate(published) if seen in FINAL)
+    assert published[final:] == [state]
     assert len(_results(records, state)) == 1
 
 
@@ -60,10 +60,10 @@ def test_the_same_small_fork_sent_twice_at_once_is_made_once(
 
 
 def test_the_same_large_fork_sent_three_times_at_once_is_made_once(
-    system: System, scheduler: Scheduler, large_source: Path, place: Path
+    system: System, scheduler: Scheduler, large_source: Path, workdir: Path
 ) -> None:
     for turn in range(3):
-        destination = place / f"b-{turn}"
+        destination = workdir / f"b-{turn}"
         request = {"source": str(large_source), "destination": str(destination)}
         with scheduler.watching(f"thrice-{turn}") as records:
             sent = [scheduler.send(request, f"thrice-{turn}") for _ in range(3)]
@@ -75,8 +75,8 @@ def test_the_same_large_fork_sent_three_times_at_once_is_made_once(
         assert identity(destination) == published
         _assert_one_end(records, "SUCCESS")
         check_file_results(result, scheduler.files(f"thrice-{turn}"))
-    assert snapshot(place / "b-2") == snapshot(large_source)
-    system.assert_left_nothing_in(place)
+    assert snapshot(workdir / "b-2") == snapshot(large_source)
+    system.assert_left_nothing_in(workdir)
 
 
 def test_the_same_id_sent_after_success_gives_the_first_result_for_any_request(
@@ -118,37 +118,37 @@ def test_the_same_id_sent_after_success_gives_the_first_result_for_any_request(
     "change",
     [
         pytest.param({}, id="the same request"),
-        pytest.param({"destination": "{place}/other"}, id="another destination"),
+        pytest.param({"destination": "{workdir}/other"}, id="another destination"),
         pytest.param({"labels": ["other"]}, id="other labels"),
-        pytest.param({"source": "{place}/missing"}, id="a source that does not exist"),
+        pytest.param({"source": "{workdir}/missing"}, id="a source that does not exist"),
         pytest.param({"unknown": 1}, id="an unknown field"),
         pytest.param({"destination": "relative"}, id="a relative destination"),
-        pytest.param({"destination": "{place}/missing/b"}, id="a destination without a parent"),
+        pytest.param({"destination": "{workdir}/missing/b"}, id="a destination without a parent"),
     ],
 )
 def test_another_request_under_the_id_of_a_running_fork_changes_nothing(
-    system: System, scheduler: Scheduler, large_source: Path, place: Path, change: dict[str, Any]
+    system: System, scheduler: Scheduler, large_source: Path, workdir: Path, change: dict[str, Any]
 ) -> None:
     # Given a half-done fork
     fork_id = f"taken-{'-'.join(change)}-{'-'.join(map(str, change.values()))}"
-    request = {"source": str(large_source), "destination": str(place / "b"), "labels": ["first"]}
-    change = {k: v.format(place=place) if isinstance(v, str) else v for k, v in change.items()}
+    request = {"source": str(large_source), "destination": str(workdir / "b"), "labels": ["first"]}
+    change = {k: v.format(workdir=workdir) if isinstance(v, str) else v for k, v in change.items()}
     with scheduler.watching(fork_id) as records:
         sent = scheduler.send(request, fork_id)
 
         # When
-        with stopped_in_the_middle(system.worker, StagingView(place, fork_id)):
+        with stopped_in_the_middle(system.worker, StagingView(workdir, fork_id)):
             scheduler.send(request | change, fork_id)
 
         # Then the first one has its result, and nothing of the other exists
         result = scheduler.wait(sent)
         scheduler.wait_quiet()
     assert (result["status"], result["labels"]) == ("succeeded", ["first"])
-    assert result["destination"] == str(place / "b")
+    assert result["destination"] == str(workdir / "b")
     assert scheduler.results.final.fork(fork_id) == result
     _assert_one_end(records, "SUCCESS")
-    assert [path.name for path in place.iterdir()] == ["b"]
-    assert snapshot(place / "b") == snapshot(large_source)
+    assert [path.name for path in workdir.iterdir()] == ["b"]
+    assert snapshot(workdir / "b") == snapshot(large_source)
     check_file_results(result, scheduler.files(fork_id))
 
 
@@ -218,34 +218,34 @@ def test_first_message_delivered_again_after_a_failure_is_the_same_failure_and_n
 
 
 def test_every_message_of_a_large_fork_delivered_twice_gives_one_fork_and_one_result(
-    system: System, scheduler: Scheduler, large_source: Path, place: Path
+    system: System, scheduler: Scheduler, large_source: Path, workdir: Path
 ) -> None:
-    request = {"source": str(large_source), "destination": str(place / "b")}
+    request = {"source": str(large_source), "destination": str(workdir / "b")}
     with (
         scheduler.watching("doubled") as records,
         Recorder(system.server, lambda message: deliver(system.server, message)) as recorder,
     ):
         result = scheduler.wait(scheduler.send(request, "doubled"))
-        published = identity(place / "b")
+        published = identity(workdir / "b")
         scheduler.wait_quiet()
 
     assert len(recorder.of_task("forkvm.chunk")) >= result["chunks"]
     assert recorder.of_task("forkvm.finish")
     _assert_one_end(records, "SUCCESS")
-    assert identity(place / "b") == published
-    assert snapshot(place / "b") == snapshot(large_source)
+    assert identity(workdir / "b") == published
+    assert snapshot(workdir / "b") == snapshot(large_source)
     check_file_results(result, scheduler.files("doubled"))
-    system.assert_left_nothing_in(place)
+    system.assert_left_nothing_in(workdir)
 
 
 def test_messages_of_a_half_done_fork_redelivered_in_reverse_order_give_one_fork_and_one_result(
-    system: System, scheduler: Scheduler, large_source: Path, place: Path
+    system: System, scheduler: Scheduler, large_source: Path, workdir: Path
 ) -> None:
     # Given a half-done fork that is paused
-    request = {"source": str(large_source), "destination": str(place / "b")}
+    request = {"source": str(large_source), "destination": str(workdir / "b")}
     with Recorder(system.server) as recorder, scheduler.watching("reversed") as records:
         sent = scheduler.send(request, "reversed")
-        staging = StagingView(place, "reversed")
+        staging = StagingView(workdir, "reversed")
 
         def is_sent() -> bool:
             sent_or_done = _chunks_of(recorder.messages) | staging.done()  # the first ones need no message
@@ -261,9 +261,9 @@ def test_messages_of_a_half_done_fork_redelivered_in_reverse_order_give_one_fork
         scheduler.wait_quiet()
     assert result["chunks"] // 2 < len(_chunks_of(again)) == len(again) - 1
     _assert_one_end(records, "SUCCESS")
-    assert snapshot(place / "b") == snapshot(large_source)
+    assert snapshot(workdir / "b") == snapshot(large_source)
     check_file_results(result, scheduler.files("reversed"))
-    system.assert_left_nothing_in(place)
+    system.assert_left_nothing_in(workdir)
 
 
 def _chunks_of(messages: list[Message]) -> set[int]:
@@ -272,15 +272,15 @@ def _chunks_of(messages: list[Message]) -> set[int]:
 
 
 def test_late_chunks_and_finishes_write_nothing_into_a_published_fork(
-    system: System, scheduler: Scheduler, large_source: Path, place: Path
+    system: System, scheduler: Scheduler, large_source: Path, workdir: Path
 ) -> None:
     # Given a published fork, which is the disk of a running machine by now
     with Recorder(system.server) as recorder:
-        result = scheduler.fork(large_source, place / "b", "late")
+        result = scheduler.fork(large_source, workdir / "b", "late")
         scheduler.wait_quiet()
-    with (place / "b" / "disk.raw").open("r+b") as disk:
+    with (workdir / "b" / "disk.raw").open("r+b") as disk:
         disk.write(b"the machine runs")
-    published, contents = identity(place / "b"), snapshot(place / "b")
+    published, contents = identity(workdir / "b"), snapshot(workdir / "b")
     files = scheduler.files("late")
 
     # When all its messages are delivered again
@@ -291,12 +291,12 @@ def test_late_chunks_and_finishes_write_nothing_into_a_published_fork(
         scheduler.wait_quiet()
 
     # Then no byte, no time and no result of it changes
-    assert identity(place / "b") == published
-    assert snapshot(place / "b") == contents
+    assert identity(workdir / "b") == published
+    assert snapshot(workdir / "b") == contents
     assert scheduler.results.final.fork("late") == result
     assert scheduler.app.AsyncResult("late").get(timeout=5) == result
     assert scheduler.files("late") == files
-    system.assert_left_nothing_in(place)
+    system.assert_left_nothing_in(workdir)
 
 
 def test_late_chunks_of_a_reflinked_fork_move_no_extent(system: System, scheduler: Scheduler, fresh: Fresh) -> None:

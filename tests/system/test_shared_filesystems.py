@@ -121,13 +121,13 @@ def test_workers_of_one_mount_start_and_the_marker_of_a_killed_one_is_removed(
 def test_a_filesystem_of_one_host_gets_no_marker_and_no_check(
     start_worker: StartWorker, run_forkvm: RunForkvm, redis_server: RedisServer, fresh: Fresh, kind: Any
 ) -> None:
-    place = fresh(kind)
+    workdir = fresh(kind)
     if kind == "xfs":
-        worker = start_worker(place, 1)
+        worker = start_worker(workdir, 1)
         assert "flock" not in worker.output()
 
-    assert not [subject for subject in checks(run_forkvm, redis_server, place) if subject.startswith("locks in")]
-    assert list(place.iterdir()) == []
+    assert not [subject for subject in checks(run_forkvm, redis_server, workdir) if subject.startswith("locks in")]
+    assert list(workdir.iterdir()) == []
 
 
 def test_a_fork_skips_markers(fresh: Fresh, bindfs: Bindfs) -> None:
@@ -146,10 +146,10 @@ def test_a_fork_skips_markers(fresh: Fresh, bindfs: Bindfs) -> None:
 
 
 def test_a_name_of_a_marker_is_refused_as_a_destination(fresh: Fresh, run_forkvm: RunForkvm) -> None:
-    place = fresh("tmpfs")
-    (place / "source").mkdir()
+    workdir = fresh("tmpfs")
+    (workdir / "source").mkdir()
 
-    done = run_forkvm("fork", place / "source", place / ".forkvm-worker-0123456789abcdef")
+    done = run_forkvm("fork", workdir / "source", workdir / ".forkvm-worker-0123456789abcdef")
 
     assert done.returncode == 2
     assert "invalid_request" in done.stderr

@@ -100,16 +100,16 @@ def test_forks_taken_by_a_paused_process_are_made_by_others(
 
 
 def test_small_forks_do_not_wait_behind_a_long_one(
-    system: System, scheduler: Scheduler, directory: Path, large_source: Path, place: Path
+    system: System, scheduler: Scheduler, directory: Path, large_source: Path, workdir: Path
 ) -> None:
     """The process that has taken them returns them, and other processes make them."""
     before = _send(scheduler, directory, 10)
-    long = scheduler.send({"source": str(large_source), "destination": str(place / "long")}, "long")
+    long = scheduler.send({"source": str(large_source), "destination": str(workdir / "long")}, "long")
     after = _send(scheduler, directory, 20, "c")
 
     _check_all(scheduler, before | after, directory / "a")
     assert scheduler.wait(long)["status"] == "succeeded"
-    system.assert_left_nothing_in(directory, place)
+    system.assert_left_nothing_in(directory, workdir)
 
 
 def test_requests_with_extra_fields_are_answered_among_plain_ones(

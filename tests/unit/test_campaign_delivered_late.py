@@ -26,7 +26,7 @@ from tests.fixtures.processes import wait_until
 
 
 @dataclass
-class Yard:
+class Campaign:
     """A campaign of two forks, its results, and the tasks that were sent for it."""
 
     path: Path
@@ -46,85 +46,85 @@ class Yard:
 
 
 @pytest.fixture
-def yard(tmp_path: Path) -> Yard:
+def campaign(tmp_path: Path) -> Campaign:
     (tmp_path / "source").mkdir()
     request = {"source": str(tmp_path / "source"), "destinations": [str(tmp_path / "a"), str(tmp_path / "b")]}
     results = Results(fakeredis.FakeRedis(), 3600, lambda job_id: f"celery-task-meta-{job_id}")
     sent: list[str] = []
     roots = Roots((str(tmp_path),))
     context = Context(roots, Limits(), results, lambda task, kwargs, task_id: sent.append(task), "forkvm")
-    return Yard(tmp_path, request, context, sent)
+    return Campaign(tmp_path, request, context, sent)
 
 
-def test_a_delivery_that_waits_for_the_end_returns_its_result_and_makes_nothing(yard: Yard) -> None:
+def test_a_delivery_that_waits_for_the_end_returns_its_result_and_makes_nothing(campaign: Campaign) -> None:
     # Given a campaign that another process is about to conclude
-    spec, _ = campaign_of(yard.request, "c", owner="queue")
+    spec, _ = campaign_of(campaign.request, "c", owner="queue")
     concluded = campaign_result(spec, {"forks.cancelled": 2}, [])
     answers: list[object] = []
-    late = threading.Thread(target=lambda: answers.append(yard.deliver()))
-    parent_fd = os.open(yard.path, os.O_RDONLY)
+    late = threading.Thread(target=lambda: answers.append(campaign.deliver()))
+    parent_fd = os.open(campaign.path, os.O_RDONLY)
 
     # When its own message is delivered before that is done
     with Staging.claim(parent_fd, "c", wait=0) as staging:
         late.start()
-        wait_until(lambda: yard.results.claims.get("c") is not None, "the delivery")
-        CampaignResults(yard.results, "c").store_campaign_result(concluded)
+        wait_until(lambda: campaign.results.claims.get("c") is not None, "the delivery")
+        CampaignResults(campaign.results, "c").store_campaign_result(concluded)
         staging.remove()
     late.join()
 
     # Then
     assert answers == [concluded]
-    assert yard.results.final.get("c") == concluded
-    assert yard.sent == []
-    assert yard.left() == ["source"]
+    assert campaign.results.final.get("c") == concluded
+    assert campaign.sent == []
+    assert campaign.left() == ["source"]
     os.close(parent_fd)
 
 
-def test_a_second_delivery_sends_batches_again_while_one_is_made(yard: Yard) -> None:
+def test_a_second_delivery_sends_batches_again_while_one_is_made(campaign: Campaign) -> None:
     """It used to wait for the process that makes the batch, and to remove the plan when that process was paused."""
     # Given
-    yard.deliver()
-    sent = [*yard.sent]
-    parent_fd = os.open(yard.path, os.O_RDONLY)
+    campaign.deliver()
+    sent = [*campaign.sent]
+    parent_fd = os.open(campaign.path, os.O_RDONLY)
 
     # When
     with Staging.attach(parent_fd, "c", wait=0) as batch:
-        answer = yard.deliver()
+        answer = campaign.deliver()
 
         # Then
         assert batch is not None
         assert batch.is_current()
     assert answer is None
-    assert yard.sent == 2 * sent != []
+    assert campaign.sent == 2 * sent != []
     os.close(parent_fd)
 
 
 def test_a_second_delivery_of_a_cancelled_campaign_waits_for_the_result_of_the_first(
-    yard: Yard, monkeypatch: pytest.MonkeyPatch
+    campaign: Campaign, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given a cancelled campaign whose forks have results, but not yet the campaign itself
-    yard.results.cancellations.request("c")
-    at_the_end, resume = threading.Event(), threading.Event()
+    campaign.results.cancellations.request("c")
+    before_result, resume = threading.Event(), threading.Event()
     store_outcomes = CampaignResults.store_campaign_result
 
-    def slowly(self: CampaignResults, result: CampaignResult) -> None:
-        at_the_end.set()
+    def store_after_pause(self: CampaignResults, result: CampaignResult) -> None:
+        before_result.set()
         resume.wait()
         store_outcomes(self, result)
 
-    told: list[object] = []
+    redelivered: list[object] = []
 
     def deliver_again() -> None:
         try:
-            told.append(yard.deliver())
+            redelivered.append(campaign.deliver())
         except RetryLater:
-            told.append("again")
+            redelivered.append("again")
 
-    monkeypatch.setattr(CampaignResults, "store_campaign_result", slowly)
+    monkeypatch.setattr(CampaignResults, "store_campaign_result", store_after_pause)
     answers: list[CampaignResult | None] = []
-    first = threading.Thread(target=lambda: answers.append(yard.deliver()), daemon=True)
+    first = threading.Thread(target=lambda: answers.append(campaign.deliver()), daemon=True)
     first.start()
-    at_the_end.wait()
+    before_result.wait()
 
     # When it is delivered again
     again = threading.Thread(target=deliver_again, daemon=True)
@@ -134,45 +134,49 @@ def test_a_second_delivery_of_a_cancelled_campaign_waits_for_the_result_of_the_f
     first.join()
 
     # Then
-    assert told == ["again"]
+    assert redelivered == ["again"]
     assert answers[0] is not None
     assert answers[0]["status"] == "cancelled"
-    assert yard.deliver() == answers[0]
-    assert yard.left() == ["source"]
+    assert campaign.deliver() == answers[0]
+    assert campaign.left() == ["source"]
 
 
 @pytest.mark.parametrize("again", ["campaign", "conclude"])
-def test_staging_left_after_the_result_is_removed_by_the_next_delivery(yard: Yard, again: str) -> None:
+def test_staging_left_after_the_result_is_removed_by_the_next_delivery(campaign: Campaign, again: str) -> None:
     # Given a cancelled campaign with a result, and staging that a later delivery left when it was killed
-    yard.results.cancellations.request("c")
-    result = yard.deliver()
-    parent_fd = os.open(yard.path, os.O_RDONLY)
+    campaign.results.cancellations.request("c")
+    result = campaign.deliver()
+    parent_fd = os.open(campaign.path, os.O_RDONLY)
     with Staging.claim(parent_fd, "c", wait=0) as staging:
         os.close(staging.make_named_tree(staging.new_tree_name()))
     os.close(parent_fd)
 
     # When
-    told = yard.deliver() if again == "campaign" else run_finish_campaign(yard.context, "c", str(yard.path / "a"))
+    redelivered = (
+        campaign.deliver()
+        if again == "campaign"
+        else run_finish_campaign(campaign.context, "c", str(campaign.path / "a"))
+    )
 
     # Then
-    assert told == result
-    assert yard.left() == ["source"]
+    assert redelivered == result
+    assert campaign.left() == ["source"]
 
 
 def test_a_campaign_whose_refusal_was_interrupted_ends_with_the_same_error(
-    yard: Yard, monkeypatch: pytest.MonkeyPatch
+    campaign: Campaign, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given a campaign that was refused for its source, by a process that was killed before it had stored the whole
     # result
-    yard.request["source"] = str(yard.path / "missing")
+    campaign.request["source"] = str(campaign.path / "missing")
     with monkeypatch.context() as patch:
-        patch.setattr(CampaignResults, "store_campaign_result", _die)
-        with pytest.raises(Died):
-            yard.deliver()
-    (yard.path / "missing").mkdir()
+        patch.setattr(CampaignResults, "store_campaign_result", _kill)
+        with pytest.raises(Killed):
+            campaign.deliver()
+    (campaign.path / "missing").mkdir()
 
     # When
-    result = yard.deliver()
+    result = campaign.deliver()
 
     # Then
     assert result is not None
@@ -180,12 +184,12 @@ def test_a_campaign_whose_refusal_was_interrupted_ends_with_the_same_error(
     assert result["error"] is not None
     assert result["error"]["code"] == "source_not_found"
     assert result["forks"]["failed"] == 2
-    assert yard.left() == ["missing", "source"]
+    assert campaign.left() == ["missing", "source"]
 
 
-class Died(BaseException):
+class Killed(BaseException):
     """Stands for a process that is killed."""
 
 
-def _die(self: CampaignResults, result: CampaignResult) -> None:
-    raise Died
+def _kill(self: CampaignResults, result: CampaignResult) -> None:
+    raise Killed

@@ -158,12 +158,12 @@ def test_progress_is_published_until_the_campaign_has_ended(
     campaign.store_outcomes(0, outcomes(0, 3) + outcomes(3, 1, Code.NO_SPACE))
 
     campaign.publish_progress(spec_of(10), campaign.sums(), planned_at=1.0)
-    told = campaign.results.states.get("c")
+    state = campaign.results.states.get("c")
     redis.set("celery-task-meta-c", json.dumps({"status": "SUCCESS", "result": None}), ex=EXPIRES)
     campaign.publish_progress(spec_of(10), campaign.sums(), planned_at=1.0)
 
-    assert told["status"] == "PROGRESS"
-    progress = told["result"]
+    assert state["status"] == "PROGRESS"
+    progress = state["result"]
     assert (progress["forks_done"], progress["forks_total"], progress["forks_failed"]) == (4, 10, 1)
     assert progress["eta_seconds"] > 0
     assert campaign.results.states.get("c")["status"] == "SUCCESS"

@@ -72,7 +72,7 @@ def _field(name: str, value: object) -> Callable[[dict[str, Any]], object]:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "reason"),
+    ("damage", "reason"),
     [
         pytest.param(_field("body", None), "body", id="no body"),
         pytest.param(_field("body", _body([1, 2])), "the body is not", id="no arguments"),
@@ -106,10 +106,10 @@ def _field(name: str, value: object) -> Callable[[dict[str, Any]], object]:
     ],
 )
 def test_a_value_that_is_no_task_message_is_refused_without_quoting_it(
-    spoil: Callable[[dict[str, Any]], object], reason: str
+    damage: Callable[[dict[str, Any]], object], reason: str
 ) -> None:
     message = _message(body=[[], {"request": {"labels": {"token": SECRET}}}, {}])
-    spoil(message)
+    damage(message)
 
     with pytest.raises(Refused) as refused:
         checked(message, "forkvm", TASKS)

@@ -22,7 +22,7 @@ from redis.exceptions import (
 
 from tasks.store.redis_errors import cause, is_passing, wait_out
 
-PASSING = [
+TEMPORARY = [
     ConnectionError("Connection refused"),
     TimeoutError("Timeout reading from socket"),
     BusyLoadingError("Redis is loading the dataset in memory"),
@@ -42,7 +42,7 @@ PASSING = [
     ReadOnlyError("Command # 1 (SET a b) of pipeline caused error: You can't write against a read only replica."),
     ExecAbortError("EXECABORT Transaction discarded because of previous errors: NOREPLICAS"),
 ]
-LASTING = [
+PERMANENT = [
     OutOfMemoryError("command not allowed when used memory > 'maxmemory'."),
     NoPermissionError("this user has no permissions to run the 'set' command"),
     ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value"),
@@ -52,7 +52,7 @@ LASTING = [
 ]
 
 
-@pytest.mark.parametrize("error", PASSING, ids=str)
+@pytest.mark.parametrize("error", TEMPORARY, ids=str)
 def test_temporary_errors_are_retried(error: Exception) -> None:
     answers: list[Exception | str] = [error, "answer"]
 
@@ -66,7 +66,7 @@ def test_temporary_errors_are_retried(error: Exception) -> None:
     assert wait_out(call) == "answer"
 
 
-@pytest.mark.parametrize("error", LASTING, ids=str)
+@pytest.mark.parametrize("error", PERMANENT, ids=str)
 def test_permanent_errors_are_raised(error: Exception) -> None:
     def call() -> None:
         raise error

@@ -73,9 +73,9 @@ def test_only_the_first_claim_is_published_and_makes_the_fork_started_and_open(
         for _ in range(2):
             results.claims.take("fork-1", _claim())
 
-        told = [channel.get_message() for _ in range(2)]
+        messages = [channel.get_message() for _ in range(2)]
 
-    assert [json.loads(message["data"])["status"] for message in told if message] == ["STARTED"]
+    assert [json.loads(message["data"])["status"] for message in messages if message] == ["STARTED"]
     assert results.states.get("fork-1")["status"] == "STARTED"
     assert [job.job_id for job in results.open_jobs.of_queue("forkvm")] == ["fork-1"]
 

@@ -35,13 +35,13 @@ def test_bytes_after_the_length_are_ignored() -> None:
 
 
 def test_bytes_between_the_runs_are_zero_and_no_run_has_a_zero_block() -> None:
-    dice = random.Random(5)
+    rng = random.Random(5)
     for _ in range(200):
-        size, offset = dice.randrange(40_000), dice.randrange(3 * BLOCK)
+        size, offset = rng.randrange(40_000), rng.randrange(3 * BLOCK)
         data = bytearray(size)
-        for _ in range(dice.randrange(6)):
+        for _ in range(rng.randrange(6)):
             if size:
-                data[dice.randrange(size)] = 1
+                data[rng.randrange(size)] = 1
         rebuilt, end = bytearray(size), 0
         for first, last in nonzero_runs(data, size, offset):
             assert end <= first < last <= size

@@ -19,18 +19,18 @@ from tests.upgrade.conftest import StartVersion, Version
 #: Differences from run to run: numbers, also those in file names and in times, and random ids.
 _RANDOM = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}|[0-9a-f]{32}|[0-9]+")
 #: Temporary keys, and keys that count sweeps.
-_PASSING = re.compile(r"_kombu|unacked|forkvm:sweep|forkvm:walk|recorder|kombu")
+_TEMPORARY = re.compile(r"_kombu|unacked|forkvm:sweep|forkvm:walk|recorder|kombu")
 
 
 def test_both_versions_write_the_same_keys_values_and_messages(
     start_version: StartVersion, own_scheduler: Scheduler, fresh: Fresh
 ) -> None:
-    place = fresh("xfs_noreflink")
-    make_guest(place / "source")
-    campaigns.make_source(place / "small", files=3)
+    workdir = fresh("xfs_noreflink")
+    make_guest(workdir / "source")
+    campaigns.make_source(workdir / "small", files=3)
 
-    earlier = _formats("earlier", start_version, own_scheduler, place)
-    this = _formats("this", start_version, own_scheduler, place)
+    earlier = _formats("earlier", start_version, own_scheduler, workdir)
+    this = _formats("this", start_version, own_scheduler, workdir)
 
     assert this[0] == earlier[0]
     assert this[1] == earlier[1]
@@ -39,29 +39,31 @@ def test_both_versions_write_the_same_keys_values_and_messages(
 
 
 def _formats(
-    version: Version, start: StartVersion, scheduler: Scheduler, place: Path
+    version: Version, start: StartVersion, scheduler: Scheduler, workdir: Path
 ) -> tuple[dict[str, Any], set[tuple[Any, ...]]]:
     """The keys with their values, and the messages, of a few jobs, with the differences between runs masked."""
     scheduler.redis.flushall()
-    parent = place / "forks"
+    parent = workdir / "forks"
     parent.mkdir()
     (parent / "taken").mkdir()
     (parent / "vm-0002").mkdir()
     worker = start(version)
     with Recorder(scheduler.server) as recorder:
         scheduler.send(
-            {"source": str(place / "source"), "destination": str(parent / "fork"), "labels": {"a": "b"}}, "f1"
+            {"source": str(workdir / "source"), "destination": str(parent / "fork"), "labels": {"a": "b"}}, "f1"
         )
-        scheduler.send({"source": str(place / "source"), "destination": str(parent / "taken")}, "f2")
-        scheduler.send({"source": str(place / "source")}, "f3")
-        campaigns.send(scheduler, campaigns.request_of(place / "small", parent, 5), "c1")
+        scheduler.send({"source": str(workdir / "source"), "destination": str(parent / "taken")}, "f2")
+        scheduler.send({"source": str(workdir / "source")}, "f3")
+        campaigns.send(scheduler, campaigns.request_of(workdir / "small", parent, 5), "c1")
         for job in ("f1", "f2", "f3", "c1"):
             wait_until(lambda job=job: scheduler.results.states.get(job)["status"] in _ENDS, f"the end of {job}")  # type: ignore[misc]
         scheduler.wait_quiet()
     worker.end()
     keys = {_masked(key.decode()): _value(scheduler, key) for key in scheduler.redis.scan_iter(count=1000)}
-    parent.rename(place / f"forks-{version}")
-    return {key: value for key, value in keys.items() if not _PASSING.search(key)}, set(map(_format, recorder.messages))
+    parent.rename(workdir / f"forks-{version}")
+    return {key: value for key, value in keys.items() if not _TEMPORARY.search(key)}, set(
+        map(_format, recorder.messages)
+    )
 
 
 _ENDS = ("SUCCESS", "FAILURE", "REVOKED")

@@ -46,16 +46,16 @@ def test_one_version_finishes_jobs_that_the_other_started(
     fresh: Fresh,
 ) -> None:
     # Given a fork in chunks and a campaign, both half done when the only worker is killed
-    place, campaign_place = fresh("xfs_noreflink"), fresh("xfs")
-    source, campaign_source = place / "source", campaigns.make_source(campaign_place / "source", files=3)
+    workdir, campaign_workdir = fresh("xfs_noreflink"), fresh("xfs")
+    source, campaign_source = workdir / "source", campaigns.make_source(campaign_workdir / "source", files=3)
     source.mkdir()
     for n in range(2):
         make_slow_file(source / f"disk-{n}", extents=8_000)
     worker = start_version(first)
-    own_scheduler.send({"source": str(source), "destination": str(place / "fork")}, "f1")
-    campaigns.send(own_scheduler, campaigns.request_of(campaign_source, campaign_place, FORKS), "c1")
+    own_scheduler.send({"source": str(source), "destination": str(workdir / "fork")}, "f1")
+    campaigns.send(own_scheduler, campaigns.request_of(campaign_source, campaign_workdir, FORKS), "c1")
     with stopped_in_the_middle(
-        worker, StagingView(place, "f1"), lambda: 0 < campaigns.done(own_scheduler, "c1") < FORKS
+        worker, StagingView(workdir, "f1"), lambda: 0 < campaigns.done(own_scheduler, "c1") < FORKS
     ):
         worker.kill()
 
@@ -71,10 +71,10 @@ def test_one_version_finishes_jobs_that_the_other_started(
     check_fork_result(fork)
     check_file_results(fork, own_scheduler.files("f1"))
     assert fork["error"] is None
-    assert snapshot(place / "fork") == snapshot(source)
-    paths = campaigns.paths_of(campaign_place, FORKS)
+    assert snapshot(workdir / "fork") == snapshot(source)
+    paths = campaigns.paths_of(campaign_workdir, FORKS)
     campaigns.assert_all_are_whole(own_scheduler, campaigns.result_of(own_scheduler, "c1"), campaign_source, paths)
-    assert leftovers(place) + leftovers(campaign_place) == []
+    assert leftovers(workdir) + leftovers(campaign_workdir) == []
     for command in ("status f1 --json", "files f1 --json", "status c1 --json", "forks c1 --json"):
         both = [_printed(program, command, own_scheduler) for program in (str(earlier_forkvm), forkvm_script())]
         assert both[0] == both[1]
@@ -88,9 +88,9 @@ def test_no_job_is_lost_while_workers_of_both_versions_are_killed(
 ) -> None:
     # Given
     seed, seconds = options.seed(), options.seconds()
-    places = fresh("xfs"), fresh("xfs_noreflink")
+    workdirs = fresh("xfs"), fresh("xfs_noreflink")
     checks = FinalChecks(own_scheduler)
-    producer = Producer(own_scheduler.app, checks, make_sources(*places), places, seed, UNDAMAGED_KINDS)
+    producer = Producer(own_scheduler.app, checks, make_sources(*workdirs), workdirs, seed, UNDAMAGED_KINDS)
     workers = Workers(start_version, random.Random(seed + 1))
 
     # When
@@ -111,7 +111,7 @@ def test_no_job_is_lost_while_workers_of_both_versions_are_killed(
     assert [(job.fork_id, job.kind) for job in producer.open] == []
     own_scheduler.wait_quiet()
     checks.check_end(producer.jobs)
-    wait_until(lambda: not any(map(leftovers, places)), f"the removal of all staging: {[*map(leftovers, places)]}")
+    wait_until(lambda: not any(map(leftovers, workdirs)), f"the removal of all staging: {[*map(leftovers, workdirs)]}")
     assert workers.all_run()
     taken = workers.jobs_taken()
     shared = set(taken["earlier"]) & set(taken["this"])

@@ -19,7 +19,7 @@ NOBODY = 65534
 _PR_SET_DUMPABLE = 4
 
 
-class ChildDied(AssertionError):
+class ChildEnded(AssertionError):
     """A child ended without a result, by a signal or with an exit status."""
 
 
@@ -59,7 +59,7 @@ class Child(Generic[T]):
             data = reader.read()
         _, status = os.waitpid(self.pid, 0)
         if not data:
-            raise ChildDied(f"the child ended with {os.waitstatus_to_exitcode(status)}")
+            raise ChildEnded(f"the child ended with {os.waitstatus_to_exitcode(status)}")
         answer: tuple[T, str | None] = pickle.loads(data)
         assert answer[1] is None, answer[1]
         return answer[0]

@@ -50,12 +50,12 @@ def fork(
     roots: Iterable[Path] = (),
     limits: Limits = INLINE,
     processes: int = 2,
-    beat: Poll = never_stop,
+    poll: Poll = never_stop,
     **options: Any,
 ) -> ForkResult:
     """Make one fork with child processes; it may succeed or fail."""
     spec = spec_of(source, destination, fork_id, **options)
-    return fork_here(spec, Roots(tuple(map(os.fspath, roots))), limits, processes, beat)
+    return fork_here(spec, Roots(tuple(map(os.fspath, roots))), limits, processes, poll)
 
 
 def forked(source: Path, destination: Path, **arguments: Any) -> ForkResult:
@@ -69,13 +69,13 @@ def forked(source: Path, destination: Path, **arguments: Any) -> ForkResult:
 
 def refused(source: Path | str, destination: Path | str, **arguments: Any) -> ErrorRecord:
     """Make one fork, which must fail and leave its destination as it was; returns the error. `arguments`: of `fork`."""
-    place = Path(destination)
-    before = _status_of(place)
+    path = Path(destination)
+    before = _status_of(path)
     result = fork(source, destination, **arguments)
     assert result["status"] == "failed", "it succeeded"
     assert result["error"] is not None
-    assert _status_of(place) == before
-    assert leftovers(place.parent) == []
+    assert _status_of(path) == before
+    assert leftovers(path.parent) == []
     return result["error"]
 
 

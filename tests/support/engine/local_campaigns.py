@@ -66,13 +66,13 @@ def campaign(
     *,
     roots: Iterable[Path] = (),
     processes: int = 2,
-    beat: CampaignPoll = lambda progress: None,
+    poll: CampaignPoll = lambda progress: None,
     **arguments: Any,
 ) -> CampaignResult:
     """One local campaign, whatever its result. `arguments` as for `spec_of`."""
     names = [os.fspath(path) for path in paths]
     spec = spec_of(source, len(names), **arguments)
-    return campaign_here(spec, names, Roots(tuple(map(os.fspath, roots))), processes, beat)
+    return campaign_here(spec, names, Roots(tuple(map(os.fspath, roots))), processes, poll)
 
 
 def counts(result: CampaignResult) -> tuple[int, int, int]:
@@ -149,13 +149,13 @@ def make_batches(
     ledger: Ledger,
     *,
     only: Iterable[int] | None = None,
-    beat: Poll = never_stop,
+    poll: Poll = never_stop,
     abort: ForkError | None = None,
 ) -> None:
     """Make all batches of a planned campaign, or `only` these. A batch whose outcomes are stored is not made again."""
     with holding(home) as found:
         for first in firsts(found) if only is None else only:
-            make_batch(found, Roots(), first, Ticker(beat), ledger, abort)
+            make_batch(found, Roots(), first, Ticker(poll), ledger, abort)
 
 
 def end(home: Path, ledger: Ledger) -> CampaignResult:
@@ -168,13 +168,13 @@ def end(home: Path, ledger: Ledger) -> CampaignResult:
 
 
 def campaign_with_ledger(
-    source: Path, paths: list[Path], directory: Path, *, beat: Poll = never_stop, **arguments: Any
+    source: Path, paths: list[Path], directory: Path, *, poll: Poll = never_stop, **arguments: Any
 ) -> tuple[CampaignResult, Ledger]:
     """One campaign in this process, batch after batch; its outcomes are stored in `directory`."""
     directory.mkdir()
     ledger = Ledger(directory)
     plan(source, paths, **arguments)
-    make_batches(paths[0], ledger, beat=beat)
+    make_batches(paths[0], ledger, poll=poll)
     result = end(paths[0], ledger)
     for parent in {path.parent for path in paths}:
         assert leftovers(parent) == []

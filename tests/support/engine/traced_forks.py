@@ -12,7 +12,7 @@ from tasks.copier.fork_spec import ForkResult
 from tasks.copier.kernel import reflink
 from tasks.copier.report import FileResult
 from tasks.copier.staging.control_directory import control_name
-from tests.support.engine.child_processes import ChildDied
+from tests.support.engine.child_processes import ChildEnded
 from tests.support.engine.forks import CHUNKED, INLINE, fork, fork_with_ledger
 from tests.support.engine.traced_processes import TracedChild
 
@@ -91,7 +91,7 @@ def trace_fork(
     child.begin()
     try:
         result, files = child.result()
-    except ChildDied:
+    except ChildEnded:
         return Traced(result=None, files={}, trace=child.trace())
     else:
         return Traced(result=result, files=files, trace=child.trace())

@@ -66,9 +66,9 @@ class TracedChild(Generic[T]):
         command += [part for path in paths for part in ("-P", os.fspath(path))]
         self._strace = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
         assert self._strace.stderr is not None
-        told = self._strace.stderr.readline()
+        line = self._strace.stderr.readline()
         # From now on strace stops the child at its next call.
-        assert b"attached" in told, told + self._strace.stderr.read()
+        assert b"attached" in line, line + self._strace.stderr.read()
 
     def begin(self) -> None:
         """Let the child continue."""

@@ -29,14 +29,14 @@ def make_source(path: Path, files: int = 12) -> Path:
     return path
 
 
-def request_of(source: Path, place: Path, count: int, **fields: Any) -> dict[str, Any]:
-    """A CampaignRequest for `count` forks below `place`."""
-    return {"source": str(source), "destinations": {"template": f"{place}/vm-{{n:04}}", "count": count}, **fields}
+def request_of(source: Path, workdir: Path, count: int, **fields: Any) -> dict[str, Any]:
+    """A CampaignRequest for `count` forks below `workdir`."""
+    return {"source": str(source), "destinations": {"template": f"{workdir}/vm-{{n:04}}", "count": count}, **fields}
 
 
-def paths_of(place: Path, count: int) -> list[Path]:
+def paths_of(workdir: Path, count: int) -> list[Path]:
     """The destinations that `request_of` names."""
-    return [place / f"vm-{n:04}" for n in range(1, count + 1)]
+    return [workdir / f"vm-{n:04}" for n in range(1, count + 1)]
 
 
 def send(scheduler: Scheduler, request: object, campaign_id: str, queue: str = QUEUE) -> AsyncResult[Any]:
@@ -95,6 +95,6 @@ def assert_all_are_whole(scheduler: Scheduler, result: CampaignResult, source: P
         assert snapshot(path) == whole
 
 
-def published_forks(place: Path) -> list[str]:
+def published_forks(workdir: Path) -> list[str]:
     """The names of the published forks."""
-    return sorted(name for name in os.listdir(place) if name.startswith("vm-"))
+    return sorted(name for name in os.listdir(workdir) if name.startswith("vm-"))

@@ -11,7 +11,7 @@ from types import TracebackType
 
 _CHUNK = 65536
 #: The timeout after which a waiting thread checks whether the proxy is closed, in seconds.
-_LOOK_SECONDS = 0.2
+_POLL_SECONDS = 0.2
 
 
 class Proxy:
@@ -39,7 +39,7 @@ class Proxy:
     def __enter__(self) -> Proxy:
         self._listener.bind(str(self.socket))
         self._listener.listen(64)
-        self._listener.settimeout(_LOOK_SECONDS)
+        self._listener.settimeout(_POLL_SECONDS)
         self._acceptor = threading.Thread(target=self._accept, daemon=True)
         self._acceptor.start()
         return self

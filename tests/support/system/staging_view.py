@@ -55,7 +55,7 @@ class StagingView:
         """The pid of the process that holds the lock of the whole staging: it plans, clones inline, or finishes."""
         return _holder(self.control / "lock", "WRITE")
 
-    def grow_old(self) -> None:
+    def backdate(self) -> None:
         """Give the staging times of 1970, as if abandoned; except its tree, which already has the times of the fork."""
         for path in (self.control, self.control / "lock"):
             os.utime(path, (86_400, 86_400))
