@@ -75,8 +75,8 @@ _READ_ONLY = """
 set -e
 mount --make-rprivate /
 mount --bind "$1" "$1"
-for place in $(awk '{print $2}' /proc/mounts); do
-    case $place in /dev*|/proc*|/sys*|"$1"*) ;; *) mount -o remount,ro,bind "$place" 2>/dev/null || true ;; esac
+for mount in $(awk '{print $2}' /proc/mounts); do
+    case $mount in /dev*|/proc*|/sys*|"$1"*) ;; *) mount -o remount,ro,bind "$mount" 2>/dev/null || true ;; esac
 done
 [ -z "$NO_SHM" ] || mount -t tmpfs -o ro tmpfs /dev/shm
 cd /

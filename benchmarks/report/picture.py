@@ -94,8 +94,8 @@ def _group(row: Row, x: int, y: int) -> list[str]:
     line, bottom = bars + _BARS / _LONGEST, top + len(series) * _STEP
     parts = [_text(x, y + 12, f"{row.filesystem} · {row.case}", "case")]
     values: list[str] = []
-    for place, (contender, label, style) in enumerate(series):
-        bar = top + place * _STEP
+    for position, (contender, label, style) in enumerate(series):
+        bar = top + position * _STEP
         seconds, ratio = row.median(contender) or 0.0, row.ratio(contender, CP) or 0.0
         length = _BARS * min(ratio, _LONGEST) / _LONGEST
         parts.append(_text(bars - 8, bar + 10, label, anchor="end"))

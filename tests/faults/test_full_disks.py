@@ -66,7 +66,7 @@ def _assert_out_of_room(result: ForkResult, workdir: Path, number: int) -> None:
 @contextmanager
 def _filled(disk: Path, left: int) -> Iterator[Path]:
     """An empty directory on a disk with so many bytes free."""
-    workdir, filler = disk / "place", disk / "filler"
+    workdir, filler = disk / "workdir", disk / "filler"
     workdir.mkdir()
     with filler.open("wb") as file:
         free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize

@@ -91,7 +91,7 @@ def _wrong(strace: str, directory: Path, way: Way, faults: list[tuple[Call, str]
     for at in range(0, len(faults), _AT_ONCE):
         running = []
         for n, (call, error) in enumerate(faults[at : at + _AT_ONCE]):
-            workdir = directory / f"place-{n}"
+            workdir = directory / f"workdir-{n}"
             workdir.mkdir()
             inject = [f"{call.name}:error={error}:when={call.number}"]
             work = lambda workdir=workdir: _fork(way, directory, workdir)  # noqa: E731

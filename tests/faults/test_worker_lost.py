@@ -1,4 +1,4 @@
-"""A whole worker that is killed or told to end, with a fork at every point."""
+"""A whole worker that is killed or stopped with a signal, with a fork at every point."""
 
 from __future__ import annotations
 

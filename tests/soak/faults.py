@@ -23,7 +23,7 @@ Start = Callable[[int], Worker]
 
 #: A line of a worker's log.
 _TAKEN = re.compile(r"Task forkvm\.(?:fork|chunk|finish|bury|campaign|batch|conclude)\[.*\] received")
-#: Seconds in which a worker that is told to end must have ended: no task takes that long.
+#: Seconds in which a worker must end after SIGTERM: no task takes that long.
 _GRACE_SECONDS = 15.0
 
 

@@ -102,10 +102,10 @@ def test_a_paused_worker_loses_its_batches_and_writes_nothing_into_published_for
 ) -> None:
     # Given a worker that was stopped with batches in progress
     scheduler = own_scheduler
-    sleeper = start_worker(mounts, env=SHORT)
+    paused_worker = start_worker(mounts, env=SHORT)
     send(scheduler, request_of(source, workdir, 400), "paused")
     spin_until(lambda: is_running(scheduler, "paused", 400), "a half-done campaign")
-    os.killpg(sleeper.pid, signal.SIGSTOP)
+    os.killpg(paused_worker.pid, signal.SIGSTOP)
     try:
         # When another one has ended the campaign
         start_worker(mounts, env=SHORT)
@@ -114,8 +114,8 @@ def test_a_paused_worker_loses_its_batches_and_writes_nothing_into_published_for
         paths = paths_of(workdir, 400)
         published = {path: identity(path) for path in paths}
     finally:
-        os.killpg(sleeper.pid, signal.SIGCONT)
-    wait_until_asleep(lambda: sleeper.children, "the end of what the paused worker does")
+        os.killpg(paused_worker.pid, signal.SIGCONT)
+    wait_until_asleep(lambda: paused_worker.children, "the paused worker to be idle")
 
     # Then
     assert_all_are_whole(scheduler, result, source, paths)

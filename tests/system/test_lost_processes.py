@@ -1,4 +1,4 @@
-"""Processes that are killed or told to end at any time: what was accepted is finished by other processes."""
+"""Processes that are killed or shut down at any time: what was accepted is finished by other processes."""
 
 from __future__ import annotations
 

@@ -59,22 +59,22 @@ def test_a_paused_worker_loses_its_fork_and_writes_nothing_into_the_published_fo
     workdir: Path, start_worker: StartWorker, foreign_client: Celery, redis_server: RedisServer
 ) -> None:
     short = {**SMALL_CHUNKS, "FORKVM_VISIBILITY_TIMEOUT": "5"}
-    sleeper = start_worker(workdir, env=short)
+    paused_worker = start_worker(workdir, env=short)
     send(foreign_client, workdir, "f1")
     wait_until(lambda: is_chunk_begun(workdir), "a running chunk")
-    group(sleeper, signal.SIGSTOP)
+    group(paused_worker, signal.SIGSTOP)
     try:
         start_worker(workdir, env=short)
         result = foreign_client.AsyncResult("f1").get(timeout=90)
         published = snapshot(workdir / "vm-2")
         changes = {path: path.stat().st_ctime_ns for path in (workdir / "vm-2").rglob("*")}
     finally:
-        group(sleeper, signal.SIGCONT)
-    wait_until_asleep(lambda: sleeper.children, "the end of what the paused worker does")
+        group(paused_worker, signal.SIGCONT)
+    wait_until_asleep(lambda: paused_worker.children, "the paused worker to be idle")
 
     assert result["status"] == "succeeded"
     assert snapshot(workdir / "vm-2") == published
     assert {path: path.stat().st_ctime_ns for path in (workdir / "vm-2").rglob("*")} == changes
     assert sorted(path.name for path in workdir.iterdir()) == ["vm-1", "vm-2"]
     assert foreign_client.AsyncResult("f1").get(timeout=5) == result
-    sleeper.kill()  # its warm shutdown waits for its task
+    paused_worker.kill()  # its warm shutdown waits for its task

@@ -34,7 +34,7 @@ def test_worker_stopped_just_after_it_sent_a_task_to_a_child_exits_when_the_task
     wait_until(lambda: _unread_bytes(worker) > 0, "a fork in the child's pipe")
     given = _unread_bytes(worker)
 
-    # When the worker gets SIGTERM, and has told the child that no more tasks follow
+    # When the worker gets SIGTERM, and has notified the child that no more tasks follow
     worker.term()
     wait_until(lambda: _unread_bytes(worker) > given, "the stop message to the child")
     send(children, signal.SIGCONT)

@@ -14,7 +14,7 @@ from tests.upgrade.conftest import StartVersion, Version
 
 #: A line of a worker's log. A task of a fork or campaign has an id that begins with the job's.
 _TAKEN = re.compile(r"Task forkvm\.\w+\[(job-\d+)?\S*\] received")
-#: Seconds in which a worker that is told to end must have ended: no task of a test takes longer.
+#: Seconds in which a worker must end after SIGTERM: no task of a test takes longer.
 _GRACE_SECONDS = 20.0
 
 
