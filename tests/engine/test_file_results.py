@@ -21,7 +21,7 @@ from tests.support.tree import snapshot
 
 
 def test_results_of_an_earlier_attempt_are_not_counted(fs: Path, limits: Limits) -> None:
-    """The file may have been split into more parts, by a worker with other limits or before the source changed."""
+    """The earlier attempt may have had more parts: another worker had other limits, or the source changed."""
     source = make_guest(fs / "source")
     pages = fork_with_ledger(source, fs / "earlier", fork_id="fork-0", limits=CHUNKED).pages
 

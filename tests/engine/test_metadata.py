@@ -225,7 +225,7 @@ def test_each_kind_of_metadata_is_preserved_by_itself(fs: Path, kept: str, limit
     assert ((clone.uid, clone.gid) == (1234, 5678)) is (kept == "ownership")
     assert (clone.mtime_ns == ours.mtime_ns) is (kept == "timestamps")
     assert ((b"user.origin", b"here") in clone.xattrs) is (kept == "xattrs")
-    # An ACL is a detailed mode: it is dropped if mode or ACLs are not preserved.
+    # An ACL is preserved only together with the mode and the other attributes.
     assert not any(name.startswith((b"system.", b"trusted.")) for name, _ in clone.xattrs)
     assert ours.mode == 0o771  # 7 is the ACL's mask; the group has 5
     assert clone.mode == 0o751

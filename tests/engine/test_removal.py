@@ -275,7 +275,7 @@ def test_staging_claimed_again_during_its_removal_is_kept(fresh: Fresh, fd_of: C
     parent = fd_of(workdir)
 
     with Staging.claim(parent, "fork-1", wait=0) as old:
-        (workdir / old.name / "lock").unlink()  # as `old.remove` does before its last step
+        (workdir / old.name / "lock").unlink()  # as in `old.remove` before its last step
         with Staging.claim(parent, "fork-1", wait=0) as new:
             assert new.is_current()
 

@@ -34,15 +34,15 @@ def strace() -> str:
     return require_command("strace", "the injection of errors")
 
 
-#: In the control directory: first a test whether a subvolume may be removed, then the snapshot.
-_ASKED, _MADE = 1, 2
+#: The ioctls in the control directory, in order: a test whether a subvolume may be removed, then the snapshot.
+_REMOVAL_TEST, _SNAPSHOT = 1, 2
 
 
 @pytest.mark.parametrize("name", ["EPERM", "EXDEV", "EINVAL", "ETXTBSY", "EOPNOTSUPP", "EAGAIN"])
 def test_a_refused_snapshot_falls_back_to_file_by_file(strace: str, directory: Path, source: Path, name: str) -> None:
     fork = directory / "fork"
     traced = trace_fork(
-        strace, source, fork, calls="ioctl", inject=[f"ioctl:error={name}:when={_MADE}"], paths=[control(fork)]
+        strace, source, fork, calls="ioctl", inject=[f"ioctl:error={name}:when={_SNAPSHOT}"], paths=[control(fork)]
     )
 
     assert traced.calls("SNAP_CREATE") == traced.calls("(INJECTED)") == 1
@@ -76,9 +76,9 @@ def test_a_snapshot_is_not_written_to_unnecessarily(strace: str, directory: Path
 @pytest.mark.parametrize(
     ("call", "when", "name", "code"),
     [
-        ("ioctl", _MADE, "EIO", "io_error"),
-        ("ioctl", _MADE, "ENOSPC", "no_space"),
-        ("ioctl", _MADE, "EDQUOT", "no_space"),
+        ("ioctl", _SNAPSHOT, "EIO", "io_error"),
+        ("ioctl", _SNAPSHOT, "ENOSPC", "no_space"),
+        ("ioctl", _SNAPSHOT, "EDQUOT", "no_space"),
         ("mkdirat", 1, "ENOSPC", "no_space"),
         ("fchmod", 1, "EIO", "io_error"),
         ("statx", 4, "EIO", "io_error"),
@@ -117,7 +117,7 @@ def test_a_subvolume_that_may_not_be_destroyed_is_emptied_and_removed(
 ) -> None:
     fork = directory / "fork"
     traced = trace_fork(
-        strace, source, fork, calls="ioctl", inject=[f"ioctl:error=EPERM:when={_ASKED}"], paths=[control(fork)]
+        strace, source, fork, calls="ioctl", inject=[f"ioctl:error=EPERM:when={_REMOVAL_TEST}"], paths=[control(fork)]
     )
 
     assert traced.result is not None

@@ -1,4 +1,4 @@
-"""The fence: who may write into a fork's tree, and from when on nobody may. Locks are real, between processes."""
+"""The fence: which processes may write into a fork's tree, and when none may any more. The locks are real."""
 
 from __future__ import annotations
 

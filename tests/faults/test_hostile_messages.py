@@ -168,7 +168,7 @@ class HostileMessages:
         return self._body(b"[[], {}, {}]", kind, self._rng.choice(["utf-8", "utf-99", "base64"]))
 
     def _old_protocol(self) -> bytes:
-        """Protocol 1 has all fields in its body; the other protocols do not."""
+        """Protocol 1 has all fields in its body; the other headers belong to no protocol."""
         body = {"task": "forkvm.fork", "id": "old", "args": [], "kwargs": self._any(), "eta": self._any()}
         message = self._good() | {"body": base64.b64encode(json.dumps(body).encode()).decode()}
         message["headers"] = self._rng.choice([{}, {"protocol": 7}, {"task": None}])

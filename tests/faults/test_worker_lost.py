@@ -86,7 +86,7 @@ def test_worker_that_is_stopped_returns_or_finishes_all_its_tasks(
 def test_worker_killed_while_it_restores_messages_does_not_block_another_from_doing_so(
     start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, workdir: Path
 ) -> None:
-    # Given a worker that was killed with a fork, and with kombu's lock, as its own settings set it
+    # Given a worker that was killed while it made a fork, and kombu's redelivery lock, set as its settings say
     killed_system = start_armed_worker(1)
     paused = start_paused_forks(killed_system, fault_points, guests, workdir, ["plan"])
     killed_system.worker.kill()
