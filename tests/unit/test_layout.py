@@ -74,7 +74,7 @@ LAYERS = (
     ("worker.commands",),
     ("worker.cli",),
 )
-#: Packages whose own module may import anything, since nothing of the program imports it.
+#: Packages whose `__init__` is in no layer and may import anything: Python imports it before the modules in it.
 TOPS = ("tasks", "tasks.copier", "worker")
 
 
