@@ -44,7 +44,7 @@ _CAMPAIGN_SECONDS = 600.0
 def measure_campaigns(filesystem: Filesystem, service: Service) -> Iterator[Finding]:
     """Campaigns through Redis, from send_task to the result, compared with `seq N | xargs -P2 cp -a --reflink=always`.
 
-    On btrfs also of a subvolume, of which each fork is one snapshot.
+    On btrfs also campaigns of a subvolume, where each fork is one snapshot.
     """
     for case in CASES:
         yield from _measure(filesystem, service, case, built, case.name)

@@ -47,7 +47,7 @@ def main() -> int:
     begin = time.monotonic()
     check_manifests(report)
     with running_daemon() as daemon:
-        _say("preparing stand-ins for the base images")
+        _say("preparing replacements for the base images")
         make_base_images(daemon)
         _run_checks(daemon, report)
     _say(f"{report.passed} succeeded, {report.failed} failed, {time.monotonic() - begin:.0f} s")

@@ -55,9 +55,9 @@ STEPS: dict[str, tuple[Any, str, int]] = {
     "before its second record": (batch_record, "write", 1),
     "before its first rename": (syscalls, "rename_noreplace", 0),
     "between two renames": (syscalls, "rename_noreplace", 3),
-    "before it is settled": (Ledger, "store_outcomes", 0),
-    "after it was settled": (batch_record, "forget", 0),
-    "before its lock goes": (Staging, "forget_chunk", 0),
+    "before its outcomes are stored": (Ledger, "store_outcomes", 0),
+    "after its outcomes are stored": (batch_record, "forget", 0),
+    "before its lock is removed": (Staging, "forget_chunk", 0),
 }
 
 
@@ -147,7 +147,7 @@ def test_a_killed_batch_is_resumed(directory: Path, source: Path, ledger: Ledger
     assert leftovers(directory) == []
 
 
-@pytest.mark.parametrize("step", ["between two renames", "before it is settled"])
+@pytest.mark.parametrize("step", ["between two renames", "before its outcomes are stored"])
 @pytest.mark.parametrize("change", ["gone", "replaced"])
 def test_forks_published_by_a_killed_process_succeed_although_the_source_is_gone(
     directory: Path, source: Path, ledger: Ledger, step: str, change: str

@@ -1,4 +1,4 @@
-"""A campaign into several parents, one of which has another entry at the path of its control directory."""
+"""A campaign into several parents. In one of them, another entry is at the path of the control directory."""
 
 from __future__ import annotations
 

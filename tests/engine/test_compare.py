@@ -146,7 +146,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "modified at",
     ),
     "attribute's value": (lambda clone: os.setxattr(clone / "disk", "user.known", b"2"), "disk", "user.known: differs"),
-    "attribute gone": (lambda clone: os.removexattr(clone / "disk", "user.known"), "disk", "only in the source"),
+    "attribute removed": (lambda clone: os.removexattr(clone / "disk", "user.known"), "disk", "only in the source"),
     "one byte": (lambda clone: _in_place(clone / "disk", _flip), "disk", "different contents from byte 70000"),
     "size": (lambda clone: _in_place(clone / "disk", lambda path: os.truncate(path, 9)), "disk", "in the clone 9"),
     "holes": (_fill, "holes", "holes are filled"),
@@ -167,7 +167,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "an added FIFO": (_add(os.mkfifo), "below/new", "only in the clone: a fifo"),
     "an added socket": (_add(_listen), "below/new", "only in the clone: a socket"),
     "an added symlink": (_add(lambda path: path.symlink_to("/etc")), "below/new", "only in the clone: a symlink"),
-    "a name that forks leave out": (
+    "a name that forks skip": (
         _add(lambda path: path.with_name("a.sock").touch()),
         "below/a.sock",
         "only in the clone: a file",

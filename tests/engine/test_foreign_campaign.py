@@ -64,10 +64,10 @@ RECORDS: dict[str, bytes] = {
     "a fork as a tree": _record(trees={"0": "vm-1"}),
     "a complete tree without a result": _record(trees={"0": TREE}, identities={"0": 1}),
     "a result of another fork": _record(trees={"0": TREE}, identities={"0": 1}, pages={"0": []}),
-    "a fork of no index": _record(trees={"x": TREE}),
+    "a fork without an index": _record(trees={"x": TREE}),
     "a fork beyond the campaign": _record(trees={"99": TREE}, identities={"99": 1}, pages={"99": []}),
-    "an identity beyond all bounds": _record(trees={"0": TREE}, identities={"0": 1 << 200}, pages={"0": []}),
-    "pages that are not there": _record(trees={"0": TREE}, identities={"0": 1}, pages={"0": [1 << 40]}),
+    "an identity that is too large": _record(trees={"0": TREE}, identities={"0": 1 << 200}, pages={"0": []}),
+    "missing pages": _record(trees={"0": TREE}, identities={"0": 1}, pages={"0": [1 << 40]}),
     "null": b"null\n",
     "deep": b"[" * 1_000_000,
     "nothing": b"",
@@ -93,7 +93,7 @@ def test_a_record_is_read_with_the_names_of_its_own_control_directory() -> None:
 
 
 LISTS: dict[str, Callable[[bytes], bytes]] = {
-    "cut short": lambda data: data[:20],
+    "truncated": lambda data: data[:20],
     "empty": lambda data: b"",
     "other offsets": lambda data: b"\xff" * 24 + data[24:],
     "a path that climbs": lambda data: data.replace(b"/home/", b"/../x/"),

@@ -106,13 +106,13 @@ GOOD = entry("file")
 #: Entries that no walk of a source writes, and that would lead out of the source or break the reader.
 HOSTILE: dict[str, Block] = {
     "a name with a slash": Block("", [GOOD, entry("../../outside/shadow")]),
-    "the way up as a name": Block("", [entry("..")]),
+    "the parent as a name": Block("", [entry("..")]),
     "the directory itself as a name": Block("", [entry(".")]),
     "no name": Block("", [entry("")]),
     "a path that leads up": Block("a/../../outside", [GOOD]),
     "an absolute path": Block("/etc", [GOOD]),
     "a path with an empty part": Block("a//b", [GOOD]),
-    "a link to what lies outside": Block("", [entry("link", "../outside", Kind.HARDLINK)]),
+    "a link out of the source": Block("", [entry("link", "../outside", Kind.HARDLINK)]),
     "a link to an absolute path": Block("", [GOOD, entry("link", "/etc/shadow", Kind.HARDLINK)]),
     "a link to nothing": Block("", [entry("link", "", Kind.HARDLINK)]),
     "an unknown kind": Block("", [entry("file", "", 9)]),
@@ -125,7 +125,7 @@ HOSTILE: dict[str, Block] = {
     "a size of 64 bits": Block("", [GOOD._replace(size=1 << 63)]),
     "a negative size beside a number of 64 bits": Block("", [GOOD._replace(ino=2**64 - 1, size=-5)]),
     "a number of 1,000 bits": Block("", [GOOD._replace(ino=1 << 1000)]),
-    "a time that no call takes": Block("", [GOOD._replace(atime=1 << 120)]),
+    "a time that no call accepts": Block("", [GOOD._replace(atime=1 << 120)]),
 }
 
 

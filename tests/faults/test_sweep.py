@@ -117,7 +117,7 @@ def test_sweeps_and_searches_in_a_tight_loop_do_not_affect_running_forks(
 def test_old_staging_that_no_queue_knows_is_removed_and_staging_of_an_open_fork_is_kept(
     start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, workdir: Path
 ) -> None:
-    # Given the staging of two killed forks, one of which Redis still knows
+    # Given the staging of two killed forks. Redis still knows one of them
     system = start_armed_worker(2)
     start_paused_forks(system, fault_points, guests, workdir, ["middle", "finish"])
     system.worker.kill()

@@ -1,7 +1,7 @@
 """Damage to the staging of running forks: to one of its files, or to the paths of its directories.
 
 A damaged fork ends as a success that equals its source, or as a failure with a code. Its tree may stay until `forkvm
-gc` removes it, since the record of which tree belongs to the fork may be damaged too.
+gc` removes it, since the record that names its tree may be damaged too.
 """
 
 from __future__ import annotations

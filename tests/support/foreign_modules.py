@@ -1,4 +1,4 @@
-"""A directory with a user's own modules, some of which have the names of this program's and its libraries' modules."""
+"""A directory with a user's own modules. Some have the names of modules of this program or its libraries."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def make_guest(path: Path, sizes: GuestSizes | None = None, *, seed: int = 0) ->
 
 
 def make_sparse_file(path: Path, size: int, data: int, *, seed: int = 0) -> None:
-    """Write a file of `size` bytes, of which about `data` (never more) are random data in scattered runs.
+    """Write a file of `size` bytes with about `data` bytes (never more) of random data in scattered runs.
 
     Every run differs from every other, so that data in the wrong position is detected.
     """

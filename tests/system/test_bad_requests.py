@@ -55,7 +55,7 @@ ROWS = {
     "a file as source": Row(
         "source_not_directory", source="{dir}/a/state", error_path="{dir}/a/state", errno=errno.ENOTDIR
     ),
-    "a way through a file": Row(
+    "a path through a file": Row(
         "source_not_directory", source="{dir}/a/state/c", error_path="{dir}/a/state/c", errno=errno.ENOTDIR
     ),
     "a relative source": Row("invalid_request", source="a", error_path="a"),

@@ -330,7 +330,7 @@ def test_a_deadline_cancels_forks_that_are_not_published(
         pytest.param({"destinations": ["/a", "/a/b"]}, "inside", id="one inside another"),
         pytest.param({"destinations": ["/a", "/a"]}, "twice", id="one twice"),
         pytest.param({"destinations": {"template": "/a/{n.real}", "count": 2}}, "template", id="a hostile template"),
-        pytest.param({"max_parallel": 0}, "max_parallel", id="nothing at once"),
+        pytest.param({"max_parallel": 0}, "max_parallel", id="no fork at once"),
         pytest.param({"on_error": "panic"}, "on_error", id="an unknown word"),
         pytest.param({"deadline": -1}, "deadline", id="a deadline before it begins"),
     ],

@@ -85,7 +85,7 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "two arguments": (_body([[1, 2], {}, {}]), "one argument"),
     "an argument named self": (_body([[], {"self": SECRET}, {}]), "one argument"),
     "pickle": (lambda message: message.update({"content-type": "application/x-python-serialize"}), "content-type"),
-    "a far time": (_header("eta", "9998-01-01T00:00:00+00:00"), "days"),
+    "a time that is too far away": (_header("eta", "9998-01-01T00:00:00+00:00"), "days"),
     "no time": (_header("eta", "tomorrow"), "eta"),
     "no time of expiry": (_header("expires", "never"), "expires"),
     "no number of retries": (_header("retries", "x"), "retries"),

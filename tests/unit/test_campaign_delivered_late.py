@@ -188,7 +188,7 @@ def test_a_campaign_whose_refusal_was_interrupted_ends_with_the_same_error(
 
 
 class Killed(BaseException):
-    """Stands for a process that is killed."""
+    """Simulates a process that is killed."""
 
 
 def _kill(self: CampaignResults, result: CampaignResult) -> None:

@@ -20,7 +20,7 @@ from tests.support.guests import make_guest
 
 
 class _Redis(fakeredis.FakeRedis):
-    """A client whose first look for a cancellation comes just before the request for one."""
+    """Requests a cancellation immediately after the first check for one."""
 
     cancels: str | None = None
 

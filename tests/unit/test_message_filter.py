@@ -83,22 +83,22 @@ def _field(name: str, value: object) -> Callable[[dict[str, Any]], object]:
         pytest.param(_header("id", ["x"]), "headers.id", id="a list as id"),
         pytest.param(_header("id", ""), "headers.id", id="an empty id"),
         pytest.param(_header("id", "x" * 513), "longer than 512", id="a long id"),
-        pytest.param(_header("id", "\ud800"), "headers.id", id="an id that Redis cannot have"),
+        pytest.param(_header("id", "\ud800"), "headers.id", id="an id that Redis cannot store"),
         pytest.param(_header("eta", "tomorrow"), "eta", id="no time"),
         pytest.param(_header("eta", "9999-12-31T23:59:59"), "days away", id="a time that is too far away"),
-        pytest.param(_header("eta", "0001-01-01T00:00:00+14:00"), "eta", id="a time before all times"),
+        pytest.param(_header("eta", "0001-01-01T00:00:00+14:00"), "eta", id="a time that is too early"),
         pytest.param(_header("compression", "zip"), "compression", id="unknown compression"),
-        pytest.param(_header("compression", "bzip2"), "compression", id="compressed by no bzip2"),
+        pytest.param(_header("compression", "bzip2"), "compression", id="invalid bzip2 data"),
         pytest.param(_field("body", _body([[], {"self": 1}, {}])), "one argument", id="self"),
         pytest.param(_field("body", _body([[], {}, {"id": SECRET}])), "options", id="an option that replaces the id"),
         pytest.param(_field("body", _body([[], {}, {"callbacks": "x"}])), "options", id="callbacks of a wrong type"),
         pytest.param(
-            _field("body", _body([[{"__type__": SECRET, "__value__": 1}], {}, {}])), "JSON", id="a type of kombu's"
+            _field("body", _body([[{"__type__": SECRET, "__value__": 1}], {}, {}])), "JSON", id="a type of kombu"
         ),
         pytest.param(
             _field("body", _body([[], {}, {"callbacks": [{"task": "x", "args": [{"__type__": 1, "__value__": 1}]}]}])),
             "cannot decode",
-            id="a type that kombu has not",
+            id="a type unknown to kombu",
         ),
         pytest.param(_header("task", "celery.backend_cleanup"), "no task", id="a task of Celery's own"),
         pytest.param(_header("task", "os.system"), "no task", id="no task"),

@@ -18,7 +18,7 @@ def message(job_id: object) -> str:
 
 @pytest.fixture
 def redis() -> FakeRedis:
-    """A queue of 2,500 messages, some of which are not Celery's, and one message that a worker has taken."""
+    """A queue of 2,500 messages, including some that are not Celery's, and one message that a worker has taken."""
     redis = FakeRedis()
     redis.rpush(QUEUE, "no JSON f1", "[]", json.dumps({"headers": ["f1"]}), message(["f1"]), "[" * 100_000 + "f1")
     redis.rpush(QUEUE, *(message(f"fork-{n}") for n in range(2_500)))
