@@ -106,15 +106,15 @@ def test_refused_reflinks_are_counted_by_filesystems(endpoint: Endpoint, schedul
 
 
 def test_the_pool_queues_and_roots_are_shown(
-    system: System, endpoint: Endpoint, scheduler: Scheduler, large_source: Path, place: Path
+    system: System, endpoint: Endpoint, scheduler: Scheduler, large_source: Path, workdir: Path
 ) -> None:
     endpoint.wait_for("forkvm_children", lambda n: n == 2)
     endpoint.wait_for("forkvm_root_free_bytes", lambda n: n > 0)
     children = system.worker.children
-    sent = scheduler.send({"source": str(large_source), "destination": str(place / "b")})
+    sent = scheduler.send({"source": str(large_source), "destination": str(workdir / "b")})
 
     try:
-        wait_until(lambda: any(place.glob(".forkvm-*")), "a fork that runs")
+        wait_until(lambda: any(workdir.glob(".forkvm-*")), "a fork that runs")
         _stop_while_one_forks(children, endpoint)
         assert endpoint.value("forkvm_children_busy") > 0
         wait_until(
@@ -210,5 +210,5 @@ def test_an_address_in_use_ends_a_worker_with_one_line(
     worker = start_worker(mounts, env={"FORKVM_HTTP": address}, wait=False)
 
     assert worker.wait() == BAD_CALL
-    said = [line for line in worker.output().splitlines() if line.startswith("forkvm:")]
-    assert said == [f"forkvm: FORKVM_HTTP: cannot listen at {address}: Address already in use"]
+    lines = [line for line in worker.output().splitlines() if line.startswith("forkvm:")]
+    assert lines == [f"forkvm: FORKVM_HTTP: cannot listen at {address}: Address already in use"]

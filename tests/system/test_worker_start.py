@@ -69,7 +69,7 @@ def test_two_workers_of_one_host_have_names_of_their_own_and_both_serve(
     scheduler.wait_quiet()
 
 
-def test_workers_are_nodes_under_the_name_that_was_set_and_differ_where_two_have_it(
+def test_worker_nodes_have_the_configured_name_and_a_suffix_if_two_have_the_same(
     own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path
 ) -> None:
     host = socket.gethostname()
@@ -87,7 +87,7 @@ def test_workers_are_nodes_under_the_name_that_was_set_and_differ_where_two_have
     assert all(node.startswith(name) and node.endswith(f"@{host}") for node in names)
 
 
-def test_worker_without_roots_does_not_start_and_says_why_in_one_line(redis_server: RedisServer) -> None:
+def test_worker_without_roots_does_not_start_and_prints_one_line(redis_server: RedisServer) -> None:
     done = _run_to_the_end(redis_server, ())
 
     assert done.returncode not in (0, None)
@@ -106,7 +106,7 @@ def test_worker_without_roots_does_not_start_and_says_why_in_one_line(redis_serv
         ("FORKVM_ROOTS", "guests"),
     ],
 )
-def test_worker_with_a_setting_that_cannot_be_meant_does_not_start_and_names_it(
+def test_worker_with_an_invalid_setting_does_not_start_and_names_it(
     redis_server: RedisServer, mounts: Path, name: str, value: str
 ) -> None:
     done = _run_to_the_end(redis_server, mounts, **{name: value})
@@ -154,9 +154,9 @@ def test_message_that_is_no_json_of_a_task_is_refused_and_the_worker_serves_the_
     system = start_system(concurrency=1)
     directory = fresh("xfs")
     make_guest(directory / "a")
-    trap = directory / "trap"
+    exploit_file = directory / "trap"
     messages = {
-        "pickle": (pickle.dumps(([], {"request": _Exploit(trap)}, {})), "application/x-python-serialize"),
+        "pickle": (pickle.dumps(([], {"request": _Exploit(exploit_file)}, {})), "application/x-python-serialize"),
         "yaml": (b"- !!python/object/apply:os.system [true]", "application/x-yaml"),
         "another content type": (b"[[], {}, {}]", "text/plain"),
         "half a document": (b"[[], {", "application/json"),
@@ -175,7 +175,7 @@ def test_message_that_is_no_json_of_a_task_is_refused_and_the_worker_serves_the_
         wait_until(lambda sent=sent: sent.ready() or not system.worker.running, f"the fork after {name}")  # type: ignore[misc]
         assert system.worker.running, f"{name} ended the worker:\n{system.worker.output()[-500:]}"
         assert sent.state == "SUCCESS"
-        assert not trap.exists()
+        assert not exploit_file.exists()
         # The process that made the fork may have taken both messages, and returned this one to its worker.
         system.worker.wait_for_output(_REFUSED, refused + 1)
     system.assert_left_nothing_in(directory)
@@ -194,7 +194,7 @@ def test_message_for_an_unknown_task_is_dropped_with_a_line_in_the_log(
     system.assert_left_nothing_in(directory)
 
 
-def test_worker_of_a_domain_serves_its_queue_alone(
+def test_worker_of_a_domain_serves_only_its_queue(
     own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, fresh: Fresh
 ) -> None:
     directory = fresh("xfs")
