@@ -37,7 +37,7 @@ from tasks.copier.staging.journal import Journal, Phase
 from tasks.copier.staging.proof import NotOurs
 from tasks.copier.staging.publishing import cannot_publish, require_noreplace
 from tasks.copier.staging.staging import Staging
-from tasks.copier.staging.workspace import Workspace, open_work
+from tasks.copier.staging.workspace import KeptManifests, Workspace, open_work
 from tasks.copier.validation import Malformed
 
 log = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def _begin(attempt: Attempt, limits: Limits, start_early: StartEarly | None) -> 
     attempt.ends.refuse_existing()
     journal = attempt.journal = staging.begin(spec.to_data(), attempt.journal)
     require_noreplace(staging.fd, spec.destination)
-    with open_work(attempt.ends, staging, spec.options, staging.make_tree(journal)) as work:
+    with open_work(attempt.ends, staging, spec.options, staging.make_tree(journal), KeptManifests()) as work:
         result = _publish_snapshot(attempt, journal, work)
         if result is not None:
             return result

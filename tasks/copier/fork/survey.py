@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import heapq
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 
 from tasks.copier.kernel.sparse import reports_holes
 from tasks.copier.options import Limits
 from tasks.copier.progress import Ticker
 from tasks.copier.source import manifest
-from tasks.copier.source.manifest import Span
+from tasks.copier.source.manifest import Kept, Span
 from tasks.copier.source.selection import Selection
 from tasks.copier.source.walk import Block, Entry, Kind, Walk, join
-from tasks.copier.staging.workspace import Workspace
+from tasks.copier.staging.workspace import KeptManifests, Workspace
 
 #: How many of the largest files are kept for the reflink probe.
 LARGEST = 8
+#: How many entries may be kept in memory instead of in the manifests on disk: about 1 MiB.
+_MOST_KEPT = 2_000
 #: Plain numbers, because they are compared with every entry, and reading an enum's member is slow.
 _FILE, _SYMLINK = int(Kind.FILE), int(Kind.SYMLINK)
 
@@ -48,9 +52,12 @@ class Unit:
 class Survey:
     """What the walk has found so far. `units` are those that are in no chunk yet; the planner removes them."""
 
-    def __init__(self, work: Workspace, limits: Limits, files: manifest.Writer, closing: manifest.Writer) -> None:
-        self._work, self._limits = work, limits
-        self._files, self._closing = files, closing
+    def __init__(self, work: Workspace, limits: Limits, opened: ExitStack) -> None:
+        """`opened` closes the manifests."""
+        self._work, self._limits, self._opened = work, limits, opened
+        self._files, self._closing = manifest.Writer(BytesIO()), manifest.Writer(BytesIO())
+        #: The manifests in memory, as long as they are kept there.
+        self._kept: KeptManifests | None = work.kept or KeptManifests()
         self.units: list[Unit] = []
         self.entries = 0
         #: Files and symlinks; logical bytes; bytes of data, which a copy has to read.
@@ -70,8 +77,19 @@ class Survey:
         """Paths and entries of the largest files, the largest first."""
         return [(path, entry) for _, path, entry in sorted(self._heap, reverse=True)]
 
+    def write(self) -> None:
+        """Write the manifests to disk from now on, and what was kept in memory. Raises OSError."""
+        if self._kept is None:
+            return
+        for writer, closing in ((self._files, False), (self._closing, True)):
+            fd = self._work.staging.manifest(closing=closing)
+            writer.continue_in(self._opened.enter_context(os.fdopen(fd, "wb")))
+        self._kept.are_written, self._kept.files, self._kept.closing = True, Kept(), Kept()
+        self._kept = None
+
     def flush(self) -> None:
         """Write the manifests so far, so that other processes can read them."""
+        self.write()
         self._files.flush()
         self._closing.flush()
 
@@ -111,17 +129,27 @@ class Survey:
                 continue
             small.append(entry)
         self.entries += len(block.entries)
+        if self.entries > _MOST_KEPT:
+            self.write()
         self.files += len(block.entries) - len(others)
         self.bytes += size
         if small:
-            self._add_to_last(self._files.append(Block(block.path, small)), len(small), data)
+            self._add_to_last(self._append_files(Block(block.path, small)), len(small), data)
         if others:
-            self._closing.append(Block(block.path, others))
+            span = self._closing.append(Block(block.path, others))
+            if self._kept is not None:
+                self._kept.closing.append(span, Block(block.path, others))
             self._work.make_directories(block.path, [entry.name for entry in others if entry.kind == Kind.DIRECTORY])
+
+    def _append_files(self, block: Block) -> Span:
+        span = self._files.append(block)
+        if self._kept is not None:
+            self._kept.files.append(span, block)
+        return span
 
     def _add_large(self, directory: str, entry: Entry, amount: int) -> None:
         """Add one file with more data than a chunk may have: it gets a block and a unit of its own."""
-        span = self._files.append(Block(directory, [entry]))
+        span = self._append_files(Block(directory, [entry]))
         self.units.append(Unit(*span, 1, amount, (directory, entry) if self._divides else None))
         self.data += amount
 
@@ -151,6 +179,11 @@ class Survey:
 
 @contextmanager
 def open_survey(work: Workspace, limits: Limits) -> Iterator[Survey]:
-    """A survey that writes the manifests of `work`; they are complete when the context ends."""
-    with open(work.staging.manifest(), "wb") as files, open(work.staging.manifest(closing=True), "wb") as closing:
-        yield Survey(work, limits, manifest.Writer(files), manifest.Writer(closing))
+    """A survey that writes the manifests of `work`, or keeps them; they are complete when the context ends."""
+    with ExitStack() as opened:
+        survey = Survey(work, limits, opened)
+        if work.kept is None:
+            survey.write()
+        yield survey
+        if survey.files > limits.inline_files or survey.data > limits.inline_bytes:
+            survey.write()  # it may be divided into chunks, for other processes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tasks.copier.clone.file import DirectoryPair
 from tasks.copier.clone.name_collisions import name_taken
@@ -14,12 +14,22 @@ from tasks.copier.errors import Code, ForkError, from_oserror, from_source
 from tasks.copier.kernel import syscalls, trees
 from tasks.copier.options import Options
 from tasks.copier.source import manifest
-from tasks.copier.source.manifest import Span
+from tasks.copier.source.manifest import Kept, Span
 from tasks.copier.source.walk import Block, Entry, join
 from tasks.copier.staging.staging import Staging
 
 #: The mode of a directory until the fork is closed.
 _PRIVATE = 0o700
+
+
+@dataclass
+class KeptManifests:
+    """The manifests of a fork that may be so small that no other process reads them."""
+
+    files: Kept = field(default_factory=Kept)
+    closing: Kept = field(default_factory=Kept)
+    #: Whether they are on disk, because the source is not that small. Then nothing is kept.
+    are_written: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,8 @@ class Workspace:
     #: st_dev of the source directory and of the tree, as this host numbers them.
     source_dev: int
     tree_dev: int
+    #: The manifests of a small fork, which is made by this process alone; None if they are on disk.
+    kept: KeptManifests | None = None
 
     @contextmanager
     def place(self, path: str) -> Iterator[DirectoryPair]:
@@ -104,6 +116,10 @@ class Workspace:
 
         `planned_dev` is the source's st_dev on the host that walked it. Device numbers are those of this host.
         """
+        if self.kept is not None and not self.kept.are_written:
+            kept = self.kept.closing if closing else self.kept.files
+            yield from kept.read(span, backwards=backwards)
+            return
         fd = self.staging.manifest(closing=closing)
         try:
             spans = reversed(list(manifest.spans(fd))) if backwards else iter([span or manifest.whole(fd)])
@@ -118,11 +134,16 @@ class Workspace:
 
 
 @contextmanager
-def open_work(ends: Endpoints, staging: Staging, options: Options, tree_fd: int) -> Iterator[Workspace]:
-    """The Workspace of an open tree. It owns the descriptor `tree_fd` and closes it."""
+def open_work(
+    ends: Endpoints, staging: Staging, options: Options, tree_fd: int, kept: KeptManifests | None = None
+) -> Iterator[Workspace]:
+    """The Workspace of an open tree. It owns the descriptor `tree_fd` and closes it.
+
+    `kept`: where the manifests are kept while the fork is small, if no other process is to read them.
+    """
     try:
         source_dev, tree_dev = os.fstat(ends.source_fd).st_dev, os.fstat(tree_fd).st_dev
-        yield Workspace(ends, staging, options, tree_fd, source_dev, tree_dev)
+        yield Workspace(ends, staging, options, tree_fd, source_dev, tree_dev, kept)
     finally:
         syscalls.release(tree_fd)
 
