@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from tasks.copier.source.selection import MARKER_NAME, STAGING_NAME
 PATH_MAX = 4096
 _NAME_MAX = 255
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+#: Length of a path of `..` below PATH_MAX. Only a path through symlinks leads to a directory that is so deep.
+_LONG_WAY_UP = 3000
 _STAGING_REFUSED = "{name} looks like a staging name, which gc may remove; use another name"
 
 
@@ -82,8 +85,10 @@ class Roots:
         if root is None:
             return os.open(path, _DIRECTORY)
         root_fd = os.open(root, _DIRECTORY)
+        below = path[len(root) :].strip("/")
+        if not below:
+            return root_fd
         try:
-            below = path[len(root) :].strip("/") or "."
             return syscalls.openat2(
                 root_fd, below, _DIRECTORY, syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_MAGICLINKS
             )
@@ -153,22 +158,20 @@ def _outside_staging(fd: int, path: str, field: str) -> int:
 def is_inside(fd: int, directory: os.stat_result) -> bool:
     """Whether the open directory `fd` is `directory` or is inside it.
 
-    Follows `..` from descriptor to descriptor, so that symlinks and bind mounts in the path make no difference.
-    Raises OSError.
+    Follows `..` from the descriptor, so that symlinks and bind mounts in the path make no difference. Raises OSError.
     """
-    here = os.dup(fd)
-    try:
-        while True:
-            status = os.fstat(here)
-            if os.path.samestat(status, directory):
-                return True
-            up = os.open("..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=here)
-            os.close(here)
-            here = up
-            if os.path.samestat(status, os.fstat(here)):
+    here, status = "", os.fstat(fd)
+    with ExitStack() as opened:
+        while not os.path.samestat(status, directory):
+            if len(here) >= _LONG_WAY_UP:
+                fd, here = os.open(here, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd), ""
+                opened.callback(os.close, fd)
+            here += "../"
+            above = os.stat(here, dir_fd=fd)
+            if os.path.samestat(status, above):  # the root of the filesystem is its own parent
                 return False
-    finally:
-        os.close(here)
+            status = above
+        return True
 
 
 def _escape_or_fault(error: OSError, path: str) -> ForkError:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tasks.copier.errors import Code, ForkError
+from tasks.copier.kernel import trees
 from tasks.copier.roots import Roots, is_inside, normal_path
 
 
@@ -199,3 +200,22 @@ def test_a_directory_is_inside_itself_and_its_ancestors_by_any_path(workdir: Pat
         assert not is_inside(fd, os.stat(workdir / "b"))
     finally:
         os.close(fd)
+
+
+def test_a_directory_is_inside_its_ancestors_however_deep_it_is(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        for _ in range(1_100):  # more than a path of PATH_MAX bytes leads up
+            os.mkdir("d", dir_fd=fd)
+            below = os.open("d", os.O_RDONLY, dir_fd=fd)
+            os.close(fd)
+            fd = below
+
+        assert is_inside(fd, os.stat(tmp_path))
+        assert not is_inside(fd, os.stat(tmp_path / "other"))
+    finally:
+        os.close(fd)
+        top = os.open(tmp_path, os.O_RDONLY)
+        trees.remove(top, "d")
+        os.close(top)
