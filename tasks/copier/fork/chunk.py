@@ -104,7 +104,7 @@ def _clone_files(work: Workspace, plan: Plan, chunk: Chunk, cloner: Cloner, tick
         with work.place(block.path) as place:
             for entry in block.entries:
                 if entry.name in done:  # perhaps during the walk: see `source_changes`
-                    refuse_changed_files(work, Block(block.path, [entry]))
+                    refuse_changed_files(work, Block(block.path, [entry]), place.src_fd)
                     continue
                 try:
                     result = cloner.entry(place, entry)

@@ -36,25 +36,27 @@ def refuse_changes(work: Workspace, plan: Plan, touched: Touched, early: Iterabl
     """
     for span in [None] if plan.entries <= MOST_FILES else early:
         for block in work.blocks(plan.top.dev, span=span):
-            refuse_changed_files(work, block)
+            with work.source_directory(block.path) as src_fd:
+                refuse_changed_files(work, block, src_fd)
     if plan.entries <= MOST_FILES:
         _refuse_changed_metadata(work, plan, touched)
     _refuse_changed_entries(work, plan, touched)
 
 
-def refuse_changed_files(work: Workspace, block: Block) -> None:
-    """Raise ForkError source_changed if a file or symlink of `block` is not what the walk saw."""
-    fd = work.open_source(block.path)
-    path = ""
+def refuse_changed_files(work: Workspace, block: Block, src_fd: int) -> None:
+    """Raise ForkError source_changed if a file or symlink of `block` is not what the walk saw.
+
+    `src_fd` is the directory of the block, open.
+    """
+    name = ""
     try:
         for entry in block.entries:
-            path = join(work.ends.source, join(block.path, entry.name))
-            if not entry.is_still(os.stat(entry.name, dir_fd=fd, follow_symlinks=False)):
-                raise changed(path)
+            name = entry.name
+            if not entry.is_still(os.stat(name, dir_fd=src_fd, follow_symlinks=False)):
+                raise changed(join(work.ends.source, join(block.path, name)))
     except OSError as error:
+        path = join(work.ends.source, join(block.path, name))
         raise from_source(error, "checking it again", path) from None
-    finally:
-        os.close(fd)
 
 
 def directory_now(seen: Entry, now: os.stat_result, source: str) -> Entry:
@@ -83,18 +85,16 @@ def _refuse_changed_metadata(work: Workspace, plan: Plan, touched: Touched) -> N
         directories = [entry for entry in block.entries if entry.kind == Kind.DIRECTORY]
         if not directories:
             continue
-        fd = work.open_source(block.path)
         source = ""
-        try:
-            for entry in directories:
-                path = join(block.path, entry.name)
-                source = join(work.ends.source, path)
-                now = os.stat(entry.name, dir_fd=fd, follow_symlinks=False)
-                _check_again(touched, path, entry, now, source)
-        except OSError as error:
-            raise from_source(error, "checking it again", source) from None
-        finally:
-            os.close(fd)
+        with work.source_directory(block.path) as fd:
+            try:
+                for entry in directories:
+                    path = join(block.path, entry.name)
+                    source = join(work.ends.source, path)
+                    now = os.stat(entry.name, dir_fd=fd, follow_symlinks=False)
+                    _check_again(touched, path, entry, now, source)
+            except OSError as error:
+                raise from_source(error, "checking it again", source) from None
 
 
 def _check_again(touched: Touched, path: str, entry: Entry, now: os.stat_result, source: str) -> None:

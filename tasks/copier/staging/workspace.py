@@ -48,19 +48,27 @@ class Workspace:
 
     @contextmanager
     def place(self, path: str) -> Iterator[DirectoryPair]:
-        """Open the directory `path` (relative) of the source and of the tree.
+        """Open the directory `path` (relative) of the source and of the tree, or use what is open as the top ("").
 
         Raises ForkError: source_changed, permission_denied, io_error.
         """
-        src_fd = self.open_source(path)
-        try:
-            dst_fd = self.open_tree(path)
+        with self.source_directory(path) as src_fd:
+            dst_fd = self.open_tree(path) if path else self.tree_fd
             try:
                 yield DirectoryPair(src_fd, dst_fd, self.tree_dev, path, self.ends.source, self.ends.destination)
             finally:
-                os.close(dst_fd)
+                if path:
+                    os.close(dst_fd)
+
+    @contextmanager
+    def source_directory(self, path: str) -> Iterator[int]:
+        """Open one directory of the source, or use what is open as its top (""). Raises ForkError."""
+        src_fd = self.open_source(path) if path else self.ends.source_fd
+        try:
+            yield src_fd
         finally:
-            os.close(src_fd)
+            if path:
+                os.close(src_fd)
 
     def open_source(self, path: str) -> int:
         """Open one directory of the source. The caller closes the descriptor. Raises ForkError."""
