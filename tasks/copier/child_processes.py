@@ -66,8 +66,9 @@ class ChildProcesses:
     def __init__(self) -> None:
         #: Each child's pid, and when it was first seen stopped, in seconds of the monotonic clock.
         self._stopped_since: dict[int, float | None] = {}
-        #: Describes the first error in this program that a child met, in memory shared with the children.
-        self._report = mmap.mmap(-1, mmap.PAGESIZE)
+        #: Describes the first error in this program that a child met, in memory shared with the children: mapped for
+        #: the first child, because a small fork has none.
+        self._report: mmap.mmap | None = None
 
     def __len__(self) -> int:
         return len(self._stopped_since)
@@ -87,6 +88,9 @@ class ChildProcesses:
         Returns False when the system has no process left. Raises OSError.
         """
         parent = os.getpid()
+        if self._report is None:
+            self._report = mmap.mmap(-1, mmap.PAGESIZE)
+        report = self._report
         try:
             pid = os.fork()
         except OSError as error:
@@ -102,7 +106,7 @@ class ChildProcesses:
         except OSError as error:
             code = error.errno or errno.EIO
         except BaseException as error:
-            self._describe(error)
+            _describe(error, report)
         finally:
             os._exit(code)
 
@@ -111,7 +115,7 @@ class ChildProcesses:
 
         `source` and `staging` are the paths that the error names: of a program error, and of a failed system call.
         """
-        if PROGRAM_ERROR in codes:
+        if PROGRAM_ERROR in codes and self._report is not None:
             what = self._report[:].rstrip(b"\0").decode(errors="replace")
             return ForkError(Code.IO_ERROR, f"a child process met an error in this program: {what}", source)
         for code in codes:
@@ -136,14 +140,6 @@ class ChildProcesses:
                     os.kill(pid, signal.SIGKILL)
 
         return self._wait(poll, stopped_seconds=0.0)
-
-    def _describe(self, error: BaseException) -> None:
-        if self._report[0] == 0:
-            frames = traceback.extract_tb(error.__traceback__)
-            place = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "an unknown place"
-            words = ascii(str(error))[1:-1]  # names come from guests
-            text = f"{type(error).__name__} in {place}: {words}".encode("ascii", "replace")[: mmap.PAGESIZE]
-            self._report[: len(text)] = text
 
     def _wait(self, poll: Callable[[], None], stopped_seconds: float) -> list[int]:
         codes: list[int] = []
@@ -185,3 +181,13 @@ def _run(work: Callable[[], int], parent: int) -> int:
     ignore_ending_signals()
     syscalls.die_with_parent(signal.SIGKILL)  # a child without its parent would keep the locks
     return work() if os.getppid() == parent else 0
+
+
+def _describe(error: BaseException, report: mmap.mmap) -> None:
+    """Write what happened into the shared memory, unless another child did."""
+    if report[0] == 0:
+        frames = traceback.extract_tb(error.__traceback__)
+        place = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "an unknown place"
+        words = ascii(str(error))[1:-1]  # names come from guests
+        text = f"{type(error).__name__} in {place}: {words}".encode("ascii", "replace")[: mmap.PAGESIZE]
+        report[: len(text)] = text
