@@ -19,7 +19,7 @@ from tasks.copier.fork.plan import Chunk, Plan
 from tasks.copier.fork.source_changes import Touched, directory_now, refuse_changes
 from tasks.copier.metadata_losses import Losses
 from tasks.copier.progress import Ticker
-from tasks.copier.report import FileResult, Method, RangeDone, Report, Totals, file_result, join_ranges
+from tasks.copier.report import Fallback, FileResult, Method, RangeDone, Report, Totals, file_result, join_ranges
 from tasks.copier.source import manifest
 from tasks.copier.source.manifest import Span
 from tasks.copier.source.walk import Block, Entry, Kind, file_type, join
@@ -41,14 +41,13 @@ def close_tree(
     `reports` are those of the chunks, by their numbers, and of `plan`. `replaces`: an earlier closing may have left
     hard links, which are replaced. Raises ForkError, also unless each entry of the manifest has one FileResult.
     """
-    totals, ranges = Totals(), []
-    for part in reports.values():
-        totals.add(part.totals)
-        ranges += part.ranges
+    ranges = [done for part in reports.values() for done in part.ranges]
     report = Report()
     replaced = [chunk for n, chunk in enumerate(plan.chunks) if reports[str(n)].replaced]
     refuse_lost_entries(work, plan, _directories(work, plan, replaced), _MADE_BEFORE)
-    _complete_ranged_files(work, plan, ranges, cloner, report, totals, ticker)
+    if ranges:
+        fallback = next((part.totals.fallback for part in reports.values() if part.totals.fallback is not None), None)
+        _complete_ranged_files(work, plan, ranges, cloner, report, fallback, ticker)
     linked_in: set[str] = set()
     for block in work.blocks(plan.top.dev, closing=True):
         if link_and_skip(work, block, report, ticker, replaces=replaces):
@@ -62,7 +61,7 @@ def close_tree(
     complete_directory(work, "", top, cloner, report.totals, touched)
     early = [chunk.span for n, chunk in enumerate(plan.chunks) if reports[str(n)].during_walk]
     refuse_changes(work, plan, touched, early)
-    refuse_unbalanced(work, plan, totals.total + report.totals.total)
+    refuse_unbalanced(work, plan, sum(part.totals.total for part in (*reports.values(), report)))
     return report
 
 
@@ -74,13 +73,17 @@ def refuse_unbalanced(work: Workspace, plan: Plan, results: int) -> None:
 
 
 def _complete_ranged_files(
-    work: Workspace, plan: Plan, ranges: list[RangeDone], cloner: Cloner, report: Report, totals: Totals, ticker: Ticker
+    work: Workspace,
+    plan: Plan,
+    ranges: list[RangeDone],
+    cloner: Cloner,
+    report: Report,
+    fallback: Fallback | None,
+    ticker: Ticker,
 ) -> None:
-    if not ranges:
-        return
     reason = "reflink=never" if work.options.reflink == "never" else None
-    if totals.fallback is not None:
-        reason = totals.fallback["reason"]
+    if fallback is not None:
+        reason = fallback["reason"]
     results = {result["path"]: result for result in join_ranges(ranges, reason)}
     with open(work.staging.manifest(), "rb") as file:
         for offset in sorted({(chunk.offset, chunk.length) for chunk in plan.chunks if chunk.kind == "range"}):
