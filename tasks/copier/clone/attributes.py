@@ -91,12 +91,15 @@ def copy(source: Target, target: Target, name: str, *, follow: bool) -> bool:
     return True
 
 
-def drop_inherited_acls(fd: int) -> None:
-    """Remove the ACLs that a new directory inherited from its parent, so that its entries do not inherit them."""
-    names, _ = names_of(fd, follow=True)
-    for name in names:
-        if name in ACLS:
-            os.removexattr(fd, name)
+def drop_inherited_acls(fd: int) -> bool:
+    """Remove the ACLs that a new directory inherited from its parent, so that its entries do not inherit them.
+
+    Returns whether there were any.
+    """
+    acls = [name for name in names_of(fd, follow=True)[0] if name in ACLS]
+    for name in acls:
+        os.removexattr(fd, name)
+    return bool(acls)
 
 
 def _has(target: Target, name: str, value: bytes, follow: bool) -> bool:

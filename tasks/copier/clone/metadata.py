@@ -316,7 +316,7 @@ class Metadata:
     def _is_faithful(self, dev: int, fd: int) -> bool:
         known = self._faithful.get(dev)
         if known is None:
-            known = self._faithful[dev] = syscalls.filesystem_type(fd) in _FAITHFUL
+            known = self._faithful[dev] = syscalls.filesystem_type(fd, dev) in _FAITHFUL
         return known
 
     def _lose(self, path: _Path, what: str) -> None:

@@ -203,12 +203,14 @@ _TYPE_SECONDS = 0.05
 _types: dict[int, tuple[float, int]] = {}
 
 
-def filesystem_type(fd: int) -> int:
-    """f_type of the filesystem of `fd`, cached for `_TYPE_SECONDS`.
+def filesystem_type(fd: int, dev: int | None = None) -> int:
+    """f_type of the filesystem of `fd`, cached for `_TYPE_SECONDS`. `dev` is its st_dev, if the caller has it.
 
     On XFS, statfs(2) also removes unlinked inodes (xfs_fs_statfs), which takes 0.1 ms after a fork.
     """
-    dev, now = os.fstat(fd).st_dev, time.monotonic()
+    now = time.monotonic()
+    if dev is None:
+        dev = os.fstat(fd).st_dev
     asked, kind = _types.get(dev, (-_TYPE_SECONDS, 0))
     if now - asked >= _TYPE_SECONDS:
         buffer = ctypes.create_string_buffer(256)

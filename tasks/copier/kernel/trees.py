@@ -76,15 +76,21 @@ def _stretches(path: str) -> list[str]:
 
 def is_subvolume(fd: int) -> bool:
     """Whether the open directory `fd` is the root of a btrfs subvolume."""
-    return os.fstat(fd).st_ino == SUBVOLUME_INODE and syscalls.filesystem_type(fd) == syscalls.BTRFS
+    return _is_subvolume(fd, os.fstat(fd))
 
 
-def identity(fd: int) -> int:
+def _is_subvolume(fd: int, status: os.stat_result) -> bool:
+    return status.st_ino == SUBVOLUME_INODE and syscalls.filesystem_type(fd) == syscalls.BTRFS
+
+
+def identity(fd: int, status: os.stat_result | None = None) -> int:
     """A number that is unique on the filesystem of `fd`, and the same on every host and after a reboot.
 
-    It is the inode, or the UUID of a btrfs subvolume, because the roots of all subvolumes have the same inode.
+    It is the inode, or the UUID of a btrfs subvolume, because the roots of all subvolumes have the same inode. `status`
+    is that of `fd`, if the caller has it.
     """
-    return int.from_bytes(syscalls.subvolume_uuid(fd), "big") if is_subvolume(fd) else os.fstat(fd).st_ino
+    status = status or os.fstat(fd)
+    return int.from_bytes(syscalls.subvolume_uuid(fd), "big") if _is_subvolume(fd, status) else status.st_ino
 
 
 def identity_of(dir_fd: int, name: str) -> int | None:

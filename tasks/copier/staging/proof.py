@@ -81,13 +81,18 @@ def open_directory(parent_fd: int, name: str) -> int:
 
     If its maker died before it set the final mode, the mode is set here. Raises NotOurs, FileNotFoundError, OSError.
     """
+    fd, _ = open_with_status(parent_fd, name)
+    return fd
+
+
+def open_with_status(parent_fd: int, name: str) -> tuple[int, os.stat_result]:
+    """As `open_directory`. Also returns the status of the directory before a repair of its mode."""
     fd = _open_directory(parent_fd, name)
     try:
-        _prove_directory(fd, parent_fd, name)
+        return fd, _prove_directory(fd, parent_fd, name)
     except BaseException:
         os.close(fd)
         raise
-    return fd
 
 
 def open_plain_directory(parent_fd: int, name: str) -> int:
@@ -133,7 +138,7 @@ def _make_enterable(parent_fd: int, name: str) -> bool:
         os.close(fd)
 
 
-def _prove_directory(fd: int, parent_fd: int, name: str) -> None:
+def _prove_directory(fd: int, parent_fd: int, name: str) -> os.stat_result:
     status = syscalls.fstat(fd)
     user, mode = os.geteuid(), stat.S_IMODE(status.st_mode)
     if status.st_uid != user:
@@ -142,7 +147,7 @@ def _prove_directory(fd: int, parent_fd: int, name: str) -> None:
     if status.st_dev != os.fstat(parent_fd).st_dev:
         raise NotOurs(path_of(parent_fd, name), "it is on another filesystem than its parent directory")
     if mode == _PRIVATE:
-        return
+        return status
     if mode & _OTHERS and _keeps_modes(fd):
         raise NotOurs(path_of(parent_fd, name), f"other users may enter it: its mode is {mode:04o} and not 0700")
     drop_inherited_acls(fd)
@@ -151,6 +156,7 @@ def _prove_directory(fd: int, parent_fd: int, name: str) -> None:
     except PermissionError:
         if not mode & _OTHERS:  # others: a filesystem without modes, which may refuse to change them
             raise
+    return status
 
 
 def _keeps_modes(fd: int) -> bool:

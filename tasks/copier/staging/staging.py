@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import secrets
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -107,9 +108,9 @@ class Staging(Parts):
         Raises FileNotFoundError if the fork was taken over meanwhile, NotOurs, and OSError.
         """
         name = self.tree_name(journal)
-        fd = self.make_named_tree(name)
+        fd, status = self._make_tree(name)
         try:
-            self.note_trees({name: trees.identity(fd)})
+            self.note_trees({name: trees.identity(fd, status)})
         except BaseException:
             os.close(fd)
             raise
@@ -121,21 +122,25 @@ class Staging(Parts):
 
     def make_named_tree(self, name: str) -> int:
         """As `make_tree`, for a name from `new_tree_name`. It does not note the tree's identity."""
+        fd, _ = self._make_tree(name)
+        return fd
+
+    def _make_tree(self, name: str) -> tuple[int, os.stat_result]:
         os.mkdir(name, 0o700, dir_fd=self.parent_fd)
         if not self.is_current():
             with suppress(FileNotFoundError):
                 os.rmdir(name, dir_fd=self.parent_fd)
             raise FileNotFoundError(errno.ENOENT, "the fork was taken over", self.name)
-        fd = proof.open_directory(self.parent_fd, name)
+        fd, status = proof.open_with_status(self.parent_fd, name)
         try:
             if os.listdir(fd):
                 raise self._replaced(name)
-            drop_inherited_acls(fd)
-            os.fchmod(fd, 0o700)  # drops the bits that a set-gid parent adds
+            if drop_inherited_acls(fd) or stat.S_IMODE(status.st_mode) != 0o700:
+                os.fchmod(fd, 0o700)  # drops the bits that a set-gid parent adds
         except BaseException:
             os.close(fd)
             raise
-        return fd
+        return fd, status
 
     def note_trees(self, identities: Mapping[str, int]) -> None:
         """Note the identities of the trees of these names, before anything is put into them.
