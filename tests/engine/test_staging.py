@@ -15,6 +15,7 @@ import pytest
 from tasks.copier.report import Report
 from tasks.copier.staging.control_directory import Held, control_name
 from tasks.copier.staging.journal import Phase
+from tasks.copier.staging.proof import NotOurs
 from tasks.copier.staging.staging import Staging
 from tests.fixtures.filesystems import Fresh, SmallTmpfs
 from tests.fixtures.processes import wait_until
@@ -293,3 +294,30 @@ def test_notes_truncated_by_a_full_disk_are_an_error_and_hide_no_later_note(smal
         staging.discard_trees()
         assert not (directory / tree).exists()
     os.close(parent)
+
+
+@pytest.mark.parametrize("name", ["stop", "chunk-3", None])
+def test_a_control_directory_that_got_only_a_journal_is_removed_with_what_others_added(
+    parent: int, tmp_path: Path, name: str | None
+) -> None:
+    with Staging.claim(parent, "fork-1", wait=0) as staging:
+        staging.begin(SPEC, None)
+        if name is not None:
+            (tmp_path / NAME / name).touch(0o600)
+
+        staging.remove(alone=True)
+
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_control_directory_with_a_foreign_file_is_kept_even_if_it_got_only_a_journal(
+    parent: int, tmp_path: Path
+) -> None:
+    with Staging.claim(parent, "fork-1", wait=0) as staging:
+        staging.begin(SPEC, None)
+        (tmp_path / NAME / "diary").touch(0o600)
+
+        with pytest.raises(NotOurs, match="diary"):
+            staging.remove(alone=True)
+
+    assert os.listdir(tmp_path / NAME) == ["diary"]

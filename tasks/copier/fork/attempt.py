@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from tasks.copier.endpoints import Endpoints
-from tasks.copier.errors import from_record
+from tasks.copier.errors import ForkError, from_record
 from tasks.copier.fork_spec import Clock, ForkResult, ForkSpec
 from tasks.copier.progress import Cancellation, Ticker
 from tasks.copier.report import Report, Totals
+from tasks.copier.space.reservation import job_of, withdraw
 from tasks.copier.staging.journal import Journal
 from tasks.copier.staging.staging import Staging
+
+#: How often a removal is tried: a call that failed once may succeed the next time.
+_REMOVE_TRIES = 3
 
 
 class Ledger(Protocol):
@@ -45,6 +50,9 @@ class Attempt:
     chunks: int = 0
     #: Whether each part keeps its own FileResults, because a task of its own does it.
     in_parts: bool = False
+    #: Whether this process alone has made the fork, in its first attempt: its staging has only a lock and a journal,
+    #: and no bytes are reserved for it.
+    alone: bool = False
     reports: dict[str, Report] = field(default_factory=dict)
 
     def parts(self) -> list[str]:
@@ -76,3 +84,17 @@ class Attempt:
         pages: dict[str, list[bytes]] = {part: [] for part in undone}
         pages |= {part: report.close() for part, report in self.reports.items() if report.has_pages()}
         return self.ledger.keep_pages(pages)
+
+
+def withdraw_reservation(staging: Staging) -> None:
+    """Give back the bytes that the fork has reserved. A control directory that is gone (FUSE, NFS) has no name."""
+    with suppress(OSError):
+        withdraw(job_of(staging.fd))
+
+
+def try_to_remove(remove: Callable[[], None]) -> None:
+    """Remove what an ended fork leaves. What cannot be removed in a few tries is removed by `gc` later."""
+    for _ in range(_REMOVE_TRIES):
+        with suppress(OSError, ForkError):
+            remove()
+            return

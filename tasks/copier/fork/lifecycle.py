@@ -20,7 +20,7 @@ from typing import Any, cast
 from tasks.copier.clone.file import Cloner
 from tasks.copier.endpoints import Endpoints, destination_exists
 from tasks.copier.errors import Code, ForkError, cancelled, from_oserror
-from tasks.copier.fork.attempt import Attempt, Ledger
+from tasks.copier.fork.attempt import Attempt, Ledger, try_to_remove, withdraw_reservation
 from tasks.copier.fork.chunk import MAX_TRIES, run_chunk, worker_lost
 from tasks.copier.fork.close import close_tree
 from tasks.copier.fork.plan import EarlyWorkers, Plan, make_plan
@@ -31,7 +31,7 @@ from tasks.copier.options import Limits
 from tasks.copier.progress import Cancellation, Ticker
 from tasks.copier.report import Report
 from tasks.copier.space.budget import budget_of, refuse_excess
-from tasks.copier.space.reservation import job_of, withdraw
+from tasks.copier.space.reservation import job_of
 from tasks.copier.space.room import Room
 from tasks.copier.staging.journal import Journal, Phase
 from tasks.copier.staging.proof import NotOurs
@@ -41,9 +41,6 @@ from tasks.copier.staging.workspace import KeptManifests, Workspace, open_work
 from tasks.copier.validation import Malformed
 
 log = logging.getLogger(__name__)
-
-#: How often a removal is tried: a call that failed once may succeed the next time.
-_REMOVE_TRIES = 3
 
 
 class Superseded(Exception):
@@ -154,7 +151,8 @@ def _begin(attempt: Attempt, limits: Limits, start_early: StartEarly | None) -> 
         if not plan.inline:
             return plan
         _clone_inline(attempt, journal, work, plan, cloner)
-        return _close_and_publish(attempt, work, plan)
+        attempt.alone = journal.tries == 1 and room.reservation is None and not work.has_manifests()
+        return _close_and_publish(attempt, work, plan, cloner)
 
 
 def _publish_snapshot(attempt: Attempt, journal: Journal, work: Workspace) -> ForkResult | None:
@@ -241,8 +239,8 @@ def _spec_in(staging: Staging, journal: Journal) -> ForkSpec:
     try:
         return ForkSpec.from_data(journal.spec)
     except ForkError:
-        _try_to_remove(partial(staging.discard_tree, journal))
-        _try_to_remove(staging.remove)
+        try_to_remove(partial(staging.discard_tree, journal))
+        try_to_remove(staging.remove)
         raise
 
 
@@ -289,15 +287,14 @@ def _close(attempt: Attempt, journal: Journal, plan: Plan) -> ForkResult:
     staging = attempt.staging
     staging.write_journal(journal)
     with open_work(attempt.ends, staging, attempt.spec.options, staging.open_tree(journal)) as work:
-        return _close_and_publish(attempt, work, plan)
+        refused = {(src, dst): number for src, dst, number in plan.refused}
+        return _close_and_publish(attempt, work, plan, Cloner(attempt.spec.options, refused, attempt.ticker.step))
 
 
 # -- both
 
 
-def _close_and_publish(attempt: Attempt, work: Workspace, plan: Plan) -> ForkResult:
-    refused = {(src, dst): number for src, dst, number in plan.refused}
-    cloner = Cloner(attempt.spec.options, refused, attempt.ticker.step)
+def _close_and_publish(attempt: Attempt, work: Workspace, plan: Plan, cloner: Cloner) -> ForkResult:
     attempt.ticker.enter("publish", plan.entries, plan.bytes)
     again = attempt.journal is not None and attempt.journal.closings > 1
     attempt.reports["close"] = close_tree(work, plan, attempt.reports, cloner, attempt.ticker, replaces=again)
@@ -307,13 +304,14 @@ def _close_and_publish(attempt: Attempt, work: Workspace, plan: Plan) -> ForkRes
 def _complete_and_publish(attempt: Attempt, work: Workspace, *, subvolume: bool = False) -> ForkResult:
     """Keep the FileResults of the closed tree, write its result and identity into the journal, and publish it."""
     spec, journal, staging = attempt.spec, cast(Journal, attempt.journal), attempt.staging
-    refuse_excess(attempt.totals().bytes_copied, spec.options.max_copied_bytes, spec.destination)
+    totals = attempt.totals()
+    refuse_excess(totals.bytes_copied, spec.options.max_copied_bytes, spec.destination)
     if attempt.keep_pages() is Cancellation.REQUESTED:
         raise cancelled(spec.destination)
     sync = spec.options.durability == "sync"
     if sync:
         syscalls.syncfs(work.tree_fd)
-    result = succeeded(spec, attempt.totals(), attempt.chunks, attempt.clock, subvolume=subvolume)
+    result = succeeded(spec, totals, attempt.chunks, attempt.clock, subvolume=subvolume)
     journal = replace(
         journal,
         phase=Phase.PUBLISHING,
@@ -352,8 +350,9 @@ def _store_result(attempt: Attempt, result: ForkResult) -> ForkResult:
     An exception here is raised: the fork is published and must not be abandoned. A later delivery stores its result.
     """
     attempt.ledger.store_result(result)
-    _withdraw_reservation(attempt.staging)
-    _try_to_remove(attempt.staging.remove)
+    if not attempt.alone:
+        withdraw_reservation(attempt.staging)
+    try_to_remove(partial(attempt.staging.remove, alone=attempt.alone))
     return result
 
 
@@ -363,16 +362,16 @@ def _abandon(attempt: Attempt, cause: Exception) -> ForkResult:
     if not staging.is_current():
         raise Superseded from cause
     error = _as_fork_error(cause, attempt.ends)
-    _withdraw_reservation(staging)
+    withdraw_reservation(staging)
     if attempt.journal is not None:
-        _try_to_remove(partial(staging.discard_tree, attempt.journal))
+        try_to_remove(partial(staging.discard_tree, attempt.journal))
     with suppress(ForkError):
         # Empty pages replace those of processes that died.
         attempt.keep_pages([part for part in attempt.parts() if part not in attempt.reports])
     result = failed(attempt.spec, error, attempt.totals(), attempt.chunks, attempt.clock)
     attempt.ledger.store_result(result)
     if attempt.journal is not None or not isinstance(cause, NotOurs):
-        _try_to_remove(staging.remove)
+        try_to_remove(staging.remove)
     return result
 
 
@@ -384,17 +383,3 @@ def _as_fork_error(cause: Exception, ends: Endpoints) -> ForkError:
     # An error in this program is a failed fork too: it must leave no files, and its client must get a result.
     log.error("unexpected error while making %r", ends.destination, exc_info=cause)
     return ForkError(Code.IO_ERROR, f"unexpected {type(cause).__name__}: {cause}", ends.destination)
-
-
-def _withdraw_reservation(staging: Staging) -> None:
-    """Give back the bytes that the fork has reserved. A control directory that is gone (FUSE, NFS) has no name."""
-    with suppress(OSError):
-        withdraw(job_of(staging.fd))
-
-
-def _try_to_remove(remove: Callable[[], None]) -> None:
-    """Remove what an ended fork leaves. What cannot be removed in a few tries is removed by `gc` later."""
-    for _ in range(_REMOVE_TRIES):
-        with suppress(OSError, ForkError):
-            remove()
-            return

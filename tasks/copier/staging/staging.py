@@ -288,19 +288,22 @@ class Staging(Parts):
         if errors:
             raise errors[0]
 
-    def remove(self) -> None:
+    def remove(self, *, alone: bool = False) -> None:
         """Remove the control directory, the last step of every fork. The tree must be removed or published.
 
-        A control directory that is gone, or replaced by that of another process, is not an error. Raises NotOurs if it
-        holds a file that no control directory has, and OSError.
+        `alone`: it should hold a lock and a journal only, because `begin` emptied it. If it holds more, that is removed
+        too, which takes longer. A control directory that is gone, or replaced by that of another process, is not an
+        error. Raises NotOurs if it holds a file that no control directory has, and OSError.
         """
         if self.retired is None:
             if not self.is_current():
                 return
-            names = self._known_names()
+            names = [_JOURNAL, LOCK] if alone else self._known_names()
             self._discard_snapshots(names)
             if self.clear(names):
                 return
+            if alone:
+                self._known_names()
         away = self.retire()
         if away is not None:
             self._remove_as(away)

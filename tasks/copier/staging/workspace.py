@@ -117,6 +117,10 @@ class Workspace:
         with self.place(path) as place:
             return name_taken(place.src_fd, place.dst_fd, name, place.destination_of(name))
 
+    def has_manifests(self) -> bool:
+        """Whether the manifests are on disk."""
+        return self.kept is None or self.kept.are_written
+
     def blocks(
         self, planned_dev: int, *, closing: bool = False, backwards: bool = False, span: Span | None = None
     ) -> Iterator[Block]:
@@ -124,7 +128,7 @@ class Workspace:
 
         `planned_dev` is the source's st_dev on the host that walked it. Device numbers are those of this host.
         """
-        if self.kept is not None and not self.kept.are_written:
+        if self.kept is not None and not self.has_manifests():
             kept = self.kept.closing if closing else self.kept.files
             yield from kept.read(span, backwards=backwards)
             return
