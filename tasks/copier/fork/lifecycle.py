@@ -150,7 +150,7 @@ def _begin(attempt: Attempt, limits: Limits, start_early: StartEarly | None) -> 
         plan = _plan(attempt, journal, work, limits, cloner, room, start_early)
         if not plan.inline:
             return plan
-        _clone_inline(attempt, journal, work, plan, cloner)
+        _clone_inline(attempt, work, plan, cloner)
         attempt.alone = journal.tries == 1 and room.reservation is None and not work.has_manifests()
         return _close_and_publish(attempt, work, plan, cloner)
 
@@ -222,13 +222,12 @@ def _write_plan(attempt: Attempt, journal: Journal, work: Workspace, plan: Plan)
     attempt.staging.write_journal(planned)
 
 
-def _clone_inline(attempt: Attempt, journal: Journal, work: Workspace, plan: Plan, cloner: Cloner) -> None:
+def _clone_inline(attempt: Attempt, work: Workspace, plan: Plan, cloner: Cloner) -> None:
     """Do all chunks of a small fork in this process. Raises the ForkError of one that failed."""
     for number, chunk in enumerate(plan.chunks):
         attempt.reports[str(number)] = run_chunk(work, plan, chunk, cloner, attempt.ticker)
     attempt.raise_failure()
     attempt.clock.cloned = time.time()
-    attempt.journal = replace(journal, plan=plan.to_data())
 
 
 # -- finish

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 
 from tasks.copier.copy_rate import Pace, unbounded
 from tasks.copier.endpoints import Endpoints, open_endpoints
@@ -57,9 +58,14 @@ def fork_here(
         return failed(spec, failure, Totals(), 0, Clock(spec.started))
 
 
+@lru_cache(maxsize=1)
+def _smaller(limits: Limits) -> Limits:
+    return replace(limits, chunk_files=max(1, limits.chunk_files // _TIMES_SMALLER))
+
+
 def _fork(ends: Endpoints, spec: ForkSpec, limits: Limits, processes: int, ticker: Ticker) -> ForkResult:
     ledger = _NoLedger()
-    limits = replace(limits, chunk_files=max(1, limits.chunk_files // _TIMES_SMALLER))
+    limits = _smaller(limits)
     pools: list[ChildPool] = []
 
     def start_early(work: Workspace) -> ChildPool:

@@ -81,6 +81,9 @@ _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOATIME, _MOUNT_ATTR_ATIME = 0x1, 0x10, 0x70
 _MS_PRIVATE = 1 << 18
 #: struct mount_attr: attributes to set and to clear, propagation, user namespace.
 _MOUNT_ATTR = struct.Struct("=QQQQ")
+#: struct open_how: flags, mode, resolve.
+_OPEN_HOW = struct.Struct("=QQQ")
+_OPEN_HOW_BYTES = ctypes.c_size_t(_OPEN_HOW.size)
 #: openat2 fails with EAGAIN when a rename raced with the lookup (openat2(2)). A few retries are enough.
 _OPENAT2_TRIES = 100
 
@@ -110,11 +113,10 @@ def call(number: int, *arguments: int) -> int:
 
 def openat2(dir_fd: int, path: str, flags: int, resolve: int) -> int:
     """Open `path` below `dir_fd` with the RESOLVE_* flags `resolve` and O_CLOEXEC. Returns the descriptor."""
-    how = ctypes.create_string_buffer(struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, resolve), 24)
-    name = ctypes.c_char_p(os.fsencode(path))
+    how, name = _OPEN_HOW.pack(flags | os.O_CLOEXEC, 0, resolve), os.fsencode(path)
     for _ in range(_OPENAT2_TRIES):
         try:
-            return _check(_libc.syscall(_SYS_OPENAT2, dir_fd, name, how, ctypes.c_size_t(24)))
+            return _check(_libc.syscall(_SYS_OPENAT2, dir_fd, name, how, _OPEN_HOW_BYTES))
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EINTR):
                 raise

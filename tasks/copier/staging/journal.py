@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from tasks.copier import validation
@@ -21,6 +21,15 @@ class Phase(StrEnum):
     CLONING = "cloning"
     #: The tree is complete and its identity is in the journal: the rename may have happened.
     PUBLISHING = "publishing"
+
+
+class Request(dict[str, Any]):
+    """A request as plain data that does not change. It keeps its JSON, which each journal of a fork contains."""
+
+    @cached_property
+    def json(self) -> str:
+        """The request as JSON."""
+        return json.dumps(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +67,10 @@ class Journal:
 
     def to_bytes(self) -> bytes:
         """JSON whose last field is a checksum of all before it."""
-        return _SEAL.seal(json.dumps(vars(self)).encode("ascii"))
+        fields = dict(vars(self))
+        spec = fields.pop("spec")  # the first field
+        request = spec.json if isinstance(spec, Request) else json.dumps(spec)
+        return _SEAL.seal(f'{{"spec": {request}, {json.dumps(fields)[1:]}'.encode("ascii"))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Journal | None:

@@ -32,7 +32,7 @@ from tasks.copier.source.selection import STAGING_NAME
 from tasks.copier.staging import proof
 from tasks.copier.staging.control_directory import LOCK, control_name
 from tasks.copier.staging.files import is_known
-from tasks.copier.staging.journal import Journal
+from tasks.copier.staging.journal import Journal, Request
 from tasks.copier.staging.parts import Parts
 from tasks.copier.staging.proof import NotOurs
 
@@ -88,7 +88,7 @@ class Staging(Parts):
             if name not in (LOCK, _JOURNAL):
                 os.unlink(name, dir_fd=self.fd)
         journal = Journal(
-            spec=spec,
+            spec=Request(spec),
             control=syscalls.fstat(self.fd).st_ino,
             attempt=secrets.token_hex(4),
             tries=earlier.tries + 1 if earlier else 1,

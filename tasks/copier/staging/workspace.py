@@ -52,13 +52,16 @@ class Workspace:
 
         Raises ForkError: source_changed, permission_denied, io_error.
         """
+        ends = self.ends
+        if not path:
+            yield DirectoryPair(ends.source_fd, self.tree_fd, self.tree_dev, path, ends.source, ends.destination)
+            return
         with self.source_directory(path) as src_fd:
-            dst_fd = self.open_tree(path) if path else self.tree_fd
+            dst_fd = self.open_tree(path)
             try:
-                yield DirectoryPair(src_fd, dst_fd, self.tree_dev, path, self.ends.source, self.ends.destination)
+                yield DirectoryPair(src_fd, dst_fd, self.tree_dev, path, ends.source, ends.destination)
             finally:
-                if path:
-                    os.close(dst_fd)
+                os.close(dst_fd)
 
     @contextmanager
     def source_directory(self, path: str) -> Iterator[int]:
