@@ -232,6 +232,7 @@ def _cut_early(survey: Survey, limits: Limits, cut: int, *, reflinks: bool) -> I
     The chunks grow with their number, because the size of the source is not known yet. Most chunks are left for the
     end of the walk. So is a large file that must be copied: it is cut into ranges.
     """
+    survey.write()  # the places of units are those on disk from now on
     budget = limits.max_chunks // _EARLY_SHARE
     if cut >= budget:
         return

@@ -7,14 +7,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from io import BytesIO
 
 from tasks.copier.kernel.sparse import reports_holes
 from tasks.copier.options import Limits
 from tasks.copier.progress import Ticker
 from tasks.copier.source import manifest
 from tasks.copier.source.manifest import Kept, Span
-from tasks.copier.source.selection import Selection
+from tasks.copier.source.selection import selection_of
 from tasks.copier.source.walk import Block, Entry, Kind, Walk, join
 from tasks.copier.staging.workspace import KeptManifests, Workspace
 
@@ -31,7 +30,7 @@ class Unit:
     """Consecutive blocks of the manifest that go into the same chunk."""
 
     offset: int
-    length: int = 0  # bytes
+    length: int = 0  # bytes, or blocks if the manifest is kept in memory
     files: int = 0
     data: int = 0  # bytes
     #: The one large file, if the unit is one: its directory and entry.
@@ -41,6 +40,10 @@ class Unit:
     def span(self) -> Span:
         """The unit's part of the manifest."""
         return Span(self.offset, self.length)
+
+    def move_to(self, spans: list[Span]) -> None:
+        """Say where its blocks are now: on disk."""
+        self.offset, self.length = spans[0].offset, sum(span.length for span in spans)
 
     def append(self, unit: Unit) -> None:
         """Add the unit that follows this one in the manifest."""
@@ -55,9 +58,10 @@ class Survey:
     def __init__(self, work: Workspace, limits: Limits, opened: ExitStack) -> None:
         """`opened` closes the manifests."""
         self._work, self._limits, self._opened = work, limits, opened
-        self._files, self._closing = manifest.Writer(BytesIO()), manifest.Writer(BytesIO())
         #: The manifests in memory, as long as they are kept there.
         self._kept: KeptManifests | None = work.kept or KeptManifests()
+        self._files: Kept | manifest.Writer = self._kept.files
+        self._closing: Kept | manifest.Writer = self._kept.closing
         self.units: list[Unit] = []
         self.entries = 0
         #: Files and symlinks; logical bytes; bytes of data, which a copy has to read.
@@ -81,17 +85,24 @@ class Survey:
         """Write the manifests to disk from now on, and what was kept in memory. Raises OSError."""
         if self._kept is None:
             return
-        for writer, closing in ((self._files, False), (self._closing, True)):
-            fd = self._work.staging.manifest(closing=closing)
-            writer.continue_in(self._opened.enter_context(os.fdopen(fd, "wb")))
-        self._kept.are_written, self._kept.files, self._kept.closing = True, Kept(), Kept()
-        self._kept = None
+        kept, self._kept = self._kept, None
+        self._files, spans = self._written(kept.files, closing=False)
+        self._closing, _ = self._written(kept.closing, closing=True)
+        for unit in self.units:
+            unit.move_to(spans[unit.offset : unit.offset + unit.length])
+        kept.files, kept.closing, kept.are_written = Kept(), Kept(), True
+
+    def _written(self, kept: Kept, *, closing: bool) -> tuple[manifest.Writer, list[Span]]:
+        """Write one manifest. Also returns the places of its blocks."""
+        fd = self._work.staging.manifest(closing=closing)
+        writer = manifest.Writer(self._opened.enter_context(os.fdopen(fd, "wb")))
+        return writer, [writer.append(block) for block in kept.blocks]
 
     def flush(self) -> None:
-        """Write the manifests so far, so that other processes can read them."""
-        self.write()
-        self._files.flush()
-        self._closing.flush()
+        """Pass what was written to the kernel, so that other processes can read it."""
+        for writer in (self._files, self._closing):
+            if isinstance(writer, manifest.Writer):
+                writer.flush()
 
     def walk(self, ticker: Ticker) -> Iterator[None]:
         """Walk the source, and yield after each block of it. Raises ForkError as `Walk.blocks` does, and OSError."""
@@ -105,7 +116,7 @@ class Survey:
 
     def _new_walk(self, checkpoint: Callable[[], None]) -> Walk:
         options, ends = self._work.options, self._work.ends
-        selection = Selection(options.skip, options.exclude)
+        selection = selection_of(tuple(options.skip), tuple(options.exclude))
         return Walk(ends.source_fd, ends.source, selection, "hardlinks" in options.preserve, checkpoint)
 
     def _add(self, block: Block) -> None:
@@ -134,22 +145,14 @@ class Survey:
         self.files += len(block.entries) - len(others)
         self.bytes += size
         if small:
-            self._add_to_last(self._append_files(Block(block.path, small)), len(small), data)
+            self._add_to_last(self._files.append(Block(block.path, small)), len(small), data)
         if others:
-            span = self._closing.append(Block(block.path, others))
-            if self._kept is not None:
-                self._kept.closing.append(span, Block(block.path, others))
+            self._closing.append(Block(block.path, others))
             self._work.make_directories(block.path, [entry.name for entry in others if entry.kind == Kind.DIRECTORY])
-
-    def _append_files(self, block: Block) -> Span:
-        span = self._files.append(block)
-        if self._kept is not None:
-            self._kept.files.append(span, block)
-        return span
 
     def _add_large(self, directory: str, entry: Entry, amount: int) -> None:
         """Add one file with more data than a chunk may have: it gets a block and a unit of its own."""
-        span = self._append_files(Block(directory, [entry]))
+        span = self._files.append(Block(directory, [entry]))
         self.units.append(Unit(*span, 1, amount, (directory, entry) if self._divides else None))
         self.data += amount
 

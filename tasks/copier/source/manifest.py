@@ -14,9 +14,8 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from io import BytesIO
 from itertools import chain
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
 from tasks.copier.source.walk import BLOCK_ENTRIES, Block, Entry, Kind
 from tasks.copier.validation import NANOSECONDS, S63, U32, U64, Malformed, integer, reading, relative_path
@@ -71,31 +70,26 @@ class Writer:
         self._offset += span.length
         return span
 
-    def continue_in(self, file: BinaryIO) -> None:
-        """Write what was appended so far, to a file in memory, to the empty `file` and go on there."""
-        file.write(cast(BytesIO, self._file).getvalue())
-        self._file = file
-
     def flush(self) -> None:
         """Pass the appended blocks to the kernel."""
         self._file.flush()
 
 
 class Kept:
-    """The manifest of what chunks clone, or of what closes a fork, in the memory of the process that walked."""
+    """A manifest in the memory of the process that walks. Its spans are numbers of blocks, not bytes."""
 
     def __init__(self) -> None:
-        self._blocks: list[tuple[Span, Block]] = []
+        self.blocks: list[Block] = []
 
-    def append(self, span: Span, block: Block) -> None:
-        """Keep a block; `span` is its place in the manifest on disk, if that were written."""
-        self._blocks.append((span, block))
+    def append(self, block: Block) -> Span:
+        """Keep `block`. Returns its place."""
+        self.blocks.append(block)
+        return Span(len(self.blocks) - 1, 1)
 
     def read(self, part: Span | None, *, backwards: bool) -> Iterator[Block]:
         """Yield the blocks in `part` of the manifest, or all."""
-        for span, block in reversed(self._blocks) if backwards else self._blocks:
-            if part is None or part.offset <= span.offset < part.offset + part.length:
-                yield block
+        blocks = self.blocks if part is None else self.blocks[part.offset : part.offset + part.length]
+        return reversed(blocks) if backwards else iter(blocks)
 
 
 def read(fd: int, span: Span) -> Iterator[Block]:

@@ -64,6 +64,12 @@ class Selection:
 _PART = re.compile(r"\*+|\?|\[!?\]?[^]/]*\]|.", re.DOTALL)
 
 
+@lru_cache(maxsize=1)
+def selection_of(skip: tuple[str, ...], exclude: tuple[str, ...]) -> Selection:
+    """The Selection of these rules; that of the last fork is kept, because the next one often has the same."""
+    return Selection(skip, exclude)
+
+
 @lru_cache
 def _compile(pattern: str) -> re.Pattern[str]:
     """A shell pattern as a regular expression for a whole name or path, in which no wildcard matches a slash.
