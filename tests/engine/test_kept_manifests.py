@@ -10,7 +10,7 @@ import pytest
 from tasks.copier.clone.file import Cloner
 from tasks.copier.endpoints import open_endpoints
 from tasks.copier.fork.plan import make_plan
-from tasks.copier.options import Limits
+from tasks.copier.options import Limits, Reflink
 from tasks.copier.progress import Ticker
 from tasks.copier.report import Report
 from tasks.copier.roots import Roots
@@ -56,9 +56,11 @@ def _read(work: Workspace, dev: int, whole: Span) -> list[list[Block]]:
     ]
 
 
-def _planned(source: Path, limits: Limits, kept: KeptManifests | None) -> tuple[list[list[Block]], set[str]]:
+def _planned(
+    source: Path, limits: Limits, reflink: Reflink, kept: KeptManifests | None
+) -> tuple[list[list[Block]], set[str]]:
     """What is read of the manifests of a planned fork, and the names of those that are on disk."""
-    spec = spec_of(source, source.parent / "fork")
+    spec = spec_of(source, source.parent / "fork", reflink=reflink)
     with (
         open_endpoints(Roots(), spec.source, spec.destination) as ends,
         Staging.claim(ends.parent_fd, spec.fork_id, wait=0) as staging,
@@ -79,23 +81,24 @@ def _planned(source: Path, limits: Limits, kept: KeptManifests | None) -> tuple[
 
 
 @pytest.mark.parametrize(
-    ("make", "limits", "is_kept"),
+    ("make", "limits", "reflink", "is_kept"),
     [
-        (_small, INLINE, True),
-        (_small, Limits(inline_files=2), False),
-        (_many_directories, INLINE, False),
-        (_large_file, INLINE, True),
-        (_large_file, Limits(inline_bytes=MIB), False),
+        (_small, INLINE, "auto", True),
+        (_small, Limits(inline_files=2), "auto", False),
+        (_many_directories, INLINE, "auto", False),
+        (_large_file, INLINE, "never", True),
+        (_large_file, Limits(inline_bytes=MIB), "auto", True),
+        (_large_file, Limits(inline_bytes=MIB), "never", False),
     ],
 )
 def test_kept_manifests_are_read_like_those_on_disk(
-    fresh: Fresh, make: Callable[[Path], None], limits: Limits, is_kept: bool
+    fresh: Fresh, make: Callable[[Path], None], limits: Limits, reflink: Reflink, is_kept: bool
 ) -> None:
     source = fresh("xfs") / "source"
     make(source)
 
-    on_disk, names = _planned(source, limits, None)
-    kept, written = _planned(source, limits, KeptManifests())
+    on_disk, names = _planned(source, limits, reflink, None)
+    kept, written = _planned(source, limits, reflink, KeptManifests())
 
     assert kept == on_disk
     assert all(kept)

@@ -186,11 +186,11 @@ def make_plan(
     if probed is None:
         probed = probe(work, cloner, survey.largest(), ticker, report)
     _check_copies(work, cloner, survey, probed, top, room, ticker)
-    reflinks = probed.can_reflink
-    if survey.files <= limits.inline_files and (reflinks or survey.data <= limits.inline_bytes):
-        end = sum(unit.length for unit in survey.units)
-        chunks += [Chunk("files", 0, end)] if end else []
+    if survey.files <= limits.inline_files and (probed.can_reflink or survey.data <= limits.inline_bytes):
+        if survey.units:
+            chunks.append(Chunk("files", 0, sum(unit.length for unit in survey.units)))
         return plan(probed.cloned, inline=True)
+    survey.write_late()
     chunks += _cut(survey.units, limits, probed, limits.max_chunks - len(chunks))
     _create_ranged(work, cloner, survey.units, chunks)
     return plan(probed.cloned, inline=False)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from tasks.copier.errors import from_oserror
 from tasks.copier.kernel.sparse import reports_holes
 from tasks.copier.options import Limits
 from tasks.copier.progress import Ticker
@@ -91,6 +92,14 @@ class Survey:
         for unit in self.units:
             unit.move_to(spans[unit.offset : unit.offset + unit.length])
         kept.files, kept.closing, kept.are_written = Kept(), Kept(), True
+
+    def write_late(self) -> None:
+        """Write the manifests after the walk, unless they are on disk. Raises ForkError."""
+        try:
+            with self._opened:
+                self.write()
+        except OSError as error:
+            raise from_oserror(error, "writing the manifest", self._work.ends.destination) from None
 
     def _written(self, kept: Kept, *, closing: bool) -> tuple[manifest.Writer, list[Span]]:
         """Write one manifest. Also returns the places of its blocks."""
@@ -188,5 +197,5 @@ def open_survey(work: Workspace, limits: Limits) -> Iterator[Survey]:
         if work.kept is None:
             survey.write()
         yield survey
-        if survey.files > limits.inline_files or survey.data > limits.inline_bytes:
-            survey.write()  # it may be divided into chunks, for other processes
+        if survey.files > limits.inline_files:
+            survey.write()  # it is divided into chunks, for other processes
