@@ -1,8 +1,8 @@
 """What Redis holds of jobs, and notes on this host's disk for when Redis loses its last second.
 
 `keys` is the table of all Redis keys. `results` composes the parts: `claims`, `final_results`, `pages`, `job_states`,
-`cancellation`, `open_jobs` and `periodic_work`, each over one `connection`. `campaign` holds what a campaign has beside
-that, `lua` the scripts, `recent_forks` the notes on disk.
+`cancellation`, `open_jobs`, `periodic_work` and `workers`, each over one `connection`. `campaign` holds what a campaign
+has beside that, `lua` the scripts, `recent_forks` the notes on disk.
 
 It uses `tasks.contract`, `tasks.names` and `tasks.copier`.
 """

@@ -15,6 +15,8 @@ from enum import Enum
 
 #: TTL of each key of a job that has not ended, in seconds: 30 days. Only a job that never ends keeps a key so long.
 OPEN_SECONDS = 30 * 86_400
+#: TTL of the records of workers, in seconds. A worker that no longer writes its record is shown for so long.
+WORKER_SECONDS = 3600
 
 _OF_JOB = "forkvm:{id}:"
 
@@ -28,6 +30,8 @@ class Lifetime(Enum):
     OPEN = "after 30 days"
     #: `FORKVM_RESULT_EXPIRES` after the last write.
     RESULT = "after `FORKVM_RESULT_EXPIRES`"
+    #: `WORKER_SECONDS` after the last write.
+    HOUR = "after an hour"
     #: After the time that `PeriodicWork` was given.
     INTERVAL = "when the work is due again"
 
@@ -105,6 +109,12 @@ OPEN = Key(
 )
 SWEEP = Key("forkvm:sweep:{queue}", "string", "a sweep of this queue's jobs runs, or ran recently", Lifetime.INTERVAL)
 WALK = Key("forkvm:walk:{queue}", "string", "the roots were searched for abandoned staging recently", Lifetime.INTERVAL)
+WORKERS = Key(
+    "forkvm:workers",
+    "hash",
+    "for each worker by its name, JSON: what it serves, and the time of its last heartbeat; see `forkvm queues`",
+    Lifetime.HOUR,
+)
 STATE = Key(
     "celery-task-meta-{id}",
     "string",
@@ -114,7 +124,7 @@ STATE = Key(
 TABLE = (
     *(CLAIM, RESULT, CANCEL, PROGRESS, PAGES, PART_PAGE, ONLY_PAGE, LOSSES, CANVAS),
     *(SUMS, SETTLED, BATCHES, FAILED),
-    *(OPEN, SWEEP, WALK, STATE),
+    *(OPEN, SWEEP, WALK, WORKERS, STATE),
 )
 #: What batches write about their campaign.
 OF_BATCHES = (SUMS, SETTLED, BATCHES, FAILED)

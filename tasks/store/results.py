@@ -13,6 +13,7 @@ from tasks.store.job_states import JobStates
 from tasks.store.open_jobs import OpenJobs
 from tasks.store.pages import Pages
 from tasks.store.periodic_work import PeriodicWork
+from tasks.store.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Results(Connection):
     def periodic_work(self) -> PeriodicWork:
         """When sweeps and searches are due."""
         return PeriodicWork(self)
+
+    @cached_property
+    def workers(self) -> Workers:
+        """What workers say about themselves."""
+        return Workers(self)
 
     def is_open(self, job_id: str) -> bool:
         """Whether a worker has started the job, and it has no result yet. Raises RedisError."""

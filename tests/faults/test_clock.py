@@ -130,6 +130,19 @@ def test_deadline_of_a_campaign_uses_one_clock(
     assert_results_are_consistent(own_scheduler, result_of(own_scheduler, "c"), paths_of(workdir, 600))
 
 
+@pytest.mark.parametrize("offset", ["+2h", "-2h"])
+def test_the_last_heartbeat_of_a_killed_worker_does_not_depend_on_its_clock(
+    offset: str, own_scheduler: Scheduler, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    clock = Clock(tmp_path / "clock")
+    clock.set(offset)
+
+    start_worker(tmp_path, 1, env=clock.environment).kill()
+
+    (seen,) = own_scheduler.results.workers.seen().values()
+    assert 0 <= seen.age < 60
+
+
 def _hour(worker: Worker) -> str:
     """The hour of the worker's clock, from the last line of its log."""
     return str(re.findall(r"^\[(\S+ \d\d):", worker.output(), re.MULTILINE)[-1])

@@ -6,8 +6,9 @@ import time
 
 from tests.support.system.systems import System
 
-#: Seconds of one observation: longer than the interval of each periodic command, except sweeps.
-SECONDS = 4.0
+#: Seconds of one observation: the longest interval of the periodic commands, which is that of sweeps and of the
+#: worker's record.
+SECONDS = 10.0
 #: The number of observations, since a worker sends more in its first seconds.
 TRIES = 6
 #: Commands a second, at most.

@@ -15,6 +15,7 @@ from tasks.store import keys, lua
 from tasks.store.campaign.results import CampaignResults
 from tasks.store.keys import TABLE, Lifetime
 from tasks.store.results import Results
+from tasks.store.workers import WorkerRecord
 from tests.support.redis_keys import is_unlisted, kind_of
 from tests.unit.test_campaign_results import outcomes
 
@@ -40,6 +41,7 @@ def write_every_key(results: Results) -> None:
     campaign.end_batch(0)
     for work in (keys.SWEEP, keys.WALK):
         results.periodic_work.start(work, "forkvm", 60)
+    results.workers.keep(WorkerRecord("w@host", "1.0", "host", ["forkvm"], 2))
 
 
 def test_keys_of_an_ended_job_expire_as_the_table_says() -> None:

@@ -4,6 +4,7 @@
     timeouts           timeouts of connections to Redis
     bootsteps          what a worker does next to its tasks: leases, heartbeat, sweeps
     periodic_step      the base of those that happen at an interval
+    own_record         what a worker writes about itself, for the time when it does not answer
     earlier_versions   redelivery of messages that workers of earlier versions took
     message_filter     the validation of messages before Celery sees them
     refused_messages   the result that the client of a refused message gets

@@ -21,6 +21,7 @@ from worker.redis_url import SENTINEL, RedisUrl
 from worker.runtime.bootsteps import Heartbeat, Lease, RestoreMessages, Sweeper
 from worker.runtime.earlier_versions import RestoreEarlierMessages
 from worker.runtime.message_filter import plain_fork
+from worker.runtime.own_record import OwnRecord
 from worker.runtime.timeouts import broker_timeouts, result_timeouts
 from worker.settings import Settings
 from worker.tls import tls_options
@@ -54,6 +55,7 @@ def make_app(settings: Settings) -> Celery:
     register_campaigns(app, context_of)
     app.steps["consumer"] |= {
         Lease,
+        OwnRecord,
         RestoreMessages,
         type("RestoreEarlierMessages", (RestoreEarlierMessages,), {"visibility_timeout": settings.visibility_timeout}),
         type("Heartbeat", (Heartbeat,), {"path": settings.heartbeat_file}),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
-from importlib.metadata import version
 from typing import Any
 
 from celery.utils.functional import maybe_list
@@ -21,10 +20,11 @@ from redis.exceptions import RedisError
 from tasks.delivery.backend import results_of
 from tasks.delivery.cancel import cancel_job
 from tasks.delivery.message import Message
-from tasks.names import PART_ID, domain_of, inner_queues
+from tasks.names import PART_ID, inner_queues
 from tasks.store.redis_errors import cause
 from tasks.store.results import Results
 from worker.runtime.bootsteps import Lease
+from worker.runtime.own_record import own_record
 
 log = logging.getLogger(__name__)
 
@@ -84,12 +84,12 @@ def cancel_consumer(worker: Any, queue: str, **_: Any) -> Answer:
 def stats(worker: Any, **_: Any) -> Answer:
     """Celery's statistics, and what `worker.overview.Worker` has of this worker, without its name."""
     answer: Answer = _celery.stats(worker)
-    children = len(worker.consumer.pool.info.get("processes", []))
+    record = own_record(worker.consumer)
     answer[STATS_FIELD] = {
-        "version": version("forkvm"),
-        "queues": sorted({domain_of(queue) for queue in worker.app.amqp.queues.consume_from}),
-        "children": children,
-        "busy": min(children, len(state.active_requests)),
+        "version": record.version,
+        "queues": record.queues,
+        "children": record.children,
+        "busy": min(record.children, len(state.active_requests)),
         "heartbeat_seconds": round(time.monotonic() - Lease.renewed_at, 3),
     }
     return answer
