@@ -1,7 +1,7 @@
 """What a domain does at this moment: its queues, its jobs, its workers.
 
-Everything is asked for when it is needed: Redis for queues and jobs, each worker for itself. An idle worker does
-nothing for it.
+Everything is asked for when it is needed: Redis for queues and jobs, each worker for itself. A worker that does not
+answer is known by the record that it wrote last.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from redis import Redis
 from tasks.names import inner_queues
 from tasks.store.queues import unacked_messages, waiting_messages
 from tasks.store.results import Results
+from tasks.store.workers import Seen, Workers
 from worker.runtime.configuration import UNACKED_KEY
 from worker.runtime.remote_control import STATS_FIELD
 
@@ -57,20 +58,28 @@ class Job:
 
 @dataclass(frozen=True)
 class Worker:
-    """One worker that answered."""
+    """One worker that answered, or that has a record and did not answer."""
 
     name: str
     version: str
     queues: list[str]
+    #: Of one that does not answer: the number in its record.
     children: int
-    busy: int
-    #: How long ago its consumer loop renewed its leases, in seconds; every 2 s, if it is well.
+    #: The number of children with a task; None if the worker does not answer.
+    busy: int | None
+    #: How long ago its consumer loop was well, in seconds. One that answers renewed its leases then, which it does
+    #: every 2 s. One that does not answer wrote its record then, which it does every 10 s.
     heartbeat_seconds: float
+    #: By its record; None without one, as of a worker of an earlier version.
+    host: str | None = None
+    answers: bool = True
+    #: Whether it was told to end when it was heard of last. It answers no more, finishes its running tasks, and ends.
+    ending: bool = False
 
     @property
-    def idle(self) -> int:
-        """The number of children without a task."""
-        return max(0, self.children - self.busy)
+    def idle(self) -> int | None:
+        """The number of children without a task; None if the worker does not answer."""
+        return None if self.busy is None else max(0, self.children - self.busy)
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,16 @@ class Overview:
     #: The first `MOST_JOBS` jobs.
     jobs: list[Job]
     workers: list[Worker]
+
+    @property
+    def answering(self) -> list[Worker]:
+        """The workers that answered."""
+        return [worker for worker in self.workers if worker.answers]
+
+    @property
+    def silent(self) -> list[Worker]:
+        """The workers that did not."""
+        return [worker for worker in self.workers if not worker.answers]
 
     def to_data(self) -> dict[str, Any]:
         """JSON-ready data."""
@@ -107,7 +126,7 @@ def read_overview(app: Celery, results: Results, queue: str) -> Overview:
         forks=len(jobs) - campaigns,
         campaigns=campaigns,
         jobs=[_job(results, job.job_id, job.claim) for job in jobs[:MOST_JOBS]],
-        workers=_workers(app, queue),
+        workers=_workers(app, results.workers, queue),
     )
 
 
@@ -146,8 +165,34 @@ def _job(results: Results, job_id: str, claim: Mapping[str, Any]) -> Job:
     return Job(job_id, kind, record["status"], progress, str(claim["destination"]))
 
 
-def _workers(app: Celery, queue: str) -> list[Worker]:
-    """The workers that serve `queue` and answer. Celery's workers of other applications answer too."""
+def _workers(app: Celery, records: Workers, queue: str) -> list[Worker]:
+    """The workers that serve `queue`. Celery's workers of other applications answer too."""
+    before = records.seen()
     answers = cast("dict[str, dict[str, Any]]", app.control.inspect(timeout=ANSWER_SECONDS).stats() or {})
-    found = [Worker(name=name, **stats[STATS_FIELD]) for name, stats in sorted(answers.items()) if STATS_FIELD in stats]
-    return [worker for worker in found if queue in worker.queues]
+    found = [
+        Worker(name=name, **stats[STATS_FIELD], host=before[name].record.host if name in before else None)
+        for name, stats in answers.items()
+        if STATS_FIELD in stats
+    ]
+    missing = before.keys() - {worker.name for worker in found}
+    if missing:
+        # One that ended meanwhile removed its record. One that started meanwhile had none.
+        after = records.seen()
+        found += [_silent(after[name]) for name in missing if name in after]
+    return sorted((worker for worker in found if queue in worker.queues), key=lambda worker: worker.name)
+
+
+def _silent(seen: Seen) -> Worker:
+    """A worker that did not answer."""
+    record = seen.record
+    return Worker(
+        name=record.name,
+        version=record.version,
+        queues=record.queues,
+        children=record.children,
+        busy=None,
+        heartbeat_seconds=round(seen.age, 3),
+        host=record.host,
+        answers=False,
+        ending=record.ending,
+    )

@@ -10,6 +10,7 @@ import subprocess
 import time
 from importlib.metadata import version
 from pathlib import Path
+from socket import gethostname
 
 from tasks.names import FORK_TASK
 from tests.fixtures.processes import RunForkvm, ended_at_exit, forkvm_script, program_environment, wait_until
@@ -48,7 +49,8 @@ def test_an_overview_shows_the_messages_jobs_and_workers_of_its_domain(
     assert queues["forkvm"].waiting == 0
     (worker,) = found.workers
     assert (worker.version, worker.queues, worker.children) == (version("forkvm"), ["forkvm"], 2)
-    assert worker.busy + worker.idle == 2
+    assert (worker.busy or 0) + (worker.idle or 0) == 2
+    assert (worker.answers, worker.ending, worker.host) == (True, False, gethostname())
     assert 0 <= worker.heartbeat_seconds < 30
     (job,) = found.jobs
     assert (found.forks, found.campaigns) == (1, 0)
@@ -104,5 +106,8 @@ def test_top_prints_a_line_of_json_per_reading_until_its_pipe_is_closed(system: 
         code = process.wait(30)
 
     assert set(reading) == {"queue", "queues", "forks", "campaigns", "jobs", "workers"}
-    assert set(reading["workers"][0]) == {"name", "version", "queues", "children", "busy", "idle", "heartbeat_seconds"}
+    assert set(reading["workers"][0]) == {
+        *("name", "version", "host", "queues", "children", "busy", "idle"),
+        *("answers", "ending", "heartbeat_seconds"),
+    }
     assert code == 0

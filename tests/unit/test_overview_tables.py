@@ -30,6 +30,7 @@ BUSY = Overview(
         Worker("b@host", "0.1.0", ["forkvm.nvme-a"], 4, 0, 75.0),
     ],
 )
+LOST = Worker("lost@host", "0.1.0", ["forkvm.nvme-a"], 4, None, 180.0, "host", answers=False)
 
 
 def _shown(overview: Overview, width: int, height: int | None = None) -> list[str]:
@@ -71,6 +72,39 @@ def test_many_workers_and_jobs_are_truncated_to_the_height_and_counted(height: i
     assert len(lines) <= height
     shown = sum(line.startswith(" fork-") for line in lines)
     assert f" and {5000 - shown:,} more" in [line.rstrip() for line in lines]
+
+
+def test_a_worker_that_does_not_answer_comes_first_with_its_last_heartbeat_and_counts_as_neither_busy_nor_idle() -> (
+    None
+):
+    ending = replace(LOST, name="ending@host", ending=True)
+    lines = [" ".join(line.split()) for line in _shown(replace(BUSY, workers=[*BUSY.workers, LOST, ending]), 80)]
+
+    assert "Workers: 2, 3 of 8 children busy; 2 without an answer" in lines
+    first = lines.index("lost@host 0.1.0 ? ? no answer, 3 min ago")
+    assert lines[first + 1] == "ending@host 0.1.0 ? ? ending, 3 min ago"
+    assert lines[first + 2].startswith("a@host")
+
+
+def test_the_row_of_a_worker_that_does_not_answer_is_bold_and_red_unless_it_ends() -> None:
+    def escapes(worker: Worker) -> int:
+        console = Console(width=80, color_system="standard", force_terminal=True)
+        with console.capture() as captured:
+            console.print(tables(replace(BUSY, workers=[worker]), 80))
+        return captured.get().count("\x1b[1;31m")
+
+    assert escapes(LOST) == 5
+    assert escapes(replace(LOST, ending=True)) == escapes(BUSY.workers[0]) == 0
+
+
+@pytest.mark.parametrize("height", [24, 40])
+def test_a_worker_that_does_not_answer_is_not_cut_off(height: int) -> None:
+    many = replace(BUSY, workers=[*BUSY.workers * 20, LOST])
+
+    lines = _shown(many, 80, height)
+
+    assert len(lines) <= height
+    assert any("lost@host" in line for line in lines)
 
 
 def test_hostile_names_are_escaped() -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import ConsoleDimensions, RenderableType
 
     from worker.client import Client
-    from worker.overview import Overview
+    from worker.overview import Overview, Worker
 
 _domain = click.option("--domain", metavar="NAME", help="Domain to show. Default: FORKVM_DOMAIN.")
 
@@ -31,7 +31,8 @@ def queues(domain: str | None, as_json: bool) -> None:
     """Show the queues, jobs and workers of a domain.
 
     Of each queue: the messages that wait, those that workers have taken, and how long the oldest waits, if its client
-    sent the header `sent_at`. A worker that does not answer within a second is not listed.
+    sent the header `sent_at`. A worker that does not answer within a second is shown for an hour after its last
+    heartbeat.
     """
     overview = connect(with_domain(read_settings(), domain)).overview()
     if as_json:
@@ -43,8 +44,20 @@ def queues(domain: str | None, as_json: bool) -> None:
 
     console = Console(highlight=False)
     console.print(tables(overview, console.width))
-    if not overview.workers:
+    if not overview.answering:
         print_message(f"no worker of {overview.queue} answers")
+    for worker in overview.silent:
+        print_message(_about(worker))
+
+
+def _about(worker: Worker) -> str:
+    """The line about a worker that does not answer."""
+    from worker.commands.watch.tables import span
+
+    ago = f"{span(worker.heartbeat_seconds)} ago"
+    if worker.ending:
+        return f"worker {worker.name} was told to end {ago}, and has not reported yet that it has ended"
+    return f"worker {worker.name} does not answer; its last heartbeat was {ago}"
 
 
 @command(example="forkvm top --interval 5", done="It was ended with Ctrl-C.", codes=(NO_BROKER,))

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from tasks.names import BATCH_TASK, CHUNK_TASK, FINISH_TASK, inner_queue
 from worker.commands.output import size
-from worker.overview import Job, Overview
+from worker.overview import Job, Overview, Worker
 from worker.terminal.printing import printable
 
 T = TypeVar("T")
@@ -68,22 +68,38 @@ def _queues(overview: Overview) -> Table:
     }
     table = _table("Queues", "queue", "holds", "waiting", "unacked", "oldest", left=("queue", "holds"))
     for queue in overview.queues:
-        oldest = "" if queue.oldest_seconds is None else _span(queue.oldest_seconds)
+        oldest = "" if queue.oldest_seconds is None else span(queue.oldest_seconds)
         table.add_row(queue.name, holds.get(queue.name, ""), f"{queue.waiting:,}", f"{queue.unacked:,}", oldest)
     return table
 
 
 def _workers(overview: Overview, most: int) -> Table:
-    children = sum(worker.children for worker in overview.workers)
-    busy = sum(worker.busy for worker in overview.workers)
-    name = f"Workers: {len(overview.workers)}, {busy} of {children} children busy"
+    children = sum(worker.children for worker in overview.answering)
+    busy = sum(worker.busy or 0 for worker in overview.answering)
+    name = f"Workers: {len(overview.answering)}, {busy} of {children} children busy"
+    if overview.silent:
+        name += f"; {len(overview.silent)} without an answer"
     table = _table(name, "worker", "version", "busy", "idle", "heartbeat", left=("worker",))
-    shown, rest = _cut(overview.workers, most)
+    shown, rest = _cut([*overview.silent, *overview.answering], most)  # those that need a person first
     for worker in shown:
-        age = worker.heartbeat_seconds
-        heartbeat = Text(f"{_span(age)} ago", "bold red" if age > _OLD_HEARTBEAT else "")
-        table.add_row(Text(printable(worker.name)), worker.version, str(worker.busy), str(worker.idle), heartbeat)
+        table.add_row(*_worker(worker))
     return _with_rest(table, rest)
+
+
+def _worker(worker: Worker) -> tuple[Text, ...]:
+    """The row of a worker."""
+    is_lost = not worker.answers and not worker.ending
+    style = "bold red" if is_lost else ""
+    heartbeat = f"{span(worker.heartbeat_seconds)} ago"
+    if not worker.answers:
+        heartbeat = f"{'ending' if worker.ending else 'no answer'}, {heartbeat}"
+    is_old = worker.heartbeat_seconds > _OLD_HEARTBEAT and not worker.ending
+    return (
+        Text(printable(worker.name), style),
+        Text(printable(worker.version), style),
+        *(Text("?" if number is None else str(number), style) for number in (worker.busy, worker.idle)),
+        Text(heartbeat, "bold red" if is_lost or is_old else ""),
+    )
 
 
 def _jobs(overview: Overview, most: int, *, is_wide: bool) -> Table:
@@ -121,7 +137,7 @@ def _with_rest(table: Table, rest: int) -> Table:
     return table
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
     """A time in its largest unit: 0.4 s, 12 s, 3 min, 2.5 h."""
     if seconds < 10:
         return f"{seconds:.1f} s"
