@@ -101,7 +101,7 @@ def test_one_nocow_file_among_many_is_detected_before_anything_is_copied(fresh: 
 def test_an_unexpected_reflink_refusal_ends_the_fork_at_its_budget(
     fresh: Fresh, overlay_over: OverlayOver, limits: Limits
 ) -> None:
-    # Given files on one device, some of which cannot be reflinked: only FICLONE shows which
+    # Given files on one device. Some cannot be reflinked, and only FICLONE shows that
     lower = fresh("ext4")
     (lower / "source").mkdir()
     for n in range(4):

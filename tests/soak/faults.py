@@ -22,7 +22,7 @@ from tests.support.system.systems import send
 Start = Callable[[int], Worker]
 
 #: A line of a worker's log.
-_TAKEN = re.compile(r"Task forkvm\.(?:fork|chunk|finish|bury|campaign|batch|conclude)\[.*\] received")
+_TAKEN = re.compile(r"Task forkvm\.(?!sweep)\w+\[.*\] received")
 #: Seconds in which a worker must end after SIGTERM: no task takes that long.
 _GRACE_SECONDS = 15.0
 

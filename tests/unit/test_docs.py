@@ -17,8 +17,11 @@ HISTORY = ROOT / "CHANGELOG.md"
 
 MOST_LINES_OF_README = 150
 
-#: The modules of the program, whose comments, docstrings and messages are read like documents.
-MODULES = sorted([*(ROOT / "tasks").rglob("*.py"), *(ROOT / "worker").rglob("*.py")])
+#: The modules, whose comments, docstrings and messages are read like documents; but not this one.
+MODULES = sorted(
+    {path for folder in ("benchmarks", "tasks", "tests", "worker") for path in (ROOT / folder).rglob("*.py")}
+    - {Path(__file__)}
+)
 
 #: Words of a dialect that earlier documents were written in. The field has plain terms for each.
 BANNED = (
