@@ -5,10 +5,10 @@ one again. So these tasks are kept in Redis under the job's id as soon as the id
 final state sends them. The key is `tasks.store.keys.CANVAS`, a hash: digest -> the tasks as JSON, or nothing once they
 were sent.
 
-**How often.** At least once: the task that ends a job sends the tasks that follow, and then notes that. If its process
-dies in between, its message is delivered again and sends them again. A callback without an id from its client has the
-same id each time. A message that is delivered again, or sent again by its client, has the same digest and sends nothing
-more.
+**How often.** At least once: the task that ends a job sends the tasks that follow, one process at a time, and then
+notes that. If its process dies in between, its message is delivered again and sends them again. A callback without an
+id from its client has the same id each time. A message that is delivered again, or sent again by its client, has the
+same digest and sends nothing more.
 
 **Errors.** A task that cannot be sent (a wrong queue, arguments that cannot be encoded) is logged and changes no state.
 While Redis is away, sending waits.
@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -46,6 +48,8 @@ log = logging.getLogger(__name__)
 LONGEST_CANVAS = 1 << 20
 #: The most different canvases of one id. A client that sends its job again sends the same one.
 _MOST = 16
+#: Pause between two tries to send what follows a job, in seconds.
+_PAUSE_SECONDS = 0.02
 #: How kombu retries on another connection. This module waits for Redis itself, since kombu also retries errors that do
 #: not pass (WRONGTYPE).
 _RETRIES = {"max_retries": 2, "interval_start": 0, "interval_step": 0.1, "interval_max": 0.2}
@@ -130,11 +134,27 @@ class Job(Task):  # type: ignore[type-arg]  # Celery's class takes no arguments 
             return
         results = results_of(self.app, patient=True)
         key = keys.CANVAS.of(job_id)
-        kept = cast("dict[bytes, bytes]", results.ask(lambda: results.redis.hgetall(key)))
-        for digest, text in kept.items():
-            if text:
-                _Following(self.app, job_id, digest.decode(), loads(text)).send(state, outcome)
-                results.ask(lambda digest=digest: results.redis.hset(key, digest, b""), OutOfMemoryError)  # type: ignore[misc]
+        with _sending(results, job_id):
+            kept = cast("dict[bytes, bytes]", results.ask(lambda: results.redis.hgetall(key)))
+            for digest, text in kept.items():
+                if text:
+                    _Following(self.app, job_id, digest.decode(), loads(text)).send(state, outcome)
+                    results.ask(lambda digest=digest: results.redis.hset(key, digest, b""), OutOfMemoryError)  # type: ignore[misc]
+
+
+@contextmanager
+def _sending(results: Results, job_id: str) -> Iterator[None]:
+    """Send alone what follows a job. Two tasks may end it at the same moment.
+
+    If the process that sends is killed or paused, another one waits `SENDING_SECONDS`, and then sends it too.
+    """
+    key = keys.SENDING.of(job_id)
+    while not results.ask(lambda: results.redis.set(key, b"1", nx=True, ex=keys.SENDING_SECONDS), OutOfMemoryError):
+        time.sleep(_PAUSE_SECONDS)
+    try:
+        yield
+    finally:
+        results.ask(lambda: results.redis.delete(key))
 
 
 @dataclass(frozen=True)

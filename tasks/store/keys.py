@@ -17,6 +17,8 @@ from enum import Enum
 OPEN_SECONDS = 30 * 86_400
 #: TTL of the records of workers, in seconds. A worker that no longer writes its record is shown for so long.
 WORKER_SECONDS = 3600
+#: How long one process may send what follows a job before another one sends it too, in seconds.
+SENDING_SECONDS = 10
 
 _OF_JOB = "forkvm:{id}:"
 
@@ -32,6 +34,8 @@ class Lifetime(Enum):
     RESULT = "after `FORKVM_RESULT_EXPIRES`"
     #: `WORKER_SECONDS` after the last write.
     HOUR = "after an hour"
+    #: `SENDING_SECONDS` after the write.
+    SENDING = "after 10 s"
     #: After the time that `PeriodicWork` was given.
     INTERVAL = "when the work is due again"
 
@@ -95,6 +99,13 @@ CANVAS = _key_of_job(
     lifetime=Lifetime.OPEN,
     is_reset=True,
 )
+SENDING = _key_of_job(
+    "sending",
+    "string",
+    "a process sends what follows the job; others wait",
+    lifetime=Lifetime.SENDING,
+    is_reset=True,
+)
 SUMS = _key_of_job("sums", "hash", "sums over the results of a campaign's forks that have ended", is_reset=True)
 SETTLED = _key_of_job(
     "settled", "string", "bitmap by index: the first fork of each run of forks whose results are stored", is_reset=True
@@ -122,7 +133,7 @@ STATE = Key(
 )
 
 TABLE = (
-    *(CLAIM, RESULT, CANCEL, PROGRESS, PAGES, PART_PAGE, ONLY_PAGE, LOSSES, CANVAS),
+    *(CLAIM, RESULT, CANCEL, PROGRESS, PAGES, PART_PAGE, ONLY_PAGE, LOSSES, CANVAS, SENDING),
     *(SUMS, SETTLED, BATCHES, FAILED),
     *(OPEN, SWEEP, WALK, WORKERS, STATE),
 )

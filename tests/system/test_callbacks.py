@@ -167,6 +167,34 @@ def test_callback_lost_between_result_and_sending_is_sent_by_the_next_delivery(
     assert json.loads(scheduler.redis.lindex(OWN, 0) or b"")["headers"]["id"] == first
 
 
+def test_a_task_that_ends_a_job_waits_while_another_one_sends_its_callbacks(
+    system: System, scheduler: Scheduler, large_source: Path, workdir: Path
+) -> None:
+    """Two chunks that are done at the same moment both send the task that ends their fork."""
+    sending, canvas = "forkvm:two:sending", "forkvm:two:canvas"
+    request = {"source": str(large_source), "destination": str(workdir / "b")}
+    fork = signature("forkvm.fork", kwargs={"request": request}, app=scheduler.app, queue=QUEUE, task_id="two")
+    sent = fork.apply_async(link=_note(scheduler, "link"))
+    with stopped_in_the_middle(system.worker, StagingView(workdir, "two")):
+        scheduler.redis.set(sending, "1", ex=60)
+    assert sent.get(timeout=CALL_SECONDS)["status"] == "succeeded"
+
+    # When it has tried some times, and the other one has sent them
+    tries = _sets(scheduler)
+    wait_until(lambda: _sets(scheduler) > tries + 10, "a task that tries to send the callbacks")
+    (digest,) = cast("list[bytes]", scheduler.redis.hkeys(canvas))
+    scheduler.redis.hset(canvas, digest, "")
+    scheduler.redis.delete(sending)
+
+    scheduler.wait_quiet()
+    assert _sent(scheduler) == []
+
+
+def _sets(scheduler: Scheduler) -> int:
+    """How often SET was called."""
+    return int(scheduler.redis.info("commandstats")["cmdstat_set"]["calls"])
+
+
 def test_fork_whose_processes_are_killed_sends_its_callback_once(
     system: System, scheduler: Scheduler, large_source: Path, workdir: Path
 ) -> None:

@@ -37,6 +37,7 @@ def write_every_key(results: Results) -> None:
     results.open_jobs.count_loss("c")
     results.redis.hset(keys.CANVAS.of("c"), "digest", b"")
     results.redis.expire(keys.CANVAS.of("c"), results.open_expires)
+    results.redis.set(keys.SENDING.of("c"), b"1", ex=keys.SENDING_SECONDS)
     campaign.store_outcomes(0, outcomes(0, 1) + outcomes(1, 1, Code.NO_SPACE))
     campaign.end_batch(0)
     for work in (keys.SWEEP, keys.WALK):
@@ -60,7 +61,7 @@ def test_keys_of_an_ended_job_expire_as_the_table_says() -> None:
     types = {key: cast("bytes", redis.type(key)).decode() for key in own}
     assert types == {key: kind_of(key).type for key in own}
     assert {key for key in own if kind_of(key).lifetime is Lifetime.JOB} == {
-        key for key, ttl in own.items() if 0 < ttl <= EXPIRES and "losses" not in key
+        key for key, ttl in own.items() if keys.SENDING_SECONDS < ttl <= EXPIRES and "losses" not in key
     }
     open_ones = [key for key in open_ttls if kind_of(key).lifetime in (Lifetime.JOB, Lifetime.OPEN)]
     assert {open_ttls[key] for key in open_ones} <= {keys.OPEN_SECONDS, keys.OPEN_SECONDS - 1}
