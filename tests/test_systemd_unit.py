@@ -143,12 +143,8 @@ def test_worker_that_cannot_continue_exits_with_an_error_code(
     start_worker: StartWorker, tmp_path: Path, command: str
 ) -> None:
     """The pool cannot be created: too few open files."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (24, hard))
-    try:
-        worker = start_worker(tmp_path, 8, command="forkvm" if command == "forkvm" else "celery", wait=False)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    worker = start_worker(tmp_path, 8, command="forkvm" if command == "forkvm" else "celery", wait=False)
+    resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (24, 24))  # long before it makes its pool
 
     assert worker.wait() == 1
     assert "Too many open files" in worker.output()

@@ -145,21 +145,23 @@ def test_the_bytes_of_a_process_that_was_killed_do_not_count(reservations: Path)
 @pytest.mark.usefixtures("reservations")
 def test_a_queued_fork_is_counted_between_its_chunks_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     with reservation.reserving():
-        planner = reservation.reserve("1-2", bytes(16), 1000, is_queued=True)
+        planner = reservation.reserve("1-2", bytes(16), 100 * MIB, is_queued=True)
     assert planner is not None
     planner.close()
     between = _reserved()
     with reservation.counted(lambda count: None, "1-2", 1) as step:
-        step(100)
-        step(50)
+        step(7 * MIB)
+        step(MIB)
         during = _reserved()
+        step(50)
+        soon = _reserved()
     after = _reserved()
 
     monkeypatch.setattr(reservation, "GRACE_SECONDS", 0.0)
     with reservation.counted(lambda count: None, "1-2", 2):
         pass
 
-    assert (between, during, after, _reserved()) == (1000, 850, 850, 0)
+    assert (between, during, soon, after, _reserved()) == (100 * MIB, 92 * MIB, 92 * MIB, 92 * MIB - 50, 0)
 
 
 @pytest.mark.usefixtures("reservations")

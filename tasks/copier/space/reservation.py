@@ -37,6 +37,8 @@ _PREFIX = "forkvm-space-"
 #: The filesystem, the bytes that the fork will copy, and until when it counts without a process (CLOCK_BOOTTIME).
 _HEAD = struct.Struct("=16sqd")
 _NUMBER = struct.Struct("=q")
+#: After so many bytes a chunk records what it has copied.
+_RECORD_BYTES = 8 << 20
 #: The most bytes of a file: it has a number for each of at most 100,000 chunks.
 _MOST_BYTES = 1 << 20
 _OPEN = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -70,6 +72,26 @@ class Reservation:
     def close(self) -> None:
         """Release the lock; the file stays."""
         syscalls.release(self.fd)
+
+
+class Copied:
+    """The bytes that one chunk has copied. They are recorded now and then: a write for each file would take long."""
+
+    def __init__(self, chunk: int = 0) -> None:
+        self._chunk = chunk
+        self._count = self._recorded = 0
+
+    def add(self, number: int, reservation: Reservation) -> None:
+        """Count copied bytes. Until they are recorded, the others count them as still to come."""
+        self._count += number
+        if self._count - self._recorded >= _RECORD_BYTES:
+            self.record(reservation)
+
+    def record(self, reservation: Reservation) -> None:
+        """Record all bytes that were copied."""
+        if self._recorded != self._count:
+            self._recorded = self._count
+            reservation.set_copied(self._chunk, self._count)
 
 
 @contextmanager
@@ -129,17 +151,16 @@ def counted(step: Step, job: str, chunk: int) -> Iterator[Step]:
     if reservation is None:
         yield step
         return
-    copied = 0
+    copied = Copied(chunk)
 
     def count(number: int) -> None:
-        nonlocal copied
-        copied += number
-        reservation.set_copied(chunk, copied)
+        copied.add(number, reservation)
         step(number)
 
     try:
         yield count
     finally:
+        copied.record(reservation)
         reservation.close()
 
 

@@ -15,7 +15,7 @@ from tasks.copier.clone.sparse_copy import Step
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.kernel.free_space import filesystem_id, free_bytes, may_compress
 from tasks.copier.space import reservation
-from tasks.copier.space.reservation import Reservation, reserve, reserved_by_others, reserving
+from tasks.copier.space.reservation import Copied, Reservation, reserve, reserved_by_others, reserving
 
 #: Copies of fewer bytes than this are neither compared nor reserved: that takes longer than the copy.
 _LEAST_BYTES = 1 << 20
@@ -38,13 +38,11 @@ class Room:
 
     def counted(self, step: Step) -> Step:
         """`step`, but it also counts for the reservation what this process copies, in a job without chunks."""
-        copied = 0
+        copied = Copied()
 
         def count(number: int) -> None:
-            nonlocal copied
             if self.reservation is not None:
-                copied += number
-                self.reservation.set_copied(0, copied)
+                copied.add(number, self.reservation)
             step(number)
 
         return count
