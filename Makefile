@@ -10,7 +10,7 @@ SOURCES := worker tasks tests benchmarks
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test coverage test-deploy test-observe soak bench bench-quick lint format venv constraints clean
+.PHONY: help demo test coverage test-deploy test-observe test-clients soak bench bench-quick lint format venv constraints clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,11 @@ test-observe: ## test the dashboard, an alert and Flower with a real Prometheus,
 	@scripts/setup.sh packages test
 	@$(MAKE) --no-print-directory --silent venv
 	CI=true $(BIN)/pytest -s tests/observe/monitoring.py tests/observe/flower.py
+
+test-clients: ## test clients with each version of Celery since 5.2, which it installs
+	@scripts/setup.sh packages test
+	@$(MAKE) --no-print-directory --silent venv
+	CI=true $(BIN)/pytest tests/clients/celery_versions.py
 
 soak: ## run random forks and faults for five minutes, then check all results; SOAK_ARGS='--seconds 1800 --seed 7'
 	@scripts/setup.sh packages test
