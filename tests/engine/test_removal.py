@@ -267,7 +267,11 @@ def test_staging_that_another_process_waits_for_is_removed_with_its_name(
 
 
 def _open_files(pid: int) -> list[os.stat_result]:
-    return [os.stat(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+    found = []
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):  # closed in the meantime
+            found.append(os.stat(f"/proc/{pid}/fd/{fd}"))
+    return found
 
 
 def test_staging_claimed_again_during_its_removal_is_kept(fresh: Fresh, fd_of: Callable[[Path], int]) -> None:

@@ -28,6 +28,8 @@ def test_worker_stopped_just_after_it_sent_a_task_to_a_child_exits_when_the_task
     directory = fresh("xfs")
     make_guest(directory / "a")
     worker = start_worker(mounts, 1, env={"FORKVM_VISIBILITY_TIMEOUT": "600"})  # it sends no sweep meanwhile
+    own_scheduler.fork(directory / "a", directory / "first")  # a child that only starts is given nothing
+    own_scheduler.wait_quiet()
     children = worker.children
     send(children, signal.SIGSTOP)
     sent = own_scheduler.send({"source": str(directory / "a"), "destination": str(directory / "b")})
