@@ -1,4 +1,4 @@
-"""The records of workers: what is left to see of one that hangs, was killed, or whose host is gone."""
+"""The records of workers, by which one that hangs, was killed, or whose host is gone is still known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The record that a worker keeps of itself in Redis, so that it can be missed."""
+"""The record that a worker keeps of itself in Redis, so that it is shown when it does not answer."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def _version() -> str:
 class OwnRecord(PeriodicStep):
     """Writes this worker's record, and removes it when the worker ends.
 
-    A worker that hangs, was killed, or whose host is gone answers no question. Its last record says that it is missing
-    (`worker.overview`). The consumer loop writes it, so that a worker whose loop hangs is missed too. A worker that
+    A worker that hangs, was killed, or whose host is gone answers no question. Its last record shows that it is missing
+    (`worker.overview`). The consumer loop writes it, so that a worker whose loop hangs is shown too. A worker that
     finishes its running tasks after SIGTERM does not answer either, and its last record says so.
     """
 
