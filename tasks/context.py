@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
-from tasks import events
 from tasks.copier.copy_rate import Pace, unbounded
-from tasks.copier.errors import Code, ForkError, cancelled
+from tasks.copier.errors import cancelled
 from tasks.copier.fork_spec import ForkResult, ForkSpec
 from tasks.copier.options import Limits
-from tasks.copier.progress import POLL_SECONDS, Cancellation, Poll, Progress
+from tasks.copier.progress import POLL_SECONDS, Poll, Progress
 from tasks.copier.roots import Roots
-from tasks.fork_summary import log_end
+from tasks.fork_ledger import ForkLedger, PublishedForks
 from tasks.store.final_results import Ended
-from tasks.store.recent_forks.forks import ALL_PAGES, Pages, RecentForks, are_few
-from tasks.store.redis_errors import cause
+from tasks.store.recent_forks.forks import RecentForks
 from tasks.store.results import Results
-
-log = logging.getLogger(__name__)
 
 #: How long a task waits for staging that another one holds before its message goes back to the queue, in seconds.
 LOCK_WAIT = 1.0
@@ -63,6 +57,13 @@ class Context:
     ended: dict[str, Ended[ForkResult]] = field(default_factory=dict)
     #: The copy rate of this host.
     pace: Pace = unbounded
+    #: How many small forks may be published before their ends are stored.
+    most_published: int = 1
+
+    @cached_property
+    def published(self) -> PublishedForks:
+        """The small forks that this task has published."""
+        return PublishedForks(self.results, self.most_published)
 
     def keep_canvas(self, job_id: str) -> None:
         """Keep the tasks that follow the job for the task that ends it. Call this once the request holds the id."""
@@ -99,53 +100,3 @@ class Context:
         """Publish what one part of a fork has done so far. Errors of Redis are ignored."""
         with suppress(RedisError):
             replace(self.results, patient=False).states.publish_progress(fork_id, part, progress)
-
-
-@dataclass(frozen=True)
-class ForkLedger:
-    """The engine's ledger of one fork (see `tasks.copier.fork.lifecycle.Ledger`), kept in Redis."""
-
-    results: Results
-    fork_id: str
-    #: See `Context.ended`.
-    ended: dict[str, Ended[ForkResult]]
-    #: Writes a note about the fork when it has succeeded; see `tasks.store.recent_forks`.
-    note: Callable[[ForkResult, Pages], None] | None = None
-    #: The FileResults that this process has kept, by part.
-    pages: Pages = field(default_factory=dict)
-
-    def keep_pages(self, pages_by_part: dict[str, list[bytes]], *, replace_all: bool = False) -> Cancellation:
-        """Keep FileResults; see `Pages.store`. Raises ForkError no_space if Redis refuses them."""
-        self._remember(pages_by_part)
-        with _redis_full_as_no_space():
-            return self.results.pages.store(self.fork_id, pages_by_part, replace_all=replace_all)
-
-    def keep_all_pages(self, pages: list[bytes]) -> Cancellation:
-        """Keep FileResults; see `Pages.store_all`. Raises ForkError no_space if Redis refuses them."""
-        self._remember({ALL_PAGES: pages})
-        with _redis_full_as_no_space():
-            return self.results.pages.store_all(self.fork_id, pages)
-
-    def _remember(self, pages: Pages) -> None:
-        if are_few(pages):  # more of them would take too much memory
-            self.pages.update(pages)
-
-    def store_result(self, result: ForkResult) -> None:
-        """Store the final result, and log it. A result that another process has stored stays: see `ended`."""
-        if result["error"] is None and self.note is not None:
-            self.note(result, self.pages)
-        events.forks_ended(self.fork_id, [result], of_campaign=False)
-        ended = self.ended[self.fork_id] = self.results.final.store(self.fork_id, result)
-        if ended.result != result:
-            log.warning("fork %s has ended before, in another process; its earlier result stays", self.fork_id)
-            return
-        log_end(result)
-
-
-@contextmanager
-def _redis_full_as_no_space() -> Iterator[None]:
-    try:
-        yield
-    except ResponseError as error:
-        message = f"Redis refused the results of the files: {cause(error)}"
-        raise ForkError(Code.NO_SPACE, message, "") from None

@@ -118,9 +118,8 @@ class Job(Task):  # type: ignore[type-arg]  # Celery's class takes no arguments 
             self.follow(task_id, states.FAILURE, exc)
 
     def publish_success(self, task_id: str, result: Any) -> None:
-        """Store SUCCESS before the task ends. Celery does not store it again."""
+        """Store SUCCESS before the task ends."""
         self.backend.mark_as_done(task_id, result, self.request)
-        self.request.ignore_result = True
 
     def end_as_revoked(self, task_id: str, reason: str) -> None:
         """Store the end of a cancelled job."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from typing import cast
 
 from tasks.context import LOCK_WAIT, Context
@@ -10,6 +11,7 @@ from tasks.contract import fork_request
 from tasks.contract.raw_request import text_of
 from tasks.copier.endpoints import open_endpoints
 from tasks.copier.errors import ForkError, cancelled, from_oserror
+from tasks.copier.fork.attempt import Published
 from tasks.copier.fork.early_chunks import EarlyChunks
 from tasks.copier.fork.lifecycle import start
 from tasks.copier.fork.plan import Plan
@@ -83,10 +85,10 @@ def run_claimed(
 def _start(context: Context, spec: ForkSpec, claimed: ClaimOutcome) -> ForkResult | None:
     """Make the whole fork if it is small: its result. Else plan it, send its chunks, and return None."""
     ticker = Ticker(context.poll_of(spec.fork_id, "plan", spec.destination), context.pace)
-    with (
-        open_endpoints(context.roots, spec.source, spec.destination) as ends,
-        Staging.claim(ends.parent_fd, spec.fork_id, LOCK_WAIT) as staging,
-    ):
+    published: list[Published] = []
+    with ExitStack() as opened:
+        ends = opened.enter_context(open_endpoints(context.roots, spec.source, spec.destination))
+        staging = opened.enter_context(Staging.claim(ends.parent_fd, spec.fork_id, LOCK_WAIT))
         is_new = staging.journal() is None
         known, cancellation = None, claimed.cancellation
         if not claimed.is_new:  # another delivery may have ended it
@@ -99,7 +101,18 @@ def _start(context: Context, spec: ForkSpec, claimed: ClaimOutcome) -> ForkResul
             return known or store_failure(context, spec, cancelled(spec.destination))
         with staging.with_heartbeat():
             ledger = context.ledger(spec, ends.parent_fd, ends.name)
-            outcome = start(ends, staging, spec, context.limits, ticker, ledger, lambda work: EarlyChunks(work, ticker))
+            outcome = start(
+                ends,
+                staging,
+                spec,
+                context.limits,
+                ticker,
+                ledger,
+                lambda work: EarlyChunks(work, ticker),
+                published.append,
+            )
+        if published:
+            context.published.add(published[0], ledger, opened.pop_all())
         if not isinstance(outcome, Plan):
             return outcome
         context.publish_progress(spec.fork_id, "plan", ticker.progress)

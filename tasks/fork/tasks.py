@@ -58,10 +58,7 @@ def register_forks(app: Celery, context_of: Callable[[AnyTask], Context], accept
         queued, expired = seconds_queued(self), is_expired(self)
         run = partial(run_fork, context, job_id(self), request, queued, expired=expired)
         result = _run(self, context, {"request": request}, text_of(request, "destination"), run)
-        tag, ended = tag_for_others(self), context.ended.get(job_id(self))
-        if tag is not None and ended is not None and ended.has_followers is False and ended.result["error"] is None:
-            cast(Job, self).publish_success(job_id(self), ended.result)  # its client does not wait for the others
-            make_waiting_forks(context, queue_of_forks(app, context.queue), tag, accept)
+        _make_waiting_forks(self, context, accept)
         return end_task(self, context, result)
 
     @app.task(name=ESTIMATE_TASK, **job)
@@ -105,6 +102,17 @@ def register_forks(app: Celery, context_of: Callable[[AnyTask], Context], accept
     def sweep(self: AnyTask, every: int) -> None:
         """Checks the jobs that have not ended; see `tasks.sweep`."""
         run_sweep(context_of(self), every)
+
+
+def _make_waiting_forks(task: AnyTask, context: Context, accept: Accept) -> None:
+    """Make small forks that wait, if this task has made one. Its own state is stored first: its client waits."""
+    tag, ended = tag_for_others(task), context.ended.get(job_id(task))
+    if tag is None or ended is None or ended.has_followers is not False or ended.result["error"] is not None:
+        return
+    if not context.published.has_taken(job_id(task)):
+        cast(Job, task).publish_success(job_id(task), ended.result)
+    cast(Job, task).request.ignore_result = True  # Celery does not store the state again
+    make_waiting_forks(context, queue_of_forks(task.app, context.queue), tag, accept)
 
 
 def _end(

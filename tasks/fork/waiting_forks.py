@@ -30,6 +30,7 @@ from redis.exceptions import RedisError
 
 from tasks.context import Context
 from tasks.contract.raw_request import text_of
+from tasks.copier.kernel.processes import open_files_limit
 from tasks.delivery.outcome import RetryLater
 from tasks.delivery.queue_of_forks import QueueOfForks, Taken
 from tasks.fork.start import run_claimed
@@ -42,8 +43,11 @@ log = logging.getLogger(__name__)
 #: How long a process makes waiting forks before it returns to its worker, in seconds. A batch of a campaign takes about
 #: as long, so both get half of the process.
 TURN_SECONDS = 0.2
-#: How many requests are taken at once.
-_MOST = 32
+#: How many requests are taken at once, and how many forks may be published before their ends are stored. With more,
+#: more of them wait behind one that takes long, and are returned.
+_MOST = 8
+#: Below this RLIMIT_NOFILE, the staging of only one fork is kept open.
+_LOW_LIMIT = 256
 #: A fork that takes longer, in seconds, keeps no other request waiting; and how often that is checked.
 _LONG_SECONDS = 0.05
 _CHECK_SECONDS = 0.02
@@ -77,7 +81,8 @@ def make_waiting_forks(context: Context, queue: QueueOfForks, tag: str, accept: 
 
     Each request either ends, or is returned to the queue. After an error it goes the ordinary way, which reports it.
     """
-    turn = _Turn(replace(context, canvas=None, ended={}), queue, accept)
+    most = 1 if open_files_limit() < _LOW_LIMIT else _MOST
+    turn = _Turn(replace(context, canvas=None, ended={}, most_published=most), queue, accept)
     try:
         turn.run(tag)
     except Exception as error:
@@ -145,6 +150,7 @@ class _Turn:
         finally:
             with self._lock:
                 self._running = None
+            self._context.published.store()
             self._queue.acknowledge(done)
             self._give_back_waiting()
 
@@ -162,8 +168,8 @@ class _Turn:
         except RetryLater:
             self._queue.give_back([request.message], "ordinary")
             return False
-        if result is not None:  # or other tasks continue the fork
-            ended = self._context.ended.pop(job_id, None)
+        if result is not None and not self._context.published.has_taken(job_id):  # or other tasks continue the fork
+            ended = self._context.ended.get(job_id)
             self._context.results.states.publish_final(job_id, ended.result if ended is not None else result)
         return True
 
@@ -191,6 +197,7 @@ class _Turn:
         with suppress(RedisError, OperationalError, OSError):
             if is_long:
                 self._give_back_waiting()
+                self._context.published.try_to_store()
             if announce:
                 replace(self._context.results, patient=False).states.publish_started(running.accepted.job_id)
             if now - self._renewed > _RENEWAL_SECONDS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -14,6 +14,7 @@ from tasks.copier.fork_spec import ForkResult
 from tasks.copier.progress import Cancellation
 from tasks.store import keys, lua
 from tasks.store.connection import Connection
+from tasks.store.job_states import READY_STATES, final_record, now_json
 
 Result = TypeVar("Result", bound=Mapping[str, Any])
 
@@ -77,8 +78,41 @@ class FinalResults:
             "usual": keys.USUAL_OF_JOB,
             "names": keys.OTHERS_OF_JOB,
         }
-        answer = connection.ask(lambda: lua.STORE_RESULT.run(connection.redis, **values), OutOfMemoryError)
-        return Ended(result, bool(answer)) if isinstance(answer, int) else Ended(json.loads(answer), None)
+        return _ended(
+            result, connection.ask(lambda: lua.STORE_RESULT.run(connection.redis, **values), OutOfMemoryError)
+        )
+
+    def store_small(self, forks: Sequence[tuple[ForkResult, bytes]]) -> list[Ended[ForkResult]]:
+        """Store the ends of small forks that succeeded, each with its FileResults in one page; publish their states.
+
+        All in one command. Otherwise as `store`.
+        """
+        connection = self.connection
+        more_keys: list[str] = []
+        more_args: list[str | bytes] = []
+        for result, page in forks:
+            fork_id, text = result["fork_id"], json.dumps(result)
+            more_keys += (keys.RESULT.of(fork_id), keys.ONLY_PAGE.of(fork_id))
+            more_keys += (connection.state_key(fork_id), keys.CANVAS.of(fork_id))
+            more_args += (text, page, final_record(fork_id, result, text, now_json()), keys.prefix_of(fork_id))
+        answers = connection.ask(
+            lambda: lua.END_FORKS.run(
+                connection.redis,
+                ttl=connection.expires,
+                usual=keys.USUAL_OF_JOB,
+                names=keys.OTHERS_OF_JOB,
+                final_states=READY_STATES,
+                more_keys=more_keys,
+                more_args=more_args,
+            ),
+            OutOfMemoryError,
+        )
+        return [_ended(result, answer) for (result, _), answer in zip(forks, answers, strict=True)]
+
+
+def _ended(result: Result, answer: int | bytes) -> Ended[Result]:
+    """The end of a job that was to have this result, from the answer of a script."""
+    return Ended(result, bool(answer)) if isinstance(answer, int) else Ended(json.loads(answer), None)
 
 
 def final_result(stored: dict[str, Any] | None, record: dict[str, Any] | None) -> dict[str, Any] | None:

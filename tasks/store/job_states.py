@@ -50,7 +50,7 @@ class JobStates:
         A patient connection waits also while Redis is away or full.
         """
         connection = self.connection
-        record = final_record(job_id, result, json.dumps(result), f'"{datetime.now(UTC).isoformat()}"')
+        record = final_record(job_id, result, json.dumps(result), now_json())
         connection.ask(lambda: self._set(job_id, record, connection.expires), OutOfMemoryError)
 
     def _set(self, job_id: str, record: str, ttl: int) -> None:
@@ -101,6 +101,11 @@ def state_json(job_id: str, status: str, result: str, date_done: str = "null") -
         f'{{"status":"{status}","result":{result},"traceback":null,"children":[],"date_done":{date_done},'
         f'"task_id":{json.dumps(job_id)}}}'
     )
+
+
+def now_json() -> str:
+    """The present time as Celery writes it into a record, as JSON."""
+    return f'"{datetime.now(UTC).isoformat()}"'
 
 
 def final_record(job_id: str, result: Mapping[str, Any], text: str, date_done: str = "null") -> str:

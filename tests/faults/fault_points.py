@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Literal
 
+#: How the point of a small fork begins that a fork in chunks has too: its end is stored in another way.
+SMALL = "small, "
 #: In the order of a fork. At "result stored" the staging still exists and the message is not yet acknowledged.
 FAULT_POINTS = (
     "begin uncounted",
@@ -20,11 +22,12 @@ FAULT_POINTS = (
     "before the rename",
     "after the rename",
     "result stored",
+    f"{SMALL}after the rename",
 )
 #: The only point of a small fork that a fork in chunks does not have.
 INLINE = "inline copy"
 #: At these the fork is already published, and no other process may publish it again.
-PUBLISHED = ("after the rename", "result stored")
+PUBLISHED = ("after the rename", "result stored", f"{SMALL}after the rename")
 
 #: What a process does at an armed point: stop once, be killed once, or be killed each time.
 Action = Literal["stop", "kill", "poison"]
@@ -41,15 +44,19 @@ class FaultPoints:
         """Have the next process of this fork that reaches `point` stop or kill itself."""
         new = self._directory / f"new-{fork_id}"
         new.write_text(action)
-        new.rename(self._directory / f"{fork_id}@{point}")
+        new.rename(self._directory / _name(fork_id, point))
 
     def disarm(self, fork_id: str, point: str) -> None:
-        (self._directory / f"{fork_id}@{point}").unlink(missing_ok=True)
+        (self._directory / _name(fork_id, point)).unlink(missing_ok=True)
 
     def reached(self, fork_id: str, point: str) -> list[int]:
         """The pids of the processes that reached it."""
-        prefix = f"{fork_id}@{point}="
+        prefix = f"{_name(fork_id, point)}="
         return [int(name.removeprefix(prefix)) for name in os.listdir(self._directory) if name.startswith(prefix)]
+
+
+def _name(fork_id: str, point: str) -> str:
+    return f"{fork_id}@{point.removeprefix(SMALL)}"
 
 
 def directory_of(broker_url: str) -> Path:

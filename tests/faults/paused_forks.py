@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from tests.faults.fault_points import FAULT_POINTS, INLINE, FaultPoints
+from tests.faults.fault_points import FAULT_POINTS, INLINE, SMALL, FaultPoints
 from tests.fixtures.processes import wait_until
 from tests.support.system.result_checks import check_file_results, check_fork_result
 from tests.support.system.scheduler import TIMEOUT, Scheduler
@@ -30,6 +30,10 @@ class Guests:
 
     large: Path
     small: Path
+
+    def at(self, point: str) -> Path:
+        """The guest whose fork has this fault point."""
+        return self.small if point == INLINE or point.startswith(SMALL) else self.large
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,18 @@ class PausedFork:
         assert snapshot(self.destination) == snapshot(self.source)
 
 
+def id_at(point: str) -> str:
+    """The id of the fork that has a fault at this point."""
+    return point.replace(",", "").replace(" ", "-")
+
+
 def start_paused_forks(
     system: System, fault_points: FaultPoints, guests: Guests, workdir: Path, which: Iterable[str] = FAULT_POINTS
 ) -> list[PausedFork]:
     """Start a fork for each point, and return when each is paused there."""
     forks = []
     for point in which:
-        fork_id = point.replace(" ", "-")
-        source = guests.small if point == INLINE else guests.large
+        fork_id, source = id_at(point), guests.at(point)
         forks.append((point, fork_id, source, workdir / fork_id))
         fault_points.arm(fork_id, point, "stop")
         system.scheduler.send({"source": str(source), "destination": str(workdir / fork_id)}, fork_id)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tasks.copier.fork.chunk import MAX_TRIES
 from tasks.delivery.message import MAX_LOSSES
-from tests.faults.fault_points import FAULT_POINTS, INLINE, PUBLISHED, FaultPoints
-from tests.faults.paused_forks import Guests, PausedFork, StartArmedWorker, assert_served_and_clean
+from tests.faults.fault_points import FAULT_POINTS, PUBLISHED, FaultPoints
+from tests.faults.paused_forks import Guests, PausedFork, StartArmedWorker, assert_served_and_clean, id_at
 from tests.fixtures.processes import wait_until
 from tests.support.system.result_checks import check_file_results, check_fork_result
 
@@ -24,10 +24,9 @@ def test_a_fork_that_kills_its_process_each_time_ends_after_a_limited_number_of_
     scheduler = system.scheduler
     poisoned = []
     for point in FAULT_POINTS:
-        source = guests.small if point == INLINE else guests.large
-        fork_id = point.replace(" ", "-")
+        fork_id = id_at(point)
         fault_points.arm(fork_id, point, "poison")
-        poisoned.append(PausedFork(point, fork_id, source, workdir / fork_id, 0))
+        poisoned.append(PausedFork(point, fork_id, guests.at(point), workdir / fork_id, 0))
     good = [PausedFork("no point", f"good-{n}", guests.large, workdir / f"good-{n}", 0) for n in range(4)]
 
     # When

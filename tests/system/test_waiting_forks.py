@@ -79,6 +79,27 @@ def test_a_fork_ends_before_those_that_its_process_makes_after_it(
     own_scheduler.wait_quiet()
 
 
+def test_the_ends_of_forks_are_stored_before_a_long_one_that_the_same_process_makes(
+    start_worker: StartWorker, own_scheduler: Scheduler, mounts: Path, directory: Path, tmp_path: Path
+) -> None:
+    (directory / "long").mkdir()
+    (directory / "long" / "disk").write_bytes(bytes(range(256)) * (12 << 10))
+    small = _send(own_scheduler, directory, 4)
+    request = {"source": str(directory / "long"), "destination": str(directory / "copy"), "reflink": "never"}
+    long = own_scheduler.send(request)
+
+    env = {"FORKVM_COPY_RATE": "1048576", "FORKVM_RUNTIME_DIR": str(tmp_path / "runtime")}
+    worker = start_worker(mounts, 1, env=env)
+    assert own_scheduler.wait(long)["chunks"] == 1
+    _check_all(own_scheduler, small, directory / "a")
+
+    assert worker.output().count(" received") == 1  # the process took the others itself
+    states = [own_scheduler.results.states.get(fork_id) for fork_id in (*small, long.id)]
+    *ends, last = [datetime.fromisoformat(state["date_done"]) for state in states]
+    assert (last - max(ends)).total_seconds() > 1
+    own_scheduler.wait_quiet()
+
+
 def test_waiting_forks_of_a_killed_process_are_made_once(system: System, scheduler: Scheduler, directory: Path) -> None:
     destinations = _send(scheduler, directory, 4 * FORKS)
     with stopped_when(system.worker, lambda: bool(_taken(scheduler)), "a process that has taken messages") as children:

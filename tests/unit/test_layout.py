@@ -49,6 +49,7 @@ LAYERS = (
     ("tasks.copier.campaign", "tasks.copier.estimate"),
     ("tasks.names", "tasks.events", "tasks.fork_summary", "tasks.contract"),
     ("tasks.store",),
+    ("tasks.fork_ledger",),
     ("tasks.context", "tasks.delivery"),
     ("tasks.cleanup", "tasks.sweep"),
     ("tasks.fork",),

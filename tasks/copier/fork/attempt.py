@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
+from typing import NamedTuple, Protocol
 
 from tasks.copier.endpoints import Endpoints
 from tasks.copier.errors import ForkError, from_record
@@ -36,6 +37,20 @@ class Ledger(Protocol):
         """Keep the final result. When this returns, a second delivery of the request finds it."""
 
 
+class Published(NamedTuple):
+    """A small fork that is published, and whose end is not stored. Its staging is still held."""
+
+    result: ForkResult
+    #: Its FileResults.
+    page: bytes
+    #: Removes its staging. To be called when both are stored; raises no error.
+    remove_staging: Callable[[], None]
+
+
+#: Takes a small fork that is published, and stores its end at once or a moment later.
+TakeEnd = Callable[[Published], None]
+
+
 @dataclass
 class Attempt:
     """One attempt at a fork in this process, and what its result will need, whether it succeeds or fails."""
@@ -53,6 +68,10 @@ class Attempt:
     #: Whether this process alone has made the fork, in its first attempt: its staging has only a lock and a journal,
     #: and no bytes are reserved for it.
     alone: bool = False
+    take_end: TakeEnd | None = None
+    #: The FileResults that are kept in the staging (see `tasks.copier.fork.kept_page`), and the files that hold them.
+    page: bytes | None = None
+    page_files: Sequence[str] = ()
     reports: dict[str, Report] = field(default_factory=dict)
 
     def parts(self) -> list[str]:
@@ -90,6 +109,13 @@ def withdraw_reservation(staging: Staging) -> None:
     """Give back the bytes that the fork has reserved. A control directory that is gone (FUSE, NFS) has no name."""
     with suppress(OSError):
         withdraw(job_of(staging.fd))
+
+
+def remove_staging(attempt: Attempt) -> None:
+    """Remove the staging of a published fork whose result is stored."""
+    if not attempt.alone:
+        withdraw_reservation(attempt.staging)
+    try_to_remove(partial(attempt.staging.remove, only=attempt.page_files if attempt.alone else None))
 
 
 def try_to_remove(remove: Callable[[], None]) -> None:

@@ -20,9 +20,18 @@ from typing import Any, cast
 from tasks.copier.clone.file import Cloner
 from tasks.copier.endpoints import Endpoints, destination_exists
 from tasks.copier.errors import Code, ForkError, cancelled, from_oserror
-from tasks.copier.fork.attempt import Attempt, Ledger, try_to_remove, withdraw_reservation
+from tasks.copier.fork.attempt import (
+    Attempt,
+    Ledger,
+    Published,
+    TakeEnd,
+    remove_staging,
+    try_to_remove,
+    withdraw_reservation,
+)
 from tasks.copier.fork.chunk import MAX_TRIES, run_chunk, worker_lost
 from tasks.copier.fork.close import close_tree
+from tasks.copier.fork.kept_page import keep_page, store_kept_page
 from tasks.copier.fork.plan import EarlyWorkers, Plan, make_plan
 from tasks.copier.fork.snapshot import snapshot_tree
 from tasks.copier.fork_spec import Clock, ForkResult, ForkSpec, failed, result_of, succeeded
@@ -62,13 +71,15 @@ def start(
     ticker: Ticker,
     ledger: Ledger,
     start_early: StartEarly | None = None,
+    take_end: TakeEnd | None = None,
 ) -> ForkResult | Plan:
     """Begin or resume a fork. Returns its result if all of it is done, else the plan whose chunks are to be run.
 
-    `start_early` creates the workers that begin with chunks while the source is still walked. Never raises ForkError:
-    a failure is a result. Raises Superseded.
+    `start_early` creates the workers that begin with chunks while the source is still walked. `take_end` stores the end
+    of a small fork that succeeded, in place of the ledger. Never raises ForkError: a failure is a result. Raises
+    Superseded.
     """
-    attempt = Attempt(ends, staging, ticker, ledger, spec, Clock(spec.started))
+    attempt = Attempt(ends, staging, ticker, ledger, spec, Clock(spec.started), take_end=take_end)
     outcome: ForkResult | Plan
     try:
         journal = attempt.journal = _journal_of(staging, spec)
@@ -305,7 +316,7 @@ def _complete_and_publish(attempt: Attempt, work: Workspace, *, subvolume: bool 
     spec, journal, staging = attempt.spec, cast(Journal, attempt.journal), attempt.staging
     totals = attempt.totals()
     refuse_excess(totals.bytes_copied, spec.options.max_copied_bytes, spec.destination)
-    if attempt.keep_pages() is Cancellation.REQUESTED:
+    if not keep_page(attempt) and attempt.keep_pages() is Cancellation.REQUESTED:
         raise cancelled(spec.destination)
     sync = spec.options.durability == "sync"
     if sync:
@@ -348,10 +359,14 @@ def _store_result(attempt: Attempt, result: ForkResult) -> ForkResult:
 
     An exception here is raised: the fork is published and must not be abandoned. A later delivery stores its result.
     """
-    attempt.ledger.store_result(result)
+    remove = partial(remove_staging, attempt)
+    if attempt.page is not None and attempt.take_end is not None:
+        attempt.take_end(Published(result, attempt.page, remove))
+        return result
     if not attempt.alone:
-        withdraw_reservation(attempt.staging)
-    try_to_remove(partial(attempt.staging.remove, alone=attempt.alone))
+        store_kept_page(attempt.staging, cast(Journal, attempt.journal), attempt.ledger)
+    attempt.ledger.store_result(result)
+    remove()
     return result
 
 

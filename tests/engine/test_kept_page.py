@@ -1,0 +1,135 @@
+"""The FileResults of a small fork are in its staging until they are stored together with its result."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.copier.endpoints import open_endpoints
+from tasks.copier.fork.attempt import Published
+from tasks.copier.fork.lifecycle import start
+from tasks.copier.fork_spec import ForkSpec
+from tasks.copier.options import Limits
+from tasks.copier.progress import Ticker
+from tasks.copier.report import unpack_pages
+from tasks.copier.roots import Roots
+from tasks.copier.staging.control_directory import control_name
+from tasks.copier.staging.staging import Staging
+from tests.fixtures.filesystems import Fresh
+from tests.support.engine.forks import CHUNKED, INLINE, Ledger, assert_alike, leftovers, never_stop, spec_of
+
+NAMES = {"disk", "state"}
+
+
+@pytest.fixture
+def workdir(fresh: Fresh) -> Path:
+    workdir = fresh("xfs")
+    (workdir / "a").mkdir()
+    for name in NAMES:
+        (workdir / "a" / name).write_bytes(bytes(5000))
+    return workdir
+
+
+def _start(spec: ForkSpec, ledger: Ledger, taken: list[Published] | None, limits: Limits = INLINE) -> object:
+    """Begin or resume the fork. With `taken`, its end goes there, and its process ends before it is stored."""
+    with (
+        open_endpoints(Roots(), spec.source, spec.destination) as ends,
+        Staging.claim(ends.parent_fd, spec.fork_id, wait=0) as staging,
+    ):
+        take = None if taken is None else taken.append
+        return start(ends, staging, spec, limits, Ticker(never_stop), ledger, take_end=take)
+
+
+def _published(workdir: Path, ledger: Ledger) -> tuple[ForkSpec, Published]:
+    """A fork that is published, and whose end is not stored."""
+    spec, taken = spec_of(workdir / "a", workdir / "b"), list[Published]()
+    _start(spec, ledger, taken)
+    (published,) = taken
+    return spec, published
+
+
+def test_the_end_of_a_published_fork_is_given_to_its_taker(workdir: Path) -> None:
+    ledger = Ledger()
+
+    _, published = _published(workdir, ledger)
+
+    assert (published.result["status"], ledger.stored, ledger.pages) == ("succeeded", [], {})
+    assert {file["path"] for file in unpack_pages([published.page])} == NAMES
+    assert_alike(workdir / "a", workdir / "b")
+    assert sorted(os.listdir(workdir / control_name("fork-1"))) == ["journal", "lock", "report-0"]
+
+
+def test_the_taker_removes_the_staging(workdir: Path) -> None:
+    spec, taken = spec_of(workdir / "a", workdir / "b"), list[Published]()
+    with (
+        open_endpoints(Roots(), spec.source, spec.destination) as ends,
+        Staging.claim(ends.parent_fd, spec.fork_id, wait=0) as staging,
+    ):
+        start(ends, staging, spec, INLINE, Ticker(never_stop), Ledger(), take_end=taken.append)
+
+        taken[0].remove_staging()
+
+        assert leftovers(workdir) == []
+
+
+def test_the_next_process_stores_result_and_files_of_a_fork_whose_process_died(workdir: Path) -> None:
+    spec, published = _published(workdir, Ledger())
+    inode, ledger = (workdir / "b").stat().st_ino, Ledger()
+
+    _start(spec, ledger, [])
+
+    assert ledger.result == published.result
+    assert ledger.files.keys() == NAMES
+    assert (workdir / "b").stat().st_ino == inode
+    assert leftovers(workdir) == []
+
+
+def test_the_result_counts_also_if_the_kept_files_cannot_be_read(workdir: Path) -> None:
+    """The fork is published: it must not be reported as failed."""
+    spec, published = _published(workdir, Ledger())
+    (workdir / control_name("fork-1") / "report-0").write_bytes(b"{}")
+    ledger = Ledger()
+
+    result = _start(spec, ledger, [])
+
+    assert result == ledger.result == published.result
+    assert_alike(workdir / "a", workdir / "b")
+    assert leftovers(workdir) == []
+
+
+def test_a_fork_that_failed_to_publish_leaves_no_kept_files(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish = Staging.publish
+
+    def late(staging: Staging, *args: object, **options: bool) -> None:
+        (workdir / "b").mkdir()  # another program makes the destination just before the rename
+        publish(staging, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Staging, "publish", late)
+    taken: list[Published] = []
+    ledger = Ledger()
+
+    _start(spec_of(workdir / "a", workdir / "b"), ledger, taken)
+
+    assert taken == []
+    assert ledger.result["error"] is not None
+    assert ledger.result["error"]["code"] == "destination_exists"
+    assert leftovers(workdir) == []
+
+
+@pytest.mark.parametrize(
+    ("limits", "options"), [(CHUNKED, {}), (INLINE, {"durability": "sync"})], ids=["in chunks", "durability sync"]
+)
+def test_the_ends_of_other_forks_are_stored_by_the_ledger(
+    workdir: Path, limits: Limits, options: dict[str, Any]
+) -> None:
+    """A fork that must survive a power loss has its FileResults stored before it is published."""
+    taken: list[Published] = []
+    ledger = Ledger()
+
+    outcome = _start(spec_of(workdir / "a", workdir / "b", **options), ledger, taken, limits)
+
+    assert taken == []
+    assert ledger.stored == ([outcome] if limits is INLINE else [])

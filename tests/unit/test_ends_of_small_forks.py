@@ -1,0 +1,110 @@
+"""The ends of small forks, stored together: each as if it were stored alone."""
+
+from __future__ import annotations
+
+import json
+
+import fakeredis
+
+from tasks.copier.fork_spec import Clock, ForkResult, ForkSpec, succeeded
+from tasks.copier.report import Report, Totals, file_result
+from tasks.store import keys
+from tasks.store.results import Results
+from tests.unit.conftest import EXPIRES
+
+
+def _result(fork_id: str) -> ForkResult:
+    spec = ForkSpec(fork_id=fork_id, source="/a", destination=f"/{fork_id}")
+    return succeeded(spec, Totals(), 1, Clock(spec.started))
+
+
+def _page(path: str) -> bytes:
+    report = Report()
+    report.add(file_result(path, "file", "reflink", 5))
+    return report.close()[0]
+
+
+def _take(results: Results, *fork_ids: str) -> None:
+    for fork_id in fork_ids:
+        results.claims.take(fork_id, {"request": {}, "destination": f"/{fork_id}", "queue": "forkvm"})
+
+
+def _paths(results: Results, fork_id: str) -> list[str]:
+    return [file["path"] for file in results.pages.files(fork_id)]
+
+
+def test_each_fork_has_its_result_its_files_and_its_published_state(
+    results: Results, redis: fakeredis.FakeRedis
+) -> None:
+    forks = {name: _result(name) for name in ("one", "two")}
+    _take(results, *forks)
+    with redis.pubsub(ignore_subscribe_messages=True) as channel:  # type: ignore[no-untyped-call]
+        channel.psubscribe("celery-task-meta-*")
+        channel.get_message()
+
+        ends = results.final.store_small([(result, _page(name)) for name, result in forks.items()])
+
+        published = [channel.get_message() for _ in forks]
+    assert [(end.result, end.has_followers) for end in ends] == [(result, False) for result in forks.values()]
+    for (name, result), message in zip(forks.items(), published, strict=True):
+        record = results.states.get(name)
+        assert message is not None
+        assert json.loads(message["data"]) == record
+        assert (record["status"], record["result"], record["task_id"]) == ("SUCCESS", result, name)
+        assert results.final.fork(name) == result
+        assert _paths(results, name) == [name]
+        assert 0 < redis.ttl(keys.CLAIM.of(name)) <= EXPIRES
+
+
+def test_a_result_that_another_process_stored_stays_with_its_files(results: Results) -> None:
+    """And the fork that is stored together with it is not affected."""
+    first, second = _result("one"), _result("one")
+    second["chunks"] = 7
+    _take(results, "one", "two")
+    results.final.store_small([(first, _page("first"))])
+
+    ends = results.final.store_small([(second, _page("second")), (_result("two"), _page("two"))])
+
+    assert [(end.result["fork_id"], end.has_followers) for end in ends] == [("one", None), ("two", False)]
+    assert results.final.fork("one") == ends[0].result == first
+    assert _paths(results, "one") == ["first"]
+    assert _paths(results, "two") == ["two"]
+
+
+def test_the_command_may_be_sent_again_when_its_answer_was_lost(results: Results) -> None:
+    forks = [(_result("one"), _page("one"))]
+    _take(results, "one")
+
+    ends = [results.final.store_small(forks) for _ in range(2)]
+
+    assert ends[0] == ends[1]
+    assert _paths(results, "one") == ["one"]
+
+
+def test_a_final_state_is_kept(results: Results, redis: fakeredis.FakeRedis) -> None:
+    _take(results, "one")
+    redis.set("celery-task-meta-one", json.dumps({"status": "REVOKED", "result": None}), ex=EXPIRES)
+
+    results.final.store_small([(_result("one"), _page("one"))])
+
+    assert results.states.get("one")["status"] == "REVOKED"
+    assert results.final.fork("one") is not None
+
+
+def test_the_files_of_an_earlier_attempt_are_not_those_of_the_fork(results: Results) -> None:
+    _take(results, "one")
+    results.pages.store("one", {"plan": [_page("old")], "0": [_page("older")]})
+
+    results.final.store_small([(_result("one"), _page("one"))])
+
+    assert _paths(results, "one") == ["one"]
+
+
+def test_it_is_known_whether_tasks_follow_the_fork(results: Results, redis: fakeredis.FakeRedis) -> None:
+    _take(results, "one", "two")
+    redis.hset(keys.CANVAS.of("two"), "digest", b"{}")
+    redis.expire(keys.CANVAS.of("two"), EXPIRES)
+
+    ends = results.final.store_small([(_result(name), _page(name)) for name in ("one", "two")])
+
+    assert [end.has_followers for end in ends] == [False, True]
