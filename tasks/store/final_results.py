@@ -94,10 +94,11 @@ class FinalResults:
             fork_id, text = result["fork_id"], json.dumps(result)
             more_keys += (keys.RESULT.of(fork_id), keys.ONLY_PAGE.of(fork_id))
             more_keys += (connection.state_key(fork_id), keys.CANVAS.of(fork_id))
-            more_args += (text, page, final_record(fork_id, result, text, now_json()), keys.prefix_of(fork_id))
+            more_args += (fork_id, text, page, final_record(fork_id, result, text, now_json()), keys.prefix_of(fork_id))
         answers = connection.ask(
             lambda: lua.END_FORKS.run(
                 connection.redis,
+                open_key=keys.OPEN.pattern,
                 ttl=connection.expires,
                 usual=keys.USUAL_OF_JOB,
                 names=keys.OTHERS_OF_JOB,

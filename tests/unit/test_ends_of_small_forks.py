@@ -108,3 +108,4 @@ def test_it_is_known_whether_tasks_follow_the_fork(results: Results, redis: fake
     ends = results.final.store_small([(_result(name), _page(name)) for name in ("one", "two")])
 
     assert [end.has_followers for end in ends] == [False, True]
+    assert redis.zrange(keys.OPEN.pattern, 0, -1) == [b"two"]  # a sweep has to look only at that
