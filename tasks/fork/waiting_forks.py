@@ -174,10 +174,10 @@ class _Turn:
         return True
 
     def _give_back_waiting(self) -> None:
-        with self._lock:
+        with self._lock:  # also while they are returned: the other thread would take those that came after them
             waiting = [request.message for request in self._waiting]
             self._waiting.clear()
-        self._queue.give_back(waiting)
+            self._queue.give_back(waiting)
 
     # -- in the second thread
 
