@@ -99,18 +99,18 @@ def _start(context: Context, spec: ForkSpec, claimed: ClaimOutcome) -> ForkResul
             if is_new:
                 staging.remove()
             return known or store_failure(context, spec, cancelled(spec.destination))
-        with staging.with_heartbeat():
-            ledger = context.ledger(spec, ends.parent_fd, ends.name)
-            outcome = start(
-                ends,
-                staging,
-                spec,
-                context.limits,
-                ticker,
-                ledger,
-                lambda work: EarlyChunks(work, ticker),
-                published.append,
-            )
+        opened.enter_context(staging.with_heartbeat())
+        ledger = context.ledger(spec, ends.parent_fd, ends.name)
+        outcome = start(
+            ends,
+            staging,
+            spec,
+            context.limits,
+            ticker,
+            ledger,
+            lambda work: EarlyChunks(work, ticker),
+            published.append,
+        )
         if published:
             context.published.add(published[0], ledger, opened.pop_all())
         if not isinstance(outcome, Plan):

@@ -94,6 +94,9 @@ class _Turn:
 
     def __init__(self, context: Context, queue: QueueOfForks, accept: Accept) -> None:
         self._context, self._queue, self._accept = context, queue, accept
+        #: The forks whose ends are not stored, and the delivery tags of those that were made and not acknowledged.
+        self._published = context.published
+        self._done: list[str] = []
         self._lock = threading.Lock()
         #: Those that have not begun; the one that runs, since when, and whether its state is STARTED.
         self._waiting: deque[_Waiting] = deque()
@@ -142,16 +145,14 @@ class _Turn:
         return {"request": accepted.request, "destination": destination, "queue": self._context.queue}
 
     def _make_all(self, end: float) -> None:
-        done: list[str] = []
         try:
             while time.monotonic() < end and (request := self._begin_next()) is not None:
                 if self._make(request):
-                    done.append(request.message.tag)
+                    self._done.append(request.message.tag)
         finally:
             with self._lock:
                 self._running = None
-            self._context.published.store()
-            self._queue.acknowledge(done)
+            self._end_done(self._published.store)
             self._give_back_waiting()
 
     def _begin_next(self) -> _Waiting | None:
@@ -168,10 +169,22 @@ class _Turn:
         except RetryLater:
             self._queue.give_back([request.message], "ordinary")
             return False
-        if result is not None and not self._context.published.has_taken(job_id):  # or other tasks continue the fork
+        if result is not None and not self._published.has_taken(job_id):  # or other tasks continue the fork
             ended = self._context.ended.get(job_id)
             self._context.results.states.publish_final(job_id, ended.result if ended is not None else result)
         return True
+
+    def _end_done(self, store: Callable[[], None]) -> None:
+        """Store the ends of the forks that were made, and then acknowledge their requests. Raises RedisError."""
+        with self._lock:
+            done, self._done = self._done, []
+        try:
+            store()
+            self._queue.acknowledge(done)
+        except BaseException:
+            with self._lock:
+                self._done = done + self._done
+            raise
 
     def _give_back_waiting(self) -> None:
         with self._lock:  # also while they are returned: the other thread would take those that came after them
@@ -182,9 +195,9 @@ class _Turn:
     # -- in the second thread
 
     def check(self) -> None:
-        """Return the requests that wait behind a long fork, and renew the leases. Errors of Redis are ignored.
+        """Return the requests that wait behind a long fork, end those that are made, and renew the leases.
 
-        A message that could not be returned is delivered again when its lease has ended.
+        Errors of Redis are ignored. A message that could not be returned is delivered again when its lease has ended.
         """
         now = time.monotonic()
         with self._lock:
@@ -197,7 +210,7 @@ class _Turn:
         with suppress(RedisError, OperationalError, OSError):
             if is_long:
                 self._give_back_waiting()
-                self._context.published.try_to_store()
+                self._end_done(self._published.try_to_store)
             if announce:
                 replace(self._context.results, patient=False).states.publish_started(running.accepted.job_id)
             if now - self._renewed > _RENEWAL_SECONDS:

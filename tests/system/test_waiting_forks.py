@@ -13,7 +13,7 @@ import pytest
 from celery.result import AsyncResult
 
 from tests.fixtures.filesystems import Fresh
-from tests.fixtures.processes import StartWorker
+from tests.fixtures.processes import StartWorker, wait_until
 from tests.support.engine.forks import assert_alike
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
 from tests.support.system.result_checks import check_file_results
@@ -83,15 +83,17 @@ def test_the_ends_of_forks_are_stored_before_a_long_one_that_the_same_process_ma
     start_worker: StartWorker, own_scheduler: Scheduler, mounts: Path, directory: Path, tmp_path: Path
 ) -> None:
     (directory / "long").mkdir()
-    (directory / "long" / "disk").write_bytes(bytes(range(256)) * (12 << 10))
+    (directory / "long" / "disk").write_bytes(bytes(range(256)) * (24 << 10))
     small = _send(own_scheduler, directory, 4)
     request = {"source": str(directory / "long"), "destination": str(directory / "copy"), "reflink": "never"}
     long = own_scheduler.send(request)
 
     env = {"FORKVM_COPY_RATE": "1048576", "FORKVM_RUNTIME_DIR": str(tmp_path / "runtime")}
     worker = start_worker(mounts, 1, env=env)
-    assert own_scheduler.wait(long)["chunks"] == 1
     _check_all(own_scheduler, small, directory / "a")
+    wait_until(lambda: len(_taken(own_scheduler)) <= 1, "the end of all messages but one")
+    assert own_scheduler.results.final.fork(str(long.id)) is None
+    assert own_scheduler.wait(long)["chunks"] == 1
 
     assert worker.output().count(" received") == 1  # the process took the others itself
     states = [own_scheduler.results.states.get(fork_id) for fork_id in (*small, long.id)]
