@@ -6,6 +6,7 @@ from worker.own_packages import prefer_own_packages
 
 prefer_own_packages()  # again: after it imports `worker`, `celery -A` puts the working directory first
 
+import gc
 import logging
 import os
 import socket
@@ -218,6 +219,16 @@ class _StepAfterPool(bootsteps.StartStopStep):
     def start(self, parent: Any) -> None:
         """Called when the pool has started, before the worker connects to Redis."""
         self.begin()
+
+
+@signals.celeryd_after_setup.connect
+def _freeze_objects(**_: Any) -> None:
+    """Leave the objects of the program out of garbage collection, in this process and in those that it forks.
+
+    There are 90,000 of them, so a full collection stops a process for 60 to 140 ms, and its fork with it. A child that
+    collects also copies the pages that hold them (the documentation of `gc.freeze`).
+    """
+    gc.freeze()
 
 
 @signals.celeryd_after_setup.connect

@@ -6,6 +6,7 @@ import base64
 import itertools
 import json
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -215,3 +216,14 @@ def test_worker_of_a_domain_serves_only_its_queue(
     assert not other.ready()
     assert scheduler.messages()[QUEUE] == 1
     scheduler.redis.delete(QUEUE)
+
+
+def test_a_collection_of_garbage_in_a_pool_process_leaves_out_the_program(
+    own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path
+) -> None:
+    """It would stop the process for 60 to 140 ms, in the middle of a fork."""
+    worker = start_worker(mounts, args=["-I", "tests.support.system.frozen_objects"])
+
+    worker.wait_for_output("frozen objects: ", times=2)
+
+    assert min(map(int, re.findall(r"frozen objects: (\d+)", worker.output()))) > 50_000
