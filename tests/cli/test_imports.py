@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures.processes import ROOT
+from tests.fixtures.processes import ROOT, StartWorker
 
 #: Runs the command in its arguments, and prints the names of the imported modules on its last line.
 _RUN = """
@@ -64,3 +64,12 @@ def test_shell_completion_imports_neither_the_queue_nor_the_engine() -> None:
     words = {"_FORKVM_COMPLETE": "bash_complete", "COMP_WORDS": "forkvm fork --ref", "COMP_CWORD": "2"}
 
     assert _imported(**words).isdisjoint(_SLOW | {"tasks.copier.fork", "tasks.copier.staging"})
+
+
+def test_a_worker_imports_no_commands_of_celery(start_worker: StartWorker, tmp_path: Path) -> None:
+    """They and their plugins, such as Flower and a shell, take as long to import as a third of the worker's start."""
+    worker = start_worker(tmp_path, 1, command="forkvm", env={"PYTHONPROFILEIMPORTTIME": "1"})
+
+    imported = {line.rpartition("|")[2].strip() for line in worker.output().splitlines() if "import time:" in line}
+    assert "celery.apps.worker" in imported
+    assert not [name for name in imported if name.startswith(("celery.bin", "click_repl", "flower"))]

@@ -46,16 +46,17 @@ def worker(domain: str | None, concurrency: int | None, loglevel: str | None) ->
         os.environ["FORKVM_DOMAIN"] = domain
     if loglevel is not None:
         os.environ["FORKVM_LOG_LEVEL"] = loglevel
-    from celery.bin.celery import celery
-
     from worker.app import app  # reads FORKVM_DOMAIN and FORKVM_LOG_LEVEL
 
-    arguments = ["worker", "-Q", settings.queue, "--loglevel", "INFO"]
-    if concurrency is not None:
-        arguments += ["--concurrency", str(concurrency)]
-    # As Celery.worker_main, which drops the exit code.
-    celery.params[0].default = app
-    sys.exit(celery.main(args=arguments, standalone_mode=False) or DONE)
+    # Not through celery.bin, which imports each command of Celery and of its plugins: that takes as long as all else.
+    started = app.Worker(
+        queues=[settings.queue],
+        loglevel="INFO",
+        concurrency=concurrency,
+        no_color=bool(os.environ.get("NO_COLOR")),
+    )
+    started.start()
+    sys.exit(started.exitcode or DONE)
 
 
 @command(example="forkvm demo --dir /guests", failed="The demo could not be run, or a step of it failed.")
