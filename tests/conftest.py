@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Generator
@@ -43,6 +44,13 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Long tests run first. Otherwise they would start when most pytest-xdist processes have nothing left to do.
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    # The collected tests are half a million objects. Each later gc.collect() would visit them, for 0.3 s.
+    gc.collect()
+    gc.freeze()
 
 
 def _restore_ignored_signals() -> None:
