@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,8 @@ SKIPPED_BY_DEFAULT = frozenset(
 #: Data is in runs of 64 KiB to 1 MiB with holes between, as in a disk image.
 _SMALLEST_RUN = 64 * 1024
 _LARGEST_RUN = MIB
+#: Data of files up to this size is kept in memory for the next guest.
+_LARGEST_KEPT = 8 * MIB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,25 +64,38 @@ def make_sparse_file(path: Path, size: int, data: int, *, seed: int = 0) -> None
 
     Every run differs from every other, so that data in the wrong position is detected.
     """
-    randomness = random.Random(seed)
+    runs = _kept_runs(size, data, seed) if data <= _LARGEST_KEPT else _runs(size, data, seed)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         os.ftruncate(fd, size)
-        if data >= size:
-            for position in range(0, size, _LARGEST_RUN):
-                os.pwrite(fd, randomness.randbytes(min(_LARGEST_RUN, size - position)), position)
-            return
-        # The distance to the next run is its share of the rest of the file, or slightly less: the runs are spread over
-        # the whole file.
-        position, left = 0, data
-        while left > 0 and position < size:
-            run = min(randomness.randrange(_SMALLEST_RUN, _LARGEST_RUN + 1, 4096), left, size - position)
-            os.pwrite(fd, randomness.randbytes(run), position)
-            stride = (size - position) * run // left
-            left -= run
-            position += max(run + _SMALLEST_RUN, randomness.randrange(stride // 2, stride + 1) // 4096 * 4096)
+        for position, run in runs:
+            os.pwrite(fd, run, position)
     finally:
         os.close(fd)
+
+
+@functools.lru_cache(maxsize=16)
+def _kept_runs(size: int, data: int, seed: int) -> tuple[tuple[int, bytes], ...]:
+    """The runs of a small file. Most tests make the same guest, and random data takes longer to make than to write."""
+    return tuple(_runs(size, data, seed))
+
+
+def _runs(size: int, data: int, seed: int) -> Iterator[tuple[int, bytes]]:
+    """Each run of data of a file, with its position."""
+    randomness = random.Random(seed)
+    if data >= size:
+        for position in range(0, size, _LARGEST_RUN):
+            yield position, randomness.randbytes(min(_LARGEST_RUN, size - position))
+        return
+    # The distance to the next run is its share of the rest of the file, or slightly less: the runs are spread over
+    # the whole file.
+    position, left = 0, data
+    while left > 0 and position < size:
+        run = min(randomness.randrange(_SMALLEST_RUN, _LARGEST_RUN + 1, 4096), left, size - position)
+        yield position, randomness.randbytes(run)
+        stride = (size - position) * run // left
+        left -= run
+        position += max(run + _SMALLEST_RUN, randomness.randrange(stride // 2, stride + 1) // 4096 * 4096)
 
 
 def make_socket(path: Path) -> None:
