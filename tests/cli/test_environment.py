@@ -72,7 +72,7 @@ def test_worker_started_by_celery_reads_only_its_own_variables(
 ) -> None:
     make_guest(tmp_path / "a")
     others = {name: value for name, value in _CELERYS.items() if name not in _READ_BEFORE}
-    worker = start_worker(tmp_path, 1, env=others)
+    worker = start_worker(tmp_path, 1, command="celery", env=others)
 
     environment = program_environment(redis_server)
     done = run_forkvm("submit", tmp_path / "a", tmp_path / "b", "--id", "f", "--wait", env=environment)

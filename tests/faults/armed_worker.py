@@ -1,4 +1,4 @@
-"""Loaded into a worker (`celery worker -I tests.faults.armed_worker`): its children stop or are killed at armed points.
+"""Loaded into a worker (`include` of `start_worker`): its children stop or are killed at armed points.
 
 The program itself is unchanged. Wrappers around a few of its functions first check whether a fault is armed for this
 fork at this point (`tests.faults.fault_points`).

@@ -28,8 +28,8 @@ def start_armed_worker(own_scheduler: Scheduler, start_worker: StartWorker, moun
     """Starts a worker whose children stop or kill themselves at armed points (`fault_points`)."""
 
     def start(concurrency: int = 2, env: Mapping[str, str] | None = None) -> System:
-        args = ["-I", "tests.faults.armed_worker", "--without-mingle"]
-        worker = start_worker(mounts, concurrency, args=args, env=LIMITS | dict(env or {}))
+        env = LIMITS | dict(env or {})
+        worker = start_worker(mounts, concurrency, include="tests.faults.armed_worker", env=env)
         return System(own_scheduler.server, worker, own_scheduler)
 
     return start

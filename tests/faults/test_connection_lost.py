@@ -29,7 +29,6 @@ def test_forks_and_campaigns_over_a_bad_connection_end_with_their_true_results(
         address = f"redis+socket://{proxy.socket}"
         worker = start_worker(
             mounts,
-            args=["--without-mingle"],
             env={
                 "FORKVM_BROKER_URL": address,
                 "FORKVM_RESULT_BACKEND": address,

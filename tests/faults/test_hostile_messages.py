@@ -193,7 +193,7 @@ def test_hostile_messages_are_refused_and_the_worker_serves_the_next_job(
     own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, workdir: Path
 ) -> None:
     # Given
-    worker = start_worker(mounts, args=["--without-mingle"], env={"FORKVM_VISIBILITY_TIMEOUT": "5"})
+    worker = start_worker(mounts, env={"FORKVM_VISIBILITY_TIMEOUT": "5"})
     system, scheduler = System(own_scheduler.server, worker, own_scheduler), own_scheduler
     make_guest(workdir / "a")
     hostile = HostileMessages(workdir)

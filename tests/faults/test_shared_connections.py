@@ -22,7 +22,7 @@ def test_worker_whose_idle_connection_is_closed_reconnects_and_continues(
 ) -> None:
     # Given a worker whose one child is a replacement. It sends no sweep: the child could be given it before the fork
     # that is to be delayed
-    worker = start_worker(mounts, 1, args=["--without-mingle"], env={"FORKVM_VISIBILITY_TIMEOUT": "600"})
+    worker = start_worker(mounts, 1, env={"FORKVM_VISIBILITY_TIMEOUT": "600"})
     wait_until(lambda: _waiting(own_scheduler) != [], "the worker to wait for messages")
     first = worker.children
     send(first, signal.SIGKILL)

@@ -92,7 +92,7 @@ def test_every_job_has_exactly_one_correct_result_under_random_faults(
             """The second worker is behind the proxy."""
             address = f"redis+socket://{proxy.socket if number else redis_server.socket}"
             addresses = {"FORKVM_BROKER_URL": address, "FORKVM_RESULT_BACKEND": address}
-            return start_worker(mounts, env=LIMITS | addresses, args=["--without-mingle"])
+            return start_worker(mounts, env=LIMITS | addresses)
 
         scheduler = Scheduler(app, redis_server)
         checks = FinalChecks(scheduler)

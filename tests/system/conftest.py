@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ import pytest
 from celery import Celery
 
 from tests.fixtures.filesystems import fresh_directory
-from tests.fixtures.processes import ROOT, StartWorker, Worker, program_environment, wait_until
+from tests.fixtures.processes import ROOT, StartWorker, Worker, forkvm_script, program_environment, wait_until
 from tests.fixtures.redis_server import RedisServer
 from tests.support.guests import MIB, make_sparse_file
 from tests.support.outcome import LOGS, body_passed
@@ -40,10 +39,9 @@ def module_worker(
         stack.callback(server.kill)
         server.start()
         log = tmp_path_factory.mktemp("worker") / "worker.log"
-        line = [sys.executable, "-m", "celery", "-A", "worker.app", "worker", "-Q", "forkvm"]
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [*line, "--loglevel", "INFO", "--concurrency", "2"],
+                [forkvm_script(), "worker", "--concurrency", "2"],
                 cwd=ROOT,
                 env=program_environment(server, mounts) | getattr(request.module, "LIMITS", SMALL_LIMITS),
                 stdin=subprocess.DEVNULL,

@@ -47,7 +47,7 @@ def test_a_long_task_is_delivered_once_while_its_worker_runs(
 ) -> None:
     """Tests the lease with the installed kombu: without it the message would be delivered again after 5 s."""
     short = {"FORKVM_VISIBILITY_TIMEOUT": "5"}
-    workers = [start_worker(workdir, env=short, args=["-I", "tests.support.system.long_task"]) for _ in range(2)]
+    workers = [start_worker(workdir, env=short, include="tests.support.system.long_task") for _ in range(2)]
 
     foreign_client.send_task("tests.long_task", kwargs={"seconds": 11}, task_id="long", queue="forkvm")
 

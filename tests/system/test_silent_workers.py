@@ -59,7 +59,7 @@ def test_a_stopped_and_a_killed_worker_are_listed_with_their_last_heartbeats_and
 ) -> None:
     # Given
     stopped, killed, ended, _ = (
-        start_worker(tmp_path, 1, args=["-n", f"{name}@%h"], wait=False)
+        start_worker(tmp_path, 1, command="celery", args=["-n", f"{name}@%h"], wait=False)
         for name in ("stopped", "killed", "ended", "well")
     )
     wait_until(lambda: [worker.answers for worker in workers().values()] == [True] * 4, "four workers")
@@ -109,10 +109,10 @@ def test_a_stopped_worker_that_continues_is_well_again(
 def test_a_worker_that_takes_the_name_of_a_killed_one_replaces_it(
     start_worker: StartWorker, workers: Callable[[], dict[str, overview.Worker]], tmp_path: Path
 ) -> None:
-    start_worker(tmp_path, 1, args=["-n", "same@%h"]).kill()
+    start_worker(tmp_path, 1, command="celery", args=["-n", "same@%h"]).kill()
     assert {name: (worker.answers, worker.children) for name, worker in workers().items()} == {"same": (False, 1)}
 
-    again = start_worker(tmp_path, 2, args=["-n", "same@%h"])
+    again = start_worker(tmp_path, 2, command="celery", args=["-n", "same@%h"])
     assert {name: (worker.answers, worker.children) for name, worker in workers().items()} == {"same": (True, 2)}
 
     again.kill()
@@ -127,7 +127,7 @@ def test_a_worker_that_finishes_its_task_after_sigterm_is_listed_as_ending_until
     workers: Callable[[], dict[str, overview.Worker]],
     tmp_path: Path,
 ) -> None:
-    worker = start_worker(tmp_path, 1, args=["-I", "tests.support.system.long_task"])
+    worker = start_worker(tmp_path, 1, include="tests.support.system.long_task")
     foreign_client.send_task("tests.long_task", kwargs={"seconds": 8}, task_id="long", queue="forkvm")
     worker.wait_for_output("tests.long_task[long] received")
 

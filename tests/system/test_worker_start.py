@@ -45,7 +45,7 @@ def test_two_workers_of_one_host_have_names_of_their_own_and_both_serve(
     directory = fresh("xfs")
     make_guest(directory / "a")
     # `-n celery@%h` is what Celery itself would name a worker that was given no name.
-    workers = [start_worker(mounts, 1, args=["-n", "celery@%h"], wait=False) for _ in range(2)]
+    workers = [start_worker(mounts, 1, command="celery", args=["-n", "celery@%h"], wait=False) for _ in range(2)]
     for worker in workers:
         worker.wait_until_ready()
 
@@ -204,7 +204,9 @@ def test_worker_of_a_domain_serves_only_its_queue(
     for n in range(60):
         (source / str(n)).mkdir()
         (source / str(n) / "state").write_text("paused")
-    start_worker(mounts, queue="forkvm.rack-7", env={"FORKVM_INLINE_FILES": "10", "FORKVM_CHUNK_FILES": "10"})
+    start_worker(
+        mounts, command="celery", queue="forkvm.rack-7", env={"FORKVM_INLINE_FILES": "10", "FORKVM_CHUNK_FILES": "10"}
+    )
     scheduler = own_scheduler
     request = {"source": str(source), "destination": str(directory / "b")}
 

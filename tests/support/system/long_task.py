@@ -1,4 +1,4 @@
-"""A task for tests that takes a given time: `celery worker -I tests.support.system.long_task`."""
+"""A task for tests that takes a given time. A worker loads it by the argument `include` of `start_worker`."""
 
 from __future__ import annotations
 
