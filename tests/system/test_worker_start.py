@@ -224,7 +224,7 @@ def test_a_collection_of_garbage_in_a_pool_process_leaves_out_the_program(
     own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path
 ) -> None:
     """It would stop the process for 60 to 140 ms, in the middle of a fork."""
-    worker = start_worker(mounts, args=["-I", "tests.support.system.frozen_objects"])
+    worker = start_worker(mounts, command="celery", args=["-I", "tests.support.system.frozen_objects"])
 
     worker.wait_for_output("frozen objects: ", times=2)
 
