@@ -120,5 +120,7 @@ def test_a_value_that_is_no_task_message_is_refused_without_quoting_it(
 
 @pytest.mark.parametrize("message", [None, 1, "x", [], [[]], {}])
 def test_a_message_that_is_no_object_is_refused(message: object) -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(Refused) as refused:
         checked(message, "forkvm", TASKS)
+
+    assert message == {} or str(refused.value) == "it is not a JSON object"

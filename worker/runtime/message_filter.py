@@ -231,10 +231,12 @@ def checked(message: Any, queue: str, tasks: Any) -> dict[str, Any]:
 
 def _parsed(message: Any, tasks: Any) -> tuple[_Message, Body]:
     """The parts of a message that is not compressed, and its body. Raises Refused."""
+    if not isinstance(message, dict):
+        raise Refused("it is not a JSON object")
     try:
         parsed = _Message.model_validate(message)
     except ValidationError as error:
-        if isinstance(message, dict) and isinstance(message.get("properties"), dict) and old_body(message):
+        if isinstance(message.get("properties"), dict) and old_body(message):
             raise Refused("it uses Celery's message protocol 1; use protocol 2") from None
         raise Refused(_explain(error)) from None
     name = parsed.headers.task
