@@ -93,6 +93,15 @@ def test_the_forks_of_a_campaign_are_counted_and_have_no_durations(pipe: Pipe, m
     assert _value(metrics, "forkvm_fork_duration_seconds_count", phase="total") == 0
 
 
+@pytest.mark.parametrize("destination", ["", "b", "vms/b", "../b"])
+def test_the_destination_of_a_refused_request_is_no_place_where_forks_are_made(destination: str, pipe: Pipe) -> None:
+    result = _failed(_spec()) | {"destination": destination}
+    pipe.reporter.forks_ended("fork-0", [_succeeded(_spec())], of_campaign=False)
+    pipe.reporter.forks_ended("fork-1", [result], of_campaign=False)
+
+    assert [report[0] for report in pipe.read()] == ["forks", "parent", "forks"]
+
+
 @pytest.mark.parametrize(("make", "status", "code"), [(_succeeded, "succeeded", ""), (_failed, "failed", "no_space")])
 def test_a_job_that_is_reported_again_is_counted_once(
     make: Callable[[ForkSpec], ForkResult], status: str, code: str, pipe: Pipe, metrics: Metrics

@@ -127,8 +127,11 @@ class Reporter:
             self._write(["fallback", fallback["errno"], *pair, len(refused)])
 
     def _report_parent(self, parent: str) -> None:
-        """Report where forks are made, if it is not where this process made the last one: `parent`, path."""
-        if parent != self._parent and len(_encode(parent)) <= _LONGEST_PARENT:
+        """Report where forks are made, if it is not where this process made the last one: `parent`, path.
+
+        A refused request may name anything as its destination, or nothing.
+        """
+        if parent != self._parent and parent.startswith("/") and len(_encode(parent)) <= _LONGEST_PARENT:
             self._parent = parent
             self._write(["parent", parent])
 
