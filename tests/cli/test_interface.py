@@ -79,6 +79,12 @@ def test_bash_completes_commands_options_and_values() -> None:
     ]
 
 
+def test_the_help_names_each_schema() -> None:
+    words = " ".join(_run("schema", "--help").stdout.replace("-\n  ", "-").split())
+
+    assert [name for name in NAMES if name not in words] == []
+
+
 def test_schema_prints_one_schema_or_all_by_their_names() -> None:
     one, everything = _run("schema", "file-result"), _run("schema")
 

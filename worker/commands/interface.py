@@ -36,7 +36,7 @@ def completion(shell: str) -> None:
 def schema(name: str | None) -> None:
     """Print the JSON Schema of a request or result.
 
-    NAME is fork-request, fork-result, fork-progress, file-result, campaign-request, campaign-result or
+    NAME is fork-request, fork-result, fork-progress, estimate, file-result, campaign-request, campaign-result or
     campaign-progress. Without it, all schemas are printed as one JSON object, by their names.
     """
     found = {one: schema_of(one) for one in NAMES} if name is None else schema_of(name)
