@@ -23,7 +23,7 @@ from tasks.context import Context
 from tasks.copier.errors import ForkError
 from tasks.copier.staging.control_directory import last_sign_of_life
 from tasks.copier.staging.gc import YOUNG, collect
-from tasks.names import FINISH_CAMPAIGN_TASK, FORK_TASK
+from tasks.names import FINISH_CAMPAIGN_TASK, FORK_TASK, job_fields
 from tasks.store import keys
 from tasks.store.open_jobs import OpenJob
 from tasks.store.redis_errors import cause
@@ -85,14 +85,14 @@ def _check(context: Context, job: OpenJob) -> None:
     if heartbeat != job.heartbeat:
         context.results.open_jobs.store_heartbeat(job.job_id, heartbeat)
         return
-    log.warning(
-        "job %r is sent again: without a new heartbeat, its message was lost or its process is paused", job.job_id
-    )
-    events.happened("redelivery", "message_lost")
     if job.claim.get("campaign"):  # this task sends the batches that are not done
-        context.send(FINISH_CAMPAIGN_TASK, {"home": job.claim["destination"]}, job.job_id)
+        task, arguments = FINISH_CAMPAIGN_TASK, {"home": job.claim["destination"]}
     else:
-        context.send(FORK_TASK, {"request": job.claim["request"]}, job.job_id)
+        task, arguments = FORK_TASK, {"request": job.claim["request"]}
+    line = "job %r is sent again: without a new heartbeat, its message was lost or its process is paused"
+    log.warning(line, job.job_id, extra=job_fields(task, job.job_id))
+    events.happened("redelivery", "message_lost")
+    context.send(task, arguments, job.job_id)
 
 
 def remove_abandoned(context: Context) -> None:

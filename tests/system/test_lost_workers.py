@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -64,7 +65,7 @@ def test_a_paused_worker_loses_its_fork_and_writes_nothing_into_the_published_fo
     wait_until(lambda: is_chunk_begun(workdir), "a running chunk")
     group(paused_worker, signal.SIGSTOP)
     try:
-        start_worker(workdir, env=short)
+        other = start_worker(workdir, env={**short, "FORKVM_LOG": "json"})
         result = foreign_client.AsyncResult("f1").get(timeout=90)
         published = snapshot(workdir / "vm-2")
         changes = {path: path.stat().st_ctime_ns for path in (workdir / "vm-2").rglob("*")}
@@ -77,4 +78,7 @@ def test_a_paused_worker_loses_its_fork_and_writes_nothing_into_the_published_fo
     assert {path: path.stat().st_ctime_ns for path in (workdir / "vm-2").rglob("*")} == changes
     assert sorted(path.name for path in workdir.iterdir()) == ["vm-1", "vm-2"]
     assert foreign_client.AsyncResult("f1").get(timeout=5) == result
+    warnings = [json.loads(line) for line in other.output().splitlines() if "again: " in line or "was taken" in line]
+    assert warnings
+    assert [line["event"] for line in warnings if line["level"] == "warning" and line.get("fork_id") != "f1"] == []
     paused_worker.kill()  # its warm shutdown waits for its task

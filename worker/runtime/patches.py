@@ -6,6 +6,7 @@ of a worker.
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import time
@@ -23,6 +24,7 @@ from kombu.transport.redis import Channel, QoS
 from redis.exceptions import ConnectionError, OutOfMemoryError, RedisError, ResponseError
 
 from tasks import events
+from tasks.names import job_fields
 from tasks.store.redis_errors import cause, is_passing
 
 log = logging.getLogger(__name__)
@@ -133,12 +135,26 @@ def report_expired_leases() -> None:
             self.restores_expired = False
 
     def restore_and_report(self: Any, tag: Any, *args: Any, **kwargs: Any) -> None:
+        is_expired = getattr(self, "restores_expired", False)
+        fields = _fields_of_unacked(self, tag) if is_expired else {}
         restore_by_tag(self, tag, *args, **kwargs)
-        if getattr(self, "restores_expired", False):
-            log.warning("a message is delivered again: the worker that had it no longer renews its lease")
+        if is_expired:
+            line = "a message is delivered again: the worker that had it no longer renews its lease"
+            log.warning(line, extra=fields)
             events.happened("redelivery", "worker_lost")
 
     qos.restore_visible, qos.restore_by_tag = restore_expired, restore_and_report
+
+
+def _fields_of_unacked(qos: Any, tag: Any) -> dict[str, str]:
+    """The fields of a log line about the message with this tag. Raises RedisError."""
+    with qos.channel.conn_or_acquire() as client:
+        record = client.hget(qos.unacked_key, tag)
+    try:
+        headers = json.loads(record)[0]["headers"]
+        return job_fields(headers["task"], headers["id"])
+    except (ValueError, TypeError, KeyError, IndexError):  # acknowledged meanwhile, or not written by a worker
+        return {}
 
 
 @cache  # once a process
