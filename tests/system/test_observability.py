@@ -9,6 +9,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable
+from http import HTTPStatus
 from pathlib import Path
 from urllib.error import HTTPError
 
@@ -27,8 +28,8 @@ from worker.exit_codes import BAD_CALL
 
 SECRET = "a-guests-secret"
 HTTP = {"FORKVM_HTTP": "127.0.0.1:0"}
-#: A worker reads its pool every two seconds and writes its metrics once a second; the rest is for a busy machine.
-READING_SECONDS = 6.0
+#: A worker reads its pool every two seconds and writes its metrics every five; the rest is for a busy machine.
+READING_SECONDS = 12.0
 #: For the module's worker.
 LIMITS = SMALL_LIMITS | HTTP
 
@@ -40,6 +41,7 @@ class Endpoint:
         found = re.search(r"/readyz at (http://\S+)", worker.output())
         assert found, worker.output()
         self.url = found[1]
+        wait_until(lambda: self.get("/metrics")[0] == HTTPStatus.OK, "the first page of metrics")
 
     def get(self, path: str) -> tuple[int, str]:
         try:

@@ -21,13 +21,10 @@ _OLD_SECONDS = 20.0
 
 
 class Reading(Generic[T]):
-    """One such value. `read` is called in a thread of its own at the interval (seconds), and may raise `errors`."""
+    """One such value. `read` is called in a thread of its own, and may raise `errors`."""
 
-    def __init__(
-        self, name: str, read: Callable[[], T], *errors: type[Exception], interval: float = INTERVAL_SECONDS
-    ) -> None:
+    def __init__(self, name: str, read: Callable[[], T], *errors: type[Exception]) -> None:
         self._read = read
-        self._interval = interval
         self._errors = errors
         self._last: tuple[float, T] | None = None
         self._thread = Thread(target=self._run, name=f"reading {name}", daemon=True)
@@ -52,4 +49,4 @@ class Reading(Generic[T]):
             except Exception as error:  # without its thread, the value would never come back
                 self._last = None
                 log.warning("the %s failed: %s: %s", self._thread.name, type(error).__name__, error)
-            time.sleep(self._interval)
+            time.sleep(INTERVAL_SECONDS)
