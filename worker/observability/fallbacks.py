@@ -18,10 +18,9 @@ class FallbackLog:
 
     def take(self, report: Report) -> None:
         """Take a report of one of the worker's processes."""
-        kind, *values = report
-        if kind != "fallback":
+        if report[0] != "fallback":
             return
-        number, source, destination, _ = values
+        _, number, source, destination, _ = report
         if (source, destination) not in self._logged:
             self._logged.add((source, destination))
             log.warning(

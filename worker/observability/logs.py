@@ -19,7 +19,7 @@ from celery._state import get_current_task
 from celery.apps import worker as celery_worker
 from celery.exceptions import CPendingDeprecationWarning, SecurityWarning
 from celery.utils.log import get_multiprocessing_logger
-from pythonjsonlogger.json import JsonFormatter
+from pythonjsonlogger.json import JsonEncoder, JsonFormatter
 
 from tasks.names import job_fields
 from worker.settings import LogStyle
@@ -93,7 +93,8 @@ class JsonLines(JsonFormatter):
     """JSON: `timestamp`, `level`, `event`, `logger`, and where known the ids of the job, and further fields."""
 
     def __init__(self, domain: str) -> None:
-        super().__init__()
+        encode = JsonEncoder().encode  # by default, each line makes an encoder of its own
+        super().__init__(json_serializer=lambda line, **_: encode(line))
         self._domain = domain
 
     def add_fields(self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]) -> None:

@@ -6,11 +6,17 @@ method, a filesystem, never an id or a path.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator
 from functools import cache
+from itertools import accumulate
 from typing import Any, get_args
 
 import prometheus_client
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, ProcessCollector
+from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from tasks.copier.campaign.spec import Status
 from tasks.copier.errors import errno_name
@@ -52,13 +58,8 @@ class Metrics:
             "retry": self._counter("retries", "Messages that went back to their queue to wait.", "reason"),
             "rejection": self._counter("rejected_messages", "Messages that were refused.", "reason"),
         }
-        self._durations = Histogram(
-            "forkvm_fork_duration_seconds",
-            "Durations of the phases of forks that succeeded, without those of campaigns.",
-            ["phase"],
-            buckets=_BUCKETS,
-            registry=self.registry,
-        )
+        self._durations = _Durations()
+        self.registry.register(self._durations)
         #: As `labels` of a metric, which takes longer than the count itself.
         self._labelled = cache(lambda metric, *labels: metric.labels(*labels))
         self._begin_at_zero()
@@ -96,8 +97,6 @@ class Metrics:
         for kind, reasons in REASONS.items():
             for reason in reasons:
                 self._events[kind].labels(reason)
-        for phase in PHASES:
-            self._durations.labels(phase)
 
     def _count_forks(
         self,
@@ -118,4 +117,27 @@ class Metrics:
                 if count:
                     self._labelled(counter, method).inc(count)
         for phase, value in seconds.items():
-            self._labelled(self._durations, phase).observe(value)
+            self._durations.add(phase, value)
+
+
+class _Durations(Collector):
+    """The histogram of durations. That of prometheus_client takes four times as long, which each fork would pay."""
+
+    def __init__(self) -> None:
+        #: The number of durations in each bucket, and of those above the last, by phase.
+        self._counts = {phase: [0] * (len(_BUCKETS) + 1) for phase in PHASES}
+        self._sums = dict.fromkeys(PHASES, 0.0)
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Count one duration."""
+        self._counts[phase][bisect_left(_BUCKETS, seconds)] += 1
+        self._sums[phase] += seconds
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the histogram."""
+        text = "Durations of the phases of forks that succeeded, without those of campaigns."
+        family = HistogramMetricFamily("forkvm_fork_duration_seconds", text, labels=["phase"])
+        bounds = [*map(floatToGoString, _BUCKETS), "+Inf"]
+        for phase, counts in self._counts.items():
+            family.add_metric([phase], [*zip(bounds, accumulate(counts), strict=True)], self._sums[phase])
+        yield family

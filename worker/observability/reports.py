@@ -17,8 +17,8 @@ import logging
 import os
 import select
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from threading import Thread
@@ -44,8 +44,8 @@ _PIPE_BYTES = 1 << 20
 #: How long a process waits if the pipe is full, in milliseconds. It is, only if the main process has stopped.
 _FULL_MS = 1000
 #: How often the main process reads, in seconds. Reading many reports at once costs less than a thread that wakes up
-#: for each.
-_INTERVAL_SECONDS = 0.2
+#: for each. Where a pipe has only the kernel's default size, it holds 190 reports.
+_INTERVAL_SECONDS = 0.5
 #: Longest id in a report, in bytes.
 _LONGEST_ID = 256
 #: Longest path in a report, in characters of JSON.
@@ -78,12 +78,11 @@ class Reporter:
             self._report_span("fork", run_id, results[0], datetime.fromisoformat(results[0]["started_at"]).timestamp())
         if not self._counts:
             return
-        ends = Counter((result["status"], (result["error"] or _NO_ERROR)["code"]) for result in results)
-        files, sizes = Counter[str](), Counter[str]()
+        ends: dict[tuple[str, str], int] = {}
         for result in results:
-            for sums, counts in ((files, files_by_method(result)), (sizes, bytes_by_method(result))):
-                for method, count in counts.items():
-                    sums[method] += count
+            end = result["status"], (result["error"] or _NO_ERROR)["code"]
+            ends[end] = ends.get(end, 0) + 1
+        files, sizes = _summed(map(files_by_method, results)), _summed(map(bytes_by_method, results))
         first, run_id = results[0], _short(run_id)
         seconds = first["seconds"] if not of_campaign and first["error"] is None else {}
         by_end = [[*end, count] for end, count in ends.items()]
@@ -152,6 +151,15 @@ class Reporter:
             self._is_full = True
 
 
+def _summed(each: Iterable[dict[str, int]]) -> dict[str, int]:
+    """The sums by key. Most often there is one fork, for which `Counter` would take a third of a report's time."""
+    sums, *others = each
+    for counts in others:
+        for key, count in counts.items():
+            sums[key] = sums.get(key, 0) + count
+    return sums
+
+
 def _short(job_id: str) -> str:
     """The id, or a digest of a long one: an id may take 6 KB as JSON."""
     encoded = job_id.encode("utf-8", "surrogatepass")
@@ -182,7 +190,7 @@ class Pipe:
             except BlockingIOError:
                 return
             *lines, self._rest = (self._rest + data).split(b"\n")
-            yield from map(json.loads, lines)
+            yield from json.loads(b"[" + b",".join(lines) + b"]")  # one call takes a third of the time of many
 
     def _run(self, takers: Sequence[Callable[[Report], None]]) -> None:
         written = select.poll()
