@@ -19,6 +19,8 @@ from tests.support.system.systems import System, stopped_in_the_middle
 from worker.client import Client
 from worker.settings import Settings
 
+RUNBOOK = Path(__file__).parents[2] / "docs" / "runbook.md"
+
 
 def _client(system: System, domain: str = "") -> Client:
     server = system.server
@@ -64,6 +66,28 @@ def test_queues_prints_the_overview(system: System, run_forkvm: RunForkvm) -> No
 
     assert (done.returncode, done.stderr) == (0, "forkvm: no worker of forkvm.nowhere answers\n")
     assert "In progress: 0 forks, 0 campaigns" in done.stdout
+
+
+def test_the_runbook_s_script_shows_domains_without_a_worker(system: System, tmp_path: Path) -> None:
+    script = RUNBOOK.read_text().partition("```sh\nfor domain")[2].partition("```")[0]
+    directory = "/var/lib/prometheus/node-exporter"
+    assert script.count(directory) == 3
+    path = f"{Path(forkvm_script()).parent}{os.pathsep}{os.environ['PATH']}"
+    system.scheduler.redis.lpush("forkvm.nvme-a", b"{}", b"{}")
+
+    subprocess.run(
+        ["bash", "-euc", f"for domain{script}".replace(directory, str(tmp_path))],
+        env=program_environment(system.server) | {"PATH": path},
+        check=True,
+    )
+    system.scheduler.redis.delete("forkvm.nvme-a")
+
+    assert (tmp_path / "forkvm.prom").read_text().splitlines() == [
+        'forkvm_domain_messages{queue="forkvm.nvme-a"} 2',
+        'forkvm_domain_workers{queue="forkvm.nvme-a"} 0',
+        'forkvm_domain_messages{queue="forkvm.nvme-b"} 0',
+        'forkvm_domain_workers{queue="forkvm.nvme-b"} 0',
+    ]
 
 
 def test_top_shows_the_domain_in_a_terminal_until_ctrl_c(system: System) -> None:
