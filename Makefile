@@ -6,7 +6,7 @@ SHELL := /bin/bash
 unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 # What `make bench` measures in addition to the table.
-MEASURES := campaigns large-campaign singles load snapshot first-file messages memory growth neighbour
+MEASURES := campaigns large-campaign singles load metrics snapshot first-file messages memory growth neighbour
 # Directories with Python sources.
 SOURCES := worker tasks tests benchmarks
 

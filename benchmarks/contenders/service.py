@@ -24,6 +24,8 @@ from worker.started_processes import ended_at_exit, redis_executable
 
 _PROJECT = Path(__file__).resolve().parents[2]
 _QUEUE = "forkvm"
+#: The name of Redis's socket in its directory.
+_SOCKET = "redis.sock"
 #: A task of the measured worker that does nothing.
 EMPTY_TASK = "benchmarks.empty"
 #: How long Redis and the worker may take to start, in seconds.
@@ -113,7 +115,10 @@ def running_service(root: Path) -> Iterator[Service]:
         with _redis(executable, private) as socket:
             url = f"redis+socket://{socket}"
             log = private / "worker.log"
-            with _worker(url, root, log) as worker, Redis(unix_socket_path=str(socket)) as redis:
+            with (
+                _worker(url, root, log, {}, lambda: b" ready." in log.read_bytes()) as worker,
+                Redis(unix_socket_path=str(socket)) as redis,
+            ):
                 client = Celery(broker=url, backend=url, set_as_current=False)
                 service = Service(client, redis, private, worker, log)
                 try:
@@ -123,6 +128,25 @@ def running_service(root: Path) -> Iterator[Service]:
                     client.close()
     finally:
         shutil.rmtree(private, ignore_errors=True)
+
+
+@contextmanager
+def worker_beside(service: Service, root: Path, database: int, settings: dict[str, str]) -> Iterator[Service]:
+    """Another worker with these settings, on another database of the same Redis. Raises NoService."""
+    socket = service.redis_directory / _SOCKET
+    url = f"redis+socket://{socket}?virtual_host={database}"
+    log, heartbeat = (service.redis_directory / f"worker-{database}.{what}" for what in ("log", "heartbeat"))
+    with (
+        _worker(url, root, log, settings | {"FORKVM_HEARTBEAT_FILE": str(heartbeat)}, heartbeat.exists) as worker,
+        Redis(unix_socket_path=str(socket), db=database) as redis,
+    ):
+        client = Celery(broker=url, backend=url, set_as_current=False)
+        beside = Service(client, redis, service.redis_directory, worker, log)
+        try:
+            _warm_up(beside, root)
+            yield beside
+        finally:
+            client.close()
 
 
 def _warm_up(service: Service, root: Path) -> None:
@@ -139,7 +163,7 @@ def _warm_up(service: Service, root: Path) -> None:
 
 @contextmanager
 def _redis(executable: str, private: Path) -> Iterator[Path]:
-    socket = private / "redis.sock"
+    socket = private / _SOCKET
     command = [
         executable,
         *("--port", "0", "--unixsocket", str(socket), "--dir", str(private)),
@@ -153,12 +177,12 @@ def _redis(executable: str, private: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _worker(url: str, root: Path, log: Path) -> Iterator[int]:
+def _worker(url: str, root: Path, log: Path, settings: dict[str, str], is_ready: Callable[[], bool]) -> Iterator[int]:
     command = [sys.executable, "-m", "benchmarks.contenders.measured_worker", "worker", "--concurrency", "2"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FORKVM_")}
-    environment |= {"FORKVM_BROKER_URL": url, "FORKVM_ROOTS": str(root)}
+    environment |= {"FORKVM_BROKER_URL": url, "FORKVM_ROOTS": str(root)} | settings
     with _process(command, environment, log) as worker:
-        _wait_for(worker, lambda: b" ready." in log.read_bytes(), log, "the worker")
+        _wait_for(worker, is_ready, log, "the worker")
         yield worker.pid
 
 

@@ -9,7 +9,18 @@ from benchmarks.cases import ONE, Case
 from benchmarks.contenders.service import Service
 from benchmarks.filesystems import Filesystem, Unavailable
 from benchmarks.log import log
-from benchmarks.measures import campaigns, first_file, growth, load, memory, messages, neighbour, small_forks, snapshot
+from benchmarks.measures import (
+    campaigns,
+    first_file,
+    growth,
+    load,
+    memory,
+    messages,
+    metrics,
+    neighbour,
+    small_forks,
+    snapshot,
+)
 from benchmarks.plan import Plan, open_filesystem
 from benchmarks.report.tables import Finding
 
@@ -38,6 +49,10 @@ def _growth(plan: Plan, root: Path, service: Service | None) -> list[Finding]:
 
 def _messages(plan: Plan, root: Path, service: Service | None) -> list[Finding]:
     return _with_service(plan, root, service, messages.CASES, messages.measure_messages)
+
+
+def _metrics(plan: Plan, root: Path, service: Service | None) -> list[Finding]:
+    return _with_service(plan, root, service, metrics.CASES, metrics.measure_metrics)
 
 
 def _first_file(plan: Plan, root: Path, service: Service | None) -> list[Finding]:
@@ -119,6 +134,7 @@ MEASURES: dict[str, Measure] = {
     "memory": _memory,
     "growth": _growth,
     "messages": _messages,
+    "metrics": _metrics,
     "first-file": _first_file,
     "snapshot": _snapshot,
     "neighbour": _neighbour,
