@@ -10,5 +10,5 @@ measures/       figures beside the table: campaigns, memory, messages, ...
 report/         the table, the picture, the targets, and the file that keeps figures
 plan            what one run of `python -m benchmarks` measures, and where
 
-Nothing imports this package except its tests. It runs forkvm with default settings.
+Nothing imports this package except its tests. It runs forkvm with default settings, except in the measure of metrics.
 """
