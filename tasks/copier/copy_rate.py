@@ -3,6 +3,10 @@
 The processes share a file that holds the bound and the time until which the bytes copied so far use it up. A process
 that has copied some bytes moves this time on by what they take at the bound, and waits until then. So the processes
 need no message, and one that dies leaves at most the wait for its last piece.
+
+The bytes that could have been copied in the past are lost, so that a fork does not begin with a burst. Only the time in
+which a piece was copied counts, up to what the piece takes at the bound: otherwise a process that is alone would copy,
+and then wait as long as if it had copied nothing meanwhile.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ _UNSET = -1
 _OPEN = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 #: Longest sleep between two polls, in seconds.
 _SLICE_SECONDS = 0.1
-#: What a process may catch up that was kept from copying, in nanoseconds. Without this, the sum stays below the bound.
+#: What a process may catch up that was woken too late, in nanoseconds. Without this, the sum stays below the bound.
 _CREDIT = 100_000_000
 #: A time that is further ahead, in nanoseconds, was not written by a process that waits: the host was started again.
 _FURTHEST = 3_600_000_000_000
@@ -42,11 +46,12 @@ _ABSENT = 500_000_000
 #: others go on without it.
 _LOCK_SECONDS = 0.2
 
-#: Called with the number of bytes just copied, and a function to call regularly while it waits, which may raise.
-Pace = Callable[[int, Callable[[], None]], None]
+#: Called with the number of bytes just copied, a function to call regularly while it waits, which may raise, and the
+#: seconds in which they were copied.
+Pace = Callable[[int, Callable[[], None], float], None]
 
 
-def unbounded(count: int, poll: Callable[[], None]) -> None:
+def unbounded(count: int, poll: Callable[[], None], took: float) -> None:
     """The pace without a bound."""
 
 
@@ -75,11 +80,14 @@ class CopyRate:
     _own_until: int = 0
     _has_warned: bool = False
 
-    def __call__(self, count: int, poll: Callable[[], None]) -> None:
-        """Wait until `count` more bytes, which were just copied, are within the bound. Raises what `poll` raises."""
+    def __call__(self, count: int, poll: Callable[[], None], took: float) -> None:
+        """Wait until `count` more bytes, copied in the last `took` seconds, are within the bound.
+
+        Raises what `poll` raises.
+        """
         if not count:
             return
-        rate, until = self._charge(count)
+        rate, until = self._charge(count, int(took * 1e9))
         while rate and (left := until - time.monotonic_ns()) > 0:
             time.sleep(min(_SLICE_SECONDS, left / 1e9))
             poll()
@@ -105,27 +113,30 @@ class CopyRate:
         with _locked(fd):
             os.pwrite(fd, _STATE.pack(_MARK, rate or 0, time.monotonic_ns()), 0)
 
-    def _charge(self, count: int) -> tuple[int, int]:
-        """Count bytes. Returns the bound (0: none) and the time until which to wait, in nanoseconds."""
+    def _charge(self, count: int, took: int) -> tuple[int, int]:
+        """Count bytes that were copied in `took` nanoseconds.
+
+        Returns the bound (0: none) and the time until which to wait, in nanoseconds.
+        """
         if not self._rate_of(self._read()):
             return 0, 0
         try:
-            return self._charge_shared(count)
+            return self._charge_shared(count, took)
         except OSError as error:
             self._warn(error)
             if not self.configured:
                 return 0, 0
-            self._own_until = _later(self._own_until, time.monotonic_ns(), count, self.configured)
+            self._own_until = _later(self._own_until, count, self.configured, took)
             return self.configured, self._own_until
 
-    def _charge_shared(self, count: int) -> tuple[int, int]:
+    def _charge_shared(self, count: int, took: int) -> tuple[int, int]:
         fd = self._open(create=True)
         with _locked(fd):
             shared = _unpacked(os.pread(fd, _STATE.size, 0))
             rate = self._rate_of(shared)
             if not rate:
                 return 0, 0
-            until = _later(shared.used_until, time.monotonic_ns(), count, rate)
+            until = _later(shared.used_until, count, rate, took)
             os.pwrite(fd, _STATE.pack(_MARK, _UNSET if shared.rate is None else shared.rate, until), 0)
         return rate, until
 
@@ -177,12 +188,13 @@ class CopyRate:
         return self._fd
 
 
-def _later(until: int, now: int, count: int, rate: int) -> int:
-    """The time until which the bound is used up after `count` more bytes."""
-    begin = max(until, now - _CREDIT)
+def _later(until: int, count: int, rate: int, took: int) -> int:
+    """The time until which the bound is used up after `count` more bytes, which were copied in `took` nanoseconds."""
+    now, lasts = time.monotonic_ns(), count * 1_000_000_000 // rate
+    begin = max(until, now - _CREDIT - min(took, lasts))
     if begin > now + _FURTHEST:
         begin = now
-    return begin + count * 1_000_000_000 // rate
+    return begin + lasts
 
 
 def _unpacked(data: bytes) -> _Shared:

@@ -47,7 +47,9 @@ class Ticker:
         """`pace` is called for the bytes that are copied, and may wait."""
         self.pace = pace
         self._poll = poll
-        self._next = time.monotonic() + POLL_SECONDS
+        #: The end of the last wait: what is copied next began then, or later.
+        self._waited = time.monotonic()
+        self._next = self._waited + POLL_SECONDS
         self.progress: Progress = {
             "files_done": 0,
             "files_total": 0,
@@ -75,7 +77,9 @@ class Ticker:
     def step(self, count: int) -> None:
         """Count copied bytes of a file that is not finished. Waits if they were copied too fast."""
         self(0, count)
-        self.pace(count, self.poll)
+        if count:
+            self.pace(count, self.poll, time.monotonic() - self._waited)
+            self._waited = time.monotonic()
 
     def poll(self) -> None:
         """Count nothing; call `poll` if it is due."""

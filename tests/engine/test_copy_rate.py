@@ -9,6 +9,7 @@ import struct
 import time
 from pathlib import Path
 from threading import Event, Thread
+from typing import NamedTuple
 
 import pytest
 
@@ -18,10 +19,11 @@ from tasks.copier.progress import Ticker
 from tests.fixtures.filesystems import Fresh
 from tests.support.engine.child_processes import NOBODY, Child, in_child
 from tests.support.engine.forks import MIB, never_stop
+from tests.support.processor import LoadFreeStopwatch
 
 _RATE = 32 * MIB
 #: The allowed deviation from the limit.
-_MOST = 1.1
+_LEAST, _MOST = 0.9, 1.1
 #: The limit for calls that must not wait: far less than they would wait with a copy rate.
 _FEW_SECONDS = 10.0
 
@@ -37,17 +39,55 @@ def directory(tmp_path: Path) -> str:
 
 def copy_pieces(pace: CopyRate, count: int, size: int) -> None:
     for _ in range(count):
-        pace(size, never_cancel)
+        pace(size, never_cancel, 0.0)
 
 
-def test_processes_share_the_copy_rate(directory: str) -> None:
+class Paced(NamedTuple):
+    """What one process measured while it copied pieces, in seconds of the monotonic clock."""
+
+    #: When each piece was within the bound.
+    times: list[float]
+    #: How long the process was ready to run and had no processor.
+    delayed: float
+
+
+def copied_pieces(pace: CopyRate, count: int, size: int) -> Paced:
+    stopwatch, times = LoadFreeStopwatch(list), [time.monotonic()]
+    for _ in range(count):
+        pace(size, never_cancel, 0.0)
+        times.append(time.monotonic())
+    return Paced(times[1:], times[-1] - times[0] - stopwatch.seconds())
+
+
+def test_processes_share_the_copy_rate_and_use_all_of_it(directory: str) -> None:
+    size = MIB // 4
     began = time.monotonic()
-    children = [Child(lambda: copy_pieces(CopyRate(directory, _RATE), 64, MIB // 4)) for _ in range(3)]
-    for child in children:
-        child.result()
+    children = [Child(lambda: copied_pieces(CopyRate(directory, _RATE), 64, size)) for _ in range(3)]
+    found = [Paced(*child.result()) for child in children]
 
-    seconds = time.monotonic() - began
-    assert _MOST * _RATE * seconds >= 3 * 64 * MIB / 4
+    assert _MOST * _RATE * (time.monotonic() - began) >= 3 * 64 * size
+    # From when all copy until the first of them is done. If none of them has a processor, nothing is copied.
+    start, end = max(paced.times[0] for paced in found), min(paced.times[-1] for paced in found)
+    copied = size * sum(start < at <= end for paced in found for at in paced.times)
+    able = end - start - min(paced.delayed for paced in found)
+    assert _LEAST * _RATE * able <= copied <= _MOST * _RATE * (end - start)
+
+
+def test_the_time_of_the_copying_itself_counts_for_a_process_that_is_alone(directory: str) -> None:
+    # Given pieces that take nearly as long to copy as the copy rate allows, as on a slow disk
+    size, count = _RATE // 4, 6
+    ticker = Ticker(never_stop, CopyRate(directory, _RATE))
+    stopwatch, needed = LoadFreeStopwatch(list), 0.0
+
+    # When
+    for _ in range(count):
+        began = time.monotonic()
+        time.sleep(0.2)
+        needed += max(size / _RATE, time.monotonic() - began)
+        ticker.step(size)
+
+    # Then
+    assert stopwatch.seconds() <= needed / _LEAST
 
 
 def test_without_a_copy_rate_nothing_waits_and_nothing_is_created(directory: str) -> None:
@@ -74,7 +114,7 @@ def test_a_waiting_process_continues_when_the_copy_rate_is_removed(directory: st
     pace, waits, done = CopyRate(directory, LEAST_RATE), Event(), Event()
 
     def copy() -> None:
-        pace(1 << 40, waits.set)
+        pace(1 << 40, waits.set, 0.0)
         done.set()
 
     thread = Thread(target=copy, daemon=True)
@@ -91,7 +131,7 @@ def test_a_copy_that_waits_can_be_cancelled(directory: str) -> None:
         raise ForkError(Code.CANCELLED, "cancelled on request", "")
 
     with pytest.raises(ForkError, match="cancelled on request"):
-        CopyRate(directory, LEAST_RATE)(1 << 40, cancel)
+        CopyRate(directory, LEAST_RATE)(1 << 40, cancel, 0.0)
 
 
 def test_a_process_stopped_while_it_holds_the_lock_does_not_block_others(directory: str) -> None:
@@ -107,7 +147,7 @@ def test_a_process_stopped_while_it_holds_the_lock_does_not_block_others(directo
     try:
         began = time.monotonic()
         CopyRate(directory).set(1 << 50)
-        CopyRate(directory)(MIB, never_cancel)
+        CopyRate(directory)(MIB, never_cancel, 0.0)
         assert time.monotonic() - began < _FEW_SECONDS
     finally:
         holder.kill()
@@ -120,7 +160,7 @@ def test_a_damaged_file_sets_no_copy_rate(directory: str, content: bytes) -> Non
 
     assert CopyRate(directory).current() is None
     assert CopyRate(directory, _RATE).current() == _RATE
-    CopyRate(directory, 1 << 50)(MIB, never_cancel)
+    CopyRate(directory, 1 << 50)(MIB, never_cancel, 0.0)
     CopyRate(directory).set(MIB)
     assert CopyRate(directory).current() == MIB
 
@@ -132,14 +172,14 @@ def test_a_time_from_before_the_last_boot_causes_no_wait(directory: str) -> None
         file.write(struct.pack("=q", time.monotonic_ns() + 7200 * 10**9))
     began = time.monotonic()
 
-    CopyRate(directory)(MIB, never_cancel)
+    CopyRate(directory)(MIB, never_cancel, 0.0)
 
     assert time.monotonic() - began < _FEW_SECONDS
 
 
 def test_a_recreated_directory_is_used(directory: str) -> None:
     pace = CopyRate(directory, _RATE)
-    pace(1, never_cancel)
+    pace(1, never_cancel, 0.0)
     Path(directory, FILE).unlink()
     CopyRate(directory).set(MIB)
 
