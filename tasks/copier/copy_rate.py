@@ -15,6 +15,7 @@ import errno
 import fcntl
 import logging
 import os
+import stat
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -169,10 +170,14 @@ class CopyRate:
         if create:
             with suppress(FileExistsError):
                 os.mkdir(self.directory, 0o700)
-        directory_fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        # In /dev/shm any user could make the directory first, or a link.
+        may_be_planted = os.stat(os.path.dirname(self.directory) or ".").st_mode & stat.S_IWOTH
+        follow = os.O_NOFOLLOW if may_be_planted else 0
+        directory_fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | follow)
         try:
             status = os.fstat(directory_fd)
-            if os.geteuid() != 0 and status.st_uid not in (0, os.geteuid()):
+            is_foreign = status.st_uid not in (0, os.geteuid())
+            if is_foreign and (may_be_planted or os.geteuid() != 0):
                 raise PermissionError(errno.EPERM, "the directory belongs to another user")
             # A process that may write to the directory may copy on this host.
             mode = status.st_mode & 0o666

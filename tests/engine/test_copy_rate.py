@@ -208,6 +208,22 @@ def test_the_directory_of_another_user_is_not_used(fresh: Fresh) -> None:
     assert refusal == "the directory belongs to another user"
 
 
+@pytest.mark.parametrize("is_link", [False, True])
+def test_what_another_user_planted_in_a_directory_for_all_is_not_used(fresh: Fresh, is_link: bool) -> None:
+    for_all = fresh("tmpfs")
+    for_all.chmod(0o1777)
+    planted = for_all / "planted"
+    planted.mkdir()
+    os.chown(planted, NOBODY, NOBODY)
+    CopyRate(str(for_all / "own")).set(MIB)
+    if is_link:
+        planted = for_all / "link"
+        planted.symlink_to("own")
+
+    with pytest.raises((PermissionError, NotADirectoryError)):
+        CopyRate(str(planted)).set(MIB)
+
+
 def _refusal(directory: str) -> str:
     try:
         CopyRate(directory).set(MIB)

@@ -9,6 +9,7 @@ has last worked on it.
 
 Limits: containers see each other's forks only if they share /dev/shm. Files count that this user or root has made:
 another user could claim any number of bytes. Reservations are advice: without /dev/shm a fork works as without others.
+They are not in the runtime directory of the copy rate, which another user's command may not be able to use.
 """
 
 from __future__ import annotations
