@@ -2,8 +2,8 @@
 
     python -m benchmarks.contenders.neighbour FILE LOG
 
-It prints `ready`, works until its stdin is closed, and prints one line of JSON: milliseconds by `read p50`, `read p99`,
-`fsync p50` and `fsync p99`.
+It prints `ready` and works. What begins before the first line of its stdin does not count; the end of stdin ends it. It
+prints one line of JSON: by `read` and `fsync`, how many milliseconds each call took.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ _BLOCK = 4096
 _READ_SECONDS, _APPEND_SECONDS = 0.002, 0.05
 
 
-def _read(path: str, ended: Event, seconds: list[float]) -> None:
+#: When a call began, and how long it took, in seconds.
+Calls = list[tuple[float, float]]
+
+
+def _read(path: str, ended: Event, calls: Calls) -> None:
     fd = os.open(path, os.O_RDONLY)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
     blocks, rng = os.fstat(fd).st_size // _BLOCK, random.Random(1)
@@ -30,44 +34,40 @@ def _read(path: str, ended: Event, seconds: list[float]) -> None:
         at = rng.randrange(blocks) * _BLOCK
         began = time.perf_counter()
         os.pread(fd, _BLOCK, at)
-        seconds.append(time.perf_counter() - began)
+        calls.append((began, time.perf_counter() - began))
 
 
-def _append(path: str, ended: Event, seconds: list[float]) -> None:
+def _append(path: str, ended: Event, calls: Calls) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     while not ended.wait(_APPEND_SECONDS):
         began = time.perf_counter()
         os.write(fd, b"x" * _BLOCK)
         os.fsync(fd)
-        seconds.append(time.perf_counter() - began)
-
-
-def _percentile(seconds: list[float], share: float) -> float:
-    """In milliseconds."""
-    return sorted(seconds)[min(len(seconds) - 1, int(len(seconds) * share))] * 1e3
+        calls.append((began, time.perf_counter() - began))
 
 
 def _main() -> None:
-    reads: list[float] = []
-    fsyncs: list[float] = []
+    reads: Calls = []
+    fsyncs: Calls = []
     ended = Event()
     threads = [
-        Thread(target=work, args=(path, ended, seconds))
-        for work, path, seconds in ((_read, sys.argv[1], reads), (_append, sys.argv[2], fsyncs))
+        Thread(target=work, args=(path, ended, calls))
+        for work, path, calls in ((_read, sys.argv[1], reads), (_append, sys.argv[2], fsyncs))
     ]
     for thread in threads:
         thread.start()
     print(READY, flush=True)
+    sys.stdin.readline()
+    start = time.perf_counter()
     sys.stdin.read()
     ended.set()
     for thread in threads:
         thread.join()
-    figures = {
-        f"{what} p{int(share * 100)}": _percentile(seconds, share)
-        for what, seconds in (("read", reads), ("fsync", fsyncs))
-        for share in (0.5, 0.99)
+    took = {
+        what: [seconds * 1e3 for began, seconds in calls if began >= start]
+        for what, calls in (("read", reads), ("fsync", fsyncs))
     }
-    print(json.dumps(figures), flush=True)
+    print(json.dumps(took), flush=True)
 
 
 if __name__ == "__main__":

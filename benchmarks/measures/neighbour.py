@@ -1,7 +1,8 @@
 """The effect of a copy on a neighbour on the same disk and in the same memory, beside `cp` and `rsync --bwlimit`.
 
 The neighbour and the copy run in one control group with less memory than both need, so that pages of the copy can evict
-those of the neighbour.
+those of the neighbour. The ways to copy are measured in turn, several times, and the calls of the neighbour in all
+rounds are counted together: in one round it makes some two hundred fsyncs, and their p99 would be the second slowest.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.cases import BIG
@@ -32,7 +34,9 @@ CASES = (replace(BIG, room=BIG.room + _FILE_BYTES + _PACE_BYTES),)
 #: The memory controller of control groups of version 1; in version 2 each group has all controllers.
 _MEMORY_CONTROLLER = Path("/sys/fs/cgroup/memory")
 _NAME = "forkvm-bench-neighbour"
-#: How long the neighbour is measured alone, in seconds.
+#: How often each way to copy is measured.
+_ROUNDS = 5
+#: How long the neighbour is measured alone in a round, in seconds.
 _ALONE_SECONDS = 10.0
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 #: The targets: the fsync p99 with defaults by that beside cp, and with a rate by that alone; the share of pages evicted
@@ -40,26 +44,53 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 _MOST_BY_CP, _MOST_BY_ALONE, _MOST_EVICTED = 0.5, 1.5, 5.0
 
 
+@dataclass
+class _Measured:
+    """What was measured of one way to copy, in all rounds."""
+
+    #: Seconds of the copy, and the share of the neighbour's pages that were evicted, in percent.
+    copy: list[float] = field(default_factory=list)
+    evicted: list[float] = field(default_factory=list)
+    #: Milliseconds of each call of the neighbour while the copy was made.
+    read: list[float] = field(default_factory=list)
+    fsync: list[float] = field(default_factory=list)
+
+    def figures(self) -> dict[str, tuple[float, str]]:
+        """Values and units: medians of the rounds, and percentiles of all calls."""
+        return {
+            "copy": (statistics.median(self.copy), "s"),
+            **{f"read p{share}": (_percentile(self.read, share), "ms") for share in (50, 99)},
+            **{f"fsync p{share}": (_percentile(self.fsync, share), "ms") for share in (50, 99)},
+            "evicted": (statistics.median(self.evicted), "%"),
+        }
+
+
 def measure_neighbour(filesystem: Filesystem) -> Iterator[Finding]:
     """The neighbour's p50 and p99, the copy's time and the evicted pages, for each way to copy."""
     _use_direct_io(filesystem.path)
     pace = _pace(filesystem.path)
     yield Finding(f"{filesystem.name}: the disk writes", pace / 1e6, "MB/s")
-    figures: dict[str, dict[str, float]] = {}
+    found: dict[str, _Measured] = {}
     with built(CASES[0], filesystem) as source, _group() as group:
         file = filesystem.path / "neighbour"
         _fill(file)
-        for name, command, env in _ways(source, filesystem.path / "copy", pace / 4):
-            log(f"neighbour: {name}")
-            figures[name] = _measure(filesystem, group, file, command, env)
-            for what, value in figures[name].items():
-                unit = {"copy": "s", "evicted": "%"}.get(what, "ms")
-                most = _MOST_EVICTED if (name, what) == ("forkvm, cache=drop", "evicted") else None
-                yield Finding(f"{filesystem.name}, {name}: {what}", value, unit, most)
-    p99 = {name: figure["fsync p99"] for name, figure in figures.items()}
+        ways = list(_ways(source, filesystem.path / "copy", pace / 4))
+        for number in range(_ROUNDS):
+            for name, command, env in [*ways[number % len(ways) :], *ways[: number % len(ways)]]:
+                log(f"neighbour: {name}, round {number + 1} of {_ROUNDS}")
+                _measure(filesystem, group, file, command, env, found.setdefault(name, _Measured()))
+    for name, _, _ in ways:
+        for what, (value, unit) in found[name].figures().items():
+            most = _MOST_EVICTED if (name, what) == ("forkvm, cache=drop", "evicted") else None
+            yield Finding(f"{filesystem.name}, {name}: {what}", value, unit, most)
+    p99 = {name: _percentile(measured.fsync, 99) for name, measured in found.items()}
     yield Finding(f"{filesystem.name}: fsync p99, forkvm by cp", p99["forkvm"] / p99["cp"], "", _MOST_BY_CP)
     by_alone = p99["forkvm, a quarter"] / p99["alone"]
     yield Finding(f"{filesystem.name}: fsync p99, forkvm at a quarter by alone", by_alone, "", _MOST_BY_ALONE)
+
+
+def _percentile(values: list[float], share: int) -> float:
+    return sorted(values)[min(len(values) - 1, len(values) * share // 100)]
 
 
 def _ways(source: Path, copy: Path, rate: float) -> Iterator[tuple[str, list[str], dict[str, str]]]:
@@ -77,30 +108,34 @@ def _ways(source: Path, copy: Path, rate: float) -> Iterator[tuple[str, list[str
 
 
 def _measure(
-    filesystem: Filesystem, group: Path, file: Path, command: list[str], env: Mapping[str, str]
-) -> dict[str, float]:
-    """One copy beside the neighbour. Raises ContenderFailed."""
+    filesystem: Filesystem, group: Path, file: Path, command: list[str], env: Mapping[str, str], found: _Measured
+) -> None:
+    """Add to `found` one copy beside the neighbour. Raises ContenderFailed."""
     sync(filesystem)
     _drop_caches()
     runtime = filesystem.path / "runtime"
     variables = {**os.environ, "FORKVM_RUNTIME_DIR": str(runtime), **env}
     neighbour = _in_group(group, [sys.executable, "-m", "benchmarks.contenders.neighbour", str(file), f"{file}.log"])
     with subprocess.Popen(neighbour, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
         assert process.stdout is not None
         process.stdout.readline()
         subprocess.run(_in_group(group, ["cat", str(file)]), stdout=subprocess.DEVNULL, check=True)
         before = _cached(file)
+        process.stdin.write("begin\n")
+        process.stdin.flush()
         began = time.perf_counter()
         done = subprocess.run(_in_group(group, command), env=variables, capture_output=True, text=True)
-        seconds = time.perf_counter() - began
-        evicted = max(0, before - _cached(file)) / max(1, before)
-        answer, _ = process.communicate()
+        process.stdin.close()
+        found.copy.append(time.perf_counter() - began)
+        found.evicted.append(100 * max(0, before - _cached(file)) / max(1, before))
+        took = json.loads(process.stdout.read())
     for left in (filesystem.path / "copy", runtime):
         remove(left)
     if done.returncode:
         raise ContenderFailed(f"{command[0]}: {last_lines(done.stderr)}")
-    figures: dict[str, float] = json.loads(answer)
-    return {"copy": seconds, **figures, "evicted": 100 * evicted}
+    found.read += took["read"]
+    found.fsync += took["fsync"]
 
 
 @contextmanager
