@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from tasks.copier.clone.write_behind import WriteBehind
+from tasks.copier.copy_rate import CopyRate
+from tasks.copier.fork.local import fork_here
+from tasks.copier.roots import Roots
 from tests.fixtures.filesystems import Fresh, Kind
 from tests.fixtures.processes import wait_until
 from tests.support.cached_pages import cached_pages, evict
-from tests.support.engine.forks import CHUNKED, INLINE, MIB, assert_alike, forked
+from tests.support.engine.forks import CHUNKED, INLINE, MIB, assert_alike, forked, never_stop, spec_of
 from tests.support.guests import make_sparse_file
 
 #: Kinds with a page cache in front of a disk.
@@ -81,6 +84,19 @@ def test_writeback_is_started_behind_a_copy_while_the_host_has_many_dirty_pages(
             wait_until(lambda: cached_pages(workdir / "file").dirty <= _FEW, "the begin of the write-out", timeout=8.0)
         finally:
             behind.stop()
+
+
+def test_a_copy_slowed_down_by_a_copy_rate_is_written_at_once(workdir: Path) -> None:
+    source, spec = make_source(workdir), spec_of(workdir / "source", workdir / "fork", "fork-1", reflink="never")
+    pace = CopyRate(str(workdir / "runtime"), _SIZE)
+
+    result = fork_here(spec, Roots(()), INLINE, 1, never_stop, pace)
+
+    assert result["status"] == "succeeded", result["error"]
+    pages = cached_pages(workdir / "fork" / "disk.raw")
+    assert pages.dirty <= _PAGES // 2
+    assert pages.cached >= _PAGES - _FEW
+    assert_alike(source, workdir / "fork")
 
 
 @pytest.mark.parametrize("kind", ["tmpfs", "overlayfs", "xfs_noreflink"])

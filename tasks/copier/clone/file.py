@@ -320,7 +320,9 @@ class Cloner:
 
     def _copy_data(self, place: DirectoryPair, entry: Entry, src_fd: int, dst_fd: int, start: int, end: int) -> int:
         def step(count: int) -> None:
+            began = time.monotonic()
             self._step(count)
+            behind.waited(time.monotonic() - began)
             self._require_lease(place, entry, src_fd)
 
         behind = WriteBehind(dst_fd, start, drops=self._drops)

@@ -6,6 +6,7 @@ fsync meanwhile may wait for gigabytes.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from contextlib import suppress
 from queue import SimpleQueue
@@ -17,6 +18,12 @@ from tasks.copier.kernel import page_cache
 MOST_DIRTY = 256 << 20
 #: Whether to begin write-out is decided after so many bytes, and it is begun for so many at a time.
 _WINDOW_BYTES = 8 << 20
+#: The share of its time that a copy waits, from which on it is slowed down on purpose, and not by the disk.
+_SLOWED_SHARE = 0.25
+#: Such a copy is written in requests of so many bytes, at most so many at a time, to keep the disk's queue short: an
+#: fsync of a neighbour waits behind it three times. Without a slowdown this would cost more than it helps; see
+#: docs/experiments.md.
+_REQUEST_BYTES, _REQUESTS = 256 << 10, 24
 #: With `drops`, how many windows of a copy may be in write-out before it waits for the first.
 _WINDOWS_BEHIND = 8
 
@@ -31,8 +38,9 @@ class WriteBehind:
         self._most_dirty = most_dirty
         #: The offset up to which write-out was begun, and the end of the copied data.
         self._next = self._end = start
-        #: Bytes since the last decision.
+        #: Bytes since the last decision, its time, and how long the copy has waited since, in seconds.
         self._new = 0
+        self._decided, self._waited = time.monotonic(), 0.0
         #: The ranges whose write-out was begun, with `drops`.
         self._begun: deque[tuple[int, int]] = deque()
         self._thread: _Writer | None = None
@@ -44,12 +52,17 @@ class WriteBehind:
         if self._new < _WINDOW_BYTES:
             return
         self._new = 0
+        is_slowed = self._is_slowed()
         if self._drops:
             self._begin()
             if len(self._begun) > _WINDOWS_BEHIND:
                 self._drop(*self._begun.popleft())
-        elif page_cache.dirty_bytes() > self._most_dirty:
-            self._hand_over()
+        elif is_slowed or page_cache.dirty_bytes() > self._most_dirty:
+            self._hand_over(_REQUEST_BYTES if is_slowed else _WINDOW_BYTES)
+
+    def waited(self, seconds: float) -> None:
+        """The copy was kept from going on for some seconds, by the copy rate if it was long."""
+        self._waited += seconds
 
     def complete(self) -> None:
         """The copy is complete: with `drops`, drop the rest. Raises OSError."""
@@ -72,7 +85,14 @@ class WriteBehind:
         page_cache.finish_write_out(self._fd, start, end)
         page_cache.drop(self._fd, start, end)
 
-    def _hand_over(self) -> None:
+    def _is_slowed(self) -> bool:
+        """Whether the copy has waited for a large part of the time since the last decision."""
+        now = time.monotonic()
+        is_slowed = self._waited > _SLOWED_SHARE * (now - self._decided)
+        self._decided, self._waited = now, 0.0
+        return is_slowed
+
+    def _hand_over(self, at_a_time: int) -> None:
         """Have a thread begin the write-out: the call waits while the disk's queue is full."""
         if self._thread is None:
             thread = _Writer(self._fd)
@@ -80,7 +100,7 @@ class WriteBehind:
                 thread.start()
                 self._thread = thread
         if self._thread is not None:
-            self._thread.ranges.put((self._next, self._end))
+            self._thread.ranges.put((self._next, self._end, at_a_time))
             self._next = self._end
 
 
@@ -89,24 +109,35 @@ class _Writer(Thread):
 
     def __init__(self, fd: int) -> None:
         super().__init__(name="write-behind", daemon=True)
-        self.ranges: SimpleQueue[tuple[int, int]] = SimpleQueue()
+        #: Start, end, and the bytes of one request.
+        self.ranges: SimpleQueue[tuple[int, int, int]] = SimpleQueue()
         self._fd = fd
         self._ends = False
+        #: The small requests that may not be complete.
+        self._begun: deque[tuple[int, int]] = deque()
 
     def run(self) -> None:
         """Begin write-out until `stop` is called."""
         while True:
-            start, end = self.ranges.get()
-            for at in range(start, end, _WINDOW_BYTES):
+            start, end, at_a_time = self.ranges.get()
+            for at in range(start, end, at_a_time or 1):
                 if self._ends:
                     return
                 with suppress(OSError):  # a sync of the file reports it too
-                    page_cache.begin_write_out(self._fd, at, min(at + _WINDOW_BYTES, end))
+                    self._begin(at, min(at + at_a_time, end))
             if self._ends:
                 return
 
     def stop(self) -> None:
         """End after the call that is made now."""
         self._ends = True
-        self.ranges.put((0, 0))
+        self.ranges.put((0, 0, 0))
         self.join()
+
+    def _begin(self, start: int, end: int) -> None:
+        """Begin one request, after the first of so many small ones is complete."""
+        if end - start <= _REQUEST_BYTES:
+            self._begun.append((start, end))
+            if len(self._begun) > _REQUESTS:
+                page_cache.wait_for_write_out(self._fd, *self._begun.popleft())
+        page_cache.begin_write_out(self._fd, start, end)

@@ -32,6 +32,11 @@ def begin_write_out(fd: int, start: int, end: int) -> None:
     _sync_range(fd, start, end, _WRITE)
 
 
+def wait_for_write_out(fd: int, start: int, end: int) -> None:
+    """Wait until the pages of [start, end) whose write-out was begun are on the disk. Raises OSError."""
+    _sync_range(fd, start, end, _WAIT_BEFORE)
+
+
 def finish_write_out(fd: int, start: int, end: int) -> None:
     """Write the dirty pages of [start, end) and wait until they are on the disk. Raises OSError.
 
