@@ -53,12 +53,13 @@ def end_without_plan(
     destination, since it is no longer known.
     """
     results.end_early(error)  # if this process dies, the next one ends the campaign with the same error
+    results.close()  # a batch may be made without this staging: it was moved away, or another one was put in its place
     count = spec.aims.count
     for first in range(0, count, _RUN):
         open_ones = results.without_result(range(first, min(first + _RUN, count)), spec)
         if open_ones:
             forks = {index: paths[index] if index < len(paths) else "" for index in open_ones}
-            results.store_outcomes(open_ones[0], not_started(spec, forks, spec.started, error))
+            results.store_outcomes(open_ones[0], not_started(spec, forks, spec.started, error), ends=True)
     sums = results.sums()
     all_succeeded = sums.get("forks.succeeded") == count  # they ended before, and Redis had lost that
     failure = None if all_succeeded else error

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import fakeredis
 import pytest
 
+from tasks.campaign.ending import end_without_plan
 from tasks.copier.campaign.batch_record import Outcome
 from tasks.copier.campaign.spec import MOST_FAILURES, Aims, CampaignSpec, campaign_result
 from tasks.copier.errors import Code, ForkError
@@ -195,3 +196,24 @@ def test_the_final_result_is_stored(campaign: CampaignResults) -> None:
 
     assert campaign.result() == result
     assert result["status"] == "succeeded"
+
+
+def test_each_fork_has_a_result_if_a_batch_is_stored_while_the_campaign_ends_without_its_staging(
+    campaign: CampaignResults,
+) -> None:
+    """The batch is made in a staging that another process has moved away."""
+
+    class Late(CampaignResults):
+        def without_result(self, indexes: range, spec: CampaignSpec) -> list[int]:
+            found = super().without_result(indexes, spec)
+            campaign.store_outcomes(2, outcomes(2, 2))
+            return found
+
+    campaign.store_outcomes(0, outcomes(0, 2))
+    ending = Late(campaign.results, campaign.campaign_id)
+
+    result = end_without_plan(ending, spec_of(6), [f"/b-{n}" for n in range(6)], ForkError(Code.IO_ERROR, "why", "/a"))
+
+    ends = [campaign.results.final.fork(f"c.{n}") for n in range(1, 7)]
+    assert [end["status"] if end else None for end in ends] == ["succeeded"] * 2 + ["failed"] * 4
+    assert (result["forks"]["succeeded"], result["forks"]["failed"]) == (2, 4)

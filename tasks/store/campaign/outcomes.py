@@ -34,10 +34,13 @@ class _Stored:
             self.others |= {keys.page_key(fork_id, "0", number): page for number, page in enumerate(pages)}
 
 
-def store_outcomes_of_run(results: Results, campaign_id: str, first: int, outcomes: list[Outcome]) -> None:
+def store_outcomes_of_run(
+    results: Results, campaign_id: str, first: int, outcomes: list[Outcome], *, ends: bool
+) -> None:
     """Store the results of the run of forks that begins with the index `first`, unless they are stored.
 
-    Raises RedisError; OutOfMemoryError when Redis is full, and then nothing was stored.
+    `ends`: also if the campaign is closed. Raises RedisError; OutOfMemoryError when Redis is full, and then nothing was
+    stored.
     """
     stored = _Stored()
     for outcome in outcomes:
@@ -51,6 +54,7 @@ def store_outcomes_of_run(results: Results, campaign_id: str, first: int, outcom
         failed_key=keys.FAILED.of(campaign_id),
         result_key=keys.RESULT.of(campaign_id),
         first=first,
+        ends=int(ends),
         ttl=results.open_expires,
         most_failures=MOST_FAILURES,
         state_count=len(stored.states),

@@ -49,8 +49,10 @@ class CampaignResults:
         """Whether the results of the run of forks that begins with the index `first` are stored."""
         return bool(self._ask(lambda: self.results.redis.getbit(self._key(keys.SETTLED), first)))
 
-    def store_outcomes(self, first: int, outcomes: list[Outcome]) -> None:
+    def store_outcomes(self, first: int, outcomes: list[Outcome], *, ends: bool = False) -> None:
         """Store the results of a run of forks, once. Waits while Redis is away or full: they must not be lost.
+
+        `ends`: the caller ends the campaign, and has closed it to others; see `close`.
 
         A fork that failed now because it had succeeded before, which Redis has lost, gets the earlier result.
         """
@@ -58,9 +60,18 @@ class CampaignResults:
             outcomes = self.recent_forks.corrected_outcomes(self.results, self.campaign_id, outcomes)
         forks = [outcome.result for outcome in outcomes]
         events.forks_ended(f"{self.campaign_id}.{first}", forks, of_campaign=True)
-        self._ask(lambda: store_outcomes_of_run(self.results, self.campaign_id, first, outcomes), OutOfMemoryError)
+        self._ask(
+            lambda: store_outcomes_of_run(self.results, self.campaign_id, first, outcomes, ends=ends), OutOfMemoryError
+        )
         for fork in forks:
             log_end(fork, self.campaign_id)
+
+    def close(self) -> None:
+        """Take no more results from batches: the caller ends each fork that has no result now."""
+        with self.results.redis.pipeline(transaction=True) as pipe:
+            pipe.hset(self._key(keys.SUMS), "closed", 1)
+            pipe.expire(self._key(keys.SUMS), self.results.open_expires)
+            self._ask(pipe.execute, OutOfMemoryError)
 
     def delete_outcomes(self) -> None:
         """Delete what batches of an earlier campaign of this id stored after Redis had lost its data."""
