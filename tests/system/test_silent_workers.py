@@ -128,12 +128,14 @@ def test_a_worker_that_finishes_its_task_after_sigterm_is_listed_as_ending_until
     tmp_path: Path,
 ) -> None:
     worker = start_worker(tmp_path, 1, include="tests.support.system.long_task")
-    foreign_client.send_task("tests.long_task", kwargs={"seconds": 8}, task_id="long", queue="forkvm")
-    worker.wait_for_output("tests.long_task[long] received")
+    end = tmp_path / "end"
+    foreign_client.send_task("tests.awaiting_task", kwargs={"path": str(end)}, task_id="long", queue="forkvm")
+    worker.wait_for_output("tests.awaiting_task[long] received")
 
     worker.term()
     wait_until(lambda: [each.ending for each in workers().values()] == [True], "a worker that ends")
     table = run_forkvm("queues", env=program_environment(redis_server))
+    end.touch()
 
     assert worker.wait() == 0
     assert workers() == {}

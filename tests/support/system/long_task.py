@@ -1,15 +1,22 @@
-"""A task for tests that takes a given time. A worker loads it by the argument `include` of `start_worker`."""
+"""Tasks for tests that take long. A worker loads them by the argument `include` of `start_worker`."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from worker.app import app
 
-NAME = "tests.long_task"
 
-
-@app.task(name=NAME)
+@app.task(name="tests.long_task")
 def long_task(seconds: float) -> str:
     time.sleep(seconds)
+    return "done"
+
+
+@app.task(name="tests.awaiting_task")
+def awaiting_task(path: str) -> str:
+    """Wait until `path` exists."""
+    while not Path(path).exists():
+        time.sleep(0.05)
     return "done"
