@@ -36,7 +36,6 @@ from worker.observability.logs import (
     style_for,
 )
 from worker.observability.service import observe
-from worker.runtime.configuration import make_app
 from worker.runtime.message_filter import install_message_filter
 from worker.runtime.node_name import node_name
 from worker.runtime.patches import (
@@ -49,6 +48,7 @@ from worker.runtime.patches import (
     report_expired_leases,
 )
 from worker.runtime.remote_control import register_remote_control
+from worker.runtime.worker_app import make_worker_app
 from worker.settings import NO_ROOTS, BadSettings, Settings, read_settings
 from worker.tls import refuse_untrusted
 
@@ -254,4 +254,4 @@ def _consume_inner_queues(instance: Any = None, **_: Any) -> None:
             queues.select_add(inner)
 
 
-app = make_app(_settings())
+app = make_worker_app(_settings())

@@ -5,17 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from celery import Celery, states
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
-from tasks.contract.campaign_request import Summary
-from tasks.copier.campaign.spec import CampaignProgress, CampaignResult
 from tasks.copier.errors import Code, ForkError
-from tasks.copier.fork_spec import ForkResult
-from tasks.copier.progress import Progress
 from tasks.delivery.backend import results_of
 from tasks.delivery.cancel import cancel_job
 from tasks.delivery.waiting import is_waiting
@@ -26,10 +22,16 @@ from tasks.store.campaign.results import CampaignResults
 from tasks.store.job_states import final_state
 from tasks.store.redis_errors import cause
 from tasks.store.results import Results
-from worker.overview import Overview, read_overview
 from worker.runtime.configuration import UNACKED_KEY, make_app
 from worker.settings import NoBroker, Settings
 from worker.terminal.printing import ShowProgress, print_message
+
+if TYPE_CHECKING:
+    from tasks.contract.campaign_request import Summary
+    from tasks.copier.campaign.spec import CampaignProgress, CampaignResult
+    from tasks.copier.fork_spec import ForkResult
+    from tasks.copier.progress import Progress
+    from worker.overview import Overview
 
 #: Interval in which a waiting command reads the status, in seconds.
 _POLL_SECONDS = 0.1
@@ -115,6 +117,8 @@ class Client:
 
     def overview(self) -> Overview:
         """What the domain of the settings does at this moment. Takes 1 s. Raises NoBroker."""
+        from worker.overview import read_overview  # it imports Celery's worker
+
         try:
             return read_overview(self._app, self.results, self._queue)
         except (OperationalError, RedisError, OSError) as error:

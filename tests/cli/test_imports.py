@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.processes import ROOT, StartWorker
+from tests.fixtures.redis_server import RedisServer
 
 #: Runs the command in its arguments, and prints the names of the imported modules on its last line.
 _RUN = """
@@ -64,6 +65,20 @@ def test_shell_completion_imports_neither_the_queue_nor_the_engine() -> None:
     words = {"_FORKVM_COMPLETE": "bash_complete", "COMP_WORDS": "forkvm fork --ref", "COMP_CWORD": "2"}
 
     assert _imported(**words).isdisjoint(_SLOW | {"tasks.copier.fork", "tasks.copier.staging"})
+
+
+def test_commands_of_the_queue_import_neither_the_engine_nor_the_worker(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    addresses = {"FORKVM_BROKER_URL": redis_server.broker_url, "FORKVM_RESULT_BACKEND": redis_server.backend_url}
+
+    of_submit = _imported("submit", str(tmp_path / "a"), str(tmp_path / "b"), "--id", "f", **addresses)
+    of_status = _imported("status", "f", **addresses)
+
+    assert (of_submit | of_status).isdisjoint({"celery.worker", "tasks.copier.fork.lifecycle", "tasks.fork.tasks"})
+    assert "pydantic" not in of_status
+    with redis_server.client() as client:
+        client.delete("forkvm")
 
 
 def test_a_worker_imports_no_commands_of_celery(start_worker: StartWorker, tmp_path: Path) -> None:

@@ -1,27 +1,19 @@
-"""The Celery app: built from the settings alone, JSON only, and configured so that no accepted task is lost."""
+"""The Celery app: built from the settings alone, JSON only, and configured so that no accepted task is lost.
+
+It is the app of the commands, which send tasks by name. `worker.runtime.worker_app` adds what a worker needs.
+"""
 
 from __future__ import annotations
 
-import os
-from functools import partial
 from typing import Any
 
 from celery import Celery
 
-from tasks.campaign.tasks import register_campaigns
-from tasks.copier.roots import Roots
 from tasks.delivery.backend import BACKENDS
 from tasks.delivery.canvas import route
-from tasks.delivery.sending import context_factory
-from tasks.fork.tasks import register_forks
 from worker.cpus import available_cpus
 from worker.environment import remove_celery_variables
-from worker.observability.tracing import has_traces
 from worker.redis_url import SENTINEL, RedisUrl
-from worker.runtime.bootsteps import Heartbeat, Lease, RestoreMessages, Sweeper
-from worker.runtime.earlier_versions import RestoreEarlierMessages
-from worker.runtime.message_filter import plain_fork
-from worker.runtime.own_record import OwnRecord
 from worker.runtime.timeouts import broker_timeouts, result_timeouts
 from worker.settings import Settings
 from worker.tls import tls_options
@@ -36,7 +28,7 @@ _SENTINEL_SECONDS = 2.0
 
 
 def make_app(settings: Settings) -> Celery:
-    """The Celery app for `settings`. It connects to nothing.
+    """The Celery app for `settings`, without tasks. It connects to nothing.
 
     Celery's own environment variables are removed from this process first: only the settings count.
     """
@@ -50,17 +42,6 @@ def make_app(settings: Settings) -> Celery:
     )
     app.loader.override_backends = BACKENDS
     app.conf.update(_message_options(settings) | _process_options(settings) | _connection_options(settings))
-    context_of = context_factory(app, Roots(settings.roots), settings.limits, settings.copy_pace)
-    register_forks(app, context_of, partial(plain_fork, app.tasks, has_traces(os.environ)))
-    register_campaigns(app, context_of)
-    app.steps["consumer"] |= {
-        Lease,
-        OwnRecord,
-        RestoreMessages,
-        type("RestoreEarlierMessages", (RestoreEarlierMessages,), {"visibility_timeout": settings.visibility_timeout}),
-        type("Heartbeat", (Heartbeat,), {"path": settings.heartbeat_file}),
-        type("Sweeper", (Sweeper,), {"interval": settings.visibility_timeout}),
-    }
     return app
 
 
