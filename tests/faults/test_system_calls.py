@@ -15,6 +15,7 @@ import pytest
 from tasks.copier.fork_spec import ForkResult
 from tasks.copier.kernel import reflink
 from tasks.copier.options import Limits
+from tasks.copier.space import reservation
 from tests.fixtures.filesystems import Fresh, Kind
 from tests.support.engine.forks import CHUNKED, INLINE, MIB, assert_alike, fork, leftovers
 from tests.support.engine.traced_processes import Call, TracedChild, calls_of
@@ -26,6 +27,8 @@ ERRORS = ("EIO", "EINTR", "EAGAIN", "EROFS", "ENOMEM", "ENOSPC", "EDQUOT")
 NO_SPACE = ("ENOSPC", "EDQUOT")
 #: The number of forks under strace at once.
 _AT_ONCE = 2
+#: The directory of the reservations of one fork.
+_RESERVATIONS = "reservations"
 #: Here EAGAIN is not a failure: another process holds the lock, so there is nothing of ours to remove.
 _HELD_BY_ANOTHER = (Call("flock", 1), "EAGAIN")
 
@@ -73,6 +76,7 @@ def test_a_system_call_that_fails_once_leaves_a_complete_fork_or_none(strace: st
     way = WAYS[name]
     directory = fresh(way.kind)
     make_source(directory / "source")
+    (directory / _RESERVATIONS).mkdir()
     whole = TracedChild(strace, directory / "log", lambda: _fork(way, directory))
     whole.begin()
     assert whole.result()["status"] == "succeeded"
@@ -92,7 +96,7 @@ def _wrong(strace: str, directory: Path, way: Way, faults: list[tuple[Call, str]
         running = []
         for n, (call, error) in enumerate(faults[at : at + _AT_ONCE]):
             workdir = directory / f"workdir-{n}"
-            workdir.mkdir()
+            (workdir / _RESERVATIONS).mkdir(parents=True)
             inject = [f"{call.name}:error={error}:when={call.number}"]
             work = lambda workdir=workdir: _fork(way, directory, workdir)  # noqa: E731
             running.append(
@@ -112,6 +116,9 @@ def _wrong(strace: str, directory: Path, way: Way, faults: list[tuple[Call, str]
 
 def _fork(way: Way, directory: Path, workdir: Path | None = None) -> ForkResult:
     destination = (workdir or directory) / "fork"
+    # In the child only. A fork opens the reservations of all others of this host, so their number would decide which
+    # call fails: the close of a pipe may be none of them (`calls_of`).
+    reservation.DIRECTORY = str(destination.parent / _RESERVATIONS)
     # One child: with two, it is not known which of them makes the nth call.
     return fork(directory / "source", destination, limits=way.limits, processes=1, **way.options)
 

@@ -78,6 +78,13 @@ class TracedChild(Generic[T]):
         """The return value of the work. Raises as `Child.result` does."""
         try:
             return self._child.result()
+        except AssertionError:  # the child has ended
+            raise
+        except BaseException:  # the time of the test is over; strace would wait for the child without end
+            self._strace.kill()
+            os.kill(self._child.pid, signal.SIGKILL)
+            os.waitpid(self._child.pid, 0)
+            raise
         finally:
             assert self._strace.stderr is not None
             self._strace.stderr.close()
