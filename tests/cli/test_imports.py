@@ -52,6 +52,7 @@ def test_a_local_fork_imports_neither_the_queue_nor_the_validation_of_options(tm
 def test_verify_imports_nothing_of_the_queue(tmp_path: Path) -> None:
     for name in ("vm-1", "vm-2"):
         (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (86_400, 86_400))
 
     assert _imported("verify", str(tmp_path / "vm-1"), str(tmp_path / "vm-2")).isdisjoint(_SLOW)
 
