@@ -222,8 +222,13 @@ def test_a_running_campaign_is_watched_with_a_bar_and_cancelled(
     send = ["campaign", str(workdir / "vm"), "--to", f"{workdir}/vm-{{n}}", "--count", "1000", "--id", "c1"]
     sent = run_forkvm(*send, env=environment)
     states = own_scheduler.results.states
+
+    def half_done() -> bool:
+        record = states.get("c1")
+        return bool(record["status"] == "PROGRESS" and record["result"]["forks_done"] > 0)
+
     with ExitStack() as stack:
-        with stopped_when(worker, lambda: states.get("c1")["status"] == "PROGRESS", "a half-done campaign"):
+        with stopped_when(worker, half_done, "a half-done campaign"):
             # When
             terminal, other_end = pty.openpty()
             stack.callback(os.close, terminal)
