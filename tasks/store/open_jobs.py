@@ -70,6 +70,6 @@ class OpenJobs:
         """
         key = keys.LOSSES.of(message_id)
         with self.connection.redis.pipeline(transaction=True) as pipe:
-            pipe.incr(key)
+            pipe.execute_command("INCR", key)  # type: ignore[no-untyped-call]  # redis-py's `incr` sends INCRBY
             pipe.expire(key, self.connection.expires)
             return int(pipe.execute()[0])

@@ -88,13 +88,15 @@ def test_running_campaigns_are_cancelled_and_retried_with_the_documented_rights(
     aims = ("--to", f"{directory}/vm-{{n:04}}", "--count", str(_MANY))
     run_forkvm("campaign", source, *aims, "--id", "many", env=environment)
     wait_until((directory / "vm-0001").exists, "the first fork")
-    send(worker.children, signal.SIGSTOP)
+    children = worker.children
+    send(children, signal.SIGSTOP)
 
-    # When
+    # When a process is lost, which its worker counts, and the campaign is cancelled
+    send(children[:1], signal.SIGKILL)
     with secure_redis.admin() as admin, ThreadPoolExecutor(1) as executor:
         cancelling = executor.submit(run_forkvm, "cancel", "many", "--json", env=environment)
         wait_until(lambda: bool(admin.exists("forkvm:many:cancel")), "the request to cancel")
-        send(worker.children, signal.SIGCONT)
+        send(children[1:], signal.SIGCONT)
         cancelled = cancelling.result()
     retried = run_forkvm("campaign", "--retry", "many", "--id", "rest", "--wait", "--json", env=environment)
 
