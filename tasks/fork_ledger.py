@@ -93,7 +93,7 @@ class _Held(NamedTuple):
 
 
 class PublishedForks:
-    """Small forks that this process has published, and whose ends it stores together, with one command.
+    """Small forks that this process has published, and whose ends it stores together: results, and then states.
 
     Until then it holds their staging, whose journal says that they are published. If it dies, the next delivery of
     their messages stores their ends. Other threads may call `try_to_store`.
@@ -104,6 +104,8 @@ class PublishedForks:
         self._results, self._most = results, most
         self._lock = threading.Lock()
         self._held: list[_Held] = []
+        #: The ends that are stored, and whose states are not published, by the fork's id.
+        self._stored: dict[str, Ended[ForkResult]] = {}
         self._added: set[str] = set()
 
     def has_taken(self, fork_id: str) -> bool:
@@ -139,14 +141,20 @@ class PublishedForks:
             self._store(replace(self._results, patient=False))
 
     def _store(self, results: Results) -> None:
-        if not self._held:
-            return
+        if self._held:
+            self._store_results(results)
+        if self._stored:
+            states = {fork_id: end.result for fork_id, end in self._stored.items()}
+            ended = {fork_id for fork_id, end in self._stored.items() if end.has_followers is False}
+            results.states.publish_all_final(states, ended)
+            self._stored = {}
+
+    def _store_results(self, results: Results) -> None:
+        """Store the results, and remove the staging: a client may look for it as soon as it sees the state."""
         ends = results.final.store_small([(held.fork.result, held.fork.page) for held in self._held])
-        stored, self._held = self._held, []
-        for held, end in zip(stored, ends, strict=True):
+        held_forks, self._held = self._held, []
+        for held, end in zip(held_forks, ends, strict=True):
             with held.opened:
                 held.ledger.note_end(held.fork.result, end)
                 held.fork.remove_staging()
-        for end in ends:
-            if end.has_followers is None:  # another process stored it, and may have died before it published its state
-                results.states.publish_final(end.result["fork_id"], end.result)
+            self._stored[held.ledger.fork_id] = end

@@ -11,7 +11,7 @@ from kombu.utils.encoding import bytes_to_str
 from redis.exceptions import OutOfMemoryError
 
 from tasks.contract import ForkFailed
-from tasks.store import lua
+from tasks.store import keys, lua
 from tasks.store.job_states import READY_STATES
 from tasks.store.redis_errors import is_passing, wait_out
 from tasks.store.results import Results
@@ -31,7 +31,14 @@ class FinalStates(RedisBackend):
         backend: Any = self  # celery-types does not know `expires`
         ttl = expires or backend.expires
         return wait_out(
-            lambda: lua.SET_STATE.run(self.client, state_key=key, record=value, ttl=ttl, final_states=READY_STATES),
+            lambda: lua.SET_STATE.run(
+                self.client,
+                open_key=keys.OPEN.pattern,
+                ttl=ttl,
+                final_states=READY_STATES,
+                more_keys=[key],
+                more_args=[value, ""],
+            ),
             OutOfMemoryError,
         )
 

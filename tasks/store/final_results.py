@@ -14,7 +14,6 @@ from tasks.copier.fork_spec import ForkResult
 from tasks.copier.progress import Cancellation
 from tasks.store import keys, lua
 from tasks.store.connection import Connection
-from tasks.store.job_states import READY_STATES, final_record, now_json
 
 Result = TypeVar("Result", bound=Mapping[str, Any])
 
@@ -83,26 +82,20 @@ class FinalResults:
         )
 
     def store_small(self, forks: Sequence[tuple[ForkResult, bytes]]) -> list[Ended[ForkResult]]:
-        """Store the ends of small forks that succeeded, each with its FileResults in one page; publish their states.
-
-        All in one command. Otherwise as `store`.
-        """
+        """As `store`, for small forks that succeeded, each with its FileResults in one page; all in one command."""
         connection = self.connection
         more_keys: list[str] = []
         more_args: list[str | bytes] = []
         for result, page in forks:
-            fork_id, text = result["fork_id"], json.dumps(result)
-            more_keys += (keys.RESULT.of(fork_id), keys.ONLY_PAGE.of(fork_id))
-            more_keys += (connection.state_key(fork_id), keys.CANVAS.of(fork_id))
-            more_args += (fork_id, text, page, final_record(fork_id, result, text, now_json()), keys.prefix_of(fork_id))
+            fork_id = result["fork_id"]
+            more_keys += (keys.RESULT.of(fork_id), keys.ONLY_PAGE.of(fork_id), keys.CANVAS.of(fork_id))
+            more_args += (json.dumps(result), page, keys.prefix_of(fork_id))
         answers = connection.ask(
             lambda: lua.END_FORKS.run(
                 connection.redis,
-                open_key=keys.OPEN.pattern,
                 ttl=connection.expires,
                 usual=keys.USUAL_OF_JOB,
                 names=keys.OTHERS_OF_JOB,
-                final_states=READY_STATES,
                 more_keys=more_keys,
                 more_args=more_args,
             ),

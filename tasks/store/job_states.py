@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -42,24 +42,32 @@ class JobStates:
 
     def publish_started(self, job_id: str) -> None:
         """Publish the state STARTED of a job. Never replaces a final state."""
-        self._set(job_id, state_json(job_id, states.STARTED, "null"), self.connection.open_expires)
+        self._set([(job_id, state_json(job_id, states.STARTED, "null"), "")], self.connection.open_expires)
 
     def publish_final(self, job_id: str, result: Mapping[str, Any]) -> None:
         """Publish the final state of a job with this result, as Celery does at the end of a task.
 
         A patient connection waits also while Redis is away or full.
         """
-        connection = self.connection
-        record = final_record(job_id, result, json.dumps(result), now_json())
-        connection.ask(lambda: self._set(job_id, record, connection.expires), OutOfMemoryError)
+        self.publish_all_final({job_id: result})
 
-    def _set(self, job_id: str, record: str, ttl: int) -> None:
+    def publish_all_final(self, results: Mapping[str, Mapping[str, Any]], ended: Container[str] = ()) -> None:
+        """As `publish_final`, for several jobs in one command. No sweep has to look at those that are `ended`, too."""
+        records = [
+            (job_id, final_record(job_id, result, json.dumps(result), now_json()), job_id if job_id in ended else "")
+            for job_id, result in results.items()
+        ]
+        self.connection.ask(lambda: self._set(records, self.connection.expires), OutOfMemoryError)
+
+    def _set(self, records: list[tuple[str, str, str]], ttl: int) -> None:
+        """Store and publish states: of each job its id, its record, and its id again if it is no longer open."""
         lua.SET_STATE.run(
             self.connection.redis,
-            state_key=self.connection.state_key(job_id),
-            record=record,
+            open_key=keys.OPEN.pattern,
             ttl=ttl,
             final_states=READY_STATES,
+            more_keys=[self.connection.state_key(job_id) for job_id, *_ in records],
+            more_args=[value for _, *values in records for value in values],
         )
 
     def publish_progress(self, fork_id: str, part: str, progress: Progress) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 
 import fakeredis
 
+from tasks.copier.fork.attempt import Published
 from tasks.copier.fork_spec import Clock, ForkResult, ForkSpec, succeeded
 from tasks.copier.report import Report, Totals, file_result
+from tasks.fork_ledger import ForkLedger, PublishedForks
 from tasks.store import keys
 from tasks.store.results import Results
 from tests.unit.conftest import EXPIRES
@@ -33,27 +36,37 @@ def _paths(results: Results, fork_id: str) -> list[str]:
     return [file["path"] for file in results.pages.files(fork_id)]
 
 
-def test_each_fork_has_its_result_its_files_and_its_published_state(
-    results: Results, redis: fakeredis.FakeRedis
-) -> None:
+def test_each_fork_has_its_result_and_its_files(results: Results, redis: fakeredis.FakeRedis) -> None:
     forks = {name: _result(name) for name in ("one", "two")}
     _take(results, *forks)
+
+    ends = results.final.store_small([(result, _page(name)) for name, result in forks.items()])
+
+    assert [(end.result, end.has_followers) for end in ends] == [(result, False) for result in forks.values()]
+    for name, result in forks.items():
+        assert results.final.fork(name) == result
+        assert _paths(results, name) == [name]
+        assert 0 < redis.ttl(keys.CLAIM.of(name)) <= EXPIRES
+
+
+def test_states_are_published_together_and_the_forks_are_no_longer_open(
+    results: Results, redis: fakeredis.FakeRedis
+) -> None:
+    forks = {name: _result(name) for name in ("one", "two", "three")}
+    _take(results, *forks)
+    redis.set("celery-task-meta-three", json.dumps({"status": "REVOKED", "result": None}), ex=EXPIRES)
     with redis.pubsub(ignore_subscribe_messages=True) as channel:  # type: ignore[no-untyped-call]
         channel.psubscribe("celery-task-meta-*")
         channel.get_message()
 
-        ends = results.final.store_small([(result, _page(name)) for name, result in forks.items()])
+        results.states.publish_all_final(forks, {"one", "three"})
 
-        published = [channel.get_message() for _ in forks]
-    assert [(end.result, end.has_followers) for end in ends] == [(result, False) for result in forks.values()]
-    for (name, result), message in zip(forks.items(), published, strict=True):
-        record = results.states.get(name)
-        assert message is not None
-        assert json.loads(message["data"]) == record
-        assert (record["status"], record["result"], record["task_id"]) == ("SUCCESS", result, name)
-        assert results.final.fork(name) == result
-        assert _paths(results, name) == [name]
-        assert 0 < redis.ttl(keys.CLAIM.of(name)) <= EXPIRES
+        published = [json.loads((channel.get_message() or {})["data"]) for _ in forks]
+    records = [results.states.get(name) for name in forks]
+    assert published == records
+    assert [record["status"] for record in records] == ["SUCCESS", "SUCCESS", "REVOKED"]
+    assert [record["result"] for record in records[:2]] == [forks["one"], forks["two"]]
+    assert redis.zrange(keys.OPEN.pattern, 0, -1) == [b"two"]
 
 
 def test_a_result_that_another_process_stored_stays_with_its_files(results: Results) -> None:
@@ -81,16 +94,6 @@ def test_the_command_may_be_sent_again_when_its_answer_was_lost(results: Results
     assert _paths(results, "one") == ["one"]
 
 
-def test_a_final_state_is_kept(results: Results, redis: fakeredis.FakeRedis) -> None:
-    _take(results, "one")
-    redis.set("celery-task-meta-one", json.dumps({"status": "REVOKED", "result": None}), ex=EXPIRES)
-
-    results.final.store_small([(_result("one"), _page("one"))])
-
-    assert results.states.get("one")["status"] == "REVOKED"
-    assert results.final.fork("one") is not None
-
-
 def test_the_files_of_an_earlier_attempt_are_not_those_of_the_fork(results: Results) -> None:
     _take(results, "one")
     results.pages.store("one", {"plan": [_page("old")], "0": [_page("older")]})
@@ -108,4 +111,17 @@ def test_it_is_known_whether_tasks_follow_the_fork(results: Results, redis: fake
     ends = results.final.store_small([(_result(name), _page(name)) for name in ("one", "two")])
 
     assert [end.has_followers for end in ends] == [False, True]
-    assert redis.zrange(keys.OPEN.pattern, 0, -1) == [b"two"]  # a sweep has to look only at that
+
+
+def test_the_staging_is_removed_after_the_result_is_stored_and_before_a_client_sees_the_state(results: Results) -> None:
+    _take(results, "one")
+    seen: list[tuple[bool, str]] = []
+
+    def remove() -> None:
+        seen.append((results.final.fork("one") is not None, results.states.get("one")["status"]))
+
+    forks = PublishedForks(results)
+    forks.add(Published(_result("one"), _page("one"), remove), ForkLedger(results, "one", {}), ExitStack())
+
+    assert seen == [(True, "STARTED")]
+    assert results.states.get("one")["status"] == "SUCCESS"

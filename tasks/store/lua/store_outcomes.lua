@@ -11,7 +11,7 @@ local settled_key, sums_key, failed_key, result_key = unpack(KEYS, 1, 4)
 local first, ends, ttl, most_failures, state_count, other_count, sum_count, page_count = unpack(ARGV, 1, 8)
 
 if redis.call('GETBIT', settled_key, first) == 1 or redis.call('EXISTS', result_key) == 1 then return end
-if ends == '0' and redis.call('HEXISTS', sums_key, 'closed') == 1 then return end
+if ends == '0' and redis.call('HGET', sums_key, 'closed') then return end
 local answer = redis.pcall('SETBIT', settled_key, first, 1)
 if type(answer) == 'table' and answer.err then
     return redis.error_reply(string.match(answer.err, 'OOM .*') or answer.err)
