@@ -13,7 +13,7 @@ from tasks.copier.fork.attempt import Published
 from tasks.copier.fork.lifecycle import start
 from tasks.copier.fork_spec import ForkSpec
 from tasks.copier.options import Limits
-from tasks.copier.progress import Ticker
+from tasks.copier.progress import Cancellation, Ticker
 from tasks.copier.report import unpack_pages
 from tasks.copier.roots import Roots
 from tasks.copier.staging.control_directory import control_name
@@ -60,6 +60,18 @@ def test_the_end_of_a_published_fork_is_given_to_its_taker(workdir: Path) -> Non
     assert {file["path"] for file in unpack_pages([published.page])} == NAMES
     assert_alike(workdir / "a", workdir / "b")
     assert sorted(os.listdir(workdir / control_name("fork-1"))) == ["journal", "lock", "report-0"]
+
+
+def test_a_fork_that_another_process_has_ended_is_not_published(workdir: Path) -> None:
+    """Its process was paused since it took the request. The client has used and removed the fork meanwhile."""
+    taken: list[Published] = []
+    ledger = Ledger(cancellation=Cancellation.REQUESTED)
+
+    _start(spec_of(workdir / "a", workdir / "b"), ledger, taken)
+
+    assert (taken, ledger.result["status"]) == ([], "cancelled")
+    assert not (workdir / "b").exists()
+    assert leftovers(workdir) == []
 
 
 def test_the_taker_removes_the_staging(workdir: Path) -> None:

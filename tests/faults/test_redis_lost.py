@@ -14,7 +14,7 @@ from tasks.copier.errors import cancelled
 from tasks.copier.fork_spec import ForkResult
 from tasks.copier.staging.control_directory import control_name
 from tasks.store.campaign.results import CampaignResults
-from tests.faults.fault_points import PUBLISHED, FaultPoints
+from tests.faults.fault_points import INLINE, PUBLISHED, FaultPoints
 from tests.faults.paused_forks import (
     CHILDREN,
     Guests,
@@ -117,23 +117,21 @@ def test_redis_emptied_while_forks_continue_gives_no_false_success_and_the_ids_c
     assert_served_and_clean(system, guests, workdir)
 
 
-def test_full_redis_fails_a_fork_in_parts_with_a_clear_error_and_the_others_succeed_when_there_is_room(
+def test_full_redis_fails_forks_with_a_clear_error_and_they_succeed_when_there_is_room(
     start_armed_worker: StartArmedWorker, fault_points: FaultPoints, guests: Guests, workdir: Path
 ) -> None:
     # Given
     system = start_armed_worker(CHILDREN)
     paused = start_paused_forks(system, fault_points, guests, workdir)
 
-    # When there is no room until the process has given up that must write FileResults before its fork is complete
+    # When there is no room until the processes that must write FileResults have given up
     system.scheduler.redis.config_set("maxmemory", "1mb")
     resume(paused)
     with pytest.raises(OutOfMemoryError):
         system.scheduler.redis.set("more", "x", ex=60)
-    writers = [one for one in paused if one.point == "plan"]
+    writers = [one for one in paused if one.point in ("plan", INLINE)]
     wait_until(lambda: not any(_trees(one) for one in writers), "the removal of the trees whose results were refused")
     assert not [one.point for one in writers if one.destination.exists()]
-    small = [one for one in paused if one.source == guests.small]
-    wait_until(lambda: all(one.destination.exists() for one in small), "a small fork, whose end waits for room")
     system.scheduler.wait_refused(len(paused))
     system.scheduler.redis.config_set("maxmemory", "0")
 
@@ -141,7 +139,6 @@ def test_full_redis_fails_a_fork_in_parts_with_a_clear_error_and_the_others_succ
     for one in paused:
         result = _wait_for_result(system.scheduler, one)
         assert result["error"] is not None or one not in writers, f"{one.point}: its results had no room"
-        assert result["error"] is None or one not in small
         if result["error"] is None:
             one.wait_for_success(system.scheduler)
         else:

@@ -316,7 +316,8 @@ def _complete_and_publish(attempt: Attempt, work: Workspace, *, subvolume: bool 
     spec, journal, staging = attempt.spec, cast(Journal, attempt.journal), attempt.staging
     totals = attempt.totals()
     refuse_excess(totals.bytes_copied, spec.options.max_copied_bytes, spec.destination)
-    if not keep_page(attempt) and attempt.keep_pages() is Cancellation.REQUESTED:
+    wanted = attempt.ledger.keep_pages({}) if keep_page(attempt) else attempt.keep_pages()
+    if wanted is Cancellation.REQUESTED:  # or it has ended in another process
         raise cancelled(spec.destination)
     sync = spec.options.durability == "sync"
     if sync:
