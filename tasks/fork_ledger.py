@@ -59,10 +59,8 @@ class ForkLedger:
         self.report_end(result)
         self.note_end(result, self.results.final.store(self.fork_id, result))
 
-    def report_end(self, result: ForkResult, page: bytes | None = None) -> None:
-        """Report the end of the fork, before it is stored. `page`: FileResults that are not kept yet."""
-        if page is not None:
-            self._remember({ALL_PAGES: [page]})
+    def report_end(self, result: ForkResult) -> None:
+        """Report the end of the fork, before it is stored."""
         if result["error"] is None and self.note is not None:
             self.note(result, self.pages)
         events.forks_ended(self.fork_id, [result], of_campaign=False)
@@ -114,7 +112,7 @@ class PublishedForks:
 
     def add(self, fork: Published, ledger: ForkLedger, opened: ExitStack) -> None:
         """Add a fork, whose staging is held by `opened`. Raises RedisError as `store` does."""
-        ledger.report_end(fork.result, fork.page)
+        ledger.report_end(fork.result)
         with self._lock:
             self._added.add(ledger.fork_id)
             self._held.append(_Held(fork, ledger, opened))
@@ -151,7 +149,7 @@ class PublishedForks:
 
     def _store_results(self, results: Results) -> None:
         """Store the results, and remove the staging: a client may look for it as soon as it sees the state."""
-        ends = results.final.store_small([(held.fork.result, held.fork.page) for held in self._held])
+        ends = results.final.store_all({held.ledger.fork_id: held.fork.result for held in self._held})
         held_forks, self._held = self._held, []
         for held, end in zip(held_forks, ends, strict=True):
             with held.opened:

@@ -10,7 +10,6 @@ from typing import Any
 from tasks import events
 from tasks.context import Context
 from tasks.copier.errors import Code, ForkError, cancelled
-from tasks.copier.fork.kept_page import store_kept_page
 from tasks.copier.fork_spec import ForkResult, ForkSpec, result_of
 from tasks.copier.staging import takeover
 from tasks.delivery.outcome import RetryLater
@@ -68,17 +67,12 @@ def store_published(context: Context, fork_id: str, destination: str) -> bool:
     try:
         with (
             context.roots.open_parent(destination) as parent,
-            takeover.published(parent.fd, fork_id, parent.name) as found,
+            takeover.published(parent.fd, fork_id, parent.name) as journal,
         ):
-            if found is None:
-                return False
-            staging, journal = found
-            if not is_of_claim(context, journal, fork_id, destination):
+            if journal is None or not is_of_claim(context, journal, fork_id, destination):
                 return False
             spec = ForkSpec.from_data(journal.spec)
-            ledger = context.ledger(spec, parent.fd, parent.name)
-            store_kept_page(staging, journal, ledger)
-            ledger.store_result(result_of(journal.result, spec))
+            context.ledger(spec, parent.fd, parent.name).store_result(result_of(journal.result, spec))
             return True
     except (ForkError, OSError):  # not the worker's own: the fork's next delivery fails for that
         return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -67,41 +67,27 @@ class FinalResults:
         A result that another process has stored stays. A patient connection waits also while Redis is full: the job has
         ended, and that must not be lost.
         """
-        connection = self.connection
-        values: dict[str, Any] = {
-            "result_key": keys.RESULT.of(job_id),
-            "canvas_key": keys.CANVAS.of(job_id),
-            "result": json.dumps(result),
-            "ttl": connection.expires,
-            "prefix": keys.prefix_of(job_id),
-            "usual": keys.USUAL_OF_JOB,
-            "names": keys.OTHERS_OF_JOB,
-        }
-        return _ended(
-            result, connection.ask(lambda: lua.STORE_RESULT.run(connection.redis, **values), OutOfMemoryError)
-        )
+        return self.store_all({job_id: result})[0]
 
-    def store_small(self, forks: Sequence[tuple[ForkResult, bytes]]) -> list[Ended[ForkResult]]:
-        """As `store`, for small forks that succeeded, each with its FileResults in one page; all in one command."""
+    def store_all(self, results: Mapping[str, Result]) -> list[Ended[Result]]:
+        """As `store`, for several jobs in one command; results by the job's id."""
         connection = self.connection
-        more_keys: list[str] = []
-        more_args: list[str | bytes] = []
-        for result, page in forks:
-            fork_id = result["fork_id"]
-            more_keys += (keys.RESULT.of(fork_id), keys.ONLY_PAGE.of(fork_id), keys.CANVAS.of(fork_id))
-            more_args += (json.dumps(result), page, keys.prefix_of(fork_id))
         answers = connection.ask(
-            lambda: lua.END_FORKS.run(
+            lambda: lua.STORE_RESULT.run(
                 connection.redis,
                 ttl=connection.expires,
                 usual=keys.USUAL_OF_JOB,
                 names=keys.OTHERS_OF_JOB,
-                more_keys=more_keys,
-                more_args=more_args,
+                more_keys=[key.of(job_id) for job_id in results for key in (keys.RESULT, keys.CANVAS)],
+                more_args=[
+                    value
+                    for job_id, result in results.items()
+                    for value in (json.dumps(result), keys.prefix_of(job_id))
+                ],
             ),
             OutOfMemoryError,
         )
-        return [_ended(result, answer) for (result, _), answer in zip(forks, answers, strict=True)]
+        return [_ended(result, answer) for result, answer in zip(results.values(), answers, strict=True)]
 
 
 def _ended(result: Result, answer: int | bytes) -> Ended[Result]:

@@ -305,7 +305,7 @@ def test_a_control_directory_that_got_only_a_journal_is_removed_with_what_others
         if name is not None:
             (tmp_path / NAME / name).touch(0o600)
 
-        staging.remove(only=())
+        staging.remove(alone=True)
 
     assert os.listdir(tmp_path) == []
 
@@ -318,6 +318,6 @@ def test_a_control_directory_with_a_foreign_file_is_kept_even_if_it_got_only_a_j
         (tmp_path / NAME / "diary").touch(0o600)
 
         with pytest.raises(NotOurs, match="diary"):
-            staging.remove(only=())
+            staging.remove(alone=True)
 
     assert os.listdir(tmp_path / NAME) == ["diary"]

@@ -9,7 +9,7 @@ import fakeredis
 
 from tasks.copier.fork.attempt import Published
 from tasks.copier.fork_spec import Clock, ForkResult, ForkSpec, succeeded
-from tasks.copier.report import Report, Totals, file_result
+from tasks.copier.report import Totals
 from tasks.fork_ledger import ForkLedger, PublishedForks
 from tasks.store import keys
 from tasks.store.results import Results
@@ -21,31 +21,20 @@ def _result(fork_id: str) -> ForkResult:
     return succeeded(spec, Totals(), 1, Clock(spec.started))
 
 
-def _page(path: str) -> bytes:
-    report = Report()
-    report.add(file_result(path, "file", "reflink", 5))
-    return report.close()[0]
-
-
 def _take(results: Results, *fork_ids: str) -> None:
     for fork_id in fork_ids:
         results.claims.take(fork_id, {"request": {}, "destination": f"/{fork_id}", "queue": "forkvm"})
 
 
-def _paths(results: Results, fork_id: str) -> list[str]:
-    return [file["path"] for file in results.pages.files(fork_id)]
-
-
-def test_each_fork_has_its_result_and_its_files(results: Results, redis: fakeredis.FakeRedis) -> None:
+def test_each_fork_has_its_result_and_its_keys_expire_with_it(results: Results, redis: fakeredis.FakeRedis) -> None:
     forks = {name: _result(name) for name in ("one", "two")}
     _take(results, *forks)
 
-    ends = results.final.store_small([(result, _page(name)) for name, result in forks.items()])
+    ends = results.final.store_all(forks)
 
     assert [(end.result, end.has_followers) for end in ends] == [(result, False) for result in forks.values()]
     for name, result in forks.items():
         assert results.final.fork(name) == result
-        assert _paths(results, name) == [name]
         assert 0 < redis.ttl(keys.CLAIM.of(name)) <= EXPIRES
 
 
@@ -69,38 +58,25 @@ def test_states_are_published_together_and_the_forks_are_no_longer_open(
     assert redis.zrange(keys.OPEN.pattern, 0, -1) == [b"two"]
 
 
-def test_a_result_that_another_process_stored_stays_with_its_files(results: Results) -> None:
-    """And the fork that is stored together with it is not affected."""
-    first, second = _result("one"), _result("one")
+def test_a_result_that_another_process_stored_stays_and_the_other_fork_is_not_affected(results: Results) -> None:
+    first, second, other = _result("one"), _result("one"), _result("two")
     second["chunks"] = 7
     _take(results, "one", "two")
-    results.final.store_small([(first, _page("first"))])
+    results.final.store("one", first)
 
-    ends = results.final.store_small([(second, _page("second")), (_result("two"), _page("two"))])
+    ends = results.final.store_all({"one": second, "two": other})
 
-    assert [(end.result["fork_id"], end.has_followers) for end in ends] == [("one", None), ("two", False)]
-    assert results.final.fork("one") == ends[0].result == first
-    assert _paths(results, "one") == ["first"]
-    assert _paths(results, "two") == ["two"]
+    assert [(end.result, end.has_followers) for end in ends] == [(first, None), (other, False)]
+    assert (results.final.fork("one"), results.final.fork("two")) == (first, other)
 
 
 def test_the_command_may_be_sent_again_when_its_answer_was_lost(results: Results) -> None:
-    forks = [(_result("one"), _page("one"))]
+    forks = {"one": _result("one")}
     _take(results, "one")
 
-    ends = [results.final.store_small(forks) for _ in range(2)]
+    ends = [results.final.store_all(forks) for _ in range(2)]
 
     assert ends[0] == ends[1]
-    assert _paths(results, "one") == ["one"]
-
-
-def test_the_files_of_an_earlier_attempt_are_not_those_of_the_fork(results: Results) -> None:
-    _take(results, "one")
-    results.pages.store("one", {"plan": [_page("old")], "0": [_page("older")]})
-
-    results.final.store_small([(_result("one"), _page("one"))])
-
-    assert _paths(results, "one") == ["one"]
 
 
 def test_it_is_known_whether_tasks_follow_the_fork(results: Results, redis: fakeredis.FakeRedis) -> None:
@@ -108,7 +84,7 @@ def test_it_is_known_whether_tasks_follow_the_fork(results: Results, redis: fake
     redis.hset(keys.CANVAS.of("two"), "digest", b"{}")
     redis.expire(keys.CANVAS.of("two"), EXPIRES)
 
-    ends = results.final.store_small([(_result(name), _page(name)) for name in ("one", "two")])
+    ends = results.final.store_all({name: _result(name) for name in ("one", "two")})
 
     assert [end.has_followers for end in ends] == [False, True]
 
@@ -121,7 +97,7 @@ def test_the_staging_is_removed_after_the_result_is_stored_and_before_a_client_s
         seen.append((results.final.fork("one") is not None, results.states.get("one")["status"]))
 
     forks = PublishedForks(results)
-    forks.add(Published(_result("one"), _page("one"), remove), ForkLedger(results, "one", {}), ExitStack())
+    forks.add(Published(_result("one"), remove), ForkLedger(results, "one", {}), ExitStack())
 
     assert seen == [(True, "STARTED")]
     assert results.states.get("one")["status"] == "SUCCESS"

@@ -2,7 +2,6 @@
 
     lifecycle       the steps, from the request to the result
     attempt         one attempt in one process, and the ledger that keeps its results
-    kept_page       the FileResults of a small fork, in its staging until they are stored
     snapshot        cloning a whole btrfs subvolume in one step
     plan, survey    walking the source and cutting the work into chunks
     reflink_probe   whether the source can be reflinked to the destination

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,16 +38,14 @@ class Ledger(Protocol):
 
 
 class Published(NamedTuple):
-    """A small fork that is published, and whose end is not stored. Its staging is still held."""
+    """A small fork that is published, and whose result is not stored. Its staging is still held."""
 
     result: ForkResult
-    #: Its FileResults.
-    page: bytes
-    #: Removes its staging. To be called when both are stored; raises no error.
+    #: Removes its staging. To be called when the result is stored; raises no error.
     remove_staging: Callable[[], None]
 
 
-#: Takes a small fork that is published, and stores its end at once or a moment later.
+#: Takes a small fork that is published, and stores its result at once or a moment later.
 TakeEnd = Callable[[Published], None]
 
 
@@ -68,10 +66,8 @@ class Attempt:
     #: Whether this process alone has made the fork, in its first attempt: its staging has only a lock and a journal,
     #: and no bytes are reserved for it.
     alone: bool = False
+    #: Stores the result of a fork that this process alone has made, in place of the ledger.
     take_end: TakeEnd | None = None
-    #: The FileResults that are kept in the staging (see `tasks.copier.fork.kept_page`), and the files that hold them.
-    page: bytes | None = None
-    page_files: Sequence[str] = ()
     reports: dict[str, Report] = field(default_factory=dict)
 
     def parts(self) -> list[str]:
@@ -115,7 +111,7 @@ def remove_staging(attempt: Attempt) -> None:
     """Remove the staging of a published fork whose result is stored."""
     if not attempt.alone:
         withdraw_reservation(attempt.staging)
-    try_to_remove(partial(attempt.staging.remove, only=attempt.page_files if attempt.alone else None))
+    try_to_remove(partial(attempt.staging.remove, alone=attempt.alone))
 
 
 def try_to_remove(remove: Callable[[], None]) -> None:

@@ -31,7 +31,6 @@ from tasks.copier.fork.attempt import (
 )
 from tasks.copier.fork.chunk import MAX_TRIES, run_chunk, worker_lost
 from tasks.copier.fork.close import close_tree
-from tasks.copier.fork.kept_page import keep_page, store_kept_page
 from tasks.copier.fork.plan import EarlyWorkers, Plan, make_plan
 from tasks.copier.fork.snapshot import snapshot_tree
 from tasks.copier.fork_spec import Clock, ForkResult, ForkSpec, failed, result_of, succeeded
@@ -75,8 +74,8 @@ def start(
 ) -> ForkResult | Plan:
     """Begin or resume a fork. Returns its result if all of it is done, else the plan whose chunks are to be run.
 
-    `start_early` creates the workers that begin with chunks while the source is still walked. `take_end` stores the end
-    of a small fork that succeeded, in place of the ledger. Never raises ForkError: a failure is a result. Raises
+    `start_early` creates the workers that begin with chunks while the source is still walked. `take_end` stores the
+    result of a small fork that succeeded, in place of the ledger. Never raises ForkError: a failure is a result. Raises
     Superseded.
     """
     attempt = Attempt(ends, staging, ticker, ledger, spec, Clock(spec.started), take_end=take_end)
@@ -316,8 +315,7 @@ def _complete_and_publish(attempt: Attempt, work: Workspace, *, subvolume: bool 
     spec, journal, staging = attempt.spec, cast(Journal, attempt.journal), attempt.staging
     totals = attempt.totals()
     refuse_excess(totals.bytes_copied, spec.options.max_copied_bytes, spec.destination)
-    wanted = attempt.ledger.keep_pages({}) if keep_page(attempt) else attempt.keep_pages()
-    if wanted is Cancellation.REQUESTED:  # or it has ended in another process
+    if attempt.keep_pages() is Cancellation.REQUESTED:
         raise cancelled(spec.destination)
     sync = spec.options.durability == "sync"
     if sync:
@@ -361,11 +359,9 @@ def _store_result(attempt: Attempt, result: ForkResult) -> ForkResult:
     An exception here is raised: the fork is published and must not be abandoned. A later delivery stores its result.
     """
     remove = partial(remove_staging, attempt)
-    if attempt.page is not None and attempt.take_end is not None:
-        attempt.take_end(Published(result, attempt.page, remove))
+    if attempt.alone and attempt.take_end is not None:
+        attempt.take_end(Published(result, remove))
         return result
-    if not attempt.alone:
-        store_kept_page(attempt.staging, cast(Journal, attempt.journal), attempt.ledger)
     attempt.ledger.store_result(result)
     remove()
     return result

@@ -83,15 +83,15 @@ class Parts(ControlDirectory):
 
     def write_report(self, part: str, report: Report) -> None:
         """Record that a part (a chunk's number, or `plan`) is done, and what it did."""
-        self.write_file(report_name(part), report.to_bytes())
+        self.write_file(f"report-{part}", report.to_bytes())
 
     def has_report(self, part: str) -> bool:
         """Whether a part is done. Raises OSError."""
-        return self.has_file(report_name(part))
+        return self.has_file(f"report-{part}")
 
     def report(self, part: str) -> Report:
         """What a part did. Raises FileNotFoundError when it is not done."""
-        return Report.from_bytes(self.read_file(report_name(part)))
+        return Report.from_bytes(self.read_file(f"report-{part}"))
 
     # -- stopping early
 
@@ -109,8 +109,3 @@ class Parts(ControlDirectory):
     def is_stopped(self) -> bool:
         """Whether `stop` was called. Raises OSError."""
         return self.has_file(_STOP)
-
-
-def report_name(part: str) -> str:
-    """The name of the file with the report of a part, in the control directory."""
-    return f"report-{part}"

@@ -64,8 +64,8 @@ def take_over(parent_fd: int, fork_id: str, heartbeat: int | None) -> Taken | No
 
 
 @contextmanager
-def published(parent_fd: int, fork_id: str, destination: str) -> Iterator[tuple[Staging, Journal] | None]:
-    """The staging and journal of a fork that is published at `destination` (a name); None if it has no staging.
+def published(parent_fd: int, fork_id: str, destination: str) -> Iterator[Journal | None]:
+    """The journal of a fork that is published at `destination` (a name) and still has its staging; else None.
 
     Its holder died or was paused before it stored the result. No process changes a published fork, so any process may
     store its result. The staging is removed when the context ends.
@@ -79,7 +79,7 @@ def published(parent_fd: int, fork_id: str, destination: str) -> Iterator[tuple[
             return
         if ForkSpec.from_data(journal.spec).options.durability == "sync":
             os.fsync(parent_fd)
-        yield staging, journal
+        yield journal
         with suppress(OSError, ForkError):  # `gc` removes what is left
             staging.remove()
 

@@ -76,7 +76,6 @@ class Script:
 
 CANCEL = Script("cancel")
 CLAIM = Script("claim")
-END_FORKS = Script("end_forks")
 EXPIRE_FORKS = Script("expire_forks")
 FREE_FORK_IDS = Script("free_fork_ids")
 GIVE_BACK = Script("give_back")

@@ -1,20 +1,18 @@
-"""The FileResults of a small fork are in its staging until they are stored together with its result."""
+"""The result of a small fork may be stored after it is published, with those of others. Until then it is held."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tasks.copier.endpoints import open_endpoints
 from tasks.copier.fork.attempt import Published
 from tasks.copier.fork.lifecycle import start
+from tasks.copier.fork.plan import Plan
 from tasks.copier.fork_spec import ForkSpec
 from tasks.copier.options import Limits
 from tasks.copier.progress import Cancellation, Ticker
-from tasks.copier.report import unpack_pages
 from tasks.copier.roots import Roots
 from tasks.copier.staging.control_directory import control_name
 from tasks.copier.staging.staging import Staging
@@ -56,10 +54,10 @@ def test_the_end_of_a_published_fork_is_given_to_its_taker(workdir: Path) -> Non
 
     _, published = _published(workdir, ledger)
 
-    assert (published.result["status"], ledger.stored, ledger.pages) == ("succeeded", [], {})
-    assert {file["path"] for file in unpack_pages([published.page])} == NAMES
+    assert (published.result["status"], ledger.stored) == ("succeeded", [])
+    assert ledger.files.keys() == NAMES
     assert_alike(workdir / "a", workdir / "b")
-    assert sorted(os.listdir(workdir / control_name("fork-1"))) == ["journal", "lock", "report-0"]
+    assert leftovers(workdir) == [control_name("fork-1")]
 
 
 def test_a_fork_that_another_process_has_ended_is_not_published(workdir: Path) -> None:
@@ -87,9 +85,10 @@ def test_the_taker_removes_the_staging(workdir: Path) -> None:
         assert leftovers(workdir) == []
 
 
-def test_the_next_process_stores_result_and_files_of_a_fork_whose_process_died(workdir: Path) -> None:
-    spec, published = _published(workdir, Ledger())
-    inode, ledger = (workdir / "b").stat().st_ino, Ledger()
+def test_the_next_process_stores_the_result_of_a_fork_whose_process_died(workdir: Path) -> None:
+    ledger = Ledger()
+    spec, published = _published(workdir, ledger)
+    inode = (workdir / "b").stat().st_ino
 
     _start(spec, ledger, [])
 
@@ -99,20 +98,9 @@ def test_the_next_process_stores_result_and_files_of_a_fork_whose_process_died(w
     assert leftovers(workdir) == []
 
 
-def test_the_result_counts_also_if_the_kept_files_cannot_be_read(workdir: Path) -> None:
-    """The fork is published: it must not be reported as failed."""
-    spec, published = _published(workdir, Ledger())
-    (workdir / control_name("fork-1") / "report-0").write_bytes(b"{}")
-    ledger = Ledger()
-
-    result = _start(spec, ledger, [])
-
-    assert result == ledger.result == published.result
-    assert_alike(workdir / "a", workdir / "b")
-    assert leftovers(workdir) == []
-
-
-def test_a_fork_that_failed_to_publish_leaves_no_kept_files(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fork_that_cannot_be_published_is_not_given_to_the_taker(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     publish = Staging.publish
 
     def late(staging: Staging, *args: object, **options: bool) -> None:
@@ -131,17 +119,11 @@ def test_a_fork_that_failed_to_publish_leaves_no_kept_files(workdir: Path, monke
     assert leftovers(workdir) == []
 
 
-@pytest.mark.parametrize(
-    ("limits", "options"), [(CHUNKED, {}), (INLINE, {"durability": "sync"})], ids=["in chunks", "durability sync"]
-)
-def test_the_ends_of_other_forks_are_stored_by_the_ledger(
-    workdir: Path, limits: Limits, options: dict[str, Any]
-) -> None:
-    """A fork that must survive a power loss has its FileResults stored before it is published."""
+def test_the_end_of_a_fork_in_chunks_is_stored_by_the_ledger(workdir: Path) -> None:
     taken: list[Published] = []
     ledger = Ledger()
 
-    outcome = _start(spec_of(workdir / "a", workdir / "b", **options), ledger, taken, limits)
+    outcome = _start(spec_of(workdir / "a", workdir / "b"), ledger, taken, CHUNKED)
 
-    assert taken == []
-    assert ledger.stored == ([outcome] if limits is INLINE else [])
+    assert isinstance(outcome, Plan)
+    assert (taken, ledger.stored) == ([], [])
