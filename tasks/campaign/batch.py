@@ -9,12 +9,12 @@ from redis.exceptions import RedisError
 from tasks.campaign.lanes import is_over, send_batch
 from tasks.campaign.ledger import ledger_of
 from tasks.context import LOCK_WAIT, Context
-from tasks.copier.campaign.batch import make_batch
+from tasks.copier.campaign.batch import first_of_runs, make_batch
 from tasks.copier.campaign.finish import late
 from tasks.copier.campaign.plan import Campaign, open_campaign
 from tasks.copier.errors import ForkError
 from tasks.copier.progress import Poll, Progress, Ticker
-from tasks.delivery.outcome import outcome_of
+from tasks.delivery.outcome import RetryLater, outcome_of
 from tasks.names import FINISH_CAMPAIGN_TASK
 from tasks.store.campaign.results import CampaignResults
 
@@ -22,7 +22,8 @@ from tasks.store.campaign.results import CampaignResults
 def run_batch(context: Context, campaign_id: str, home: str, first: int) -> None:
     """Make the batch that begins with the index `first`, unless that is done.
 
-    Raises RetryLater while another process makes it, or holds the campaign to plan or to end it.
+    Raises RetryLater while another process makes it, or holds the campaign to plan or to end it, and if Redis has lost
+    its results.
     """
     results = ledger_of(context, campaign_id)
     if context.results.claims.get(campaign_id) is None or results.result() is not None:
@@ -53,7 +54,9 @@ def _make(context: Context, results: CampaignResults, campaign: Campaign, home: 
         following = first + campaign.plan.batch * campaign.plan.lanes
         if following < spec.aims.count:
             send_batch(context, spec.campaign_id, home, following)
-        results.end_batch(first)  # after the send: a process that dies in between sends it twice, which does no harm
+        # After the send: a process that dies in between sends it twice, which does no harm.
+        if not results.end_batch(first, first_of_runs(campaign, first)) and not is_over(results, campaign):
+            raise RetryLater(None)  # Redis has lost the results of this batch
     with suppress(RedisError):
         results.publish_progress(spec, results.sums(), campaign.planned_at)
     return is_over(results, campaign)

@@ -11,6 +11,7 @@ from typing import Any
 import fakeredis
 import pytest
 
+from tasks.campaign.batch import run_batch
 from tasks.campaign.finish import run_finish_campaign
 from tasks.campaign.start import run_campaign
 from tasks.context import LOCK_WAIT, Context
@@ -185,6 +186,35 @@ def test_a_campaign_whose_refusal_was_interrupted_ends_with_the_same_error(
     assert result["error"]["code"] == "source_not_found"
     assert result["forks"]["failed"] == 2
     assert campaign.left() == ["missing", "source"]
+
+
+def test_a_batch_whose_outcomes_redis_loses_before_it_is_recorded_is_made_again(
+    campaign: Campaign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a Redis that is killed after it has answered, and forgets its last second
+    campaign.deliver()
+    end_batch, deliveries = CampaignResults.end_batch, list[str]()
+
+    def forget_then_end(self: CampaignResults, first: int, runs: list[int]) -> bool:
+        if not deliveries:
+            self.delete_outcomes()
+        return end_batch(self, first, runs)
+
+    monkeypatch.setattr(CampaignResults, "end_batch", forget_then_end)
+    home = str(campaign.path / "a")
+
+    # When
+    with pytest.raises(RetryLater):
+        run_batch(campaign.context, "c", home, 0)
+    deliveries.append("again")
+    for at in (0, 1):
+        run_batch(campaign.context, "c", home, at)
+
+    # Then
+    result = run_finish_campaign(campaign.context, "c", home)
+    assert result is not None
+    assert result["forks"]["total"] == 2
+    assert campaign.left() == ["a", "b", "source"]
 
 
 class Killed(BaseException):

@@ -147,10 +147,23 @@ def test_failures_that_are_stored_together_leave_room_for_those_between_them(cam
 
 
 def test_batches_are_done_once_their_outcomes_are_stored(campaign: CampaignResults) -> None:
-    campaign.end_batch(128)
+    campaign.store_outcomes(128, outcomes(128, 64))
+    campaign.store_outcomes(192, outcomes(192, 64))
 
+    assert campaign.end_batch(128, [128, 192])
     assert campaign.is_batch_done(128)
     assert not campaign.is_batch_done(0)
+
+
+@pytest.mark.parametrize("lost", [128, 192])
+def test_a_batch_is_not_done_if_redis_has_lost_the_outcomes_of_one_of_its_runs(
+    campaign: CampaignResults, lost: int
+) -> None:
+    for first in {128, 192} - {lost}:
+        campaign.store_outcomes(first, outcomes(first, 64))
+
+    assert not campaign.end_batch(128, [128, 192])
+    assert not campaign.is_batch_done(128)
 
 
 def test_progress_is_published_until_the_campaign_has_ended(

@@ -39,7 +39,7 @@ def write_every_key(results: Results) -> None:
     results.redis.expire(keys.CANVAS.of("c"), results.open_expires)
     results.redis.set(keys.SENDING.of("c"), b"1", ex=keys.SENDING_SECONDS)
     campaign.store_outcomes(0, outcomes(0, 1) + outcomes(1, 1, Code.NO_SPACE))
-    campaign.end_batch(0)
+    campaign.end_batch(0, [0])
     for work in (keys.SWEEP, keys.WALK):
         results.periodic_work.start(work, "forkvm", 60)
     results.workers.keep(WorkerRecord("w@host", "1.0", "host", ["forkvm"], 2))

@@ -107,6 +107,11 @@ def _discard(staging: Staging, name: str) -> None:
         staging.discard_named_tree(away, made_as=name)
 
 
+def first_of_runs(campaign: Campaign, first: int) -> list[int]:
+    """The index of the first fork of each run of the batch that begins with the index `first`."""
+    return [at for at, _ in _runs(campaign, first)]
+
+
 def _runs(campaign: Campaign, first: int) -> Iterator[tuple[int, list[str]]]:
     """The runs of forks with the same parent in a batch: the index of the first fork, and the destinations."""
     for _, group in groupby(campaign.destinations(first, campaign.plan.batch), key=os.path.dirname):

@@ -6,7 +6,7 @@ The ForkResult of a fork that succeeded is only in Celery's record; that of any 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
@@ -25,7 +25,7 @@ from tasks.copier.errors import ErrorRecord, ForkError, cancelled, from_record
 from tasks.copier.fork.chunk import worker_lost
 from tasks.copier.fork_spec import ForkResult
 from tasks.fork_summary import log_end
-from tasks.store import keys
+from tasks.store import keys, lua
 from tasks.store.campaign.outcomes import store_outcomes_of_run
 from tasks.store.recent_forks.campaign_forks import RecentCampaignForks
 from tasks.store.results import Results
@@ -117,12 +117,24 @@ class CampaignResults:
 
     # -- batches
 
-    def end_batch(self, first: int) -> None:
-        """Record that the batch that begins with the index `first` is done, and that the next one was sent."""
-        with self.results.redis.pipeline(transaction=True) as pipe:
-            pipe.setbit(self._key(keys.BATCHES), first, 1)
-            pipe.expire(self._key(keys.BATCHES), self.results.open_expires)
-            self._ask(pipe.execute, OutOfMemoryError)
+    def end_batch(self, first: int, runs: Iterable[int]) -> bool:
+        """Record that the batch that begins with the index `first` is done, and that the next one was sent.
+
+        `runs`: the index of the first fork of each of its runs. False if the results of one are not stored.
+        """
+        return bool(
+            self._ask(
+                lambda: lua.END_BATCH.run(
+                    self.results.redis,
+                    settled_key=self._key(keys.SETTLED),
+                    batches_key=self._key(keys.BATCHES),
+                    first=first,
+                    ttl=self.results.open_expires,
+                    more_args=runs,
+                ),
+                OutOfMemoryError,
+            )
+        )
 
     def is_batch_done(self, first: int) -> bool:
         """Whether the batch that begins with the index `first` is done."""

@@ -76,6 +76,7 @@ class Script:
 
 CANCEL = Script("cancel")
 CLAIM = Script("claim")
+END_BATCH = Script("end_batch")
 EXPIRE_FORKS = Script("expire_forks")
 FREE_FORK_IDS = Script("free_fork_ids")
 GIVE_BACK = Script("give_back")
