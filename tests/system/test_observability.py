@@ -6,9 +6,9 @@ import os
 import re
 import signal
 import subprocess
-import time
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
 from urllib.error import HTTPError
@@ -28,8 +28,6 @@ from worker.exit_codes import BAD_CALL
 
 SECRET = "a-guests-secret"
 HTTP = {"FORKVM_HTTP": "127.0.0.1:0"}
-#: A worker reads its pool every two seconds and writes its metrics every five; the rest is for a busy machine.
-READING_SECONDS = 12.0
 #: For the module's worker.
 LIMITS = SMALL_LIMITS | HTTP
 
@@ -117,7 +115,7 @@ def test_the_pool_queues_and_roots_are_shown(
 
     try:
         wait_until(lambda: any(workdir.glob(".forkvm-*")), "a fork that runs")
-        _stop_while_one_forks(children, endpoint)
+        _stop_while_one_forks(children, endpoint, workdir)
         assert endpoint.value("forkvm_children_busy") > 0
         wait_until(
             lambda: any(
@@ -131,18 +129,18 @@ def test_the_pool_queues_and_roots_are_shown(
     scheduler.wait(sent)
 
 
-def _stop_while_one_forks(children: list[int], endpoint: Endpoint) -> None:
-    """Stop the pool processes while one runs a task of a fork. Between two tasks none does: they go on for a moment."""
-    for _ in range(10):
+def _stop_while_one_forks(children: list[int], endpoint: Endpoint, directory: Path) -> None:
+    """Stop the pool processes while one has a file of `directory` open, and wait until a metric says so."""
+
+    def stopped_in_a_fork() -> bool:
         send(children, signal.SIGSTOP)
-        deadline = time.monotonic() + READING_SECONDS
-        while time.monotonic() < deadline:
-            if endpoint.value("forkvm_forks_in_progress") == 1:
-                return
-            time.sleep(0.1)
-        send(children, signal.SIGCONT)
-        time.sleep(0.05)
-    raise AssertionError(f"no pool process runs a task: {endpoint.get('/metrics')[1]}")
+        if any(str(directory) in link for pid in children for link in open_files(pid)):
+            return True
+        send(children, signal.SIGCONT)  # between two tasks
+        return False
+
+    wait_until(stopped_in_a_fork, "a pool process that makes a fork")
+    endpoint.wait_for("forkvm_forks_in_progress", lambda n: n == 1)
 
 
 def test_the_pool_processes_do_not_hold_the_listener(system: System, endpoint: Endpoint) -> None:
@@ -152,16 +150,18 @@ def test_the_pool_processes_do_not_hold_the_listener(system: System, endpoint: E
 
     def holders() -> list[int]:
         pids = [system.worker.pid, *system.worker.children]
-        return [pid for pid in pids if f"socket:[{inode}]" in map(_link, Path(f"/proc/{pid}/fd").iterdir())]
+        return [pid for pid in pids if f"socket:[{inode}]" in open_files(pid)]
 
     assert holders() == [system.worker.pid]
 
 
-def _link(path: Path) -> str:
-    try:
-        return os.readlink(path)
-    except FileNotFoundError:
-        return ""
+def open_files(pid: int) -> list[str]:
+    """What the descriptors of a process lead to. One that is closed meanwhile is left out."""
+    links = []
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            links.append(os.readlink(path))
+    return links
 
 
 def test_no_count_is_lost_when_pool_processes_are_killed_and_replaced(start_system: StartSystem, fresh: Fresh) -> None:
