@@ -16,7 +16,7 @@ from tasks.copier.fork_spec import ForkResult, ForkSpec
 from tasks.copier.options import Limits
 from tasks.copier.progress import POLL_SECONDS, Poll, Progress
 from tasks.copier.roots import Roots
-from tasks.fork_ledger import ForkLedger, PublishedForks
+from tasks.fork_ledger import CompleteForks, ForkLedger
 from tasks.store.final_results import Ended
 from tasks.store.recent_forks.forks import RecentForks
 from tasks.store.results import Results
@@ -57,13 +57,13 @@ class Context:
     ended: dict[str, Ended[ForkResult]] = field(default_factory=dict)
     #: The copy rate of this host.
     pace: Pace = unbounded
-    #: How many small forks may be published before their ends are stored.
-    most_published: int = 1
+    #: How many small forks may be complete before they are ended together.
+    most_complete: int = 1
 
     @cached_property
-    def published(self) -> PublishedForks:
-        """The small forks that this task has published."""
-        return PublishedForks(self.results, self.most_published)
+    def complete_forks(self) -> CompleteForks:
+        """The small forks whose trees this task has completed."""
+        return CompleteForks(self.results, self.most_complete)
 
     def keep_canvas(self, job_id: str) -> None:
         """Keep the tasks that follow the job for the task that ends it. Call this once the request holds the id."""

@@ -18,7 +18,7 @@ from tasks.copier.campaign.plan import Campaign, campaign_in, find_home, open_ca
 from tasks.copier.campaign.spec import CampaignResult, CampaignSpec
 from tasks.copier.endpoints import Endpoints, open_endpoints
 from tasks.copier.errors import Code, ForkError, from_oserror
-from tasks.copier.fork.lifecycle import Superseded
+from tasks.copier.fork.completion import Superseded
 from tasks.copier.progress import Poll, Progress, Ticker
 from tasks.copier.staging.staging import Staging
 from tasks.delivery.outcome import outcome_of

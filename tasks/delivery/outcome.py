@@ -23,7 +23,7 @@ from tasks.context import Context
 from tasks.contract import ForkFailed
 from tasks.copier.campaign.spec import CampaignResult
 from tasks.copier.errors import ForkError, describe
-from tasks.copier.fork.lifecycle import Superseded
+from tasks.copier.fork.completion import Superseded
 from tasks.copier.fork_spec import ForkResult
 from tasks.copier.roots import Parent, Roots
 from tasks.copier.staging.control_directory import Held

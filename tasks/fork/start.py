@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
+from functools import partial
 from typing import cast
 
 from tasks.context import LOCK_WAIT, Context
@@ -11,9 +12,9 @@ from tasks.contract import fork_request
 from tasks.contract.raw_request import text_of
 from tasks.copier.endpoints import open_endpoints
 from tasks.copier.errors import ForkError, cancelled, from_oserror
-from tasks.copier.fork.attempt import Published
+from tasks.copier.fork.completion import CompleteFork
 from tasks.copier.fork.early_chunks import EarlyChunks
-from tasks.copier.fork.lifecycle import start
+from tasks.copier.fork.lifecycle import begin
 from tasks.copier.fork.plan import Plan
 from tasks.copier.fork_spec import ForkResult, ForkSpec
 from tasks.copier.kernel import trees
@@ -85,7 +86,6 @@ def run_claimed(
 def _start(context: Context, spec: ForkSpec, claimed: ClaimOutcome) -> ForkResult | None:
     """Make the whole fork if it is small: its result. Else plan it, send its chunks, and return None."""
     ticker = Ticker(context.poll_of(spec.fork_id, "plan", spec.destination), context.pace)
-    published: list[Published] = []
     with ExitStack() as opened:
         ends = opened.enter_context(open_endpoints(context.roots, spec.source, spec.destination))
         staging = opened.enter_context(Staging.claim(ends.parent_fd, spec.fork_id, LOCK_WAIT))
@@ -101,18 +101,12 @@ def _start(context: Context, spec: ForkSpec, claimed: ClaimOutcome) -> ForkResul
             return known or store_failure(context, spec, cancelled(spec.destination))
         opened.enter_context(staging.with_heartbeat())
         ledger = context.ledger(spec, ends.parent_fd, ends.name)
-        outcome = start(
-            ends,
-            staging,
-            spec,
-            context.limits,
-            ticker,
-            ledger,
-            lambda work: EarlyChunks(work, ticker),
-            published.append,
-        )
-        if published:
-            context.published.add(published[0], ledger, opened.pop_all())
+        early = partial(EarlyChunks, ticker=ticker)
+        outcome = begin(ends, staging, spec, context.limits, ticker, ledger, early)
+        if isinstance(outcome, CompleteFork):
+            context.complete_forks.add(outcome, ledger, opened.pop_all())
+            ended = context.ended.get(spec.fork_id)
+            return ended.result if ended is not None else None
         if not isinstance(outcome, Plan):
             return outcome
         context.publish_progress(spec.fork_id, "plan", ticker.progress)

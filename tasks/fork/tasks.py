@@ -109,7 +109,7 @@ def _make_waiting_forks(task: AnyTask, context: Context, accept: Accept) -> None
     tag, ended = tag_for_others(task), context.ended.get(job_id(task))
     if tag is None or ended is None or ended.has_followers is not False or ended.result["error"] is not None:
         return
-    if not context.published.has_taken(job_id(task)):
+    if not context.complete_forks.has_taken(job_id(task)):
         cast(Job, task).publish_success(job_id(task), ended.result)
     cast(Job, task).request.ignore_result = True  # Celery does not store the state again
     make_waiting_forks(context, queue_of_forks(task.app, context.queue), tag, accept)

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 #: How long a process makes waiting forks before it returns to its worker, in seconds. A batch of a campaign takes about
 #: as long, so both get half of the process.
 TURN_SECONDS = 0.2
-#: How many requests are taken at once, and how many forks may be published before their ends are stored. With more,
+#: How many requests are taken at once, and how many forks may be complete before they are ended together. With more,
 #: more of them wait behind one that takes long, and are returned.
 _MOST = 8
 #: Below this RLIMIT_NOFILE, the staging of only one fork is kept open.
@@ -82,7 +82,7 @@ def make_waiting_forks(context: Context, queue: QueueOfForks, tag: str, accept: 
     Each request either ends, or is returned to the queue. After an error it goes the ordinary way, which reports it.
     """
     most = 1 if open_files_limit() < _LOW_LIMIT else _MOST
-    turn = _Turn(replace(context, canvas=None, ended={}, most_published=most), queue, accept)
+    turn = _Turn(replace(context, canvas=None, ended={}, most_complete=most), queue, accept)
     try:
         turn.run(tag)
     except Exception as error:
@@ -94,8 +94,8 @@ class _Turn:
 
     def __init__(self, context: Context, queue: QueueOfForks, accept: Accept) -> None:
         self._context, self._queue, self._accept = context, queue, accept
-        #: The forks whose ends are not stored, and the delivery tags of those that were made and not acknowledged.
-        self._published = context.published
+        #: The forks that are complete, and the delivery tags of those that were made and not acknowledged.
+        self._complete = context.complete_forks
         self._done: list[str] = []
         self._lock = threading.Lock()
         #: Those that have not begun; the one that runs, since when, and whether its state is STARTED.
@@ -152,7 +152,7 @@ class _Turn:
         finally:
             with self._lock:
                 self._running = None
-            self._end_done(self._published.store)
+            self._end_done(self._complete.end)
             self._give_back_waiting()
 
     def _begin_next(self) -> _Waiting | None:
@@ -169,7 +169,7 @@ class _Turn:
         except RetryLater:
             self._queue.give_back([request.message], "ordinary")
             return False
-        if result is not None and not self._published.has_taken(job_id):  # or other tasks continue the fork
+        if result is not None and not self._complete.has_taken(job_id):  # or other tasks continue the fork
             ended = self._context.ended.get(job_id)
             self._context.results.states.publish_final(job_id, ended.result if ended is not None else result)
         return True
@@ -210,7 +210,7 @@ class _Turn:
         with suppress(RedisError, OperationalError, OSError):
             if is_long:
                 self._give_back_waiting()
-                self._end_done(self._published.try_to_store)
+                self._end_done(self._complete.try_to_end)
             if announce:
                 replace(self._context.results, patient=False).states.publish_started(running.accepted.job_id)
             if now - self._renewed > _RENEWAL_SECONDS:

@@ -6,7 +6,7 @@ one page and no parts, as most have, has one key instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -43,29 +43,35 @@ class Pages:
                         pipe.set(keys.page_key(fork_id, part, number), page, ex=ttl)
                     pipe.hset(counts, part, str(len(pages)))
                 pipe.expire(counts, ttl)
-                pipe.exists(keys.CANCEL.of(fork_id), keys.RESULT.of(fork_id))
+                pipe.exists(*_reasons_to_end(fork_id))
                 return Cancellation.of(pipe.execute()[-1])
 
         return self.connection.ask(write)
 
-    def store_all(self, fork_id: str, pages: list[bytes]) -> Cancellation:
-        """As `store`, for a fork without parts: in place of all that earlier attempts stored."""
-        if len(pages) != 1:
-            return self.store(fork_id, {"0": pages}, replace_all=True)
+    def store_all(self, pages: Mapping[str, list[bytes]]) -> list[Cancellation]:
+        """As `store`, for forks without parts, in place of all that earlier attempts stored; pages by the fork's id.
 
-        reasons, parts = (keys.CANCEL.of(fork_id), keys.RESULT.of(fork_id)), keys.PAGES.of(fork_id)
+        Forks of one page each, as most have, take one round trip together.
+        """
+        single = {fork_id: its[0] for fork_id, its in pages.items() if len(its) == 1}
+        stored = self.connection.ask(lambda: self._store_single(single)) if single else {}
+        return [
+            stored[fork_id] if fork_id in stored else self.store(fork_id, {"0": its}, replace_all=True)
+            for fork_id, its in pages.items()
+        ]
 
-        def write() -> Cancellation:
-            with self.connection.redis.pipeline(transaction=False) as pipe:
-                pipe.set(keys.ONLY_PAGE.of(fork_id), pages[0], ex=self.connection.expires)
-                pipe.exists(*reasons, parts)
-                if not pipe.execute()[-1]:
-                    return Cancellation.NOT_REQUESTED
-                pipe.delete(parts)
-                pipe.exists(*reasons)
-                return Cancellation.of(pipe.execute()[-1])
-
-        return self.connection.ask(write)
+    def _store_single(self, pages: Mapping[str, bytes]) -> dict[str, Cancellation]:
+        parts = [keys.PAGES.of(fork_id) for fork_id in pages]
+        with self.connection.redis.pipeline(transaction=False) as pipe:
+            for fork_id, page in pages.items():
+                pipe.set(keys.ONLY_PAGE.of(fork_id), page, ex=self.connection.expires)
+            pipe.exists(*parts, *(key for fork_id in pages for key in _reasons_to_end(fork_id)))
+            if not pipe.execute()[-1]:  # nearly always
+                return dict.fromkeys(pages, Cancellation.NOT_REQUESTED)
+            pipe.delete(*parts)
+            for fork_id in pages:
+                pipe.exists(*_reasons_to_end(fork_id))
+            return dict(zip(pages, map(Cancellation.of, pipe.execute()[1:]), strict=True))
 
     def files(self, fork_id: str) -> Iterator[FileResult]:
         """Yield the FileResults that are there so far, in the order of the parts. Reads a page at a time."""
@@ -81,6 +87,11 @@ class Pages:
             page = cast("bytes | None", redis.get(key))
             if page is not None:
                 yield from unpack_pages([page])
+
+
+def _reasons_to_end(fork_id: str) -> tuple[str, str]:
+    """The keys of a fork: one exists if it was cancelled, one if it has ended."""
+    return keys.CANCEL.of(fork_id), keys.RESULT.of(fork_id)
 
 
 def _position(part: str) -> int:

@@ -16,7 +16,7 @@ import pytest
 from tasks.copier.campaign import batch_record
 from tasks.copier.campaign.batch import seize_batch
 from tasks.copier.errors import Code, ForkError
-from tasks.copier.fork.lifecycle import Superseded
+from tasks.copier.fork.completion import Superseded
 from tasks.copier.kernel import syscalls
 from tasks.copier.roots import Roots
 from tasks.copier.staging.control_directory import Held, control_name

@@ -95,5 +95,5 @@ def test_a_stored_result_is_not_replaced_and_a_later_process_gets_it(results: Re
     assert (later.result, later.has_followers) == (first, None)
     assert (again.result, again.has_followers) == (first, False)
     assert results.final.fork("fork-1") == first
-    assert results.pages.store_all("fork-1", [b""]) is Cancellation.REQUESTED
+    assert results.pages.store_all({"fork-1": [b""]}) == [Cancellation.REQUESTED]
     assert results.pages.store("fork-1", {"0": [b""]}) is Cancellation.REQUESTED

@@ -205,16 +205,16 @@ def test_pages_stored_by_a_new_attempt_are_the_only_ones(results: Results) -> No
 
 @pytest.mark.parametrize("paths", [[], [["e", "f"]], [["e", "f"], ["g"]]])
 def test_pages_of_a_fork_without_parts_are_the_only_ones(results: Results, paths: list[list[str]]) -> None:
-    results.pages.store_all("fork-1", [page_of([_file("a")])])
+    results.pages.store_all({"fork-1": [page_of([_file("a")])]})
     results.pages.store("fork-1", {"plan": [page_of([_file("b")])], "7": [page_of([_file("c")])]})
 
-    results.pages.store_all("fork-1", [page_of([_file(path) for path in page]) for page in paths])
+    results.pages.store_all({"fork-1": [page_of([_file(path) for path in page]) for page in paths]})
 
     assert [file["path"] for file in results.pages.files("fork-1")] == [path for page in paths for path in page]
 
 
 def test_only_page_of_a_fork_has_one_key(results: Results, redis: fakeredis.FakeRedis) -> None:
-    results.pages.store_all("fork-1", [page_of([_file("a")])])
+    results.pages.store_all({"fork-1": [page_of([_file("a")])]})
 
     assert list(redis.scan_iter("forkvm:*")) == [b"forkvm:fork-1:page"]
 
@@ -254,12 +254,12 @@ def test_pages_of_two_forks_are_separate(results: Results) -> None:
 def test_storing_pages_returns_whether_cancellation_was_requested(results: Results) -> None:
     kept = [page_of([_file("a")])]
     before = [results.pages.store("fork-1", {"0": kept}), results.pages.store("fork-1", {})]
-    before.append(results.pages.store_all("fork-1", kept))
+    before += results.pages.store_all({"fork-1": kept})
 
     results.cancellations.request("fork-1")
 
     after = [results.pages.store("fork-1", {"0": kept}), results.pages.store("fork-1", {})]
-    after.append(results.pages.store_all("fork-1", kept))
+    after += results.pages.store_all({"fork-1": kept})
     assert (before, after) == ([Cancellation.NOT_REQUESTED] * 3, [Cancellation.REQUESTED] * 3)
 
 

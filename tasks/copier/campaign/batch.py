@@ -29,7 +29,7 @@ from tasks.copier.clone.file import Cloner
 from tasks.copier.endpoints import Endpoints, destination_exists, reopen_endpoints
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.fork.chunk import MAX_TRIES, worker_lost
-from tasks.copier.fork.lifecycle import Superseded
+from tasks.copier.fork.completion import Superseded
 from tasks.copier.fork_spec import Clock, ForkSpec, failed, result_of, succeeded
 from tasks.copier.kernel import syscalls, trees
 from tasks.copier.progress import Ticker

@@ -33,7 +33,7 @@ from tasks.copier.copy_rate import Pace, unbounded
 from tasks.copier.endpoints import Endpoints, open_endpoints
 from tasks.copier.errors import Code, ForkError, from_oserror, from_record
 from tasks.copier.fork.chunk import MAX_TRIES, worker_lost
-from tasks.copier.fork.lifecycle import Superseded
+from tasks.copier.fork.completion import Superseded
 from tasks.copier.progress import Poll, Progress, Ticker
 from tasks.copier.roots import Roots
 from tasks.copier.staging.control_directory import Held

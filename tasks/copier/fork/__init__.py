@@ -6,7 +6,8 @@
     plan, survey    walking the source and cutting the work into chunks
     reflink_probe   whether the source can be reflinked to the destination
     chunk           cloning the files of one chunk
-    close           completing the tree once all chunks are done
+    close           closing the tree once all chunks are done
+    completion      publishing a complete tree, or removing what was made
     source_changes  whether the source changed while it was cloned
     child_pool      children that share the chunks on this host
     early_chunks    a child that clones the first chunks while a worker plans

@@ -15,47 +15,31 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
 
 from tasks.copier.clone.file import Cloner
-from tasks.copier.endpoints import Endpoints, destination_exists
-from tasks.copier.errors import Code, ForkError, cancelled, from_oserror
-from tasks.copier.fork.attempt import (
-    Attempt,
-    Ledger,
-    Published,
-    TakeEnd,
-    remove_staging,
-    try_to_remove,
-    withdraw_reservation,
-)
+from tasks.copier.endpoints import Endpoints
+from tasks.copier.errors import Code, ForkError
+from tasks.copier.fork.attempt import Attempt, Ledger
 from tasks.copier.fork.chunk import MAX_TRIES, run_chunk, worker_lost
 from tasks.copier.fork.close import close_tree
+from tasks.copier.fork.completion import CompleteFork, abandon, complete, recorded, try_to_remove
 from tasks.copier.fork.plan import EarlyWorkers, Plan, make_plan
 from tasks.copier.fork.snapshot import snapshot_tree
-from tasks.copier.fork_spec import Clock, ForkResult, ForkSpec, failed, result_of, succeeded
-from tasks.copier.kernel import syscalls, trees
+from tasks.copier.fork_spec import Clock, ForkResult, ForkSpec
+from tasks.copier.kernel import trees
 from tasks.copier.options import Limits
-from tasks.copier.progress import Cancellation, Ticker
+from tasks.copier.progress import Ticker
 from tasks.copier.report import Report
-from tasks.copier.space.budget import budget_of, refuse_excess
+from tasks.copier.space.budget import budget_of
 from tasks.copier.space.reservation import job_of
 from tasks.copier.space.room import Room
 from tasks.copier.staging.journal import Journal, Phase
-from tasks.copier.staging.proof import NotOurs
-from tasks.copier.staging.publishing import cannot_publish, require_noreplace
+from tasks.copier.staging.publishing import require_noreplace
 from tasks.copier.staging.staging import Staging
 from tasks.copier.staging.workspace import KeptManifests, Workspace, open_work
 from tasks.copier.validation import Malformed
 
 log = logging.getLogger(__name__)
-
-
-class Superseded(Exception):
-    """Another process took the fork over, or its staging was removed: this process must not report a result.
-
-    See `tasks.copier.staging.takeover`.
-    """
 
 
 #: Creates the workers that begin with the chunks of one attempt while its source is still walked.
@@ -70,27 +54,39 @@ def start(
     ticker: Ticker,
     ledger: Ledger,
     start_early: StartEarly | None = None,
-    take_end: TakeEnd | None = None,
 ) -> ForkResult | Plan:
     """Begin or resume a fork. Returns its result if all of it is done, else the plan whose chunks are to be run.
 
-    `start_early` creates the workers that begin with chunks while the source is still walked. `take_end` stores the
-    result of a small fork that succeeded, in place of the ledger. Never raises ForkError: a failure is a result. Raises
-    Superseded.
+    `start_early` creates the workers that begin with chunks while the source is still walked. Never raises ForkError: a
+    failure is a result. Raises Superseded.
     """
-    attempt = Attempt(ends, staging, ticker, ledger, spec, Clock(spec.started), take_end=take_end)
-    outcome: ForkResult | Plan
+    outcome = begin(ends, staging, spec, limits, ticker, ledger, start_early)
+    return outcome.end() if isinstance(outcome, CompleteFork) else outcome
+
+
+def begin(
+    ends: Endpoints,
+    staging: Staging,
+    spec: ForkSpec,
+    limits: Limits,
+    ticker: Ticker,
+    ledger: Ledger,
+    start_early: StartEarly | None = None,
+) -> ForkResult | Plan | CompleteFork:
+    """As `start`, but a small fork is not published. The caller does that with others, or calls its `end`."""
+    attempt = Attempt(ends, staging, ticker, ledger, spec, Clock(spec.started))
+    outcome: Plan | CompleteFork
     try:
         journal = attempt.journal = _journal_of(staging, spec)
         if journal is not None and journal.phase is Phase.PUBLISHING:
-            outcome = _publish(attempt, journal, result_of(journal.result, spec))
+            outcome = recorded(attempt)
         elif journal is None or journal.plan is None:
             outcome = _begin(attempt, limits, start_early)
         else:
             outcome = Plan.from_data(journal.plan)
     except Exception as error:
-        return _abandon(attempt, error)
-    return outcome if isinstance(outcome, Plan) else _store_result(attempt, outcome)
+        return abandon(attempt, error)
+    return outcome.end() if isinstance(outcome, CompleteFork) and not attempt.alone else outcome
 
 
 def finish(
@@ -111,15 +107,15 @@ def finish(
     attempt = Attempt(ends, staging, ticker, ledger, spec, clock, journal)
     try:
         if journal.phase is Phase.PUBLISHING:
-            result = _publish(attempt, journal, result_of(journal.result, spec))
+            fork = recorded(attempt)
         else:
             plan = _read_reports(attempt, journal, abort)
             if plan is None:
                 return None
-            result = _close(attempt, journal, plan)
+            fork = _close(attempt, journal, plan)
     except Exception as error:
-        return _abandon(attempt, error)
-    return _store_result(attempt, result)
+        return abandon(attempt, error)
+    return fork.end()
 
 
 # -- start
@@ -142,7 +138,7 @@ def _journal_of(staging: Staging, spec: ForkSpec) -> Journal | None:
     return None
 
 
-def _begin(attempt: Attempt, limits: Limits, start_early: StartEarly | None) -> ForkResult | Plan:
+def _begin(attempt: Attempt, limits: Limits, start_early: StartEarly | None) -> CompleteFork | Plan:
     """Begin a new attempt, in which nothing of an earlier one is used."""
     spec, staging = attempt.spec, attempt.staging
     if attempt.journal is not None and attempt.journal.tries >= MAX_TRIES:
@@ -151,9 +147,9 @@ def _begin(attempt: Attempt, limits: Limits, start_early: StartEarly | None) -> 
     journal = attempt.journal = staging.begin(spec.to_data(), attempt.journal)
     require_noreplace(staging.fd, spec.destination)
     with open_work(attempt.ends, staging, spec.options, staging.make_tree(journal), KeptManifests()) as work:
-        result = _publish_snapshot(attempt, journal, work)
-        if result is not None:
-            return result
+        snapshot = _snapshot(attempt, journal, work)
+        if snapshot is not None:
+            return snapshot
         room = Room(work.tree_fd, spec.destination, job_of(staging.fd), is_queued=spec.owner == "queue")
         cloner = Cloner(spec.options, {}, room.counted(attempt.ticker.step))
         cloner.use_budget(budget_of(spec.options.max_copied_bytes))
@@ -162,11 +158,11 @@ def _begin(attempt: Attempt, limits: Limits, start_early: StartEarly | None) -> 
             return plan
         _clone_inline(attempt, work, plan, cloner)
         attempt.alone = journal.tries == 1 and room.reservation is None and not work.has_manifests()
-        return _close_and_publish(attempt, work, plan, cloner)
+        return _close_tree(attempt, work, plan, cloner)
 
 
-def _publish_snapshot(attempt: Attempt, journal: Journal, work: Workspace) -> ForkResult | None:
-    """Make the fork a snapshot of the source and publish it. Returns None if no snapshot can be made."""
+def _snapshot(attempt: Attempt, journal: Journal, work: Workspace) -> CompleteFork | None:
+    """Make the fork a snapshot of the source. Returns None if no snapshot can be made."""
     began = time.time()
     snapshot = snapshot_tree(work, attempt.staging, attempt.staging.tree_name(journal), attempt.ticker)
     if snapshot is None:
@@ -174,7 +170,7 @@ def _publish_snapshot(attempt: Attempt, journal: Journal, work: Workspace) -> Fo
     attempt.reports["plan"] = snapshot.report
     attempt.clock.planned, attempt.clock.cloned = began, time.time()
     with open_work(attempt.ends, attempt.staging, attempt.spec.options, snapshot.fd) as work:
-        return _complete_and_publish(attempt, work, subvolume=True)
+        return complete(attempt, work, subvolume=True)
 
 
 def _plan(
@@ -288,8 +284,8 @@ def _reports(staging: Staging, plan: Plan) -> dict[str, Report]:
     return {part: staging.report(part).without_pages() for part in parts if staging.has_report(part)}
 
 
-def _close(attempt: Attempt, journal: Journal, plan: Plan) -> ForkResult:
-    """Close and publish a fork whose chunks are done, after this try is counted in the journal."""
+def _close(attempt: Attempt, journal: Journal, plan: Plan) -> CompleteFork:
+    """Close a fork whose chunks are done, after this try is counted in the journal."""
     if journal.closings >= MAX_TRIES:
         raise worker_lost(attempt.spec.source)
     journal = attempt.journal = replace(journal, closings=journal.closings + 1)
@@ -297,100 +293,14 @@ def _close(attempt: Attempt, journal: Journal, plan: Plan) -> ForkResult:
     staging.write_journal(journal)
     with open_work(attempt.ends, staging, attempt.spec.options, staging.open_tree(journal)) as work:
         refused = {(src, dst): number for src, dst, number in plan.refused}
-        return _close_and_publish(attempt, work, plan, Cloner(attempt.spec.options, refused, attempt.ticker.step))
+        return _close_tree(attempt, work, plan, Cloner(attempt.spec.options, refused, attempt.ticker.step))
 
 
 # -- both
 
 
-def _close_and_publish(attempt: Attempt, work: Workspace, plan: Plan, cloner: Cloner) -> ForkResult:
+def _close_tree(attempt: Attempt, work: Workspace, plan: Plan, cloner: Cloner) -> CompleteFork:
     attempt.ticker.enter("publish", plan.entries, plan.bytes)
     again = attempt.journal is not None and attempt.journal.closings > 1
     attempt.reports["close"] = close_tree(work, plan, attempt.reports, cloner, attempt.ticker, replaces=again)
-    return _complete_and_publish(attempt, work)
-
-
-def _complete_and_publish(attempt: Attempt, work: Workspace, *, subvolume: bool = False) -> ForkResult:
-    """Keep the FileResults of the closed tree, write its result and identity into the journal, and publish it."""
-    spec, journal, staging = attempt.spec, cast(Journal, attempt.journal), attempt.staging
-    totals = attempt.totals()
-    refuse_excess(totals.bytes_copied, spec.options.max_copied_bytes, spec.destination)
-    if attempt.keep_pages() is Cancellation.REQUESTED:
-        raise cancelled(spec.destination)
-    sync = spec.options.durability == "sync"
-    if sync:
-        syscalls.syncfs(work.tree_fd)
-    result = succeeded(spec, totals, attempt.chunks, attempt.clock, subvolume=subvolume)
-    journal = replace(
-        journal,
-        phase=Phase.PUBLISHING,
-        tree=trees.identity(work.tree_fd),
-        result=cast(dict[str, Any], result),
-    )
-    attempt.ticker.poll()  # a local fork is cancelled only here, and the sync may have taken long
-    staging.write_journal(journal, sync=sync)
-    attempt.journal = journal
-    return _publish(attempt, journal, result)
-
-
-def _publish(attempt: Attempt, journal: Journal, result: ForkResult) -> ForkResult:
-    """Publish the complete tree that the journal identifies, unless that is done. Returns `result`, now true."""
-    ends, staging = attempt.ends, attempt.staging
-    sync = attempt.spec.options.durability == "sync"
-    if staging.is_published(journal, ends.name):
-        if sync:
-            os.fsync(ends.parent_fd)  # the process that renamed it may have died before its fsync
-        return result
-    try:
-        staging.publish(journal, ends.name, sync=sync)
-    except FileExistsError:
-        raise destination_exists(ends.destination) from None
-    except FileNotFoundError as error:
-        message = "the finished fork was moved or removed by another process before it was published"
-        raise ForkError(Code.IO_ERROR, message, ends.destination, error.errno) from None
-    except OSError as error:
-        raise cannot_publish(error, ends.destination) from None
-    return result
-
-
-def _store_result(attempt: Attempt, result: ForkResult) -> ForkResult:
-    """Store the result of a published fork, and remove the staging.
-
-    An exception here is raised: the fork is published and must not be abandoned. A later delivery stores its result.
-    """
-    remove = partial(remove_staging, attempt)
-    if attempt.alone and attempt.take_end is not None:
-        attempt.take_end(Published(result, remove))
-        return result
-    attempt.ledger.store_result(result)
-    remove()
-    return result
-
-
-def _abandon(attempt: Attempt, cause: Exception) -> ForkResult:
-    """Remove all that was made, and store the failure as the result. Raises Superseded."""
-    staging = attempt.staging
-    if not staging.is_current():
-        raise Superseded from cause
-    error = _as_fork_error(cause, attempt.ends)
-    withdraw_reservation(staging)
-    if attempt.journal is not None:
-        try_to_remove(partial(staging.discard_tree, attempt.journal))
-    with suppress(ForkError):
-        # Empty pages replace those of processes that died.
-        attempt.keep_pages([part for part in attempt.parts() if part not in attempt.reports])
-    result = failed(attempt.spec, error, attempt.totals(), attempt.chunks, attempt.clock)
-    attempt.ledger.store_result(result)
-    if attempt.journal is not None or not isinstance(cause, NotOurs):
-        try_to_remove(staging.remove)
-    return result
-
-
-def _as_fork_error(cause: Exception, ends: Endpoints) -> ForkError:
-    if isinstance(cause, ForkError):
-        return cause
-    if isinstance(cause, OSError):
-        return from_oserror(cause, "working in the staging directory", ends.destination)
-    # An error in this program is a failed fork too: it must leave no files, and its client must get a result.
-    log.error("unexpected error while making %r", ends.destination, exc_info=cause)
-    return ForkError(Code.IO_ERROR, f"unexpected {type(cause).__name__}: {cause}", ends.destination)
+    return complete(attempt, work)

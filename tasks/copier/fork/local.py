@@ -10,7 +10,8 @@ from tasks.copier.copy_rate import Pace, unbounded
 from tasks.copier.endpoints import Endpoints, open_endpoints
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.fork.child_pool import ChildPool
-from tasks.copier.fork.lifecycle import Superseded, finish, start
+from tasks.copier.fork.completion import Superseded
+from tasks.copier.fork.lifecycle import finish, start
 from tasks.copier.fork.plan import Plan
 from tasks.copier.fork_spec import Clock, ForkResult, ForkSpec, failed
 from tasks.copier.options import Limits
