@@ -10,13 +10,14 @@ from typing import Any, Protocol
 
 from redis.exceptions import RedisError
 
+from tasks.complete_forks import CompleteForks
 from tasks.copier.copy_rate import Pace, unbounded
 from tasks.copier.errors import cancelled
 from tasks.copier.fork_spec import ForkResult, ForkSpec
 from tasks.copier.options import Limits
 from tasks.copier.progress import POLL_SECONDS, Poll, Progress
 from tasks.copier.roots import Roots
-from tasks.fork_ledger import CompleteForks, ForkLedger
+from tasks.fork_ledger import ForkLedger
 from tasks.store.final_results import Ended
 from tasks.store.recent_forks.forks import RecentForks
 from tasks.store.results import Results

@@ -50,6 +50,7 @@ LAYERS = (
     ("tasks.names", "tasks.events", "tasks.fork_summary", "tasks.contract"),
     ("tasks.store",),
     ("tasks.fork_ledger",),
+    ("tasks.complete_forks",),
     ("tasks.context", "tasks.delivery"),
     ("tasks.cleanup", "tasks.sweep"),
     ("tasks.fork",),

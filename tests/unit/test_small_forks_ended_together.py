@@ -12,6 +12,7 @@ import fakeredis
 import pytest
 from redis.exceptions import ConnectionError, OutOfMemoryError
 
+from tasks.complete_forks import CompleteForks
 from tasks.copier.endpoints import open_endpoints
 from tasks.copier.fork.completion import CompleteFork
 from tasks.copier.fork.lifecycle import begin
@@ -21,7 +22,7 @@ from tasks.copier.report import Totals
 from tasks.copier.roots import Roots
 from tasks.copier.staging.staging import Staging
 from tasks.copier.staging.takeover import take_over
-from tasks.fork_ledger import CompleteForks, ForkLedger
+from tasks.fork_ledger import ForkLedger
 from tasks.store import keys
 from tasks.store.pages import Pages
 from tasks.store.results import Results
