@@ -42,9 +42,9 @@ test-deploy: ## test the image and docker-compose.yml in containers, with its ow
 	$(BIN)/python -m tests.deploy
 
 test-observe: ## test the dashboard, an alert and Flower with a real Prometheus, a real Flower and real workers
-	@scripts/setup.sh packages test
+	@scripts/setup.sh packages observe
 	@$(MAKE) --no-print-directory --silent venv
-	CI=true $(BIN)/pytest -s tests/observe/monitoring.py tests/observe/flower.py
+	CI=true $(BIN)/pytest -s tests/observe/monitoring.py tests/observe/grafana_schema.py tests/observe/flower.py
 
 test-clients: ## test clients with each version of Celery since 5.2, which it installs
 	@scripts/setup.sh packages test

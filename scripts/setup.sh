@@ -67,6 +67,11 @@ needs_of_test() {
     need promtool     prometheus     "the tests of the alerts and of the dashboard"
 }
 
+needs_of_observe() {
+    needs_of_test
+    need npm          npm            "the check of the dashboard by Grafana's types"
+}
+
 needs_of_deploy() {
     need dockerd      docker.io      "all of it"
     need docker       docker.io      "all of it"
