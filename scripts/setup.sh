@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the targets of the Makefile need. A second call does nothing.
 #
-#   scripts/setup.sh packages demo|test|deploy|bench   the Debian packages of that target
+#   scripts/setup.sh packages demo|test|observe|deploy|bench   the Debian packages of that target
 #   scripts/setup.sh venv                       .venv with forkvm, its dependencies and its tools
 #   scripts/setup.sh venv deploy                also with the schemas of Kubernetes, which are large
 #   scripts/setup.sh constraints                constraints.txt with the newest allowed versions
@@ -216,9 +216,9 @@ set_up_constraints() {
 }
 
 case "${1:-} ${2:-}" in
-    "packages demo" | "packages test" | "packages deploy" | "packages bench") set_up_packages "$2" ;;
+    "packages demo" | "packages test" | "packages observe" | "packages deploy" | "packages bench") set_up_packages "$2" ;;
     "venv ") set_up_venv dev ;;
     "venv deploy") set_up_venv dev,deploy ;;
     "constraints ") set_up_constraints ;;
-    *) die "usage: scripts/setup.sh packages demo|test|deploy|bench | venv [deploy] | constraints" ;;
+    *) die "usage: scripts/setup.sh packages demo|test|observe|deploy|bench | venv [deploy] | constraints" ;;
 esac
