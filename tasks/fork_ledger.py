@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -46,6 +46,10 @@ class ForkLedger:
         self.remember({ALL_PAGES: pages})
         with _redis_full_as_no_space():
             return self.results.pages.store_all({self.fork_id: pages})[0]
+
+    def lost_parts(self, parts: Iterable[str]) -> list[str]:
+        """Those of `parts`, which were kept, whose FileResults Redis has lost."""
+        return self.results.pages.missing(self.fork_id, parts)
 
     def remember(self, pages: Pages) -> None:
         """Remember FileResults that are stored, for the note."""

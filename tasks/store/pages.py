@@ -6,7 +6,7 @@ one page and no parts, as most have, has one key instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -73,11 +73,15 @@ class Pages:
                 pipe.exists(*_reasons_to_end(fork_id))
             return dict(zip(pages, map(Cancellation.of, pipe.execute()[1:]), strict=True))
 
+    def missing(self, fork_id: str, parts: Iterable[str]) -> list[str]:
+        """Those of `parts` of a fork without stored pages."""
+        stored = self._counts(fork_id)
+        return [part for part in parts if part not in stored]
+
     def files(self, fork_id: str) -> Iterator[FileResult]:
         """Yield the FileResults that are there so far, in the order of the parts. Reads a page at a time."""
         redis = self.connection.redis
-        found = cast("dict[bytes, bytes]", redis.hgetall(keys.PAGES.of(fork_id)))
-        counts = {part.decode(): int(count) for part, count in found.items()}
+        counts = self._counts(fork_id)
         wanted = [
             keys.page_key(fork_id, part, number)
             for part in sorted(counts, key=_position)
@@ -87,6 +91,12 @@ class Pages:
             page = cast("bytes | None", redis.get(key))
             if page is not None:
                 yield from unpack_pages([page])
+
+    def _counts(self, fork_id: str) -> dict[str, int]:
+        """How many pages each part has."""
+        key = keys.PAGES.of(fork_id)
+        found = cast("dict[bytes, bytes]", self.connection.ask(lambda: self.connection.redis.hgetall(key)))
+        return {part.decode(): int(count) for part, count in found.items()}
 
 
 def _reasons_to_end(fork_id: str) -> tuple[str, str]:

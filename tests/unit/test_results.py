@@ -203,6 +203,13 @@ def test_pages_stored_by_a_new_attempt_are_the_only_ones(results: Results) -> No
     assert [file["path"] for file in results.pages.files("fork-1")] == ["c", "d"]
 
 
+def test_parts_whose_pages_are_lost_are_found(results: Results) -> None:
+    results.pages.store("fork-1", {"plan": [page_of([_file("a")])], "1": [], "2": [page_of([_file("b")])]})
+
+    assert results.pages.missing("fork-1", ["plan", "0", "1", "2", "3"]) == ["0", "3"]
+    assert results.pages.missing("fork-2", ["plan"]) == ["plan"]
+
+
 @pytest.mark.parametrize("paths", [[], [["e", "f"]], [["e", "f"], ["g"]]])
 def test_pages_of_a_fork_without_parts_are_the_only_ones(results: Results, paths: list[list[str]]) -> None:
     results.pages.store_all({"fork-1": [page_of([_file("a")])]})

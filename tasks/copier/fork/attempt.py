@@ -27,6 +27,9 @@ class Ledger(Protocol):
     def keep_all_pages(self, pages: list[bytes]) -> Cancellation:
         """As `keep_pages`, for a fork that is not divided into parts. Replaces all that was kept before."""
 
+    def lost_parts(self, parts: Iterable[str]) -> list[str]:
+        """Those of `parts`, which were kept, whose FileResults are not there any more."""
+
     def store_result(self, result: ForkResult) -> None:
         """Keep the final result. When this returns, a second delivery of the request finds it."""
 

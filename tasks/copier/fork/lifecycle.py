@@ -291,9 +291,21 @@ def _close(attempt: Attempt, journal: Journal, plan: Plan) -> CompleteFork:
     journal = attempt.journal = replace(journal, closings=journal.closings + 1)
     staging = attempt.staging
     staging.write_journal(journal)
+    _restore_lost_pages(attempt)
     with open_work(attempt.ends, staging, attempt.spec.options, staging.open_tree(journal)) as work:
         refused = {(src, dst): number for src, dst, number in plan.refused}
         return _close_tree(attempt, work, plan, Cloner(attempt.spec.options, refused, attempt.ticker.step))
+
+
+def _restore_lost_pages(attempt: Attempt) -> None:
+    """Keep the FileResults of parts again that the ledger has lost: a Redis that is killed forgets its last second."""
+    lost = attempt.ledger.lost_parts(attempt.reports)
+    if lost:
+        log.warning(
+            "the FileResults of %d parts of %r were lost and are kept again", len(lost), attempt.ends.destination
+        )
+    for part in lost:
+        attempt.ledger.keep_pages({part: attempt.staging.report(part).pages})
 
 
 # -- both

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
@@ -37,6 +38,10 @@ class _NoLedger:
     def keep_all_pages(self, pages: list[bytes]) -> Cancellation:
         """Keep nothing."""
         return Cancellation.NOT_REQUESTED
+
+    def lost_parts(self, parts: Iterable[str]) -> list[str]:
+        """Nothing was kept, so nothing is lost."""
+        return []
 
     def store_result(self, result: ForkResult) -> None:
         """Keep nothing."""

@@ -113,6 +113,9 @@ class Ledger:
         self.pages = {"0": pages}
         return self.cancellation
 
+    def lost_parts(self, parts: Iterable[str]) -> list[str]:
+        return [part for part in parts if part not in self.pages]
+
     def store_result(self, result: ForkResult) -> None:
         self.stored.append(result)
 
