@@ -95,10 +95,10 @@ class CompleteForks:
     def _publish(self, results: Results, new: list[_Held]) -> None:
         """Store the FileResults of forks and publish them, unless they were cancelled or have ended meanwhile."""
         pages = {held.ledger.fork_id: held.fork.pages() for held in new}
-        for held, look in zip(new, _store_pages(results, pages), strict=True):
+        for held, answer in zip(new, _store_pages(results, pages), strict=True):
             held.ledger.remember({ALL_PAGES: pages[held.ledger.fork_id]})
             try:
-                result = held.fork.publish(look)
+                result = held.fork.publish(answer)
             except Superseded:  # another process stores its result
                 self._release(held)
                 continue

@@ -72,15 +72,15 @@ class CompleteFork:
         """The FileResults, to be kept before the fork is published."""
         return self.attempt.pages()
 
-    def publish(self, look: Cancellation | ForkError) -> ForkResult:
-        """Publish the fork, and return its result. `look`: what the ledger answered when its pages were to be kept.
+    def publish(self, answer: Cancellation | ForkError) -> ForkResult:
+        """Publish the fork, and return its result. `answer`: the ledger's, when it was to keep the pages.
 
         If the fork is cancelled or cannot be published, its failure is stored and returned. Raises Superseded.
         """
         try:
-            if isinstance(look, ForkError):
-                raise look
-            if look is Cancellation.REQUESTED:
+            if isinstance(answer, ForkError):
+                raise answer
+            if answer is Cancellation.REQUESTED:
                 raise cancelled(self.attempt.spec.destination)
             return self._publish()
         except Exception as error:
