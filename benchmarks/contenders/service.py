@@ -20,6 +20,7 @@ from redis import Redis
 
 from benchmarks.contenders.programs import QUEUE, Contender, ContenderFailed, Run, last_lines
 from tasks.names import FORK_TASK
+from tasks.store import keys
 from worker.started_processes import ended_at_exit, redis_executable
 
 _PROJECT = Path(__file__).resolve().parents[2]
@@ -95,10 +96,15 @@ class Service:
         return time.perf_counter() - began
 
     def forget_results(self) -> None:
-        """Delete the results of earlier forks, so that they do not slow down Redis."""
+        """Delete the results of earlier forks, so that they do not slow down Redis.
+
+        The keys of periodic work stay: without them it would be due at once.
+        """
+        kept = tuple(key.pattern.partition("{")[0].encode() for key in (keys.SWEEP, keys.WALK))
         for pattern in ("forkvm:*", "celery-task-meta-*"):
             for key in self.redis.scan_iter(pattern, count=1000):
-                self.redis.unlink(key)
+                if not key.startswith(kept):
+                    self.redis.unlink(key)
 
     def _log_end(self) -> str:
         return last_lines(self.worker_log.read_text(errors="replace"), 20)
