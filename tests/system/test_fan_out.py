@@ -30,7 +30,8 @@ def test_both_children_work_on_the_chunks_of_one_fork(
 
     system.assert_left_nothing_in(workdir)
     done_by = _workers_of_chunks(system.worker.output(), "fork-both")
-    assert set(done_by) < set(range(result["chunks"]))  # the first ones were made while the planner still walked
+    # On an idle machine, the first ones were made while the planner still walked.
+    assert set(done_by) <= set(range(result["chunks"]))
     shares = {child: list(done_by.values()).count(child) for child in set(done_by.values())}
     assert len(shares) == 2
     assert min(shares.values()) > result["chunks"] // 10

@@ -38,6 +38,16 @@ def _send(scheduler: Scheduler, directory: Path, count: int = FORKS, name: str =
     return destinations
 
 
+def _send_at_once(system: System, directory: Path, count: int) -> dict[str, Path]:
+    """As `_send`, while no pool process runs: then all messages wait."""
+    children = system.worker.children
+    send(children, signal.SIGSTOP)
+    try:
+        return _send(system.scheduler, directory, count)
+    finally:
+        send(children, signal.SIGCONT)
+
+
 def _received(system: System) -> set[str]:
     """The forks whose messages the worker's main process took, by id."""
     return set(re.findall(r"Task forkvm\.fork\[(\S+)\] received", system.worker.output()))
@@ -103,7 +113,7 @@ def test_the_ends_of_forks_are_stored_before_a_long_one_that_the_same_process_ma
 
 
 def test_waiting_forks_of_a_killed_process_are_made_once(system: System, scheduler: Scheduler, directory: Path) -> None:
-    destinations = _send(scheduler, directory, 4 * FORKS)
+    destinations = _send_at_once(system, directory, 4 * FORKS)
     with stopped_when(system.worker, lambda: bool(_taken(scheduler)), "a process that has taken messages") as children:
         send(children, signal.SIGKILL)
 
@@ -115,7 +125,7 @@ def test_waiting_forks_of_a_killed_process_are_made_once(system: System, schedul
 def test_forks_taken_by_a_paused_process_are_made_by_others(
     system: System, scheduler: Scheduler, directory: Path
 ) -> None:
-    destinations = _send(scheduler, directory, 2 * FORKS)
+    destinations = _send_at_once(system, directory, 2 * FORKS)
     with stopped_when(system.worker, lambda: bool(_taken(scheduler)), "a process that has taken messages") as children:
         send(children[1:], signal.SIGCONT)
         _check_all(scheduler, destinations, directory / "a")
