@@ -22,9 +22,6 @@ from tasks.store.final_results import Ended
 from tasks.store.recent_forks.forks import RecentForks
 from tasks.store.results import Results
 
-#: How long a task waits for staging that another one holds before its message goes back to the queue, in seconds.
-LOCK_WAIT = 1.0
-
 
 class Canvas(Protocol):
     """The tasks that a client wants sent after its job; see `tasks.delivery.canvas`."""

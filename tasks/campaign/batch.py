@@ -8,12 +8,13 @@ from redis.exceptions import RedisError
 
 from tasks.campaign.lanes import is_over, send_batch
 from tasks.campaign.ledger import ledger_of
-from tasks.context import LOCK_WAIT, Context
+from tasks.context import Context
 from tasks.copier.campaign.batch import first_of_runs, make_batch
 from tasks.copier.campaign.finish import late
 from tasks.copier.campaign.plan import Campaign, open_campaign
 from tasks.copier.errors import ForkError
 from tasks.copier.progress import Poll, Progress, Ticker
+from tasks.copier.staging.control_directory import LOCK_WAIT
 from tasks.delivery.outcome import RetryLater, outcome_of
 from tasks.names import FINISH_CAMPAIGN_TASK
 from tasks.store.campaign.results import CampaignResults

@@ -8,14 +8,14 @@ from contextlib import suppress
 from tasks.campaign.ending import end_from_claim, store_result, stored_result
 from tasks.campaign.lanes import is_over, send_batches
 from tasks.campaign.ledger import ledger_of
-from tasks.context import LOCK_WAIT, Context
+from tasks.context import Context
 from tasks.copier.campaign.batch import seize_batch
 from tasks.copier.campaign.finish import end_rest, remove_annexes
 from tasks.copier.campaign.plan import Campaign, campaign_in
 from tasks.copier.campaign.spec import CampaignResult, campaign_result, forks_done
 from tasks.copier.errors import ForkError, from_record
 from tasks.copier.progress import Progress, Ticker
-from tasks.copier.staging.control_directory import Held
+from tasks.copier.staging.control_directory import LOCK_WAIT, Held
 from tasks.copier.staging.proof import NotOurs
 from tasks.copier.staging.staging import Staging
 from tasks.copier.validation import Malformed

@@ -12,7 +12,7 @@ from redis.exceptions import RedisError
 from tasks.campaign.ending import end_without_plan, store_result, stored_result
 from tasks.campaign.lanes import send_batches
 from tasks.campaign.ledger import ledger_of
-from tasks.context import LOCK_WAIT, Context
+from tasks.context import Context
 from tasks.contract.campaign_request import campaign_of, refused_campaign, summary_of
 from tasks.copier.campaign.plan import Campaign, campaign_in, find_home, open_campaign, plan_campaign
 from tasks.copier.campaign.spec import CampaignResult, CampaignSpec
@@ -20,6 +20,7 @@ from tasks.copier.endpoints import Endpoints, open_endpoints
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.fork.completion import Superseded
 from tasks.copier.progress import Poll, Progress, Ticker
+from tasks.copier.staging.control_directory import LOCK_WAIT
 from tasks.copier.staging.staging import Staging
 from tasks.delivery.outcome import outcome_of
 from tasks.fork.foreign_ids import is_of_another_job

@@ -14,13 +14,13 @@ from typing import NoReturn
 from tasks import events
 from tasks.campaign.ending import claimed_campaign, end_from_claim
 from tasks.campaign.finish import run_finish_campaign
-from tasks.context import LOCK_WAIT, Context
+from tasks.context import Context
 from tasks.copier.campaign.batch import seize_batch
 from tasks.copier.campaign.plan import open_campaign
 from tasks.copier.campaign.spec import CampaignResult
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.staging import takeover
-from tasks.copier.staging.control_directory import Held
+from tasks.copier.staging.control_directory import LOCK_WAIT, Held
 from tasks.delivery.outcome import RetryLater
 
 log = logging.getLogger(__name__)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tasks.context import LOCK_WAIT, Context
+from tasks.context import Context
 from tasks.copier.endpoints import Endpoints
 from tasks.copier.fork.chunk import worker_lost
 from tasks.copier.fork.lifecycle import finish
 from tasks.copier.fork_spec import ForkResult, ForkSpec
 from tasks.copier.progress import Ticker
+from tasks.copier.staging.control_directory import LOCK_WAIT
 from tasks.copier.staging.journal import Phase
 from tasks.copier.staging.staging import Staging
 from tasks.delivery.outcome import outcome_of

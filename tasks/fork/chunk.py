@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from tasks.context import LOCK_WAIT, Context
+from tasks.context import Context
 from tasks.copier.endpoints import reopen_endpoints
 from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.fork.chunk import fail_chunk, run_held_chunk
@@ -13,6 +13,7 @@ from tasks.copier.fork.plan import Plan
 from tasks.copier.fork_spec import ForkSpec
 from tasks.copier.progress import Progress, Ticker
 from tasks.copier.report import Report
+from tasks.copier.staging.control_directory import LOCK_WAIT
 from tasks.copier.staging.journal import Journal, Phase
 from tasks.copier.staging.staging import Staging
 from tasks.copier.staging.workspace import open_work

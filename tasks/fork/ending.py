@@ -10,7 +10,7 @@ import logging
 from contextlib import suppress
 
 from tasks.cleanup import remove_leftovers
-from tasks.context import LOCK_WAIT, Context
+from tasks.context import Context
 from tasks.contract import fork_request
 from tasks.copier.endpoints import Endpoints
 from tasks.copier.errors import ForkError
@@ -19,6 +19,7 @@ from tasks.copier.fork_spec import Clock, ForkResult, ForkSpec, failed
 from tasks.copier.progress import Ticker
 from tasks.copier.report import Totals
 from tasks.copier.roots import normal_path
+from tasks.copier.staging.control_directory import LOCK_WAIT
 from tasks.copier.staging.journal import Journal
 from tasks.copier.staging.staging import Staging
 from tasks.delivery.outcome import outcome_of

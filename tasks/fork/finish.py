@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from tasks.context import LOCK_WAIT, Context
+from tasks.context import Context
 from tasks.copier.endpoints import Endpoints, reopen_endpoints
 from tasks.copier.errors import Code, ForkError, cancelled, from_oserror
 from tasks.copier.fork.lifecycle import finish
 from tasks.copier.fork.plan import Plan
 from tasks.copier.fork_spec import ForkResult, ForkSpec
 from tasks.copier.progress import Ticker
+from tasks.copier.staging.control_directory import LOCK_WAIT
 from tasks.copier.staging.staging import Staging
 from tasks.delivery.outcome import RetryLater, open_parent_or_retry, outcome_of
 from tasks.fork.ending import end_fork, is_of_claim, restore_result, spec_from_claim, store_failure, stored_result

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import cast
 
-from tasks.context import LOCK_WAIT, Context
+from tasks.context import Context
 from tasks.contract import fork_request
 from tasks.contract.raw_request import text_of
 from tasks.copier.endpoints import open_endpoints
@@ -19,6 +19,7 @@ from tasks.copier.fork.plan import Plan
 from tasks.copier.fork_spec import ForkResult, ForkSpec
 from tasks.copier.kernel import trees
 from tasks.copier.progress import Cancellation, Ticker
+from tasks.copier.staging.control_directory import LOCK_WAIT
 from tasks.copier.staging.staging import Staging
 from tasks.delivery.outcome import outcome_of
 from tasks.fork.chunk import send_chunks

@@ -14,11 +14,12 @@ import pytest
 from tasks.campaign.batch import run_batch
 from tasks.campaign.finish import run_finish_campaign
 from tasks.campaign.start import run_campaign
-from tasks.context import LOCK_WAIT, Context
+from tasks.context import Context
 from tasks.contract.campaign_request import campaign_of
 from tasks.copier.campaign.spec import CampaignResult, campaign_result
 from tasks.copier.options import Limits
 from tasks.copier.roots import Roots
+from tasks.copier.staging.control_directory import LOCK_WAIT
 from tasks.copier.staging.staging import Staging
 from tasks.delivery.outcome import RetryLater
 from tasks.store.campaign.results import CampaignResults

@@ -36,7 +36,7 @@ from tasks.copier.fork.chunk import MAX_TRIES, worker_lost
 from tasks.copier.fork.completion import Superseded
 from tasks.copier.progress import Poll, Progress, Ticker
 from tasks.copier.roots import Roots
-from tasks.copier.staging.control_directory import Held
+from tasks.copier.staging.control_directory import LOCK_WAIT, Held
 from tasks.copier.staging.staging import Staging
 
 #: Files that hold the outcomes of one run of forks each: the name before the index of its first fork.
@@ -55,7 +55,7 @@ def campaign_here(
         with (
             open_endpoints(roots, spec.source, home) as ends,
             # Held until the end, by the children too: `gc` removes what no process holds.
-            Staging.claim(ends.parent_fd, spec.campaign_id, wait=0) as staging,
+            Staging.claim(ends.parent_fd, spec.campaign_id, LOCK_WAIT) as staging,
         ):
             campaign = _plan(ends, staging, spec, paths, poll)
             try:

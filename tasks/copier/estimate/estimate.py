@@ -27,7 +27,7 @@ from tasks.copier.source.selection import Selection
 from tasks.copier.source.walk import Kind, Walk
 from tasks.copier.space.forecast import Forecast
 from tasks.copier.space.reservation import job_of, reserved_by_others, reserving
-from tasks.copier.staging.control_directory import Held
+from tasks.copier.staging.control_directory import LOCK_WAIT, Held
 from tasks.copier.staging.publishing import require_noreplace
 from tasks.copier.staging.staging import Staging
 from tasks.copier.staging.workspace import Workspace, open_work
@@ -84,7 +84,7 @@ def estimate(spec: ForkSpec, roots: Roots, limits: Limits, poll: Poll) -> Estima
     try:
         with open_endpoints(roots, spec.source, spec.destination) as ends:
             ends.refuse_existing()
-            with Staging.claim(ends.parent_fd, spec.fork_id, wait=0) as staging:
+            with Staging.claim(ends.parent_fd, spec.fork_id, LOCK_WAIT) as staging:
                 return _in_staging(ends, staging, spec, limits, Ticker(poll))
     except Held:
         raise ForkError(Code.IO_ERROR, "another process makes an estimate with this id", spec.destination) from None

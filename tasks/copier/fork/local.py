@@ -19,7 +19,7 @@ from tasks.copier.options import Limits
 from tasks.copier.progress import Cancellation, Poll, Ticker
 from tasks.copier.report import Totals
 from tasks.copier.roots import Roots
-from tasks.copier.staging.control_directory import Held
+from tasks.copier.staging.control_directory import LOCK_WAIT, Held
 from tasks.copier.staging.staging import Staging
 from tasks.copier.staging.workspace import Workspace, open_work
 
@@ -79,7 +79,7 @@ def _fork(ends: Endpoints, spec: ForkSpec, limits: Limits, processes: int, ticke
         return pools[0]
 
     try:
-        with Staging.claim(ends.parent_fd, spec.fork_id, wait=0) as staging:
+        with Staging.claim(ends.parent_fd, spec.fork_id, LOCK_WAIT) as staging:
             plan = start(ends, staging, spec, limits, ticker, ledger, start_early)
             if not isinstance(plan, Plan):
                 return plan
@@ -108,7 +108,7 @@ def _abandon(ends: Endpoints, spec: ForkSpec, error: ForkError, ticker: Ticker) 
     """
     with (
         suppress(OSError, Held, Superseded),
-        Staging.attach(ends.parent_fd, spec.fork_id, wait=0, alone=True) as staging,
+        Staging.attach(ends.parent_fd, spec.fork_id, LOCK_WAIT, alone=True) as staging,
     ):
         result = finish(ends, staging, ticker, _NoLedger(), error) if staging is not None else None
         if result is not None:

@@ -23,6 +23,8 @@ from tasks.copier.staging.heartbeat import names_living_holder, with_heartbeat
 from tasks.copier.staging.proof import NotOurs, open_directory
 
 LOCK = "lock"
+#: How long to wait for the lock of a control directory, in seconds. `gc` and other deliveries hold it for an instant.
+LOCK_WAIT = 1.0
 #: The heartbeat of a staging whose lock file names no holder that may be alive. It never changes, whatever the mtime of
 #: the lock file. A holder that has just begun is named with its first heartbeat.
 NO_HOLDER = 1
