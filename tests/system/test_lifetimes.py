@@ -146,6 +146,7 @@ def test_campaign_under_the_id_of_an_earlier_one_has_none_of_its_results(
     for n in (1, 2, 3):
         (workdir / f"vm-{n:04}").mkdir()
     assert send(scheduler, request_of(source, workdir, 30), "again").get(timeout=30)["status"] == "partial"
+    scheduler.wait_quiet()  # another message of its end may be on its way
     scheduler.redis.delete("forkvm:again:claim", "forkvm:again:result", "celery-task-meta-again")
     for n in (1, 2, 3):
         (workdir / f"vm-{n:04}").rmdir()
