@@ -2,9 +2,9 @@
 # Installs what the targets of the Makefile need. A second call does nothing.
 #
 #   scripts/setup.sh packages demo|test|observe|deploy|bench   the Debian packages of that target
-#   scripts/setup.sh venv                       .venv with forkvm, its dependencies and its tools
-#   scripts/setup.sh venv deploy                also with the schemas of Kubernetes, which are large
-#   scripts/setup.sh constraints                constraints.txt with the newest allowed versions
+#   scripts/setup.sh venv                              .venv with forkvm, its dependencies and its tools
+#   scripts/setup.sh venv deploy                       also with the schemas of Kubernetes, which are large
+#   scripts/setup.sh constraints                       constraints.txt with the newest allowed versions
 #
 # Packages are installed only as root and with apt-get. Otherwise the script prints a line for each
 # missing package, with what is skipped without it, and continues.

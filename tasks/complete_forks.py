@@ -35,9 +35,9 @@ class _Held:
 class CompleteForks:
     """Small forks whose trees are complete, and which this process ends together.
 
-    Each step is one command to Redis for all of them: their FileResults are stored, with a look whether one was
-    cancelled or has ended in another process; they are published; their results are stored, their staging is removed,
-    and their states are published.
+    Their FileResults are stored, and the same round trip to Redis tells which of them were cancelled or have ended in
+    another process. The others are published. Then one command stores all results, their staging is removed, and one
+    command publishes all states.
 
     Until then it holds their staging. If the process dies, the next delivery of their messages publishes them, or makes
     them again. Other threads may call `try_to_end`.

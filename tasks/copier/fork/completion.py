@@ -46,8 +46,8 @@ class CompleteFork:
     """
 
     attempt: Attempt
-    #: The identity of the tree.
-    tree: int | None
+    #: The identity of the tree. None if an earlier try has recorded it, with the result, in the journal.
+    tree: int | None = None
     subvolume: bool = False
 
     def end(self) -> ForkResult:
@@ -133,11 +133,6 @@ def complete(attempt: Attempt, work: Workspace, *, subvolume: bool = False) -> C
     if spec.options.durability == "sync":
         syscalls.syncfs(work.tree_fd)
     return CompleteFork(attempt, trees.identity(work.tree_fd), subvolume)
-
-
-def recorded(attempt: Attempt) -> CompleteFork:
-    """The fork of an attempt whose journal has its result already."""
-    return CompleteFork(attempt, None)
 
 
 def _publish_tree(attempt: Attempt, journal: Journal) -> None:

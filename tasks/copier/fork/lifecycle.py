@@ -22,7 +22,7 @@ from tasks.copier.errors import Code, ForkError
 from tasks.copier.fork.attempt import Attempt, Ledger
 from tasks.copier.fork.chunk import MAX_TRIES, run_chunk, worker_lost
 from tasks.copier.fork.close import close_tree
-from tasks.copier.fork.completion import CompleteFork, abandon, complete, recorded, try_to_remove
+from tasks.copier.fork.completion import CompleteFork, abandon, complete, try_to_remove
 from tasks.copier.fork.plan import EarlyWorkers, Plan, make_plan
 from tasks.copier.fork.snapshot import snapshot_tree
 from tasks.copier.fork_spec import Clock, ForkResult, ForkSpec
@@ -79,7 +79,7 @@ def begin(
     try:
         journal = attempt.journal = _journal_of(staging, spec)
         if journal is not None and journal.phase is Phase.PUBLISHING:
-            outcome = recorded(attempt)
+            outcome = CompleteFork(attempt)
         elif journal is None or journal.plan is None:
             outcome = _begin(attempt, limits, start_early)
         else:
@@ -107,7 +107,7 @@ def finish(
     attempt = Attempt(ends, staging, ticker, ledger, spec, clock, journal)
     try:
         if journal.phase is Phase.PUBLISHING:
-            fork = recorded(attempt)
+            fork = CompleteFork(attempt)
         else:
             plan = _read_reports(attempt, journal, abort)
             if plan is None:
