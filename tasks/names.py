@@ -51,6 +51,11 @@ def job_fields(task: str, task_id: str) -> dict[str, str]:
     return {"task_id": task_id, _JOBS[task]: part[1] if part else task_id}
 
 
+def is_part_of_job(task: str) -> bool:
+    """Whether a message of this task is a part of a fork or campaign. Estimates and sweeps are not."""
+    return task in _JOBS
+
+
 def inner_queue(queue: str, task: str) -> str:
     """The queue in which this program itself sends `task`, in the domain whose clients use `queue`."""
     return queue + _INNER_QUEUES[task]

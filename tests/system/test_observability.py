@@ -16,6 +16,7 @@ from urllib.error import HTTPError
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tasks.names import ESTIMATE_TASK
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import StartWorker, Worker, wait_until
 from tests.support.guests import make_guest
@@ -114,9 +115,9 @@ def test_the_pool_queues_and_roots_are_shown(
     sent = scheduler.send({"source": str(large_source), "destination": str(workdir / "b")})
 
     try:
-        wait_until(lambda: any(workdir.glob(".forkvm-*")), "a fork that runs")
-        _stop_while_one_forks(children, endpoint, workdir)
-        assert endpoint.value("forkvm_children_busy") > 0
+        _stop_while_one_reads(large_source, children)
+        endpoint.wait_for("forkvm_forks_in_progress", lambda n: n == 1)
+        endpoint.wait_for("forkvm_children_busy", lambda n: n > 0)
         wait_until(
             lambda: any(
                 endpoint.value("forkvm_unacked_messages", queue=queue) > 0 for queue in (QUEUE, f"{QUEUE}#chunk")
@@ -129,18 +130,34 @@ def test_the_pool_queues_and_roots_are_shown(
     scheduler.wait(sent)
 
 
-def _stop_while_one_forks(children: list[int], endpoint: Endpoint, directory: Path) -> None:
-    """Stop the pool processes while one has a file of `directory` open, and wait until a metric says so."""
+def test_an_estimate_is_not_a_fork_in_progress(
+    system: System, endpoint: Endpoint, scheduler: Scheduler, large_source: Path
+) -> None:
+    children = system.worker.children
+    request = {"source": str(large_source), "destination": str(large_source.parent / "b")}
+    sent = [scheduler.app.send_task(ESTIMATE_TASK, [request], queue=QUEUE) for _ in range(20)]
 
-    def stopped_in_a_fork() -> bool:
+    try:
+        _stop_while_one_reads(large_source, children)
+        names = "forkvm_children_busy", "forkvm_forks_in_progress"  # the last page may be older than the estimates
+        wait_until(lambda: [endpoint.value(name) > 0 for name in names] == [True, False], "only an estimate")
+    finally:
+        send(children, signal.SIGCONT)
+    for estimate in sent:
+        assert estimate.get(timeout=60)
+
+
+def _stop_while_one_reads(source: Path, children: list[int]) -> None:
+    """Stop the pool processes while one has a file or directory of `source` open."""
+
+    def stopped_while_one_reads() -> bool:
         send(children, signal.SIGSTOP)
-        if any(str(directory) in link for pid in children for link in open_files(pid)):
+        if any(link.startswith(f"{source}/") for pid in children for link in open_files(pid)):
             return True
         send(children, signal.SIGCONT)  # between two tasks
         return False
 
-    wait_until(stopped_in_a_fork, "a pool process that makes a fork")
-    endpoint.wait_for("forkvm_forks_in_progress", lambda n: n == 1)
+    wait_until(stopped_while_one_reads, "a pool process that reads the source")
 
 
 def test_the_pool_processes_do_not_hold_the_listener(system: System, endpoint: Endpoint) -> None:

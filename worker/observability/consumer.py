@@ -15,6 +15,7 @@ from celery.worker import state
 from celery.worker.consumer import consumer as celery_consumer
 
 from tasks.delivery.message import Message
+from tasks.names import is_part_of_job
 
 #: How often the loop writes, in seconds.
 _INTERVAL_SECONDS = 2.0
@@ -31,6 +32,7 @@ class Consumer:
     is_stopping: bool = False
     children: int = 0
     children_busy: int = 0
+    #: The forks and campaigns that the children work on.
     jobs: int = 0
 
     def turn(self) -> None:
@@ -42,7 +44,8 @@ class Consumer:
         active = list(state.active_requests)
         self.children = len(pool.info.get("processes", []))
         self.children_busy = len(active)
-        self.jobs = len({request.job_id for request in active if isinstance(request, Message)})
+        parts = [request for request in active if isinstance(request, Message) and is_part_of_job(str(request.name))]
+        self.jobs = len({request.job_id for request in parts})
 
 
 def observe_consumer(app: Any) -> Consumer:
