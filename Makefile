@@ -25,13 +25,13 @@ demo: ## show the whole system on this machine: Redis, a worker, a guest directo
 test: ## run ruff, mypy (strict) and all tests
 	@scripts/setup.sh packages test
 	@$(MAKE) --no-print-directory lint
-	$(BIN)/pytest -n 3 --dist worksteal
+	$(BIN)/pytest -n 4 --dist worksteal
 
 coverage: ## line and branch coverage of worker/ and tasks/ by all tests, processes that they start included
 	@scripts/setup.sh packages test
 	@$(MAKE) --no-print-directory --silent venv
 	$(BIN)/coverage erase
-	-$(BIN)/coverage run -m pytest -n 3 --dist worksteal --timeout 600 $(COVERAGE_ARGS)
+	-$(BIN)/coverage run -m pytest -n 4 --dist worksteal --timeout 600 $(COVERAGE_ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

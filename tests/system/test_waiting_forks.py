@@ -94,22 +94,26 @@ def test_the_ends_of_forks_are_stored_before_a_long_one_that_the_same_process_ma
 ) -> None:
     (directory / "long").mkdir()
     (directory / "long" / "disk").write_bytes(bytes(range(256)) * (24 << 10))
-    small = _send(own_scheduler, directory, 4)
-    request = {"source": str(directory / "long"), "destination": str(directory / "copy"), "reflink": "never"}
-    long = own_scheduler.send(request)
-
     env = {"FORKVM_COPY_RATE": "1048576", "FORKVM_RUNTIME_DIR": str(tmp_path / "runtime")}
-    worker = start_worker(mounts, 1, env=env)
-    _check_all(own_scheduler, small, directory / "a")
-    wait_until(lambda: len(_taken(own_scheduler)) <= 1, "the end of all messages but one")
-    assert own_scheduler.results.final.fork(str(long.id)) is None
-    assert own_scheduler.wait(long)["chunks"] == 1
 
-    assert worker.output().count(" received") == 1  # the process took the others itself
-    states = [own_scheduler.results.states.get(fork_id) for fork_id in (*small, long.id)]
-    *ends, last = [datetime.fromisoformat(state["date_done"]) for state in states]
-    assert (last - max(ends)).total_seconds() > 1
-    own_scheduler.wait_quiet()
+    for attempt in range(5):
+        small = _send(own_scheduler, directory, 4, f"small-{attempt}")
+        request = {"source": str(directory / "long"), "destination": str(directory / f"copy-{attempt}")}
+        long = own_scheduler.send(request | {"reflink": "never"})
+        worker = start_worker(mounts, 1, env=env)
+        _check_all(own_scheduler, small, directory / "a")
+        wait_until(lambda: len(_taken(own_scheduler)) <= 1, "the end of all messages but one")
+        assert own_scheduler.results.final.fork(str(long.id)) is None
+        assert own_scheduler.wait(long)["chunks"] == 1
+
+        states = [own_scheduler.results.states.get(fork_id) for fork_id in (*small, long.id)]
+        *ends, last = [datetime.fromisoformat(state["date_done"]) for state in states]
+        assert (last - max(ends)).total_seconds() > 1
+        own_scheduler.wait_quiet()
+        if worker.output().count(" received") == 1:  # the process took the others itself
+            return
+        worker.end()  # on a busy machine, it returned some of them to the queue
+    raise AssertionError("the process never took all messages itself")
 
 
 def test_waiting_forks_of_a_killed_process_are_made_once(system: System, scheduler: Scheduler, directory: Path) -> None:
