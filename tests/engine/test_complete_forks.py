@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from tasks.copier.errors import Code, ForkError
 from tasks.copier.fork.completion import CompleteFork
 from tasks.copier.fork.lifecycle import begin, start
 from tasks.copier.fork.plan import Plan
+from tasks.copier.fork_spec import ForkResult
 from tasks.copier.options import Limits
 from tasks.copier.progress import Cancellation, Ticker
 from tasks.copier.report import unpack_pages
@@ -151,6 +153,28 @@ def test_a_fork_that_cannot_be_published_fails(workdir: Path) -> None:
 
     assert ledger.result["error"] is not None
     assert ledger.result["error"]["code"] == "destination_exists"
+    assert leftovers(workdir) == []
+
+
+def test_the_next_delivery_repeats_the_failure_of_a_process_that_died_before_it_stored_it(workdir: Path) -> None:
+    class Lost(Ledger):
+        def store_result(self, result: ForkResult) -> None:
+            raise ConnectionError
+
+    # Given
+    with _complete(workdir, Lost()) as fork:
+        (workdir / "b").mkdir()
+        with pytest.raises(ConnectionError):
+            fork.publish(Cancellation.NOT_REQUESTED)
+
+    # When
+    ledger = Ledger()
+    _deliver_again(workdir, ledger)
+
+    # Then
+    assert ledger.result["error"] is not None
+    assert ledger.result["error"]["code"] == "destination_exists"
+    assert os.listdir(workdir / "b") == []
     assert leftovers(workdir) == []
 
 

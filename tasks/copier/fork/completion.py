@@ -148,6 +148,7 @@ def _publish_tree(attempt: Attempt, journal: Journal) -> None:
     except FileExistsError:
         raise destination_exists(ends.destination) from None
     except FileNotFoundError as error:
+        attempt.ends.refuse_existing()  # most likely an earlier try failed so, and died before it stored that
         message = "the finished fork was moved or removed by another process before it was published"
         raise ForkError(Code.IO_ERROR, message, ends.destination, error.errno) from None
     except OSError as error:
