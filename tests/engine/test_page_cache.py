@@ -16,7 +16,9 @@ from tests.fixtures.filesystems import Fresh, Kind
 from tests.fixtures.processes import wait_until
 from tests.support.cached_pages import cached_pages, evict
 from tests.support.engine.forks import CHUNKED, INLINE, MIB, assert_alike, forked, never_stop, spec_of
+from tests.support.engine.traced_processes import TracedChild
 from tests.support.guests import make_sparse_file
+from tests.support.requirements import require_command
 
 #: Kinds with a page cache in front of a disk.
 ON_DISK: tuple[Kind, ...] = ("xfs", "btrfs", "ext4")
@@ -94,9 +96,31 @@ def test_a_copy_slowed_down_by_a_copy_rate_is_written_at_once(workdir: Path) -> 
 
     assert result["status"] == "succeeded", result["error"]
     pages = cached_pages(workdir / "fork" / "disk.raw")
-    assert pages.dirty <= _PAGES // 2
+    assert pages.dirty <= 4 * MIB // mmap.PAGESIZE
     assert pages.cached >= _PAGES - _FEW
     assert_alike(source, workdir / "fork")
+
+
+def test_a_copy_slowed_down_by_a_copy_rate_is_made_in_small_steps(fresh: Fresh, tmp_path: Path) -> None:
+    """A neighbour's fsync waits behind each of them."""
+    strace, workdir = require_command("strace", "the sizes of the calls"), fresh("xfs_noreflink")
+    source = make_source(workdir)
+    make_sparse_file(source / "memory", 4 * MIB, 4 * MIB)
+    spec = spec_of(source, workdir / "fork", "fork-1")
+    pace = CopyRate(str(workdir / "runtime"), _SIZE)
+
+    traced = TracedChild(
+        strace,
+        tmp_path / "trace",
+        lambda: fork_here(spec, Roots(()), INLINE, 1, never_stop, pace),
+        calls="copy_file_range",
+    )
+    traced.begin()
+    assert traced.result()["status"] == "succeeded"
+
+    copied = [int(line.rpartition("= ")[2]) for line in traced.trace() if "copy_file_range(" in line]
+    assert sum(copied) == _SIZE + 4 * MIB
+    assert max(copied[1:]) <= MIB  # before the first, it is not known
 
 
 @pytest.mark.parametrize("kind", ["tmpfs", "overlayfs", "xfs_noreflink"])

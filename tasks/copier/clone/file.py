@@ -88,6 +88,8 @@ class Cloner:
         self._replaces = replaces
         self._step = step
         self._drops = options.cache == "drop"
+        #: Whether the copy rate slowed the last copy down.
+        self._is_slowed = False
         self._sparse = SparseCopier(offload=options.reflink != "never", drops=self._drops)
         self._leases = leases_of_process(os.getpid()) if options.source_open == "refuse" else None
         self._user, self._group = os.geteuid(), os.getegid()
@@ -325,12 +327,13 @@ class Cloner:
             behind.waited(time.monotonic() - began)
             self._require_lease(place, entry, src_fd)
 
-        behind = WriteBehind(dst_fd, start, drops=self._drops)
+        behind = WriteBehind(dst_fd, start, drops=self._drops, is_slowed=self._is_slowed)
         pair = OpenPair(src_fd, entry.dev, dst_fd, lambda: place.paths_of(entry.name), step, behind)
         try:
             return self._sparse.copy(pair, Part(start, end, entry.size, entry.data))
         finally:
             behind.stop()
+            self._is_slowed = behind.is_slowed
 
     def _require_lease(self, place: DirectoryPair, entry: Entry, src_fd: int) -> None:
         if self._leases is not None:

@@ -20,9 +20,6 @@ from tasks.copier.errors import Code, ForkError, from_oserror
 from tasks.copier.kernel import syscalls
 from tasks.copier.kernel.sparse import HolesUnknown, data_extents, reports_no_hole
 
-#: The largest copy_file_range call, in bytes. After each call a cancellation takes effect, the copy rate is observed,
-#: and write-out is begun.
-_CALL_BYTES = 8 << 20
 #: On ext4, the blocks of extents of at least this many bytes are allocated first: otherwise it reserves them page by
 #: page. Elsewhere this does not help: XFS and tmpfs are no faster, and btrfs would not compress the data.
 _ALLOCATED_BYTES = 128 << 10
@@ -134,10 +131,10 @@ class SparseCopier:
             for first, last in nonzero_runs(self._buffer.data, got, at):
                 self._take(last - first, pair)
                 self._buffer.write(pair.dst_fd, first, last, at + first)
-                pair.behind.wrote(last - first, at + last)
                 written += last - first
             at, copied = at + got, copied + written
             pair.step(written)  # also with 0 bytes, so that a cancellation takes effect
+            pair.behind.wrote(written, at)
         return copied
 
     def _copy_extent(self, pair: OpenPair, at: int, end: int) -> None:
@@ -145,8 +142,9 @@ class SparseCopier:
         if end - at >= _ALLOCATED_BYTES:
             self._allocate(pair.dst_fd, at, end)
         while self._offload and at < end:
+            # After each call a cancellation takes effect, the copy rate is observed, and write-out is begun.
             try:
-                done = os.copy_file_range(pair.src_fd, pair.dst_fd, min(end - at, _CALL_BYTES), at, at)
+                done = os.copy_file_range(pair.src_fd, pair.dst_fd, min(end - at, pair.behind.window_bytes), at, at)
             except OSError as error:
                 if error.errno not in _REFUSED:
                     raise
@@ -154,16 +152,16 @@ class SparseCopier:
             if done == 0:  # the end of the file, or a filesystem that wrongly reports it
                 break
             at += done
-            pair.behind.wrote(done, at)
             pair.step(done)
+            pair.behind.wrote(done, at)
         while at < end:
             got = self._buffer.read(pair.src_fd, at, end)
             if got == 0:
                 raise _ended_early(pair)
             self._buffer.write(pair.dst_fd, 0, got, at)
             at += got
-            pair.behind.wrote(got, at)
             pair.step(got)
+            pair.behind.wrote(got, at)
 
     def _take(self, count: int, pair: OpenPair) -> None:
         if not self.take(count):

@@ -20,10 +20,10 @@ MOST_DIRTY = 256 << 20
 _WINDOW_BYTES = 8 << 20
 #: The share of its time that a copy waits, from which on it is slowed down on purpose, and not by the disk.
 _SLOWED_SHARE = 0.25
-#: Such a copy is written in requests of so many bytes, at most so many at a time, to keep the disk's queue short: an
-#: fsync of a neighbour waits behind it three times. Without a slowdown this would cost more than it helps; see
-#: docs/experiments.md.
-_REQUEST_BYTES, _REQUESTS = 256 << 10, 24
+#: Such a copy is made in windows of so many bytes, and written in requests of so many bytes, at most so many at a time.
+#: This keeps the disk's queue short: an fsync of a neighbour waits behind it three times. Without a slowdown it would
+#: cost more than it helps; see docs/experiments.md.
+_SLOWED_WINDOW_BYTES, _REQUEST_BYTES, _REQUESTS = 1 << 20, 256 << 10, 8
 #: With `drops`, how many windows of a copy may be in write-out before it waits for the first.
 _WINDOWS_BEHIND = 8
 
@@ -31,11 +31,18 @@ _WINDOWS_BEHIND = 8
 class WriteBehind:
     """The write-out of one file, or of one range of it, that is copied from its start to its end."""
 
-    def __init__(self, fd: int, start: int, *, drops: bool, most_dirty: int = MOST_DIRTY) -> None:
-        """`drops`: drop the pages that are written, and wait for the disk, so that few are left at any time."""
+    def __init__(
+        self, fd: int, start: int, *, drops: bool, is_slowed: bool = False, most_dirty: int = MOST_DIRTY
+    ) -> None:
+        """`drops`: drop the pages that are written, and wait for the disk, so that few are left at any time.
+
+        `is_slowed`: whether the last copy was slowed down by the copy rate.
+        """
         self._fd = fd
         self._drops = drops
         self._most_dirty = most_dirty
+        #: Whether the copy is slowed down by the copy rate.
+        self.is_slowed = is_slowed
         #: The offset up to which write-out was begun, and the end of the copied data.
         self._next = self._end = start
         #: Bytes since the last decision, its time, and how long the copy has waited since, in seconds.
@@ -45,20 +52,25 @@ class WriteBehind:
         self._begun: deque[tuple[int, int]] = deque()
         self._thread: _Writer | None = None
 
+    @property
+    def window_bytes(self) -> int:
+        """How many bytes to copy at a time."""
+        return _SLOWED_WINDOW_BYTES if self.is_slowed else _WINDOW_BYTES
+
     def wrote(self, count: int, end: int) -> None:
-        """`count` bytes were written, up to the offset `end`. Raises OSError."""
+        """`count` bytes were written, up to the offset `end`. Call it after the wait for them. Raises OSError."""
         self._new += count
         self._end = end
-        if self._new < _WINDOW_BYTES:
+        if self._new < self.window_bytes:
             return
         self._new = 0
-        is_slowed = self._is_slowed()
+        self._note_pace()
         if self._drops:
             self._begin()
             if len(self._begun) > _WINDOWS_BEHIND:
                 self._drop(*self._begun.popleft())
-        elif is_slowed or page_cache.dirty_bytes() > self._most_dirty:
-            self._hand_over(_REQUEST_BYTES if is_slowed else _WINDOW_BYTES)
+        elif self.is_slowed or page_cache.dirty_bytes() > self._most_dirty:
+            self._hand_over(_REQUEST_BYTES if self.is_slowed else _WINDOW_BYTES)
 
     def waited(self, seconds: float) -> None:
         """The copy was kept from going on for some seconds, by the copy rate if it was long."""
@@ -85,12 +97,11 @@ class WriteBehind:
         page_cache.finish_write_out(self._fd, start, end)
         page_cache.drop(self._fd, start, end)
 
-    def _is_slowed(self) -> bool:
-        """Whether the copy has waited for a large part of the time since the last decision."""
+    def _note_pace(self) -> None:
+        """Note whether the copy has waited for a large part of the time since the last decision."""
         now = time.monotonic()
-        is_slowed = self._waited > _SLOWED_SHARE * (now - self._decided)
+        self.is_slowed = self._waited > _SLOWED_SHARE * (now - self._decided)
         self._decided, self._waited = now, 0.0
-        return is_slowed
 
     def _hand_over(self, at_a_time: int) -> None:
         """Have a thread begin the write-out: the call waits while the disk's queue is full."""
