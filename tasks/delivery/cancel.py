@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from celery import Celery
 
+from tasks.delivery.sending import send_once
 from tasks.names import FINISH_CAMPAIGN_TASK, FINISH_TASK, inner_queue
 from tasks.store.results import Results
 
@@ -19,4 +20,4 @@ def cancel_job(app: Celery, results: Results, job_id: str) -> None:
         return
     task, place = (FINISH_CAMPAIGN_TASK, "home") if claim.get("campaign") else (FINISH_TASK, "destination")
     queue = inner_queue(claim["queue"], task)
-    app.send_task(task, kwargs={place: claim["destination"]}, task_id=job_id, queue=queue, retry=False)
+    send_once(app, task, {place: claim["destination"]}, job_id, queue)

@@ -23,8 +23,8 @@ from tasks.contract import ForkFailed
 from tasks.contract.raw_request import text_of
 from tasks.copier.fork.chunk import MAX_TRIES
 from tasks.delivery.backend import results_of
-from tasks.delivery.cancel import cancel_job
 from tasks.delivery.queue_of_forks import queue_of_message
+from tasks.delivery.sending import send_once
 from tasks.names import domain_of, inner_queue, job_fields
 from tasks.store.redis_errors import cause, is_passing
 from tasks.store.results import Results
@@ -56,6 +56,10 @@ class Message(Request):
         if self._client_limit is None and not self._publishes_events():
             self.request_dict["tag_for_others"] = self.message.delivery_tag
 
+    def _is_from_client(self) -> bool:
+        """Whether a client sent the message, and not this program itself."""
+        return "#" not in str(self.delivery_info["routing_key"])
+
     def _publishes_events(self) -> bool:
         """Whether the worker publishes events of tasks (`-E`). It publishes them of the messages that it takes."""
         eventer = self.eventer
@@ -78,7 +82,7 @@ class Message(Request):
     def send_end(self, task: str, arguments: dict[str, Any], job_id: str) -> None:
         """Send a task that ends a job, once. Raises RedisError, OperationalError."""
         queue = inner_queue(domain_of(str(self.delivery_info["routing_key"])), task)
-        cast(Celery, self.app).send_task(task, kwargs=arguments, task_id=job_id, queue=queue, retry=False)
+        send_once(cast(Celery, self.app), task, arguments, job_id, queue)
 
     # -- Celery's own ways to end a task
 
@@ -88,7 +92,7 @@ class Message(Request):
         It counts for the first delivery only: a later one needs its time to end the fork. Messages of this program
         carry the limit of the process that sent them (`Celery.send_task`), which no client asked for.
         """
-        if "#" in str(self.delivery_info["routing_key"]) or self.request_dict.get("redelivered"):
+        if not self._is_from_client() or self.request_dict.get("redelivered"):
             return None
         limits = [limit for limit in self.time_limits if limit and limit > 0]
         own = self.task.time_limit
@@ -104,7 +108,7 @@ class Message(Request):
 
     def revoked(self) -> bool:
         """False, always: the child cancels a revoked job, and it also checks whether the message has expired."""
-        if self.is_revoked():
+        if self._is_from_client() and self.is_revoked():
             self._request_cancellation("it was revoked")
         return False
 
@@ -126,7 +130,7 @@ class Message(Request):
     def _request_cancellation(self, why: str) -> None:
         log.warning("%s[%s]: cancellation requested: %s", self.name, self.id, why, extra=self.log_fields)
         try:
-            cancel_job(cast(Celery, self.app), self.results(), self.job_id)
+            self.results().cancellations.request(self.job_id)
         except (RedisError, OperationalError, OSError) as error:
             log.warning(
                 "%s[%s]: Redis did not accept the cancellation: %s",

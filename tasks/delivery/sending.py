@@ -39,3 +39,13 @@ def context_factory(app: Celery, roots: Roots, limits: Limits, pace: Pace) -> Ca
 def send_patiently(app: Celery, task: str, kwargs: dict[str, Any], task_id: str, queue: str, **options: Any) -> None:
     """Send a task. Waits while Redis is away, refuses writes, or is full."""
     wait_out(lambda: app.send_task(task, kwargs=kwargs, task_id=task_id, queue=queue, **options), OutOfMemoryError)
+
+
+def send_once(app: Celery, task: str, kwargs: dict[str, Any], task_id: str, queue: str) -> None:
+    """Send a task, with one try. Raises RedisError, OperationalError.
+
+    It has a connection of its own: where Redis does not answer, kombu opens another channel and keeps the sockets of
+    the first one until the connection is closed. A worker's main process would collect them in its connection pool.
+    """
+    with app.connection_for_write() as connection:
+        app.send_task(task, kwargs=kwargs, task_id=task_id, queue=queue, retry=False, connection=connection)

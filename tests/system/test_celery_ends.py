@@ -16,7 +16,9 @@ import pytest
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import wait_until
 from tests.support.guests import make_guest
+from tests.support.system import queued_campaigns
 from tests.support.system.messages import Recorder, deliver
+from tests.support.system.queued_campaigns import done, request_of
 from tests.support.system.result_checks import check_file_results, check_fork_result
 from tests.support.system.scheduler import QUEUE, Scheduler, states
 from tests.support.system.staging_view import StagingView
@@ -77,6 +79,31 @@ def test_running_fork_that_is_revoked_ends_as_cancelled_and_leaves_nothing(
     assert states(records).count("REVOKED") == 1
     assert system.worker.children == children
     system.assert_left_nothing_in(workdir)
+
+
+def test_the_messages_that_end_a_revoked_campaign_send_no_more_of_them(
+    system: System, scheduler: Scheduler, fresh: Fresh
+) -> None:
+    directory = fresh("xfs")
+    make_guest(directory / "a")
+    (child, *_) = system.worker.children
+    with Recorder(system.server) as recorder:
+        queued_campaigns.send(scheduler, request_of(directory / "a", directory, 5_000), "many")
+        spin_until(lambda: done(scheduler, "many") > 0, "the first forks")
+        send([child], signal.SIGSTOP)  # most likely while it holds the campaign: the others try again and again
+        try:
+            scheduler.app.control.revoke("many")
+            wait_until(lambda: scheduler.results.cancellations.is_requested("many"), "the worker to receive it")
+            wait_until(lambda: "forkvm.conclude[many] received" in system.worker.output(), "the end of the campaign")
+        finally:
+            send([child], signal.SIGCONT)
+
+        wait_until(lambda: scheduler.results.states.get("many")["status"] == "REVOKED", "its end", _END_TIMEOUT)
+        scheduler.wait_quiet()
+        sent = [message for message in recorder.messages if message.task == "forkvm.conclude"]
+    assert "forkvm.conclude[many]: cancellation requested" not in system.worker.output()
+    assert len(sent) <= 10
+    scheduler.wait_quiet()
 
 
 def test_fork_revoked_before_a_worker_takes_it_is_never_started(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from contextlib import suppress
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from celery import bootsteps
+from celery.utils import uuid
 from celery.worker import state
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError, ResponseError
 
 from tasks.copier.kernel.processes import is_stopped
 from tasks.delivery.backend import results_of
+from tasks.delivery.sending import send_once
 from tasks.names import SWEEP_TASK, inner_queue
 from tasks.store import keys
 from tasks.store.redis_errors import is_passing
@@ -29,6 +32,20 @@ log = logging.getLogger(__name__)
 INTERVAL_SECONDS = 2.0
 #: A sweep that has not ended after this number of intervals counts as lost, and another one is sent.
 _SWEEP_LOST_INTERVALS = 3
+
+
+class CollectConnections(bootsteps.StartStopStep):
+    """Closes the sockets of the connection that was lost.
+
+    kombu's connections and channels refer to each other. So what is left of one is closed by a garbage collection, and
+    a process that waits for messages allocates too little to have one.
+    """
+
+    requires = ("celery.worker.consumer.connection:Connection",)
+
+    def start(self, parent: Any) -> None:
+        """Collect; called when the worker has connected. The objects of the program are left out (`worker.app`)."""
+        gc.collect()
 
 
 class RestoreMessages(bootsteps.StartStopStep):
@@ -143,8 +160,5 @@ class Sweeper(PeriodicStep):
             for queue in queues:
                 lost_after = _SWEEP_LOST_INTERVALS * self.interval
                 if is_sweep_needed(results, queue) and results.periodic_work.start(keys.SWEEP, queue, lost_after):
-                    queue, arguments = inner_queue(queue, SWEEP_TASK), {"every": self.interval}
-                    # A connection of its own: where Redis does not answer, kombu opens another channel and keeps the
-                    # sockets of the first one until the connection is closed.
-                    with app.connection_for_write() as connection:
-                        app.send_task(SWEEP_TASK, kwargs=arguments, queue=queue, retry=False, connection=connection)
+                    arguments = {"every": self.interval}
+                    send_once(app, SWEEP_TASK, arguments, uuid(), inner_queue(queue, SWEEP_TASK))

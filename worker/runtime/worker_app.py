@@ -12,7 +12,7 @@ from tasks.copier.roots import Roots
 from tasks.delivery.sending import context_factory
 from tasks.fork.tasks import register_forks
 from worker.observability.tracing import has_traces
-from worker.runtime.bootsteps import Heartbeat, Lease, RestoreMessages, Sweeper
+from worker.runtime.bootsteps import CollectConnections, Heartbeat, Lease, RestoreMessages, Sweeper
 from worker.runtime.configuration import make_app
 from worker.runtime.earlier_versions import RestoreEarlierMessages
 from worker.runtime.message_filter import plain_fork
@@ -27,6 +27,7 @@ def make_worker_app(settings: Settings) -> Celery:
     register_forks(app, context_of, partial(plain_fork, app.tasks, has_traces(os.environ)))
     register_campaigns(app, context_of)
     app.steps["consumer"] |= {
+        CollectConnections,
         Lease,
         OwnRecord,
         RestoreMessages,

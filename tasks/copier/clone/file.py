@@ -88,12 +88,10 @@ class Cloner:
         self._replaces = replaces
         self._step = step
         self._drops = options.cache == "drop"
-        #: Whether the copy rate slowed the last copy down.
-        self._is_slowed = False
+        self._is_slowed = False  # the last copy, by the copy rate
         self._sparse = SparseCopier(offload=options.reflink != "never", drops=self._drops)
         self._leases = leases_of_process(os.getpid()) if options.source_open == "refuse" else None
-        self._user, self._group = os.geteuid(), os.getegid()
-        self._no_atime = os.O_NOATIME
+        self._user, self._group, self._no_atime = os.geteuid(), os.getegid(), os.O_NOATIME
 
     def use_budget(self, take: Take) -> None:
         """Call `take` with the number of bytes before they are copied; if it returns False, the file fails."""
@@ -328,8 +326,8 @@ class Cloner:
             self._require_lease(place, entry, src_fd)
 
         behind = WriteBehind(dst_fd, start, drops=self._drops, is_slowed=self._is_slowed)
-        pair = OpenPair(src_fd, entry.dev, dst_fd, lambda: place.paths_of(entry.name), step, behind)
         try:
+            pair = OpenPair(src_fd, entry.dev, dst_fd, lambda: place.paths_of(entry.name), step, behind)
             return self._sparse.copy(pair, Part(start, end, entry.size, entry.data))
         finally:
             behind.stop()
