@@ -40,6 +40,7 @@ from worker.runtime.message_filter import install_message_filter
 from worker.runtime.node_name import node_name
 from worker.runtime.patches import (
     ignore_soft_time_limits,
+    patch_close_of_channels,
     patch_closed_channels,
     patch_connections_of_children,
     patch_end_of_children,
@@ -166,6 +167,7 @@ def _ignore_other_workers(**_: Any) -> None:
 @signals.celeryd_init.connect
 def _patch_kombu(**_: Any) -> None:
     patch_closed_channels()
+    patch_close_of_channels()
     patch_connections_of_children()
     patch_unacked_messages()
     patch_search_for_lost_messages()

@@ -110,9 +110,12 @@ class Client:
         return self.status(job_id).state != states.PENDING  # a worker took it meanwhile
 
     def is_served(self, queue: str | None = None) -> bool:
-        """Whether a worker consumes `queue` (default: the queue of the settings). Takes 1 s."""
+        """Whether a worker consumes `queue` (default: the queue of the settings). Takes 1 s. Raises NoBroker."""
         inspect = self._app.control.inspect(timeout=_ANSWER_SECONDS)
-        queues = (inspect.active_queues() or {}).values()
+        try:
+            queues = (inspect.active_queues() or {}).values()
+        except (OperationalError, RedisError, OSError) as error:
+            raise NoBroker(f"Redis: {cause(error)}") from None
         return any(found["name"] == (queue or self._queue) for served in queues for found in served)
 
     def overview(self) -> Overview:

@@ -98,8 +98,17 @@ def _ended(result: Result, answer: int | bytes) -> Ended[Result]:
 def final_result(stored: dict[str, Any] | None, record: dict[str, Any] | None) -> dict[str, Any] | None:
     """The final result, from what is stored as such and from Celery's record; None where neither has it.
 
-    A campaign's fork that succeeded has its result only in Celery's record.
+    A campaign's fork that succeeded has its result only in Celery's record. The record may also be that of another
+    task with this id, an estimate or one of another application.
     """
     if stored is None and record is not None and record["status"] == states.SUCCESS:
-        return cast("dict[str, Any] | None", record["result"])
+        result = record["result"]
+        return result if _is_of_job(result) else None
     return stored
+
+
+def _is_of_job(result: Any) -> bool:
+    """Whether it is the result of a fork or campaign."""
+    if not isinstance(result, dict) or not {"status", "error"} <= result.keys():
+        return False
+    return "fork_id" in result or "campaign_id" in result

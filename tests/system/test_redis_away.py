@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -154,19 +153,3 @@ def test_idle_worker_consumes_again_after_redis_was_down(start_system: StartSyst
     _wait_for_success(system.scheduler, "after")
     assert system.worker.running
     system.assert_left_nothing_in(directory)
-
-
-def test_lost_connections_leave_few_open_sockets(start_system: StartSystem, fresh: Fresh) -> None:
-    system, directory = start_system(), fresh("xfs")
-    make_guest(directory / "a")
-    fds, scheduler = f"/proc/{system.worker.pid}/fd", system.scheduler
-    before, most = len(os.listdir(fds)), 0
-
-    for number in range(60):
-        for fork in range(3):
-            scheduler.send({"source": str(directory / "a"), "destination": f"{directory}/b-{number}-{fork}"})
-        scheduler.redis.client_kill_filter(_type="normal", skipme=True)
-        wait_until(lambda: not any(scheduler.messages().values()), "the end of the forks")
-        most = max(most, len(os.listdir(fds)))
-
-    assert most <= before + 5

@@ -50,6 +50,25 @@ def patch_closed_channels() -> None:
 
 
 @cache  # once a process
+def patch_close_of_channels() -> None:
+    """Close a channel also if the answer to its last BRPOP is an error.
+
+    kombu reads that answer before it closes the channel's connections, and an error ends the close: READONLY from a
+    Redis that has become a replica, or the end of the connection. Each such loss would leave sockets open.
+    """
+    channel: Any = Channel
+    original = channel.close
+
+    def close(self: Any) -> None:
+        try:
+            original(self)
+        except (RedisError, OSError):
+            original(self)  # the answer is read now
+
+    channel.close = close
+
+
+@cache  # once a process
 def patch_connections_of_children() -> None:
     """Close inherited broker sockets in forked children.
 

@@ -28,6 +28,7 @@ from tasks.copier.source.walk import Kind, Walk
 from tasks.copier.space.forecast import Forecast
 from tasks.copier.space.reservation import job_of, reserved_by_others, reserving
 from tasks.copier.staging.control_directory import LOCK_WAIT, Held
+from tasks.copier.staging.journal import Journal
 from tasks.copier.staging.publishing import require_noreplace
 from tasks.copier.staging.staging import Staging
 from tasks.copier.staging.workspace import Workspace, open_work
@@ -93,9 +94,10 @@ def estimate(spec: ForkSpec, roots: Roots, limits: Limits, poll: Poll) -> Estima
 
 
 def _in_staging(ends: Endpoints, staging: Staging, spec: ForkSpec, limits: Limits, ticker: Ticker) -> Estimate:
-    journal = staging.begin(spec.to_data(), None)
+    journal: Journal | None = None
     options = replace(spec.options, verify="none", source_open="allow")
     try:
+        journal = staging.begin(spec.to_data(), None)
         require_noreplace(staging.fd, spec.destination)
         with open_work(ends, staging, options, staging.make_tree(journal)) as work:
             room = _room(work)
@@ -105,7 +107,8 @@ def _in_staging(ends: Endpoints, staging: Staging, spec: ForkSpec, limits: Limit
                 return _of_snapshot(spec, room, *_walk(ends, options, ticker))
             return _of_files(spec, work, room, limits, ticker)
     finally:
-        staging.discard_tree(journal)
+        if journal is not None:
+            staging.discard_tree(journal)
         staging.remove()
 
 

@@ -54,9 +54,15 @@ def drop(fd: int, start: int, end: int) -> None:
 
 
 def dirty_bytes() -> int:
-    """The bytes of all files of this host that are dirty, as /proc/meminfo counts them. Raises OSError."""
-    with open("/proc/meminfo", "rb") as meminfo:
-        return next(int(line.split()[1]) << 10 for line in meminfo if line.startswith(b"Dirty:"))
+    """The bytes of all files of this host that are dirty, as /proc/meminfo counts them.
+
+    0 if there is no such file: proc(5), mount option `subset=pid`.
+    """
+    try:
+        with open("/proc/meminfo", "rb") as meminfo:
+            return next((int(line.split()[1]) << 10 for line in meminfo if line.startswith(b"Dirty:")), 0)
+    except OSError:
+        return 0
 
 
 def absent_pages(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
