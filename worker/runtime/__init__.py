@@ -9,7 +9,7 @@
     message_filter     the validation of messages before Celery sees them
     refused_messages   the result that the client of a refused message gets
     compression        compressed message bodies
-    remote_control     Celery's remote-control commands
+    remote_control     Celery's remote-control commands, and the validation of their messages
     node_name          the worker's name among Celery's nodes
     patches            patches of kombu and Celery
 

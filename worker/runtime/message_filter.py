@@ -46,6 +46,7 @@ from worker.runtime.refused_messages import (
     old_body,
     replacement,
 )
+from worker.runtime.remote_control import is_well_formed
 
 log = logging.getLogger(__name__)
 
@@ -174,18 +175,22 @@ def install_message_filter(app: Celery) -> None:
             return None
 
     def deliver_checked(self: Any, message: Any, queue: str) -> None:
-        is_ours = queue in app.amqp.queues.consume_from  # the others are Celery's: events, remote control
-        taken = message
-        if is_ours or message is None:
-            try:
-                taken = checked(message, queue, app.tasks)
-            except Refused as refusal:
-                job_id = id_of(message)
-                named = "" if job_id is None else f" (id {job_id[:_LONGEST_ID]!r}; its result has the reason)"
-                fields = log_fields_of(message)
-                log.warning("a message in the queue %s was refused: %s%s", queue, refusal, named, extra=fields)
-                events.happened("rejection", refusal.kind)
-                taken = replacement(message, refusal, queue)
+        if queue not in app.amqp.queues.consume_from:  # of Celery's remote control or events
+            if is_well_formed(message):
+                deliver(self, message, queue)
+            else:
+                log.warning("a message of remote control or events is ignored: it is not JSON of Celery's protocol")
+            return
+        taken: dict[str, Any] | None
+        try:
+            taken = checked(message, queue, app.tasks)
+        except Refused as refusal:
+            job_id = id_of(message)
+            named = "" if job_id is None else f" (id {job_id[:_LONGEST_ID]!r}; its result has the reason)"
+            fields = log_fields_of(message)
+            log.warning("a message in the queue %s was refused: %s%s", queue, refusal, named, extra=fields)
+            events.happened("rejection", refusal.kind)
+            taken = replacement(message, refusal, queue)
         if taken is not None:
             deliver(self, taken, queue)
 

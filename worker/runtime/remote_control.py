@@ -6,15 +6,18 @@ logged as an error by the workers of other applications on the Redis database.
 
 from __future__ import annotations
 
+import base64
+import json
 import logging
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from celery.utils.functional import maybe_list
 from celery.worker import control, state
 from celery.worker.control import Panel
 from kombu.exceptions import OperationalError
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError
 from redis.exceptions import RedisError
 
 from tasks.delivery.backend import results_of
@@ -65,20 +68,28 @@ def revoke_by_stamped_headers(
     return answer
 
 
-def add_consumer(worker: Any, queue: str, **options: Any) -> Answer:
+def add_consumer(worker: Any, queue: Any, **options: Any) -> Answer:
     """Consume another domain's queue and its inner queues."""
+    if not isinstance(queue, str):
+        return _no_name(queue)
     answer: Answer = _celery.add_consumer(worker, queue, **options)
     for inner in inner_queues(queue):
         _celery.add_consumer(worker, inner)
     return answer
 
 
-def cancel_consumer(worker: Any, queue: str, **_: Any) -> Answer:
+def cancel_consumer(worker: Any, queue: Any, **_: Any) -> Answer:
     """Stop consuming a domain's queue and its inner queues."""
+    if not isinstance(queue, str):
+        return _no_name(queue)
     for inner in inner_queues(queue):
         _celery.cancel_consumer(worker, inner)
     answer: Answer = _celery.cancel_consumer(worker, queue)
     return answer
+
+
+def _no_name(queue: object) -> Answer:
+    return {"error": f"the queue must be a name, not a {type(queue).__name__}"}
 
 
 def stats(worker: Any, **_: Any) -> Answer:
@@ -117,3 +128,39 @@ def _job_of(results: Results, task_id: str) -> str:
         return request.job_id
     part = PART_ID.fullmatch(task_id)
     return part[1] if part and results.claims.get(task_id) is None and results.claims.get(part[1]) else task_id
+
+
+# -- messages
+
+
+class _Properties(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    delivery_tag: InstanceOf[str]
+    delivery_info: dict[str, Any]
+    body_encoding: Literal["base64"] | None = None
+
+
+class _ControlMessage(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    body: InstanceOf[str]
+    content_type: Annotated[Literal["application/json"], Field(alias="content-type")]
+    content_encoding: Annotated[Literal["utf-8"], Field(alias="content-encoding")]
+    headers: dict[str, Any]
+    properties: _Properties
+
+
+def is_well_formed(message: Any) -> bool:
+    """Whether kombu and Celery can read this message of remote control or events, as kombu has decoded it.
+
+    A malformed one would end the worker, or be logged with its content.
+    """
+    try:
+        parsed = _ControlMessage.model_validate(message)
+        body: str | bytes = parsed.body
+        if parsed.properties.body_encoding is not None:
+            body = base64.b64decode(body, validate=True)
+        return isinstance(json.loads(body), dict | list)
+    except (ValidationError, ValueError, RecursionError):
+        return False
