@@ -228,3 +228,17 @@ def _write_every_other_block(path: Path) -> None:
         for at in range(0, path.stat().st_size, 8192):
             os.pwrite(file.fileno(), b"y" * 4096, at)
         os.fsync(file.fileno())
+
+
+def test_an_estimate_on_a_full_filesystem_leaves_nothing(fresh: Fresh, small_tmpfs: SmallTmpfs) -> None:
+    source, full = make_guest(fresh("xfs") / "source"), small_tmpfs(MIB)
+    (full / "parent").mkdir()
+    with (full / "filler").open("wb") as filler:
+        status = os.statvfs(full)
+        os.posix_fallocate(filler.fileno(), 0, status.f_bavail * status.f_frsize)
+
+    with pytest.raises(ForkError) as caught:
+        estimate(spec_of(source, full / "parent" / "b", "estimate-1"), Roots(), INLINE, never_stop)
+
+    assert caught.value.code is Code.NO_SPACE
+    assert leftovers(full / "parent") == []

@@ -19,6 +19,7 @@ from tasks.copier.clone.attributes import XFS_ACLS
 from tasks.copier.clone.hardlinks import LinkNames
 from tasks.copier.errors import errno_name
 from tasks.copier.kernel import contents, extents, syscalls, trees
+from tasks.copier.kernel.leases import open_leased
 from tasks.copier.source.selection import Selection
 from tasks.copier.source.walk import file_type, join
 
@@ -291,9 +292,9 @@ def _status(dir_fd: int, name: str, side: str) -> os.stat_result:
 def _open(dir_fd: int, name: str, status: os.stat_result, side: str, opened: ExitStack) -> int:
     with _reading(side, "opening the file"):
         try:
-            fd = os.open(name, _READ | os.O_NOATIME, dir_fd=dir_fd)
+            fd = open_leased(name, _READ | os.O_NOATIME, dir_fd)
         except PermissionError:  # open(2): O_NOATIME needs ownership or privilege
-            fd = os.open(name, _READ, dir_fd=dir_fd)
+            fd = open_leased(name, _READ, dir_fd)
     opened.callback(os.close, fd)
     _require_unchanged(fd, status, side)
     return fd

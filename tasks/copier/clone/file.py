@@ -18,6 +18,7 @@ from tasks.copier.clone.sparse_copy import OpenPair, Part, SparseCopier, Step, T
 from tasks.copier.clone.write_behind import WriteBehind
 from tasks.copier.errors import Code, ForkError, from_oserror, from_source
 from tasks.copier.kernel.contents import first_difference
+from tasks.copier.kernel.leases import open_leased
 from tasks.copier.options import Options
 from tasks.copier.report import Fallback, FileResult, Method, file_result
 from tasks.copier.source.read_leases import leases_of_process
@@ -84,9 +85,7 @@ class Cloner:
         self.reflinker = Reflinker(refused)
         self.metadata = Metadata(options.preserve)
         self.fallback: Fallback | None = None
-        self._options = options
-        self._replaces = replaces
-        self._step = step
+        self._options, self._replaces, self._step = options, replaces, step
         self._drops = options.cache == "drop"
         self._is_slowed = False  # the last copy, by the copy rate
         self._sparse = SparseCopier(offload=options.reflink != "never", drops=self._drops)
@@ -253,11 +252,11 @@ class Cloner:
     def _open_to_read(self, place: DirectoryPair, entry: Entry) -> int:
         try:
             try:
-                return os.open(entry.name, _READ | self._no_atime, dir_fd=place.src_fd)
+                return open_leased(entry.name, _READ | self._no_atime, place.src_fd)
             except PermissionError:
                 # open(2): O_NOATIME needs ownership or privilege.
                 self._no_atime = 0
-                return os.open(entry.name, _READ, dir_fd=place.src_fd)
+                return open_leased(entry.name, _READ, place.src_fd)
         except OSError as error:
             raise from_source(error, "opening the file", place.source_of(entry.name)) from None
 

@@ -22,6 +22,8 @@ from tasks.copier.endpoints import Endpoints
 from tasks.copier.errors import Code, ForkError, from_oserror, from_source
 from tasks.copier.kernel import syscalls, trees
 from tasks.copier.kernel.contents import first_difference
+from tasks.copier.kernel.leases import open_leased
+from tasks.copier.kernel.processes import has_all_rights
 from tasks.copier.kernel.reflink import Answer, meaning
 from tasks.copier.options import PRESERVE_ALL, Options
 from tasks.copier.progress import Ticker
@@ -203,6 +205,7 @@ class _Likeness:
     """Finds entries that would differ in a clone entry by entry made by this process."""
 
     def __init__(self) -> None:
+        self._may_do_all = has_all_rights()
         self._user = os.geteuid()
         self._groups = frozenset((os.getegid(), *os.getgroups()))
 
@@ -210,7 +213,7 @@ class _Likeness:
         """Raise Unlike if the entry `name` of `dir_fd` would differ. Raises OSError."""
         if entry.kind == Kind.DIRECTORY and entry.ino == trees.NESTED_SUBVOLUME_INODE:
             raise Unlike("it contains another subvolume")
-        if self._user != 0 and (entry.uid != self._user or entry.gid not in self._groups):
+        if not self._may_do_all and (entry.uid != self._user or entry.gid not in self._groups):
             raise Unlike("this process could not give an entry its owner")
         if entry.kind != Kind.SYMLINK and syscalls.attributes(dir_fd, name) & _LOCKED:
             raise Unlike("an entry is immutable, append-only or has fs-verity")
@@ -283,7 +286,7 @@ class _Completion:
             try:
                 directory_fd = trees.open_below(self._ends.source_fd, path)
                 opened.callback(os.close, directory_fd)
-                src_fd = os.open(entry.name, _READ, dir_fd=directory_fd)
+                src_fd = open_leased(entry.name, _READ, directory_fd)
                 opened.callback(os.close, src_fd)
                 clone_fd = os.open(entry.name, _READ, dir_fd=fd)
                 opened.callback(os.close, clone_fd)

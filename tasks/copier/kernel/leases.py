@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import signal
 import struct
+import time
 from contextlib import suppress
 from threading import get_native_id
 
@@ -25,6 +27,9 @@ _F_SETOWN_EX = 15
 _F_OWNER_TID = 0
 _F_OWNER_EX = struct.Struct("=ii")
 _BCACHEFS = 0xCA451A4E
+#: How long to wait for a process that has a write lease, and how often to look, in seconds. The kernel takes a lease
+#: away after /proc/sys/fs/lease-break-time, by default 45 s.
+_BREAK_SECONDS, _LOOK_SECONDS = 60.0, 0.01
 
 #: Filesystems whose files are opened through this host's kernel only, so that a lease sees every writer. On a network
 #: filesystem or FUSE the lease may be granted while another host, or the server, writes. On overlayfs it is granted
@@ -100,3 +105,20 @@ def may_lease_files_of_others() -> bool:
 
 #: <linux/capability.h>.
 _CAP_LEASE = 28
+
+
+def open_leased(name: str, flags: int, dir_fd: int) -> int:
+    """As os.open with O_NONBLOCK, but waits while another process gives up its write lease (Samba, nfsd).
+
+    The open tells that process, and fails with EAGAIN until then: open(2). Raises OSError.
+    """
+    end = 0.0
+    while True:
+        try:
+            return os.open(name, flags, dir_fd=dir_fd)
+        except BlockingIOError:
+            now = time.monotonic()
+            end = end or now + _BREAK_SECONDS
+            if now > end:
+                raise
+            time.sleep(_LOOK_SECONDS)

@@ -11,6 +11,10 @@ from functools import cache
 
 from tasks.copier.kernel import syscalls
 
+#: CAP_CHOWN, CAP_DAC_OVERRIDE and CAP_FOWNER as bits: <linux/capability.h>.
+_FILE_RIGHTS = 1 << 0 | 1 << 1 | 1 << 3
+#: The map of a user namespace with all users, user_namespaces(7).
+_ALL_USERS = [b"0", b"0", b"4294967295"]
 #: Signals that request the end of a command: from a user, a service manager, or a closed terminal.
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
@@ -35,6 +39,21 @@ def effective_capabilities() -> int:
     """The effective capabilities of this process as bits; see <linux/capability.h>. Raises OSError without /proc."""
     with open("/proc/self/status", "rb") as status:
         return next(int(line.split()[1], 16) for line in status if line.startswith(b"CapEff:"))
+
+
+def has_all_rights() -> bool:
+    """Whether this process may own, change and remove files of all users. Without /proc, root counts as such.
+
+    Root may not if its capabilities are dropped, or in a user namespace that maps some users only.
+    """
+    if os.geteuid() != 0:
+        return False
+    try:
+        with open("/proc/self/uid_map", "rb") as uid_map:
+            users = uid_map.read().split()
+        return users == _ALL_USERS and effective_capabilities() & _FILE_RIGHTS == _FILE_RIGHTS
+    except OSError:
+        return True
 
 
 def open_files_limit() -> int:
