@@ -320,7 +320,7 @@ class _Run:
             return
         sync = self.campaign.spec.options.durability == "sync"
         if sync:
-            syscalls.syncfs(made.complete[0].work.tree_fd)
+            trees.sync([tree.work.tree_fd for tree in made.complete])
         for tree in made.complete:
             record.outcomes[tree.index] = self._succeeded(tree, made.cloner.fallback)
             record.identities[tree.index] = trees.identity(tree.work.tree_fd)

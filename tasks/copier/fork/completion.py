@@ -14,7 +14,7 @@ from tasks.copier.endpoints import Endpoints, destination_exists
 from tasks.copier.errors import Code, ForkError, cancelled, from_oserror
 from tasks.copier.fork.attempt import Attempt
 from tasks.copier.fork_spec import ForkResult, failed, result_of, succeeded
-from tasks.copier.kernel import syscalls, trees
+from tasks.copier.kernel import trees
 from tasks.copier.progress import Cancellation
 from tasks.copier.space.budget import refuse_excess
 from tasks.copier.space.reservation import job_of, withdraw
@@ -131,7 +131,7 @@ def complete(attempt: Attempt, work: Workspace, *, subvolume: bool = False) -> C
     if most is not None:
         refuse_excess(attempt.totals().bytes_copied, most, spec.destination)
     if spec.options.durability == "sync":
-        syscalls.syncfs(work.tree_fd)
+        trees.sync([work.tree_fd])
     return CompleteFork(attempt, trees.identity(work.tree_fd), subvolume)
 
 

@@ -13,6 +13,7 @@ import errno
 import os
 import stat
 import time
+from collections.abc import Sequence
 
 from tasks.copier.kernel import syscalls
 
@@ -214,6 +215,30 @@ def _make_enterable(parent_fd: int, name: str) -> None:
         os.chmod(f"/proc/self/fd/{fd}", 0o700)  # fchmod(2) does not accept an O_PATH descriptor
     finally:
         os.close(fd)
+
+
+def sync(fds: Sequence[int]) -> None:
+    """Write the trees below these directories to the disk. They are on one filesystem. Raises OSError.
+
+    syncfs(2) does that, except on FUSE: the kernel passes it on to virtiofs only (fs/fuse/inode.c, fuse_sync_fs). An
+    fsync of a file is always passed on.
+    """
+    syscalls.syncfs(fds[0])
+    if syscalls.filesystem_type(fds[0]) == syscalls.FUSE:
+        for fd in fds:
+            for _, _, names, directory_fd in os.fwalk(".", dir_fd=fd):
+                for name in names:
+                    _sync_file(name, directory_fd)
+                os.fsync(directory_fd)
+
+
+def _sync_file(name: str, directory_fd: int) -> None:
+    if stat.S_ISREG(os.stat(name, dir_fd=directory_fd, follow_symlinks=False).st_mode):
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory_fd)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def _unlink_files(fd: int, path: str, errors: list[OSError]) -> list[str]:
