@@ -16,6 +16,7 @@ from tasks.copier.kernel import free_space
 from tasks.copier.roots import Roots
 from tasks.copier.space import reservation
 from tests.fixtures.filesystems import Fresh, Kind, OverlayOver, SmallTmpfs, make_subvolume
+from tests.fixtures.fuse import Passthrough
 from tests.support.engine.forks import INLINE, MIB, forked, leftovers, never_stop, spec_of
 from tests.support.extents import set_nocow
 from tests.support.guests import make_guest, make_slow_file, make_sparse_file
@@ -242,3 +243,23 @@ def test_an_estimate_on_a_full_filesystem_leaves_nothing(fresh: Fresh, small_tmp
 
     assert caught.value.code is Code.NO_SPACE
     assert leftovers(full / "parent") == []
+
+
+def test_an_estimate_fails_as_the_fork_would_if_the_source_must_not_be_open(fresh: Fresh) -> None:
+    directory = fresh("xfs")
+    source = make_guest(directory / "source")
+
+    with (source / "overlay.raw").open("r+b"), pytest.raises(ForkError) as caught:
+        _estimate(source, directory / "fork", source_open="refuse")
+
+    assert caught.value.code is Code.SOURCE_IN_USE
+    assert _estimate(source, directory / "fork", source_open="refuse")["method"] == "reflink"
+
+
+def test_an_estimate_tells_that_a_source_cannot_be_guarded(fresh: Fresh, passthrough: Passthrough) -> None:
+    source = make_guest(passthrough(fresh("xfs")) / "source")
+
+    with pytest.raises(ForkError) as caught:
+        estimate(spec_of(source, fresh("xfs") / "b", "e", source_open="refuse"), Roots(), INLINE, never_stop)
+
+    assert caught.value.code is Code.SOURCE_OPEN_UNSUPPORTED

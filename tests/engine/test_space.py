@@ -220,3 +220,19 @@ def test_subvolumes_are_one_filesystem_and_compressed_ones_are_not_compared(fres
 def _reserved() -> int:
     with reservation.reserving():
         return reservation.reserved_by_others(bytes(16), "9-9")
+
+
+def test_a_copy_takes_its_space_little_by_little(fresh: Fresh, every_poll: None) -> None:
+    """What is allocated and not yet copied counts twice: as taken, and as still to be taken."""
+    directory, ahead = fresh("ext4"), []
+    (directory / "a").mkdir()
+    (directory / "a" / "disk").write_bytes(bytes(range(256)) * (64 * MIB // 256))
+
+    def poll(progress: Progress) -> None:
+        for clone in directory.glob(".forkvm-*/disk"):
+            ahead.append(clone.stat().st_blocks * 512 - progress["bytes_done"])
+
+    forked(directory / "a", directory / "b", reflink="never", poll=poll)
+
+    assert len(ahead) > 64
+    assert max(ahead) <= 17 * MIB

@@ -24,6 +24,9 @@ from tasks.copier.kernel.sparse import HolesUnknown, data_extents, reports_no_ho
 #: page. Elsewhere this does not help: XFS and tmpfs are no faster, and btrfs would not compress the data.
 _ALLOCATED_BYTES = 128 << 10
 
+#: How much of an extent is allocated at a time. Other forks see this space as taken, and as still to be taken.
+_STRETCH_BYTES = 16 << 20
+
 #: Errnos after which pread and pwrite replace copy_file_range, and after which fallocate is left out. ENOENT is CIFS.
 _REFUSED = frozenset(
     {
@@ -137,8 +140,12 @@ class SparseCopier:
             pair.behind.wrote(written, at)
         return copied
 
-    def _copy_extent(self, pair: OpenPair, at: int, end: int) -> None:
-        self._take(end - at, pair)
+    def _copy_extent(self, pair: OpenPair, start: int, end: int) -> None:
+        self._take(end - start, pair)
+        for at in range(start, end, _STRETCH_BYTES):
+            self._copy_stretch(pair, at, min(end, at + _STRETCH_BYTES))
+
+    def _copy_stretch(self, pair: OpenPair, at: int, end: int) -> None:
         if end - at >= _ALLOCATED_BYTES:
             self._allocate(pair.dst_fd, at, end)
         while self._offload and at < end:

@@ -95,7 +95,7 @@ def estimate(spec: ForkSpec, roots: Roots, limits: Limits, poll: Poll) -> Estima
 
 def _in_staging(ends: Endpoints, staging: Staging, spec: ForkSpec, limits: Limits, ticker: Ticker) -> Estimate:
     journal: Journal | None = None
-    options = replace(spec.options, verify="none", source_open="allow")
+    options = replace(spec.options, verify="none")
     try:
         journal = staging.begin(spec.to_data(), None)
         require_noreplace(staging.fd, spec.destination)
