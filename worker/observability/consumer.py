@@ -76,8 +76,7 @@ class _Turns(bootsteps.StartStopStep):
         self._timer = parent.timer.call_repeatedly(_INTERVAL_SECONDS, self._note, (parent,))
 
     def stop(self, parent: Any) -> None:
-        """Called when the connection is lost. The loop turns: it waits for a Redis that does not answer."""
-        self.consumer.turn()
+        """Called when the connection is lost."""
         self.consumer.is_connected = False
         if self._timer is not None:
             self._timer.cancel()
