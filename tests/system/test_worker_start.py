@@ -70,6 +70,19 @@ def test_two_workers_of_one_host_have_names_of_their_own_and_both_serve(
     scheduler.wait_quiet()
 
 
+def test_a_worker_names_the_commands_that_its_user_may_not_use(
+    own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path
+) -> None:
+    own_scheduler.redis.acl_setuser(
+        "forkvm", enabled=True, passwords=["+pass"], keys=["*"], channels=["*"], commands=["+@all", "-evalsha"]
+    )
+    url = f"redis+socket://forkvm:pass@{own_scheduler.redis.connection_pool.connection_kwargs['path']}"
+
+    worker = start_worker(mounts, 1, env={"FORKVM_BROKER_URL": url, "FORKVM_RESULT_BACKEND": url}, wait=False)
+
+    worker.wait_for_output("rights: its user may not use: EVALSHA; give it the rights that SECURITY.md lists")
+
+
 def test_worker_nodes_have_the_configured_name_and_a_suffix_if_two_have_the_same(
     own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path
 ) -> None:

@@ -15,6 +15,7 @@ _LOG_BYTES = 64 << 20
 _BAD_OPTIONS = {
     "sync": "each write waits for the disk",
     "dirsync": "each new file waits for the disk",
+    "wsync": "each new file waits for the disk",
     "soft": "an outage of the server becomes an I/O error",
 }
 

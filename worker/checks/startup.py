@@ -10,6 +10,7 @@ from tasks.store.results import Results
 from worker.checks.check import Check
 from worker.checks.host import KERNEL, host_checks
 from worker.checks.redis import server_checks
+from worker.checks.redis_rights import rights_check
 from worker.checks.settings import settings_checks
 from worker.settings import Settings
 from worker.terminal.printing import printable
@@ -34,7 +35,8 @@ def check_redis(settings: Settings, results: Results) -> list[str]:
     """Check the Redis of the results; returns a warning for each problem; none while it is away: a worker waits."""
     subject = f"Redis {settings.backend.shown()}"
     try:
-        return [_line(check) for check in server_checks(subject, results.redis) if check.verdict != "ok"]
+        checks = [*server_checks(subject, results.redis), rights_check(subject, results.redis)]
+        return [_line(check) for check in checks if check.verdict != "ok"]
     except (RedisError, OSError):
         return []
 

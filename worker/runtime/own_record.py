@@ -38,9 +38,16 @@ def own_record(consumer: Any, *, ending: bool = False) -> WorkerRecord:
         version=_version(),
         host=socket.gethostname(),
         queues=sorted({domain_of(queue) for queue in consumer.app.amqp.queues.consume_from}),
-        children=len(consumer.pool.info.get("processes", [])),
+        children=_children(consumer.pool),
         ending=ending,
     )
+
+
+def _children(pool: Any) -> int:
+    try:
+        return len(pool.info.get("processes", []))
+    except AttributeError:  # Celery has terminated it (SIGQUIT)
+        return 0
 
 
 @cache
