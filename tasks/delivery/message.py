@@ -108,7 +108,7 @@ class Message(Request):
 
     def revoked(self) -> bool:
         """False, always: the child cancels a revoked job, and it also checks whether the message has expired."""
-        if self._is_from_client() and self.is_revoked():
+        if self._is_from_client() and self.is_revoked():  # the others come again and again while the job is held
             self._request_cancellation("it was revoked")
         return False
 

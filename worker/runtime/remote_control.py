@@ -2,6 +2,8 @@
 
 The statistics of a worker also have a field of this program, which `forkvm queues` reads. A command of its own would be
 logged as an error by the workers of other applications on the Redis database.
+
+`is_well_formed` checks the messages of remote control and events before kombu and Celery read them.
 """
 
 from __future__ import annotations

@@ -90,7 +90,8 @@ class Cloner:
         self._is_slowed = False  # the last copy, by the copy rate
         self._sparse = SparseCopier(offload=options.reflink != "never", drops=self._drops)
         self._leases = leases_of_process(os.getpid()) if options.source_open == "refuse" else None
-        self._user, self._group, self._no_atime = os.geteuid(), os.getegid(), os.O_NOATIME
+        self._user, self._group = os.geteuid(), os.getegid()
+        self._no_atime = os.O_NOATIME
 
     def use_budget(self, take: Take) -> None:
         """Call `take` with the number of bytes before they are copied; if it returns False, the file fails."""

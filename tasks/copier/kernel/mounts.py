@@ -20,7 +20,7 @@ _SHARED_TYPES = frozenset(
         0x517B,  # SMB
         0xFF534D42,  # CIFS
         0xFE534D42,  # SMB2 and later
-        0x65735546,  # FUSE
+        syscalls.FUSE,
         0x00C36400,  # Ceph
         0x01021997,  # 9p
         0x01161970,  # GFS2
