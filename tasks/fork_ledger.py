@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from redis.exceptions import ResponseError
+from redis.exceptions import OutOfMemoryError, ResponseError
 
 from tasks import events
 from tasks.copier.errors import Code, ForkError
@@ -16,7 +16,7 @@ from tasks.copier.progress import Cancellation
 from tasks.fork_summary import log_end
 from tasks.store.final_results import Ended
 from tasks.store.recent_forks.forks import ALL_PAGES, Pages, are_few
-from tasks.store.redis_errors import cause
+from tasks.store.redis_errors import cause, is_passing
 from tasks.store.results import Results
 
 log = logging.getLogger(__name__)
@@ -36,15 +36,15 @@ class ForkLedger:
     pages: Pages = field(default_factory=dict)
 
     def keep_pages(self, pages_by_part: dict[str, list[bytes]], *, replace_all: bool = False) -> Cancellation:
-        """Keep FileResults; see `Pages.store`. Raises ForkError no_space if Redis refuses them."""
+        """Keep FileResults; see `Pages.store`. Raises ForkError if Redis refuses them: no_space if it is full."""
         self.remember(pages_by_part)
-        with _redis_full_as_no_space():
+        with _refusal_as_fork_error():
             return self.results.pages.store(self.fork_id, pages_by_part, replace_all=replace_all)
 
     def keep_all_pages(self, pages: list[bytes]) -> Cancellation:
-        """Keep FileResults; see `Pages.store_all`. Raises ForkError no_space if Redis refuses them."""
+        """Keep FileResults; see `Pages.store_all`. Raises ForkError if Redis refuses them: no_space if it is full."""
         self.remember({ALL_PAGES: pages})
-        with _redis_full_as_no_space():
+        with _refusal_as_fork_error():
             return self.results.pages.store_all({self.fork_id: pages})[0]
 
     def lost_parts(self, parts: Iterable[str]) -> list[str]:
@@ -77,7 +77,7 @@ class ForkLedger:
 
 
 @contextmanager
-def _redis_full_as_no_space() -> Iterator[None]:
+def _refusal_as_fork_error() -> Iterator[None]:
     try:
         yield
     except ResponseError as error:
@@ -85,5 +85,8 @@ def _redis_full_as_no_space() -> Iterator[None]:
 
 
 def refused_pages(error: ResponseError) -> ForkError:
-    """The error of a fork whose FileResults Redis refused."""
-    return ForkError(Code.NO_SPACE, f"Redis refused the results of the files: {cause(error)}", "")
+    """The error of a fork whose FileResults Redis refused. Raises `error` itself if it is temporary."""
+    if is_passing(error):
+        raise error
+    code = Code.NO_SPACE if isinstance(error, OutOfMemoryError) else Code.IO_ERROR
+    return ForkError(code, f"Redis refused the results of the files: {cause(error)}", "")

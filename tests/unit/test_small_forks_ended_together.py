@@ -10,10 +10,11 @@ from pathlib import Path
 
 import fakeredis
 import pytest
-from redis.exceptions import ConnectionError, OutOfMemoryError
+from redis.exceptions import ConnectionError, OutOfMemoryError, ReadOnlyError, ResponseError
 
 from tasks.complete_forks import CompleteForks
 from tasks.copier.endpoints import open_endpoints
+from tasks.copier.errors import Code, ForkError
 from tasks.copier.fork.completion import CompleteFork
 from tasks.copier.fork.lifecycle import begin
 from tasks.copier.fork_spec import Clock, ForkResult, ForkSpec, succeeded
@@ -208,6 +209,34 @@ def test_only_those_whose_file_results_redis_refuses_fail(turn: _Turn, monkeypat
     assert turn.states("one", "two", "three") == ["SUCCESS", "FAILURE", "SUCCESS"]
     assert turn.code("two") == "no_space"
     assert turn.made() == {"one", "three"}
+
+
+@pytest.mark.parametrize("text", ["READONLY You can't write against a read only replica.", "MISCONF no disk"])
+def test_a_redis_that_refuses_writes_for_now_fails_no_fork(
+    turn: _Turn, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    def refuse(pages: Pages, forks: Mapping[str, list[bytes]]) -> list[Cancellation]:
+        raise (ReadOnlyError if text.startswith("READONLY") else ResponseError)(text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pages, "store_all", refuse)
+        with pytest.raises(ResponseError):
+            turn.forks.try_to_end()
+    turn.forks.try_to_end()
+
+    assert turn.states("one", "two", "three") == ["SUCCESS"] * 3
+    assert turn.made() == {"one", "two", "three"}
+
+
+def test_a_fork_whose_pages_have_a_key_of_another_type_fails_with_the_answer_of_redis(
+    turn: _Turn, redis: fakeredis.FakeRedis
+) -> None:
+    redis.set(keys.PAGES.of("two"), "not a hash")
+
+    with pytest.raises(ForkError, match="WRONGTYPE") as refused:
+        turn.ledger("two").keep_pages({"0": [b"page"]})
+
+    assert refused.value.code is Code.IO_ERROR
 
 
 @pytest.mark.parametrize("step", ["pages", "results", "states"])
