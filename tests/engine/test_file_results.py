@@ -11,6 +11,7 @@ import pytest
 
 from tasks.copier.options import Limits
 from tasks.copier.progress import Progress
+from tasks.copier.staging.control_directory import control_name
 from tests.fixtures.filesystems import Fresh
 from tests.support.engine.file_results import assert_balanced
 from tests.support.engine.forks import CHUNKED, MIB, fork_with_ledger, forked, spec_of
@@ -67,6 +68,25 @@ def test_copied_bytes_are_those_of_the_data_extents(fs: Path, limits: Limits) ->
         assert one["copied_bytes"] == sum(
             min(end, one["bytes"]) - start for start, end in data_extents(source / path)
         ), path
+
+
+def test_entries_with_a_name_of_staging_are_left_out_whatever_their_type(fresh: Fresh) -> None:
+    directory = fresh("xfs")
+    source = make_guest(directory / "source")
+    names = {kind: control_name(kind) for kind in ("file", "symlink", "directory", "fifo")}
+    (source / names["file"]).write_text("data")
+    (source / names["symlink"]).symlink_to("state")
+    (source / names["directory"]).mkdir()
+    os.mkfifo(source / names["fifo"])
+
+    ledger = fork_with_ledger(source, directory / "fork")
+
+    assert ledger.result["status"] == "succeeded"
+    for kind, name in names.items():
+        one = ledger.files[name]
+        assert (one["type"], one["method"]) == (kind, "skip")
+        assert "staging" in (one["reason"] or "")
+        assert not os.path.lexists(directory / "fork" / name)
 
 
 def test_results_of_a_fork_with_any_names_are_json(fresh: Fresh) -> None:

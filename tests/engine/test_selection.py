@@ -107,8 +107,18 @@ def test_staging_of_another_fork_is_never_cloned() -> None:
 
     assert selection.reason("a", control_name("fork-1"), True) is not None
     assert selection.reason("a", control_name("fork-1") + ".0123abcd", True) is not None
-    assert selection.reason("a", control_name("fork-1"), False) is None
     assert selection.reason("a", ".forkvm-settings", True) is None
+
+
+@pytest.mark.parametrize("suffix", ["", ".0123abcd"])
+def test_a_file_with_a_name_of_staging_is_never_cloned(suffix: str) -> None:
+    selection = Selection((), ())
+
+    assert selection.reason("", control_name("fork-1") + suffix, False) == "a name of staging"
+    assert selection.reason("a", control_name("fork-1") + suffix, False) == "a name of staging"
+    assert selection.reason("a", control_name("fork-1") + suffix + "\n", False) is None
+    assert selection.reason("a", control_name("fork-1") + ".raw", False) is None
+    assert selection.reason("a", ".forkvm-settings", False) is None
 
 
 def test_a_hostile_pattern_is_matched_in_milliseconds() -> None:

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 
-#: Names that `tasks.copier.staging` uses. They are never cloned: another fork may be building in a directory of the
-#: source at the same time.
+#: Names that `tasks.copier.staging` uses. They are never cloned, whatever their type: another fork may be building in a
+#: directory of the source at the same time, and `gc` would report what looks like staging in each fork.
 STAGING_NAME = re.compile(r"\.forkvm-[0-9a-f]{16}(\.[0-9a-f]{8})?")
 #: Files with which workers on several hosts check each other's locks (`staging.shared_filesystems`).
 MARKER_NAME = re.compile(r"\.forkvm-worker-[0-9a-f]{16}")
@@ -22,7 +22,7 @@ class Selection:
 
     def __init__(self, skip: Iterable[str], exclude: Iterable[str]) -> None:
         self._skip = frozenset(path.strip("/") for path in skip)
-        names: list[str] = [MARKER_NAME.pattern + r"\Z"]
+        names: list[str] = [rf"{kind.pattern}\Z" for kind in (MARKER_NAME, STAGING_NAME)]
         self._paths: list[tuple[re.Pattern[str], bool, str]] = []
         self._names: list[tuple[re.Pattern[str], bool, str]] = []
         #: Whether the path of a file must be compared too, not only its name.
@@ -45,6 +45,8 @@ class Selection:
         if self._any_name.match(name):
             if MARKER_NAME.fullmatch(name):
                 return "marker of a worker"
+            if STAGING_NAME.fullmatch(name):
+                return "staging of another fork" if is_directory else "a name of staging"
             for rule, only_directories, pattern in self._names:
                 if rule.match(name) and (is_directory or not only_directories):
                     return f"excluded by {pattern}"
@@ -55,8 +57,6 @@ class Selection:
             for rule, only_directories, pattern in self._paths:
                 if rule.match(path) and (is_directory or not only_directories):
                     return f"excluded by {pattern}"
-        if is_directory and STAGING_NAME.fullmatch(name):
-            return "staging of another fork"
         return None
 
 
