@@ -337,10 +337,13 @@ def _seconds(nanoseconds: int) -> str:
 
 
 def _unlike_contents(left_fd: int, ours: os.stat_result, right_fd: int, theirs: os.stat_result) -> str | None:
-    """The difference between the contents of two files of the same size, or None. Raises OSError."""
+    """The difference between the contents of two files of the same size, or None. Raises OSError, _Unread."""
     at = contents.first_difference(left_fd, right_fd, 0, ours.st_size)
     if at is not None:
         return f"different contents from byte {at}"
+    for side, fd in (("the source", left_fd), ("the clone", right_fd)):
+        if os.pread(fd, 1, ours.st_size):
+            raise _Unread(f"not compared: {side}: it has more data than the {ours.st_size} bytes that are its size")
     if theirs.st_blocks <= ours.st_blocks:
         return None
     block = max(_LARGEST_BLOCK, ours.st_blksize, theirs.st_blksize)

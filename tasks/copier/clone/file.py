@@ -6,7 +6,7 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -101,9 +101,7 @@ class Cloner:
 
     def entry(self, place: DirectoryPair, entry: Entry) -> FileResult:
         """Clone one file or symlink. Raises ForkError, and then leaves nothing of the entry."""
-        if entry.kind != _FILE:
-            return self._symlink(place, entry)
-        return self.file(place, entry)
+        return self.file(place, entry) if entry.kind == _FILE else self._symlink(place, entry)
 
     def file(self, place: DirectoryPair, entry: Entry, *, may_copy: bool = True) -> FileResult:
         """Clone one regular file. Raises ForkError; ReflinkRefused instead of a copy if not `may_copy`."""
@@ -143,8 +141,7 @@ class Cloner:
         except BaseException as error:
             with suppress(OSError):
                 os.unlink(entry.name, dir_fd=place.dst_fd)
-            if isinstance(error, ForkError) and error.code is not Code.CANCELLED:
-                self.check_source(place, entry, src_fd)  # if it changed, that is the cause
+            self._blame_source(error, place, entry, src_fd)
             raise
         finally:
             os.close(dst_fd)
@@ -197,9 +194,10 @@ class Cloner:
         with self._both(place, entry) as (src_fd, dst_fd):
             try:
                 copied = self._copy_data(place, entry, src_fd, dst_fd, start, end)
-            except ForkError:
+            except ForkError as error:
                 with suppress(OSError):  # free space for the report of the failed fork, if the filesystem is full
                     os.ftruncate(dst_fd, 0)
+                self._blame_source(error, place, entry, src_fd)
                 raise
             self.check_source(place, entry, src_fd)
             if self._options.verify == "content":
@@ -217,18 +215,15 @@ class Cloner:
 
     @contextmanager
     def _both(self, place: DirectoryPair, entry: Entry) -> Iterator[tuple[int, int]]:
-        src_fd = self.open_source(place, entry)
-        try:
+        with ExitStack() as opened:
+            src_fd = self.open_source(place, entry)
+            opened.callback(self.close_source, src_fd)
             try:
                 dst_fd = os.open(entry.name, _OPEN, dir_fd=place.dst_fd)
             except OSError as error:
                 raise from_oserror(error, "opening the clone", place.destination_of(entry.name)) from None
-            try:
-                yield src_fd, dst_fd
-            finally:
-                os.close(dst_fd)
-        finally:
-            self.close_source(src_fd)
+            opened.callback(os.close, dst_fd)
+            yield src_fd, dst_fd
 
     def open_source(self, place: DirectoryPair, entry: Entry) -> int:
         """Open a file of the source for reading. Returns a descriptor for `close_source`. Raises ForkError.
@@ -365,6 +360,11 @@ class Cloner:
             self.metadata.apply(dst_fd, fresh, entry, src_fd, place.path)
         except OSError as error:
             raise from_oserror(error, doing(error), place.destination_of(entry.name)) from None
+
+    def _blame_source(self, error: BaseException, place: DirectoryPair, entry: Entry, src_fd: int) -> None:
+        """Raise the error of a source file that changed, if that may be the cause of `error`."""
+        if isinstance(error, ForkError) and error.code is not Code.CANCELLED:
+            self.check_source(place, entry, src_fd)
 
     def check_source(self, place: DirectoryPair, entry: Entry, src_fd: int) -> None:
         """Raise ForkError if the open source file changed since the walk, or was opened for writing and is leased."""

@@ -91,7 +91,8 @@ class SparseCopier:
         """Copy the data of one part of a file and keep its holes. The destination must be a hole there.
 
         Returns the number of bytes written. Raises ForkError: sparse_unsupported, copy_budget_exceeded, source_changed
-        (the source became shorter), no_space, io_error, and what `pair.step` raises.
+        (the source became shorter), no_space, io_error (also for data after the file's size), and what `pair.step`
+        raises.
         """
         src_fd, src_dev = pair.src_fd, pair.src_dev
         copied = 0
@@ -111,6 +112,8 @@ class SparseCopier:
                     break
                 self._copy_extent(pair, data, hole)
                 copied += hole - data
+            if part.end == part.size and os.pread(src_fd, 1, part.size):
+                raise _continues(pair, part.size)
             pair.behind.complete()
         except HolesUnknown as error:
             message = "the filesystem cannot report holes (SEEK_DATA); forkvm never makes a dense copy instead"
@@ -191,3 +194,11 @@ class SparseCopier:
 
 def _ended_early(pair: OpenPair) -> ForkError:
     return ForkError(Code.SOURCE_CHANGED, "the file became shorter while it was copied", pair.paths()[0])
+
+
+def _continues(pair: OpenPair, size: int) -> ForkError:
+    message = (
+        f"the file has more data than the {size} bytes that its filesystem reports (as in procfs, or in FUSE with "
+        "direct_io), so its clone would lack data; leave it out with skip"
+    )
+    return ForkError(Code.IO_ERROR, message, pair.paths()[0])
