@@ -11,7 +11,7 @@ import pytest
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.progress import Progress
 from tasks.copier.staging.control_directory import control_name
-from tests.fixtures.filesystems import Fresh, make_subvolume
+from tests.fixtures.filesystems import Fresh, idmapped_mounted, make_subvolume
 from tests.support.engine.child_processes import NOBODY, in_child
 from tests.support.engine.forks import (
     assert_alike,
@@ -106,3 +106,17 @@ def test_no_other_user_can_enter_a_snapshot_before_it_is_published(
 
     assert set(map(str, seen)) == {str((2, {0o700}))}
     assert (directory / "fork").stat().st_mode & 0o7777 == 0o777
+
+
+@pytest.mark.parametrize("side", ["source", "home"])
+def test_owners_on_an_idmapped_mount_are_those_that_the_worker_sees(directory: Path, source: Path, side: str) -> None:
+    _chown_all(source, 2000)
+    places = {"source": source, "home": directory / "home"}
+    places["home"].mkdir()
+    with idmapped_mounted(places[side], directory / "mapped", 1000) as mapped:
+        places[side] = mapped
+
+        file_by_file(places["source"], places["home"] / "fork")
+
+        assert (places["home"] / "fork/state").stat().st_uid == (3000 if side == "source" else 2000)
+        assert_alike(places["source"], places["home"] / "fork", SKIPPED_BY_DEFAULT)

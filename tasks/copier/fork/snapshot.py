@@ -23,6 +23,7 @@ from tasks.copier.errors import Code, ForkError, from_oserror, from_source
 from tasks.copier.kernel import syscalls, trees
 from tasks.copier.kernel.contents import first_difference
 from tasks.copier.kernel.leases import open_leased
+from tasks.copier.kernel.mounts import maps_owners
 from tasks.copier.kernel.processes import has_all_rights
 from tasks.copier.kernel.reflink import Answer, meaning
 from tasks.copier.options import PRESERVE_ALL, Options
@@ -118,11 +119,12 @@ def is_wanted(options: Options) -> bool:
 
 
 def is_whole_subvolume(fd: int) -> bool:
-    """Whether the open directory is the root of a btrfs subvolume in which nothing is mounted.
+    """Whether the open directory is the root of a btrfs subvolume, with nothing mounted in it, and its stored owners.
 
-    A snapshot contains the directory under a mount point, and a walk sees the mounted filesystem.
+    A snapshot contains the directory under a mount point, and a walk sees the mounted filesystem. A snapshot keeps the
+    stored owners, and an idmapped mount shows others.
     """
-    return trees.is_subvolume(fd) and not _holds_mounts(fd)
+    return trees.is_subvolume(fd) and not _holds_mounts(fd) and not maps_owners(fd)
 
 
 _OCTAL = re.compile(rb"\\([0-7]{3})")
@@ -148,7 +150,7 @@ def take(source_fd: int, source: str, parent_fd: int, name: str) -> int | None:
     a snapshot, or if it could not be removed again. Raises Unlike, OSError, and ForkError for an errno after which
     nothing must be copied.
     """
-    if syscalls.filesystem_type(parent_fd) != syscalls.BTRFS:
+    if syscalls.filesystem_type(parent_fd) != syscalls.BTRFS or maps_owners(parent_fd):
         return None
     _Likeness().require(source_fd, ".", _top(source_fd))  # before: a subvolume with an immutable root cannot be removed
     try:

@@ -79,6 +79,12 @@ def mount_of(fd: int) -> Mount | None:
     return next((mount for mount in _mounts() if mount.id == number), None)
 
 
+def maps_owners(fd: int) -> bool:
+    """Whether owners seen through the mount of `fd` may differ from the stored ones (mount_setattr(2), idmapped)."""
+    mount = mount_of(fd)
+    return mount is None or "idmapped" in mount.options
+
+
 def mount_points_below(directory: str) -> list[str]:
     """The mount points below `directory`, without automounts that are not in use."""
     top = os.path.realpath(directory).rstrip("/") + "/"
