@@ -10,7 +10,7 @@ from tasks.campaign.ledger import ledger_of
 from tasks.cleanup import remove_leftovers
 from tasks.context import Context
 from tasks.contract.campaign_request import campaign_of
-from tasks.copier.campaign.finish import not_started
+from tasks.copier.campaign.finish import named_destination, not_started
 from tasks.copier.campaign.spec import Aims, CampaignResult, CampaignSpec, campaign_result
 from tasks.copier.counted import counted
 from tasks.copier.errors import ForkError
@@ -54,12 +54,12 @@ def end_without_plan(
     """
     results.end_early(error)  # if this process dies, the next one ends the campaign with the same error
     results.close()  # a batch may be made without this staging: it was moved away, or another one was put in its place
-    count = spec.aims.count
+    count, home = spec.aims.count, named_destination(error, paths)
     for first in range(0, count, _RUN):
         open_ones = results.without_result(range(first, min(first + _RUN, count)), spec)
         if open_ones:
             forks = {index: paths[index] if index < len(paths) else "" for index in open_ones}
-            results.store_outcomes(open_ones[0], not_started(spec, forks, spec.started, error), ends=True)
+            results.store_outcomes(open_ones[0], not_started(spec, forks, spec.started, error, home), ends=True)
     sums = results.sums()
     all_succeeded = sums.get("forks.succeeded") == count  # they ended before, and Redis had lost that
     failure = None if all_succeeded else error

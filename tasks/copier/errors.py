@@ -73,6 +73,13 @@ class ForkError(Exception):
     def __str__(self) -> str:
         return describe(self.record())
 
+    def for_fork(self, named: str, destination: str) -> ForkError:
+        """This error as that of the fork to `destination`, where it names that of a fork beside it: `named`."""
+        is_of_named = self.path == named or self.path.startswith(f"{named}/")
+        if not is_of_named or os.path.dirname(named) != os.path.dirname(destination):
+            return self
+        return ForkError(self.code, self.message, destination + self.path[len(named) :], self.errno)
+
     def record(self) -> ErrorRecord:
         """This error as JSON-ready data."""
         return {"code": self.code.value, "message": self.message, "path": self.path, "errno": self.errno}

@@ -18,6 +18,7 @@ from tasks.copier.space import room
 from tests.fixtures.filesystems import Fresh, SmallTmpfs
 from tests.support.engine.child_processes import NOBODY, in_child
 from tests.support.engine.forks import CHUNKED, INLINE, MIB, assert_alike, fork, leftovers
+from tests.support.engine.local_campaigns import campaign, destinations
 from tests.support.guests import make_sparse_file
 from tests.support.requirements import require_command
 
@@ -110,3 +111,29 @@ def test_a_disk_that_is_full_at_any_step_is_no_space_and_leaves_nothing(
                 outcomes.add((result["status"], result["files"]["total"] > 0))
 
     assert outcomes == {("failed", False), ("failed", True), ("succeeded", True)}
+
+
+def test_each_fork_of_a_campaign_on_a_full_disk_is_no_space_and_names_its_destination(
+    fresh: Fresh, small_tmpfs: SmallTmpfs
+) -> None:
+    """Free space from too little for the plan, through too little for the outcome of a fork, to some forks."""
+    source = fresh("ext4") / "source"
+    source.mkdir()
+    for n in range(20):
+        (source / f"file-{n}").write_bytes(os.urandom(3 * n * 100))
+    disk = small_tmpfs(4 * MIB)
+    succeeded = set()
+    for left in range(0, 320 << 10, 8 << 10):
+        with _filled(disk, left) as workdir:
+            result = campaign(source, destinations(workdir, 10))
+
+            forks = result["forks"]
+            assert (forks["succeeded"] + forks["failed"], leftovers(workdir)) == (10, [])
+            assert len(list(workdir.iterdir())) == forks["succeeded"]
+            for failure in result["failures"]:
+                error = failure["error"]
+                assert (error["code"], error["errno"]) == ("no_space", errno.ENOSPC), left
+                assert f"{error['path']}/".startswith(f"{failure['destination']}/"), (left, error)
+            succeeded.add(forks["succeeded"])
+
+    assert {0, 1, 2} <= succeeded

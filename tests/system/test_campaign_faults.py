@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures.filesystems import Fresh, fresh_directory
+from tests.fixtures.filesystems import Fresh, SmallTmpfs, fresh_directory
 from tests.fixtures.processes import StartWorker, wait_until
+from tests.support.guests import MIB
 from tests.support.processor import LoadFreeStopwatch, wait_until_asleep
 from tests.support.system.queued_campaigns import (
     assert_all_are_whole,
@@ -212,3 +213,26 @@ def test_a_removed_staging_ends_the_campaign_with_a_clear_failure(
     assert result["forks"]["succeeded"] == len(succeeded)
     assert all(Path(fork["destination"]).is_dir() for fork in succeeded)
     system.assert_left_nothing_in(workdir)
+
+
+def test_each_fork_of_a_campaign_on_a_full_disk_is_no_space_and_names_its_destination(
+    system: System, scheduler: Scheduler, source: Path, small_tmpfs: SmallTmpfs
+) -> None:
+    """Free space from too little for the plan to enough for some forks of 56 KiB."""
+    for left in (0, 32 << 10, 96 << 10, 224 << 10):
+        disk = small_tmpfs(MIB)
+        (disk / "workdir").mkdir()
+        with (disk / "filler").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - left)
+        workdir, campaign_id = disk / "workdir", f"full-{left}"
+
+        send(scheduler, request_of(source, workdir, 10), campaign_id)
+        wait_for_end(scheduler, campaign_id)
+
+        forks = forks_of(scheduler, campaign_id, 10)
+        assert (len(forks), leftovers(workdir)) == (10, [])
+        assert len(published_forks(workdir)) == result_of(scheduler, campaign_id)["forks"]["succeeded"]
+        for fork in forks:
+            if (error := fork["error"]) is not None:
+                assert error["code"] == "no_space"
+                assert f"{error['path']}/".startswith(f"{fork['destination']}/")

@@ -131,10 +131,13 @@ def _make_run(
 ) -> None:
     """Make forks that have the same parent, and store their outcomes."""
     began = time.time()
+    abort = abort and abort.for_fork(campaign.home, destinations[0])
     forks = {first + n: campaign.spec.fork(first + n, path, began) for n, path in enumerate(destinations)}
 
     def refuse(error: ForkError) -> None:
-        ledger.store_outcomes(first, [failed_outcome(fork, abort or error) for fork in forks.values()])
+        ledger.store_outcomes(
+            first, [failed_outcome(fork, abort or error, of=destinations[0]) for fork in forks.values()]
+        )
 
     try:
         with ExitStack() as opened:
@@ -155,11 +158,12 @@ def _make_run(
                     ):  # another process may have stored them before this one got the lock
                         run = _Run(campaign, staging, ends, first, begun, forks, ticker)
                         ledger.store_outcomes(first, run.make(abort))
-                    batch_record.forget(staging, first)
-                    staging.forget_chunk(first)
+                    with suppress(OSError):  # unlink(2) may find btrfs full; they are removed with the staging
+                        batch_record.forget(staging, first)
+                        staging.forget_chunk(first)
             except OSError as error:
                 if batch_record.has_any(staging, first):  # an earlier try may have published some
-                    raise Held(campaign.staging.holder_heartbeat()) from None
+                    raise Held(campaign.staging.holder_heartbeat()) from error
                 refuse(from_oserror(error, "working in the staging directory", destinations[0]))
     except ForkError as error:  # no fork can be made in this parent
         refuse(error)
@@ -246,7 +250,7 @@ class _Run:
         if not self._is_ours():
             raise Superseded
         return [
-            self.outcomes.get(index) or failed_outcome(spec, abort or _moved_or_removed(spec))
+            self.outcomes.get(index) or failed_outcome(spec, abort or _moved_or_removed(spec), of=self.ends.destination)
             for index, spec in self.forks.items()
         ]
 
@@ -369,9 +373,9 @@ class _Run:
         return Outcome(succeeded(tree.spec, totals, 1, clock, subvolume=tree.is_subvolume), tree.report.close())
 
 
-def failed_outcome(spec: ForkSpec, error: ForkError, report: Report | None = None) -> Outcome:
-    """The outcome of a fork that failed; `report` is what had been done of it."""
-    report = report or Report()
+def failed_outcome(spec: ForkSpec, error: ForkError, report: Report | None = None, *, of: str = "") -> Outcome:
+    """The outcome of a fork that failed; `report` is what had been done of it, `of` the fork whose error it is."""
+    report, error = report or Report(), error.for_fork(of, spec.destination)
     return Outcome(failed(spec, error, report.totals, 1, Clock(spec.started)), report.close())
 
 

@@ -96,7 +96,7 @@ class Trees:
     def fail_all(self, error: ForkError) -> None:
         """Record the failure of all trees, and remove them."""
         for tree in [*self.alive, *self.complete]:
-            self.fail(tree, error)
+            self.fail(tree, error.for_fork(self.ends.destination, tree.spec.destination))
 
     def each(self, step: Callable[Concatenate[Tree, P], None], *args: P.args, **kwargs: P.kwargs) -> None:
         """Do one step for every tree. Raises ForkError cancelled; any other ForkError fails only its tree."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache, partial
 
@@ -59,18 +59,30 @@ def end_rest(campaign: Campaign, roots: Roots, ticker: Ticker, ledger: CampaignL
 def _store_not_started(campaign: Campaign, ledger: CampaignLedger, forks: dict[int, str], error: ForkError) -> None:
     """Store `error` as the outcome of forks that were not started: destinations by index."""
     if forks:
-        ledger.store_outcomes(min(forks), not_started(campaign.spec, forks, time.time(), error))
+        ledger.store_outcomes(min(forks), not_started(campaign.spec, forks, time.time(), error, campaign.home))
 
 
-def not_started(spec: CampaignSpec, forks: Mapping[int, str], started: float, error: ForkError) -> list[Outcome]:
+def named_destination(error: ForkError, paths: Iterable[str]) -> str:
+    """The destination out of `paths` that an error of the whole campaign names; empty if it names none."""
+    return next((path for path in paths if f"{error.path}/".startswith(f"{path}/")), "")
+
+
+def not_started(
+    spec: CampaignSpec, forks: Mapping[int, str], started: float, error: ForkError, home: str
+) -> list[Outcome]:
     """The outcomes of forks that were not started and end with `error`: one or more destinations, by index.
 
     They are copies that differ in id and destination only, because there may be 100,000. `started`: see
-    `CampaignSpec.fork`.
+    `CampaignSpec.fork`. `home`: the destination that an error of the whole campaign names.
     """
     index, destination = next(iter(forks.items()))
     like = failed_outcome(spec.fork(index, destination, started), error).result
-    return [Outcome({**like, "fork_id": spec.fork_id(n), "destination": path}, []) for n, path in forks.items()]
+    return [
+        Outcome(
+            {**like, "fork_id": spec.fork_id(n), "destination": path, "error": error.for_fork(home, path).record()}, []
+        )
+        for n, path in forks.items()
+    ]
 
 
 def _is_home(campaign: Campaign, roots: Roots, parent: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from tasks.copier import validation
 from tasks.copier.campaign.batch import make_batch
 from tasks.copier.campaign.batch_record import Outcome
-from tasks.copier.campaign.finish import aborted, end_rest, late, remove_annexes
+from tasks.copier.campaign.finish import aborted, end_rest, late, named_destination, remove_annexes
 from tasks.copier.campaign.plan import Campaign, campaign_in, find_home, plan_campaign
 from tasks.copier.campaign.spec import (
     MOST_FAILURES,
@@ -100,7 +100,7 @@ def _make_all(campaign: Campaign, roots: Roots, processes: int, poll: CampaignPo
             return from_record(failures[0]["error"])
         if forks_done(sums) == spec.aims.count or spec.is_late():
             return None if forks_done(sums) == spec.aims.count and not sums.get("forks.cancelled") else late(campaign)
-        cause = pool.processes.error_in(codes, spec.source, spec.source)
+        cause = pool.processes.error_in(codes, spec.source, campaign.home)
         if cause is not None:
             return cause
         without_progress = without_progress + 1 if forks_done(sums) == done else 0
@@ -123,8 +123,9 @@ def _end(campaign: Campaign, roots: Roots, error: ForkError | None) -> CampaignR
 def _not_begun(spec: CampaignSpec, paths: list[str], error: ForkError) -> CampaignResult:
     if error.code is Code.CANCELLED:
         return campaign_result(spec, {"forks.cancelled": len(paths)}, [], error=error)
+    named = named_destination(error, paths)
     failures: list[Failure] = [
-        {"fork_id": spec.fork_id(index), "destination": path, "error": error.record()}
+        {"fork_id": spec.fork_id(index), "destination": path, "error": error.for_fork(named, path).record()}
         for index, path in enumerate(paths[:MOST_FAILURES])
     ]
     return campaign_result(spec, {"forks.failed": len(paths)}, failures, error=error)
@@ -269,8 +270,12 @@ class _BatchPool:
             if staging.is_stopped() or campaign.spec.is_late():
                 return
             ticker.poll()
-            with suppress(Held, Superseded):  # another child makes it
-                make_batch(campaign, self._roots, first, ticker, ledger)
+            with suppress(Superseded):
+                try:
+                    make_batch(campaign, self._roots, first, ticker, ledger)
+                except Held as held:
+                    if isinstance(held.__cause__, OSError):  # no child holds it: its outcomes cannot be written
+                        raise held.__cause__ from None
 
 
 @dataclass(frozen=True)

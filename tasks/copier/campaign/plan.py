@@ -16,6 +16,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -67,6 +68,8 @@ _FILES_OF_TREE = 3
 _OTHER_FILES = 64
 
 _DESTINATIONS = "destinations"
+#: Destinations that are read at a time to find the home: nearly always it is the first.
+_HOME_SLICE = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +117,12 @@ class Campaign:
     plan: CampaignPlan
     #: When it was planned, in seconds since the epoch.
     planned_at: float
+
+    @cached_property
+    def home(self) -> str:
+        """The first destination beside the control directory: errors of the whole campaign name it."""
+        parts = (self.destinations(first, _HOME_SLICE) for first in range(0, self.spec.aims.count, _HOME_SLICE))
+        return next(path for part in parts for path in part if os.path.dirname(path) == self.plan.parent)
 
     def destinations(self, first: int, count: int) -> list[str]:
         """The destinations of `count` forks (fewer at the end), beginning with the index `first`."""

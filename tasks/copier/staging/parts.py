@@ -46,7 +46,11 @@ class Parts(ControlDirectory):
             # A power loss may leave the file empty: a chunk that was begun is never counted as new.
             count = os.pread(fd, _COUNT_DIGITS, 0)
             begun = 1 if is_new else 1 + int(count if count.isdigit() else b"1")
-            os.pwrite(fd, b"%d" % begun, 0)
+            try:
+                os.pwrite(fd, b"%d" % begun, 0)
+            except OSError:  # a full btrfs: what an earlier try left must still be found and ended
+                if is_new:
+                    raise
             yield begun
         finally:
             os.close(fd)
