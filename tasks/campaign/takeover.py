@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from tasks import events
-from tasks.campaign.ending import claimed_campaign, end_from_claim
+from tasks.campaign.ending import end_from_claim
 from tasks.campaign.finish import run_finish_campaign
 from tasks.context import Context
 from tasks.copier.campaign.batch import seize_batch
@@ -67,6 +67,7 @@ def _note(campaign_id: str, what: str) -> None:
 
 def _store_removed(context: Context, campaign_id: str) -> CampaignResult:
     """End a campaign whose staging others removed, or whose staging cannot be read."""
-    spec, _ = claimed_campaign(context, campaign_id)
-    error = ForkError(Code.IO_ERROR, "its staging directory was removed or cannot be read", spec.source, errno.ENOENT)
+    claim = context.results.claims.get(campaign_id)
+    home = claim["destination"] if claim is not None else ""
+    error = ForkError(Code.IO_ERROR, "its staging directory was removed or cannot be read", home, errno.ENOENT)
     return end_from_claim(context, campaign_id, error)

@@ -17,6 +17,7 @@ from tasks.copier.staging.staging import Staging
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import wait_until
 from tests.support.engine.forks import Ledger, assert_alike, fork, forked, leftovers, never_stop
+from tests.support.engine.local_campaigns import campaign, destinations
 from tests.support.engine.staged_forks import ID, begin_fork
 from tests.support.engine.traced_processes import TracedChild
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
@@ -85,6 +86,7 @@ def test_a_fork_whose_staging_is_removed_or_replaced_fails_and_touches_nothing_e
     assert done
     assert result["error"] is not None, "it succeeded"
     assert result["error"]["code"] == "io_error"
+    assert result["error"]["path"].startswith(str(parent)), "it names the source"
     assert "unexpected" not in result["error"]["message"]
     assert snapshot(outside) == before
     assert not (parent / "fork").exists()
@@ -177,3 +179,19 @@ def test_a_fork_whose_tree_was_moved_between_two_chunks_fails_instead_of_waiting
     assert result["error"] is not None
     assert (result["error"]["code"], result["error"]["path"]) == ("io_error", str(destination))
     assert leftovers(workdir / "parent") == []
+
+
+def _remove_meanwhile(parent: Path) -> None:
+    """Remove a directory in which others still make entries."""
+    while parent.exists():
+        shutil.rmtree(parent, ignore_errors=True)
+
+
+def test_a_parent_that_is_removed_while_a_campaign_runs_is_an_error_of_each_destination(workdir: Path) -> None:
+    paths = destinations(workdir / "parent", 10)
+
+    result = campaign(workdir / "source", paths, poll=lambda _: _remove_meanwhile(workdir / "parent"))
+
+    assert [failure["error"]["code"] for failure in result["failures"]] == ["io_error"] * 10
+    for failure in result["failures"]:
+        assert f"{failure['error']['path']}/".startswith(f"{failure['destination']}/")

@@ -65,7 +65,7 @@ def campaign_here(
             return _end(campaign, roots, error)
     except Held:
         message = "another process makes a campaign with this id"
-        return _not_begun(spec, paths, ForkError(Code.IO_ERROR, message, spec.source))
+        return _not_begun(spec, paths, ForkError(Code.IO_ERROR, message, paths[0]))
     except OSError as error:
         return _not_begun(spec, paths, from_oserror(error, "working in the staging directory", paths[0]))
     except ForkError as error:
@@ -86,7 +86,7 @@ def _make_all(campaign: Campaign, roots: Roots, processes: int, poll: CampaignPo
 
     Returns the error that ends the rest, if any. Raises OSError. No child runs when this returns or raises.
     """
-    spec, staging = campaign.spec, campaign.staging
+    spec, staging, home = campaign.spec, campaign.staging, campaign.home
     done, without_progress = 0, 0
     while without_progress < MAX_TRIES:
         pool = _BatchPool(campaign, roots, min(processes, campaign.plan.lanes), pace)
@@ -94,13 +94,13 @@ def _make_all(campaign: Campaign, roots: Roots, processes: int, poll: CampaignPo
             codes = pool.make(poll)
         except ForkError as error:
             return error
-        _require(campaign_in(staging), spec.source)
+        _require(campaign_in(staging), home)
         sums, failures = _stored(staging)
         if staging.is_stopped() and failures:
             return from_record(failures[0]["error"])
         if forks_done(sums) == spec.aims.count or spec.is_late():
             return None if forks_done(sums) == spec.aims.count and not sums.get("forks.cancelled") else late(campaign)
-        cause = pool.processes.error_in(codes, spec.source, campaign.home)
+        cause = pool.processes.error_in(codes, spec.source, home)
         if cause is not None:
             return cause
         without_progress = without_progress + 1 if forks_done(sums) == done else 0

@@ -26,6 +26,7 @@ from tasks.copier.staging.workspace import Workspace, open_work
 #: How many times smaller chunks are than in a worker. A chunk needs no message here, so it costs almost nothing, and
 #: small ones keep a child from waiting long for the last one.
 _TIMES_SMALLER = 5
+_REMOVED = "the staging directory was removed"
 
 
 class _NoLedger:
@@ -90,12 +91,13 @@ def _fork(ends: Endpoints, spec: ForkSpec, limits: Limits, processes: int, ticke
                     pool.stop()  # the children hold the lock too: none may run when the fork ends, however it does
             result = finish(ends, staging, ticker, ledger, error)
             if result is None:
-                raise ForkError(Code.IO_ERROR, "some chunks of the fork were not done", spec.source)
+                what = "some chunks of the fork were not done" if staging.is_current() else _REMOVED
+                raise ForkError(Code.IO_ERROR, what, spec.destination)
             return result
     except Held:
         raise ForkError(Code.IO_ERROR, "another process makes a fork with this id", spec.destination) from None
     except Superseded:
-        raise ForkError(Code.IO_ERROR, "the staging directory was removed", spec.destination) from None
+        raise ForkError(Code.IO_ERROR, _REMOVED, spec.destination) from None
     except OSError as error:
         failure = from_oserror(error, "working in the staging directory", spec.destination)
         return _abandon(ends, spec, failure, ticker)
@@ -131,7 +133,7 @@ def _run_chunks(
     """
     journal = staging.journal()
     if journal is None:
-        return ForkError(Code.IO_ERROR, "the staging directory was removed", spec.destination)
+        return ForkError(Code.IO_ERROR, _REMOVED, spec.destination)
     with open_work(ends, staging, spec.options, staging.open_tree(journal)) as work:
         try:
             for pool in pools:

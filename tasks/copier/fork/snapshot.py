@@ -77,7 +77,7 @@ def snapshot_tree(
         return None
     ticker.enter("copy", 0, 0)  # the totals become known during the walk
     try:
-        fd = take(ends.source_fd, ends.source, staging.fd, name)
+        fd = take(ends, staging.fd, name)
         if fd is None:
             ticker.progress = before
             return None
@@ -143,8 +143,8 @@ def _holds_mounts(fd: int) -> bool:
 # -- making it
 
 
-def take(source_fd: int, source: str, parent_fd: int, name: str) -> int | None:
-    """Make `name` in `parent_fd` a snapshot of the subvolume `source_fd`, and open it. The caller closes it.
+def take(ends: Endpoints, parent_fd: int, name: str) -> int | None:
+    """Make `name` in `parent_fd` a snapshot of the source, a subvolume, and open it. The caller closes it.
 
     It has the source's mode at once, so `parent_fd` must not be open to other users. Returns None if the kernel refuses
     a snapshot, or if it could not be removed again. Raises Unlike, OSError, and ForkError for an errno after which
@@ -152,14 +152,15 @@ def take(source_fd: int, source: str, parent_fd: int, name: str) -> int | None:
     """
     if syscalls.filesystem_type(parent_fd) != syscalls.BTRFS or maps_owners(parent_fd):
         return None
-    _Likeness().require(source_fd, ".", _top(source_fd))  # before: a subvolume with an immutable root cannot be removed
+    top = _top(ends.source_fd)
+    _Likeness().require(ends.source_fd, ".", top)  # before: a subvolume with an immutable root cannot be removed
     try:
-        if not _may_destroy(parent_fd, name) and not _can_be_emptied(source_fd, source):
+        if not _may_destroy(parent_fd, name) and not _can_be_emptied(ends):
             return None
-        syscalls.create_snapshot(parent_fd, name, source_fd)
+        syscalls.create_snapshot(parent_fd, name, ends.source_fd)
     except OSError as error:
         if meaning(error.errno or 0) is Answer.ERROR:
-            raise from_oserror(error, "making a snapshot", source) from None
+            raise from_oserror(error, f"making a snapshot of {ends.source}", ends.destination) from None
         return None
     return os.open(name, _DIRECTORY, dir_fd=parent_fd)
 
@@ -179,16 +180,16 @@ def _may_destroy(parent_fd: int, name: str) -> bool:
     return False
 
 
-def _can_be_emptied(source_fd: int, source: str) -> bool:
+def _can_be_emptied(ends: Endpoints) -> bool:
     """Whether this process could remove a snapshot entry by entry, because it owns all entries, also those left out.
 
     Without this check, a directory of another user in the snapshot could never be removed.
     """
-    walk = Walk(source_fd, source, Selection((), ()), hardlinks=False, checkpoint=lambda: None)
+    walk = Walk(ends.source_fd, ends.source, Selection((), ()), hardlinks=False, checkpoint=lambda: None)
     likeness = _Likeness()
     try:
         for block in walk.blocks():
-            fd = trees.open_below(source_fd, block.path)
+            fd = trees.open_below(ends.source_fd, block.path)
             try:
                 for entry in block.entries:
                     likeness.require(fd, entry.name, entry)
