@@ -44,6 +44,7 @@ from worker.runtime.patches import (
     patch_closed_channels,
     patch_connections_of_children,
     patch_end_of_children,
+    patch_heartbeat_events,
     patch_search_for_lost_messages,
     patch_unacked_messages,
     report_expired_leases,
@@ -177,6 +178,7 @@ def _patch_kombu(**_: Any) -> None:
 @signals.celeryd_init.connect
 def _patch_celery(**_: Any) -> None:
     patch_end_of_children()
+    patch_heartbeat_events()
     ignore_soft_time_limits()
     register_remote_control()
 

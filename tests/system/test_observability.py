@@ -221,6 +221,43 @@ def test_without_redis_a_worker_is_alive_and_not_ready(start_system: StartSystem
     wait_until(lambda: endpoint.get("/readyz") == (200, "ready\n"), "a worker that is ready again")
 
 
+@pytest.mark.long
+def test_with_a_redis_that_hangs_a_worker_is_alive_and_not_ready_and_loses_no_fork(
+    start_system: StartSystem, fresh: Fresh
+) -> None:
+    # Given forks that run and that wait
+    system = start_system(HTTP)
+    endpoint, scheduler = Endpoint(system.worker), system.scheduler
+    directory = fresh("xfs")
+    make_guest(directory / "a")
+    forks = [scheduler.send({"source": str(directory / "a"), "destination": f"{directory}/b-{n}"}) for n in range(50)]
+    scheduler.wait(forks[0])
+
+    # When Redis accepts connections and answers nothing, for longer than a loop that hangs is taken for alive
+    send([system.server.pid], signal.SIGSTOP)
+    try:
+        answers = set()
+
+        def has_tried_for_long() -> bool:
+            answers.add(endpoint.get("/livez"))
+            return "Trying again in 6.00 seconds" in system.worker.output()
+
+        wait_until(has_tried_for_long, "three attempts to connect", 120)
+        assert answers == {(200, "alive\n")}
+        assert endpoint.get("/readyz") == (503, "not connected to Redis\n")
+    finally:
+        send([system.server.pid], signal.SIGCONT)
+
+    # Then
+    for sent in forks:
+        wait_until(lambda sent=sent: scheduler.results.final.fork(sent.id) is not None, f"the end of {sent.id}")  # type: ignore[misc]
+        result = scheduler.results.final.fork(sent.id)
+        assert result is not None
+        assert result["error"] is None
+    scheduler.wait_quiet()
+    wait_until(lambda: endpoint.get("/readyz") == (200, "ready\n"), "a worker that is ready again")
+
+
 def test_an_address_in_use_ends_a_worker_with_one_line(
     endpoint: Endpoint, start_worker: StartWorker, mounts: Path
 ) -> None:

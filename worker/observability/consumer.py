@@ -76,8 +76,9 @@ class _Turns(bootsteps.StartStopStep):
         self._timer = parent.timer.call_repeatedly(_INTERVAL_SECONDS, self._note, (parent,))
 
     def stop(self, parent: Any) -> None:
-        """Called when the connection is lost."""
+        """Called when the connection is lost. The steps that stop next wait for a Redis that hangs."""
         self.consumer.is_connected = False
+        self.consumer.turn()
         if self._timer is not None:
             self._timer.cancel()
 

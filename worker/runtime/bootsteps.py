@@ -92,9 +92,7 @@ class Lease(PeriodicStep):
         try:
             with channel.conn_or_acquire() as client:
                 client.zadd(channel.qos.unacked_index_key, taken, xx=True)
-        except (*channel.connection_errors, OSError):
-            return  # the consumer loop gets the same error and reconnects
-        except ResponseError as error:
+        except ResponseError as error:  # an error of the connection is raised: the worker connects again
             if not is_passing(error):
                 raise  # a passing error: the next renewal is in time
 

@@ -19,6 +19,7 @@ import billiard.pool
 from billiard.pool import TERMINATE, WorkersJoined
 from celery import signals
 from celery.concurrency.asynpool import ResultHandler
+from celery.worker.heartbeat import Heart
 from kombu.transport import virtual
 from kombu.transport.redis import Channel, QoS
 from redis.exceptions import ConnectionError, OutOfMemoryError, RedisError, ResponseError
@@ -213,6 +214,29 @@ def restore_unrecorded(channel: Any) -> None:
         except RedisError as error:
             raise ConnectionError(f"a message could not be returned to its queue: {cause(error)}") from error
         _unrecorded.pop()
+
+
+@cache  # once a process
+def patch_heartbeat_events() -> None:
+    """Send each event of the worker itself (worker-online, worker-heartbeat) with one try.
+
+    Celery's main process sends them between its other work, and tries again until Redis accepts them. With a Redis
+    that hangs, or refuses the event's channel, its loop would not turn, and a probe would restart the worker. Here an
+    error of the connection is raised: the worker connects again. An event that Redis refuses is left out.
+    """
+    heart: Any = Heart  # the method is private
+    original = heart._send
+
+    def send_once(self: Any, event: str, retry: bool = True) -> None:
+        self.eventer.buffer_while_offline = not retry  # Celery does not retry while it stops: then it raises nothing
+        try:
+            original(self, event, retry=False)
+        except ResponseError as error:
+            log.debug("an event of the worker was not sent: %s", cause(error))
+        finally:
+            self.eventer.buffer_while_offline = True
+
+    heart._send = send_once
 
 
 @cache  # once a process
