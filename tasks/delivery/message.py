@@ -16,11 +16,12 @@ from celery.worker import state
 from celery.worker.request import Request
 from celery.worker.state import task_ready
 from kombu.exceptions import OperationalError
-from redis.exceptions import OutOfMemoryError, RedisError
+from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 
 from tasks import events
 from tasks.contract import ForkFailed
 from tasks.contract.raw_request import text_of
+from tasks.copier.errors import Code, ForkError, describe
 from tasks.copier.fork.chunk import MAX_TRIES
 from tasks.delivery.backend import results_of
 from tasks.delivery.queue_of_forks import queue_of_message
@@ -166,13 +167,24 @@ class Message(Request):
         reason = "it took too long" if late else f"{type(error).__name__}: {cause(error)}"
         with suppress(RedisError, OperationalError, OSError):  # then it is tried once more
             losses = self.results().open_jobs.count_loss(str(self.id))
+            if losses >= 2 * MAX_LOSSES and isinstance(error, ResponseError):
+                self._end_without_result(error)
+                return _info(Ignore())
             if losses >= MAX_LOSSES:
-                log.error("%d processes died while they ran %s[%s]; its job is abandoned", losses, self.name, self.id)
+                log.error("%s[%s] failed %d times; its job is abandoned: %s", self.name, self.id, losses, reason)
                 self.abandon(self.job_id, self._destination())
                 return _info(Ignore())
         log.warning("%s[%s] is delivered again: %s", self.name, self.id, reason, extra=self.log_fields)
         events.happened("redelivery", "time_limit" if late else "process_lost")
         return _info(error if isinstance(error, WorkerLostError) else WorkerLostError(reason))
+
+    def _end_without_result(self, error: ResponseError) -> None:
+        """Fail a job whose end Redis refuses to store each time: its client would wait without end."""
+        message = f"Redis refused to store how it ended, so what is at the destination is unknown: {cause(error)}"
+        record = ForkError(Code.IO_ERROR, message, self._destination()).record()
+        log.error("%s[%s] ends without a result: %s", self.name, self.id, describe(record), extra=self.log_fields)
+        states = self.results().states
+        states.publish_all_final({self.job_id: {"status": "failed", "error": record}}, ended=(self.job_id,))
 
     def _give_back_others(self) -> None:
         """Return the further messages that the lost process had taken; see `tasks.fork.waiting_forks`."""

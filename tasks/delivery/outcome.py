@@ -4,6 +4,7 @@
                             that holds the staging gives no heartbeat for `STALE_SECONDS`, the job is taken from it.
     Superseded              Another process has taken the job and stores its result. This run of the task stores none.
     ForkError, OSError      The job fails. The task decides what to store and to remove.
+    ResponseError           The same, if Redis refuses a command for a reason that does not pass, such as WRONGTYPE.
 
 Any other exception is a fault of the process or of Redis; see `tasks.delivery.message.Message.on_failure`.
 """
@@ -17,12 +18,13 @@ from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 from celery import states
 from celery.exceptions import Ignore
+from redis.exceptions import OutOfMemoryError, ResponseError
 
 from tasks import events
 from tasks.context import Context
 from tasks.contract import ForkFailed
 from tasks.copier.campaign.spec import CampaignResult
-from tasks.copier.errors import ForkError, describe
+from tasks.copier.errors import Code, ForkError, describe
 from tasks.copier.fork.completion import Superseded
 from tasks.copier.fork_spec import ForkResult
 from tasks.copier.roots import Parent, Roots
@@ -32,6 +34,7 @@ from tasks.delivery.sending import send_patiently
 from tasks.delivery.task_request import AnyTask, job_id, trace_headers
 from tasks.names import inner_queue
 from tasks.store.job_states import final_state
+from tasks.store.redis_errors import cause, is_passing
 
 T = TypeVar("T")
 Result = TypeVar("Result", ForkResult, CampaignResult)
@@ -83,6 +86,10 @@ def outcome_of(work: Callable[[], T], fail: Callable[[ForkError | OSError], T]) 
         return None
     except (ForkError, OSError) as error:
         return fail(error)
+    except ResponseError as error:
+        if is_passing(error) or isinstance(error, OutOfMemoryError):
+            raise
+        return fail(ForkError(Code.IO_ERROR, f"Redis refused a command: {cause(error)}"))
 
 
 def open_parent_or_retry(roots: Roots, destination: str) -> Parent:

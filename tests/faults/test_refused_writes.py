@@ -21,7 +21,7 @@ from tests.faults.paused_forks import (
     resume,
     start_paused_forks,
 )
-from tests.fixtures.processes import wait_until
+from tests.fixtures.processes import StartWorker, wait_until
 from tests.support.system.scheduler import Scheduler, states
 
 
@@ -41,11 +41,20 @@ def _break_saving(scheduler: Scheduler) -> None:
     wait_until(lambda: redis.info("persistence")["rdb_last_bgsave_status"] == "err", "the save to fail")
 
 
+def _set_rights(redis: Redis, *rules: str) -> None:
+    redis.execute_command("ACL", "SETUSER", "default", *rules)  # type: ignore[no-untyped-call]
+
+
 REFUSALS = {
     "READONLY": Refusal(lambda s: s.redis.replicaof("127.0.0.1", "1"), lambda redis: redis.replicaof("NO", "ONE")),
     "NOREPLICAS": Refusal(
         lambda s: s.redis.config_set("min-replicas-to-write", 1),
         lambda redis: redis.config_set("min-replicas-to-write", 0),
+    ),
+    "NOPERM": Refusal(lambda s: _set_rights(s.redis, "-@write"), lambda redis: _set_rights(redis, "+@write")),
+    "NOPERM of scripts": Refusal(
+        lambda s: _set_rights(s.redis, "-@write", "-@scripting"),
+        lambda redis: _set_rights(redis, "+@write", "+@scripting"),
     ),
     "MISCONF": Refusal(_break_saving, lambda redis: redis.config_set("stop-writes-on-bgsave-error", "no")),
 }
@@ -77,3 +86,21 @@ def test_forks_wait_while_redis_refuses_writes_and_no_state_goes_backwards(
         assert "FAILURE" not in states(records)
     assert system.worker.running
     assert_served_and_clean(system, guests, workdir)
+
+
+def test_a_fork_whose_result_redis_refuses_for_good_ends_with_its_answer(
+    own_scheduler: Scheduler, start_worker: StartWorker, guests: Guests, workdir: Path, mounts: Path
+) -> None:
+    # Given a key of another type where the result is to be
+    worker = start_worker(mounts, 1)
+    own_scheduler.redis.rpush("forkvm:odd:result", "x")
+    own_scheduler.redis.expire("forkvm:odd:result", 60)
+
+    sent = own_scheduler.send({"source": str(guests.small), "destination": str(workdir / "fork")}, "odd")
+
+    wait_until(lambda: own_scheduler.results.states.get(sent.id)["status"] == "FAILURE", "the end")
+    (message,) = own_scheduler.results.states.get(sent.id)["result"]["exc_message"]
+    assert message.startswith(f"io_error: {workdir / 'fork'}: Redis refused to store how it ended")
+    assert "WRONGTYPE" in message
+    own_scheduler.wait_quiet()
+    assert worker.running

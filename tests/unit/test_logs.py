@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 from billiard import einfo
 from celery import Celery
+from redis.exceptions import NoPermissionError
 
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.fork_spec import Clock, ForkSpec, failed, succeeded
@@ -54,6 +55,13 @@ def test_an_exception_is_one_line_without_a_traceback(formatter: logging.Formatt
     assert "ValueError: the first line and the second" in line
     assert "Traceback" not in line
     assert __file__ not in line
+
+
+@pytest.mark.parametrize("formatter", [JsonLines(""), TextLines()])
+def test_an_error_of_redis_that_celery_logs_by_its_repr_is_shown_with_its_text(formatter: logging.Formatter) -> None:
+    line = formatter.format(_record("connection lost (%r)", NoPermissionError("no permissions to run 'brpop'")))
+
+    assert line.count("no permissions to run 'brpop'") == 1
 
 
 @pytest.mark.parametrize("formatter", [JsonLines(""), TextLines()])

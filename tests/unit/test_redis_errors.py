@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import fakeredis
 import pytest
 from kombu.exceptions import OperationalError
@@ -12,6 +14,7 @@ from redis.exceptions import (
     ExecAbortError,
     MasterDownError,
     NoPermissionError,
+    NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
     ResponseError,
@@ -20,6 +23,7 @@ from redis.exceptions import (
     WatchError,
 )
 
+from tasks.delivery.outcome import outcome_of
 from tasks.store.redis_errors import cause, is_passing, wait_out
 
 TEMPORARY = [
@@ -35,6 +39,17 @@ TEMPORARY = [
     ResponseError("MISCONF Redis is configured to save RDB snapshots, but it's currently unable to persist to disk."),
     ResponseError("BUSY Redis is busy running a script."),
     ResponseError("UNBLOCKED force unblock from blocking operation, instance state changed (master -> replica?)"),
+    # a missing right, from a command, from kombu, and from a script of Redis 7.0 and of 7.2
+    NoPermissionError("this user has no permissions to run the 'set' command"),
+    NoPermissionError("No permissions to access a key"),
+    OperationalError("this user has no permissions to run the 'lpush' command"),
+    ResponseError(
+        "The user executing the script can't run this command or subcommand script: ce86, on @user_script:3."
+    ),
+    ResponseError("ACL failure in script: User forkvm has no permissions to run the 'zadd' command"),
+    # a command that its administrator has renamed, and one that a Redis without its scripts was sent
+    ResponseError("unknown command 'EVALSHA', with args beginning with: 'a secret' "),
+    NoScriptError("No matching script. Please use EVAL."),
     # from a script, before Redis 7 and since
     ResponseError("Error running script (call to f_0): @user_script:8: @user_script: 8: -READONLY You can't write"),
     ResponseError("MISCONF Redis is unable to persist to disk script: 0, on @user_script:1."),
@@ -44,7 +59,6 @@ TEMPORARY = [
 ]
 PERMANENT = [
     OutOfMemoryError("command not allowed when used memory > 'maxmemory'."),
-    NoPermissionError("this user has no permissions to run the 'set' command"),
     ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value"),
     WatchError("Watched variable changed."),
     OSError("no descriptors"),
@@ -97,3 +111,22 @@ def test_a_redis_error_is_shown_without_its_command_which_contains_data_of_a_gue
 
     assert cause(refused.value) == "WRONGTYPE Operation against a key holding the wrong kind of value"
     assert cause(OSError(5, "Input/output error")) == "[Errno 5] Input/output error"
+
+
+def test_a_missing_right_is_shown_with_what_to_do_and_without_arguments() -> None:
+    shown = cause(ResponseError("unknown command 'EVALSHA', with args beginning with: 'a secret' "))
+
+    assert shown.startswith("unknown command 'EVALSHA'; grant the rights that SECURITY.md lists: `forkvm doctor`")
+    assert "a secret" not in shown
+
+
+@pytest.mark.parametrize(("error", "is_failed"), [(PERMANENT[1], True), (PERMANENT[0], False), (TEMPORARY[4], False)])
+def test_a_job_that_redis_refuses_for_good_fails_with_its_answer(error: Exception, is_failed: bool) -> None:
+    def work() -> None:
+        raise error
+
+    failures: list[str] = []
+    with suppress(ResponseError):
+        outcome_of(work, lambda failure: failures.append(str(failure)))
+
+    assert failures == ([f"io_error: Redis refused a command: {error}"] if is_failed else [])

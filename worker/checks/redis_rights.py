@@ -12,6 +12,7 @@ from redis import Redis
 from redis.exceptions import ConnectionError, NoPermissionError, ResponseError, TimeoutError
 
 from tasks.store.keys import OPEN, STATE
+from tasks.store.redis_errors import is_refused
 from worker.checks.check import Check
 from worker.runtime.configuration import UNACKED_KEY
 
@@ -65,8 +66,9 @@ def _refused(redis: Redis) -> list[str]:
                 refused.append(call[0] + place)
             except (ConnectionError, TimeoutError):
                 raise
-            except ResponseError:  # another refusal is not about rights
-                continue
+            except ResponseError as error:  # another refusal is not about rights
+                if is_refused(error):
+                    refused.append(f"{call[0]} (unknown there)")
         return refused
     finally:
         _close(redis, connection)

@@ -20,8 +20,10 @@ from celery.apps import worker as celery_worker
 from celery.exceptions import CPendingDeprecationWarning, SecurityWarning
 from celery.utils.log import get_multiprocessing_logger
 from pythonjsonlogger.json import JsonEncoder, JsonFormatter
+from redis.exceptions import RedisError
 
 from tasks.names import job_fields
+from tasks.store.redis_errors import cause
 from worker.settings import LogStyle
 
 #: Fields of a record that are written.
@@ -130,7 +132,12 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
 
 
 def _event(record: logging.LogRecord) -> str:
-    return _line(record.getMessage())
+    """The message of a record. Celery logs the repr of an error of Redis, which lacks its text in redis-py 8."""
+    text = record.getMessage()
+    for value in record.args if isinstance(record.args, tuple) else ():
+        if isinstance(value, RedisError) and (why := cause(value)) not in text:
+            text += f": {why}"
+    return _line(text)
 
 
 def _error(record: logging.LogRecord) -> str:

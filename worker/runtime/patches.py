@@ -119,6 +119,7 @@ def patch_unacked_messages() -> None:
         except Exception as error:
             delivery = message.delivery_info
             _unrecorded.append((message._raw, delivery["exchange"], delivery["routing_key"]))
+            log.warning("a message could not be recorded as taken, and goes back to its queue: %s", cause(error))
             raise ConnectionError(f"a message could not be recorded as taken: {cause(error)}") from error
 
     def ack_also_when_full(self: Any, delivery_tag: str) -> None:

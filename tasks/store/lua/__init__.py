@@ -23,8 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from redis import Redis
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
 
+from tasks.store.redis_errors import is_refused
+
+#: Where an error of a script says that it happened, and the command there.
+_LINE = re.compile(r"@user_script: ?(\d+)")
+_CALL = re.compile(r"redis\.p?call\('(\w+)'")
 _NAMES = re.compile(r"^local ([\w, ]+) = unpack\((KEYS|ARGV)(?:, 1, \d+)?\)$", re.MULTILINE)
 
 #: What can be sent to Redis.
@@ -68,10 +73,22 @@ class Script:
         sent = [*keys, *(values[name] for name in arguments), *more_args]
         client: Any = redis
         try:
-            return client.evalsha(self._sha, len(keys), *sent)
-        except NoScriptError:
-            client.script_load(self.text)
-            return client.evalsha(self._sha, len(keys), *sent)
+            try:
+                return client.evalsha(self._sha, len(keys), *sent)
+            except NoScriptError:
+                client.script_load(self.text)
+                return client.evalsha(self._sha, len(keys), *sent)
+        except ResponseError as error:
+            raise self._named(error) from None
+
+    def _named(self, error: ResponseError) -> ResponseError:
+        """The error of a script. If Redis refused a command to its user, it names that, which Redis 7.0 does not."""
+        line = _LINE.search(str(error))
+        if line is None or not is_refused(error):
+            return error
+        call = _CALL.search(self.text.splitlines()[int(line[1]) - 1])
+        command = f"the '{call[1].lower()}' command" if call is not None else "a command"
+        return NoPermissionError(f"this user has no permissions to run {command} on its key (in {self.name}.lua)")
 
 
 CANCEL = Script("cancel")

@@ -30,7 +30,7 @@ UNACKED = UNACKED_KEY
 #: Seconds to wait for a fork to end, far more than any takes.
 TIMEOUT = 40.0
 #: The names of the errors with which Redis refuses a write: it is full, or accepts none.
-_REFUSALS = ("OOM", "READONLY", "NOREPLICAS", "MISCONF")
+_REFUSALS = ("OOM", "READONLY", "NOREPLICAS", "MISCONF", "NOPERM")
 #: The number of polls in a row, 20 ms apart, that must find no message.
 _QUIET_POLLS = 5
 
