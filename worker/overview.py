@@ -10,13 +10,14 @@ import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, cast
 
 from celery import Celery
 from redis import Redis
 
 from tasks.names import inner_queues
-from tasks.store.queues import unacked_messages, waiting_messages
+from tasks.store.queues import lists_of, unacked_messages, waiting_messages
 from tasks.store.results import Results
 from tasks.store.workers import Seen, Workers
 from worker.runtime.configuration import UNACKED_KEY
@@ -135,12 +136,13 @@ def _queues(redis: Redis, names: list[str]) -> list[Queue]:
     unacked = unacked_messages(redis, UNACKED_KEY, names)
     with redis.pipeline(transaction=False) as pipe:
         for name in names:
-            pipe.lrange(name, -_OLDEST_AMONG, -1)  # messages are taken from the right
-        next_ones = pipe.execute()
+            for each in lists_of(name):
+                pipe.lrange(each, -_OLDEST_AMONG, -1)  # messages are taken from the right
+        next_ones = iter(pipe.execute())
     now = time.time()
     return [
-        Queue(name, waiting[name], unacked[name], _oldest(messages, now))
-        for name, messages in zip(names, next_ones, strict=True)
+        Queue(name, waiting[name], unacked[name], _oldest(chain(*(next(next_ones) for _ in lists_of(name))), now))
+        for name in names
     ]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from socket import gethostname
 
 from tasks.names import FORK_TASK
+from tasks.store.queues import lists_of
 from tests.fixtures.processes import RunForkvm, ended_at_exit, forkvm_script, program_environment, wait_until
 from tests.support.system.staging_view import StagingView
 from tests.support.system.systems import System, stopped_in_the_middle
@@ -59,6 +60,28 @@ def test_an_overview_shows_the_messages_jobs_and_workers_of_its_domain(
     assert (job.id, job.kind, job.destination) == ("half", "fork", str(workdir / "b"))
     assert (other.forks, other.workers, other.queues[0].waiting) == (0, [], 2)
     assert 500 <= (other.queues[0].oldest_seconds or 0) < 600
+
+
+def test_messages_of_every_priority_are_counted_and_known(system: System, run_forkvm: RunForkvm) -> None:
+    # Given a message of each priority in the queue of a domain without workers
+    request = {"source": "/a", "destination": "/b"}
+    for priority in range(10):
+        options = {"task_id": f"priority-{priority}", "priority": priority, "headers": {"sent_at": time.time() - 100}}
+        system.scheduler.app.send_task(FORK_TASK, kwargs={"request": request}, queue="forkvm.nowhere", **options)
+
+    # When
+    client = _client(system, "nowhere")
+    queue = client.overview().queues[0]
+    known = [client.is_known(job_id, client.status(job_id)) for job_id in ("priority-0", "priority-4", "priority-9")]
+    environment = program_environment(system.server) | {"FORKVM_DOMAIN": "nowhere"}
+    shown = run_forkvm("status", "priority-9", env=environment)
+    system.scheduler.redis.delete(*lists_of("forkvm.nowhere"))
+
+    # Then
+    assert queue.waiting == 10
+    assert queue.oldest_seconds is not None
+    assert known == [True] * 3
+    assert (shown.returncode, shown.stdout) == (0, "priority-9: PENDING; waiting in the queue\n")
 
 
 def test_queues_prints_the_overview(system: System, run_forkvm: RunForkvm) -> None:

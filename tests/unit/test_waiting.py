@@ -6,8 +6,10 @@ import json
 
 import pytest
 from fakeredis import FakeRedis
+from kombu.transport.redis import Channel
 
 from tasks.delivery.waiting import is_waiting
+from tasks.store.queues import lists_of
 
 QUEUE, UNACKED = "forkvm", "forkvm:unacked"
 
@@ -41,3 +43,9 @@ def test_an_id_of_any_characters_is_found() -> None:
     redis.rpush(QUEUE, message('ü"\n\udcff'))
 
     assert is_waiting(redis, 'ü"\n\udcff', QUEUE, UNACKED)
+
+
+def test_the_lists_of_a_queue_are_those_that_kombu_uses() -> None:
+    names = [f"{QUEUE}{Channel.sep}{priority}" if priority else QUEUE for priority in Channel.priority_steps]
+
+    assert lists_of(QUEUE) == names
