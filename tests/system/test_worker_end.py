@@ -16,6 +16,7 @@ from tests.fixtures.processes import StartWorker, Worker, wait_until
 from tests.support.guests import make_guest
 from tests.support.system.scheduler import QUEUE, UNACKED, Scheduler
 from tests.support.system.systems import send
+from tests.system.test_observability import Endpoint
 
 #: Seconds for the exit of a worker whose child has done its last task: far more than it takes.
 END_SECONDS = 10.0
@@ -46,6 +47,34 @@ def test_worker_stopped_just_after_it_sent_a_task_to_a_child_exits_when_the_task
     assert own_scheduler.wait(sent)["status"] == "succeeded"
     assert own_scheduler.messages()[UNACKED] == 0
     own_scheduler.redis.delete(QUEUE)  # returned by the worker, which did not learn in time that they are done
+
+
+def test_worker_that_gets_sighup_finishes_its_fork_and_starts_again(
+    own_scheduler: Scheduler, start_worker: StartWorker, mounts: Path, fresh: Fresh
+) -> None:
+    # Given a worker with a fork
+    directory = fresh("xfs")
+    make_guest(directory / "a")
+    worker = start_worker(mounts, 1, env={"FORKVM_HTTP": "127.0.0.1:0", "FORKVM_VISIBILITY_TIMEOUT": "600"})
+    endpoint = Endpoint(worker)
+    own_scheduler.fork(directory / "a", directory / "first")
+    own_scheduler.wait_quiet()
+    children = worker.children
+    send(children, signal.SIGSTOP)
+    sent = own_scheduler.send({"source": str(directory / "a"), "destination": str(directory / "b")})
+    wait_until(lambda: own_scheduler.messages()[UNACKED] == 1, "the message to be taken")
+
+    # When
+    send([worker.pid], signal.SIGHUP)
+
+    # Then it ends as after SIGTERM, and begins anew in the same process
+    wait_until(lambda: "the worker is ending" in endpoint.get("/readyz")[1], "a worker that ends")
+    send(children, signal.SIGCONT)
+    assert own_scheduler.wait(sent)["status"] == "succeeded"
+    worker.wait_for_output(" ready.", 2)
+    own_scheduler.fork(directory / "a", directory / "next")
+    assert "CRITICAL" not in worker.output()
+    assert "ERROR" not in worker.output()
 
 
 def _unread_bytes(worker: Worker) -> int:

@@ -17,6 +17,9 @@ from celery.worker.consumer import consumer as celery_consumer
 from tasks.delivery.message import Message
 from tasks.names import is_part_of_job
 
+#: celery-types does not declare the states of a blueprint.
+_steps: Any = bootsteps
+
 #: How often the loop writes, in seconds.
 _INTERVAL_SECONDS = 2.0
 
@@ -76,8 +79,12 @@ class _Turns(bootsteps.StartStopStep):
         self._timer = parent.timer.call_repeatedly(_INTERVAL_SECONDS, self._note, (parent,))
 
     def stop(self, parent: Any) -> None:
-        """Called when the connection is lost. The steps that stop next wait for a Redis that hangs."""
+        """Called when the connection is lost. The steps that stop next wait for a Redis that hangs.
+
+        Also called when the worker ends. On SIGHUP, Celery sends no signal of it.
+        """
         self.consumer.is_connected = False
+        self.consumer.is_stopping = self.consumer.is_stopping or parent.blueprint.state == _steps.CLOSE
         self.consumer.turn()
         if self._timer is not None:
             self._timer.cancel()

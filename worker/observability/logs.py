@@ -75,7 +75,8 @@ def log_words_of_shutdown() -> None:
 
 
 def _log_end_of_thread(args: threading.ExceptHookArgs) -> None:
-    if args.exc_value is not None:
+    # Once the main thread has ended, nothing is wrong with another one. On SIGHUP, Celery then closes all files.
+    if args.exc_value is not None and threading.main_thread().is_alive():
         name = "" if args.thread is None else args.thread.name
         log.critical("the thread %r ended", name, exc_info=args.exc_value)
 
