@@ -1,6 +1,6 @@
 """The table of this program's Redis keys: what each one holds, its type, and when it expires.
 
-The store, the Lua scripts, docs/redis-keys.md and the tests use this table. The formats are part of the wire format:
+The store, the Lua scripts, docs/redis-keys.md and the tests use the tables. The formats are part of the wire format:
 workers of two versions share a Redis.
 
 A key of a job that has not ended has a TTL of `open_ttl`, so no worker must renew it: a job loses nothing when it runs
@@ -38,6 +38,10 @@ class Lifetime(Enum):
     SENDING = "after 10 s"
     #: After the time that `PeriodicWork` was given.
     INTERVAL = "when the work is due again"
+    #: kombu's lock around a redelivery.
+    LOCK = "after 3 s"
+    #: kombu's keys without a TTL. A list, hash or set that becomes empty is removed by Redis.
+    NEVER = "when it is empty"
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,28 @@ TABLE = (
     *(CLAIM, RESULT, CANCEL, PROGRESS, PAGES, PART_PAGE, ONLY_PAGE, LOSSES, CANVAS, SENDING),
     *(SUMS, SETTLED, BATCHES, FAILED),
     *(OPEN, SWEEP, WALK, WORKERS, STATE),
+)
+#: What kombu keeps for this program in the broker's Redis. A queue has a list for each priority but 0, too.
+OF_KOMBU = (
+    Key("{queue}", "list", "messages that wait in a queue: `forkvm`, `forkvm#chunk` and so on", Lifetime.NEVER),
+    Key(
+        r"{queue}\x06\x16{priority}",
+        "list",
+        "the same, of those that were sent with a priority: `3`, `6` or `9`",
+        Lifetime.NEVER,
+    ),
+    Key("forkvm:unacked", "hash", "messages that workers have taken and not acknowledged", Lifetime.NEVER),
+    Key("forkvm:unacked_index", "zset", "when the lease of each of them was renewed last", Lifetime.NEVER),
+    Key("forkvm:unacked_mutex", "string", "a worker puts messages of dead workers back", Lifetime.LOCK),
+    Key("_kombu.binding.{exchange}", "set", "the queues that are bound to an exchange", Lifetime.NEVER),
+    Key("_kombu.binding_permanent.{exchange}", "set", "those of them that do not expire", Lifetime.NEVER),
+    Key(
+        "_kombu.binding_deadlines",
+        "zset",
+        "until when kombu keeps the bindings of an exchange of remote control, all of whose queues expire",
+        Lifetime.NEVER,
+    ),
+    Key("{id}.reply.celery.pidbox", "list", "replies of workers to a command of remote control", Lifetime.NEVER),
 )
 #: What batches write about their campaign.
 OF_BATCHES = (SUMS, SETTLED, BATCHES, FAILED)

@@ -4,17 +4,37 @@ from __future__ import annotations
 
 import re
 
-from tasks.store.keys import TABLE, Key
-from worker.runtime.configuration import UNACKED_KEY
+from tasks.store.keys import OF_KOMBU, TABLE, Key, Lifetime
 
-#: Ids and queue names may contain any character.
-_PATTERNS = {key: re.sub(r"\\\{\w+\\\}", ".+", re.escape(key.pattern)) for key in TABLE}
-_LISTED = re.compile("|".join([*_PATTERNS.values(), f"{re.escape(UNACKED_KEY)}(_index|_mutex)?"]), re.DOTALL)
+
+def _regex(key: Key) -> str:
+    """Ids and names of queues and exchanges may contain any character."""
+    return re.sub(r"\\\{\w+\\\}", ".+", re.escape(key.pattern))
+
+
+_PATTERNS = {key: _regex(key) for key in TABLE}
+#: The lists of queues are left out: they could have any name. A global_keyprefix may precede kombu's other keys.
+_KOMBU = {key: f".*{_regex(key)}" for key in OF_KOMBU if not key.pattern.startswith("{queue}")}
+_OWN = re.compile(r"forkvm:|.*_kombu\.|.*\.pidbox$", re.DOTALL)
+_LISTED = re.compile("|".join((*_PATTERNS.values(), *_KOMBU.values())), re.DOTALL)
+_WITHOUT_TTL = re.compile(
+    "|".join(
+        pattern
+        for key, pattern in _KOMBU.items()
+        if key.lifetime is Lifetime.NEVER and not key.pattern.startswith("forkvm:")
+    ),
+    re.DOTALL,
+)
 
 
 def is_unlisted(key: str) -> bool:
-    """Whether this is a key of this program that is not in the table; the key of a queue has another prefix."""
-    return key.startswith("forkvm:") and _LISTED.fullmatch(key) is None
+    """Whether this is a key of this program, or of kombu for it, that is in none of the tables."""
+    return _OWN.match(key) is not None and _LISTED.fullmatch(key) is None
+
+
+def is_permanent(key: str) -> bool:
+    """Whether kombu keeps this key when no message is left."""
+    return _WITHOUT_TTL.fullmatch(key) is not None
 
 
 def kind_of(key: str) -> Key:

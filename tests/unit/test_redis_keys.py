@@ -13,7 +13,7 @@ from tasks.copier.campaign.spec import Aims, CampaignSpec, campaign_result
 from tasks.copier.errors import Code
 from tasks.store import keys, lua
 from tasks.store.campaign.results import CampaignResults
-from tasks.store.keys import TABLE, Lifetime
+from tasks.store.keys import OF_KOMBU, TABLE, Lifetime
 from tasks.store.results import Results
 from tasks.store.workers import WorkerRecord
 from tests.support.redis_keys import is_unlisted, kind_of
@@ -67,6 +67,11 @@ def test_keys_of_an_ended_job_expire_as_the_table_says() -> None:
     assert {open_ttls[key] for key in open_ones} <= {keys.OPEN_SECONDS, keys.OPEN_SECONDS - 1}
 
 
+@pytest.mark.parametrize("key", ["forkvm:c:other", "_kombu.other", "p:_kombu.binding_other.x", "x.other.celery.pidbox"])
+def test_a_key_that_no_table_has_is_noticed(key: str) -> None:
+    assert is_unlisted(key)
+
+
 def test_a_job_that_reuses_an_id_finds_no_keys_of_the_earlier_one() -> None:
     redis = fakeredis.FakeRedis()
     results = Results(redis, EXPIRES, lambda job_id: f"celery-task-meta-{job_id}")
@@ -99,8 +104,8 @@ def test_a_script_refuses_a_wrong_name() -> None:
         lua.CANCEL.run(fakeredis.FakeRedis(), **values)
 
 
-def test_the_document_contains_the_table() -> None:
-    rows = [f"| `{key.pattern}` | {key.type} | {key.holds} | {key.lifetime.value} |" for key in TABLE]
+def test_the_document_contains_the_tables() -> None:
+    rows = [f"| `{key.pattern}` | {key.type} | {key.holds} | {key.lifetime.value} |" for key in (*TABLE, *OF_KOMBU)]
     document = (ROOT / "docs/redis-keys.md").read_text()
 
     assert [line for line in document.splitlines() if line.startswith("| `")] == rows
