@@ -126,7 +126,19 @@ def test_the_page_of_a_fork_shows_the_error_and_its_remedy() -> None:
     assert "Failures: 0" in good.text
     assert remedy_text("io_error") in bad.text
     assert remedy_text("no_space") in bad.text
-    assert "Failures: 1" in bad.text
+    assert "Failures: 2" in bad.text
+
+
+def test_a_failed_fork_has_a_failure_also_if_no_file_failed_and_one_for_the_file_that_failed_it() -> None:
+    fork = _failed_fork("fork-1")
+    error = ForkError(Code.IO_ERROR, "fork-1", "fork-1", 5)
+
+    alone = _Page(page(contents_of_fork(fork, [])))
+    with_file = _Page(page(contents_of_fork(fork, [_file("disk", error=error)])))
+
+    for found in (alone, with_file):
+        assert "Failures: 1" in found.text
+        assert found.text.count(remedy_text("io_error")) == 1
 
 
 def test_the_page_of_a_campaign_lists_its_forks() -> None:

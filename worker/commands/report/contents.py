@@ -102,19 +102,26 @@ def contents_of_campaign(result: CampaignResult, forks: Iterable[ForkResult]) ->
 
 
 def _gather(contents: Contents, results: Iterable[Any], read: Callable[[Any], tuple[Item, ErrorRecord | None]]) -> None:
-    """Count the durations, and keep the slowest items and the first failures."""
+    """Count the durations, and keep the slowest items and the first failures. The job's own failure is the first."""
     slowest: list[tuple[float, int, Item]] = []
+    if contents.error is not None:
+        _add_failure(contents, contents.id, contents.error)
     for number, result in enumerate(results):
         item, error = read(result)
         if error is not None:
-            contents.failures_total += 1
-            if len(contents.failures) < MOST_FAILURES:
-                contents.failures.append(Failure(item.name, error))
+            if error != contents.error:  # most often the fork fails with the error of one file
+                _add_failure(contents, item.name, error)
         elif item.seconds > 0:
             contents.durations.add(item.seconds)
             push = heapq.heappush if len(slowest) < MOST_SLOWEST else heapq.heappushpop
             push(slowest, (item.seconds, -number, item))
     contents.slowest = [item for _, _, item in sorted(slowest, reverse=True)]
+
+
+def _add_failure(contents: Contents, name: str, error: ErrorRecord) -> None:
+    contents.failures_total += 1
+    if len(contents.failures) < MOST_FAILURES:
+        contents.failures.append(Failure(name, error))
 
 
 def _file(result: FileResult) -> tuple[Item, ErrorRecord | None]:

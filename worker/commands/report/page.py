@@ -70,8 +70,6 @@ def _outcome(contents: Contents) -> Iterator[str]:
     yield f"<h1>{_text(contents.kind)} <code>{_path(contents.id)}</code></h1>"
     yield f'<p><strong class="status {_text(contents.status)}">{_text(contents.status)}</strong>'
     yield f"<code>{_path(contents.source)}</code> → <code>{_path(contents.destination)}</code></p>"
-    if contents.error is not None:
-        yield f'<div class="error">{_error(contents.error)}</div>'
     yield '<dl class="facts">'
     for name, value in contents.facts:
         yield f"<div><dt>{_text(name)}</dt><dd>{_path(value)}</dd></div>"
