@@ -49,6 +49,8 @@ def test_each_line_is_json_and_each_fork_has_one(start_system: StartSystem, fres
     assert [(line["fork_id"], line["outcome"]) for line in ends] == [(f"fork-{n}", "succeeded") for n in range(3)]
     assert all(line["files"]["copy"] and line["bytes"]["copy"] for line in ends)
     assert [line["campaign_id"] for line in lines if "campaign_id" in line] == ["many"]
+    (fallback,) = (line for line in lines if "not reflinked" in line["event"])
+    assert (fallback["fork_id"], fallback["task_id"], fallback["domain"]) == ("fork-0", "fork-0", "")
     events = "\n".join(line["event"] for line in lines)
     assert events.count("files are copied, not reflinked, from ext4 to ext4") == 1
     assert events.count("a message in the queue forkvm was refused") == 1

@@ -17,7 +17,7 @@ from tasks.copier.errors import Code, ForkError
 from tasks.copier.fork_spec import Clock, ForkSpec, failed, succeeded
 from tasks.copier.report import Totals
 from tasks.fork_summary import log_end
-from tasks.names import job_fields
+from tasks.names import BATCH_TASK, FORK_TASK, job_fields
 from worker.observability.fallbacks import FallbackLog
 from worker.observability.logs import JsonLines, TextLines
 
@@ -167,11 +167,20 @@ def test_the_end_of_a_campaigns_fork_is_a_line_for_debugging(caplog: pytest.LogC
 
 def test_refused_reflinks_are_logged_once_for_each_pair_of_filesystems(caplog: pytest.LogCaptureFixture) -> None:
     fallbacks = FallbackLog()
-    for pair in (("ext4", "ext4"), ("ext4", "xfs"), ("ext4", "ext4")):
-        fallbacks.take(["fallback", 18, *pair, 1])
+    for pair, *of_fork in (
+        (("ext4", "ext4"), "fork-1", FORK_TASK, "fork-1"),
+        (("ext4", "xfs"), "c.7", BATCH_TASK, "c.batch.0"),
+        (("ext4", "ext4"), "fork-2", FORK_TASK, "fork-2"),
+    ):
+        fallbacks.take(["fallback", 18, *pair, 1, *of_fork])
         fallbacks.take(["takeover"])
 
     assert [message[:60] for message in caplog.messages] == [
         "files are copied, not reflinked, from ext4 to ext4: the kern",
         "files are copied, not reflinked, from ext4 to xfs: the kerne",
+    ]
+    ids = [{name: line[name] for name in line if name.endswith("_id")} for line in map(_json, caplog.records)]
+    assert ids == [
+        {"fork_id": "fork-1", "task_id": "fork-1"},
+        {"fork_id": "c.7", "campaign_id": "c", "task_id": "c.batch.0"},
     ]

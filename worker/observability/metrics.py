@@ -74,7 +74,7 @@ class Metrics:
             case "forks":
                 self._count_forks(*values)
             case "fallback":
-                number, source, destination, count = values
+                number, source, destination, count, *_ = values
                 self._fallbacks.labels(errno_name(number), source, destination).inc(count)
             case "campaign":
                 campaign_id, status = values

@@ -32,7 +32,7 @@ from tasks.copier.kernel.filesystems import name_of_filesystem
 from tasks.delivery.task_request import trace_headers
 from tasks.events import Kind
 from tasks.fork_summary import bytes_by_method, files_by_method
-from tasks.names import job_fields
+from tasks.names import FORK_TASK, job_fields
 
 log = logging.getLogger(__name__)
 
@@ -115,15 +115,17 @@ class Reporter:
         self._write(["span", job, _short(job_id), result["status"], code, parent, started, result["seconds"]])
 
     def _report_fallback(self, results: Sequence[ForkResult]) -> None:
-        """Report refused reflinks: `fallback`, errno, filesystems of the source and destination, number of forks.
+        """Report refused reflinks.
 
-        The forks of a campaign in one run have one source and one parent.
+        `fallback`, errno, filesystems of the source and destination, number of forks; and for the log the first fork's
+        id, and the name and id of its task. The forks of a campaign in one run have one source and one parent.
         """
         refused = [(result, result["fallback"]) for result in results if result["fallback"] is not None]
         if refused:
             result, fallback = refused[0]
             pair = [name_of_filesystem(path) for path in (result["source"], os.path.dirname(result["destination"]))]
-            self._write(["fallback", fallback["errno"], *pair, len(refused)])
+            fork_id = result["fork_id"]
+            self._write(["fallback", fallback["errno"], *pair, len(refused), _short(fork_id), *_task_of(fork_id)])
 
     def _report_parent(self, parent: str) -> None:
         """Report where forks are made, if it is not where this process made the last one: `parent`, path.
@@ -149,6 +151,16 @@ class Reporter:
             if not self._is_full:
                 log.warning("a report for the metrics was lost: the main process does not read: %s", error.strerror)
             self._is_full = True
+
+
+def _task_of(fork_id: str) -> tuple[str, str]:
+    """The name and the id of the task that this process does for a fork."""
+    task: Any = get_current_task()
+    if task is not None:
+        ids = job_fields(task.name, task.request.id)
+        if "campaign_id" in ids or ids.get("fork_id") == fork_id:
+            return task.name, _short(task.request.id)
+    return FORK_TASK, _short(fork_id)  # it waited behind another one, see `tasks.fork.waiting_forks`
 
 
 def _summed(each: Iterable[dict[str, int]]) -> dict[str, int]:
