@@ -96,13 +96,14 @@ def test_without_a_broker_every_queue_command_exits_with_3_in_one_line(run_forkv
         assert done.stderr.count("\n") == 1, command
 
 
-@pytest.mark.parametrize("command", ["status", "files", "cancel"])
-def test_an_unknown_id_is_reported_with_exit_code_1(
-    command: str, run_forkvm: RunForkvm, redis_server: RedisServer
+@pytest.mark.parametrize("command", ["status", "files", "forks", "cancel", "report -o page.html"])
+def test_an_unknown_id_is_a_bad_call(
+    command: str, run_forkvm: RunForkvm, redis_server: RedisServer, tmp_path: Path
 ) -> None:
-    done = run_forkvm(command, "never-sent", env=program_environment(redis_server))
+    done = run_forkvm(*command.split(), "never-sent", env=program_environment(redis_server))
 
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert not (tmp_path / "page.html").exists()
     assert done.stderr.startswith("forkvm: never-sent: unknown id")
     assert done.stderr.count("\n") == 1
     with redis_server.client() as client:
@@ -114,7 +115,7 @@ def test_the_status_of_an_unknown_id_is_still_one_json_document(
 ) -> None:
     done = run_forkvm("status", "never-sent", "--json", env=program_environment(redis_server))
 
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert json.loads(done.stdout) == {"id": "never-sent", "state": "PENDING", "progress": None, "result": None}
 
 

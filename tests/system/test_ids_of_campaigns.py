@@ -152,7 +152,7 @@ def test_cancelling_a_single_fork_of_a_campaign_is_refused_with_a_message(
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "it is a fork of the campaign whole; cancel the campaign: forkvm cancel whole" in refused.stderr
     assert (status.returncode, json.loads(status.stdout)["state"]) == (0, "PENDING")
-    assert unknown.returncode == 1
+    assert unknown.returncode == 2
     assert "unknown id" in unknown.stderr
     assert_all_are_whole(scheduler, sent.get(timeout=40), source, paths_of(workdir, 600))
     assert run_forkvm("cancel", "whole.600", env=environment).returncode == 1

@@ -39,11 +39,3 @@ def test_report_writes_a_page_about_a_fork_and_about_a_campaign(
     assert "destination_exists" in of_campaign
     assert "Choose another destination" in of_campaign
     assert "1 of 2 forks" in of_campaign
-
-
-def test_report_of_an_unknown_job_writes_nothing(system: System, run_forkvm: RunForkvm, tmp_path: Path) -> None:
-    done = run_forkvm("report", "never-sent", "-o", "page.html", env=program_environment(system.server))
-
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("forkvm: never-sent: unknown id")
-    assert not (tmp_path / "page.html").exists()

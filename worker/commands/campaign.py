@@ -26,7 +26,7 @@ from worker.commands.options import (
     with_domain,
 )
 from worker.commands.output import campaign_lines, fork_line, progress_bar
-from worker.commands.waiting import wait_for_result, wait_options
+from worker.commands.waiting import refuse_unknown, wait_for_result, wait_options
 from worker.exit_codes import BAD_CALL, FAILED, NO_BROKER, TIMED_OUT
 from worker.settings import read_settings
 from worker.terminal.printing import print_json, print_line, print_message
@@ -116,6 +116,7 @@ def campaign(
     example="forkvm forks campaign-7 --failed",
     done="The list was printed.",
     codes=(NO_BROKER,),
+    of_job=True,
 )
 @click.argument("campaign_id", metavar="ID")
 @click.option("--failed", is_flag=True, help="List only the forks that did not succeed.")
@@ -126,6 +127,10 @@ def forks(campaign_id: str, failed: bool, as_json: bool) -> None:
     While the campaign runs, the list has the forks that are done so far.
     """
     client = connect(read_settings())
+    if client.results.claims.get(campaign_id) is None:
+        if not client.is_known(campaign_id, client.status(campaign_id)):
+            refuse_unknown(campaign_id)
+        return  # it waits in the queue, or was refused
     for result in client.campaign_forks(campaign_id, _summary(_claim(client, campaign_id))):
         if stdout_failed():
             return

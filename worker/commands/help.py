@@ -11,6 +11,7 @@ from worker.exit_codes import BAD_CALL, DONE, FAILED, MEANINGS, PROGRAM_FAULT
 
 #: Codes of every command.
 _COMMON = (DONE, BAD_CALL, PROGRAM_FAULT)
+_BAD_CALL_OF_JOB = "Wrong arguments or settings, or an unknown id."
 _SIGNAL = ("128+N", "Ended by signal N, for example 130 after Ctrl-C.")
 
 
@@ -30,14 +31,17 @@ class _Command(click.Command):
 
 
 def command(
-    *, example: str, done: str = "", failed: str = "", codes: tuple[int, ...] = ()
+    *, example: str, done: str = "", failed: str = "", codes: tuple[int, ...] = (), of_job: bool = False
 ) -> Callable[..., click.Command]:
     """A decorator like click.command.
 
     `example` is one call. `done` says when the command ends with exit code 0, `failed` when with 1; "" if it never
-    does. `codes` are its exit codes other than 0, 1, 2, 70 and those of signals.
+    does. `codes` are its exit codes other than 0, 1, 2, 70 and those of signals. `of_job`: it is about a job, and an
+    unknown id is a bad call.
     """
     meanings = {code: MEANINGS[code] for code in (*_COMMON, *codes)}
+    if of_job:
+        meanings[BAD_CALL] = _BAD_CALL_OF_JOB
     meanings |= {code: meaning for code, meaning in ((DONE, done), (FAILED, failed)) if meaning}
     return click.command(cls=_Command, example=example, exit_codes=meanings)
 

@@ -22,7 +22,7 @@ from worker.commands.options import (
     with_domain,
 )
 from worker.commands.output import any_result_lines, file_line, progress_line
-from worker.commands.waiting import is_over, unknown, wait_for_result, wait_options, watching
+from worker.commands.waiting import is_over, refuse_unknown, wait_for_result, wait_options, watching
 from worker.exit_codes import FAILED, NO_BROKER, TIMED_OUT
 from worker.settings import read_settings
 from worker.terminal.printing import print_json, print_line, print_message
@@ -80,8 +80,9 @@ def submit(
 @command(
     example="forkvm status vm-2 --watch",
     done="The job has succeeded or has not ended.",
-    failed="The job failed or was cancelled, or the id is unknown.",
+    failed="The job failed or was cancelled.",
     codes=(NO_BROKER,),
+    of_job=True,
 )
 @click.argument("fork_id", metavar="ID")
 @click.option("--watch", is_flag=True, help="Show the progress until the job has ended.")
@@ -99,14 +100,12 @@ def status(fork_id: str, watch: bool, as_json: bool) -> None:
     elif known:
         _print_status(fork_id, found)
     if not known:
-        print_message(unknown(fork_id))
-    if not known or (found.result is not None and found.result["status"] != "succeeded"):
+        refuse_unknown(fork_id)
+    if found.result is not None and found.result["status"] != "succeeded":
         raise click.exceptions.Exit(FAILED)
 
 
-@command(
-    example="forkvm files vm-2 --failed", failed="The id is unknown.", done="The list was printed.", codes=(NO_BROKER,)
-)
+@command(example="forkvm files vm-2 --failed", done="The list was printed.", codes=(NO_BROKER,), of_job=True)
 @click.argument("fork_id", metavar="ID")
 @click.option("--failed", is_flag=True, help="List only the files that failed.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document a line.")
@@ -119,8 +118,7 @@ def files(fork_id: str, failed: bool, as_json: bool) -> None:
     results = client.results.pages.files(fork_id)
     first = next(results, None)
     if first is None and not client.is_known(fork_id, client.status(fork_id)):
-        print_message(unknown(fork_id))
-        raise click.exceptions.Exit(FAILED)
+        refuse_unknown(fork_id)
     for result in chain([] if first is None else [first], results):
         if stdout_failed():
             return
@@ -131,8 +129,9 @@ def files(fork_id: str, failed: bool, as_json: bool) -> None:
 @command(
     example="forkvm cancel vm-2",
     done="The job was cancelled, or a worker will cancel it.",
-    failed="The job has ended already, the fork belongs to a campaign, or the id is unknown.",
+    failed="The job has ended already, or the fork belongs to a campaign.",
     codes=(NO_BROKER,),
+    of_job=True,
 )
 @click.argument("fork_id", metavar="ID")
 @as_json
@@ -146,8 +145,7 @@ def cancel(fork_id: str, as_json: bool) -> None:
     found = client.status(fork_id)
     _refuse_fork_of_campaign(client, fork_id, found)
     if not client.is_known(fork_id, found):
-        print_message(unknown(fork_id))
-        raise click.exceptions.Exit(FAILED)
+        refuse_unknown(fork_id)
     if is_over(found):
         print_message(f"{fork_id}: not cancelled: it has ended already ({found.state})")
     else:

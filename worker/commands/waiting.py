@@ -5,13 +5,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from tasks.copier.errors import Code, ForkError
 from worker.commands.output import progress_bar
-from worker.exit_codes import INTERRUPTED, TIMED_OUT
+from worker.exit_codes import BAD_CALL, INTERRUPTED, TIMED_OUT
 from worker.terminal.printing import ShowProgress, print_message
 
 if TYPE_CHECKING:
@@ -60,12 +60,13 @@ def is_over(status: Status) -> bool:
     return status.result is not None or status.state in ("SUCCESS", "FAILURE", "REVOKED")
 
 
-def unknown(job_id: str) -> str:
-    """The message for an unknown id."""
-    return (
+def refuse_unknown(job_id: str) -> NoReturn:
+    """End the command because the id is unknown: a bad call, since no fork failed."""
+    print_message(
         f"{job_id}: unknown id: no worker has started it, and it is not in this domain's queue; "
         "check the id and FORKVM_DOMAIN (results expire after FORKVM_RESULT_EXPIRES seconds)"
     )
+    raise click.exceptions.Exit(BAD_CALL)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import click
 
 from worker.commands.help import command
 from worker.commands.options import PATH, connect
-from worker.commands.waiting import is_over, unknown
+from worker.commands.waiting import is_over, refuse_unknown
 from worker.exit_codes import FAILED, NO_BROKER
 from worker.settings import read_settings
 from worker.terminal.printing import print_message
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 @command(
     example="forkvm report vm-2 -o vm-2.html",
     done="The report was written.",
-    failed="The job has not ended, the id is unknown, or FILE cannot be written.",
+    failed="The job has not ended, or FILE cannot be written.",
     codes=(NO_BROKER,),
+    of_job=True,
 )
 @click.argument("job_id", metavar="ID")
 @click.option(
@@ -43,10 +44,12 @@ def report(job_id: str, output: str) -> None:
     client = connect(read_settings())
     status = client.status(job_id)
     if status.result is None:
+        if not client.is_known(job_id, status):
+            refuse_unknown(job_id)
         state = f"{job_id}: it has not ended ({status.state}); to wait for it: forkvm status --watch"
         if is_over(status):
             state = f"{job_id}: {status.state} without a result; see the worker's log"
-        print_message(state if client.is_known(job_id, status) else unknown(job_id))
+        print_message(state)
         raise click.exceptions.Exit(FAILED)
     text = page(_contents(client, job_id, status.result))
     Path(output).write_text(text, encoding="utf-8")
