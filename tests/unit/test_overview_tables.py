@@ -48,7 +48,7 @@ def test_the_tables_show_the_state_of_the_domain(width: int) -> None:
     assert "forkvm.nvme-a client requests 12,345 2 2.0 h" in lines
     assert "Workers: 2, 3 of 8 children busy" in lines
     assert "b@host 0.1.0 0 4 75 s ago" in lines
-    assert "In progress: 2 forks, 1 campaigns" in lines
+    assert "In progress: 2 forks, 1 campaign" in lines
     assert f"fork-1 fork copy 1.0 GiB 3.0 GiB{destination}" in lines
     assert any(line.startswith("fan-out campaign copy 12 (1 failed) 1,000 forks") for line in lines)
 
@@ -60,6 +60,34 @@ def test_lines_fit_the_terminal_and_columns_keep_their_names(width: int) -> None
     assert max(map(len, lines)) <= width
     assert "waiting" in lines[1]
     assert "oldest" in lines[1]
+
+
+def test_long_names_are_cut_and_numbers_are_not() -> None:
+    queue = "forkvm.a-domain-with-a-long-name"
+    host = "forkvm-0123456789@ip-10-20-30-40.eu-central-1.compute.example.com"
+    many = {"forks_done": 1234, "forks_total": 10_000, "forks_failed": 12, "eta_seconds": 4.0}
+    overview = replace(
+        BUSY,
+        queues=[Queue(f"{queue}{end}", 1_234_567, 123_456, 1e5) for end in ("", "#batch", "#chunk", "#finish")],
+        jobs=[Job("0" * 36, "campaign", "PROGRESS", many, "/guests/vm" * 30)],
+        workers=[replace(LOST, name=host, children=64)],
+    )
+
+    for width in (80, 120):
+        lines = _shown(overview, width)
+        assert max(map(len, lines)) <= width
+        text = "\n".join(" ".join(line.split()) for line in lines)
+        assert "1,234,567 123,456 27.8 h" in text
+        assert "0.1.0 ? ? no answer, 3 min ago" in text
+        assert "campaign copy 1,234 (12 failed) 10,000 forks" in text
+
+
+def test_all_lines_of_a_terminal_are_used_before_jobs_are_cut() -> None:
+    jobs = [replace(BUSY.jobs[0], id=f"fork-{n}") for n in range(10)]
+
+    lines = _shown(replace(BUSY, jobs=jobs, forks=10, campaigns=0), 80, 23)
+
+    assert len(lines) == 23
 
 
 @pytest.mark.parametrize("height", [24, 40])

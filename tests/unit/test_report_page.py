@@ -129,6 +129,15 @@ def test_the_page_of_a_fork_shows_the_error_and_its_remedy() -> None:
     assert "Failures: 2" in bad.text
 
 
+def test_names_in_a_remedy_are_elements_and_not_backticks() -> None:
+    spec = _spec("fork-1")
+    error = ForkError(Code.COPY_BUDGET_EXCEEDED, "too much", "disk")
+
+    text = page(contents_of_fork(failed(spec, error, Totals(), 0, Clock(spec.started)), []))
+
+    assert "raise <code>max_copied_bytes</code>." in text
+
+
 def test_a_failed_fork_has_a_failure_also_if_no_file_failed_and_one_for_the_file_that_failed_it() -> None:
     fork = _failed_fork("fork-1")
     error = ForkError(Code.IO_ERROR, "fork-1", "fork-1", 5)

@@ -6,6 +6,7 @@ load nothing and run nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from html import escape
 from importlib import resources
@@ -18,7 +19,9 @@ from worker.commands.report.durations import Bin, span
 from worker.terminal.printing import printable
 
 #: The histogram's size in units of its own, which the browser scales.
-_BAR_WIDTH, _BAR_GAP, _CHART_HEIGHT, _LABEL_HEIGHT = 36, 4, 120, 34
+_BAR_WIDTH, _BAR_GAP, _CHART_HEIGHT, _LABEL_HEIGHT = 36, 4, 120, 20
+#: A name in a remedy.
+_CODE = re.compile(r"`([^`]+)`")
 #: Put before each slash of a path: a browser may break the line there.
 _BREAK = "<wbr>"
 
@@ -78,8 +81,8 @@ def _outcome(contents: Contents) -> Iterator[str]:
 
 def _error(error: ErrorRecord) -> str:
     path = f": <code>{_path(error['path'])}</code>" if error["path"] else ""
-    fix = remedy_text(error["code"])
-    what_to_do = f'<p class="fix">{_text(fix)}</p>' if fix else ""
+    fix = _CODE.sub(r"<code>\1</code>", _text(remedy_text(error["code"])))
+    what_to_do = f'<p class="fix">{fix}</p>' if fix else ""
     return f"<p><strong>{_text(error['code'])}</strong>{path}: {_path(error['message'])}</p>{what_to_do}"
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from worker.client import Client
     from worker.overview import Overview, Worker
 
+_WIDTH_OF_A_PIPE = 10_000
+
 _domain = click.option("--domain", metavar="NAME", help="Domain to show. Default: FORKVM_DOMAIN.")
 
 
@@ -42,7 +44,8 @@ def queues(domain: str | None, as_json: bool) -> None:
 
     from worker.commands.watch.tables import tables
 
-    console = Console(highlight=False)
+    # A pipe has no width, and what reads from it needs whole names.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH_OF_A_PIPE)
     console.print(tables(overview, console.width))
     if not overview.answering:
         print_message(f"no worker of {overview.queue} answers")
@@ -120,4 +123,4 @@ def _screen(queue: str, overview: Overview | None, reason: str, size: ConsoleDim
     from worker.commands.watch.tables import tables, title
 
     head = title(queue, reason)
-    return head if overview is None else Group(head, tables(overview, size.width, size.height - 2))
+    return head if overview is None else Group(head, tables(overview, size.width, size.height - 1))

@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from tasks.copier.counted import counted
 from tasks.names import BATCH_TASK, CHUNK_TASK, FINISH_TASK, inner_queue
 from worker.commands.output import size
 from worker.overview import Job, Overview, Worker
@@ -18,10 +19,13 @@ from worker.terminal.printing import printable
 
 T = TypeVar("T")
 
-#: Lines of a table that are not rows: the title, the names of the columns, and a line above and below them.
+#: Lines of a table that are not rows: the title, the names of the columns, the line below them, and one before the
+#: next table.
 _FRAME = 4
 #: From this width of the terminal on, the destinations of jobs are shown too.
 _WIDE = 120
+#: The columns of names, which a client or a host chooses.
+_NAMES = ("queue", "holds", "worker", "id", "destination")
 #: Rows of each table that are shown in any case, and in all of an overview that is not cut.
 _FEWEST, _MOST = 2, 20
 #: A heartbeat of this age, in seconds, is marked: a worker has one every 2 s.
@@ -38,14 +42,17 @@ def tables(overview: Overview, width: int, height: int | None = None) -> Group:
     """The three tables for a terminal of `width` columns, cut to `height` lines if it is given."""
     workers = jobs = _MOST
     if height is not None:
-        left = height - 3 * _FRAME - len(overview.queues)
+        left = height - (3 * _FRAME - 1) - len(overview.queues)
         workers = max(_FEWEST, min(len(overview.workers), left - min(len(overview.jobs), left // 2)))
         jobs = max(_FEWEST, left - workers)
     return Group(_queues(overview), "", _workers(overview, workers), "", _jobs(overview, jobs, is_wide=width >= _WIDE))
 
 
 def _table(name: str, *columns: str, left: tuple[str, ...]) -> Table:
-    """A table; the columns `left` hold text, the others numbers."""
+    """A table; the columns `left` hold text, the others numbers.
+
+    In a narrow terminal those of `_NAMES` are cut, and no number is.
+    """
     table = Table(title=name, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
     for column in columns:
         is_left = column in left
@@ -53,10 +60,17 @@ def _table(name: str, *columns: str, left: tuple[str, ...]) -> Table:
             column,
             justify="left" if is_left else "right",
             min_width=20 if column == columns[0] else len(column),
-            no_wrap=True,
-            overflow="ellipsis",
+            no_wrap=column not in _NAMES,
         )
     return table
+
+
+def _add_row(table: Table, *cells: str | Text) -> None:
+    """Add a row of one line. Rich cuts only columns that may wrap, so their cells forbid it themselves."""
+    line = [Text(cell) if isinstance(cell, str) else cell for cell in cells]
+    for cell in line:
+        cell.no_wrap, cell.overflow = True, "ellipsis"
+    table.add_row(*line)
 
 
 def _queues(overview: Overview) -> Table:
@@ -69,7 +83,7 @@ def _queues(overview: Overview) -> Table:
     table = _table("Queues", "queue", "holds", "waiting", "unacked", "oldest", left=("queue", "holds"))
     for queue in overview.queues:
         oldest = "" if queue.oldest_seconds is None else span(queue.oldest_seconds)
-        table.add_row(queue.name, holds.get(queue.name, ""), f"{queue.waiting:,}", f"{queue.unacked:,}", oldest)
+        _add_row(table, queue.name, holds.get(queue.name, ""), f"{queue.waiting:,}", f"{queue.unacked:,}", oldest)
     return table
 
 
@@ -82,7 +96,7 @@ def _workers(overview: Overview, most: int) -> Table:
     table = _table(name, "worker", "version", "busy", "idle", "heartbeat", left=("worker",))
     shown, rest = _cut([*overview.silent, *overview.answering], most)  # those that need a person first
     for worker in shown:
-        table.add_row(*_worker(worker))
+        _add_row(table, *_worker(worker))
     return _with_rest(table, rest)
 
 
@@ -103,13 +117,13 @@ def _worker(worker: Worker) -> tuple[Text, ...]:
 
 
 def _jobs(overview: Overview, most: int, *, is_wide: bool) -> Table:
-    name = f"In progress: {overview.forks:,} forks, {overview.campaigns:,} campaigns"
+    name = f"In progress: {counted(overview.forks, 'fork')}, {counted(overview.campaigns, 'campaign')}"
     columns = ("id", "kind", "phase", "done", "of", *(("destination",) * is_wide))
     table = _table(name, *columns, left=("id", "kind", "phase", "destination"))
     shown, rest = _cut(overview.jobs, most)
     for job in shown:
         row = (Text(printable(job.id)), job.kind, *_progress(job), Text(printable(job.destination)))
-        table.add_row(*row[: len(columns)])
+        _add_row(table, *row[: len(columns)])
     return _with_rest(table, rest + overview.forks + overview.campaigns - len(overview.jobs))
 
 
@@ -133,7 +147,7 @@ def _cut(items: Sequence[T], most: int) -> tuple[Sequence[T], int]:
 
 def _with_rest(table: Table, rest: int) -> Table:
     if rest:
-        table.add_row(Text(f"and {rest:,} more", "dim"))
+        _add_row(table, Text(f"and {rest:,} more", "dim"))
     return table
 
 
