@@ -12,7 +12,7 @@ SOURCES := worker tasks tests benchmarks
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test coverage test-deploy test-observe test-clients soak bench bench-quick lint format venv constraints clean
+.PHONY: help demo test coverage test-deploy test-observe screenshots test-clients soak bench bench-quick lint format venv constraints clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,11 @@ test-observe: ## test the dashboard, an alert and Flower with a real Prometheus,
 	@scripts/setup.sh packages observe
 	@$(MAKE) --no-print-directory --silent venv
 	CI=true $(BIN)/pytest -s tests/observe/monitoring.py tests/observe/grafana_schema.py tests/observe/flower.py
+
+screenshots: ## make docs/pictures again, from a real terminal and a real browser; needs root
+	@scripts/setup.sh packages screenshots
+	@$(MAKE) --no-print-directory --silent venv
+	CI=true $(BIN)/pytest -s tests/observe/screenshots.py
 
 test-clients: ## test clients with each version of Celery since 5.2, which it installs
 	@scripts/setup.sh packages test

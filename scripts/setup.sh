@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the targets of the Makefile need. A second call does nothing.
 #
-#   scripts/setup.sh packages demo|test|observe|deploy|bench   the Debian packages of that target
+#   scripts/setup.sh packages demo|test|observe|screenshots|deploy|bench   the Debian packages of that target
 #   scripts/setup.sh venv                              .venv with forkvm, its dependencies and its tools
 #   scripts/setup.sh venv deploy                       also with the schemas of Kubernetes, which are large
 #   scripts/setup.sh constraints                       constraints.txt with the newest allowed versions
@@ -85,6 +85,13 @@ needs_of_deploy() {
     need mkfs.ext4    e2fsprogs      "all of it"
     need mkfs.xfs     xfsprogs       "all of it"
     need mount        mount          "all of it"
+}
+
+needs_of_screenshots() {
+    needs_of_test
+    need tmux         tmux           "the pictures of terminals"
+    need chromium-headless-shell chromium-headless-shell "all pictures"
+    need /usr/share/fonts/truetype/dejavu/DejaVuSansMono.ttf fonts-dejavu-core "the letters that the pictures have"
 }
 
 needs_of_bench() {
@@ -216,9 +223,9 @@ set_up_constraints() {
 }
 
 case "${1:-} ${2:-}" in
-    "packages demo" | "packages test" | "packages observe" | "packages deploy" | "packages bench") set_up_packages "$2" ;;
+    "packages demo" | "packages test" | "packages observe" | "packages screenshots" | "packages deploy" | "packages bench") set_up_packages "$2" ;;
     "venv ") set_up_venv dev ;;
     "venv deploy") set_up_venv dev,deploy ;;
     "constraints ") set_up_constraints ;;
-    *) die "usage: scripts/setup.sh packages demo|test|observe|deploy|bench | venv [deploy] | constraints" ;;
+    *) die "usage: scripts/setup.sh packages demo|test|observe|screenshots|deploy|bench | venv [deploy] | constraints" ;;
 esac
