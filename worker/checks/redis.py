@@ -39,9 +39,8 @@ def redis_checks(settings: Settings) -> Iterator[Check]:
         try:
             yield from server_checks(subject, redis)
             yield _config(subject, redis)
-            yield _latency(subject, redis)
-            yield _clock(subject, redis)
             yield rights_check(subject, redis)
+            yield from distance_checks(subject, redis, _PINGS)
         except (ConnectionError, TimeoutError) as error:
             raise NoBroker(f"no broker at {read.shown()}: {error}") from None
         except RedisError as error:
@@ -102,15 +101,21 @@ def _persistence(subject: str, info: dict[str, Any]) -> Check:
     return Check(subject, "ok", "its last writes to the disk succeeded")
 
 
-def _latency(subject: str, redis: Redis) -> Check:
+def distance_checks(subject: str, redis: Redis, pings: int) -> Iterator[Check]:
+    """Check the time of a command and the difference of the clocks. Raises RedisError."""
+    yield _latency(subject, redis, pings)
+    yield _clock(subject, redis)
+
+
+def _latency(subject: str, redis: Redis, pings: int) -> Check:
     """The time of a command there and back. A small fork sends about ten."""
     subject, times = f"{subject}: latency", []
-    for _ in range(_PINGS):
+    for _ in range(pings):
         began = time.perf_counter()
         redis.ping()
         times.append(time.perf_counter() - began)
     median = statistics.median(times)
-    found = f"{median * 1e3:.1f} ms (median of {_PINGS})"
+    found = f"{median * 1e3:.1f} ms (median of {pings})"
     if median > _SLOW_SECONDS:
         return Check(subject, "warn", found, "run Redis closer to the workers, or on a less busy host")
     return Check(subject, "ok", found)

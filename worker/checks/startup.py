@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 from redis.exceptions import RedisError
 
 from tasks.store.results import Results
 from worker.checks.check import Check
 from worker.checks.host import KERNEL, host_checks
-from worker.checks.redis import server_checks
+from worker.checks.redis import distance_checks, server_checks
 from worker.checks.redis_rights import rights_check
 from worker.checks.settings import settings_checks
 from worker.settings import Settings
 from worker.terminal.printing import printable
+
+#: PINGs that are timed at a start, which they delay.
+_PINGS = 5
 
 
 class Unusable(Exception):
@@ -32,13 +36,14 @@ def check_host(settings: Settings) -> list[str]:
 
 
 def check_redis(settings: Settings, results: Results) -> list[str]:
-    """Check the Redis of the results; returns a warning for each problem; none while it is away: a worker waits."""
+    """Check the Redis of the results; returns a warning for each problem that was found before it went away."""
     subject = f"Redis {settings.backend.shown()}"
-    try:
-        checks = [*server_checks(subject, results.redis), rights_check(subject, results.redis)]
-        return [_line(check) for check in checks if check.verdict != "ok"]
-    except (RedisError, OSError):
-        return []
+    redis, checks = results.redis, list[Check]()
+    with suppress(RedisError, OSError):
+        checks += server_checks(subject, redis)
+        checks.append(rights_check(subject, redis))
+        checks += distance_checks(subject, redis, _PINGS)
+    return [_line(check) for check in checks if check.verdict != "ok"]
 
 
 def _can_open(root: str) -> bool:
