@@ -114,6 +114,19 @@ class CopyRate:
         with _locked(fd):
             os.pwrite(fd, _STATE.pack(_MARK, rate or 0, time.monotonic_ns()), 0)
 
+    def problem(self) -> str:
+        """Why the file cannot be used; empty if it can, or can be created."""
+        try:
+            self._open(create=False)
+        except FileNotFoundError:
+            nearest = self.directory if os.path.isdir(self.directory) else os.path.dirname(self.directory) or "."
+            if not os.path.isdir(nearest):
+                return f"{nearest} does not exist"
+            return "" if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} is not writable"
+        except OSError as error:
+            return str(error.strerror)
+        return ""
+
     def _charge(self, count: int, took: int) -> tuple[int, int]:
         """Count bytes that were copied in `took` nanoseconds.
 

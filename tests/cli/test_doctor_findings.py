@@ -7,23 +7,27 @@ import re
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tasks.copier.kernel import xfs as kernel_xfs
+from tasks.store.results import Results
 from tests.cli.test_doctor import found_in
-from tests.fixtures.filesystems import Fresh
-from tests.fixtures.processes import RunForkvm, StartWorker, program_environment
+from tests.fixtures.filesystems import Fresh, Kind
+from tests.fixtures.processes import RunForkvm, StartWorker, forkvm_script, program_environment
 from tests.fixtures.redis_server import RedisServer
 from tests.fixtures.secure_redis import SecureRedis, documented_acl
-from tests.support.requirements import require_command
+from tests.support.requirements import require, require_command
 from worker.checks.check import Check
 from worker.checks.filesystem import filesystem_checks
+from worker.checks.io_scheduler import priority_checks
 from worker.checks.process import owner_check
 from worker.checks.redis import redis_checks
 from worker.checks.redis_rights import COMMANDS
 from worker.checks.reflink_pairs import pair_checks
 from worker.checks.settings import settings_checks, variable_checks
+from worker.checks.startup import check_redis
 from worker.settings import Settings
 
 _NOBODY = 65534
@@ -163,6 +167,18 @@ def test_a_replica_a_failed_disk_write_and_another_clock_are_found(
         (Settings(sentinel_master="m"), "FORKVM_SENTINEL_MASTER", "without effect: "),
         (Settings(broker_url="redis://:a@h", redis_password="b"), "FORKVM_REDIS_PASSWORD", "without effect: the URLs"),
         (Settings(concurrency=1_000_000), "FORKVM_CONCURRENCY", "1000000 pool processes for "),
+        (Settings(visibility_timeout=60, task_time_limit=30), "FORKVM_VISIBILITY_TIMEOUT", "60 s, longer than a task"),
+        (Settings(visibility_timeout=60, result_expires=60), "FORKVM_RESULT_EXPIRES", "60 s, not longer than FORKVM_V"),
+        (
+            Settings(copy_rate=1 << 16, concurrency=4, runtime_dir="/tmp/forkvm-none"),
+            "FORKVM_COPY_RATE",
+            "a chunk takes up to 16384 s, and is ended",
+        ),
+        (
+            Settings(runtime_dir="/missing/forkvm"),
+            "FORKVM_RUNTIME_DIR",
+            "/missing/forkvm cannot be used: /missing does",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_warnings(settings: Settings, subject: str, found: str) -> None:
@@ -172,10 +188,145 @@ def test_settings_that_contradict_each_other_are_warnings(settings: Settings, su
     assert check.found.startswith(found)
 
 
-def test_settings_that_fit_have_no_finding() -> None:
-    fit = Settings(broker_url="rediss://h", redis_ca="/ca.pem", redis_password="a", roots=("/a", "/b"), concurrency=1)
+def test_settings_that_fit_have_no_finding(tmp_path: Path) -> None:
+    fit = Settings(
+        broker_url="rediss://h",
+        redis_ca="/ca.pem",
+        redis_password="a",
+        roots=("/a", "/b"),
+        concurrency=1,
+        copy_rate=1 << 20,
+        runtime_dir=str(tmp_path / "new"),
+        heartbeat_file=str(tmp_path / "heartbeat"),
+        io_priority="idle",
+    )
 
     assert list(settings_checks(fit)) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_runtime_directory_that_cannot_be_used_is_a_warning_with_its_effect(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    pace = Settings(runtime_dir=str(tmp_path / "run"), copy_rate=1 << 30)
+    pace.copy_pace.set(1 << 20)
+
+    def found(**settings: Any) -> str:
+        (check,) = settings_checks(Settings(concurrency=1, **settings))
+        assert check.verdict == "warn"
+        return check.found
+
+    unused = found(runtime_dir=str(tmp_path / "file"))
+    alone = found(runtime_dir=str(tmp_path / "file"), copy_rate=1 << 30)
+    (replaced,) = settings_checks(pace)
+
+    assert unused == f"{tmp_path}/file cannot be used: Not a directory; forkvm copy-rate has no effect"
+    assert alone == f"{tmp_path}/file cannot be used: Not a directory; each process has FORKVM_COPY_RATE for itself"
+    assert replaced.found == "replaced at run time by 1048576"
+
+
+def test_a_heartbeat_file_that_a_worker_cannot_write_is_bad_for_doctor_too(
+    run_forkvm: RunForkvm, tmp_path: Path, fresh: Fresh
+) -> None:
+    workdir = fresh("xfs")
+    workdir.chmod(0o755)
+    environment = {"FORKVM_BROKER_URL": f"redis+socket://{tmp_path}/nobody"}
+
+    def found(path: str, user: int | None = None) -> dict[str, Any]:
+        done = run_forkvm("doctor", "--json", env=environment | {"FORKVM_HEARTBEAT_FILE": path}, user=user)
+        return found_in(done).get("setting FORKVM_HEARTBEAT_FILE", {"verdict": "ok", "found": ""})
+
+    missing = found(f"{tmp_path}/missing/heartbeat")
+    refused = found(f"{workdir}/heartbeat", _NOBODY)
+
+    assert missing["verdict"] == refused["verdict"] == "bad"
+    assert f"{tmp_path}/missing does not exist; a worker does not start" in missing["found"]
+    assert f"{workdir} is not writable; a worker does not start" in refused["found"]
+    assert found(f"{workdir}/heartbeat")["verdict"] == "ok"
+    assert list(workdir.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "ignored"),
+    [
+        ("none", ["idle", "best-effort:0"]),
+        ("mq-deadline", ["best-effort:0"]),
+        ("kyber", ["idle", "best-effort:0"]),
+        ("bfq", []),
+    ],
+)
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_an_io_priority_that_the_disk_s_scheduler_ignores_is_a_warning(
+    kind: Kind, scheduler: str, ignored: list[str], fresh: Fresh
+) -> None:
+    workdir = fresh(kind)
+    mount = subprocess.run(["findmnt", "-no", "SOURCE", "-T", workdir], capture_output=True, text=True, check=True)
+    disk = Path(mount.stdout.strip().partition("[")[0]).name
+    switch = Path(f"/sys/block/{disk}/queue/scheduler")
+    before = switch.read_text().partition("[")[2].partition("]")[0]
+    require(scheduler in switch.read_text(), f"the I/O scheduler {scheduler}", "the check of I/O priorities")
+    switch.write_text(scheduler)
+    try:
+        found = {
+            priority: list(priority_checks(priority, (str(workdir), "/proc", "/missing")))
+            for priority in ("none", "idle", "best-effort:0")
+        }
+    finally:
+        switch.write_text(before)
+
+    assert [priority for priority, checks in found.items() if checks] == ignored
+    for checks in found.values():
+        for check in checks:
+            assert f"has no effect in {workdir}: {disk} has {scheduler} as its I/O scheduler" in check.found
+
+
+def test_owners_are_looked_for_some_levels_below_a_root(fresh: Fresh) -> None:
+    workdir = fresh("xfs")
+    vm = workdir / "customer" / "vm"
+    (vm / "a/b/c").mkdir(parents=True)
+    for path in (vm / "disk", vm / "a/b/c/too-deep"):
+        path.touch()
+        os.chown(path, 1000, 1000)
+    (workdir / "link").symlink_to(vm)
+
+    fd = os.open(workdir, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        check = owner_check("root", fd)
+    finally:
+        os.close(fd)
+
+    assert check.found.startswith("1 of 6 entries that were looked at belong to other users (first uid 1000)")
+
+
+def test_a_privileged_worker_without_cap_setfcap_is_warned(run_forkvm: RunForkvm, tmp_path: Path) -> None:
+    setpriv = require_command("setpriv", "a process with fewer capabilities")
+    environment = os.environ | {"FORKVM_BROKER_URL": f"redis+socket://{tmp_path}/nobody"}
+
+    done = subprocess.run(
+        [setpriv, "--bounding-set=-setfcap", "--inh-caps=-setfcap", forkvm_script(), "doctor", "--json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    user = found_in(done)["user"]
+    assert user["verdict"] == "warn"
+    assert "without CAP_SETFCAP, forks lose file capabilities" in user["found"]
+
+
+def test_a_worker_warns_of_a_clock_that_differs_from_that_of_redis(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time
+    with redis_server.client(decode_responses=False) as client:
+        results = Results(client, 3600, str)
+        before = check_redis(Settings(broker_url=redis_server.broker_url), results)
+        monkeypatch.setattr(time, "time", lambda: now() + 60)
+        after = check_redis(Settings(broker_url=redis_server.broker_url), results)
+
+    assert before == []
+    (line,) = after
+    assert "clock: 60.0 s behind this host's; synchronize both hosts by NTP" in line
 
 
 def test_a_misspelled_variable_is_reported_with_a_suggestion(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
     check                the result of a check
     settings             the settings and the environment
+    io_scheduler         whether the disks' schedulers know the I/O priority
     host                 kernel, limits, and each root
     filesystem           mounts and XFS
     copy_on_write        kernels with known faults in the isolation of reflinks

@@ -55,6 +55,8 @@ class Mount(NamedTuple):
     point: str
     device: int
     kind: str
+    #: The device, or what else the filesystem was mounted from.
+    source: str
     options: frozenset[str]
 
 
@@ -102,10 +104,18 @@ def _mounts() -> Iterator[Mount]:
     for line in lines:
         before, _, after = line.partition(b" - ")
         number, _, device, _, point, mount_options, *_ = before.split(b" ")
-        kind, _, super_options = after.split(b" ", 2)
+        kind, source, super_options = after.split(b" ", 2)
         major, _, minor = device.partition(b":")
         options = os.fsdecode(mount_options + b"," + super_options).split(",")
-        point = _ESCAPE.sub(lambda found: bytes([int(found[1], 8)]), point)
         yield Mount(
-            int(number), os.fsdecode(point), os.makedev(int(major), int(minor)), os.fsdecode(kind), frozenset(options)
+            int(number),
+            _unescaped(point),
+            os.makedev(int(major), int(minor)),
+            os.fsdecode(kind),
+            _unescaped(source),
+            frozenset(options),
         )
+
+
+def _unescaped(text: bytes) -> str:
+    return os.fsdecode(_ESCAPE.sub(lambda found: bytes([int(found[1], 8)]), text))
