@@ -35,7 +35,7 @@ class _Held:
 class CompleteForks:
     """Small forks whose trees are complete, and which this process ends together.
 
-    Their FileResults are stored, and the same round trip to Redis tells which of them were cancelled or have ended in
+    Their FileResults are stored, and the same round trip to Redis returns which of them were cancelled or have ended in
     another process. The others are published. Then one command stores all results, their staging is removed, and one
     command publishes all states.
 

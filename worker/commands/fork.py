@@ -64,7 +64,7 @@ def fork(source: str, destination: str, as_json: bool, **fields: Any) -> None:
 @fork_options
 @as_json
 def estimate(source: str, destination: str, as_json: bool, **fields: Any) -> None:
-    """Tell what a fork would do and cost.
+    """Report what a fork would do and cost.
 
     Walks SOURCE and tries one reflink to DESTINATION's directory, as the fork would. Prints the method, the bytes to
     copy, the time, and warnings. Leaves nothing behind.

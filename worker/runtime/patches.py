@@ -182,7 +182,7 @@ def _fields_of_unacked(qos: Any, tag: Any) -> dict[str, str]:
 def patch_search_for_lost_messages() -> None:
     """Search for messages of dead workers only if there may be one.
 
-    kombu takes and releases a lock in Redis for each search, in each interval of each worker: five commands. One tells
+    kombu takes and releases a lock in Redis for each search, in each interval of each worker: five commands. One shows
     whether a message has not been renewed for the visibility timeout.
     """
     qos: Any = QoS

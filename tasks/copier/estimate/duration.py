@@ -73,7 +73,7 @@ def of_files(entries: int, extents: int, to_copy: int, measured: Measured) -> Ra
 
 
 def per_extent(seconds: float, extents: int) -> float | None:
-    """Seconds per extent, from one reflink; None if it has too few extents to tell."""
+    """Seconds per extent, from one reflink; None if it has too few extents."""
     return seconds / extents if extents >= _LEAST_EXTENTS else None
 
 

@@ -23,7 +23,7 @@ from tasks.copier.staging.workspace import Workspace
 
 #: Bytes that are copied to measure the rate of a copy, if the largest file that will be copied has so many.
 _SAMPLE_BYTES = 32 << 20
-#: Files that are cloned to measure the time of one, each of at most so many bytes; and the fewest that tell.
+#: Files that are cloned to measure the time of one, each of at most so many bytes; and the fewest that suffice.
 _SAMPLE_FILES, _LEAST_FILES = 100, 20
 _SMALL_BYTES = 64 << 10
 
@@ -66,7 +66,7 @@ def _per_entry(work: Workspace, cloner: Cloner, probed: Probed) -> float | None:
 
 
 def _per_extent(work: Workspace, probed: Probed, report: Report) -> float | None:
-    """Seconds per extent of the reflink that the probe has timed, if it tells."""
+    """Seconds per extent of the reflink that the probe has timed, if that is enough to know."""
     results = {result["path"]: result for result in unpack_pages(report.close())}
     for path in probed.cloned:
         directory, _, name = path.rpartition("/")

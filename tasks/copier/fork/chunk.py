@@ -84,7 +84,7 @@ def run_held_chunk(
 
 
 def fail_chunk(staging: Staging, number: int, error: ForkError) -> Report:
-    """Report that chunk `number` cannot be done, and tell the others to end. Raises OSError."""
+    """Report that chunk `number` cannot be done, and signal the others to end. Raises OSError."""
     report = Report()
     report.totals.error = error.record()
     staging.write_report(str(number), report)  # before `stop`, in case this process dies in between

@@ -21,7 +21,7 @@ _COMPRESS = frozenset({syscalls.ZFS, 0xCA451A4E})
 
 
 def free_bytes(fd: int) -> int | None:
-    """The bytes that a process without privileges may still write to the filesystem of `fd`; None if it tells none.
+    """The bytes that a process without privileges may still write to the filesystem of `fd`; None if it reports none.
 
     Raises OSError. Some FUSE and network filesystems report no size, nor does a tmpfs without a limit. btrfs reports 0
     while its metadata is nearly full, although data can be written; there the free blocks count.

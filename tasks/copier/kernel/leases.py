@@ -110,7 +110,7 @@ _CAP_LEASE = 28
 def open_leased(name: str, flags: int, dir_fd: int) -> int:
     """As os.open with O_NONBLOCK, but waits while another process gives up its write lease (Samba, nfsd).
 
-    The open tells that process, and fails with EAGAIN until then: open(2). Raises OSError.
+    The open signals that process, and fails with EAGAIN until then: open(2). Raises OSError.
     """
     end = 0.0
     while True:

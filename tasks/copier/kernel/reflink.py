@@ -1,6 +1,6 @@
 """FICLONE and the meaning of each errno that it fails with.
 
-Sources: ioctl_ficlone(2), fs/remap_range.c, and the OpenZFS and btrfs threads that docs/reflink.md names.
+Sources: ioctl_ficlone(2), fs/remap_range.c, and the OpenZFS issues that docs/reflink.md names.
 """
 
 from __future__ import annotations

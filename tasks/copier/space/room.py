@@ -2,7 +2,7 @@
 
 It is compared with the free space before the fork copies anything, less what other forks of this host will still copy
 there (see `reservation`). Not compared are filesystems that compress or that report no size, and a few bytes: there
-only a failed write tells. Limits: quotas of users, and blocks that are reserved for root, do not count as free.
+only a failed write shows it. Limits: quotas of users, and blocks that are reserved for root, do not count as free.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def names_living_holder(notes: bytes) -> bool:
 
     The mtime of a lock file proves little, because any process of the same user can set it. So a holder adds a line
     with its first heartbeat. A process on another host or in another container cannot be checked and counts as alive;
-    so does every process if there is no /proc. Only heartbeats tell then.
+    so does every process if there is no /proc. Only heartbeats show it then.
     """
     holders = _HOLDER.findall(notes)
     try:

@@ -107,7 +107,7 @@ class Parts(ControlDirectory):
                 staging.stop()
 
     def stop(self) -> None:
-        """Tell the chunks of this fork to end."""
+        """Signal the chunks of this fork to end."""
         os.close(self.open_file(_STOP, create=True))
 
     def is_stopped(self) -> bool:

@@ -1,7 +1,7 @@
 -- Store the final results of jobs, and set the TTL of all keys of each job to that of its result. A result that another
 -- process has stored stays.
 --
--- Most jobs have no keys but `usual`: one look for all jobs tells whether the others of `names` are to be searched.
+-- Most jobs have no keys but `usual`: one look for all jobs shows whether the others of `names` are to be searched.
 --
 -- Further keys: the result and the canvas of each job. Further arguments: the result, and the prefix of the keys of each.
 -- Return of each job the result that stays, if there is one, or else whether tasks are to be sent after it (1 or 0).
