@@ -22,7 +22,15 @@ from tests.support.engine.forks import CHUNKED, MIB, assert_alike, fork, forked,
 from tests.support.engine.traced_forks import in_tree, trace_fork
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest, make_sparse_file
 from tests.support.requirements import require_command
-from tests.support.sources import ACCESS_ACL, CAPABILITY, CAPABILITY_TO_BIND, DEFAULT_ACL, acl, age
+from tests.support.sources import (
+    ACCESS_ACL,
+    CAPABILITY,
+    CAPABILITY_IN_NAMESPACE,
+    CAPABILITY_TO_BIND,
+    DEFAULT_ACL,
+    acl,
+    age,
+)
 
 _CLONE_NEWUSER = 0x10000000  # <linux/sched.h>
 #: Not `NOBODY`: every owner that a user namespace does not map is shown as that.
@@ -166,7 +174,7 @@ def test_metadata_that_an_ordinary_user_may_not_preserve_is_listed(fresh: Fresh,
     assert lost(result) == others | special
 
 
-def test_an_owner_not_mapped_in_a_user_namespace_is_skipped(fresh: Fresh, limits: Limits) -> None:
+def test_owners_that_a_user_namespace_does_not_map_are_skipped(fresh: Fresh, limits: Limits) -> None:
     home = fresh("xfs")
     source = make_guest(home / "source")
     (source / "theirs").write_bytes(b"x")
@@ -176,6 +184,9 @@ def test_an_owner_not_mapped_in_a_user_namespace_is_skipped(fresh: Fresh, limits
     for name in ("theirs", "link"):
         os.chown(source / name, 4242, 4242, follow_symlinks=False)
     os.setxattr(source / "state", ACCESS_ACL, acl(6, 0, 0, users=[(4321, 6)]))
+    (source / "ping").write_bytes(b"x")
+    os.chown(source / "ping", _USER, _USER)
+    os.setxattr(source / "ping", CAPABILITY, CAPABILITY_IN_NAMESPACE)
 
     def fork_in_namespace() -> ForkResult:
         enter_user_namespace()
@@ -183,7 +194,8 @@ def test_an_owner_not_mapped_in_a_user_namespace_is_skipped(fresh: Fresh, limits
 
     result = in_child(fork_in_namespace, user=_USER)
 
-    assert lost(result) == {("theirs", "ownership"), ("link", "ownership"), ("state", "acl")}
+    refused = {("state", "acl"), ("ping", f"xattr {CAPABILITY}")}
+    assert lost(result) == {("theirs", "ownership"), ("link", "ownership"), *refused}
     assert (home / "fork" / "state").stat().st_mode & 0o777 == 0o600
 
 

@@ -20,6 +20,8 @@ _USER_OBJ, _USER, _GROUP_OBJ, _GROUP, _MASK, _OTHER = 0x01, 0x02, 0x04, 0x08, 0x
 _NO_ID = 0xFFFFFFFF
 #: <linux/capability.h>: VFS_CAP_REVISION_2 and effective, then permitted and inheritable; here CAP_NET_BIND_SERVICE.
 CAPABILITY_TO_BIND = struct.pack("<5I", 0x02000001, 1 << 10, 0, 0, 0)
+#: VFS_CAP_REVISION_3: the same, only for a user namespace whose root is the user 4321.
+CAPABILITY_IN_NAMESPACE = struct.pack("<6I", 0x03000001, 1 << 10, 0, 0, 0, 4321)
 
 #: Timestamps rounded to more than 200 ns would be noticed: no filesystem here does that.
 OLD_NS = 1_234_567_890_123_456_789

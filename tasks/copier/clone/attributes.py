@@ -29,6 +29,9 @@ REFUSED = NOT_KNOWN_HERE | {
     errno.ENAMETOOLONG,
     errno.ENODATA,
 }
+#: A file capability of a user namespace that this one cannot name cannot be read (capabilities(7), "Namespaced file
+#: capabilities"): EOVERFLOW.
+_UNREADABLE = REFUSED | {errno.EOVERFLOW}
 #: Attributes of so few bytes together fit on every filesystem, so ENOSPC does not concern their size.
 _SMALL_BYTES = 512
 #: A filesystem with less free space, in bytes and inodes, is full.
@@ -79,7 +82,7 @@ def copy(source: Target, target: Target, name: str, *, follow: bool) -> bool:
     try:
         value = os.getxattr(source, name, follow_symlinks=follow)
     except OSError as error:
-        if error.errno in REFUSED:
+        if error.errno in _UNREADABLE:
             return error.errno == errno.ENODATA
         raise XattrError(error, name) from None
     try:
