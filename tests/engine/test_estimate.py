@@ -15,9 +15,9 @@ from tasks.copier.estimate.estimate import Estimate, estimate
 from tasks.copier.kernel import free_space
 from tasks.copier.roots import Roots
 from tasks.copier.space import reservation
-from tests.fixtures.filesystems import Fresh, Kind, OverlayOver, SmallTmpfs, make_subvolume
+from tests.fixtures.filesystems import Fresh, Kind, OverlayOver, SmallExt4, SmallTmpfs, make_subvolume
 from tests.fixtures.fuse import Passthrough
-from tests.support.engine.forks import INLINE, MIB, forked, leftovers, never_stop, spec_of
+from tests.support.engine.forks import INLINE, MIB, fork, forked, leftovers, never_stop, spec_of
 from tests.support.extents import set_nocow
 from tests.support.guests import make_guest, make_slow_file, make_sparse_file
 from tests.support.sources import make_links
@@ -162,14 +162,53 @@ def test_a_fork_that_does_not_fit_is_reported_with_both_sizes(
 
 def test_too_few_inodes_are_reported(fresh: Fresh, small_tmpfs: SmallTmpfs) -> None:
     source, workdir = make_guest(fresh("ext4") / "source"), small_tmpfs(64 * MIB)
-    inodes = os.statvfs(workdir).f_favail
-    options = f"remount,nr_inodes={os.statvfs(workdir).f_files - inodes + 15}"
-    subprocess.run(["mount", "-o", options, str(workdir)], check=True)
+    for number in range(20):
+        (source / f"disk-{number}.raw").write_bytes(b"x")
+    _leave_inodes(workdir, 25)
 
     found = _estimate(source, workdir / "fork")
 
     assert "no_inodes" in _codes(found)
     assert not found["fits"]
+
+
+def test_hard_links_and_skipped_entries_need_no_inodes(fresh: Fresh, small_ext4: SmallExt4) -> None:
+    source, workdir = _many_names(fresh("xfs") / "source"), small_ext4("-N", "64")
+    assert os.statvfs(workdir).f_favail < 100
+
+    found = _estimate(source, workdir / "fork")
+
+    assert found["fits"]
+    assert "no_inodes" not in _codes(found)
+    _assert_true(found, source, workdir / "fork")
+
+
+def test_a_hard_link_on_tmpfs_needs_an_inode(fresh: Fresh, small_tmpfs: SmallTmpfs) -> None:
+    source, workdir = _many_names(fresh("ext4") / "source"), small_tmpfs(64 * MIB)
+    _leave_inodes(workdir, 40)
+
+    found = _estimate(source, workdir / "fork")
+
+    assert "no_inodes" in _codes(found)
+    error = fork(source, workdir / "fork")["error"]
+    assert error is not None
+    assert error["code"] == Code.NO_SPACE
+
+
+def _many_names(source: Path) -> Path:
+    """A source with one file, 50 hard links to it and 50 entries that are skipped."""
+    source.mkdir()
+    (source / "disk.raw").write_bytes(b"x")
+    for number in range(50):
+        (source / f"name-{number}").hardlink_to(source / "disk.raw")
+        (source / f"{number}.sock").write_bytes(b"")
+    return source
+
+
+def _leave_inodes(tmpfs: Path, number: int) -> None:
+    status = os.statvfs(tmpfs)
+    options = f"remount,nr_inodes={status.f_files - status.f_favail + number}"
+    subprocess.run(["mount", "-o", options, str(tmpfs)], check=True)
 
 
 @pytest.mark.parametrize(

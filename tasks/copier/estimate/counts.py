@@ -39,6 +39,8 @@ class Counts:
     open_file: str | None = None
     #: Regular files with names that the walk has not found: path → number of names.
     names_missing: dict[str, int] = field(default_factory=dict)
+    #: Entries that need no inode in the fork: what is left out, and further names of files, except on tmpfs.
+    without_inode: int = 0
 
     @property
     def reflinked(self) -> int:
@@ -88,12 +90,17 @@ def _add(counts: Counts, forecast: Forecast, file: File) -> None:
         counts.reflinked_extents += extents
 
 
-def count_names(counts: Counts, closing: Iterable[Block]) -> None:
-    """Take the names that the walk has found off `names_missing`; `closing`: see `Workspace.blocks`."""
-    for block in closing if counts.names_missing else ():
+def count_names(counts: Counts, closing: Iterable[Block], *, on_tmpfs: bool) -> None:
+    """Take the names that the walk has found off `names_missing`, and count the entries without an inode.
+
+    `closing`: see `Workspace.blocks`. tmpfs counts each name as an inode (mm/shmem.c, shmem_link).
+    """
+    without = {Kind.SKIP} if on_tmpfs else {Kind.SKIP, Kind.HARDLINK}
+    for block in closing:
         for entry in block.entries:
             if entry.kind == Kind.HARDLINK and entry.note in counts.names_missing:
                 counts.names_missing[entry.note] -= 1
+            counts.without_inode += entry.kind in without
     counts.names_missing = {path: number for path, number in counts.names_missing.items() if number > 0}
 
 

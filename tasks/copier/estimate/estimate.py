@@ -18,6 +18,7 @@ from tasks.copier.fork.reflink_probe import probe
 from tasks.copier.fork.snapshot import snapshot_tree
 from tasks.copier.fork.survey import open_survey
 from tasks.copier.fork_spec import ForkSpec
+from tasks.copier.kernel import syscalls
 from tasks.copier.kernel.free_space import filesystem_id, free_bytes, free_inodes, may_compress
 from tasks.copier.options import Limits, Options
 from tasks.copier.progress import Poll, Ticker
@@ -152,7 +153,8 @@ def _of_files(spec: ForkSpec, work: Workspace, room: Room, limits: Limits, ticke
     probed = probe(work, cloner, survey.largest(), ticker, report)
     forecast = Forecast(work, cloner, probed.cloned, probed.refused, is_guess=True)
     counts = count(forecast, top.st_dev, ticker.poll, opens_all=survey.files <= _FEW_FILES)
-    count_names(counts, work.blocks(top.st_dev, closing=True))
+    on_tmpfs = syscalls.filesystem_type(work.tree_fd) == syscalls.TMPFS
+    count_names(counts, work.blocks(top.st_dev, closing=True), on_tmpfs=on_tmpfs)
     reason = None
     if counts.copied:
         reason = cloner.fallback["reason"] if cloner.fallback is not None else _REASONS[work.options.reflink]

@@ -46,9 +46,9 @@ class Room(TypedDict):
 
 
 def fits(counts: Counts, entries: int, room: Room) -> bool:
-    """Whether there is room for what will be copied, and for the entries."""
+    """Whether there is room for what will be copied, and for the inodes of the entries and of their directory."""
     bytes_fit = room["free"] is None or room["compresses"] or counts.to_copy <= room["free"] - room["others"]
-    return bytes_fit and (room["inodes"] is None or entries <= room["inodes"])
+    return bytes_fit and (room["inodes"] is None or _inodes(counts, entries) <= room["inodes"])
 
 
 def surprises(counts: Counts, entries: int, reason: str | None, options: Options, room: Room) -> list[Warning]:
@@ -99,10 +99,15 @@ def _of_room(counts: Counts, entries: int, room: Room) -> list[Warning]:
         others = f"; other forks will take {room['others']} of them" if room["others"] else ""
         message = f"{counts.to_copy} bytes will be copied, and the filesystem has {free} bytes free{others}"
         found.append(_warning("no_space", message))
-    if inodes is not None and entries > inodes:
-        message = f"the fork has {entries} entries, and the filesystem has {inodes} inodes free"
+    needed = _inodes(counts, entries)
+    if inodes is not None and needed > inodes:
+        message = f"the fork needs {needed} inodes, and the filesystem has {inodes} inodes free"
         found.append(_warning("no_inodes", message))
     return found
+
+
+def _inodes(counts: Counts, entries: int) -> int:
+    return entries - counts.without_inode + 1
 
 
 def _warning(code: Surprise, message: str) -> Warning:
