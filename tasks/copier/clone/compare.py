@@ -172,8 +172,10 @@ class _Comparer:
             below: list[str] = []
             for name in sorted(left | right):
                 with self._at(join(path, name)):
-                    ours = _status(left_fd, name, "the source") if name in left else None
+                    ours = self._status_in_source(left_fd, path, name) if name in left else None
                     theirs = _status(right_fd, name, "the clone") if name in right else None
+                    if ours is None and theirs is None:
+                        continue  # it is left out
                     if self._entry(path, name, left_fd, ours, right_fd, theirs):
                         below.append(join(path, name))
         return below[::-1]
@@ -214,6 +216,15 @@ class _Comparer:
         elif stat.S_ISLNK(ours.st_mode):
             self._symlinks(path, name, left_fd, right_fd)
         return stat.S_ISDIR(ours.st_mode)
+
+    def _status_in_source(self, left_fd: int, directory: str, name: str) -> os.stat_result | None:
+        """The status of an entry of the source; None if it cannot be read, and the entry is left out."""
+        try:
+            return _status(left_fd, name, "the source")
+        except _Unread:
+            if self._selection.reason(directory, name, is_directory=True) is None:
+                raise
+            return None
 
     def _reason_to_leave_out(self, directory: str, name: str, ours: os.stat_result) -> str | None:
         if stat.S_ISSOCK(ours.st_mode):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
@@ -163,7 +163,10 @@ class Walk:
         block = Block(path, [])
         with self._listing(path) as listing:
             for item in listing:
-                block.entries.append(self._entry(path, item))
+                entry = self._entry(path, item)
+                if entry is None:
+                    continue
+                block.entries.append(entry)
                 if len(block.entries) == BLOCK_ENTRIES:
                     yield block
                     self.checkpoint()
@@ -186,13 +189,13 @@ class Walk:
         finally:
             os.close(fd)
 
-    def _entry(self, directory: str, item: os.DirEntry[str]) -> Entry:
+    def _entry(self, directory: str, item: os.DirEntry[str]) -> Entry | None:
+        """The entry of one name. None if it was removed after it was listed, and is left out."""
         name = item.name
         try:
             status = item.stat(follow_symlinks=False)
         except OSError as error:
-            path = self._absolute(join(directory, name))
-            raise from_source(error, "reading the status of an entry of the source", path) from None
+            return self._without_status(directory, item, error)
         kind_bits = status.st_mode & _TYPE_BITS
         reason = self.selection.reason(directory, name, kind_bits == stat.S_IFDIR)
         if reason is not None:
@@ -206,6 +209,29 @@ class Walk:
             return entry_of(name, "socket", Kind.SKIP, status)
         message = f"a {file_type(status.st_mode)} cannot be cloned; leave it out with skip or exclude"
         raise ForkError(Code.UNSUPPORTED_FILE_TYPE, message, self._absolute(join(directory, name)))
+
+    def _without_status(self, directory: str, item: os.DirEntry[str], error: OSError) -> Entry | None:
+        """The entry of a name whose status cannot be read, if it is left out. Raises ForkError if it is not.
+
+        Temporary files and sockets of a running guest are removed at any moment. A mount in a directory that is left
+        out may be of a user or a server that root cannot reach (FUSE: EACCES, ENOTCONN; NFS: ESTALE).
+        """
+        is_gone = isinstance(error, FileNotFoundError)
+        kind_bits = 0  # a socket, a FIFO or a device
+        with suppress(OSError):  # some filesystems do not list the types, and the status is read again
+            if item.is_dir(follow_symlinks=False):
+                kind_bits = stat.S_IFDIR
+            elif item.is_file(follow_symlinks=False):
+                kind_bits = stat.S_IFREG
+            elif item.is_symlink():
+                kind_bits = stat.S_IFLNK
+        reason = self.selection.reason(directory, item.name, kind_bits == stat.S_IFDIR)
+        if is_gone and (reason is not None or not kind_bits):
+            return None
+        if reason is not None:
+            return Entry(item.name, reason, Kind.SKIP, kind_bits, *[0] * 10)
+        path = self._absolute(join(directory, item.name))
+        raise from_source(error, "reading the status of an entry of the source", path) from None
 
     def _linked(self, path: str, name: str, kind: Kind, status: os.stat_result) -> Entry:
         """The entry for a file with several names. The first one found is the file; the others are hard links."""
