@@ -255,6 +255,22 @@ def test_a_subvolume_in_the_clone_only_is_a_difference(fresh: Fresh) -> None:
     assert differences(directory / "plain", directory / "clone") == {".": "a btrfs subvolume in the clone only"}
 
 
+def test_the_bytes_of_hard_links_are_counted_once(fresh: Fresh) -> None:
+    source = fresh("xfs") / "source"
+    source.mkdir()
+    (source / "disk").write_bytes(b"data" * 16_384)
+    for number in range(3):
+        (source / f"name-{number}").hardlink_to(source / "disk")
+    forked(source, source.parent / "fork")
+    os.sync()
+
+    found = compared(source, source.parent / "fork")
+
+    assert found.same
+    assert found.entries == 4
+    assert found.bytes_logical == found.bytes_mapped == found.bytes_shared == 65_536
+
+
 def test_comparing_changes_no_atime(fresh: Fresh) -> None:
     directory = fresh("xfs")
     source = make_source(directory)

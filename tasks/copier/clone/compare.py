@@ -56,7 +56,7 @@ class Findings:
 
 @dataclass
 class Comparison:
-    """The result of `compare`. Bytes are those of the clone's regular files."""
+    """The result of `compare`. Bytes are those of the clone's regular files, hard links once."""
 
     #: Compared entries, without the two directories themselves and without left-out entries of the source.
     entries: int = 0
@@ -206,13 +206,15 @@ class _Comparer:
         for what in _unlike_statuses(ours, theirs):
             self._differ(path, what)
         self._place_in_clone(path, name, right_fd, theirs)
+        compared_with = self._names.source_of_earlier_name(theirs)
         has_directory = stat.S_ISDIR(ours.st_mode) or stat.S_ISDIR(theirs.st_mode)
         if not has_directory and not self._names.add_pair(path, ours, theirs):
             self._differ(path, "not the same hard links in source and clone")
         if stat.S_IFMT(ours.st_mode) != stat.S_IFMT(theirs.st_mode):
             return False
         if stat.S_ISREG(ours.st_mode):
-            self._files(path, name, left_fd, ours, right_fd, theirs)
+            if compared_with != (ours.st_dev, ours.st_ino):
+                self._files(path, name, left_fd, ours, right_fd, theirs, counts=compared_with is None)
         elif stat.S_ISLNK(ours.st_mode):
             self._symlinks(path, name, left_fd, right_fd)
         return stat.S_ISDIR(ours.st_mode)
@@ -242,8 +244,17 @@ class _Comparer:
             self._differ(path, "a separate subvolume or filesystem in the clone")
 
     def _files(
-        self, path: str, name: str, left_dir: int, ours: os.stat_result, right_dir: int, theirs: os.stat_result
+        self,
+        path: str,
+        name: str,
+        left_dir: int,
+        ours: os.stat_result,
+        right_dir: int,
+        theirs: os.stat_result,
+        *,
+        counts: bool,
     ) -> None:
+        """Compare two files. `counts`: count the bytes of the clone, which an earlier hard link did not."""
         with ExitStack() as opened:
             left_fd = _open(left_dir, name, ours, "the source", opened)
             right_fd = _open(right_dir, name, theirs, "the clone", opened)
@@ -254,8 +265,9 @@ class _Comparer:
                     what = _unlike_contents(left_fd, ours, right_fd, theirs)
                 if what is not None:
                     self._differ(path, what)
-            self.found.bytes_logical += theirs.st_size
-            self._count_blocks(left_fd, right_fd)
+            if counts:
+                self.found.bytes_logical += theirs.st_size
+                self._count_blocks(left_fd, right_fd)
             _require_unchanged(left_fd, ours, "the source")
             _require_unchanged(right_fd, theirs, "the clone")
 

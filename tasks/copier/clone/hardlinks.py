@@ -35,6 +35,11 @@ class LinkNames:
         of_clone = _add(self._of_clone, clone, source, path, theirs.st_nlink)
         return of_source and of_clone
 
+    def source_of_earlier_name(self, theirs: os.stat_result) -> _Inode | None:
+        """The file of the source under an earlier name of this file of the clone; None if there is no such name."""
+        known = self._of_clone.get((theirs.st_dev, theirs.st_ino)) if theirs.st_nlink > 1 else None
+        return known.partner if known is not None else None
+
     def add_extra(self, path: str, theirs: os.stat_result) -> None:
         """Add a name that only the clone has."""
         _add(self._of_clone, (theirs.st_dev, theirs.st_ino), None, path, theirs.st_nlink)
