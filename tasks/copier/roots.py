@@ -56,7 +56,7 @@ class Roots:
             if error.errno == errno.ENOTDIR:
                 message = f"the {what} is not a directory"
                 raise ForkError(Code.SOURCE_NOT_DIRECTORY, message, path, error.errno) from None
-            raise _escape_or_fault(error, path) from None
+            raise self._escape_or_fault(error, path) from None
 
     def open_parent(self, path: str) -> Parent:
         """Open the directory that holds the destination, or will hold it. Use the result in a `with` statement.
@@ -78,7 +78,7 @@ class Roots:
             if error.errno in (errno.ENOENT, errno.ENOTDIR):
                 message = f"the parent directory of the destination does not exist; create {parent} first"
                 raise ForkError(Code.INVALID_REQUEST, message, path, error.errno) from None
-            raise _escape_or_fault(error, path) from None
+            raise self._escape_or_fault(error, path) from None
 
     def _open(self, path: str) -> int:
         root = self._root_of(path)
@@ -104,6 +104,18 @@ class Roots:
             message = f"the path is outside the roots of this worker ({':'.join(self.paths)})"
             raise ForkError(Code.OUTSIDE_ROOTS, message, path)
         return max(holding, key=len)
+
+    def _escape_or_fault(self, error: OSError, path: str) -> ForkError:
+        if error.errno == errno.ELOOP and not self.paths:
+            return ForkError(Code.INVALID_REQUEST, "a symlink in the path leads to itself", path, error.errno)
+        if error.errno in (errno.EXDEV, errno.ELOOP):
+            # RESOLVE_BENEATH fails with EXDEV for every step out of the root, also through an absolute symlink.
+            return ForkError(Code.OUTSIDE_ROOTS, "a symlink in the path leads out of the root", path, error.errno)
+        if error.errno == errno.ENAMETOOLONG:
+            return ForkError(
+                Code.INVALID_REQUEST, f"a name in the path is longer than {_NAME_MAX} bytes", path, error.errno
+            )
+        return from_oserror(error, "opening the directory", path)
 
 
 def normal_path(path: str, field: str) -> str:
@@ -172,14 +184,3 @@ def is_inside(fd: int, directory: os.stat_result) -> bool:
                 return False
             status = above
         return True
-
-
-def _escape_or_fault(error: OSError, path: str) -> ForkError:
-    if error.errno in (errno.EXDEV, errno.ELOOP):
-        # RESOLVE_BENEATH fails with EXDEV for every step out of the root, also through an absolute symlink.
-        return ForkError(Code.OUTSIDE_ROOTS, "a symlink in the path leads out of the root", path, error.errno)
-    if error.errno == errno.ENAMETOOLONG:
-        return ForkError(
-            Code.INVALID_REQUEST, f"a name in the path is longer than {_NAME_MAX} bytes", path, error.errno
-        )
-    return from_oserror(error, "opening the directory", path)

@@ -152,6 +152,8 @@ def test_no_path_and_no_symlink_leads_out_of_a_root(workdir: Path, path: str) ->
 
 def test_without_roots_only_the_callers_own_rights_apply(workdir: Path) -> None:
     assert opened(lambda: Roots().open_source(str(workdir / "a/out/guest"))) == workdir / "outside/guest"
+    assert code_of(lambda: Roots().open_source(str(workdir / "a/loop"))) is Code.INVALID_REQUEST
+    assert code_of(lambda: Roots().open_parent(str(workdir / "a/loop/fork"))) is Code.INVALID_REQUEST
 
 
 def test_a_missing_source_and_a_source_that_is_no_directory_have_different_codes(workdir: Path) -> None:
