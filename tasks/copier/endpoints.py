@@ -30,6 +30,11 @@ class Endpoints:
     #: The destination's name in its parent.
     name: str
 
+    def parent_identity(self) -> tuple[int, int]:
+        """Device and inode of the destination's parent."""
+        status = os.fstat(self.parent_fd)
+        return status.st_dev, status.st_ino
+
     def refuse_existing(self) -> None:
         """Raise ForkError destination_exists if anything is at the destination, even a dangling symlink."""
         try:

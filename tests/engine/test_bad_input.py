@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tasks.copier.options import Limits
-from tests.fixtures.filesystems import Fresh, SmallTmpfs
+from tests.fixtures.filesystems import Fresh, SmallTmpfs, bind_mounted, make_subvolume
 from tests.support.engine.forks import CHUNKED, MIB, assert_alike, fork, forked, leftovers, refused
+from tests.support.engine.local_campaigns import campaign
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest, make_sparse_file
 from tests.support.tree import Entry, snapshot
 
@@ -162,6 +163,38 @@ def test_a_destination_inside_the_source_through_a_symlink_or_a_mount(workdir: P
         assert refused(workdir / "mounted", workdir / "source" / "fork")["code"] == "destination_inside_source"
     finally:
         subprocess.run(["umount", workdir / "mounted"], check=True)
+
+
+@pytest.mark.parametrize("name", ["snapshots", "logs"])
+def test_a_destination_in_a_directory_of_the_source_that_is_mounted_elsewhere(
+    workdir: Path, limits: Limits, name: str
+) -> None:
+    source = workdir / "source"
+    before = files_of(source)
+
+    with bind_mounted(source / name, workdir / "mounted") as mounted:
+        error = refused(source, mounted / "fork", limits=limits)
+        result = campaign(source, [mounted / "fork"])
+
+    assert (error["code"], error["path"]) == ("destination_inside_source", str(workdir / "mounted/fork"))
+    assert [failure["error"]["code"] for failure in result["failures"]] == ["destination_inside_source"]
+    assert files_of(source) == before
+
+
+def test_a_destination_in_a_directory_that_is_mounted_in_the_source(workdir: Path) -> None:
+    (workdir / "parent/below").mkdir(parents=True)
+
+    with bind_mounted(workdir / "parent", workdir / "source/mounted"):
+        assert refused(workdir / "source", workdir / "parent/fork")["code"] == "destination_inside_source"
+        assert refused(workdir / "source", workdir / "parent/below/fork")["code"] == "destination_inside_source"
+
+
+def test_a_destination_in_a_directory_of_a_subvolume_that_is_mounted_elsewhere(fresh: Fresh) -> None:
+    directory = fresh("btrfs")
+    source = make_guest(make_subvolume(directory / "source"))
+
+    with bind_mounted(source / "snapshots", directory / "mounted") as mounted:
+        assert refused(source, mounted / "fork")["code"] == "destination_inside_source"
 
 
 def test_paths_outside_the_roots(workdir: Path) -> None:

@@ -255,6 +255,9 @@ class _Completion:
         self._likeness = _Likeness()
         self._verify = options.verify == "content"
         self._walk = Walk(fd, ends.source, Selection(options.skip, options.exclude), True, ticker.poll)
+        parent_dev, parent_ino = ends.parent_identity()
+        if parent_dev == os.fstat(ends.source_fd).st_dev:  # inodes of a snapshot have the numbers of the source's
+            self._walk.destination, self._walk.parent = ends.destination, (os.fstat(fd).st_dev, parent_ino)
 
     def directory(self, path: str, directory: Entry) -> list[tuple[str, Entry]]:
         """Complete one directory. Returns the directories in it."""

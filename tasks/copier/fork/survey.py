@@ -126,7 +126,15 @@ class Survey:
     def _new_walk(self, checkpoint: Callable[[], None]) -> Walk:
         options, ends = self._work.options, self._work.ends
         selection = selection_of(tuple(options.skip), tuple(options.exclude))
-        return Walk(ends.source_fd, ends.source, selection, "hardlinks" in options.preserve, checkpoint)
+        return Walk(
+            ends.source_fd,
+            ends.source,
+            selection,
+            "hardlinks" in options.preserve,
+            checkpoint,
+            destination=ends.destination,
+            parent=ends.parent_identity(),
+        )
 
     def _add(self, block: Block) -> None:
         """Write one block to the manifests, make its directories, and count its entries."""

@@ -128,13 +128,16 @@ class Walk:
     hardlinks: bool
     #: Called regularly. Raises to end the walk.
     checkpoint: Callable[[], None]
+    #: The destination, for messages, and (dev, ino) of its parent. A bind mount may show that inside the source.
+    destination: str = ""
+    parent: tuple[int, int] | None = None
     #: (dev, ino) of a file with several names → (path of the first, number of names not found yet).
     _first_names: dict[tuple[int, int], tuple[str, int]] = field(default_factory=dict)
 
     def blocks(self) -> Iterator[Block]:
         """Yield all entries below the source, each directory before its content.
 
-        Raises ForkError: unsupported_file_type, permission_denied, source_changed, io_error.
+        Raises ForkError: unsupported_file_type, destination_inside_source, permission_denied, source_changed, io_error.
         """
         pending = [""]
         while pending:
@@ -197,6 +200,9 @@ class Walk:
         except OSError as error:
             return self._without_status(directory, item, error)
         kind_bits = status.st_mode & _TYPE_BITS
+        if kind_bits == stat.S_IFDIR and (status.st_dev, status.st_ino) == self.parent:
+            message = "the destination is inside the source, through a mount; choose one outside it"
+            raise ForkError(Code.DESTINATION_INSIDE_SOURCE, message, self.destination)
         reason = self.selection.reason(directory, name, kind_bits == stat.S_IFDIR)
         if reason is not None:
             return entry_of(name, reason, Kind.SKIP, status)
