@@ -197,6 +197,22 @@ def test_a_destination_in_a_directory_of_a_subvolume_that_is_mounted_elsewhere(f
         assert refused(source, mounted / "fork")["code"] == "destination_inside_source"
 
 
+def test_a_destination_in_an_append_only_directory(workdir: Path) -> None:
+    """Nothing in it can be renamed or removed, so nothing may be made in it."""
+    parent = workdir / "append-only"
+    parent.mkdir()
+    subprocess.run(["chattr", "+a", parent], check=True)
+    try:
+        error = refused(workdir / "source", parent / "fork")
+        result = campaign(workdir / "source", [workdir / "vm-1", parent / "vm-2"])
+
+        assert (error["code"], error["path"]) == ("permission_denied", str(parent))
+        assert [failure["error"]["path"] for failure in result["failures"]] == [str(parent)]
+        assert list(parent.iterdir()) == []
+    finally:
+        subprocess.run(["chattr", "-a", parent], check=True)
+
+
 def test_paths_outside_the_roots(workdir: Path) -> None:
     roots = [workdir / "root"]
     make_guest(workdir / "root" / "guest")

@@ -10,7 +10,11 @@ import pytest
 from tasks.copier.kernel import syscalls
 from tasks.copier.staging import proof
 from tasks.copier.staging.staging import Staging
-from tests.fixtures.fuse import Passthrough
+from tests.fixtures.filesystems import Fresh
+from tests.fixtures.fuse import Bindfs, Passthrough
+from tests.support.engine.forks import refused
+from tests.support.engine.local_campaigns import campaign, destinations
+from tests.support.guests import make_guest
 
 
 def test_a_chunk_whose_lock_file_was_removed_on_fuse_is_started_again(
@@ -59,3 +63,19 @@ def test_a_staging_that_was_removed_on_fuse_is_no_longer_current(passthrough: Pa
                 other.heartbeat()
     finally:
         os.close(parent)
+
+
+def test_a_filesystem_that_shows_another_owner_is_refused_and_nothing_is_left(fresh: Fresh, bindfs: Bindfs) -> None:
+    backing = fresh("xfs")
+    source = make_guest(fresh("xfs") / "source")
+    shown = bindfs(backing, "--force-user=nobody")
+
+    for _ in range(2):
+        error = refused(source, shown / "fork")
+
+        assert (error["code"], error["path"]) == ("io_error", str(shown))
+        assert "the user 65534" in error["message"]
+    result = campaign(source, destinations(shown, 2))
+
+    assert result["forks"]["failed"] == 2
+    assert list(backing.iterdir()) == []

@@ -68,18 +68,27 @@ class ControlDirectory:
         """Make or open the fork's staging, and hold it exclusively.
 
         Raises Held if another process holds it for `wait` seconds, NotOurs (a ForkError) if its path is not the
-        worker's own directory, and OSError.
+        worker's own directory, other ForkErrors if none can be made here that can be removed again, and OSError.
         """
         deadline = time.monotonic() + wait
         name = control_name(fork_id)
+        proof.refuse_append_only(parent_fd)
         for _ in range(_MAKE_TRIES):
+            is_new = False
             with suppress(FileExistsError):
                 os.mkdir(name, 0o700, dir_fd=parent_fd)
+                is_new = True
             try:
                 staging = cls._open(parent_fd, name)
             except OSError:  # disk full: no later delivery would look for the empty directory
                 with suppress(OSError):
                     os.rmdir(name, dir_fd=parent_fd)
+                raise
+            except NotOurs as error:
+                if is_new:  # each delivery would leave one
+                    with suppress(OSError):
+                        os.rmdir(name, dir_fd=parent_fd)
+                    raise proof.unlike_made(parent_fd, error) from None
                 raise
             if staging is None:
                 continue

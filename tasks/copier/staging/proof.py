@@ -67,6 +67,22 @@ class NotOurs(ForkError):
         super().__init__(Code.IO_ERROR, f"not usable as staging: {what}; remove it, and send the fork again", path)
 
 
+def refuse_append_only(parent_fd: int) -> None:
+    """Raise ForkError permission_denied if no entry of the directory can be renamed or removed (chattr(1), `a`)."""
+    with suppress(OSError):
+        if syscalls.attributes(parent_fd, ".") & syscalls.STATX_ATTR_APPEND:
+            message = (
+                "the destination's directory is append-only, so that a fork could be neither published nor removed"
+            )
+            raise ForkError(Code.PERMISSION_DENIED, f"{message}; use chattr -a", path_of(parent_fd), errno.EPERM)
+
+
+def unlike_made(parent_fd: int, refused: NotOurs) -> ForkError:
+    """The error for a directory that this process has just made and that is refused as another's."""
+    message = f"the filesystem shows a directory that forkvm has just made as another's: {refused.what}"
+    return ForkError(Code.IO_ERROR, f"{message}; choose a destination that keeps owners", path_of(parent_fd))
+
+
 def path_of(dir_fd: int, name: str = "") -> str:
     """The path of an open directory, or of `name` in it, for messages; the name alone without /proc."""
     try:
