@@ -82,3 +82,37 @@ def test_a_paused_worker_loses_its_fork_and_writes_nothing_into_the_published_fo
     assert warnings
     assert [line["event"] for line in warnings if line["level"] == "warning" and line.get("fork_id") != "f1"] == []
     paused_worker.kill()  # its warm shutdown waits for its task
+
+
+def test_malformed_entries_among_the_messages_of_lost_workers_are_named_once_and_hinder_no_other(
+    workdir: Path, start_worker: StartWorker, foreign_client: Celery, redis_server: RedisServer
+) -> None:
+    # Given entries that are no messages, and behind them the message of a lost worker
+    secret = "a-guests-secret"
+    entries: dict[str, object] = {
+        "no list": secret,
+        "too short": [secret],
+        "no message": [secret, "", "forkvm"],
+        "no headers": [{"headers": [secret], "properties": {"delivery_info": {}}}, "", "forkvm"],
+        "no exchange": [{"headers": {}, "properties": {"delivery_info": {}}, "body": secret}, {}, "forkvm"],
+    }
+    send(foreign_client, workdir, "lost")
+    with redis_server.client() as redis:
+        message = json.loads(redis.rpop("forkvm"))
+        entries["lost"] = [message, "", "forkvm"]
+        taken = {tag: json.dumps(entry) for tag, entry in entries.items()} | {"no JSON": secret, "deep": "[" * 100_000}
+        redis.hset("forkvm:unacked", mapping=taken)
+        redis.zadd("forkvm:unacked_index", dict.fromkeys(taken, 2) | {"lost": 1})
+
+        # When
+        worker = start_worker(workdir, env={"FORKVM_VISIBILITY_TIMEOUT": "5"})
+
+        # Then
+        assert foreign_client.AsyncResult("lost").get(timeout=40)["status"] == "succeeded"
+        wait_until(lambda: not redis.zcard("forkvm:unacked_index"), "the end of the search")
+        warnings = [line for line in worker.output().splitlines() if "is not a message, and is left there" in line]
+        assert len(warnings) == len(taken) - 1
+        assert all(sum(f"the entry {tag!r} of" in line for line in warnings) == 1 for tag in taken if tag != "lost")
+        assert "Error in timer" not in worker.output()
+        assert secret not in worker.output()
+        redis.delete("forkvm:unacked")

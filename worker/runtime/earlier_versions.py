@@ -84,7 +84,7 @@ def _ours(entry: bytes | None) -> tuple[str, str] | None:
     try:
         message, _, routing_key = json.loads(entry or b"null")
         message["headers"]["redelivered"] = True
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
     domain_queue = str(routing_key).partition("#")[0]
     if not _DOMAIN_QUEUE.fullmatch(domain_queue) or routing_key not in (domain_queue, *inner_queues(domain_queue)):

@@ -22,6 +22,7 @@ from celery.concurrency.asynpool import ResultHandler
 from celery.worker.heartbeat import Heart
 from kombu.transport import virtual
 from kombu.transport.redis import Channel, QoS
+from kombu.utils.encoding import bytes_to_str
 from redis.exceptions import ConnectionError, OutOfMemoryError, RedisError, ResponseError
 
 from tasks import events
@@ -144,7 +145,11 @@ def patch_unacked_messages() -> None:
 
 @cache  # once a process
 def report_expired_leases() -> None:
-    """Report each message that kombu returns to its queue because its worker no longer renews the lease."""
+    """Report each message that kombu returns to its queue because its worker no longer renews the lease.
+
+    An entry that is not a message would end the search each time, before the messages behind it, or be logged with its
+    content. It is reported once, and left in the hash without its time, so that no search finds it again.
+    """
     qos: Any = QoS
     restore_visible, restore_by_tag = qos.restore_visible, qos.restore_by_tag
 
@@ -156,26 +161,37 @@ def report_expired_leases() -> None:
             self.restores_expired = False
 
     def restore_and_report(self: Any, tag: Any, *args: Any, **kwargs: Any) -> None:
-        is_expired = getattr(self, "restores_expired", False)
-        fields = _fields_of_unacked(self, tag) if is_expired else {}
+        if not getattr(self, "restores_expired", False):
+            restore_by_tag(self, tag, *args, **kwargs)
+            return
+        with self.channel.conn_or_acquire() as client:
+            entry = client.hget(self.unacked_key, tag)
+            headers = _headers_of_unacked(entry)
+            if entry is not None and headers is None:
+                name = bytes_to_str(tag)
+                line = "the entry %r of %s is not a message, and is left there; to remove it: HDEL %s %r"
+                log.warning(line, name, self.unacked_key, self.unacked_key, name)
+                client.zrem(self.unacked_index_key, tag)
+                return
         restore_by_tag(self, tag, *args, **kwargs)
-        if is_expired:
-            line = "a message is delivered again: the worker that had it no longer renews its lease"
-            log.warning(line, extra=fields)
-            events.happened("redelivery", "worker_lost")
+        ids = [(headers or {}).get(name) for name in ("task", "id")]
+        line = "a message is delivered again: the worker that had it no longer renews its lease"
+        log.warning(line, extra=job_fields(*map(str, ids)) if all(ids) else {})
+        events.happened("redelivery", "worker_lost")
 
     qos.restore_visible, qos.restore_by_tag = restore_expired, restore_and_report
 
 
-def _fields_of_unacked(qos: Any, tag: Any) -> dict[str, str]:
-    """The fields of a log line about the message with this tag. Raises RedisError."""
-    with qos.channel.conn_or_acquire() as client:
-        record = client.hget(qos.unacked_key, tag)
+def _headers_of_unacked(entry: bytes | None) -> dict[str, Any] | None:
+    """The headers of a message in kombu's hash; None for what kombu could not return to a queue."""
     try:
-        headers = json.loads(record)[0]["headers"]
-        return job_fields(headers["task"], headers["id"])
-    except (ValueError, TypeError, KeyError, IndexError):  # acknowledged meanwhile, or not written by a worker
-        return {}
+        message, exchange, routing_key = json.loads(entry or b"null")
+        headers, properties = message["headers"], message["properties"]
+        delivery = properties["delivery_info"]
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+        return None
+    is_message = [type(value) for value in (headers, delivery, exchange, routing_key)] == [dict, dict, str, str]
+    return headers if is_message else None
 
 
 @cache  # once a process
