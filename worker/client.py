@@ -51,19 +51,21 @@ class Status:
 
 
 class Client:
-    """A connection to the queue and the results. Raises NoBroker if Redis cannot be reached."""
+    """A connection to the queue and the results. Raises NoBroker if a Redis cannot be reached."""
 
     def __init__(self, settings: Settings) -> None:
         self._app: Celery = make_app(settings)
         self._queue = settings.queue
         self.results: Results = results_of(self._app, patient=False)
+        where = f"broker at {settings.broker.shown()}"
         try:
             # One attempt, because a person waits at the terminal.
             with self._app.connection_for_write() as connection:
                 connection.ensure_connection(max_retries=1, interval_start=0, interval_step=0)
+            where = f"result backend at {settings.backend.shown()}"
             self.results.redis.ping()
         except (OperationalError, RedisError, OSError) as error:
-            raise NoBroker(f"no broker at {settings.broker.shown()}: {cause(error)}") from None
+            raise NoBroker(f"no {where}: {cause(error)}") from None
 
     def submit(self, request: dict[str, Any], fork_id: str) -> None:
         """Queue a fork. Raises ForkError invalid_request if another job has the id."""

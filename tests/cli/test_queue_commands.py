@@ -96,6 +96,23 @@ def test_without_a_broker_every_queue_command_exits_with_3_in_one_line(run_forkv
         assert done.stderr.count("\n") == 1, command
 
 
+def test_a_result_backend_that_fails_is_named_by_commands_and_by_a_worker(
+    run_forkvm: RunForkvm, redis_server: RedisServer, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    backend = f"redis+socket://{tmp_path}/nobody"
+    settings = {"FORKVM_RESULT_BACKEND": f"{backend}?password=a-secret"}
+    environment = program_environment(redis_server) | settings
+
+    done = [run_forkvm(*command, env=environment) for command in (["status", "f1"], ["submit", "/a", "/b"], ["doctor"])]
+    worker = start_worker(tmp_path, 1, env=settings)
+
+    assert [one.returncode for one in done] == [3, 3, 3]
+    for text in (done[0].stderr, done[1].stderr, done[2].stdout):
+        assert f"no result backend at {backend}: " in text
+    assert f"the worker waits for the result backend at {backend}: " in worker.output()
+    assert "a-secret" not in worker.output() + "".join(one.stdout + one.stderr for one in done)
+
+
 @pytest.mark.parametrize("command", ["status", "files", "forks", "cancel", "report -o page.html"])
 def test_an_unknown_id_is_a_bad_call(
     command: str, run_forkvm: RunForkvm, redis_server: RedisServer, tmp_path: Path

@@ -34,7 +34,7 @@ def redis_checks(settings: Settings) -> Iterator[Check]:
     for url in dict.fromkeys((settings.broker_url, settings.result_backend or settings.broker_url)):
         read = read_redis_url(url)
         subject = f"Redis {read.shown()}"
-        redis = Client(replace(settings, broker_url=url, result_backend=url)).results.redis
+        redis = Client(replace(settings, result_backend=url)).results.redis
         yield _connection(subject, read)
         try:
             yield from server_checks(subject, redis)
@@ -42,7 +42,8 @@ def redis_checks(settings: Settings) -> Iterator[Check]:
             yield rights_check(subject, redis)
             yield from distance_checks(subject, redis, _PINGS)
         except (ConnectionError, TimeoutError) as error:
-            raise NoBroker(f"no broker at {read.shown()}: {error}") from None
+            what = "broker" if url == settings.broker_url else "result backend"
+            raise NoBroker(f"no {what} at {read.shown()}: {error}") from None
         except RedisError as error:
             yield Check(subject, "bad", f"it refuses a command: {cause(error)}", "see its log and SECURITY.md")
 

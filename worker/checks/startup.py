@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 
 from redis.exceptions import RedisError
 
+from tasks.store.redis_errors import cause
 from tasks.store.results import Results
 from worker.checks.check import Check
 from worker.checks.host import KERNEL, host_checks
@@ -36,14 +36,20 @@ def check_host(settings: Settings) -> list[str]:
 
 
 def check_redis(settings: Settings, results: Results) -> list[str]:
-    """Check the Redis of the results; returns a warning for each problem that was found before it went away."""
+    """Check the Redis of the results; returns a warning for each problem that was found before it went away.
+
+    A worker waits for one that is away. Celery reports that of the broker only.
+    """
     subject = f"Redis {settings.backend.shown()}"
-    redis, checks = results.redis, list[Check]()
-    with suppress(RedisError, OSError):
+    redis, checks, lines = results.redis, list[Check](), list[str]()
+    try:
         checks += server_checks(subject, redis)
         checks.append(rights_check(subject, redis))
         checks += distance_checks(subject, redis, _PINGS)
-    return [_line(check) for check in checks if check.verdict != "ok"]
+    except (RedisError, OSError) as error:
+        if settings.backend != settings.broker:
+            lines.append(f"the worker waits for the result backend at {settings.backend.shown()}: {cause(error)}")
+    return [_line(check) for check in checks if check.verdict != "ok"] + lines
 
 
 def _can_open(root: str) -> bool:
