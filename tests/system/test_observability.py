@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -37,7 +38,7 @@ class Endpoint:
     """The endpoint of a worker."""
 
     def __init__(self, worker: Worker) -> None:
-        found = re.search(r"/readyz at (http://\S+)", worker.output())
+        found = re.search(r'/readyz at (http://[^\s"]+)', worker.output())
         assert found, worker.output()
         self.url = found[1]
         wait_until(lambda: self.get("/metrics")[0] == HTTPStatus.OK, "the first page of metrics")
@@ -206,6 +207,31 @@ def test_no_count_is_lost_when_pool_processes_are_killed_and_replaced(start_syst
         lambda: len(list(Path(f"/proc/{system.worker.pid}/fd").iterdir())) <= descriptors + 2,
         "descriptors of dead processes to be closed",
     )
+
+
+def test_a_takeover_and_the_deliveries_before_it_are_counted_and_logged(
+    start_system: StartSystem, large_source: Path, workdir: Path
+) -> None:
+    # Given a process that is paused while it clones, so that it gives no heartbeat
+    system = start_system(LIMITS | {"FORKVM_LOG": "json", "FORKVM_VISIBILITY_TIMEOUT": "5"}, concurrency=2)
+    endpoint, scheduler = Endpoint(system.worker), system.scheduler
+    sent = scheduler.send({"source": str(large_source), "destination": str(workdir / "b")}, "taken")
+    children = system.worker.children
+    _stop_while_one_reads(large_source, children)
+    (paused, *_) = [pid for pid in children if any(f"{large_source}/" in link for link in open_files(pid))]
+    send([pid for pid in children if pid != paused], signal.SIGCONT)
+
+    # When
+    scheduler.wait(sent)
+    send([paused], signal.SIGCONT)
+
+    # Then
+    endpoint.wait_for("forkvm_takeovers_total", lambda n: n == 1)
+    endpoint.wait_for("forkvm_retries_total", lambda n: n > 0, reason="held")
+    lines = [json.loads(line) for line in system.worker.output().splitlines()]
+    (takeover,) = (line for line in lines if "was taken from a process" in line["event"])
+    assert (takeover["level"], takeover["fork_id"]) == ("warning", "taken")
+    scheduler.wait_quiet()
 
 
 def test_without_redis_a_worker_is_alive_and_not_ready(start_system: StartSystem, fresh: Fresh) -> None:

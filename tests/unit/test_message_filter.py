@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from worker.runtime.message_filter import checked
-from worker.runtime.refused_messages import Refused
+from worker.runtime.refused_messages import Refused, log_fields_of
 
 TASKS = {"forkvm.fork", "forkvm.chunk", "forkvm.finish", "celery.backend_cleanup"}
 SECRET = "a-guest's-secret"
@@ -116,6 +116,23 @@ def test_a_value_that_is_no_task_message_is_refused_without_quoting_it(
 
     assert reason in str(refused.value)
     assert SECRET not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "job_id", "fields"),
+    [
+        ("forkvm.fork", "f", {"task_id": "f", "fork_id": "f"}),
+        ("forkvm.chunk", "f.chunk.0", {"task_id": "f.chunk.0", "fork_id": "f"}),
+        ("os.system", "x", {"task_id": "x"}),
+        ("os.system", ["x"], {}),
+        (None, "x", {}),
+    ],
+)
+def test_the_log_names_what_is_known_of_a_refused_message(task: object, job_id: object, fields: object) -> None:
+    message = _message()
+    message["headers"] |= {"task": task, "id": job_id}
+
+    assert log_fields_of(message) == fields
 
 
 @pytest.mark.parametrize("message", [None, 1, "x", [], [[]], {}])

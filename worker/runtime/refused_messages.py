@@ -51,9 +51,10 @@ def id_of(message: Any) -> str | None:
 
 
 def log_fields_of(message: Any) -> dict[str, str]:
-    """The fields of a log line about the message; none if it has no usable task and id."""
-    found = _task_and_id(message)
-    return job_fields(*found) if found is not None else {}
+    """The fields of a log line about the message, also about one to an unknown task; none if it has no usable id."""
+    task, job_id = _named(message)
+    is_usable = isinstance(task, str) and isinstance(job_id, str) and 0 < len(job_id) <= LONGEST_RESULT_ID
+    return job_fields(task, job_id) if is_usable else {}
 
 
 def replacement(message: Any, refusal: Refused, queue: str) -> dict[str, Any] | None:
@@ -102,14 +103,8 @@ def _group(headers: Any) -> dict[str, Any]:
 
 
 def _task_and_id(message: Any) -> tuple[str, str] | None:
-    """The task and the id of a message to a task of the contract. Protocol 1 has both in its body."""
-    headers = message.get("headers") if isinstance(message, dict) else None
-    if not isinstance(headers, dict):
-        return None
-    found = headers if headers.get("task") is not None else old_body(message) or {}
-    task, job_id = found.get("task"), found.get("id")
-    if isinstance(job_id, uuid.UUID):  # a type of kombu's JSON
-        job_id = str(job_id)
+    """The task and the id of a message to a task of the contract."""
+    task, job_id = _named(message)
     if task not in CLIENT_TASKS or not isinstance(job_id, str) or not 0 < len(job_id) <= LONGEST_RESULT_ID:
         return None
     try:
@@ -117,6 +112,16 @@ def _task_and_id(message: Any) -> tuple[str, str] | None:
     except UnicodeEncodeError:  # a surrogate, which a key in Redis cannot contain
         return None
     return task, job_id
+
+
+def _named(message: Any) -> tuple[Any, Any]:
+    """What a message has as its task and its id. Protocol 1 has both in its body."""
+    headers = message.get("headers") if isinstance(message, dict) else None
+    if not isinstance(headers, dict):
+        return None, None
+    found = headers if headers.get("task") is not None else old_body(message) or {}
+    job_id = found.get("id")
+    return found.get("task"), str(job_id) if isinstance(job_id, uuid.UUID) else job_id  # a type of kombu's JSON
 
 
 def old_body(message: dict[str, Any]) -> dict[str, Any] | None:
