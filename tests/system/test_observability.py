@@ -222,7 +222,7 @@ def test_a_takeover_and_the_deliveries_before_it_are_counted_and_logged(
     send([pid for pid in children if pid != paused], signal.SIGCONT)
 
     # When
-    scheduler.wait(sent)
+    scheduler.wait(sent, 90)
     send([paused], signal.SIGCONT)
 
     # Then
