@@ -78,9 +78,9 @@ def _redis_url_or_empty(value: str) -> str:
 def _name(most: int = sys.maxsize) -> Callable[[str], str]:
     def read(value: str) -> str:
         if len(value) > most:
-            raise ValueError(f"String should have at most {most} characters")
+            raise ValueError(f"it must have at most {most} characters")
         if not re.fullmatch(_NAME, value):
-            raise ValueError(f"String should match pattern '{_NAME}'")
+            raise ValueError("it must consist of letters, digits, '_', '.' and '-'")
         return value
 
     return read
@@ -90,11 +90,11 @@ def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
     def read(value: str) -> int:
         known = _INTEGER.fullmatch(value.strip())
         if known is None:
-            raise ValueError("Input should be a valid integer, unable to parse string as an integer")
+            raise ValueError("it must be an integer")
         if (number := int(known[1])) < least:
-            raise ValueError(f"Input should be greater than or equal to {least}")
+            raise ValueError(f"it must be at least {least}")
         if most is not None and number > most:
-            raise ValueError(f"Input should be less than or equal to {most}")
+            raise ValueError(f"it must be at most {most}")
         return number
 
     return read
@@ -126,7 +126,7 @@ def read_address(value: str) -> tuple[str, int]:
 
 def _io_priority(value: str) -> str:
     if not _IO_PRIORITY.fullmatch(value):
-        raise ValueError("give none, idle, or best-effort:0 (the highest) to best-effort:7")
+        raise ValueError("it must be none, idle, or best-effort:0 (the highest) to best-effort:7")
     return value
 
 

@@ -56,7 +56,9 @@ def normal_paths(paths: Iterable[str]) -> list[str]:
     known = set(normal)
     if len(known) < len(normal):
         twice = next(path for path, times in Counter(normal).items() if times > 1)
-        raise ForkError(Code.INVALID_REQUEST, "destinations: the path is given twice; remove one", twice)
+        raise ForkError(
+            Code.INVALID_REQUEST, "destinations: the path is given twice; remove one, or use {n} in the template", twice
+        )
     parents: set[str] = set()  # most destinations have the same parent
     for path in normal:
         parent = path.rpartition("/")[0]

@@ -135,10 +135,20 @@ def parse_as(model: type[Request], request: object) -> Request:
     return parsed
 
 
+#: What a client is to read in place of pydantic's text, by the type of the error.
+_TEXTS = {
+    "extra_forbidden": "there is no such field; remove it",
+    "missing": "the field is missing",
+    "is_instance_of": "it must be a string",
+}
+
+
 def _explain(error: ValidationError) -> str:
-    """All errors, one clause per field: `reflink: Input should be 'auto', 'always' or 'never'`."""
+    """All errors, one clause per field: `reflink: it must be 'auto', 'always' or 'never'`."""
     clauses = []
     for detail in error.errors(include_url=False, include_context=False, include_input=False):
-        where = ".".join(str(part) for part in detail["loc"]) or "request"
-        clauses.append(f"{where}: {detail['msg']}")
+        # pydantic names the alternatives of a type in brackets; they are no fields.
+        where = ".".join(str(part) for part in detail["loc"] if "[" not in str(part)) or "request"
+        text = detail["msg"].removeprefix("Value error, ").replace("Input should", "it must", 1)
+        clauses.append(f"{where}: {_TEXTS.get(detail['type'], text)}")
     return "; ".join(clauses)

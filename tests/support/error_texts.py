@@ -24,16 +24,28 @@ _MAKERS: dict[str, tuple[str | None, int]] = {
     "from_source": ("source_changed, by errno", 1),
     "Refused": ("invalid_request", 0),
     "BadSignature": ("invalid_request", 0),
+    "Undecodable": ("invalid_request", 0),
+    "LocksNotShared": ("exit code 1", 0),
+    "UsageError": ("exit code 2", 0),
+    "BadSettings": ("exit code 2", 0),
+    "NoBroker": ("exit code 3", 0),
 }
-#: The package whose ValueErrors are the texts of invalid_request: pydantic forwards them.
-_CONTRACT = "tasks/contract"
+#: Modules whose ValueErrors are texts too: pydantic forwards those of the contract, and settings those of the others.
+_VALUE_ERRORS = {
+    "tasks/contract": "invalid_request",
+    "worker/settings.py": "exit code 2",
+    "worker/redis_url.py": "exit code 2",
+}
 
 _HEAD = """\
 # Error texts
 
 Every error text in `tasks/` and `worker/`, so that they can be read together. A text says what happened, where, and
-what to do. The path of the error is a field of its own and comes before the text in logs and messages.
+what to do. The path of the error is a field of its own and comes before the text in logs and messages. Not on this
+page: the findings of `forkvm doctor`, which a worker repeats when it starts, and texts of the kernel, of Redis and of
+pydantic.
 
+- `exit code N`: the text of a command or worker that ends with this code. That of a setting follows its name.
 - `{…}` is a value that is filled in.
 - `by errno`: the code is `no_space` for ENOSPC and EDQUOT, `permission_denied` for EACCES and EPERM, otherwise
   `io_error`. The kernel's description of the errno follows the text.
@@ -69,8 +81,9 @@ def _texts_in(folder: Path) -> Iterator[ErrorText]:
     for path in sorted(folder.rglob("*.py")):
         name = str(path.relative_to(ROOT))
         makers = dict(_MAKERS)
-        if name.startswith(_CONTRACT):
-            makers["ValueError"] = ("invalid_request", 0)
+        for start, code in _VALUE_ERRORS.items():
+            if name.startswith(start):
+                makers["ValueError"] = (code, 0)
         yield from _texts_of(ast.parse(path.read_text()), name, makers)
 
 

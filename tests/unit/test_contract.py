@@ -180,6 +180,23 @@ def test_an_incomplete_request_is_refused(request_: object) -> None:
     _refusal(request_)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"colour": 1}, "colour: there is no such field; remove it"),
+        ({"reflink": "x"}, "reflink: it must be 'auto', 'always' or 'never'"),
+        ({"skip": ["/a"]}, "skip.0: give a path relative to the source, without '..'"),
+        ({"labels": {"a": 1}}, "labels.a: it must be a string; labels: it must be a valid list"),
+    ],
+)
+def test_a_message_is_about_the_request_and_not_about_the_program(fields: dict[str, Any], message: str) -> None:
+    assert _refusal(GOOD | fields).message == message
+
+
+def test_a_missing_field_is_named() -> None:
+    assert _refusal({"source": "/a", "reflink": "auto"}).message == "destination: the field is missing"
+
+
 def test_all_errors_are_reported_at_once() -> None:
     message = _refusal(GOOD | {"reflink": "x", "skip": [1], "colour": 1}).message
 
