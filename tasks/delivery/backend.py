@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from typing import Any, cast
+from uuid import UUID
 
 from celery import Celery
 from celery.backends.redis import RedisBackend, SentinelBackend
@@ -15,6 +16,10 @@ from tasks.store import keys, lua
 from tasks.store.job_states import READY_STATES
 from tasks.store.redis_errors import is_passing, wait_out
 from tasks.store.results import Results
+
+#: A header of the message that ends a job whose client sent a UUID as its id. Celery's client recognizes the state of
+#: its task by the id in the record, so this record has a UUID, too.
+UUID_ID = "uuid_id"
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +53,7 @@ class FinalStates(RedisBackend):
         """Store and publish a record. Celery's method reads the present one first, which `set` does in one command."""
         backend: Any = self
         meta = backend._get_result_meta(result=result, state=state, traceback=traceback, request=request)
-        meta["task_id"] = bytes_to_str(task_id)
+        meta["task_id"] = UUID(task_id) if getattr(request, UUID_ID, None) else bytes_to_str(task_id)
         backend.set(backend.get_key_for_task(task_id), backend.encode(meta))
         return result
 

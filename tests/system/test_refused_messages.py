@@ -136,6 +136,15 @@ def test_python_types_in_a_request_are_refused_with_a_complete_result(
     assert (result["source"], result["destination"]) == (request["source"], request["destination"])
 
 
+@pytest.mark.parametrize("task", ["forkvm.fork", "forkvm.campaign"])
+def test_a_client_that_sends_a_uuid_object_as_id_gets_an_error(scheduler: Scheduler, fresh: Fresh, task: str) -> None:
+    arguments = {"request": _request(fresh("xfs"))}
+    sent = scheduler.app.send_task(task, kwargs=arguments, task_id=uuid.uuid4(), queue=QUEUE)  # type: ignore[arg-type]
+
+    with pytest.raises(Exception, match="invalid_request: its id is a UUID; send it as a string"):
+        sent.get(timeout=20)
+
+
 @pytest.mark.parametrize("length", [513, 4096])
 def test_a_client_gets_an_error_for_an_id_that_is_too_long(scheduler: Scheduler, fresh: Fresh, length: int) -> None:
     text, _ = scheduler.wait_failed(scheduler.send(_request(fresh("xfs")), "i" * length))

@@ -41,6 +41,7 @@ from worker.runtime.refused_messages import (
     LONGEST_RESULT_ID,
     Body,
     Refused,
+    has_uuid,
     id_of,
     log_fields_of,
     old_body,
@@ -103,6 +104,8 @@ class _Headers(_Strict):
     redelivered: bool | None = None
     #: See `tasks.delivery.outcome.Holder`: the last heartbeat of a holder, and since when it has not changed.
     seen: _Pair | None = None
+    #: See `tasks.delivery.backend.UUID_ID`.
+    uuid_id: bool | None = None
 
 
 class _Properties(_Strict):
@@ -238,6 +241,8 @@ def _parsed(message: Any, tasks: Any) -> tuple[_Message, Body]:
     """The parts of a message that is not compressed, and its body. Raises Refused."""
     if not isinstance(message, dict):
         raise Refused("it is not a JSON object")
+    if has_uuid(message):
+        raise Refused("its id is a UUID; send it as a string: task_id=str(...)")
     try:
         parsed = _Message.model_validate(message)
     except ValidationError as error:

@@ -13,6 +13,7 @@ import uuid
 from typing import Any, NamedTuple
 
 from tasks.contract.raw_request import REFUSED, text_of
+from tasks.delivery.backend import UUID_ID
 from tasks.delivery.signatures import BadSignature, followers_of
 from tasks.names import CLIENT_TASKS, job_fields
 
@@ -76,6 +77,7 @@ def replacement(message: Any, refusal: Refused, queue: str) -> dict[str, Any] | 
         "content-type": "application/json",
         "content-encoding": "utf-8",
         "headers": {"lang": "py", "task": task, "id": job_id, "root_id": job_id, "parent_id": None}
+        | ({UUID_ID: True} if has_uuid(message) else {})
         | _group(message.get("headers")),
         "properties": {
             "correlation_id": job_id,
@@ -85,6 +87,12 @@ def replacement(message: Any, refusal: Refused, queue: str) -> dict[str, Any] | 
             "delivery_info": {"exchange": "", "routing_key": queue},
         },
     }
+
+
+def has_uuid(message: Any) -> bool:
+    """Whether its id is not text, but a UUID as kombu's JSON writes one: its client passed an object as `task_id`."""
+    headers = message.get("headers") if isinstance(message, dict) else None
+    return isinstance(headers, dict) and isinstance(headers.get("id"), uuid.UUID)
 
 
 def _followers(options: dict[str, Any]) -> dict[str, Any]:
