@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks.copier.errors import Code
 from tasks.names import ABANDON_TASK
 
 ROOT = Path(__file__).parents[2]
@@ -105,3 +106,12 @@ def test_a_module_is_written_in_plain_english(module: Path) -> None:
 
 def _banned_words(text: str) -> list[str]:
     return re.findall(rf"\b(?:{'|'.join(BANNED)})\b", re.sub(r"\s+", " ", text), re.IGNORECASE)
+
+
+def test_the_runbook_has_each_error_code_and_each_alert() -> None:
+    runbook = (ROOT / "docs/runbook.md").read_text()
+    alerts = re.findall(r"- alert: (\w+)", (ROOT / "deploy/prometheus/alerts.yml").read_text())
+
+    assert [code.value for code in Code if f"`{code.value}`" not in runbook] == []
+    assert alerts
+    assert [alert for alert in alerts if f"\n## {alert}\n" not in runbook] == []
