@@ -5,6 +5,8 @@
     store           what Redis holds of a job
     delivery        messages: their callbacks, their loss, their cancellation
     context         what a running task is given
+    events          what happens to jobs, for the observer that a worker installs
+    fork_summary    a fork that has ended, in brief: for the log and the observer
     fork_ledger     where the end of a fork is kept
     complete_forks  small forks that are ended together
     fork            the tasks of one fork

@@ -4,10 +4,12 @@
     app                the Celery app of a worker, and what it checks at its start
     commands           the commands, one module for each group
     client             the commands' connection to the queue and the results
+    overview           what a domain does at this moment: queues, jobs, workers
     terminal           output, standard streams and signals of a command
     exit_codes         the exit codes of all commands
     checks             the checks of `forkvm doctor` and of a starting worker
     runtime            the Celery side of a worker: configuration, bootsteps, patches, message filter
+    observability      what a worker shows of itself: metrics, probes, its log, traces
     settings           the settings FORKVM_*
     secret_files       settings in files
     redis_url, tls     the URLs of Redis, and TLS

@@ -6,6 +6,7 @@ The layers are drawn in docs/architecture.md.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -138,6 +139,24 @@ def test_a_package_has_a_docstring() -> None:
     packages = [_name(path) for path in _files(*PROGRAM) if path.name == "__init__.py"]
 
     assert [package for package in packages if not ast.get_docstring(_modules()[package])] == []
+
+
+def test_the_docstring_of_a_package_names_each_of_its_modules() -> None:
+    packages = [path for path in _files(*PROGRAM) if path.name == "__init__.py"]
+    unnamed = {
+        f"{_name(package)}.{module}"
+        for package in packages
+        for module in _modules_in(package.parent)
+        if not re.search(rf"\b{module}\b", ast.get_docstring(_modules()[_name(package)]) or "")
+    }
+
+    assert unnamed == set()
+
+
+def _modules_in(folder: Path) -> set[str]:
+    return {path.stem for path in folder.glob("*.py")} - {"__init__"} | {
+        one.parent.name for one in folder.glob("*/__init__.py")
+    }
 
 
 def test_no_folder_has_too_many_modules() -> None:

@@ -1,11 +1,11 @@
 """The commands of `forkvm`: one module for each group of commands, and what they share.
 
-    fork         fork, verify: in this process, without a broker
+    fork         fork, estimate, verify: in this process, without a broker
     queue        submit, status, files, cancel
     campaign     campaign, forks
     report       report
     watch        queues, top
-    worker       worker, demo
+    worker       worker, demo, copy-rate
     interface    completion, schema: what shells and other programs need to know of forkvm
     demo         what `forkvm demo` does
     doctor, gc   the commands of these names

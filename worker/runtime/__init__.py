@@ -1,6 +1,7 @@
 """The Celery side of a worker.
 
-    configuration      the Celery app and its options
+    configuration      the Celery app and its options, for commands too
+    worker_app         the Celery app of a worker: the tasks, and what runs beside them
     timeouts           timeouts of connections to Redis
     bootsteps          what a worker does next to its tasks: leases, heartbeat, sweeps
     periodic_step      the base of those that happen at an interval

@@ -7,5 +7,10 @@ extents      blocks that two files share on disk (FIEMAP)
 contents     comparing the bytes of two files
 trees        opening, identifying and removing directories below an open one
 mounts       shared filesystems, lock options, mount points
-processes    state, signals and open files of processes
+filesystems  the names of filesystems
+free_space   the free space of a filesystem
+xfs          what an XFS filesystem says of itself
+leases       read leases: whether a file is open for writing
+page_cache   the pages of files in memory
+processes    state, signals, open files and I/O priority of processes
 """

@@ -3,6 +3,7 @@
     walk         reading its entries
     selection    which entries are left out
     manifest     the list of entries on disk
+    read_leases  whether a file is open for writing while it is cloned
 
-It may use `kernel`, `errors` and `validation`.
+It may use `kernel`, and `errors`, `validation` and the other modules that every layer uses.
 """
