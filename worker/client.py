@@ -55,7 +55,8 @@ class Client:
 
     def __init__(self, settings: Settings) -> None:
         self._app: Celery = make_app(settings)
-        self._queue = settings.queue
+        #: The queue of the domain that the settings name.
+        self.queue = settings.queue
         self.results: Results = results_of(self._app, patient=False)
         where = f"broker at {settings.broker.shown()}"
         try:
@@ -69,15 +70,15 @@ class Client:
 
     def submit(self, request: dict[str, Any], fork_id: str) -> None:
         """Queue a fork. Raises ForkError invalid_request if another job has the id."""
-        self._check_id(fork_id, self._queue)
-        self._send(FORK_TASK, {"request": request}, fork_id, self._queue, {"sent_at": time.time()})
+        self._check_id(fork_id, self.queue)
+        self._send(FORK_TASK, {"request": request}, fork_id, self.queue, {"sent_at": time.time()})
 
     def submit_campaign(self, request: dict[str, Any], campaign_id: str, queue: str | None = None) -> None:
         """Queue a campaign in `queue` (default: the queue of the settings).
 
         Raises ForkError invalid_request if another job has the id.
         """
-        queue = queue or self._queue
+        queue = queue or self.queue
         self._check_id(campaign_id, queue)
         self._send(CAMPAIGN_TASK, {"request": request}, campaign_id, queue, {"sent_at": time.time()})
 
@@ -107,7 +108,7 @@ class Client:
             return True
         with self._app.connection_for_read() as connection:
             channel: Any = connection.default_channel
-            if is_waiting(channel.client, job_id, self._queue, UNACKED_KEY):
+            if is_waiting(channel.client, job_id, self.queue, UNACKED_KEY):
                 return True
         return self.status(job_id).state != states.PENDING  # a worker took it meanwhile
 
@@ -118,14 +119,14 @@ class Client:
             queues = (inspect.active_queues() or {}).values()
         except (OperationalError, RedisError, OSError) as error:
             raise NoBroker(f"Redis: {cause(error)}") from None
-        return any(found["name"] == (queue or self._queue) for served in queues for found in served)
+        return any(found["name"] == (queue or self.queue) for served in queues for found in served)
 
     def overview(self) -> Overview:
         """What the domain of the settings does at this moment. Takes 1 s. Raises NoBroker."""
         from worker.overview import read_overview  # it imports Celery's worker
 
         try:
-            return read_overview(self._app, self.results, self._queue)
+            return read_overview(self._app, self.results, self.queue)
         except (OperationalError, RedisError, OSError) as error:
             raise NoBroker(f"Redis: {cause(error)}") from None
 
@@ -146,7 +147,7 @@ class Client:
             if status.state == states.PENDING and waited > _UNSERVED_SECONDS and not asked:
                 asked = True
                 if not self.is_served(queue):
-                    print_message(f"no worker serves the queue {queue or self._queue}; {job_id} waits until one does")
+                    print_message(f"no worker serves the queue {queue or self.queue}; {job_id} waits until one does")
             time.sleep(_POLL_SECONDS)
 
     def cancel(self, fork_id: str) -> None:

@@ -178,6 +178,22 @@ def test_submit_wait_prints_its_id_and_reports_that_no_worker_serves_the_queue(
         client.delete("forkvm")
 
 
+def test_a_command_that_stops_waiting_in_another_domain_names_a_command_that_finds_the_job(
+    run_forkvm: RunForkvm, workdir: Path, redis_server: RedisServer
+) -> None:
+    environment = program_environment(redis_server, workdir)
+    command = ("submit", workdir / "vm-1", workdir / "vm-2", "--id", "f-1", "--domain", "elsewhere")
+
+    done = run_forkvm(*command, "--wait", "--timeout", "0.1", env=environment)
+    found = run_forkvm("status", "f-1", env={**environment, "FORKVM_DOMAIN": "elsewhere"})
+
+    assert done.returncode == 124
+    assert done.stderr.endswith("to see it: FORKVM_DOMAIN=elsewhere forkvm status f-1\n")
+    assert (found.returncode, found.stdout) == (0, "f-1: PENDING; waiting in the queue\n")
+    with redis_server.client() as client:
+        client.delete("forkvm.elsewhere")
+
+
 def test_a_redis_that_stops_while_a_command_waits_is_a_one_line_error(
     workdir: Path, redis_server: RedisServer, run_forkvm: RunForkvm
 ) -> None:

@@ -93,7 +93,7 @@ def status(fork_id: str, watch: bool, as_json: bool) -> None:
     found = client.status(fork_id)
     known = client.is_known(fork_id, found)
     if watch and known:
-        with watching(fork_id) as show:
+        with watching(fork_id, client.queue) as show:
             found = client.wait(fork_id, show)
     if as_json:
         print_json({"id": fork_id, "state": found.state, "progress": found.progress, "result": found.result})

@@ -12,6 +12,7 @@ import click
 from tasks.copier.errors import Code, ForkError
 from worker.commands.output import progress_bar
 from worker.exit_codes import BAD_CALL, INTERRUPTED, TIMED_OUT
+from worker.settings import read_settings
 from worker.terminal.printing import ShowProgress, print_message
 
 if TYPE_CHECKING:
@@ -42,16 +43,15 @@ def wait_for_result(
 
     Ends the command with exit code 124 after `timeout` seconds. Raises ForkError if the job ends without a result.
     """
+    queue = queue or client.queue
     print_message(f"waiting for {job_id}")
-    with watching(job_id) as show:
+    with watching(job_id, queue) as show:
         found = client.wait(job_id, show, timeout, queue)
     if found.result is not None:
         return found.result
     if is_over(found):
         raise ForkError(Code.IO_ERROR, f"the job ended as {found.state} without a result; see the worker's log", job_id)
-    print_message(
-        f"{job_id} did not end within {timeout:g} s and continues; to see it: forkvm status {shlex.quote(job_id)}"
-    )
+    print_message(f"{job_id} did not end within {timeout:g} s and continues; {_how_to_see(job_id, queue)}")
     raise click.exceptions.Exit(TIMED_OUT)
 
 
@@ -70,11 +70,17 @@ def refuse_unknown(job_id: str) -> NoReturn:
 
 
 @contextmanager
-def watching(job_id: str) -> Iterator[ShowProgress]:
-    """Show the progress of a queued job. Ctrl-C ends the command but not the job."""
+def watching(job_id: str, queue: str) -> Iterator[ShowProgress]:
+    """Show the progress of a job that was sent to `queue`. Ctrl-C ends the command but not the job."""
     try:
         with progress_bar() as show:
             yield show
     except KeyboardInterrupt:
-        print_message(f"{job_id} continues; to see it: forkvm status {shlex.quote(job_id)}")
+        print_message(f"{job_id} continues; {_how_to_see(job_id, queue)}")
         raise click.exceptions.Exit(INTERRUPTED) from None
+
+
+def _how_to_see(job_id: str, queue: str) -> str:
+    """The command that shows the job. While no worker has begun with it, only its domain's queue has it."""
+    domain = "" if queue == read_settings().queue else f"FORKVM_DOMAIN={queue.partition('.')[2]} "
+    return f"to see it: {domain}forkvm status {shlex.quote(job_id)}"
