@@ -34,6 +34,8 @@ _INNER_QUEUES = {
     SWEEP_TASK: "#chunk",
 }
 
+#: The queue of a domain, without the suffix of an inner queue.
+DOMAIN_QUEUE = re.compile(r"forkvm(\.[A-Za-z0-9_.-]+)?")
 #: The id of a chunk's or batch's message; the group is the id of the fork or campaign.
 PART_ID = re.compile(r"(.+)\.(?:chunk|batch)\.[0-9]+", re.DOTALL)
 #: The kind of the job that each task is a part of, as the log names its id.

@@ -1,4 +1,4 @@
-"""Malformed messages of remote control: a worker ignores each with one line that does not repeat it."""
+"""Remote control that would harm a worker: malformed messages, wrong arguments, commands for another application."""
 
 from __future__ import annotations
 
@@ -56,12 +56,66 @@ def test_a_malformed_control_message_is_ignored(system: System, scheduler: Sched
     assert "Connection to broker lost" not in new
 
 
+def _answer(scheduler: Scheduler, command: str, **arguments: Any) -> dict[str, str]:
+    """The worker's answer to a command of Celery's remote control."""
+    answers = scheduler.app.control.broadcast(command, arguments, reply=True, timeout=10, limit=1)
+    ((answer,),) = (each.values() for each in answers or [])
+    return dict(answer)
+
+
 @pytest.mark.parametrize("queue", [5, ["a", "b"], None], ids=repr)
 @pytest.mark.parametrize("command", ["add_consumer", "cancel_consumer"])
 def test_a_queue_that_is_not_a_name_is_refused(system: System, scheduler: Scheduler, command: str, queue: Any) -> None:
-    answers = scheduler.app.control.broadcast(command, {"queue": queue}, reply=True, timeout=10, limit=1)
+    answer = _answer(scheduler, command, queue=queue)
 
-    ((answer,),) = (each.values() for each in answers or [])
     assert "the queue must be a name" in answer["error"]
     wait_until(lambda: bool(scheduler.app.control.inspect(timeout=10, limit=1).ping()), "the next answer")
+    assert system.worker.running
+
+
+@pytest.mark.parametrize("queue", ["celery", "forkvm2", "forkvm.a b"])
+def test_no_message_of_another_applications_queue_is_taken(system: System, scheduler: Scheduler, queue: str) -> None:
+    answer = _answer(scheduler, "add_consumer", queue=queue)
+
+    assert "forkvm serves the queues forkvm and forkvm.DOMAIN" in answer["error"]
+    assert queue not in str(scheduler.app.control.inspect(timeout=10, limit=1).active_queues()).split("'")
+
+
+WRONG_ARGUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "an exchange that is not a name": ("add_consumer", {"queue": "forkvm.x", "exchange": 7}),
+    "a type of exchange that there is not": ("add_consumer", {"queue": "forkvm.y", "exchange_type": "none"}),
+    "a time limit that is not a number": ("time_limit", {"task_name": "forkvm.fork", "hard": "x"}),
+    "a negative time limit": ("time_limit", {"task_name": "forkvm.fork", "hard": -1}),
+    "a task that is not a name": ("time_limit", {"task_name": ["forkvm.fork"], "hard": 60}),
+    "a text as a number of processes": ("pool_grow", {"n": "2"}),
+    "nothing as a number of processes": ("pool_shrink", {"n": None}),
+    "a negative number of processes": ("pool_shrink", {"n": -1}),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_ARGUMENTS)
+def test_wrong_arguments_change_nothing(system: System, scheduler: Scheduler, kind: str) -> None:
+    command, arguments = WRONG_ARGUMENTS[kind]
+
+    answer = _answer(scheduler, command, **arguments)
+
+    assert command == "add_consumer" or "must be" in answer["error"]
+    _assert_serves(system)
+    if command == "add_consumer":
+        _answer(scheduler, "cancel_consumer", queue=arguments["queue"])
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_worker_keeps_a_pool_process(system: System, scheduler: Scheduler, count: int) -> None:
+    answer = _answer(scheduler, "pool_shrink", n=count)
+
+    assert "at least one pool process" in answer["error"]
+    assert len(system.worker.children) == 2
+    _assert_serves(system)
+
+
+def _assert_serves(system: System) -> None:
+    """Check that the worker still answers a message: one that it refuses, which takes a pool process too."""
+    sent = system.scheduler.send({"source": "relative"})
+    assert "invalid_request" in system.scheduler.wait_failed(sent)[0]
     assert system.worker.running

@@ -8,22 +8,19 @@ are not touched.
 from __future__ import annotations
 
 import json
-import re
 import time
 from typing import Any, cast
 
 from redis import Redis
 from redis.exceptions import RedisError
 
-from tasks.names import inner_queues
+from tasks.names import DOMAIN_QUEUE, inner_queues
 from tasks.store import lua
 from tasks.store.redis_errors import is_passing
 from worker.runtime.periodic_step import PeriodicStep
 
 #: kombu's default keys: a hash of messages by delivery tag, and a sorted set of when each was taken.
 _UNACKED, _INDEX = "unacked", "unacked_index"
-#: The queue of a domain, without the suffix of an inner queue.
-_DOMAIN_QUEUE = re.compile(r"forkvm(\.[A-Za-z0-9_.-]+)?")
 
 
 class RestoreEarlierMessages(PeriodicStep):
@@ -87,6 +84,6 @@ def _ours(entry: bytes | None) -> tuple[str, str] | None:
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     domain_queue = str(routing_key).partition("#")[0]
-    if not _DOMAIN_QUEUE.fullmatch(domain_queue) or routing_key not in (domain_queue, *inner_queues(domain_queue)):
+    if not DOMAIN_QUEUE.fullmatch(domain_queue) or routing_key not in (domain_queue, *inner_queues(domain_queue)):
         return None
     return routing_key, json.dumps(message)

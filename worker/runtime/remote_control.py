@@ -1,5 +1,8 @@
 """Remote-control commands that replace Celery's: revoking cancels a job; a queue comes with its inner queues.
 
+Another application on the Redis database broadcasts its commands to these workers too. So they take no queue but those
+of this program, keep a pool process, and refuse an argument of a wrong type, which would end the worker later.
+
 The statistics of a worker also have a field of this program, which `forkvm queues` reads. A command of its own would be
 logged as an error by the workers of other applications on the Redis database.
 
@@ -13,6 +16,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable
+from math import inf
 from typing import Annotated, Any, Literal
 
 from celery.utils.functional import maybe_list
@@ -25,7 +29,7 @@ from redis.exceptions import RedisError
 from tasks.delivery.backend import results_of
 from tasks.delivery.cancel import cancel_job
 from tasks.delivery.message import Message
-from tasks.names import PART_ID, inner_queues
+from tasks.names import DOMAIN_QUEUE, PART_ID, inner_queues
 from tasks.store.redis_errors import cause
 from tasks.store.results import Results
 from worker.runtime.bootsteps import Lease
@@ -38,11 +42,14 @@ Answer = dict[str, Any]
 STATS_FIELD = "forkvm"
 #: Celery's commands, which celery-types does not declare.
 _celery: Any = control
+#: The longest part of a wrong argument that an answer repeats, in characters.
+_LONGEST_NAME = 100
 
 
 def register_remote_control() -> None:
     """Replace Celery's commands in this process."""
-    for command in (revoke, terminate, revoke_by_stamped_headers, add_consumer, cancel_consumer, stats):
+    jobs, queues = (revoke, terminate, revoke_by_stamped_headers), (add_consumer, cancel_consumer)
+    for command in (*jobs, *queues, pool_grow, pool_shrink, time_limit, stats):
         Panel.data[command.__name__] = command
 
 
@@ -70,11 +77,14 @@ def revoke_by_stamped_headers(
     return answer
 
 
-def add_consumer(worker: Any, queue: Any, **options: Any) -> Answer:
-    """Consume another domain's queue and its inner queues."""
-    if not isinstance(queue, str):
-        return _no_name(queue)
-    answer: Answer = _celery.add_consumer(worker, queue, **options)
+def add_consumer(worker: Any, queue: Any, **_: Any) -> Answer:
+    """Consume another domain's queue and its inner queues.
+
+    No other queue: the messages of another application would be refused, and so be lost.
+    """
+    if (refusal := _refused_queue(queue)) is not None:
+        return refusal
+    answer: Answer = _celery.add_consumer(worker, queue)
     for inner in inner_queues(queue):
         _celery.add_consumer(worker, inner)
     return answer
@@ -82,16 +92,56 @@ def add_consumer(worker: Any, queue: Any, **options: Any) -> Answer:
 
 def cancel_consumer(worker: Any, queue: Any, **_: Any) -> Answer:
     """Stop consuming a domain's queue and its inner queues."""
-    if not isinstance(queue, str):
-        return _no_name(queue)
+    if (refusal := _refused_queue(queue)) is not None:
+        return refusal
     for inner in inner_queues(queue):
         _celery.cancel_consumer(worker, inner)
     answer: Answer = _celery.cancel_consumer(worker, queue)
     return answer
 
 
-def _no_name(queue: object) -> Answer:
-    return {"error": f"the queue must be a name, not a {type(queue).__name__}"}
+def _refused_queue(queue: object) -> Answer | None:
+    """The answer for what is not the queue of a domain; None for one that is."""
+    if not isinstance(queue, str):
+        return {"error": f"the queue must be a name, not a {type(queue).__name__}"}
+    if not DOMAIN_QUEUE.fullmatch(queue):
+        return {"error": f"forkvm serves the queues forkvm and forkvm.DOMAIN, not {queue[:_LONGEST_NAME]!r}"}
+    return None
+
+
+def pool_grow(worker: Any, n: Any = 1, **_: Any) -> Answer:
+    """Add pool processes."""
+    return _celery.pool_grow(worker, n) if _is_number(n) else _no_number(n)  # type: ignore[no-any-return]
+
+
+def pool_shrink(worker: Any, n: Any = 1, **_: Any) -> Answer:
+    """End idle pool processes, but not the last one.
+
+    Without any, the worker would keep the messages that it has taken, and renew their leases.
+    """
+    if not _is_number(n):
+        return _no_number(n)
+    if n >= worker.consumer.pool.num_processes:
+        return {"error": "a worker keeps at least one pool process; end it with the command shutdown"}
+    return _celery.pool_shrink(worker, n)  # type: ignore[no-any-return]
+
+
+def time_limit(worker: Any, task_name: Any = None, hard: Any = None, soft: Any = None, **_: Any) -> Answer:
+    """Set the time limits of a task, in seconds; none without a value."""
+    for limit in (hard, soft):
+        if limit is not None and (type(limit) not in (int, float) or not 0 < limit < inf):
+            return {"error": "a time limit must be a number of seconds above 0, or nothing"}
+    if not isinstance(task_name, str):
+        return {"error": f"the task must be a name, not a {type(task_name).__name__}"}
+    return _celery.time_limit(worker, task_name, hard=hard, soft=soft)  # type: ignore[no-any-return]
+
+
+def _is_number(n: object) -> bool:
+    return type(n) is int and n > 0
+
+
+def _no_number(n: object) -> Answer:
+    return {"error": f"the number of pool processes must be a whole number above 0, not {str(n)[:_LONGEST_NAME]}"}
 
 
 def stats(worker: Any, **_: Any) -> Answer:
