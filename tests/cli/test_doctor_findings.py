@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ from worker.checks.check import Check
 from worker.checks.filesystem import filesystem_checks
 from worker.checks.io_scheduler import priority_checks
 from worker.checks.process import owner_check
-from worker.checks.redis import redis_checks
+from worker.checks.redis import redis_checks, server_checks
 from worker.checks.redis_rights import COMMANDS
 from worker.checks.reflink_pairs import pair_checks
 from worker.checks.settings import settings_checks, variable_checks
 from worker.checks.startup import check_redis
 from worker.settings import Settings
+from worker.started_processes import redis_executable
 
 _NOBODY = 65534
 #: Commands of SECURITY.md that the check of rights cannot try.
@@ -156,6 +158,20 @@ def test_a_replica_a_failed_disk_write_and_another_clock_are_found(
     assert after["clock"].verdict == "warn"
     assert after["clock"].found.startswith("60.")
     assert "behind this host's" in after["clock"].found
+
+
+def test_a_redis_cluster_is_bad() -> None:
+    executable = require(redis_executable(), "redis-server", "the tests that run on Redis")
+    with tempfile.TemporaryDirectory(prefix="forkvm-redis-") as directory:
+        server = RedisServer(executable, Path(directory), ("--cluster-enabled", "yes"))
+        server.start()
+        try:
+            with server.client() as client:
+                (mode,) = (check for check in server_checks("Redis", client) if check.subject == "Redis: mode")
+        finally:
+            server.kill()
+
+    assert (mode.verdict, mode.found.partition(":")[0]) == ("bad", "cluster")
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,8 @@ def server_checks(subject: str, redis: Redis) -> Iterator[Check]:
         yield Check(f"{subject}: settings", "warn", "unknown: INFO is not permitted", fix)
         return
     yield _version(subject, str(info.get("redis_version", "?")))
+    if info.get("redis_mode") == "cluster":
+        yield _cluster(subject)
     yield _role(subject, str(info.get("role", "?")), int(info.get("connected_slaves", 0)))
     yield _append_only(subject, info.get("aof_enabled"))
     yield _persistence(subject, info)
@@ -82,6 +84,11 @@ def _version(subject: str, version: str) -> Check:
     if tuple(parts) < _OLDEST:
         return Check(f"{subject}: version", "bad", version, "run Redis 6.2 or newer")
     return Check(f"{subject}: version", "ok", version)
+
+
+def _cluster(subject: str) -> Check:
+    found = "cluster: it refuses commands with keys of different slots, so no fork is made"
+    return Check(f"{subject}: mode", "bad", found, "run one Redis, or a master and replicas with sentinels")
 
 
 def _role(subject: str, role: str, replicas: int) -> Check:
