@@ -67,7 +67,7 @@ def test_worker_that_gets_sighup_finishes_its_fork_and_starts_again(
     # When
     send([worker.pid], signal.SIGHUP)
 
-    # Then it ends as after SIGTERM, and begins anew in the same process
+    # Then it ends as after SIGTERM, and starts again in the same process
     wait_until(lambda: "the worker is ending" in endpoint.get("/readyz")[1], "a worker that ends")
     send(children, signal.SIGCONT)
     assert own_scheduler.wait(sent)["status"] == "succeeded"

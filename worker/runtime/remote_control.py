@@ -111,7 +111,7 @@ def _refused_queue(queue: object) -> Answer | None:
 
 def pool_grow(worker: Any, n: Any = 1, **_: Any) -> Answer:
     """Add pool processes."""
-    return _celery.pool_grow(worker, n) if _is_number(n) else _no_number(n)  # type: ignore[no-any-return]
+    return _celery.pool_grow(worker, n) if _is_number(n) else _no_number(n)
 
 
 def pool_shrink(worker: Any, n: Any = 1, **_: Any) -> Answer:
