@@ -10,8 +10,8 @@ import subprocess
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 from socket import gethostname
+from typing import Any
 
 from tasks.names import FORK_TASK
 from tasks.store.queues import lists_of
@@ -67,7 +67,11 @@ def test_messages_of_every_priority_are_counted_and_known(system: System, run_fo
     # Given a message of each priority in the queue of a domain without workers
     request = {"source": "/a", "destination": "/b"}
     for priority in range(10):
-        options: dict[str, Any] = {"task_id": f"priority-{priority}", "priority": priority, "headers": {"sent_at": time.time() - 100}}
+        options: dict[str, Any] = {
+            "task_id": f"priority-{priority}",
+            "priority": priority,
+            "headers": {"sent_at": time.time() - 100},
+        }
         system.scheduler.app.send_task(FORK_TASK, kwargs={"request": request}, queue="forkvm.nowhere", **options)
 
     # When
