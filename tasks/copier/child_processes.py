@@ -34,8 +34,8 @@ STOPPED_SECONDS = 10.0
 _END_SECONDS = 30.0
 #: What fork(2) returns when the system has no process or no memory left.
 _NONE_LEFT = frozenset({errno.EAGAIN, errno.ENOMEM})
-#: Two numbers of one child.
-_COUNTERS = struct.Struct("=qq")
+#: Two numbers of one child, each of 16 bytes: the sizes of sparse files may exceed 63 bits together.
+_COUNTERS = struct.Struct("16s16s")
 
 
 class SharedCounters:
@@ -48,11 +48,12 @@ class SharedCounters:
     def get(self, child: int) -> tuple[int, int]:
         """The numbers of one child."""
         first, second = _COUNTERS.unpack_from(self._memory, child * _COUNTERS.size)
-        return first, second
+        return int.from_bytes(first, "little"), int.from_bytes(second, "little")
 
     def set(self, child: int, first: int, second: int) -> None:
         """Set the numbers of one child."""
-        _COUNTERS.pack_into(self._memory, child * _COUNTERS.size, first, second)
+        numbers = first.to_bytes(16, "little"), second.to_bytes(16, "little")
+        _COUNTERS.pack_into(self._memory, child * _COUNTERS.size, *numbers)
 
     def sums(self) -> tuple[int, int]:
         """The sums over all children."""

@@ -107,7 +107,7 @@ def result_of(data: dict[str, Any] | None, spec: ForkSpec) -> ForkResult:
             raise validation.Malformed("it is not the result of a succeeded fork")
         for name in ("files", "bytes"):
             for value in validation.json_object(result[name]).values():
-                validation.integer(value)
+                validation.integer(value, validation.SUM)
         for seconds in validation.json_object(result["seconds"]).values():
             validation.seconds(seconds)
         validation.integer(result["chunks"])

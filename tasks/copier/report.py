@@ -237,7 +237,7 @@ def _totals_of(data: dict[str, Any]) -> Totals:
     totals.metadata_lost = lost_of(data.get("metadata_lost", []))
     for name, value in data.items():
         if name not in others and name in vars(totals):
-            setattr(totals, name, validation.integer(value))
+            setattr(totals, name, validation.integer(value, validation.SUM))
     return totals
 
 

@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 #: Exclusive upper bounds of numbers of 32 bits (user ids, devices), 63 bits (sizes) and 64 bits (inodes).
 U32, S63, U64 = 1 << 32, 1 << 63, 1 << 64
+#: Exclusive upper bound of a sum of sizes: sparse files of EiB exceed 63 bits together.
+SUM = 1 << 127
 #: Exclusive upper bound of a time in nanoseconds, from the seconds that `os.utime` accepts.
 NANOSECONDS = S63 * 10**9
 #: Exclusive upper bound of the identity of a tree. The UUID of a btrfs subvolume is the largest.

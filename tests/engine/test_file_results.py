@@ -15,9 +15,10 @@ from tasks.copier.staging.control_directory import control_name
 from tests.fixtures.filesystems import Fresh
 from tests.support.engine.file_results import assert_balanced
 from tests.support.engine.forks import CHUNKED, MIB, fork_with_ledger, forked, spec_of
+from tests.support.engine.local_campaigns import campaign, destinations
 from tests.support.extents import data_extents
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest
-from tests.support.sources import make_everything, make_images
+from tests.support.sources import HUGE, make_everything, make_huge_files, make_images
 from tests.support.tree import snapshot
 
 
@@ -68,6 +69,22 @@ def test_copied_bytes_are_those_of_the_data_extents(fs: Path, limits: Limits) ->
         assert one["copied_bytes"] == sum(
             min(end, one["bytes"]) - start for start, end in data_extents(source / path)
         ), path
+
+
+@pytest.mark.parametrize("reflink", ["auto", "never"])
+def test_totals_of_sparse_files_that_exceed_63_bits_together_are_correct(
+    fresh: Fresh, limits: Limits, reflink: str
+) -> None:
+    directory = fresh("xfs")
+    source = make_huge_files(directory / "source")
+
+    ledger = fork_with_ledger(source, directory / "fork", limits=limits, reflink=reflink)
+    in_children = forked(source, directory / "another", limits=limits, reflink=reflink)
+    as_campaign = campaign(source, destinations(directory, 3), reflink=reflink)
+
+    assert_balanced(ledger, snapshot(source))
+    assert ledger.result["bytes"]["logical"] == in_children["bytes"]["logical"] == 3 * HUGE
+    assert as_campaign["bytes"]["logical"] == 9 * HUGE
 
 
 def test_entries_with_a_name_of_staging_are_left_out_whatever_their_type(fresh: Fresh) -> None:

@@ -26,6 +26,9 @@ CAPABILITY_IN_NAMESPACE = struct.pack("<6I", 0x03000001, 1 << 10, 0, 0, 0, 4321)
 #: Timestamps rounded to more than 200 ns would be noticed: no filesystem here does that.
 OLD_NS = 1_234_567_890_123_456_789
 
+#: The largest size of a file on XFS, in bytes, rounded down to blocks.
+HUGE = 2**63 - 4096
+
 
 def acl(owner: int, group: int, other: int, *, users: Iterable[tuple[int, int]] = ()) -> bytes:
     """An ACL in the format of the kernel's attribute; `users` are (uid, permissions)."""
@@ -135,3 +138,12 @@ def make_everything(directory: Path) -> Path:
     directory.chmod(0o2751)
     age(directory)
     return directory
+
+
+def make_huge_files(path: Path) -> Path:
+    """A directory of three files without data, whose sizes exceed 63 bits together."""
+    path.mkdir()
+    for n in range(3):
+        (path / f"disk-{n}").touch()
+        os.truncate(path / f"disk-{n}", HUGE)
+    return path

@@ -15,6 +15,7 @@ from tasks.copier.campaign.plan import MOST_IN_BATCH
 from tests.fixtures.filesystems import Fresh, fresh_directory
 from tests.support.guests import GuestSizes, make_guest
 from tests.support.processor import LoadFreeStopwatch
+from tests.support.sources import HUGE, make_huge_files
 from tests.support.system.messages import Recorder, deliver
 from tests.support.system.queued_campaigns import (
     assert_all_are_whole,
@@ -90,6 +91,17 @@ def test_a_campaign_has_its_result_under_its_id_and_each_fork_under_its_own(
     progress_records = [record["result"] for record in records if record["status"] == "PROGRESS"]
     assert all(set(progress) == PROGRESS_FIELDS for progress in progress_records)
     assert {progress["forks_total"] for progress in progress_records} == {200}
+    system.assert_left_nothing_in(workdir)
+
+
+def test_sparse_files_whose_sizes_exceed_63_bits_together(system: System, scheduler: Scheduler, workdir: Path) -> None:
+    """Redis counts up to 2^63 - 1, where the sums of the campaign stay; those of each fork are exact."""
+    huge = make_huge_files(workdir / "huge")
+
+    result = send(scheduler, request_of(huge, workdir, 3), "huge").get(timeout=30)
+
+    assert (result["status"], result["bytes"]["logical"]) == ("succeeded", 2**63 - 1)
+    assert [fork["bytes"]["logical"] for fork in forks_of(scheduler, "huge", 3)] == [3 * HUGE] * 3
     system.assert_left_nothing_in(workdir)
 
 

@@ -197,7 +197,10 @@ def _stored(staging: Staging, ended: Mapping[int, _Run] = MappingProxyType({})) 
 def _read_run(staging: Staging, number: str) -> _Run:
     with validation.reading("the sums of a batch"):
         data = validation.json_object(validation.load(staging.read_file(f"{_OUTCOMES}{number}")))
-        sums = {key: validation.integer(value) for key, value in validation.json_object(data["sums"]).items()}
+        sums = {
+            key: validation.integer(value, validation.SUM)
+            for key, value in validation.json_object(data["sums"]).items()
+        }
         return {"sums": sums, "failures": validation.list_of(data["failures"], _failure_of, MOST_FAILURES)}
 
 

@@ -80,7 +80,7 @@ class Plan:
                     "chunks": validation.list_of(data["chunks"], _chunk_of, _MOST_CHUNKS),
                     "inline": validation.boolean(data["inline"]),
                     "entries": validation.integer(data["entries"]),
-                    "bytes": validation.integer(data["bytes"]),
+                    "bytes": validation.integer(data["bytes"], validation.SUM),
                     "top": _top_of(data["top"]),
                     "cloned": tuple(validation.list_of(data["cloned"], validation.relative_path, LARGEST)),
                     "refused": validation.list_of(data["refused"], _refused_of, _MOST_REFUSED),

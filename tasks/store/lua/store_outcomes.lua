@@ -25,7 +25,11 @@ for n = 1, state_count + other_count do
 end
 key, arg = key + state_count + other_count, arg + state_count + other_count
 for n = 1, tonumber(sum_count) do
-    redis.call('HINCRBY', sums_key, ARGV[arg + 1], ARGV[arg + 2])
+    local sum = redis.pcall('HINCRBY', sums_key, ARGV[arg + 1], ARGV[arg + 2])
+    -- Redis counts up to 2^63 - 1. Sparse files of EiB exceed that: the sum of their bytes then stays there.
+    if type(sum) == 'table' and sum.err then
+        redis.call('HSET', sums_key, ARGV[arg + 1], '9223372036854775807')
+    end
     arg = arg + 2
 end
 for n = 1, tonumber(page_count) do
