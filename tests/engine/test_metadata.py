@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from tasks.copier.options import Limits
-from tests.fixtures.filesystems import Fresh
+from tests.fixtures.filesystems import Fresh, bind_mounted
 from tests.support.engine.child_processes import NOBODY, in_child
 from tests.support.engine.forks import CHUNKED, MIB, assert_alike, fork, forked, leftovers, refused
+from tests.support.engine.local_campaigns import campaign
 from tests.support.guests import SKIPPED_BY_DEFAULT, make_guest, make_sparse_file
 from tests.support.sources import (
     ACCESS_ACL,
@@ -277,3 +278,38 @@ def test_a_file_that_its_owner_may_not_read_is_permission_denied(home: Path) -> 
 
     assert (error["code"], error["path"]) == ("permission_denied", str(source / "state"))
     assert error["errno"] is not None
+
+
+@pytest.mark.parametrize("preserve", [["timestamps"], ["mode", "timestamps"]])
+def test_a_set_gid_parent_gives_its_group_to_a_fork_without_ownership(
+    fs: Path, limits: Limits, preserve: list[str]
+) -> None:
+    source = make_guest(fs / "source")
+    parent = fs / "parent"
+    parent.mkdir()
+    os.chown(parent, -1, 1234)
+    parent.chmod(0o2775)
+
+    forked(source, parent / "fork", limits=limits, preserve=preserve)
+    assert campaign(source, [parent / "vm-1", parent / "vm-2"], preserve=preserve)["status"] == "succeeded"
+
+    entries = [path for top in ("fork", "vm-1", "vm-2") for path in ((parent / top), *(parent / top).rglob("*"))]
+    assert {path.lstat().st_gid for path in entries} == {1234}
+    inherited = stat.S_ISGID if "mode" not in preserve else 0
+    assert {path.stat().st_mode & stat.S_ISGID for path in entries if path.is_dir()} == {inherited}
+    assert not any(path.stat().st_mode & stat.S_ISGID for path in entries if path.is_file())
+
+
+def test_hard_links_that_a_bind_mount_shows_again_are_one_file(fresh: Fresh, limits: Limits) -> None:
+    """As with `cp -a`, which knows the files by device and inode only."""
+    source = fresh("xfs") / "source"
+    (source / "one").mkdir(parents=True)
+    (source / "one/a").write_text("data")
+    (source / "one/b").hardlink_to(source / "one/a")
+
+    with bind_mounted(source / "one", source / "two"):
+        forked(source, source.parent / "fork", limits=limits)
+
+    names = [source.parent / "fork" / name for name in ("one/a", "one/b", "two/a", "two/b")]
+    assert len({path.stat().st_ino for path in names}) == 1
+    assert names[0].stat().st_nlink == 4

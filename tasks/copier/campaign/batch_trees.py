@@ -70,6 +70,8 @@ class Trees:
         try:
             ends.refuse_existing()
             tree_fd = self.staging.make_named_tree(name)
+            if "ownership" not in spec.options.preserve:
+                self.staging.inherit_group(tree_fd)
         except ForkError as error:
             self.failures[index] = Failure(spec, error, Report())
             return

@@ -100,6 +100,8 @@ class Metadata:
             owned = self._chown(fd, entry, path)
         changed, has_acl = self._apply_attributes(fd, fresh, entry, src_fd, path)
         mode = self.final_mode(entry.mode, owned=owned)
+        if not self.mode and stat.S_ISDIR(entry.mode):
+            mode |= fresh.st_mode & stat.S_ISGID  # inherited; see `Staging.inherit_group`
         acl = None if has_acl else self._acl_of(entry, src_fd)
         if acl is not None:
             mode = mode_without_acl(mode, acl)

@@ -147,6 +147,8 @@ def _begin(attempt: Attempt, limits: Limits, start_early: StartEarly | None) -> 
     journal = attempt.journal = staging.begin(spec.to_data(), attempt.journal)
     require_noreplace(staging.fd, spec.destination)
     with open_work(attempt.ends, staging, spec.options, staging.make_tree(journal), KeptManifests()) as work:
+        if "ownership" not in spec.options.preserve:
+            staging.inherit_group(work.tree_fd)
         snapshot = _snapshot(attempt, journal, work)
         if snapshot is not None:
             return snapshot

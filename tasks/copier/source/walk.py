@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from tasks.copier.errors import Code, ForkError, from_oserror, from_source
 from tasks.copier.kernel import trees
+from tasks.copier.kernel.mounts import mount_points_below
 from tasks.copier.source.selection import Selection
 
 #: The most entries in a block. It limits the memory for a directory of a million files.
@@ -133,6 +134,8 @@ class Walk:
     parent: tuple[int, int] | None = None
     #: (dev, ino) of a file with several names → (path of the first, number of names not found yet).
     _first_names: dict[tuple[int, int], tuple[str, int]] = field(default_factory=dict)
+    #: Whether a mount in the source may show a file under more names than it has. Found out at the first such file.
+    _holds_mounts: bool | None = None
 
     def blocks(self) -> Iterator[Block]:
         """Yield all entries below the source, each directory before its content.
@@ -242,8 +245,10 @@ class Walk:
     def _linked(self, path: str, name: str, kind: Kind, status: os.stat_result) -> Entry:
         """The entry for a file with several names. The first one found is the file; the others are hard links."""
         key = (status.st_dev, status.st_ino)
+        if self._holds_mounts is None:
+            self._holds_mounts = bool(mount_points_below(self.source))
         first, not_found = self._first_names.pop(key, ("", status.st_nlink))
-        if not_found > 1:
+        if not_found > 1 or self._holds_mounts:
             self._first_names[key] = (first or path, not_found - 1)
         return entry_of(name, first, Kind.HARDLINK if first else kind, status)
 

@@ -142,6 +142,11 @@ class Staging(Parts):
             raise
         return fd, status
 
+    def inherit_group(self, tree_fd: int) -> None:
+        """Let what is made in a tree have the group of a set-gid parent, as in the parent itself. Raises OSError."""
+        if os.fstat(self.parent_fd).st_mode & stat.S_ISGID:
+            os.fchmod(tree_fd, 0o2700)
+
     def note_trees(self, identities: Mapping[str, int]) -> None:
         """Note the identities of the trees of these names, before anything is put into them.
 
