@@ -30,6 +30,8 @@ _NAME = "^[A-Za-z0-9_.-]*$"
 #: An integer, perhaps with underscores between its digits, or with zeros after a point.
 _INTEGER = re.compile(r"([+-]?[0-9]+(?:_[0-9]+)*)(?:\.0+)?")
 _RUNTIME = "/run/forkvm"
+#: Some 30 years: Redis and the kernel take no time that is much longer.
+_LONGEST_SECONDS = 1_000_000_000
 _IO_PRIORITY = re.compile("none|idle|best-effort:[0-7]")
 #: The message of a worker that is started without roots.
 NO_ROOTS = "no roots: set FORKVM_ROOTS to the directories that the worker may use, separated by colons"
@@ -155,11 +157,11 @@ class Settings:
     #: Name of the hosts that share a filesystem. The queue is named after it.
     domain: str = _setting("", _name())
     #: TTL of everything that Redis holds about a fork.
-    result_expires: int = _setting(86_400, _integer(60))
+    result_expires: int = _setting(86_400, _integer(60, _LONGEST_SECONDS))
     #: Time after which a dead worker's messages are redelivered. A live worker renews its messages every 2 s.
-    visibility_timeout: int = _setting(10, _integer(5))
+    visibility_timeout: int = _setting(10, _integer(5, _LONGEST_SECONDS))
     #: A process whose task takes longer is killed, and another process does the task again.
-    task_time_limit: int = _setting(14_400, _integer(1))
+    task_time_limit: int = _setting(14_400, _integer(1, _LONGEST_SECONDS))
     #: Number of pool processes of a worker; by default the number of CPUs that it may use (`worker.cpus`).
     concurrency: int | None = _setting(None, _integer(1))
     #: The worker's name among Celery's nodes; see `worker.runtime.node_name`.

@@ -30,6 +30,11 @@ def _run(*args: str) -> Result:
         (["campaign", "a", "--on-error", "stop"], "'stop' is not one of 'continue', 'abort'."),
         (["top"], "stdout is not a terminal; use --json, or forkvm queues"),
         (["worker", "--loglevel", "verbose"], "'verbose' is not one of "),
+        (["status", ""], "Invalid value for 'ID': it is empty"),
+        (["submit", "a", "b", "--id", "\udcff"], "Invalid value for '--id': '\\udcff' is not UTF-8"),
+        (["top", "--json", "--interval", "nan"], "Invalid value for '--interval': it is not a number"),
+        (["submit", "a", "b", "--wait", "--timeout", "inf"], "Invalid value for '--timeout': inf is not in the range"),
+        (["copy-rate", "9" * 30], "give none, or at least 65536 bytes per second"),
         (["schema", "fork"], "Invalid value for '[NAME]': 'fork' is not one of 'fork-request', "),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
@@ -49,6 +54,11 @@ def test_completion_prints_the_script_of_a_shell(shell: str, begins: str) -> Non
 
     assert done.exit_code == 0
     assert done.stdout.startswith(begins)
+
+
+def test_completion_and_schema_take_json() -> None:
+    assert json.loads(_run("completion", "fish", "--json").stdout)["script"] + "\n" == _run("completion", "fish").stdout
+    assert _run("schema", "estimate", "--json").stdout == _run("schema", "estimate").stdout
 
 
 def test_bash_completes_commands_options_and_values() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -28,10 +29,12 @@ def test_report_writes_a_page_about_a_fork_and_about_a_campaign(
 
     # When: the path is relative
     fork = run_forkvm("report", "one fork", "-o", "fork.html", env=environment)
-    campaign = run_forkvm("report", "many", "-o", "many.html", env=environment)
+    campaign = run_forkvm("report", "many", "-o", "many.html", "--json", env=environment)
 
     # Then
-    assert [(done.returncode, done.stdout, done.stderr) for done in (fork, campaign)] == [(0, "", "")] * 2
+    assert [(done.returncode, done.stderr) for done in (fork, campaign)] == [(0, "")] * 2
+    assert fork.stdout == ""
+    assert json.loads(campaign.stdout) == {"id": "many", "status": "partial", "file": str(tmp_path / "many.html")}
     of_fork = (tmp_path / "fork.html").read_text()
     assert "&lt;script&gt;\\udcff\\x1b[2J.raw" in of_fork
     assert "succeeded" in of_fork

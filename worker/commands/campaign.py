@@ -14,6 +14,7 @@ from tasks.copier.errors import Code, ForkError, describe
 from tasks.copier.options import OnError
 from worker.commands.help import command
 from worker.commands.options import (
+    ID,
     PATH,
     absolute,
     as_json,
@@ -56,8 +57,12 @@ _WITH_RETRY = frozenset({"earlier", "campaign_id", "domain", "local", "wait", "t
 @click.option("--count", type=int, metavar="N", help="With --to: number of forks.")
 @click.option("--start", type=int, metavar="N", help="With --to: number of the first fork. Default: 1.")
 @click.option("--to-file", "list_file", type=PATH, metavar="FILE", help="File with one destination a line; - is stdin.")
-@click.option("--retry", "earlier", metavar="ID", help="Run again the forks of campaign ID that did not succeed.")
-@click.option("--id", "campaign_id", metavar="ID", help="Id of the campaign; an id is run only once. Default: random.")
+@click.option(
+    "--retry", "earlier", type=ID, metavar="ID", help="Run again the forks of campaign ID that did not succeed."
+)
+@click.option(
+    "--id", "campaign_id", type=ID, metavar="ID", help="Id of the campaign; an id is run only once. Default: random."
+)
 @domain_option
 @click.option("--max-parallel", type=int, metavar="N", help="Run at most N forks at a time.")
 @click.option(
@@ -118,7 +123,7 @@ def campaign(
     codes=(NO_BROKER,),
     of_job=True,
 )
-@click.argument("campaign_id", metavar="ID")
+@click.argument("campaign_id", type=ID, metavar="ID")
 @click.option("--failed", is_flag=True, help="List only the forks that did not succeed.")
 @click.option("--json", "as_json", is_flag=True, help="Print each ForkResult as JSON on one line.")
 def forks(campaign_id: str, failed: bool, as_json: bool) -> None:

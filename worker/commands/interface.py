@@ -11,6 +11,8 @@ from click.shell_completion import get_completion_class
 from tasks.contract.schemas import NAMES
 from tasks.contract.schemas import schema as schema_of
 from worker.commands.help import command
+from worker.commands.options import as_json
+from worker.terminal.printing import print_json
 
 #: The program, and the variable by which click's scripts ask it for completions.
 _PROGRAM = "forkvm"
@@ -19,7 +21,8 @@ _VARIABLE = "_FORKVM_COMPLETE"
 
 @command(example="forkvm completion bash", done="The script was printed.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-def completion(shell: str) -> None:
+@as_json
+def completion(shell: str, as_json: bool) -> None:
     """Print the script by which a shell completes forkvm.
 
     bash: save it in a file that bash-completion loads, or put `eval "$(forkvm completion bash)"` into ~/.bashrc. zsh:
@@ -28,11 +31,13 @@ def completion(shell: str) -> None:
     shell_class = get_completion_class(shell)
     assert shell_class is not None
     group = cast(click.Group, click.get_current_context().find_root().command)
-    print(shell_class(group, {}, _PROGRAM, _VARIABLE).source())
+    script = shell_class(group, {}, _PROGRAM, _VARIABLE).source()
+    print_json({"shell": shell, "script": script}) if as_json else print(script)
 
 
 @command(example="forkvm schema fork-request", done="The schema was printed.")
 @click.argument("name", required=False, type=click.Choice(NAMES), metavar="[NAME]")
+@click.option("--json", is_flag=True, expose_value=False, help="As without it: a schema is JSON.")
 def schema(name: str | None) -> None:
     """Print the JSON Schema of a request or result.
 

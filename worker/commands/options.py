@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_args
@@ -25,8 +26,42 @@ if TYPE_CHECKING:
 #: More processes do not make a local fork faster: the filesystem's own locks are the limit.
 _MOST_PROCESSES = 4
 
+#: Some 30 years.
+_LONGEST_SECONDS = 1e9
+
 #: A path as an argument or option: shells complete it, and it need not exist.
 PATH = click.Path(readable=False)
+
+
+class _Id(click.ParamType[str]):
+    """The id of a job, which Redis can hold."""
+
+    name = "id"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The id. Raises BadParameter."""
+        text = str(value)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            self.fail(f"{text!r} is not UTF-8", param, ctx)
+        if not text:
+            self.fail("it is empty", param, ctx)
+        return text
+
+
+class Seconds(click.FloatRange):
+    """A time that a command waits: not NaN, which is in no range, and not longer than a process can sleep."""
+
+    def __init__(self, least: float, *, min_open: bool = False) -> None:
+        super().__init__(least, _LONGEST_SECONDS, min_open=min_open)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number. Raises BadParameter."""
+        seconds = float(super().convert(value, param, ctx))
+        if math.isnan(seconds):
+            self.fail("it is not a number", param, ctx)
+        return seconds
 
 
 class _WordList(click.ParamType[list[str]]):
@@ -50,6 +85,8 @@ class _WordList(click.ParamType[list[str]]):
         return [CompletionItem(before + comma + word) for word in self._words if word.startswith(last)]
 
 
+#: The id of a job as an argument or option.
+ID = _Id()
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 domain_option = click.option(
     "--domain", metavar="NAME", help="Domain whose workers run the job. Default: FORKVM_DOMAIN."

@@ -11,6 +11,7 @@ import click
 
 from worker.commands.help import command
 from worker.commands.options import (
+    ID,
     PATH,
     absolute,
     as_json,
@@ -44,7 +45,7 @@ _CANCEL_SECONDS = 10.0
 )
 @click.argument("source", type=PATH)
 @click.argument("destination", type=PATH)
-@click.option("--id", "fork_id", metavar="ID", help="Id of the fork; an id is run only once. Default: random.")
+@click.option("--id", "fork_id", type=ID, metavar="ID", help="Id of the fork; an id is run only once. Default: random.")
 @domain_option
 @wait_options
 @fork_options
@@ -84,7 +85,7 @@ def submit(
     codes=(NO_BROKER,),
     of_job=True,
 )
-@click.argument("fork_id", metavar="ID")
+@click.argument("fork_id", type=ID, metavar="ID")
 @click.option("--watch", is_flag=True, help="Show the progress until the job has ended.")
 @as_json
 def status(fork_id: str, watch: bool, as_json: bool) -> None:
@@ -106,7 +107,7 @@ def status(fork_id: str, watch: bool, as_json: bool) -> None:
 
 
 @command(example="forkvm files vm-2 --failed", done="The list was printed.", codes=(NO_BROKER,), of_job=True)
-@click.argument("fork_id", metavar="ID")
+@click.argument("fork_id", type=ID, metavar="ID")
 @click.option("--failed", is_flag=True, help="List only the files that failed.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document a line.")
 def files(fork_id: str, failed: bool, as_json: bool) -> None:
@@ -133,7 +134,7 @@ def files(fork_id: str, failed: bool, as_json: bool) -> None:
     codes=(NO_BROKER,),
     of_job=True,
 )
-@click.argument("fork_id", metavar="ID")
+@click.argument("fork_id", type=ID, metavar="ID")
 @as_json
 def cancel(fork_id: str, as_json: bool) -> None:
     """Cancel a fork or campaign.

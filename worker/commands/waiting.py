@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from tasks.copier.errors import Code, ForkError
+from worker.commands.options import Seconds
 from worker.commands.output import progress_bar
 from worker.exit_codes import BAD_CALL, INTERRUPTED, TIMED_OUT
 from worker.settings import read_settings
@@ -26,7 +27,7 @@ def wait_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option(
             "--timeout",
-            type=click.FloatRange(0, min_open=True),
+            type=Seconds(0, min_open=True),
             metavar="SECONDS",
             help="With --wait: stop waiting after this time, with exit code 124. The job continues.",
         ),

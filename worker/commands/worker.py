@@ -78,6 +78,8 @@ def demo(directory: str | None) -> None:
 
 
 _NONE = "none"
+#: More do not fit into the file of the copy rate.
+_MOST_DIGITS = 18
 
 
 class _Rate(click.ParamType[int]):
@@ -89,9 +91,10 @@ class _Rate(click.ParamType[int]):
         """The value of a word. Raises BadParameter."""
         if value == _NONE:
             return 0
-        if not str(value).isdecimal() or int(str(value)) < LEAST_RATE:
+        text = str(value)
+        if not text.isdecimal() or len(text) > _MOST_DIGITS or int(text) < LEAST_RATE:
             self.fail(f"give {_NONE}, or at least {LEAST_RATE} bytes per second", param, ctx)
-        return int(str(value))
+        return int(text)
 
 
 @command(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import click
 
 from worker.commands.help import command
-from worker.commands.options import PATH, connect
+from worker.commands.options import ID, PATH, as_json, connect
 from worker.commands.waiting import is_over, refuse_unknown
 from worker.exit_codes import FAILED, NO_BROKER
 from worker.settings import read_settings
-from worker.terminal.printing import print_message
+from worker.terminal.printing import print_json, print_message
 
 if TYPE_CHECKING:
     from tasks.contract.campaign_request import Summary
@@ -29,11 +30,12 @@ if TYPE_CHECKING:
     codes=(NO_BROKER,),
     of_job=True,
 )
-@click.argument("job_id", metavar="ID")
+@click.argument("job_id", type=ID, metavar="ID")
 @click.option(
     "-o", "--output", type=PATH, metavar="FILE", required=True, help="The page; an existing file is replaced."
 )
-def report(job_id: str, output: str) -> None:
+@as_json
+def report(job_id: str, output: str, as_json: bool) -> None:
     """Write an HTML page about a fork or campaign.
 
     The page is one file without scripts, and loads nothing. It has the outcome, the time of each phase, how files were
@@ -53,6 +55,8 @@ def report(job_id: str, output: str) -> None:
         raise click.exceptions.Exit(FAILED)
     text = page(_contents(client, job_id, status.result))
     Path(output).write_text(text, encoding="utf-8")
+    if as_json:
+        print_json({"id": job_id, "status": status.result["status"], "file": os.path.abspath(output)})
 
 
 def _contents(client: Client, job_id: str, result: ForkResult | CampaignResult) -> Contents:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from worker.commands.help import command
-from worker.commands.options import as_json, connect, with_domain
+from worker.commands.options import Seconds, as_json, connect, with_domain
 from worker.exit_codes import NO_BROKER
 from worker.settings import NoBroker, Settings, read_settings
 from worker.terminal.printing import print_json, print_message
@@ -67,7 +67,7 @@ def _about(worker: Worker) -> str:
 @_domain
 @click.option(
     "--interval",
-    type=click.FloatRange(1),
+    type=Seconds(1),
     default=2,
     show_default=True,
     metavar="SECONDS",
