@@ -235,6 +235,12 @@ def unknown_settings() -> list[str]:
     return unknown_variables(os.environ, _VARIABLES)
 
 
+def replaced_secrets() -> list[str]:
+    """The variables that replace a secret file with another value. Raises BadSettings."""
+    variables, files = _environment(), _secrets()
+    return sorted(_variable(name) for name in variables.keys() & files.keys() if variables[name] != files[name])
+
+
 def _variable(name: str) -> str:
     return f"{_PREFIX}{name.upper()}"
 

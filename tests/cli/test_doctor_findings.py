@@ -354,6 +354,20 @@ def test_a_misspelled_variable_is_reported_with_a_suggestion(monkeypatch: pytest
     assert check.found == "is not a setting and is ignored; did you mean FORKVM_CONCURRENCY?"
 
 
+def test_a_variable_that_replaces_a_secret_file_is_reported_without_its_value(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "forkvm_redis_password").write_text("one-secret\n")
+    (tmp_path / "forkvm_domain").write_text("nvme-a")
+    for name, value in (("SECRETS_DIR", str(tmp_path)), ("REDIS_PASSWORD", "another-secret"), ("DOMAIN", "nvme-a")):
+        monkeypatch.setenv(f"FORKVM_{name}", value)
+
+    (check,) = variable_checks()
+
+    assert (check.subject, check.verdict) == ("variable FORKVM_REDIS_PASSWORD", "warn")
+    assert "secret" not in check.found.replace("secret file", "")
+
+
 def test_a_worker_logs_each_warning_and_does_not_start_where_no_fork_can_succeed(
     start_worker: StartWorker, fresh: Fresh, run_forkvm: RunForkvm, redis_server: RedisServer
 ) -> None:

@@ -12,17 +12,19 @@ from worker.checks.check import Check
 from worker.checks.io_scheduler import priority_checks
 from worker.cpus import available_cpus
 from worker.redis_url import SENTINEL
-from worker.settings import Settings, unknown_settings
+from worker.settings import Settings, replaced_secrets, unknown_settings
 
 #: More pool processes for each CPU only wait for each other.
 _PROCESSES_PER_CPU = 8
 
 
 def variable_checks() -> Iterator[Check]:
-    """A warning for each variable `FORKVM_*` that is not a setting."""
+    """A warning for each variable `FORKVM_*` that is not a setting, or that replaces a secret file."""
     for warning in unknown_settings():
         name, _, found = warning.partition(" ")
         yield Check(f"variable {name}", "warn", found, "correct or remove it")
+    for name in replaced_secrets():
+        yield Check(f"variable {name}", "warn", "replaces the secret file of that name", "remove one of the two")
 
 
 def settings_checks(settings: Settings) -> Iterator[Check]:
