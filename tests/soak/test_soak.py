@@ -113,13 +113,7 @@ def test_every_job_has_exactly_one_correct_result_under_random_faults(
         assert failures == []
 
         # Then
-        end = time.monotonic() + TIMEOUT
-        while producer.open and time.monotonic() < end:
-            producer.close_ended()
-            if not any(scheduler.messages().values()):
-                producer.send_unknown_again()
-            time.sleep(0.5)
-        assert [(job.fork_id, job.kind) for job in producer.open] == []
+        _wait_until_all_have_ended(producer, scheduler)
         scheduler.wait_quiet()
         damage.clear()
         left_to_gc = _collect(redis_server, mounts, workdirs, producer.jobs)
@@ -136,6 +130,16 @@ def test_every_job_has_exactly_one_correct_result_under_random_faults(
         print(f"  {others}")
         print(f"  of damaged staging, left to gc: {left_to_gc}")
         scheduler.close()
+
+
+def _wait_until_all_have_ended(producer: Producer, scheduler: Scheduler) -> None:
+    end = time.monotonic() + TIMEOUT
+    while producer.open and time.monotonic() < end:
+        producer.close_ended()
+        if not any(scheduler.messages().values()):
+            producer.send_unknown_again()
+        time.sleep(0.5)
+    assert [(job.fork_id, job.kind) for job in producer.open] == []
 
 
 def _collect(server: RedisServer, roots: Path, workdirs: tuple[Path, ...], jobs: list[Job]) -> int:
