@@ -73,7 +73,8 @@ def estimate_lines(found: Estimate) -> Iterator[str]:
     count, seconds = found["bytes"], found["seconds"]
     why = f" ({found['reason']})" if found["reason"] else ""
     yield f"{found['method']}: {found['source']} -> {found['destination']}{why}"
-    yield f"  entries   {found['entries']}, {found['files']} files with {found['extents']} extents"
+    files, extents = counted(found["files"], "file"), counted(found["extents"], "extent")
+    yield f"  entries   {found['entries']}, {files} with {extents}"
     yield f"  bytes     {size(count['logical'])} logical, {size(count['allocated'])} allocated"
     free = "" if found["free_bytes"] is None else f" of {size(found['free_bytes'])} free"
     yield f"  to copy   {size(count['to_copy'])}{free}; {'fits' if found['fits'] else 'DOES NOT FIT'}"
@@ -169,7 +170,9 @@ def progress_line(job_id: str, progress: Progress | CampaignProgress) -> str:
 
 def _by_kind(counts: Mapping[str, int]) -> str:
     """The counts that are not zero, without the total: `3 reflinked, 1 skipped`."""
-    return ", ".join(f"{number} {name}" for name, number in counts.items() if name != "total" and number) or "none"
+    words = {"directories": "directory"}  # the others have one form
+    shown = [(number, name) for name, number in counts.items() if name != "total" and number]
+    return ", ".join(counted(number, words.get(name, name), name) for number, name in shown) or "none"
 
 
 @contextmanager
