@@ -147,7 +147,7 @@ def _explain(error: ValidationError) -> str:
     """All errors, one clause per field: `reflink: it must be 'auto', 'always' or 'never'`."""
     clauses = []
     for detail in error.errors(include_url=False, include_context=False, include_input=False):
-        # pydantic names the alternatives of a type in brackets; they are no fields.
+        # pydantic names the alternatives of a type in brackets; they are not fields.
         where = ".".join(str(part) for part in detail["loc"] if "[" not in str(part)) or "request"
         text = detail["msg"].removeprefix("Value error, ").replace("Input should", "it must", 1)
         clauses.append(f"{where}: {_TEXTS.get(detail['type'], text)}")

@@ -1,4 +1,4 @@
-"""`forkvm.estimate`: what a fork would do and cost. It is no job: it claims no id and changes nothing.
+"""`forkvm.estimate`: what a fork would do and cost. It is not a job: it claims no id and changes nothing.
 
 So it may be delivered again, and is then made again. A message that is lost is not found by the sweep.
 """

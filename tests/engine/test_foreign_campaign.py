@@ -121,7 +121,7 @@ def test_a_file_that_is_a_symlink_is_not_followed(workdir: Path, name: str) -> N
     path.symlink_to(workdir / "outside" / "metadata.json")
     before = snapshot(workdir / "outside")
 
-    with suppress(ForkError, AssertionError):  # without a journal it is no planned campaign
+    with suppress(ForkError, AssertionError):  # without a journal it is not a planned campaign
         make(workdir)
 
     assert snapshot(workdir / "outside") == before

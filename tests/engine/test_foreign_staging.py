@@ -207,7 +207,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
     "an attempt that is a number": _with(attempt=12345678),
     "an unknown phase": _with(phase="done"),
     "a negative count of attempts": _with(tries=-1),
-    "a count that is no integer": _with(closings=True),
+    "a count that is not an integer": _with(closings=True),
     "no control directory": _with(control=None),
     "a plan that is a list": _with(plan=[]),
     "a published tree without a result": _with(phase="publishing", tree=1),

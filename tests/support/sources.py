@@ -43,7 +43,7 @@ def age(path: Path, *, mtime: int = OLD_NS) -> None:
 
 
 def make_images(directory: Path) -> None:
-    """Files with holes at every position, and sizes that are no multiple of a block."""
+    """Files with holes at every position, and sizes that are not a multiple of a block."""
     make_sparse_file(directory / "scattered.raw", 16 * MIB + 4321, 3 * MIB, seed=1)
     make_sparse_file(directory / "all-hole.raw", 64 * MIB + 1, 0)
     make_sparse_file(directory / "no-hole.raw", 2 * MIB + 7, 4 * MIB, seed=2)

@@ -65,7 +65,7 @@ ROWS = {
     "'..' in the source": Row("invalid_request", source="{dir}/c/../a", error_path="{dir}/c/../a"),
     "'..' in the destination": Row("invalid_request", destination="{dir}/../b", error_path="{dir}/../b"),
     "a NUL in a path": Row("invalid_request", destination="{dir}/b\0c", error_path="{dir}/b\0c"),
-    "a surrogate that is no byte": Row("invalid_request", source="{dir}/\ud800", error_path="{dir}/\ud800"),
+    "a surrogate that encodes no byte": Row("invalid_request", source="{dir}/\ud800", error_path="{dir}/\ud800"),
     "a source outside the roots": Row("outside_roots", source="/usr", error_path="/usr"),
     "a destination outside the roots": Row("outside_roots", destination="/usr/b", error_path="/usr/b"),
     "a source that only begins like the root": Row("outside_roots", source="{root}x/a", error_path="{root}x/a"),
@@ -136,7 +136,7 @@ ROWS = {
     "a null": Row("invalid_request", error_path="{dir}/a", fields={"durability": None}),
     "a boolean": Row("invalid_request", error_path="{dir}/a", fields={"verify": True}),
     "an unknown name in preserve": Row("invalid_request", error_path="{dir}/a", fields={"preserve": ["mode", "all"]}),
-    "labels that are no strings": Row("invalid_request", error_path="{dir}/a", fields={"labels": {"n": 1}}),
+    "labels that are not strings": Row("invalid_request", error_path="{dir}/a", fields={"labels": {"n": 1}}),
     "a skip that climbs out": Row("invalid_request", error_path="{dir}/a", fields={"skip": ["../a"]}),
     "a name of 256 bytes at the destination": Row(
         "invalid_request",

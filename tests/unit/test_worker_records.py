@@ -1,4 +1,4 @@
-"""The records of workers over a fake Redis: how long they count, and what is no record."""
+"""The records of workers over a fake Redis: how long they count, and what is not a record."""
 
 from __future__ import annotations
 
