@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tasks.copier.errors import Code, ForkError
+from tasks.copier.kernel.contents import first_difference
 from tasks.copier.options import Limits
 from tasks.copier.progress import Progress
 from tests.fixtures.filesystems import Fresh, Kind
@@ -83,6 +84,44 @@ def test_a_file_without_holes_is_copied_with_its_zeros(fresh: Fresh, passthrough
 
     assert result["bytes"]["copied"] == 3 * MIB
     assert data_of(destination / "zeros.raw") == 3 * MIB
+
+
+@pytest.mark.parametrize("reflink", ["auto", "never"])
+def test_data_that_is_reported_as_a_hole_is_copied(
+    fresh: Fresh, passthrough: Passthrough, limits: Limits, reflink: str
+) -> None:
+    """As a virtiofs of macOS does with every file (docker/sbx-releases issue 526)."""
+    backing = fresh("ext4")
+    (backing / "source").mkdir()
+    (backing / "source" / "state").write_bytes(b"paused")
+    make_images(backing / "source")
+    for name in os.listdir(backing / "source"):
+        if name != "all-hole.raw":
+            with (backing / "source" / name).open("r+b") as file:
+                file.write(b"first")
+    source, destination = passthrough(backing, "hide_data") / "source", fresh("xfs") / "fork"
+    assert data_extents(source / "state") == []
+
+    result = forked(source, destination, limits=limits, reflink=reflink, verify="content")
+
+    assert_alike(backing / "source", destination)
+    assert result["bytes"]["copied"] == sum(map(data_of, destination.iterdir()))
+    assert data_extents(destination / "all-hole.raw") == []
+
+
+def test_a_comparison_finds_that_such_data_is_missing(fresh: Fresh, passthrough: Passthrough) -> None:
+    backing = fresh("ext4")
+    (backing / "disk.raw").write_bytes(b"data" * MIB)
+    (backing / "hole.raw").touch()
+    os.truncate(backing / "hole.raw", 4 * MIB)
+    shown = passthrough(backing, "hide_data")
+    fds = [os.open(path, os.O_RDONLY) for path in (shown / "disk.raw", backing / "hole.raw", backing / "disk.raw")]
+
+    found = first_difference(fds[0], fds[1], 0, 4 * MIB), first_difference(fds[0], fds[2], 0, 4 * MIB)
+
+    for fd in fds:
+        os.close(fd)
+    assert found == (0, None)
 
 
 def test_a_campaign_preserves_the_holes_too(images: tuple[Path, Path], fresh: Fresh, tmp_path: Path) -> None:

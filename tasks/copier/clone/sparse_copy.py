@@ -1,9 +1,9 @@
 """The sparse copy: it copies the data extents of a file and keeps its holes.
 
 Each data extent is copied with copy_file_range, or with pread and pwrite from where copy_file_range refuses. Some
-filesystems report all bytes as data although st_blocks shows that there are holes; there, as in GNU cp, blocks of zeros
-are found by reading. Sources: copy_file_range(2), lseek(2), OpenZFS issues 15526 and 15728 (dirty data reported as
-holes).
+filesystems report all bytes as data although st_blocks shows that there are holes, or report data as holes. There, as
+in GNU cp, blocks of zeros are found by reading. Sources: copy_file_range(2), lseek(2), OpenZFS issues 15526 and 15728
+(dirty data reported as holes).
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import errno
 import os
 
 from tasks.copier.kernel import syscalls
+from tasks.copier.kernel.sparse import hides_data
 
 #: Bytes in one read.
 _PIECE = 1 << 20
@@ -52,6 +53,8 @@ def data_bytes(fd: int, size: int, block: int = 1) -> int:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
             hole = size
+        if hole <= data:  # it hides data
+            hole = size
         begin, end = max(at, data // block * block), min(size, -(-hole // block) * block)
         total += end - begin
         at = end
@@ -65,11 +68,13 @@ def _make_holes_reliable(fd: int) -> None:
 
 
 def _next_data(fd: int, at: int, end: int) -> int:
-    """The offset of the next data at or after `at`, or `at` if the filesystem does not report holes."""
+    """The offset of the next data at or after `at`, or `at` if the filesystem does not report holes, or hides data."""
     try:
         return os.lseek(fd, at, os.SEEK_DATA)
     except OSError as error:
-        return end if error.errno == errno.ENXIO else at
+        if error.errno != errno.ENXIO:
+            return at
+    return at if hides_data(fd, at) else end
 
 
 def _read(fd: int, at: int, length: int) -> bytes:
