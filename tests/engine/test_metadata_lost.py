@@ -13,7 +13,7 @@ import pytest
 
 from tasks.copier.fork_spec import ForkResult
 from tasks.copier.options import Limits
-from tests.fixtures.filesystems import Fresh, SmallExt4
+from tests.fixtures.filesystems import Fresh, SmallExt4, idmapped_mounted
 from tests.fixtures.fuse import Passthrough
 from tests.fixtures.processes import ended_at_exit
 from tests.support.engine import local_campaigns
@@ -197,6 +197,24 @@ def test_owners_that_a_user_namespace_does_not_map_are_skipped(fresh: Fresh, lim
     refused = {("state", "acl"), ("ping", f"xattr {CAPABILITY}")}
     assert lost(result) == {("theirs", "ownership"), ("link", "ownership"), *refused}
     assert (home / "fork" / "state").stat().st_mode & 0o777 == 0o600
+
+
+def test_owners_that_an_idmapped_mount_does_not_map_are_skipped(fresh: Fresh, limits: Limits) -> None:
+    home = fresh("xfs")
+    source = make_guest(home / "source")
+    (source / "theirs").write_bytes(b"x")
+    (source / "link").symlink_to("nowhere")
+    for name in ("theirs", "link"):
+        os.chown(source / name, _USER, _USER, follow_symlinks=False)
+    (source / "theirs").chmod(0o4755)
+    (home / "backing").mkdir()
+
+    with idmapped_mounted(home / "backing", home / "machines", 100_000) as machines:
+        result = forked(source, machines / "fork", limits=limits)
+
+        assert (machines / "fork" / "theirs").stat().st_mode & 0o7777 == 0o755
+    set_uid = ("theirs", "mode: set-uid")
+    assert lost(result) == {("theirs", "ownership"), ("link", "ownership"), set_uid}
 
 
 def test_an_attribute_that_the_destination_refuses_is_skipped(fresh: Fresh, limits: Limits) -> None:

@@ -18,7 +18,8 @@ from tasks.copier.clone.acl import ACCESS_ACL, ACLS
 XFS_ACLS = ("trusted.SGI_ACL_FILE", "trusted.SGI_ACL_DEFAULT")
 #: Errnos of a filesystem without attributes, or without attributes of this kind.
 NOT_KNOWN_HERE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS})
-#: Errnos that concern this one attribute: not permitted, not valid here, too large.
+#: Errnos that concern this one attribute: not permitted, not valid here, too large. EOVERFLOW: a file capability of
+#: another user namespace, which cannot be read (capabilities(7), "Namespaced file capabilities").
 REFUSED = NOT_KNOWN_HERE | {
     errno.EPERM,
     errno.EACCES,
@@ -28,10 +29,8 @@ REFUSED = NOT_KNOWN_HERE | {
     errno.EFBIG,
     errno.ENAMETOOLONG,
     errno.ENODATA,
+    errno.EOVERFLOW,
 }
-#: A file capability of a user namespace that this one cannot name cannot be read (capabilities(7), "Namespaced file
-#: capabilities"): EOVERFLOW.
-_UNREADABLE = REFUSED | {errno.EOVERFLOW}
 #: Attributes of so few bytes together fit on every filesystem, so ENOSPC does not concern their size.
 _SMALL_BYTES = 512
 #: A filesystem with less free space, in bytes and inodes, is full.
@@ -82,7 +81,7 @@ def copy(source: Target, target: Target, name: str, *, follow: bool) -> bool:
     try:
         value = os.getxattr(source, name, follow_symlinks=follow)
     except OSError as error:
-        if error.errno in _UNREADABLE:
+        if error.errno in REFUSED:
             return error.errno == errno.ENODATA
         raise XattrError(error, name) from None
     try:

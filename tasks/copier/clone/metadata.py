@@ -29,8 +29,8 @@ _PERMISSIONS = 0o7777
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 _OWNER_READS_AND_WRITES = stat.S_IRUSR | stat.S_IWUSR
 #: Errnos that mean that this owner, mode or time cannot be set. EINVAL: the owner has no id in this user namespace
-#: (user_namespaces(7)).
-_REFUSED = frozenset({errno.EPERM, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
+#: (user_namespaces(7)). EOVERFLOW: the owner has no id on this mount (mount_setattr(2), "ID-mapped mounts").
+_REFUSED = frozenset({errno.EPERM, errno.EACCES, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EOVERFLOW})
 #: Filesystems that keep what they accept. Others (FUSE, CIFS, FAT) may accept an owner, mode or time and drop it.
 _FAITHFUL = frozenset(
     {
