@@ -34,9 +34,9 @@ from tests.support.tree import snapshot
 @pytest.mark.parametrize(
     ("kill", "noticed"),
     [
-        pytest.param(True, "Redis does not answer; trying again", id="killed"),
-        # The worker retries after 2 s and again after 4 s: that is longer than the visibility timeout.
-        pytest.param(False, "Trying again in 6.00 seconds", id="stopped until all messages are delivered again"),
+        pytest.param(True, ("Redis does not answer; trying again", 1), id="killed"),
+        # The worker retries every 2 s: four times is longer than the visibility timeout.
+        pytest.param(False, ("Trying again in 2.00 seconds", 4), id="stopped until all messages are delivered again"),
     ],
 )
 def test_forks_end_with_their_true_results_after_redis_was_down(
@@ -45,7 +45,7 @@ def test_forks_end_with_their_true_results_after_redis_was_down(
     guests: Guests,
     workdir: Path,
     kill: bool,
-    noticed: str,
+    noticed: tuple[str, int],
 ) -> None:
     # Given
     system = start_armed_worker(CHILDREN)
@@ -54,7 +54,7 @@ def test_forks_end_with_their_true_results_after_redis_was_down(
     # When Redis is down while all forks continue
     system.server.kill() if kill else system.server.stop()
     resume(paused)
-    wait_until(lambda: noticed in system.worker.output(), "the worker to notice the outage")
+    system.worker.wait_for_output(*noticed)
     system.server.start()
 
     # Then

@@ -111,7 +111,10 @@ def _refused_queue(queue: object) -> Answer | None:
 
 def pool_grow(worker: Any, n: Any = 1, **_: Any) -> Answer:
     """Add pool processes."""
-    return _celery.pool_grow(worker, n) if _is_number(n) else _no_number(n)
+    if not _is_number(n):
+        return _no_number(n)
+    answer: Answer = _celery.pool_grow(worker, n)
+    return answer
 
 
 def pool_shrink(worker: Any, n: Any = 1, **_: Any) -> Answer:
@@ -123,7 +126,8 @@ def pool_shrink(worker: Any, n: Any = 1, **_: Any) -> Answer:
         return _no_number(n)
     if n >= worker.consumer.pool.num_processes:
         return {"error": "a worker keeps at least one pool process; end it with the command shutdown"}
-    return _celery.pool_shrink(worker, n)  # type: ignore[no-any-return]
+    answer: Answer = _celery.pool_shrink(worker, n)
+    return answer
 
 
 def time_limit(worker: Any, task_name: Any = None, hard: Any = None, soft: Any = None, **_: Any) -> Answer:
@@ -133,7 +137,8 @@ def time_limit(worker: Any, task_name: Any = None, hard: Any = None, soft: Any =
             return {"error": "a time limit must be a number of seconds above 0, or nothing"}
     if not isinstance(task_name, str):
         return {"error": f"the task must be a name, not a {type(task_name).__name__}"}
-    return _celery.time_limit(worker, task_name, hard=hard, soft=soft)  # type: ignore[no-any-return]
+    answer: Answer = _celery.time_limit(worker, task_name, hard=hard, soft=soft)
+    return answer
 
 
 def _is_number(n: object) -> bool:
