@@ -10,7 +10,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar, cast
@@ -183,13 +183,6 @@ def list_of(value: Any, check: Callable[[Any], T], most: int) -> list[T]:
 def optional(value: Any, check: Callable[[Any], T]) -> T | None:
     """None, or a value that passes `check`."""
     return None if value is None else check(value)
-
-
-def no_other_fields(value: dict[str, Any], names: Iterable[str]) -> None:
-    """Raise Malformed if the object has a field that is not in `names`."""
-    unknown = value.keys() - set(names)
-    if unknown:
-        raise Malformed(f"unknown fields: {_shown(sorted(unknown))}")
 
 
 def relative_path(value: Any) -> str:

@@ -172,6 +172,11 @@ def prefix_of(job_id: str) -> str:
     return f"forkvm:{job_id}:"
 
 
+def prefix_of_forks(campaign_id: str) -> str:
+    """The beginning of all keys of a campaign's forks, except Celery's. The number of the fork follows."""
+    return f"forkvm:{campaign_id}."
+
+
 def page_key(job_id: str, part: str, number: int) -> str:
     """The key of one page of a part of a fork."""
     return f"forkvm:{job_id}:page:{part}:{number}"

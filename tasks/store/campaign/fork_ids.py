@@ -58,7 +58,7 @@ def _slices(results: Results, spec: CampaignSpec) -> Iterator[dict[str, Any]]:
     for first in range(start, end, _SLICE):
         yield {
             "state_prefix": results.state_key(f"{spec.campaign_id}."),
-            "own_prefix": f"forkvm:{spec.campaign_id}.",
+            "own_prefix": keys.prefix_of_forks(spec.campaign_id),
             "first": first,
             "last": min(first + _SLICE, end) - 1,
         }
