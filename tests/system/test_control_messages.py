@@ -105,6 +105,15 @@ def test_wrong_arguments_change_nothing(system: System, scheduler: Scheduler, ki
         _answer(scheduler, "cancel_consumer", queue=arguments["queue"])
 
 
+@pytest.mark.parametrize("limit", [-1, "1/h"])
+def test_no_message_is_held_by_a_rate_limit(system: System, scheduler: Scheduler, limit: Any) -> None:
+    answer = _answer(scheduler, "rate_limit", task_name="forkvm.fork", rate_limit=limit)
+
+    assert "no rate limits" in answer["error"]
+    _assert_serves(system)
+    _assert_serves(system)
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_a_worker_keeps_a_pool_process(system: System, scheduler: Scheduler, count: int) -> None:
     answer = _answer(scheduler, "pool_shrink", n=count)

@@ -49,7 +49,7 @@ _LONGEST_NAME = 100
 def register_remote_control() -> None:
     """Replace Celery's commands in this process."""
     jobs, queues = (revoke, terminate, revoke_by_stamped_headers), (add_consumer, cancel_consumer)
-    for command in (*jobs, *queues, pool_grow, pool_shrink, time_limit, stats):
+    for command in (*jobs, *queues, pool_grow, pool_shrink, rate_limit, time_limit, stats):
         Panel.data[command.__name__] = command
 
 
@@ -128,6 +128,11 @@ def pool_shrink(worker: Any, n: Any = 1, **_: Any) -> Answer:
         return {"error": "a worker keeps at least one pool process; end it with the command shutdown"}
     answer: Answer = _celery.pool_shrink(worker, n)
     return answer
+
+
+def rate_limit(worker: Any, **_: Any) -> Answer:
+    """An error: a worker would keep the messages that are over the limit, while other workers are idle."""
+    return {"error": "forkvm has no rate limits for tasks; set FORKVM_CONCURRENCY or FORKVM_COPY_RATE"}
 
 
 def time_limit(worker: Any, task_name: Any = None, hard: Any = None, soft: Any = None, **_: Any) -> Answer:
