@@ -12,17 +12,18 @@ import pytest
 
 from benchmarks.contenders.timed_parts import read_parts
 from benchmarks.measures.metrics import half_interval, processor_seconds
+from tests.fixtures.processes import wait_until
 
 
 def test_the_processor_time_of_a_process_is_read_from_its_own_clock() -> None:
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
-        time.sleep(0.5)
-        first = processor_seconds(other.pid)
-        time.sleep(0.5)
-        later = processor_seconds(other.pid)
-        other.kill()
+        try:
+            wait_until(lambda: processor_seconds(other.pid) > 0, "the processor time of a process that computes")
+            first = processor_seconds(other.pid)
+            wait_until(lambda: processor_seconds(other.pid) > first, "more of it")
+        finally:
+            other.kill()
 
-    assert 0 < first < later
     assert processor_seconds(os.getpid()) == pytest.approx(time.process_time(), abs=0.1)
 
 
