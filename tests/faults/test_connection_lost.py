@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.faults.fault_points import INLINE
 from tests.faults.paused_forks import Guests, PausedFork, assert_served_and_clean
-from tests.fixtures.processes import StartWorker, wait_until
+from tests.fixtures.processes import ROOT, StartWorker, wait_until
 from tests.support.system.queued_campaigns import assert_results_are_consistent, paths_of, request_of, result_of, send
 from tests.support.system.redis_proxy import Proxy
 from tests.support.system.scheduler import TIMEOUT, Scheduler
@@ -73,6 +77,17 @@ def test_forks_and_campaigns_over_a_bad_connection_end_with_their_true_results(
         assert {fork["status"] for fork in made} == {"succeeded"}
         assert worker.running
         assert_served_and_clean(system, guests, workdir)
+
+
+@pytest.mark.parametrize(("mode", "left"), [("patched", 0), ("unpatched", 2)])  # 2: kombu has the bug still
+def test_a_channel_whose_last_answer_is_an_error_of_a_failover_leaves_no_sockets(
+    own_scheduler: Scheduler, mode: str, left: int
+) -> None:
+    program = [sys.executable, "-m", "tests.support.system.closed_channel", str(own_scheduler.server.socket), mode]
+
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    assert (done.stdout, done.stderr) == (f"{left}\n", "")
 
 
 def _send(system: System, fork: PausedFork) -> None:
