@@ -12,12 +12,14 @@ import zipfile
 from email.parser import BytesParser
 from pathlib import Path
 
+import click
 import pytest
 
 from tests.fixtures.processes import ROOT, end_group, wait_until
 from tests.fixtures.redis_server import RedisServer
 from tests.support.guests import make_guest
 from tests.support.made_once import made_once
+from worker.cli import cli
 
 #: Directories of the repository, and files at its top, that tests and users need.
 _DIRECTORIES = ("worker", "tasks", "tests", "benchmarks", "scripts", "docs", "deploy")
@@ -26,20 +28,7 @@ _FILES = (
     *("pyproject.toml", "constraints.txt", "Makefile", "Dockerfile"),
     *(".dockerignore", ".gitignore", "docker-compose.yml"),
 )
-_COMMANDS = (
-    "fork",
-    "submit",
-    "campaign",
-    "forks",
-    "status",
-    "files",
-    "cancel",
-    "worker",
-    "doctor",
-    "verify",
-    "gc",
-    "demo",
-)
+_COMMANDS = cli.list_commands(click.Context(cli))
 
 
 #: The first test that needs the installation makes it, and the others wait for that.
