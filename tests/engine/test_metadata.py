@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tasks.copier.options import Limits
-from tests.fixtures.filesystems import Fresh, bind_mounted
+from tests.fixtures.filesystems import Fresh, Kind, bind_mounted
 from tests.support.engine.child_processes import NOBODY, in_child
 from tests.support.engine.forks import CHUNKED, MIB, assert_alike, fork, forked, leftovers, refused
 from tests.support.engine.local_campaigns import campaign
@@ -75,6 +75,25 @@ def test_an_ordinary_user_forks_an_own_source(home: Path, limits: Limits) -> Non
     in_child(make_and_fork, user=NOBODY)
 
     assert_alike(source, home / "fork", SKIPPED_BY_DEFAULT)
+
+
+@pytest.mark.parametrize("kind", ["xfs", "ext4", "btrfs", "tmpfs"])
+def test_attributes_of_an_entry_whose_acl_forbids_its_owner_to_write(fresh: Fresh, kind: Kind, limits: Limits) -> None:
+    """An ordinary user may set user.* only with that right, and each filesystem lists the names in its own order."""
+    home = fresh(kind)
+    source = home / "source"
+    (source / "directory").mkdir(parents=True)
+    (source / "file").write_bytes(b"x")
+    for path in (source / "directory", source / "file"):
+        for name in ("user.a", ACCESS_ACL, "user.z"):
+            os.setxattr(path, name, acl(5, 5, 0, users=[(1, 7)]) if name == ACCESS_ACL else b"home")
+    for path in (home, source, *source.iterdir()):
+        os.chown(path, NOBODY, NOBODY)
+
+    result = in_child(lambda: forked(source, home / "fork", limits=limits), user=NOBODY)
+
+    assert_alike(source, home / "fork")
+    assert result["metadata_lost_total"] == 0
 
 
 def test_a_source_with_a_read_only_top_is_forked_by_its_owner(home: Path) -> None:

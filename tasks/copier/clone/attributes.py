@@ -51,10 +51,11 @@ class XattrError(OSError):
 def names_of(source: Target, *, follow: bool) -> tuple[list[str], bool]:
     """The names of the extended attributes of `source`, and whether the list is complete.
 
-    The kernel cannot list more than 64 KiB of names; then only the names of the ACLs are returned. Raises OSError.
+    ACLs are last: the access ACL may take away the owner's right to write, which user.* attributes need. The kernel
+    cannot list more than 64 KiB of names; then only the names of the ACLs are returned. Raises OSError.
     """
     try:
-        return os.listxattr(source, follow_symlinks=follow), True
+        return sorted(os.listxattr(source, follow_symlinks=follow), key=ACLS.__contains__), True
     except OSError as error:
         if error.errno in NOT_KNOWN_HERE:
             return [], True
