@@ -63,13 +63,15 @@ class Workers:
         if names:
             self.connection.redis.hdel(WORKERS.pattern, *names)
 
-    def remove_old(self) -> None:
-        """Remove the records that `seen` does not return any more.
+    def remove_old(self) -> list[str]:
+        """Remove the records that `seen` does not return any more. Returns the names of their workers.
 
         A worker calls this when it starts. So there are no more records than there were workers in the hour before
         the last start, also if each has a new name.
         """
-        self.remove(*(seen.record.name for seen in self._read() if seen.age > WORKER_SECONDS))
+        old = [seen.record.name for seen in self._read() if seen.age > WORKER_SECONDS]
+        self.remove(*old)
+        return old
 
     def seen(self) -> dict[str, Seen]:
         """The last record of each worker that wrote one within the last `WORKER_SECONDS`, by name."""

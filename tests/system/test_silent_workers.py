@@ -22,6 +22,8 @@ from worker.settings import Settings
 
 #: A worker writes its record every 10 s.
 INTERVAL = 10.0
+#: kombu's set of the mailboxes for remote control.
+MAILBOXES = "_kombu.binding.celery.pidbox"
 
 
 def _name(which: str) -> str:
@@ -104,6 +106,23 @@ def test_a_stopped_worker_that_continues_is_well_again(
         assert [each.answers for each in workers().values()] == [False]
 
     wait_until(lambda: [each.answers for each in workers().values()] == [True], "the worker's answer")
+
+
+def test_a_worker_that_starts_removes_the_mailbox_of_one_that_was_killed_long_ago(
+    redis_server: RedisServer, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    def mailboxes() -> set[str]:
+        return {str(binding).rpartition("\x16")[2].partition("@")[0] for binding in client.smembers(MAILBOXES)}
+
+    start_worker(tmp_path, 1, command="celery", args=["-n", "killed@%h"]).kill()
+    with redis_server.client() as client:
+        record = json.loads(str(client.hget(WORKERS.pattern, _name("killed"))))
+        client.hset(WORKERS.pattern, _name("killed"), json.dumps(record | {"seen_at": record["seen_at"] - 7200}))
+        assert mailboxes() == {"killed"}
+
+        start_worker(tmp_path, 1, command="celery", args=["-n", "new@%h"])
+
+        wait_until(lambda: mailboxes() == {"new"}, "the removal of the mailbox")
 
 
 def test_a_worker_that_takes_the_name_of_a_killed_one_replaces_it(

@@ -50,6 +50,18 @@ def _children(pool: Any) -> int:
         return 0
 
 
+def _remove_mailboxes(consumer: Any, names: list[str]) -> None:
+    """Remove kombu's bindings of the mailboxes of workers that were killed. Raises RedisError, OSError.
+
+    kombu removes them only when no worker of the Redis database is left.
+    """
+    channel, exchange = consumer.task_consumer.channel, f"{consumer.app.conf.control_exchange}.pidbox"
+    bindings = [channel.sep.join(("", "", f"{name}.{exchange}")) for name in names]
+    if bindings:
+        with channel.conn_or_acquire() as client:
+            client.srem(channel.keyprefix_queue % exchange, *bindings)
+
+
 @cache
 def _version() -> str:
     """The version that this process runs. The installation on disk may be replaced meanwhile."""
@@ -77,7 +89,8 @@ class OwnRecord(PeriodicStep):
         if not self._has_started:
             self._has_started = True
             with suppress(OperationalError, RedisError, OSError):
-                results_of(parent.app, patient=False).workers.remove_old()
+                old = results_of(parent.app, patient=False).workers.remove_old()
+                _remove_mailboxes(parent, old)
         self._write(own_record(parent), parent.app)
         self.repeat(parent, INTERVAL_SECONDS, lambda: self._write(own_record(parent), parent.app))
 
