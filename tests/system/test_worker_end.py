@@ -1,4 +1,4 @@
-"""The time that an idle worker takes to exit after SIGTERM."""
+"""How a worker ends after a signal."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from contextlib import closing, suppress
 from pathlib import Path
 from stat import S_ISFIFO
 
+import pytest
+
 from tests.fixtures.filesystems import Fresh
 from tests.fixtures.processes import StartWorker, Worker, wait_until
 from tests.support.guests import make_guest
@@ -20,6 +22,17 @@ from tests.system.test_observability import Endpoint
 
 #: Seconds for the exit of a worker whose child has done its last task: far more than it takes.
 END_SECONDS = 10.0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGQUIT, 0), (signal.SIGINT, 130)])
+def test_the_exit_code_names_ctrl_c(
+    own_scheduler: Scheduler, start_worker: StartWorker, tmp_path: Path, number: int, code: int
+) -> None:
+    worker = start_worker(tmp_path, 1)
+
+    os.kill(worker.pid, number)
+
+    assert worker.wait(END_SECONDS) == code
 
 
 def test_worker_stopped_just_after_it_sent_a_task_to_a_child_exits_when_the_task_is_done(

@@ -10,14 +10,14 @@ import click
 from tasks.copier.copy_rate import LEAST_RATE
 from worker.commands.help import command
 from worker.commands.options import PATH, as_json, with_domain
-from worker.exit_codes import DONE, FAILED, NO_BROKER
+from worker.exit_codes import DONE, FAILED, INTERRUPTED, NO_BROKER
 from worker.settings import LOG_LEVELS, NO_ROOTS, read_settings
 from worker.terminal.printing import print_json, print_line, print_message
 
 
 @command(
     example="FORKVM_ROOTS=/guests forkvm worker --concurrency 4",
-    done="The worker was stopped by a signal.",
+    done="The worker was stopped by SIGTERM.",
     failed="No fork can succeed on this host (see forkvm doctor), or Celery ended with an error.",
     codes=(NO_BROKER,),
 )
@@ -46,8 +46,12 @@ def worker(domain: str | None, concurrency: int | None, loglevel: str | None) ->
         os.environ["FORKVM_DOMAIN"] = domain
     if loglevel is not None:
         os.environ["FORKVM_LOG_LEVEL"] = loglevel
+    from celery import signals
+
     from worker.app import app  # reads FORKVM_DOMAIN and FORKVM_LOG_LEVEL
 
+    ended_by: list[str] = []
+    signals.worker_shutting_down.connect(lambda sig, **_: ended_by.append(sig), weak=False)
     # Not through celery.bin, which imports each command of Celery and of its plugins: that takes as long as all else.
     started = app.Worker(
         queues=[settings.queue],
@@ -56,7 +60,8 @@ def worker(domain: str | None, concurrency: int | None, loglevel: str | None) ->
         no_color=bool(os.environ.get("NO_COLOR")),
     )
     started.start()
-    sys.exit(started.exitcode or DONE)
+    # Celery's own code after Ctrl-C is that of an error.
+    sys.exit(INTERRUPTED if "SIGINT" in ended_by else started.exitcode or DONE)
 
 
 @command(example="forkvm demo --dir /guests", failed="The demo could not be run, or a step of it failed.")
