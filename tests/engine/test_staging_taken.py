@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tasks.copier.endpoints import Endpoints
+from tasks.copier.fork import close
 from tasks.copier.fork.lifecycle import finish
 from tasks.copier.options import Limits
 from tasks.copier.progress import Progress, Ticker
@@ -93,6 +94,26 @@ def test_a_fork_whose_staging_is_removed_or_replaced_fails_and_touches_nothing_e
     shutil.rmtree(parent, ignore_errors=True)
     parent.mkdir(exist_ok=True)
     forked(workdir / "source", parent / "fork")
+
+
+def test_a_fork_that_lost_its_staging_opens_its_tree_to_no_other_user(
+    workdir: Path, limits: Limits, every_poll: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`gc` cannot prove a tree with its final mode to be staging, and this process may be killed next."""
+    parent, opened = workdir / "parent", list[str]()
+    monkeypatch.setattr(close, "refuse_changes", lambda *_: opened.append("the step after the final mode"))
+
+    def act(progress: Progress) -> None:
+        if progress["phase"] == "copy":
+            for path in parent.glob(".forkvm-*"):
+                if path.name.count(".") == 1:
+                    path.rename(workdir / path.name)
+
+    result = fork(workdir / "source", parent / "fork", poll=act, limits=limits, reflink="never")
+
+    assert result["error"] is not None
+    assert result["error"]["code"] == "io_error"
+    assert opened == []
 
 
 @pytest.mark.parametrize("phase", ["plan", "copy", "publish"])

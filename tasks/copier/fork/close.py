@@ -57,6 +57,10 @@ def close_tree(
     touched: Touched = {}
     for block in work.blocks(plan.top.dev, closing=True, backwards=True):
         complete_directories(work, block, cloner, report, touched, ticker)
+    # Nobody could prove a tree with its final mode to be staging if this process lost it to another one, which has
+    # ended the fork, and then died.
+    if not work.staging.is_current():
+        raise ForkError(Code.IO_ERROR, "another process took the fork over", work.ends.destination)
     top = on_this_host(plan.top, plan.top.dev, work.source_dev)
     complete_directory(work, "", top, cloner, report.totals, touched)
     early = [chunk.span for n, chunk in enumerate(plan.chunks) if reports[str(n)].during_walk]
