@@ -159,7 +159,7 @@ def test_the_largest_batch_stays_within_the_descriptor_limit(directory: Path, tm
     for n in range(40):
         (source / f"{n:02}").mkdir(parents=True)
         (source / f"{n:02}" / "state").write_bytes(b"paused")
-    most = 0
+    open_before, most = len(os.listdir("/proc/self/fd")), 0  # other tests of this process leave some open
 
     def count(progress: Progress) -> None:
         nonlocal most
@@ -168,7 +168,7 @@ def test_the_largest_batch_stays_within_the_descriptor_limit(directory: Path, tm
     result, _ = campaign_with_ledger(source, destinations(directory, 128), tmp_path / "ledger", poll=count)
 
     assert counts(result) == (128, 0, 0)
-    assert 128 < most < 256  # of 1,024
+    assert 128 < most - open_before < 240, most  # of 1,024
 
 
 @pytest.mark.parametrize("kind", ["xfs", "ext4"])
