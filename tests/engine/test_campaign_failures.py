@@ -6,12 +6,16 @@ import errno
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tasks.copier.campaign import batch_record, local
+from tasks.copier.campaign.batch import make_batch
 from tasks.copier.campaign.spec import CampaignProgress
 from tasks.copier.errors import Code, ForkError
 from tasks.copier.progress import Progress
+from tasks.copier.staging.staging import Staging
 from tests.fixtures.filesystems import Fresh, SmallTmpfs
 from tests.support.engine.forks import assert_alike, leftovers
 from tests.support.engine.local_campaigns import (
@@ -35,6 +39,43 @@ def directory(fresh: Fresh) -> Path:
 @pytest.fixture
 def source(directory: Path) -> Path:
     return make_guest(directory / "source", SIZES)
+
+
+@pytest.mark.usefixtures("few_batches")
+def test_forks_that_another_process_found_published_are_not_reported_as_failed(
+    directory: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process publishes a batch, cannot store the outcome, and another one stores it before the first looks."""
+    has_any, write = batch_record.has_any, Staging.write_file
+    batches: list[tuple[Any, ...]] = []
+    steps: list[str] = []
+
+    def note(*args: Any) -> None:
+        batches.append(args)
+        make_batch(*args)
+
+    def fill_once(staging: Staging, name: str, data: bytes, **options: Any) -> None:
+        if name == "settled-0" and not steps:
+            steps.append("the disk is full")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(staging, name, data, **options)
+
+    def look_late(staging: Staging, first: int) -> bool:
+        if steps == ["the disk is full"]:
+            steps.append("another process makes the batch")
+            make_batch(*batches[-1])
+        return has_any(staging, first)
+
+    monkeypatch.setattr(local, "make_batch", note)
+    monkeypatch.setattr(Staging, "write_file", fill_once)
+    monkeypatch.setattr(batch_record, "has_any", look_late)
+    paths = destinations(directory, 6)
+
+    result = campaign(source, paths, processes=1)
+
+    assert counts(result) == (6, 0, 0)
+    for path in paths:
+        assert_alike(source, path, SKIPPED_BY_DEFAULT)
 
 
 @pytest.mark.usefixtures("few_batches")

@@ -156,7 +156,12 @@ class _Files:
         return self.staging.has_file(f"{_OUTCOMES}{first}")
 
     def store_outcomes(self, first: int, outcomes: list[Outcome]) -> None:
-        """See `CampaignLedger`."""
+        """See `CampaignLedger`. A second call comes from a process that could not store what it made.
+
+        Another one may have found that, stored it, and forgotten the record of it meanwhile.
+        """
+        if self.has_outcomes(first):
+            return
         self.staging.write_file(f"{_OUTCOMES}{first}", json.dumps(_run_of(outcomes)).encode("ascii"))
 
 
@@ -291,6 +296,8 @@ class _Counting(_Files):
 
     def store_outcomes(self, first: int, outcomes: list[Outcome]) -> None:
         """See `CampaignLedger`."""
+        if self.has_outcomes(first):  # they are counted
+            return
         super().store_outcomes(first, outcomes)
         failed = sum(outcome.result["status"] == "failed" for outcome in outcomes)
         done_before, failed_before = self.counters.get(self.child)
