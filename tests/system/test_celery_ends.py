@@ -185,6 +185,7 @@ def test_fork_that_exceeds_its_clients_time_limit_ends_as_cancelled(
 def test_sigusr1_does_not_affect_children(
     system: System, scheduler: Scheduler, large_source: Path, workdir: Path
 ) -> None:
+    wait_until(lambda: len(system.worker.children) == 2, "the pool after a test that ended a process")
     staging, children = StagingView(workdir, "signalled"), system.worker.children
     _send(scheduler, _request(large_source, workdir / "b"), "signalled")
     spin_until(staging.begun, "the first chunk")

@@ -75,7 +75,7 @@ def mount_of(fd: int) -> Mount | None:
     """The mount that `fd` was opened in; None if /proc is not mounted."""
     try:
         with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
-            number = next(int(line.split()[1]) for line in file if line.startswith(b"mnt_id:"))
+            number = next((int(line.split()[1]) for line in file if line.startswith(b"mnt_id:")), None)
     except OSError:
         return None
     return next((mount for mount in _mounts() if mount.id == number), None)
@@ -98,7 +98,7 @@ def _mounts() -> Iterator[Mount]:
     """The mounts in the namespace of this process; none if /proc is not mounted."""
     try:
         with open(_MOUNTINFO, "rb") as file:
-            lines = file.read().splitlines()
+            lines = (file.read() or b"").splitlines()  # None for EAGAIN
     except OSError:
         return
     for line in lines:
